@@ -1,0 +1,273 @@
+"""Run directories: everything that a later stage needs of a run, written so that nothing saved can be lost.
+
+    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  tensorboard/  data/ (held-out shards and the manifest)
+    runs/NAME/step_001000/model.safetensors  state.pt  manifest.json
+
+A checkpoint is written to a temporary directory, synced to disk, and renamed: under its own name it is whole. Its
+manifest holds size and sha256 of each file, since neither torch.load nor safetensors notices a flipped byte. Loading
+verifies them first, falls back to the checkpoint before with a message, and never unpickles code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cli import from_yaml, to_yaml
+from config import Config, KindlingError
+from model import LanguageModel, build_model
+from shards import TokenDataset, sha256_file, write_json
+from tokenizer import Tokenizer, load_json
+
+RUNS = Path("runs")
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+
+
+class CheckpointError(KindlingError):
+    """A run or checkpoint that cannot be found, trusted or written."""
+
+
+def _sync(path: Path) -> None:
+    """Force a file's or directory's content to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:  # some filesystems cannot sync a directory
+        if path.is_file():
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+class RunDirectory:
+    """One run's folder, and the checkpoints in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def data(self) -> Path:
+        """The held-out shards of this run, with the manifest of all its data."""
+        return self.path / "data"
+
+    def create(self, cfg: Config, data_folder: Path) -> None:
+        """Write config, tokenizer and held-out shards, so that evaluation needs nothing outside this folder.
+
+        Raises CheckpointError if the folder cannot be written.
+        """
+        try:
+            self.data.mkdir(parents=True, exist_ok=True)
+            manifest = json.loads((data_folder / MANIFEST).read_text(encoding="utf-8"))
+            for split in ("val", "test"):
+                for shard in manifest["splits"][split]["shards"]:
+                    shutil.copyfile(data_folder / shard["file"], self.data / shard["file"])
+            shutil.copyfile(data_folder / "tokenizer.json", self.path / "tokenizer.json")
+            shutil.copyfile(data_folder / "ledger.json", self.data / "ledger.json")
+            write_json(self.data / MANIFEST, manifest)
+            write_atomic(self.path / "config.yaml", to_yaml(cfg))  # last: a folder with a config is a run
+        except OSError as e:
+            raise CheckpointError(f"{self.path} must be writable, but writing gave: {e}; free space or choose another --name") from None
+
+    def exists(self) -> bool:
+        return (self.path / "config.yaml").is_file()
+
+    def config(self) -> Config:
+        """Return the config that the run was started with."""
+        try:
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{self.path} must be a run with a readable config.yaml, but is not ({e}); "
+                                  f"train one with `python main.py`") from None
+        return from_yaml(text, str(self.path / "config.yaml"))
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the run's own tokenizer."""
+        return load_json(self.path / "tokenizer.json", self.config().tokenizer)
+
+    def heldout(self, split: str) -> TokenDataset:
+        """Open the run's own validation or test split, verified."""
+        return TokenDataset(self.data, split)
+
+    def set_aside(self) -> Path:
+        """Rename the run to NAME.old-1 (or the next free number) and return the new path: nothing is deleted."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        return target
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoint folders, oldest first, unverified."""
+        return sorted(p for p in self.path.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+
+    def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step` and return its folder; on any failure the older ones are as they were.
+
+        `state` must load with `weights_only=True`. Raises CheckpointError, for example on a full disk.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+        final, partial = self.path / f"step_{step:06d}", self.path / f".partial-step_{step:06d}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._require_space()
+            partial.mkdir(parents=True)
+            # named_parameters lists a tied matrix once; there are no persistent buffers
+            save_file({k: p.detach().cpu().contiguous() for k, p in model.named_parameters()}, partial / WEIGHTS)
+            torch.save(state, partial / STATE)
+            files = {}
+            for name in (WEIGHTS, STATE):
+                _sync(partial / name)
+                files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            write_json(partial / MANIFEST, {"step": step, "best": state.get("best"), "files": files})
+            _sync(partial / MANIFEST)
+            _sync(partial)
+            if final.exists():  # the same step again, after a fall-back to an older checkpoint
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync(self.path)
+        except (OSError, RuntimeError, SafetensorError) as e:  # a full disk shows as any of the three
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it gave: "
+                                  f"{' '.join(str(e).split())[:200]}; free some space, the older checkpoints are untouched") from None
+        return final
+
+    def _require_space(self) -> None:
+        older = self.checkpoints()
+        if not older:
+            return
+        needed = int(1.5 * sum(f.stat().st_size for f in older[-1].iterdir()))
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are wanted")
+
+    def prune(self, keep: int, best_step: int | None) -> None:
+        """Delete all but the newest `keep` checkpoints and the best one."""
+        for old in self.checkpoints()[:-keep]:
+            if int(old.name.removeprefix("step_")) != best_step:
+                doomed = old.with_name(f".deleted-{old.name}")
+                old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written, saying which were passed over; None if none.
+
+        Raises CheckpointError if there are checkpoints but all are damaged.
+        """
+        folders = self.checkpoints()
+        problems = []
+        for folder in reversed(folders):
+            try:
+                verify(folder)
+            except CheckpointError as e:
+                problems.append(str(e))
+                continue
+            for problem in problems:
+                print(f"warning: {problem}; falling back to {folder.name}", file=sys.stderr)
+            return folder
+        if folders:
+            raise CheckpointError(f"{problems[0]}; no older checkpoint is whole either: start over with --fresh, which keeps this folder")
+        return None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest if every file has the size and sha256 it lists; else raise CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (f["bytes"], f["sha256"]) for name, f in manifest["files"].items()}
+        found = {name: ((folder / name).stat().st_size, sha256_file(folder / name)) for name in expected}
+        step = int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"checkpoint {folder} must be whole, but cannot be read ({type(e).__name__}: {e})") from None
+    if set(expected) != {WEIGHTS, STATE} or f"step_{step:06d}" != folder.name:
+        raise CheckpointError(f"checkpoint {folder} must have a manifest of its own files, but has another's")
+    for name in expected:
+        if expected[name] != found[name]:
+            raise CheckpointError(f"checkpoint {folder} must be as it was written, but {name} has changed")
+    return manifest
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
+    from safetensors.torch import load_file
+    weights, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        differing = sorted(weights.keys() ^ parameters.keys())
+        raise CheckpointError(f"the weights of {folder} must be of the model's shape, but {differing[0]} is in only one of them; "
+                              f"use the run's own config.yaml")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if weights[name].shape != p.shape:
+                raise CheckpointError(f"the weights of {folder} must be of the model's shape, but {name} is {tuple(weights[name].shape)} "
+                                      f"and not {tuple(p.shape)}; use the run's own config.yaml")
+            p.copy_(weights[name])
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return a verified checkpoint's training state; nothing in it is executed."""
+    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+
+
+def find_run(path: Path | None) -> RunDirectory:
+    """Return the run at `path` (a folder, or a name under runs/), or the newest run if it is None."""
+    if path is None:
+        found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
+        if not found:
+            raise CheckpointError(f"there must be a run under {RUNS}/, but there is none; train one with `python main.py`")
+        return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
+    for candidate in (path, RUNS / path):
+        if (candidate / "config.yaml").is_file():
+            return RunDirectory(candidate)
+    names = ", ".join(sorted(str(p.parent) for p in RUNS.glob("*/config.yaml"))) or "none"
+    raise CheckpointError(f"{path} must be the folder of a run, but holds no config.yaml; there are: {names}")
+
+
+def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, Path]:
+    """Return the model of a run's newest whole checkpoint, ready for inference, and the checkpoint's folder."""
+    folder = run.newest()
+    if folder is None:
+        raise CheckpointError(f"{run.path} must have a checkpoint, but has none yet; train on with `python main.py --name {run.path.name}`")
+    model = build_model(run.config().model)
+    load_weights(folder, model)
+    return model.to(device).eval(), folder
+
+
+def state_digest(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Return the sha256 over every bit of weights and optimiser state: equal runs have equal digests."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(str((value.dtype, tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in value:
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(dict(model.named_parameters()))
+    for optimizer in optimizers:
+        add(optimizer.state_dict())
+    return digest.hexdigest()

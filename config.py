@@ -1,0 +1,573 @@
+"""Every setting of Kindling: plain, frozen, validated config classes, and the presets over them.
+
+    python config.py                        # list the presets: parameters, tokens, data source
+    python main.py --preset code-50m --train.max-steps 200
+
+Edit `RUN` (what a bare `python main.py` trains), or a preset function, or override any field on the
+command line as `--section.field value`. `None` means "derive", and is read through the property of the
+same meaning (`model.kv_heads`, `train.micro_batch`): a saved config holds what was chosen, not what
+followed from it. This file imports nothing of the project and no heavy library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from pydantic import ConfigDict, model_validator
+from pydantic.dataclasses import dataclass
+
+RUN = "demo"  # the preset that a bare `python main.py` trains
+IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
+
+
+class KindlingError(Exception):
+    """Something the user can mend. Its text is one line: what must hold, what was given, the way out."""
+
+
+class ConfigError(KindlingError):
+    """A setting that cannot be used."""
+
+
+def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
+    """Raise a `ConfigError` of one line unless `holds`.
+
+    Not a ValueError, so that neither pydantic nor tyro wraps it into paragraphs of their own.
+    """
+    if not holds:
+        raise ConfigError(f"{field} must be {must}, but is {given!r}; {mend}")
+
+
+def _require_range(section: str, cfg: Any, low: float, *fields: str, high: float = math.inf, open_low: bool = False) -> None:
+    """Require that each named field that is not None is a finite number in [low, high], or in (low, high]."""
+    for field in fields:
+        value = getattr(cfg, field)
+        if value is None:
+            continue
+        above = value > low if open_low else value >= low
+        must = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        require(math.isfinite(value) and above and value <= high, f"{section}.{field}", must, value,
+                f"set --{section}.{field.replace('_', '-')}")
+
+
+_frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@_frozen
+class ModelConfig:
+    """The shape of the model. The defaults are GPT-2's choices at toy size."""
+
+    block_size: int = 256
+    """Context length in tokens, T."""
+    vocab_size: int = 4096
+    """Rows of the embedding. A tokenizer trained on the run's data gets this size; a pretrained one must fit in it."""
+    n_layer: int = 4
+    """Transformer blocks."""
+    n_head: int = 4
+    """Query heads of each attention layer."""
+    n_kv_head: int | None = None
+    """Key / value heads (grouped-query attention). None: as many as n_head."""
+    n_embd: int = 128
+    """Width of the residual stream, C."""
+    d_ff: int | None = None
+    """Hidden width of the feed-forward layer. None: 4 * n_embd."""
+    position: Literal["learned", "sinusoidal", "rope"] = "learned"
+    """Learned or fixed sinusoidal absolute positions, or rotary embeddings on queries and keys."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each sub-layer."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the normalisation."""
+    final_norm: bool = True
+    """Normalise once more before the head."""
+    activation: Literal["gelu", "gelu_new", "relu", "relu2", "swiglu"] = "gelu_new"
+    """gelu is the exact erf form, gelu_new GPT-2's tanh form, relu2 the squared ReLU."""
+    bias: bool = True
+    """Biases in all linear layers and LayerNorms of the blocks."""
+    head_bias: bool = False
+    """A bias in the head that gives the logits (untied heads only)."""
+    attn_out_proj: bool = True
+    """The attention output projection W_O. False: concatenated heads go straight into the residual stream."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys of each head before attention (no parameters)."""
+    tie_embeddings: bool = True
+    """The head shares the token embedding's matrix."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention weights and both sub-layers' outputs, in training."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation of matrices."""
+    embd_init_std: float | None = None
+    """Standard deviation of the token embedding's. None: init_std."""
+    residual_init: Literal["scaled", "zero"] = "scaled"
+    """Projections into the residual stream start scaled by 1/sqrt(2 * n_layer), or at zero."""
+    backbone: Literal["kindling", "transformers"] = "kindling"
+    """transformers: run GPT-2's shape on transformers' GPT2LMHeadModel instead of our own GPT."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def ff_width(self) -> int:
+        return 4 * self.n_embd if self.d_ff is None else self.d_ff
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters, to the unit; a tied matrix counts once, fixed positions count nothing."""
+        C, ff, kv = self.n_embd, self.ff_width, self.kv_heads * self.head_dim
+        norm = 2 * C if self.norm == "layernorm" and self.bias else C
+        linears = [(C, C + 2 * kv)]
+        linears += [(C, C)] if self.attn_out_proj else []
+        linears += [(C, ff), (C, ff), (ff, C)] if self.activation == "swiglu" else [(C, ff), (ff, C)]
+        block = 2 * norm + sum(i * o + (o if self.bias else 0) for i, o in linears)
+        head = 0 if self.tie_embeddings else self.vocab_size * C + (self.vocab_size if self.head_bias else 0)
+        return self.vocab_size * C + self.n_position_parameters + self.n_layer * block + (norm if self.final_norm else 0) + head
+
+    @property
+    def n_position_parameters(self) -> int:
+        """Parameters of learned positions, which some projects leave out of their counts."""
+        return self.block_size * self.n_embd if self.position == "learned" else 0
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        _require_range("model", self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff")
+        _require_range("model", self, 0, "rope_theta", "norm_eps", "init_std", "embd_init_std", open_low=True)
+        _require_range("model", self, 0, "dropout", high=0.99)
+        lower, upper = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
+        require(self.n_embd % self.n_head == 0, "model.n_embd", f"a multiple of n_head={self.n_head}", self.n_embd,
+                f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
+        require(self.n_head % self.kv_heads == 0, "model.n_kv_head", f"a divisor of n_head={self.n_head}", self.n_kv_head,
+                "choose one, or None for plain multi-head attention")
+        require(self.position != "rope" or self.head_dim % 2 == 0, "model.n_embd / n_head", "even for rotary positions",
+                self.head_dim, "change --model.n-head or --model.n-embd")
+        require(self.position != "sinusoidal" or self.n_embd % 2 == 0, "model.n_embd", "even for sinusoidal positions",
+                self.n_embd, "add one")
+        require(not (self.tie_embeddings and self.head_bias), "model.head_bias", "False where the head is tied", True,
+                "set --model.tie-embeddings False or --model.head-bias False")
+        if self.backbone == "transformers":
+            gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
+                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "tie_embeddings": True,
+                    "residual_init": "scaled"}
+            for field, must in gpt2.items():
+                require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
+                        getattr(self, field), "set it so, or --model.backbone kindling")
+            require(self.kv_heads == self.n_head, "model.n_kv_head", "None on transformers' GPT-2", self.n_kv_head,
+                    "set it so, or --model.backbone kindling")
+        return self
+
+
+@_frozen
+class TokenizerConfig:
+    """Where the tokenizer comes from."""
+
+    kind: Literal["bpe", "pretrained"] = "bpe"
+    """bpe: byte-level BPE trained on the run's own training split; pretrained: loaded from `path`."""
+    path: str | None = None
+    """For pretrained: a tokenizer.json, a folder that holds one, or a hub name such as bigcode/starcoder2-3b."""
+    normalizer: Literal["none", "nfkc"] = "none"
+    """nfkc rewrites characters (² to 2, … to ...), so decoding no longer gives the source back: off unless asked for."""
+    eos_token: str = "<|endoftext|>"
+    """Ends every document; generation stops at it."""
+    bos_token: str | None = None
+    """Begins every document, where set."""
+    pad_token: str | None = None
+    """An id for padding, where set; never the end token."""
+    unk_token: str | None = None
+    """Kept for vocabularies that list one; byte-level BPE never produces it."""
+    train_bytes: int = 10_000_000
+    """Bytes of source that a bpe tokenizer is trained on."""
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The control tokens in the order of their ids: pad, unk, bos, eos, without those that are not set."""
+        return [t for t in (self.pad_token, self.unk_token, self.bos_token, self.eos_token) if t is not None]
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        _require_range("tokenizer", self, 1, "train_bytes")
+        require(self.kind != "pretrained" or bool(self.path), "tokenizer.path", "set for a pretrained tokenizer", self.path,
+                "set --tokenizer.path to a tokenizer.json, a folder or a hub name")
+        require(all(self.special_tokens), "tokenizer special tokens", "non-empty", self.special_tokens, "name them, or use None")
+        require(len(set(self.special_tokens)) == len(self.special_tokens), "tokenizer special tokens",
+                "different from each other", self.special_tokens, "padding must never be the end token")
+        return self
+
+
+@_frozen
+class SourceConfig:
+    """One source of documents. Several make a mixture, drawn by `weight` in tokens."""
+
+    kind: Literal["local-python", "files", "text", "jsonl", "parquet", "datasets"] = "local-python"
+    """local-python: the interpreter's standard library and installed packages; files: one document a file, by `globs`;
+    text: files of documents between `separator`s; jsonl, parquet: rows; datasets: the hub, streamed."""
+    path: str | None = None
+    """A file or folder, or the hub's name of a data set. Not used by local-python."""
+    globs: tuple[str, ...] = ("**/*.py",)
+    """Which files of a folder, for files, text, jsonl and parquet."""
+    subset: str | None = None
+    """The configuration (`name`) of a data set on the hub."""
+    data_dir: str | None = None
+    """The folder inside a data set on the hub, such as data/python."""
+    split: str = "train"
+    """The split of a data set on the hub."""
+    field: str = "content"
+    """The column that holds a row's text."""
+    response_field: str | None = None
+    """Set where rows are instructions and this is the answer's column: for fine-tuning, refused for pre-training."""
+    language: str | None = None
+    """Language of the documents. None: by the file's suffix."""
+    separator: str = "<|endoftext|>"
+    """Between the documents of a text file; empty: the whole file is one document."""
+    weight: float = 1.0
+    """Share of the mixture's tokens, relative to the other sources."""
+    max_documents: int | None = None
+    """Read no more documents than this. None: all."""
+    max_bytes: int | None = None
+    """Read no more bytes than this, from files in pseudo-random order. None: all."""
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return "/".join(part for part in (self.path or self.kind, self.subset, self.data_dir) if part)
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        _require_range("data.sources", self, 1, "max_documents", "max_bytes")
+        _require_range("data.sources", self, 0, "weight", open_low=True)
+        require(self.kind == "local-python" or bool(self.path), "data.sources.path", f"set for a {self.kind} source", self.path,
+                "name a file, a folder or a data set")
+        require(bool(self.globs), "data.sources.globs", "at least one pattern", self.globs, "name one, such as '**/*.py'")
+        return self
+
+
+@_frozen
+class DataConfig:
+    """What becomes training data: sources, filters and splits."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    """The sources; set one field of one as --data.sources.0.path."""
+    min_chars: int = 1
+    """Drop documents with fewer characters."""
+    max_chars: int = 250_000
+    """Drop documents with more characters."""
+    min_lines: int = 1
+    """Drop documents with fewer lines."""
+    max_lines: int = 10_000
+    """Drop documents with more lines."""
+    min_alphanumeric: float = 0.0
+    """Drop documents in which a smaller share of the characters is letters and digits."""
+    check_syntax: bool = True
+    """Drop Python documents that this interpreter's compile() refuses."""
+    dedup: bool = True
+    """Drop documents whose content was seen before (sha256)."""
+    val_fraction: float = 0.01
+    """Share of the documents, by content hash, held out for validation."""
+    test_fraction: float = 0.01
+    """Share of the documents, by content hash, kept for final tables only."""
+    max_tokens: int | None = None
+    """Stop reading once the training split holds this many tokens. None: read the sources whole."""
+    workers: int | None = None
+    """Processes that filter and tokenise. None: one a core."""
+
+    @property
+    def n_workers(self) -> int:
+        return self.workers or os.cpu_count() or 1
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        _require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines")
+        _require_range("data", self, 1, "max_tokens", "workers")
+        _require_range("data", self, 0, "min_alphanumeric", high=1)
+        _require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
+        require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
+                self.val_fraction + self.test_fraction, "leave something to train on")
+        require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
+        return self
+
+
+@_frozen
+class TrainConfig:
+    """The optimiser, the schedule and the run's housekeeping."""
+
+    max_steps: int = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 32
+    """Sequences per optimiser step, over all micro-batches and ranks."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; must divide batch_size. None: batch_size."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the hidden matrices, AdamW on embeddings, head and vectors."""
+    lr: float = 6e-4
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon (its update has spectral norm 1)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate decays after the warmup."""
+    warmup_steps: int = 100
+    """Steps of linear warmup from zero."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    eps: float = 1e-8
+    """AdamW's epsilon; 1e-5 calms loss spikes in low precision."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    max_skipped_steps: int = 20
+    """End the run after this many steps in a row with a loss or gradient that is not finite."""
+    init_from: str | None = None
+    """Start from the weights of this run (a name under runs/, or a folder), with a fresh optimiser."""
+    seed: int = 1337
+    """Seeds the weights, dropout and the order of the data."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: where a compiler exists and the run is long enough to pay for it."""
+    threads: int | None = None
+    """CPU threads. None: torch's choice, and on resuming the number that the run began with."""
+    eval_every: int = 250
+    """Steps between evaluations of the whole validation set."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the best one stays as well."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        _require_range("train", self, 1, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps", "threads",
+                       "eval_every", "save_every", "keep_checkpoints", "log_every")
+        _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip")
+        _require_range("train", self, 0, "seed", high=2**63 - 1)
+        _require_range("train", self, 0, "lr", "muon_lr", "eps", open_low=True)
+        _require_range("train", self, 0, "min_lr_ratio", high=1)
+        _require_range("train", self, 0, "beta1", "beta2", high=0.999999)
+        require(self.batch_size % self.micro_batch == 0, "train.micro_batch_size",
+                f"a divisor of batch_size={self.batch_size}", self.micro_batch_size, "choose one, or None")
+        return self
+
+
+@_frozen
+class Config:
+    """Everything a run is made from."""
+
+    preset: str = RUN
+    """The preset that the other settings start from; `python config.py` lists them."""
+    name: str | None = None
+    """The folder under runs/. None: the preset's name."""
+    model: ModelConfig = ModelConfig()
+    """Shape of the model."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer."""
+    data: DataConfig = DataConfig()
+    """Data."""
+    train: TrainConfig = TrainConfig()
+    """Training."""
+
+    @property
+    def run_name(self) -> str:
+        return self.name or self.preset
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run trains on."""
+        return self.train.max_steps * self.train.batch_size * self.model.block_size
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        bad = self.name is not None and (not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"))
+        require(not bad, "name", "the plain name of a folder under runs/", self.name, "leave out slashes")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets: each a function that returns a whole Config
+
+STARCODER2 = TokenizerConfig(kind="pretrained", path="bigcode/starcoder2-3b")
+CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000, "min_alphanumeric": 0.25}
+
+
+def demo() -> Config:
+    """Minutes on two CPU cores, offline: the Python source that is on this machine."""
+    return Config(
+        preset="demo",
+        model=ModelConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=4, n_embd=256, position="rope", norm="rmsnorm",
+                          activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, residual_init="zero"),
+        data=DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=60_000_000),), min_chars=100, min_lines=3,
+                        min_alphanumeric=0.25),
+        train=TrainConfig(max_steps=1000, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
+                          warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01),
+    )
+
+
+def _gpt2_code(preset: str, n_layer: int, n_embd: int, n_head: int, lr: float, batch_size: int, max_steps: int) -> Config:
+    """Seed 000: GPT-2's architecture on The Stack's Python, in blocks of 1,024 of StarCoder2's tokens."""
+    stack = SourceConfig(kind="datasets", path="bigcode/the-stack-dedup", data_dir="data/python", language="python")
+    model = ModelConfig(block_size=1024, vocab_size=49_152, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    tokens = max_steps * batch_size * model.block_size
+    return Config(
+        preset=preset, model=model, tokenizer=STARCODER2,
+        data=DataConfig(sources=(stack,), max_tokens=tokens, val_fraction=0.001, test_fraction=0.001, **CODE_FILTERS),
+        train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=4, lr=lr, warmup_steps=1000,
+                          eval_every=1000, save_every=1000),
+    )
+
+
+def code_50m() -> Config:
+    """Seed 000's smallest: 819M tokens."""
+    return _gpt2_code("code-50m", 8, 512, 8, lr=6e-4, batch_size=32, max_steps=25_000)
+
+
+def code_150m() -> Config:
+    """Seed 000's middle size, which its label rounds up: 2B tokens."""
+    return _gpt2_code("code-150m", 12, 768, 12, lr=6e-4, batch_size=64, max_steps=30_518)
+
+
+def code_225m() -> Config:
+    """Seed 000's largest: 3B tokens; `--model.backbone transformers` runs it on GPT2LMHeadModel, as the seed does."""
+    return _gpt2_code("code-225m", 16, 960, 16, lr=4e-4, batch_size=64, max_steps=45_777)
+
+
+def tinystories() -> Config:
+    """Seed 001: the first 50,000 TinyStories, half an hour on a CPU."""
+    stories = SourceConfig(kind="datasets", path="roneneldan/TinyStories", field="text", language="english", max_documents=50_000)
+    return Config(
+        preset="tinystories",
+        model=ModelConfig(block_size=256, vocab_size=8_000, n_layer=4, n_head=4, n_embd=128, d_ff=512, activation="gelu",
+                          dropout=0.1),
+        data=DataConfig(sources=(stories,), val_fraction=0.05),
+        train=TrainConfig(max_steps=10_000, batch_size=256, micro_batch_size=16, lr=3e-4, warmup_steps=500, eval_every=500,
+                          save_every=500),
+    )
+
+
+def autocomplete() -> Config:
+    """Seed 002: Python, C and Java from a folder `repos/` of cloned repositories, for offline completion."""
+    repos = SourceConfig(kind="files", path="repos", globs=("**/*.py", "**/*.c", "**/*.h", "**/*.java"))
+    return Config(
+        preset="autocomplete",
+        model=ModelConfig(block_size=256, vocab_size=8_000, n_layer=8, n_head=8, n_embd=512, activation="gelu",
+                          tie_embeddings=False, head_bias=True),
+        tokenizer=TokenizerConfig(normalizer="nfkc", pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"),
+        data=DataConfig(sources=(repos,), min_lines=3, max_lines=4_000),
+        train=TrainConfig(max_steps=49_072, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=500, eval_every=1000,
+                          save_every=1000),
+    )
+
+
+def fineweb_nano() -> Config:
+    """Seed 003: FineWeb-Edu with sinusoidal positions and neither output projection nor final norm."""
+    web = SourceConfig(kind="datasets", path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", field="text", language="english")
+    return Config(
+        preset="fineweb-nano",
+        model=ModelConfig(block_size=1024, vocab_size=9_157, n_layer=12, n_head=8, n_embd=512, position="sinusoidal",
+                          activation="relu", attn_out_proj=False, final_norm=False, tie_embeddings=False, head_bias=True,
+                          embd_init_std=1.0),
+        data=DataConfig(sources=(web,), max_tokens=99_000_000),
+        train=TrainConfig(max_steps=10_000, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=100, min_lr_ratio=0.0,
+                          eval_every=500, save_every=500),
+    )
+
+
+def _hub(path: str, weight: float = 1.0, **fields: Any) -> SourceConfig:
+    return SourceConfig(**{"kind": "datasets", "path": path, "weight": weight, "field": "text", "language": "english", **fields})
+
+
+def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig) -> Config:
+    """Seed 004: a Llama of 302M parameters; each stage starts from the weights of the one before."""
+    batch_size, block_size = 512, 1024
+    max_steps = math.ceil(billion_tokens * 1e9 / (batch_size * block_size))
+    return Config(
+        preset=f"smallcoder-{stage}",
+        model=ModelConfig(block_size=block_size, vocab_size=49_152, n_layer=24, n_head=8, n_kv_head=8, n_embd=768, d_ff=3072,
+                          position="rope", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False,
+                          tie_embeddings=False),
+        tokenizer=TokenizerConfig(kind="pretrained", path="bigcode/starcoder"),
+        data=DataConfig(sources=sources, max_tokens=max_steps * batch_size * block_size, val_fraction=0.0005,
+                        test_fraction=0.0005, check_syntax=False),
+        train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=8, lr=lr, warmup_steps=500,
+                          init_from=f"smallcoder-{stage - 1}" if stage > 1 else None, eval_every=500, save_every=500),
+    )
+
+
+def smallcoder_1() -> Config:
+    """Seed 004, stage 1, language: FineWeb-Edu."""
+    return _smallcoder(1, 6.3, 6e-4, _hub("HuggingFaceFW/fineweb-edu", subset="sample-10BT"))
+
+
+def smallcoder_2() -> Config:
+    """Seed 004, stage 2, code: synthetic code 60%, StarCoderData 40%."""
+    return _smallcoder(2, 7.5, 4e-4, _hub("nvidia/Nemotron-Pretraining-Code-v1", 60, subset="Synthetic-Code"),
+                       _hub("bigcode/starcoderdata", 40, data_dir="python", field="content", language="python"))
+
+
+def smallcoder_3() -> Config:
+    """Seed 004, stage 3, mathematics and knowledge: four sources, 40/35/15/10."""
+    return _smallcoder(3, 10, 4e-4, _hub("nvidia/Nemotron-CC-Math-v1", 40, subset="4plus"),
+                       _hub("HuggingFaceFW/finewiki", 35, subset="en"),
+                       _hub("nvidia/Nemotron-CC-Math-v1", 15, subset="4plus_MIND"), _hub("open-web-math/open-web-math", 10))
+
+
+def smallcoder_4() -> Config:
+    """Seed 004, stage 4, fine-tuning on instructions: four sources, 45/30/15/10."""
+    return _smallcoder(4, 6, 2e-4,
+                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 45, subset="Nemotron-SFT-Code", field="input", response_field="output"),
+                       _hub("nvidia/OpenCodeInstruct", 30, field="input", response_field="output"),
+                       _hub("nvidia/OpenMathInstruct-2", 15, field="problem", response_field="generated_solution"),
+                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 10, subset="Nemotron-SFT-General", field="input", response_field="output"))
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    f.__name__.replace("_", "-"): f
+    for f in (demo, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
+              smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4)
+}
+
+
+def preset(name: str) -> Config:
+    """Return the preset called `name`, or raise a `ConfigError` that names the nearest ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset is called {name!r}; {did_you_mean(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the advice that ends an error about an unknown word: the nearest known ones, or all of them."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+
+
+def list_presets() -> str:
+    """The table that `python config.py` prints."""
+    rows = [("preset", "parameters", "tokens", "data source")]
+    for name, make in PRESETS.items():
+        cfg = make()
+        weights = sum(s.weight for s in cfg.data.sources)
+        source = " + ".join(f"{s.weight / weights:.0%} {s.label}" if len(cfg.data.sources) > 1 else s.label for s in cfg.data.sources)
+        rows.append((name, f"{cfg.model.n_parameters:,}", f"{cfg.tokens / 1e6:,.0f}M", source))
+    widths = [max(len(r[i]) for r in rows) for i in range(3)]
+    return "\n".join(f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}" for r in rows)
+
+
+if __name__ == "__main__":
+    print(list_presets())
+    print(f"\n`python main.py` trains {RUN!r}; choose another with --preset NAME.")

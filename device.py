@@ -1,0 +1,129 @@
+"""Device, precision, compilation and random state: all that depends on the hardware is in this file.
+
+Nothing else of the project asks which device it runs on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from config import KindlingError, TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeviceError(KindlingError):
+    """A device or precision that this machine does not have."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision a model runs."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes run: weights stay float32, products run in `precision`."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Return the loss scaler, which does nothing unless the precision is fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run's bits depend on besides its config."""
+        return {"device": self.device.type, "precision": self.precision, "threads": torch.get_num_threads(),
+                "torch": torch.__version__}
+
+
+def resolve(cfg: TrainConfig) -> Runtime:
+    """Choose device and precision by `cfg` and the hardware; raises DeviceError for what is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if cfg.device == "auto" else cfg.device
+    if not available[kind]:
+        there = ", ".join(k for k, yes in available.items() if yes)
+        raise DeviceError(f"train.device must be a device of this machine ({there}), but is {kind!r}; set --train.device auto")
+    if kind == "cuda":  # TensorFloat-32 for what stays float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(kind) else "fp16" if kind == "cuda" else "fp32"
+    return Runtime(torch.device(kind), precision)
+
+
+def has_bf16(kind: str) -> bool:
+    """Return whether the hardware, and not an emulation, multiplies bfloat16."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def has_compiler(kind: str) -> bool:
+    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    if kind == "cuda":
+        from torch.utils._triton import has_triton
+        return has_triton()
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    return kind == "cpu" and any(shutil.which(name) for name in names if name)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch's generators on every device."""
+    torch.manual_seed(seed)
+
+
+def rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:
+    """Return the state of every generator that training draws from (dropout); data order needs none."""
+    state = {"cpu": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    elif runtime.device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Restore what `rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def synchronize(runtime: Runtime) -> None:
+    """Wait until the device has done what it was given, so that a clock reading means something."""
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    elif runtime.device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Return the most memory used so far: allocated on the GPU, or resident in this process on the CPU; 0 if unknown."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,54 @@
+"""Evaluate a run on its own held-out files: loss, perplexity and bits per byte over the whole split.
+
+    python evaluate.py runs/demo
+
+Prints a table and writes `eval.json` into the run. The split was fixed by content hash before training and lies in
+the run's folder with its sha256, so the figures are those of files that the model has not seen. `--split test` is for
+final tables only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from cli import parse_cli, run_script
+
+
+@dataclass
+class Flags:
+    run: tyro.conf.Positional[Path | None] = None
+    """The run's folder, or its name under runs/. The newest if left out."""
+    split: Literal["val", "test"] = "val"
+    """Which held-out split; test is for final tables only."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = parse_cli(Flags, __doc__ or "", argv)
+    import json
+
+    from checkpoint import find_run, load_model, write_atomic
+    from device import resolve
+    from trainer import validate
+    run = find_run(flags.run)
+    runtime = resolve(run.config().train)
+    model, folder = load_model(run, runtime.device)
+    dataset = run.heldout(flags.split)
+    dataset.require_fits(model.cfg.vocab_size, run.tokenizer().sha256)
+    metrics = validate(model, dataset, runtime)
+    results = {"run": str(run.path), "checkpoint": folder.name, "split": flags.split, "tokens": len(dataset), "bytes": dataset.info.bytes,
+               "documents": dataset.info.documents, "precision": runtime.precision,
+               **{name.replace("val_", ""): value for name, value in metrics.items()}}
+    write_atomic(run.path / "eval.json", json.dumps(results, indent=1) + "\n")
+    print(f"{run.path} at {folder.name}, {flags.split} split: {results['documents']} documents, {results['tokens']:,} tokens, {results['bytes']:,} bytes")
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        print(f"  {name.replace('_', ' '):<16}{results[name]:>10.4f}")
+    print(f"written to {run.path / 'eval.json'}; next: python generate.py {run.path} --prompt \"def \"")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,90 @@
+"""Cross-entropy of a linear head, in chunks, so that the logits of a whole batch never exist at once.
+
+At `code-50m`'s batch of 4 x 1024 the float32 logits alone would take 0.8 GB, and their gradient as much again.
+Here a chunk of rows goes through the head, gives its loss and its gradients, and is forgotten: the memory is that of
+one chunk, and the head's product is not computed a second time for the backward pass.
+
+Limits: first derivatives only. Under float16 the gradient must be scaled before it is rounded, and the scale is only
+known in the backward pass; there the chunks are recomputed instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from config import IGNORE
+
+CHUNK = 1024  # rows at a time: 200 MB of float32 logits at a vocabulary of 49,152
+
+NllAndGrad = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def nll_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed negative log-likelihood and its gradient with respect to the logits.
+
+    logits (N, V) in any floating type, targets (N,) int64 with IGNORE where nothing is supervised.
+    The sum is float32; the gradient, softmax(logits) - onehot(targets), has the logits' type.
+    """
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (N, V)
+    supervised = (targets != IGNORE)[:, None]  # (N, 1)
+    index = targets.clamp_min(0)[:, None]  # (N, 1)
+    nll = torch.where(supervised, -log_p.gather(1, index), 0.0).sum()
+    onehot = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
+    grad = torch.where(supervised, log_p.exp() - onehot.float(), 0.0)  # (N, V)
+    return nll, grad.to(logits.dtype)
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients along with the loss, chunk by chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, kernel: NllAndGrad) -> Tensor:
+        w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight)
+        db = None if bias is None else torch.zeros_like(bias)
+        loss = torch.zeros((), device=x.device)
+        for start in range(0, x.size(0), CHUNK):
+            rows = slice(start, start + CHUNK)
+            x_chunk = x[rows].to(dtype)
+            nll, grad = kernel(F.linear(x_chunk, w, b), targets[rows])
+            loss += nll
+            dx[rows] = grad @ w
+            dw += grad.T @ x_chunk
+            if db is not None:
+                db += grad.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(dx, dw, *([] if db is None else [db]))
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        dx, dw, *db = ctx.saved_tensors
+        return dx * scale, dw * scale, db[0] * scale if db else None, None, None, None
+
+
+def _nll_sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight, bias).float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kernel: NllAndGrad = nll_and_grad) -> Tensor:
+    """Return the summed cross-entropy, in nats and float32, of the logits `x @ weight.T + bias`.
+
+    x (N, C), weight (V, C), bias (V,) or None, targets (N,) int64; IGNORE marks rows without a target.
+    The product runs in the autocast type where autocast is on. `kernel` is `nll_and_grad` or a compiled form of it.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_grad_enabled() and dtype != torch.float16:
+        with torch.autocast(device, enabled=False):
+            return _ChunkedLinearCrossEntropy.apply(x, weight, bias, targets, dtype, kernel)
+    loss = torch.zeros((), device=x.device)
+    for start in range(0, x.size(0), CHUNK):
+        chunk = x[start : start + CHUNK], weight, bias, targets[start : start + CHUNK]
+        loss = loss + (checkpoint(_nll_sum, *chunk, use_reentrant=False) if torch.is_grad_enabled() else _nll_sum(*chunk))
+    return loss

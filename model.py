@@ -1,0 +1,295 @@
+"""Every architecture of the five systems in one `GPT`, on `F.scaled_dot_product_attention`.
+
+    model = build_model(preset("code-50m").model)
+    loss_sum, n_targets = model(idx, targets)
+
+The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
+with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`.
+Limit: no key / value cache; generation runs the whole context for each token.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import IGNORE, ModelConfig
+from loss import linear_cross_entropy, nll_and_grad
+
+
+def sinusoidal_positions(block_size: int, n_embd: int) -> Tensor:
+    """Return the fixed position encodings (block_size, n_embd) of Vaswani et al. 2017, section 3.5."""
+    position = torch.arange(block_size, dtype=torch.float64)[:, None]  # (T, 1)
+    rate = torch.exp(torch.arange(0, n_embd, 2, dtype=torch.float64) * (-math.log(10_000.0) / n_embd))  # (C/2,)
+    angle = position * rate  # (T, C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C)
+
+
+def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (block_size, head_dim) of RoPE (Su et al. 2021), in Llama's half-rotation layout."""
+    rate = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2,)
+    angle = torch.arange(block_size, dtype=torch.float32)[:, None] * rate  # (T, D/2)
+    angle = torch.cat((angle, angle), dim=-1)  # (T, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm, with or without bias, or RMSNorm (Zhang and Sennrich 2019)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.rms, self.eps = cfg.norm == "rmsnorm", cfg.norm_eps
+        self.weight = nn.Parameter(torch.ones(cfg.n_embd))
+        self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias and not self.rms else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rms:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head or grouped-query attention in which no position sees a later one."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.kv_heads, cfg.head_dim
+        self.qk_norm, self.dropout = cfg.qk_norm, cfg.dropout
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.bias)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, n_head, T, D), keys and values (B, n_kv_head, T, D) of x (B, T, C)."""
+        B, T, C = x.shape
+        widths = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1))  # (B, H, T, D)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q, k, v = self.heads(x, rope)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0,
+                                           enable_gqa=self.n_head != self.n_kv_head)  # (B, n_head, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        return y if self.proj is None else self.proj(y)
+
+    def weights(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the attention weights (B, n_head, T, T) that `forward` uses without ever forming them."""
+        q, k, _ = self.heads(x, rope)
+        k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, n_head, T, D)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, n_head, T, T)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(later, -math.inf).softmax(-1)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: up, activation, down; SwiGLU (Shazeer 2020) has a gate beside up."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(cfg.n_embd, cfg.ff_width, bias=cfg.bias)
+        self.gate = nn.Linear(cfg.n_embd, cfg.ff_width, bias=cfg.bias) if cfg.activation == "swiglu" else None
+        self.down = nn.Linear(cfg.ff_width, cfg.n_embd, bias=cfg.bias)
+        self.activation = cfg.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)  # (B, T, d_ff)
+        if self.activation == "swiglu":
+            h = F.silu(self.gate(x)) * h
+        elif self.activation == "gelu":
+            h = F.gelu(h)
+        elif self.activation == "gelu_new":
+            h = F.gelu(h, approximate="tanh")
+        elif self.activation == "relu":
+            h = F.relu(h)
+        elif self.activation == "relu2":
+            h = F.relu(h).square()
+        return self.down(h)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.norm_1, self.attn = Norm(cfg), CausalSelfAttention(cfg)
+        self.norm_2, self.mlp = Norm(cfg), MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope))
+        x = x + self.dropout(self.mlp(self.norm_2(x)))
+        return x
+
+
+class LanguageModel(nn.Module):
+    """What trainer, evaluation and generation need of a model: `hidden` and `head`, and from them logits or loss."""
+
+    cfg: ModelConfig
+    head: nn.Linear
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Return the features (B, T, C) that the head turns into logits."""
+        raise NotImplementedError
+
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        """Return every head's attention weights (n_layer, B, n_head, T, T) for idx (B, T)."""
+        raise NotImplementedError
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits (B, T, vocab_size), or with targets the summed loss and the number of supervised tokens,
+        both tensors.
+
+        idx (B, T) int64 with T at most block_size; targets (B, T) int64, -100 where nothing is supervised. The loss
+        is a sum in nats, so that every average of the project is a total over a total. Raises ValueError if T is too long.
+        """
+        if idx.size(1) > self.cfg.block_size:
+            raise ValueError(f"a sequence must be at most block_size={self.cfg.block_size} tokens, but has {idx.size(1)}; crop it")
+        x = self.hidden(idx)  # (B, T, C)
+        if targets is None:
+            return self.head(x)  # (B, T, vocab_size)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), self._nll_and_grad)
+        return loss, (targets != IGNORE).sum()
+
+    _nll_and_grad = staticmethod(nll_and_grad)
+
+    def compile_parts(self) -> None:
+        """Compile the transformer blocks (once: they share their code) and the loss kernel, in place.
+
+        Parameters keep their names, so checkpoints do not know of it.
+        """
+        for block in self.compilable():
+            block.compile(dynamic=False)
+        self._nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
+
+    def decompile_parts(self) -> None:
+        """Undo `compile_parts`."""
+        for block in self.compilable():
+            block._compiled_call_impl = None
+        self._nll_and_grad = nll_and_grad
+
+    def compilable(self) -> list[nn.Module]:
+        """The repeated parts of the model that are worth compiling."""
+        raise NotImplementedError
+
+    def n_parameters(self) -> int:
+        """Count the trainable parameters; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class GPT(LanguageModel):
+    """A decoder-only transformer of any of the shapes of `ModelConfig`, randomly initialised from torch's global seed."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm_f = Norm(cfg) if cfg.final_norm else None
+        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=cfg.head_bias)
+        if cfg.tie_embeddings:
+            self.head.weight = self.wte.weight
+        if cfg.position == "sinusoidal":
+            self.register_buffer("positions", sinusoidal_positions(cfg.block_size, cfg.n_embd), persistent=False)
+        elif cfg.position == "rope":
+            cos, sin = rotary_tables(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.apply(partial(self._init, std=cfg.init_std))
+        nn.init.normal_(self.wte.weight, std=cfg.init_std if cfg.embd_init_std is None else cfg.embd_init_std)
+        for block in self.blocks:
+            for proj in (block.attn.proj, block.mlp.down):
+                if proj is not None and cfg.residual_init == "zero":
+                    nn.init.zeros_(proj.weight)
+                elif proj is not None:  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
+                    nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module, std: float) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def embed(self, idx: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the first block's input (B, T, C), and the rotary tables cut to T where positions are rotary."""
+        T = idx.size(1)
+        x = self.wte(idx)  # (B, T, C)
+        if self.cfg.position == "learned":
+            x = x + self.wpe.weight[:T]
+        elif self.cfg.position == "sinusoidal":
+            x = x + self.positions[:T]
+        rope = (self.rope_cos[:T], self.rope_sin[:T]) if self.cfg.position == "rope" else None
+        return self.dropout(x), rope
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        x, rope = self.embed(idx)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, rope)
+        return x if self.norm_f is None else self.norm_f(x)
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        x, rope = self.embed(idx)
+        layers = []
+        for block in self.blocks:
+            layers.append(block.attn.weights(block.norm_1(x), rope))
+            x = block(x, rope)
+        return torch.stack(layers)  # (n_layer, B, n_head, T, T)
+
+    def compilable(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+
+class TransformersGPT2(LanguageModel):
+    """The same contract over transformers' `GPT2LMHeadModel`, as seed 000 runs its 225M model."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+        self.cfg = cfg
+        # GPT2Config's own defaults would put bos and eos outside the vocabulary, and drop out in three places
+        self.gpt2 = GPT2LMHeadModel(GPT2Config(
+            vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
+            n_inner=cfg.ff_width, activation_function="gelu_new", resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
+            attn_pdrop=cfg.dropout, layer_norm_epsilon=cfg.norm_eps, initializer_range=cfg.init_std, use_cache=False,
+            bos_token_id=None, eos_token_id=None, attn_implementation="sdpa"))
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.gpt2.lm_head
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        return self.gpt2.transformer(idx).last_hidden_state
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        self.gpt2.set_attn_implementation("eager")  # the fused kernel never forms the weights
+        try:
+            return torch.stack(self.gpt2.transformer(idx, output_attentions=True).attentions)
+        finally:
+            self.gpt2.set_attn_implementation("sdpa")
+
+    def compilable(self) -> list[nn.Module]:
+        return list(self.gpt2.transformer.h)
+
+
+def build_model(cfg: ModelConfig) -> LanguageModel:
+    """Build the model of `cfg`, on the backbone that it names, with weights from torch's global generator."""
+    return TransformersGPT2(cfg) if cfg.backbone == "transformers" else GPT(cfg)

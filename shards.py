@@ -1,0 +1,201 @@
+"""Token shards: the files between the data pipeline and training.
+
+A data folder holds `train-00000.npy`, ... (flat little-endian token ids in NumPy's own headered format), the same for
+`val` and `test`, `tokenizer.json`, `ledger.json`, and `manifest.json` with each shard's length, dtype and sha256.
+A folder is whole or absent: it is written under another name and renamed when complete, and opening it checks every
+hash, so a truncated or damaged shard is found before the first step and not as a strange loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import IGNORE, KindlingError
+
+FORMAT = 1
+SHARD_TOKENS = 2**25
+SPLITS = ("train", "val", "test")
+
+
+class DataError(KindlingError):
+    """Data that cannot be read, built or used."""
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass
+class SplitInfo:
+    """What the manifest says of one split. `bytes` is UTF-8 source, for bits per byte."""
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    max_id: int = -1
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Collects the documents of one split and writes them as shards of at most SHARD_TOKENS tokens."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.info = SplitInfo()
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+        """Append one document, whose ids already end with the end-of-text token."""
+        self.info.documents += 1
+        self.info.bytes += n_bytes
+        self._pending.append(ids)
+        self._pending_tokens += len(ids)
+        if self._pending_tokens >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as the next shard."""
+        if not self._pending_tokens:
+            return
+        tokens = np.concatenate(self._pending).astype(self.dtype, copy=False)
+        self._pending, self._pending_tokens = [], 0
+        path = self.folder / f"{self.split}-{len(self.info.shards):05d}.npy"
+        np.save(path, tokens)
+        self.info.tokens += len(tokens)
+        self.info.max_id = max(self.info.max_id, int(tokens.max()))
+        self.info.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a data folder's manifest; raises DataError where there is none or it is of another format."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} must hold a manifest.json, but does not; build the data with `python data_pipeline.py`") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path} must be readable JSON, but is not ({e}); delete {folder} and build it again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} must be of format {FORMAT}, but is not; delete {folder} and build it again")
+    return manifest
+
+
+class TokenDataset:
+    """One split of a data folder, memory-mapped as one long sequence of token ids."""
+
+    def __init__(self, folder: Path, split: str):
+        """Open and verify every shard of the split; raises DataError naming the first that is damaged."""
+        self.folder, self.split = folder, split
+        self.manifest = read_manifest(folder)
+        self.info = SplitInfo(**self.manifest["splits"][split])
+        self._maps = [self._open(shard) for shard in self.info.shards]
+        self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
+
+    def _open(self, shard: dict[str, Any]) -> np.ndarray:
+        path = self.folder / shard["file"]
+        way_out = f"delete {self.folder} and run again to rebuild it"
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = sha256_file(path)
+        except (OSError, ValueError, EOFError) as e:
+            raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {way_out}") from None
+        if tokens.dtype != self.manifest["dtype"] or tokens.shape != (shard["tokens"],):
+            raise DataError(f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
+                            f"{tokens.size} of {tokens.dtype}; {way_out}")
+        if found != shard["sha256"]:
+            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {way_out}")
+        return tokens
+
+    def __len__(self) -> int:
+        return self.info.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` token ids from position `start` as int64 (count,), across shards."""
+        out = np.empty(count, dtype=np.int64)
+        filled, shard = 0, int(np.searchsorted(self._ends, start, side="right"))
+        while filled < count:
+            base = 0 if shard == 0 else int(self._ends[shard - 1])
+            piece = self._maps[shard][start + filled - base : start + count - base]
+            out[filled : filled + len(piece)] = piece
+            filled, shard = filled + len(piece), shard + 1
+        return out
+
+    def require_fits(self, vocab_size: int, tokenizer_sha256: str) -> None:
+        """Raise DataError unless these shards are of that tokenizer and every id is below `vocab_size`."""
+        if self.manifest["tokenizer_sha256"] != tokenizer_sha256:
+            raise DataError(f"the shards of {self.folder} must be of the run's tokenizer, but are of another; "
+                            f"delete the folder and run again to rebuild it, or start over with --fresh")
+        if self.info.max_id >= vocab_size:
+            raise DataError(f"every token id must be below model.vocab_size={vocab_size}, but {self.folder} holds {self.info.max_id}; "
+                            f"set --model.vocab-size to at least {self.manifest['vocab_size']}")
+
+
+class PackedBlocks:
+    """The training order: blocks of `block_size` tokens without padding, each once an epoch, shuffled by (seed, epoch).
+
+    A row is addressed by one integer, its position in the run, so a batch is a pure function of the step and a resumed
+    run sees exactly the rows that it would have seen.
+    """
+
+    def __init__(self, dataset: TokenDataset, block_size: int, seed: int):
+        self.dataset, self.block_size, self.seed = dataset, block_size, seed
+        self.n_blocks = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
+        if self.n_blocks < 1:
+            raise DataError(f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
+                            f"{len(dataset)}; add files, or lower --model.block-size")
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def _block(self, position: int) -> int:
+        epoch, place = divmod(position, self.n_blocks)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)
+        return int(self._order[1][place])
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return idx and targets (count, block_size) int64 of the rows at positions first, first + 1, ..."""
+        rows = np.stack([self.dataset.read(self._block(first + i) * self.block_size, self.block_size + 1) for i in range(count)])
+        return rows[:, :-1], rows[:, 1:]
+
+
+def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+    """Return the positions of one rank's rows in the batch that begins at `position`; the ranks together cover it once."""
+    share = batch_size // world_size
+    return range(position + rank * share, position + (rank + 1) * share)
+
+
+def blocks_in_order(dataset: TokenDataset, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the whole split once as idx and targets (B, block_size) int64: every token but the first is a target once.
+
+    Every batch has `batch_size` rows (one shape, so that compiled code serves them all); what is left over in the last
+    is id 0 with targets of -100.
+    """
+    starts = range(0, len(dataset) - 1, block_size)
+    for i in range(0, len(starts), batch_size):
+        idx = np.zeros((batch_size, block_size), dtype=np.int64)
+        targets = np.full_like(idx, IGNORE)
+        for row, start in enumerate(starts[i : i + batch_size]):
+            tokens = dataset.read(start, min(block_size + 1, len(dataset) - start))
+            idx[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
+        yield idx, targets
+
+
+def write_manifest(folder: Path, **content: Any) -> None:
+    """Write the manifest, the last file of a data folder; `splits` are SplitInfo."""
+    content["splits"] = {name: asdict(info) for name, info in content["splits"].items()}
+    write_json(folder / "manifest.json", {"format": FORMAT, **content})

@@ -1,0 +1,391 @@
+"""The one training loop, used by every script that trains.
+
+A run is a pure function of its config and data: the learning rate of the step, the batch of the position in the data
+(one integer), dropout of a random state that is saved. So a run that was stopped and resumed ends in the same bits as
+one that was not, on the same device with the same number of threads. Losses are sums and are divided once, by the
+supervised tokens of the whole step, so that accumulation changes nothing but the rounding.
+
+Limit: one process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import device
+from checkpoint import CheckpointError, RunDirectory, load_state, load_weights, state_digest, write_atomic
+from config import IGNORE, Config, KindlingError, TrainConfig
+from device import Runtime
+from model import LanguageModel
+from shards import TokenDataset, blocks_in_order, rows_of_rank
+
+COMPILE_FLOPS = 2e13  # about a minute of a small CPU: a shorter run ends before compiling has paid
+VALIDATION_ROWS = 16
+
+
+class TrainingError(KindlingError):
+    """A run that cannot go on."""
+
+
+class Batches(Protocol):
+    """Training rows, addressed by their position in the run."""
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return idx and targets (count, T) int64."""
+        ...
+
+
+def learning_rate_scale(step: int, cfg: TrainConfig) -> float:
+    """Return the factor on the peak learning rate at `step` (from 0): linear warmup, then decay to `min_lr_ratio`."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    progress = min(1.0, (step - cfg.warmup_steps + 1) / max(1, cfg.max_steps - cfg.warmup_steps))
+    if cfg.schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
+    elif cfg.schedule == "linear":
+        decay = 1 - progress
+    else:
+        return 1.0
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * decay
+
+
+def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest.
+
+    Weight decay touches matrices only. Each group keeps its peak rate as `peak_lr`. Muon: Jordan et al. 2024.
+    """
+    inside = {id(p) for part in model.compilable() for p in part.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in parameters if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2]
+    taken = {id(p) for p in hidden}
+    rest = [p for p in parameters if id(p) not in taken]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def to_device(rows: np.ndarray, runtime: Runtime) -> Tensor:
+    """Copy rows of token ids to the device as int64."""
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(runtime.device)
+
+
+@torch.no_grad()
+def mean_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], runtime: Runtime) -> tuple[float, int]:
+    """Return the mean loss in nats over all supervised tokens of `batches`, and their number."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for idx, targets in batches:
+        with runtime.autocast():
+            loss, n = model(to_device(idx, runtime), to_device(targets, runtime))
+        total, count = total + float(loss), count + int(n)
+    model.train(was_training)
+    return total / max(1, count), count
+
+
+def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
+    """Return loss (nats a token), perplexity and bits per byte over the whole of one split.
+
+    Bits per byte counts every predicted token, end-of-text too, over the UTF-8 bytes of the documents, and so
+    compares across tokenizers.
+    """
+    loss, count = mean_loss(model, blocks_in_order(dataset, model.cfg.block_size, VALIDATION_ROWS), runtime)
+    bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
+
+    def __init__(self, run: RunDirectory, step: int):
+        """Open the log at `step`; lines that a killed run wrote past its last checkpoint are removed."""
+        from torch.utils.tensorboard import SummaryWriter
+        self.path = run.path / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, b"\nstopping after this step; the run is saved. Once more to stop at once, without saving\n")
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.signal is None else 128 + self.signal
+
+
+class Trainer:
+    """A run in progress: model, optimisers, position in the data, and the folder that they are saved to."""
+
+    def __init__(self, cfg: Config, run: RunDirectory, model: LanguageModel, batches: Batches,
+                 evaluate: Callable[[LanguageModel], dict[str, float]], runtime: Runtime):
+        self.cfg, self.train, self.run, self.runtime = cfg, cfg.train, run, runtime
+        self.model, self.batches, self.evaluate = model, batches, evaluate
+        self.optimizers = make_optimizers(model, cfg.train)
+        self.scaler = runtime.grad_scaler()
+        self.step = 0  # optimiser steps done, skipped ones included
+        self.position = 0  # rows consumed
+        self.skipped = 0  # steps whose loss or gradient was not finite
+        self.skipped_in_a_row = 0
+        self.elapsed_s = 0.0  # time in steps, over all sessions of the run
+        self.best: dict[str, float] | None = None
+        self.last_eval: dict[str, float] = {}
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on besides weights, config and data."""
+        return {"step": self.step, "position": self.position, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                "elapsed_s": self.elapsed_s, "best": self.best, "last_eval": self.last_eval,
+                "optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict(),
+                "rng": device.rng_state(self.runtime), "environment": self.runtime.describe()}
+
+    def resume(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take up the run where a verified checkpoint left it."""
+        load_weights(folder, self.model)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.position = state["step"], state["position"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.elapsed_s, self.best, self.last_eval = state["elapsed_s"], state["best"], state["last_eval"]
+        device.set_rng_state(state["rng"])
+        for name, was in state["environment"].items():
+            if (now := self.runtime.describe()[name]) != was:
+                print(f"note: {name} was {was} and is {now}: the run goes on, but not bit for bit as it would have", file=sys.stderr)
+
+    def save(self, required: bool = False) -> None:
+        """Save a checkpoint and prune the old ones. A failure is a warning, and the run goes on, unless `required`."""
+        try:
+            self.run.save(self.step, self.model, self.state())
+        except CheckpointError as e:
+            if required:
+                raise
+            tqdm.write(f"warning: {e}; the run goes on and tries again at the next checkpoint", file=sys.stderr)
+            return
+        self.run.prune(self.train.keep_checkpoints, None if self.best is None else int(self.best["step"]))
+
+    def digest(self) -> str:
+        """Return the sha256 of weights and optimiser state."""
+        return state_digest(self.model, self.optimizers)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def forward_backward(self) -> tuple[Tensor, int]:
+        """Accumulate the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens."""
+        rows = rows_of_rank(self.position, self.train.batch_size)
+        idx, targets = self.batches.rows(rows.start, len(rows))
+        n_targets = int((targets != IGNORE).sum())
+        total = torch.zeros((), device=self.runtime.device)
+        for start in range(0, len(rows), self.train.micro_batch):
+            micro = slice(start, start + self.train.micro_batch)
+            with self.runtime.autocast():
+                loss, _ = self.model(to_device(idx[micro], self.runtime), to_device(targets[micro], self.runtime))
+            loss = loss / max(1, n_targets)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total, n_targets
+
+    def train_step(self) -> tuple[float, float, int]:
+        """Do one optimiser step; return its loss, gradient norm and tokens. A loss or norm that is not finite skips it."""
+        scale = learning_rate_scale(self.step, self.train)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+        loss, n_targets = self.forward_backward()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        self.scaler.update()  # also after a skip: it lowers the scale, and the next unscale_ needs it
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped += not finite
+        self.step += 1
+        self.position += self.train.batch_size
+        return float(loss), float(norm), n_targets
+
+    def compile(self) -> bool:
+        """Compile the model and run one batch through it, leaving no trace in the run; on failure warn and stay eager."""
+        rng = device.rng_state(self.runtime)
+        self.model.compile_parts()
+        try:
+            self.forward_backward()
+        except Exception as e:  # a compiler's failures have no common class
+            self.model.decompile_parts()
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            print(f"warning: torch.compile failed ({reason}); training goes on uncompiled", file=sys.stderr)
+            return False
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            device.set_rng_state(rng)
+        return True
+
+    def wants_compile(self) -> bool:
+        """Return whether compiling pays for this run, or is asked for."""
+        if self.train.compile != "auto":
+            return self.train.compile == "on"
+        return 6 * self.model.n_parameters() * self.cfg.tokens >= COMPILE_FLOPS and device.has_compiler(self.runtime.device.type)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> int:
+        """Train to `max_steps`; return 0, or 130 / 143 after a signal. The run is saved in each case.
+
+        Raises TrainingError after `max_skipped_steps` bad steps in a row, CheckpointError if the last save fails.
+        """
+        self.model.train()
+        if self.wants_compile():
+            print("compiling the model (once; a quarter of a minute) ...", flush=True)
+            self.compile()
+        with StopRequest() as stop:
+            log = MetricsLog(self.run, self.step)
+            bar = tqdm(total=self.train.max_steps, initial=self.step, unit="step", dynamic_ncols=True,
+                       mininterval=0.5 if sys.stderr.isatty() else 15)
+            try:
+                self._loop(stop, log, bar)
+            finally:
+                bar.close()
+                log.close()
+        return stop.exit_code
+
+    def _loop(self, stop: StopRequest, log: MetricsLog, bar: tqdm) -> None:
+        window_loss, window_tokens, window_s = 0.0, 0, 0.0
+        saved_step = self.step
+        while self.step < self.train.max_steps and stop.signal is None:
+            started = time.perf_counter()
+            loss, norm, tokens = self.train_step()
+            seconds = time.perf_counter() - started
+            self.elapsed_s += seconds
+            window_loss, window_tokens, window_s = window_loss + loss * tokens, window_tokens + tokens, window_s + seconds
+            bar.update(1)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                tqdm.write(f"warning: step {self.step} skipped: loss {loss}, gradient norm {norm}", file=sys.stderr)
+                window_loss, window_tokens, window_s = 0.0, 0, 0.0
+            last = self.step == self.train.max_steps
+            if window_tokens and (self.step % self.train.log_every == 0 or last):
+                rate = window_tokens / window_s
+                log.write(self.step, tokens=self.position * self.cfg.model.block_size, loss=window_loss / window_tokens,
+                          lr=self.optimizers[0].param_groups[0]["lr"], grad_norm=norm, tokens_per_s=rate,
+                          elapsed_s=self.elapsed_s, skipped_steps=self.skipped)
+                bar.set_postfix_str(f"loss {window_loss / window_tokens:.3f}, {rate:,.0f} tokens/s", refresh=False)
+                window_loss, window_tokens, window_s = 0.0, 0, 0.0
+            improved = False
+            if self.step % self.train.eval_every == 0 or last:
+                improved = self._evaluate(log, bar)
+            if self.step % self.train.save_every == 0 or improved or last:
+                self.save(required=last)
+                saved_step = self.step
+            if self.skipped_in_a_row >= self.train.max_skipped_steps:
+                raise TrainingError(f"at most {self.train.max_skipped_steps - 1} steps in a row may be skipped for a loss or gradient that is not "
+                                    f"finite, but {self.skipped_in_a_row} were; lower --train.lr, raise --train.eps to 1e-5, or use --train.precision fp32")
+        if stop.signal is not None and saved_step != self.step:
+            self.save(required=True)
+
+    def _evaluate(self, log: MetricsLog, bar: tqdm) -> bool:
+        """Evaluate, log, and return whether it is the best so far."""
+        self.last_eval = self.evaluate(self.model)
+        log.write(self.step, **self.last_eval)
+        tqdm.write(f"step {self.step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.last_eval.items()))
+        bar.refresh()
+        improved = self.best is None or self.last_eval["val_loss"] < self.best["val_loss"]
+        if improved:
+            self.best = {"step": self.step, "val_loss": self.last_eval["val_loss"]}
+        return improved
+
+
+def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3) -> str:
+    """Train a few steps on random tokens, without files, and return what the whole run would take."""
+    class Noise:
+        def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = np.random.default_rng(first).integers(0, cfg.model.vocab_size, (count, cfg.model.block_size + 1))
+            return rows[:, :-1], rows[:, 1:]
+
+    trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, Noise(), lambda _: {}, runtime)
+    model.train()
+    compiled = trainer.wants_compile() and trainer.compile()
+    trainer.train_step()  # the first one allocates
+    device.synchronize(runtime)
+    started = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step()
+    device.synchronize(runtime)
+    seconds = (time.perf_counter() - started) / steps
+    state = sum(t.numel() * t.element_size() for o in trainer.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    total, positions = model.n_parameters(), cfg.model.n_position_parameters
+    per_step = cfg.train.batch_size * cfg.model.block_size
+    hours = cfg.train.max_steps * seconds / 3600
+    return "\n".join([
+        f"model        {total:,} parameters, {total - positions:,} without positions",
+        f"runs on      {runtime.device.type}, {runtime.precision}, {'compiled' if compiled else 'not compiled'}, {torch.get_num_threads()} CPU threads",
+        f"memory       {2 * weights / 1e9:.2f} GB weights and gradients + {state / 1e9:.2f} GB optimiser state; "
+        f"{device.peak_memory_bytes(runtime) / 1e9:.2f} GB at the peak of a step, measured",
+        f"tokens       {cfg.tokens:,} = {cfg.train.max_steps:,} steps of {cfg.train.batch_size} x {cfg.model.block_size}, "
+        f"in {cfg.train.batch_size // cfg.train.micro_batch} micro-batches of {cfg.train.micro_batch}",
+        f"speed        {per_step / seconds:,.0f} tokens/s, measured over {steps} steps",
+        f"time         {hours:.1f} hours" if hours >= 1 else f"time         {hours * 60:.1f} minutes",
+    ])
