@@ -38,6 +38,8 @@ class CheckpointError(KindlingError):
 
 def _sync(path: Path) -> None:
     """Force a file's or directory's content to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no directories
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -347,6 +347,8 @@ class TrainConfig:
     """Newest checkpoints to keep; the best one stays as well."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    sample_prompts: tuple[str, ...] = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
+    """Prompts that are continued and shown when the run ends."""
 
     @property
     def micro_batch(self) -> int:
@@ -410,12 +412,12 @@ def demo() -> Config:
     """Minutes on two CPU cores, offline: the Python source that is on this machine."""
     return Config(
         preset="demo",
-        model=ModelConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=4, n_embd=256, position="rope", norm="rmsnorm",
+        model=ModelConfig(block_size=256, vocab_size=4096, n_layer=4, n_head=3, n_embd=192, position="rope", norm="rmsnorm",
                           activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, residual_init="zero"),
-        data=DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=60_000_000),), min_chars=100, min_lines=3,
-                        min_alphanumeric=0.25),
-        train=TrainConfig(max_steps=1000, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
-                          warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01),
+        data=DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=30_000_000),), min_chars=100, min_lines=3,
+                        min_alphanumeric=0.25, val_fraction=0.02, test_fraction=0.02),
+        train=TrainConfig(max_steps=850, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
+                          warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01, eval_every=425, save_every=200),
     )
 
 
@@ -456,7 +458,7 @@ def tinystories() -> Config:
                           dropout=0.1),
         data=DataConfig(sources=(stories,), val_fraction=0.05),
         train=TrainConfig(max_steps=10_000, batch_size=256, micro_batch_size=16, lr=3e-4, warmup_steps=500, eval_every=500,
-                          save_every=500),
+                          save_every=500, sample_prompts=("Once upon a time",)),
     )
 
 
@@ -484,7 +486,7 @@ def fineweb_nano() -> Config:
                           embd_init_std=1.0),
         data=DataConfig(sources=(web,), max_tokens=99_000_000),
         train=TrainConfig(max_steps=10_000, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=100, min_lr_ratio=0.0,
-                          eval_every=500, save_every=500),
+                          eval_every=500, save_every=500, sample_prompts=("The nature of",)),
     )
 
 

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -169,8 +169,9 @@ def _examine(document: Document, cfg: DataConfig, tokenizer: Tokenizer | None) -
 class WorkerPool:
     """Processes that examine batches of documents; a document that kills its process is dropped, and only that one."""
 
-    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None, tokenizer_cfg: TokenizerConfig):
-        self._n_workers = cfg.n_workers
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None, tokenizer_cfg: TokenizerConfig,
+                 examine: Callable[[list[Document]], list[Examined]] = _examine_batch):
+        self._n_workers, self._examine = cfg.n_workers, examine
         self._arguments = (cfg, None if tokenizer is None else tokenizer.to_json(), tokenizer_cfg)
         self._generation = 0
         self._start()
@@ -190,7 +191,7 @@ class WorkerPool:
         """Examine a stream of documents, a few batches ahead of the consumer; yields in the stream's order."""
         window: deque[tuple[list[Document], Future[list[Examined]], int]] = deque()
         for batch in _batches(stream):
-            window.append((batch, self._executor.submit(_examine_batch, batch), self._generation))
+            window.append((batch, self._executor.submit(self._examine, batch), self._generation))
             if len(window) > 2 * self._n_workers:
                 yield from self._result(*window.popleft())
         while window:
@@ -205,11 +206,11 @@ class WorkerPool:
                 if generation == self._generation:
                     self._restart()
                     return [self._alone(document) for document in batch]
-            generation, future = self._generation, self._executor.submit(_examine_batch, batch)
+            generation, future = self._generation, self._executor.submit(self._examine, batch)
 
     def _alone(self, document: Document) -> Examined:
         try:
-            return self._executor.submit(_examine_batch, [document]).result()[0]
+            return self._executor.submit(self._examine, [document]).result()[0]
         except BrokenProcessPool:
             self._restart()
             return Examined(document.key, document.size, "killed its worker")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli import ConfigFlags, changed_fields, parse_cli, run_script
 from config import Config, KindlingError
-from data_pipeline import exit_on_terminate, prepare
+from data_pipeline import DATA, exit_on_terminate, prepare
 
 if TYPE_CHECKING:
     from checkpoint import RunDirectory
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from model import LanguageModel
     from shards import TokenDataset
 
-SAMPLE_PROMPTS = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
-HARMLESS = {"train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped_steps", "data.workers"}
+HARMLESS = {"train.sample_prompts", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped_steps", "data.workers"}
 ALLOWED = HARMLESS | {"train.max_steps", "train.threads", "train.device", "train.precision", "train.compile", "train.micro_batch_size"}
 
 
@@ -57,7 +56,7 @@ def training_data(cfg: Config, run: RunDirectory) -> TokenDataset:
     if not run.exists():
         return TokenDataset(prepare(cfg), "train")
     manifest = read_manifest(run.data)
-    folder = Path("data") / manifest["fingerprint"]
+    folder = DATA / manifest["fingerprint"]
     if not folder.is_dir():
         folder = prepare(cfg)
     dataset = TokenDataset(folder, "train")
@@ -89,7 +88,7 @@ def samples(model: LanguageModel, run: RunDirectory) -> str:
     tokenizer = run.tokenizer()
     model.eval()
     out = []
-    for seed, prompt in enumerate(SAMPLE_PROMPTS):
+    for seed, prompt in enumerate(run.config().train.sample_prompts):
         text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed))
         out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
     return "\n".join(out)
@@ -134,6 +133,8 @@ def pretrain(cfg: Config, fresh: bool) -> int:
         if code:
             print(f"stopped and saved at step {trainer.step}; the same command resumes")
             return code
+    if not trainer.last_eval:
+        trainer.last_eval = trainer.evaluate(model)
     print(f"\n{samples(model, run)}")
     report(trainer, time.perf_counter() - started)
     return 0

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,6 +113,13 @@ def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> d
     loss, count = mean_loss(model, blocks_in_order(dataset, model.cfg.block_size, VALIDATION_ROWS), runtime)
     bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
+
+
+def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime) -> bool:
+    """Return whether compiling pays for this run, or is asked for."""
+    if cfg.train.compile != "auto":
+        return cfg.train.compile == "on"
+    return 6 * model.n_parameters() * cfg.tokens >= COMPILE_FLOPS and device.has_compiler(runtime.device.type)
 
 
 class MetricsLog:
@@ -284,12 +292,6 @@ class Trainer:
             device.set_rng_state(rng)
         return True
 
-    def wants_compile(self) -> bool:
-        """Return whether compiling pays for this run, or is asked for."""
-        if self.train.compile != "auto":
-            return self.train.compile == "on"
-        return 6 * self.model.n_parameters() * self.cfg.tokens >= COMPILE_FLOPS and device.has_compiler(self.runtime.device.type)
-
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
@@ -298,7 +300,7 @@ class Trainer:
         Raises TrainingError after `max_skipped_steps` bad steps in a row, CheckpointError if the last save fails.
         """
         self.model.train()
-        if self.wants_compile():
+        if wants_compile(self.cfg, self.model, self.runtime):
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
         with StopRequest() as stop:
@@ -357,35 +359,42 @@ class Trainer:
         return improved
 
 
-def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3) -> str:
-    """Train a few steps on random tokens, without files, and return what the whole run would take."""
+def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3, limit_s: float = 20) -> str:
+    """Train a few steps of one micro-batch on random tokens, without files, and return what the whole run would take."""
     class Noise:
         def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
             rows = np.random.default_rng(first).integers(0, cfg.model.vocab_size, (count, cfg.model.block_size + 1))
             return rows[:, :-1], rows[:, 1:]
 
-    trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, Noise(), lambda _: {}, runtime)
+    n_micro = cfg.train.batch_size // cfg.train.micro_batch
+    trainer = Trainer(replace(cfg, train=replace(cfg.train, batch_size=cfg.train.micro_batch, micro_batch_size=None)),
+                      RunDirectory(Path(os.devnull)), model, Noise(), lambda _: {}, runtime)
     model.train()
-    compiled = trainer.wants_compile() and trainer.compile()
+    compiled = wants_compile(cfg, model, runtime) and trainer.compile()
     trainer.train_step()  # the first one allocates
-    device.synchronize(runtime)
-    started = time.perf_counter()
-    for _ in range(steps):
-        trainer.train_step()
-    device.synchronize(runtime)
-    seconds = (time.perf_counter() - started) / steps
+
+    def seconds_of(work: Callable[[], Any]) -> float:
+        device.synchronize(runtime)
+        started, done = time.perf_counter(), 0
+        while done < steps and (done == 0 or time.perf_counter() - started < limit_s):
+            work()
+            device.synchronize(runtime)
+            done += 1
+        return (time.perf_counter() - started) / done
+
+    micro_s = seconds_of(trainer.forward_backward)
+    step_s = seconds_of(trainer.train_step) + (n_micro - 1) * micro_s
     state = sum(t.numel() * t.element_size() for o in trainer.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total, positions = model.n_parameters(), cfg.model.n_position_parameters
-    per_step = cfg.train.batch_size * cfg.model.block_size
-    hours = cfg.train.max_steps * seconds / 3600
+    hours = cfg.train.max_steps * step_s / 3600
     return "\n".join([
         f"model        {total:,} parameters, {total - positions:,} without positions",
         f"runs on      {runtime.device.type}, {runtime.precision}, {'compiled' if compiled else 'not compiled'}, {torch.get_num_threads()} CPU threads",
         f"memory       {2 * weights / 1e9:.2f} GB weights and gradients + {state / 1e9:.2f} GB optimiser state; "
         f"{device.peak_memory_bytes(runtime) / 1e9:.2f} GB at the peak of a step, measured",
         f"tokens       {cfg.tokens:,} = {cfg.train.max_steps:,} steps of {cfg.train.batch_size} x {cfg.model.block_size}, "
-        f"in {cfg.train.batch_size // cfg.train.micro_batch} micro-batches of {cfg.train.micro_batch}",
-        f"speed        {per_step / seconds:,.0f} tokens/s, measured over {steps} steps",
+        f"in {n_micro} micro-batches of {cfg.train.micro_batch}",
+        f"speed        {cfg.train.batch_size * cfg.model.block_size / step_s:,.0f} tokens/s, measured over {steps} micro-batches",
         f"time         {hours:.1f} hours" if hours >= 1 else f"time         {hours * 60:.1f} minutes",
     ])

@@ -1,0 +1,39 @@
+# `make` alone prints the targets. Everything is installed into .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint bench clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python must be 3.11 or later, but is $$($(PYTHON) --version 2>&1); name another with make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ .venv/.installed
+
+install: .venv/.installed ## set up .venv with the pinned requirements
+
+run: .venv/.installed ## train the demo model on this machine's Python source (about 5 minutes)
+	@$(BIN)/python main.py
+
+test: .venv/.installed-dev ## lint, then run the whole test suite (under 5 minutes, offline)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev ## check the style
+	@$(BIN)/ruff check .
+
+bench: .venv/.installed-dev ## measure the figures of the README on this machine
+	@$(BIN)/python benchmarks/pipeline.py
+
+clean: ## remove .venv and caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

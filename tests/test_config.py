@@ -1,0 +1,120 @@
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import cli
+from config import PRESETS, Config, ConfigError, ModelConfig, SourceConfig, list_presets, preset
+from model import GPT
+
+EXACT = {"code-50m": 50_910_208, "code-150m": 123_591_168, "code-225m": 225_317_760, "tinystories": 1_850_112,
+         "autocomplete": 33_551_168, "fineweb-nano": 44_062_661, "smallcoder-1": 302_027_520, "smallcoder-2": 302_027_520,
+         "smallcoder-3": 302_027_520, "smallcoder-4": 302_027_520}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_each_preset_has_its_exact_parameter_count(name):
+    with torch.device("meta"):
+        model = GPT(preset(name).model)
+    assert model.n_parameters() == EXACT[name] == preset(name).model.n_parameters
+
+
+def test_code_150m_untied_has_the_count_that_the_readme_gives():
+    assert replace(preset("code-150m").model, tie_embeddings=False).n_parameters == 161_339_904
+
+
+def values_for(hint):
+    """A strategy for any value that a field of this type can hold."""
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
+    if get_origin(hint) is tuple:
+        return st.lists(values_for(get_args(hint)[0]), min_size=1, max_size=3).map(tuple)
+    if args := get_args(hint):
+        return st.one_of(*map(values_for, args))
+    return {int: st.integers(1, 64), float: st.floats(1e-9, 0.49), bool: st.booleans(), str: st.text(min_size=1, max_size=8),
+            type(None): st.none()}.get(hint) or configs(hint)
+
+
+def configs(cls):
+    """A strategy for valid instances of a config class: one or more fields of the default replaced by arbitrary values."""
+    @st.composite
+    def draw_config(draw):
+        changed = {}
+        for f in fields(cls):
+            if is_dataclass(hint := get_type_hints(cls)[f.name]) or draw(st.booleans()):
+                changed[f.name] = draw(values_for(hint))
+        try:
+            return cls(**changed)
+        except ConfigError:
+            assume(False)
+    return draw_config()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
+@given(configs(Config))
+def test_yaml_round_trip_keeps_every_field(cfg):
+    assert cli.from_yaml(cli.to_yaml(cfg)) == cfg
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_yaml(name):
+    assert cli.from_yaml(cli.to_yaml(preset(name))) == preset(name)
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        preset("demo").model.n_layer = 3
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: ModelConfig(n_embd=100, n_head=8), ["model.n_embd", "multiple of n_head=8", "100", "96 or 104"]),
+    (lambda: ModelConfig(n_head=4, n_kv_head=3), ["model.n_kv_head", "divisor of n_head=4", "3"]),
+    (lambda: ModelConfig(head_bias=True), ["model.head_bias", "tied"]),
+    (lambda: ModelConfig(dropout=1.5), ["model.dropout", "at most 0.99", "1.5"]),
+    (lambda: ModelConfig(norm_eps=float("nan")), ["model.norm_eps", "nan"]),
+    (lambda: replace(preset("smallcoder-1").model, backbone="transformers"), ["model.position", "'learned'", "'rope'"]),
+    (lambda: replace(preset("demo").train, micro_batch_size=5), ["train.micro_batch_size", "divisor", "5"]),
+    (lambda: replace(preset("demo").tokenizer, pad_token="<|endoftext|>"), ["different from each other", "end token"]),
+    (lambda: SourceConfig(kind="jsonl"), ["data.sources.path", "jsonl"]),
+    (lambda: replace(preset("demo"), name="../x"), ["name", "'../x'"]),
+    (lambda: preset("code-50"), ["'code-50'", "code-50m"]),
+    (lambda: cli.from_yaml("model: {n_embdd: 3}"), ["model.n_embdd", "did you mean n_embd"]),
+    (lambda: cli.from_yaml("trian: {}"), ["trian", "did you mean train"]),
+    (lambda: cli.from_yaml("data: {sources: [{pth: x}]}"), ["data.sources.0.pth", "path"]),
+    (lambda: cli.from_yaml("train: {lr: fast}"), ["train.lr", "'fast'"]),
+    (lambda: cli.from_yaml("[1"), ["YAML"]),
+    (lambda: cli.from_yaml("7"), ["mapping"]),
+])
+def test_an_impossible_setting_is_refused_in_one_line_that_names_it(make, words):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_flags_override_the_preset_that_they_name():
+    from main import Flags
+    flags = cli.parse_cli(Flags, "", ["--preset", "code-50m", "--name", "x", "--model.bias", "False", "--train.lr", "1e-3", "--fresh"])
+    assert flags.fresh and not flags.dry_run
+    assert cli.changed_fields(preset("code-50m"), flags.config) == {
+        "name": (None, "x"), "model.bias": (True, False), "train.lr": (6e-4, 1e-3)}
+
+
+def test_a_mistyped_flag_exits_with_2_and_the_nearest_one():
+    result = subprocess.run([sys.executable, ROOT / "main.py", "--train.max-stepz", "3"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--train.max-steps" in result.stdout + result.stderr
+
+
+def test_the_list_shows_every_preset_with_its_parameters_tokens_and_source():
+    listing = list_presets()
+    for name, count in EXACT.items():
+        assert name in listing and f"{count:,}" in listing
+    assert "819M" in listing and "60% nvidia/Nemotron-Pretraining-Code-v1/Synthetic-Code + 40% bigcode/starcoderdata/python" in listing

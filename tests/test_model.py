@@ -1,0 +1,228 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from config import IGNORE, ConfigError, ModelConfig, preset
+from model import GPT, Norm, TransformersGPT2, build_model, rotary_tables, sinusoidal_positions
+
+SMALL = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
+SEEDS = {  # the five systems' architectures at toy size, and the demo's
+    name: replace(preset(name).model, **SMALL, n_kv_head=None, d_ff=64)
+    for name in ("demo", "code-50m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-1")
+}
+shapes = st.builds(dict, n_layer=st.integers(1, 3), n_head=st.sampled_from([2, 4]), n_kv_head=st.sampled_from([None, 1, 2]),
+                   position=st.sampled_from(["learned", "sinusoidal", "rope"]), norm=st.sampled_from(["layernorm", "rmsnorm"]),
+                   final_norm=st.booleans(), activation=st.sampled_from(["gelu", "gelu_new", "relu", "relu2", "swiglu"]), bias=st.booleans(),
+                   attn_out_proj=st.booleans(), qk_norm=st.booleans(), tie_embeddings=st.booleans())
+
+
+def tokens(cfg, batch=2, length=None):
+    return torch.randint(cfg.vocab_size, (batch, length or cfg.block_size), generator=torch.Generator().manual_seed(1))
+
+
+def randomise(model, seed=0):
+    """Give every parameter, biases and norms too, a random value, so that none can be left out unnoticed."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.1 + (1.0 if p.ndim == 1 else 0.0))
+    return model
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(shapes, st.integers(1, 3), st.integers(1, 16))
+def test_any_shape_gives_logits_of_its_shape_and_the_count_of_the_formula(shape, batch, length):
+    cfg = ModelConfig(block_size=16, vocab_size=37, n_embd=16, d_ff=24, **shape)
+    model = GPT(cfg)
+    assert model(tokens(cfg, batch, length)).shape == (batch, length, 37)
+    assert model.n_parameters() == cfg.n_parameters
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_no_position_sees_a_later_one(name):
+    cfg = SEEDS[name]
+    model = randomise(GPT(cfg)).eval()
+    idx = tokens(cfg)
+    changed = idx.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % cfg.vocab_size
+    before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_attention_weights_are_causal_distributions_and_the_ones_that_attention_uses(name):
+    cfg = SEEDS[name]
+    model = randomise(GPT(cfg)).eval()
+    idx = tokens(cfg)
+    weights = model.attention_weights(idx)
+    assert weights.shape == (cfg.n_layer, 2, cfg.n_head, cfg.block_size, cfg.block_size)
+    assert (weights.triu(1) == 0).all()
+    assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+    x, rope = model.embed(idx)
+    attn = model.blocks[0].attn
+    h = model.blocks[0].norm_1(x)
+    y = (weights[0] @ attn.heads(h, rope)[2]).transpose(1, 2).flatten(2)
+    assert torch.allclose(y if attn.proj is None else attn.proj(y), attn(h, rope), atol=1e-4)
+
+
+def test_grouped_query_weights_are_the_ones_that_attention_uses():
+    cfg = replace(SEEDS["smallcoder-1"], n_kv_head=2)
+    attn = randomise(GPT(cfg)).eval().blocks[0].attn
+    x = torch.randn(2, 16, cfg.n_embd)
+    v = attn.heads(x, None)[2].repeat_interleave(2, dim=1)
+    assert torch.allclose(attn.proj((attn.weights(x) @ v).transpose(1, 2).flatten(2)), attn(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_an_untrained_model_is_as_good_as_guessing(name):
+    cfg = replace(SEEDS[name], vocab_size=1009)
+    torch.manual_seed(0)
+    loss, n = GPT(cfg).eval()(tokens(cfg, 8), tokens(cfg, 8))
+    assert float(loss / n) == pytest.approx(math.log(1009), rel=0.08)
+
+
+def test_the_loss_is_the_sum_over_supervised_tokens():
+    cfg = SEEDS["autocomplete"]
+    model = randomise(GPT(cfg)).eval()
+    idx, targets = tokens(cfg), tokens(cfg).roll(-1, 1)
+    targets[0, 5:] = IGNORE
+    loss, n = model(idx, targets)
+    expected = torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    assert n == 5 + cfg.block_size
+    assert torch.allclose(loss, expected, rtol=1e-5)
+
+
+def test_residual_projections_start_scaled_or_at_zero():
+    cfg = replace(SEEDS["code-50m"], n_embd=128, n_layer=8)
+    for proj in (GPT(cfg).blocks[3].attn.proj, GPT(cfg).blocks[3].mlp.down):
+        assert proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    assert (GPT(replace(cfg, residual_init="zero")).blocks[0].mlp.down.weight == 0).all()
+
+
+def test_dropout_acts_in_training_only():
+    cfg = replace(SEEDS["tinystories"], dropout=0.5)
+    model = randomise(GPT(cfg))
+    idx = tokens(cfg)
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+def test_sinusoids_are_those_of_the_paper():
+    table = sinusoidal_positions(50, 8).double()
+    for pos in (0, 1, 49):
+        for i in range(4):
+            assert table[pos, 2 * i].item() == pytest.approx(math.sin(pos / 10_000 ** (2 * i / 8)), abs=1e-6)
+            assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(pos / 10_000 ** (2 * i / 8)), abs=1e-6)
+
+
+def test_rotation_depends_only_on_distance():
+    from model import rotate
+    cos, sin = rotary_tables(64, 16, 10_000.0)
+    q, k = torch.randn(16), torch.randn(16)
+    products = rotate(q.expand(1, 1, 64, 16), cos, sin)[0, 0] @ rotate(k.expand(1, 1, 64, 16), cos, sin)[0, 0].T
+    assert torch.allclose(products.diagonal(-5), products.diagonal(-5)[0].expand(59), atol=1e-4)
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match="block_size=32"):
+        GPT(SEEDS["demo"])(torch.zeros(1, 33, dtype=torch.long))
+
+
+# -- against transformers: the same random weights, logits to 1e-4 ----------------------------------------------------
+
+def as_gpt2(model: GPT):
+    """Transformers' GPT-2 with the weights of ours; Conv1D keeps its matrices transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    cfg = model.cfg
+    theirs = GPT2LMHeadModel(GPT2Config(
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
+        n_inner=cfg.ff_width, tie_word_embeddings=cfg.tie_embeddings, bos_token_id=None, eos_token_id=None)).eval()
+    names = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+             "norm_1": "ln_1", "norm_2": "ln_2"}
+    state = {"transformer.wte.weight": model.wte.weight, "transformer.wpe.weight": model.wpe.weight, "lm_head.weight": model.head.weight,
+             "transformer.ln_f.weight": model.norm_f.weight, "transformer.ln_f.bias": model.norm_f.bias}
+    for i, block in enumerate(model.blocks):
+        for name, p in block.named_parameters():
+            part, kind = name.rsplit(".", 1)
+            state[f"transformer.h.{i}.{names[part]}.{kind}"] = p.T if p.ndim == 2 else p
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def as_llama(model: GPT):
+    """Transformers' Llama with the weights of ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    cfg = model.cfg
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer, intermediate_size=cfg.ff_width,
+        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.block_size,
+        rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tie_embeddings)).eval()
+    state = {"model.embed_tokens.weight": model.wte.weight, "model.norm.weight": model.norm_f.weight, "lm_head.weight": model.head.weight}
+    for i, b in enumerate(model.blocks):
+        q, k, v = b.attn.qkv.weight.split([n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)])
+        state |= {f"model.layers.{i}.{name}.weight": w for name, w in (
+            ("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v), ("self_attn.o_proj", b.attn.proj.weight),
+            ("mlp.up_proj", b.mlp.up.weight), ("mlp.gate_proj", b.mlp.gate.weight), ("mlp.down_proj", b.mlp.down.weight),
+            ("input_layernorm", b.norm_1.weight), ("post_attention_layernorm", b.norm_2.weight))}
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers_gpt2(tied):
+    cfg = replace(SEEDS["code-50m"], tie_embeddings=tied)
+    model = randomise(GPT(cfg)).eval()
+    with torch.no_grad():
+        assert (model(tokens(cfg)) - as_gpt2(model)(tokens(cfg)).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_logits_equal_transformers_llama(tied, n_kv_head):
+    cfg = replace(SEEDS["smallcoder-1"], tie_embeddings=tied, n_kv_head=n_kv_head)
+    model = randomise(GPT(cfg)).eval()
+    with torch.no_grad():
+        assert (model(tokens(cfg)) - as_llama(model)(tokens(cfg)).logits).abs().max() <= 1e-4
+
+
+def test_the_transformers_backbone_keeps_the_contract():
+    cfg = replace(SEEDS["code-50m"], backbone="transformers")
+    ours = randomise(GPT(replace(cfg, backbone="kindling"))).eval()
+    theirs = build_model(cfg).eval()
+    assert isinstance(theirs, TransformersGPT2)
+    theirs.gpt2.load_state_dict(as_gpt2(ours).state_dict())
+    assert theirs.n_parameters() == cfg.n_parameters
+    idx, targets = tokens(cfg), tokens(cfg).roll(-1, 1)
+    with torch.no_grad():
+        assert torch.allclose(ours(idx), theirs(idx), atol=1e-4)
+        assert torch.allclose(ours(idx, targets)[0], theirs(idx, targets)[0], rtol=1e-5)
+    assert torch.allclose(ours.attention_weights(idx), theirs.attention_weights(idx), atol=1e-5)
+    assert torch.allclose(ours(idx), theirs(idx), atol=1e-4)  # and the fused kernel is back
+
+
+def test_code_225m_has_the_same_count_on_both_backbones():
+    with torch.device("meta"):
+        model = build_model(replace(preset("code-225m").model, backbone="transformers"))
+    assert model.n_parameters() == 225_317_760
+
+
+def test_the_transformers_backbone_refuses_shapes_that_are_not_gpt2():
+    with pytest.raises(ConfigError, match=r"model\.activation must be 'gelu_new'"):
+        replace(SEEDS["tinystories"], backbone="transformers")
+
+
+def test_rmsnorm_and_layernorm_equal_the_float64_formula():
+    x = torch.randn(5, 32)
+    for name, centre in (("demo", 0.0), ("code-50m", 1.0)):
+        cfg = SEEDS[name]
+        norm = randomise(Norm(cfg))
+        d = x.double()
+        d = d - centre * d.mean(-1, keepdim=True)
+        expected = d / (d.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * norm.weight + (0 if norm.bias is None else norm.bias)
+        assert torch.allclose(norm(x).double(), expected, atol=1e-5)

@@ -1,0 +1,263 @@
+"""The real scripts, run as a user would run them: one small run, and what happens to it."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_clear_line, script, tiny_flags
+from test_data_pipeline import limited
+
+from checkpoint import RunDirectory, load_model
+from shards import TokenDataset
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, corpus) -> Path:
+    """A folder in which `main.py` has trained the run `base`."""
+    folder = tmp_path_factory.mktemp("work")
+    result = script("main.py", *tiny_flags(corpus), "--name", "base", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout.txt").write_text(result.stdout, encoding="utf-8")
+    return folder
+
+
+def copy_of(work: Path, name: str) -> Path:
+    shutil.copytree(work / "runs/base", work / "runs" / name)
+    return work / "runs" / name
+
+
+def test_a_first_run_ends_with_figures_samples_and_the_next_command(work):
+    out = (work / "stdout.txt").read_text(encoding="utf-8")
+    assert re.search(r"validation over the whole held-out split: loss [\d.]+, perplexity [\d.]+, [\d.]+ bits per byte", out)
+    assert "--- sample 1, from 'import os\\n'" in out
+    assert "next: python evaluate.py runs/base" in out
+    assert sorted(p.name for p in (work / "runs/base").iterdir()) == [
+        "config.yaml", "data", "metrics.jsonl", "step_000012", "tensorboard", "tokenizer.json"]
+
+
+def test_evaluate_repeats_the_figures_of_training_and_writes_them(work):
+    result = script("evaluate.py", "runs/base", cwd=work)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((work / "runs/base/eval.json").read_text(encoding="utf-8"))
+    last = [json.loads(x) for x in (work / "runs/base/metrics.jsonl").read_text(encoding="utf-8").splitlines()][-1]
+    assert written["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    assert written["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-6)
+    assert f"{written['bits_per_byte']:.4f}" in result.stdout
+
+
+def test_evaluation_needs_nothing_but_the_run_and_equals_the_plain_formula(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "moved")
+    result = script("evaluate.py", "moved", "--split", "test", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "moved/eval.json").read_text(encoding="utf-8"))
+    run = RunDirectory(tmp_path / "moved")
+    model, _ = load_model(run, torch.device("cpu"))
+    dataset = TokenDataset(run.data, "test")
+    ids = torch.from_numpy(dataset.read(0, len(dataset)))
+    nll = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 32):
+            piece = ids[start : start + 33]
+            log_p = model(piece[None, :-1]).double().log_softmax(-1)[0]
+            nll -= float(log_p.gather(1, piece[1:, None]).sum())
+    precision = 1e-5 if written["precision"] == "fp32" else 2e-3
+    assert written["loss"] == pytest.approx(nll / (len(ids) - 1), rel=precision)
+    assert written["bits_per_byte"] == pytest.approx(nll / math.log(2) / dataset.info.bytes, rel=precision)
+
+
+def test_generate_continues_a_prompt_from_the_newest_run(work):
+    first, again = (script("generate.py", "base", "--prompt", "def fib(n):", "--max-new-tokens", "20", cwd=work) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def fib(n):") and first.stdout == again.stdout
+
+
+def test_a_second_start_says_that_the_run_is_complete(work, corpus):
+    before = (work / "runs/base/metrics.jsonl").read_bytes()
+    result = script("main.py", *tiny_flags(corpus), "--name", "base", cwd=work)
+    assert result.returncode == 0 and "complete at step 12" in result.stdout
+    assert (work / "runs/base/metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_go_on_with_a_finished_run(work, corpus):
+    copy_of(work, "longer")
+    result = script("main.py", *tiny_flags(corpus), "--name", "longer", "--train.max-steps", "15", cwd=work)
+    assert result.returncode == 0, result.stderr
+    assert "train.max_steps 12 -> 15" in result.stdout and "resuming at step 12" in result.stdout
+    assert (work / "runs/longer/step_000015").is_dir()
+
+
+def test_a_changed_config_is_refused_field_by_field(work, corpus):
+    result = script("main.py", *tiny_flags(corpus), "--name", "base", "--model.n-layer", "3", "--train.lr", "0.5", cwd=work)
+    assert_one_clear_line(result, "model.n_layer 2 -> 3", "train.lr", "-> 0.5", "--fresh")
+
+
+def test_fresh_starts_over_and_keeps_the_old_run(work, corpus):
+    copy_of(work, "again")
+    result = script("main.py", *tiny_flags(corpus), "--name", "again", "--fresh", "--train.lr", "0.01", cwd=work)
+    assert result.returncode == 0, result.stderr
+    assert "kept as runs/again.old-1" in result.stdout and "resuming" not in result.stdout
+    assert (work / "runs/again.old-1/step_000012/model.safetensors").is_file()
+
+
+def long_run(corpus) -> list[str]:
+    flags = tiny_flags(corpus)
+    flags[flags.index("--train.max-steps") + 1] = "2000"
+    return flags
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(work, corpus, sent, code):
+    name = f"stopped-{code}"
+    command = [sys.executable, str(ROOT / "main.py"), *long_run(corpus), "--name", name, "--train.log-every", "1"]
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = work / "runs" / name / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text(encoding="utf-8").count("\n") < 5:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    step = int(re.search(r"stopped and saved at step (\d+)", out)[1])
+    assert (work / f"runs/{name}/step_{step:06d}").is_dir()
+    result = script("main.py", *long_run(corpus), "--name", name, "--train.max-steps", str(step + 2), cwd=work)
+    assert result.returncode == 0 and f"resuming at step {step}" in result.stdout, result.stderr
+
+
+def test_a_second_signal_ends_it_at_once(work, corpus):
+    command = [sys.executable, str(ROOT / "main.py"), *long_run(corpus), "--name", "twice", "--train.log-every", "1"]
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = work / "runs/twice/metrics.jsonl"
+    while not metrics.is_file() or not metrics.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both are pending when it goes on
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(timeout=30) in (130, 143)
+    assert not list((work / "runs/twice").glob("step_*"))
+
+
+def test_a_dry_run_measures_and_writes_nothing(tmp_path, corpus):
+    result = script("main.py", *tiny_flags(corpus), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for word in ("parameters", "without positions", "memory", "tokens/s", "time "):
+        assert word in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_run_start_a_new_one(work, corpus):
+    result = script("main.py", *tiny_flags(corpus), "--name", "child", "--train.init-from", "base", "--train.max-steps", "1",
+                    "--train.warmup-steps", "0", "--train.lr", "1e-12", "--train.muon-lr", "1e-12", cwd=work)
+    assert result.returncode == 0, result.stderr
+    losses = [[x["val_loss"] for x in map(json.loads, (work / f"runs/{n}/metrics.jsonl").read_text(encoding="utf-8").splitlines())
+               if "val_loss" in x][-1] for n in ("base", "child")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+def test_a_flipped_byte_in_the_newest_checkpoint_is_found(work):
+    run = copy_of(work, "flipped")
+    raw = bytearray((run / "step_000012/model.safetensors").read_bytes())
+    raw[-9] ^= 1
+    (run / "step_000012/model.safetensors").write_bytes(raw)
+    for name in ("evaluate.py", "generate.py"):
+        assert_one_clear_line(script(name, "flipped", cwd=work), "step_000012", "model.safetensors has changed", "--fresh")
+
+
+def test_a_damaged_training_shard_stops_the_run_before_it_starts(work, corpus, tmp_path):
+    shutil.copytree(work / "data", tmp_path / "data")
+    shard = next(tmp_path.glob("data/*/train-00000.npy"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), "train-00000.npy", "delete data/demo-")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpus, tmp_path):
+    for content, words in (({"tokenizer_sha256": "0" * 64}, ["tokenizer"]), ({"max_id": 512}, ["model.vocab_size=512", "holds 512"])):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        shutil.copytree(work / "data", tmp_path / "data")
+        path = next(tmp_path.glob("data/*/manifest.json"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest.update({k: v for k, v in content.items() if k in manifest})
+        manifest["splits"]["train"].update({k: v for k, v in content.items() if k not in manifest})
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), *words)
+
+
+def test_sources_that_changed_since_a_run_began_are_refused_once_its_shards_are_gone(work, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "repo")
+    flags = tiny_flags(Path("repo"))
+    assert script("main.py", *flags, cwd=tmp_path).returncode == 0
+    (tmp_path / "repo/more.py").write_text("more = 1\n" * 30, encoding="utf-8")
+    assert script("main.py", *flags, "--train.max-steps", "13", cwd=tmp_path).returncode == 0  # its own shards are still there
+    shutil.rmtree(tmp_path / "data")
+    assert_one_clear_line(script("main.py", *flags, "--train.max-steps", "14", cwd=tmp_path), "sources have changed", "--fresh")
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(work, corpus, monkeypatch):
+    copy_of(work, "full")
+    monkeypatch.chdir(work)
+    before = RunDirectory(work / "runs/full").newest()
+    result = limited("main.py", 60_000, *tiny_flags(corpus), "--name", "full", "--train.max-steps", "14")
+    assert_one_clear_line(result, "checkpoint of step 14", "free some space, the older checkpoints are untouched")
+    assert RunDirectory(work / "runs/full").newest() == before
+    assert not list((work / "runs/full").glob(".partial*"))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--model.n-embd", "33"], ["model.n_embd", "multiple of n_head=2", "33", "32 or 34"]),
+    (["--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
+    (["--model.block-size", "1000000"], ["at least one block of 1000001 tokens", "--model.block-size"]),
+    (["--train.device", "cuda"], ["train.device", "cuda", "auto"]),
+    (["--train.init-from", "nobody"], ["nobody"]),
+    (["--preset", "smallcoder-4"], ["instructions", "fine-tuning"]),
+])
+def test_bad_settings_are_one_clear_line(tmp_path, corpus, flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    args = flags if "--preset" in flags else [*tiny_flags(corpus), *flags]
+    assert_one_clear_line(script("main.py", *args, cwd=tmp_path), *words)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_without_checkpoints_says_how_to_get_one(work):
+    run = copy_of(work, "bare")
+    shutil.rmtree(run / "step_000012")
+    assert_one_clear_line(script("generate.py", "bare", cwd=work), "must have a checkpoint", "--name bare")
+
+
+@pytest.mark.parametrize("name", ["main.py", "generate.py", "evaluate.py", "data_pipeline.py"])
+def test_help_comes_without_loading_torch(name, tmp_path):
+    code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{name!r}, '--help']\n" \
+           f"try: runpy.run_path({str(ROOT / name)!r}, run_name='__main__')\nexcept SystemExit as e: assert not e.code\n" \
+           f"assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--help" in result.stdout
+
+
+def test_config_py_lists_the_presets(tmp_path):
+    result = script("config.py", cwd=tmp_path)
+    assert "50,910,208" in result.stdout and "bigcode/the-stack-dedup" in result.stdout
+
+
+def test_the_validation_files_are_not_in_the_training_shards(work):
+    folder = next((work / "data").glob("demo-*"))
+    train, val = (TokenDataset(folder, split) for split in ("train", "val"))
+    eos = train.manifest["eos_id"]
+    documents = [{tuple(d) for d in np.split(ids, np.flatnonzero(ids == eos) + 1) if len(d)}
+                 for ids in (s.read(0, len(s)) for s in (train, val))]
+    assert documents[0].isdisjoint(documents[1]) and documents[1]

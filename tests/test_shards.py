@@ -1,0 +1,127 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shards
+from config import IGNORE
+from shards import DataError, PackedBlocks, ShardWriter, TokenDataset, blocks_in_order, rows_of_rank, write_manifest
+
+TOKENIZER = "f" * 64
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A data folder of 1,003 distinct tokens in several shards, in 17 documents."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
+    writers = {}
+    for split in shards.SPLITS:
+        writer = writers[split] = ShardWriter(tmp_path, split, np.dtype("<u2"))
+        for piece in np.array_split(np.arange(1003, dtype=np.uint32), 17):
+            writer.add(piece, n_bytes=3 * len(piece))
+        writer.flush()
+    write_manifest(tmp_path, fingerprint="x", dtype="<u2", tokenizer_sha256=TOKENIZER, vocab_size=1003, eos_id=0,
+                   splits={k: w.info for k, w in writers.items()})
+    return tmp_path
+
+
+def test_shards_read_as_one_sequence(folder):
+    dataset = TokenDataset(folder, "train")
+    assert len(dataset.info.shards) > 2 and len(dataset) == 1003
+    assert (dataset.info.documents, dataset.info.bytes, dataset.info.max_id) == (17, 3009, 1002)
+    for start, count in ((0, 1003), (295, 10), (299, 2), (590, 413), (1002, 1)):
+        assert dataset.read(start, count).tolist() == list(range(start, start + count))
+
+
+def test_an_epoch_has_every_block_once_and_the_next_another_order(folder):
+    blocks = PackedBlocks(TokenDataset(folder, "train"), block_size=10, seed=1)
+    assert blocks.n_blocks == 100
+    epochs = [blocks.rows(100 * e, 100) for e in (0, 1)]
+    for idx, targets in epochs:
+        assert sorted(idx.flatten()) == list(range(1000))  # each token once
+        assert (targets == idx + 1).all()
+    assert not np.array_equal(epochs[0][0], epochs[1][0])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 250), st.integers(1, 12), st.integers(0, 2**40))
+def test_a_row_depends_on_seed_and_position_alone(position, count, seed):
+    class Numbers:
+        split = "train"
+        def __len__(self): return 1003
+        def read(self, start, n): return np.arange(start, start + n)
+    together = PackedBlocks(Numbers(), 10, seed).rows(position, count)[0]
+    alone = [PackedBlocks(Numbers(), 10, seed).rows(position + i, 1)[0][0] for i in range(count)]
+    assert (together == np.stack(alone)).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_share_a_batch_without_overlap(world_size):
+    ranks = [rows_of_rank(40, 8, rank, world_size) for rank in range(world_size)]
+    assert [i for rows in ranks for i in rows] == list(range(40, 48))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_evaluation_predicts_every_token_but_the_first_exactly_once(folder, batch_size):
+    seen = []
+    for idx, targets in blocks_in_order(TokenDataset(folder, "val"), 10, batch_size):
+        assert idx.shape == targets.shape == (batch_size, 10)
+        supervised = targets != IGNORE
+        assert (targets[supervised] == idx[supervised] + 1).all()
+        seen += targets[supervised].tolist()
+    assert seen == list(range(1, 1003))
+
+
+def test_a_corpus_smaller_than_a_block_is_refused(folder):
+    with pytest.raises(DataError, match=r"at least one block of 2001 tokens, but holds 1003.*--model.block-size"):
+        PackedBlocks(TokenDataset(folder, "train"), 2000, 0)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "flip-header", "empty", "missing", "longer", "other-dtype"])
+def test_a_damaged_shard_is_found_when_it_is_opened(folder, damage):
+    path = folder / "train-00001.npy"
+    raw = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(raw[:-101])
+    elif damage == "flip":
+        raw[-5] ^= 4
+        path.write_bytes(raw)
+    elif damage == "flip-header":
+        raw[20] ^= 1
+        path.write_bytes(raw)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "longer":
+        np.save(path, np.zeros(999, dtype="<u2"))
+    else:
+        np.save(path, np.load(path).astype("<u4"))
+    with pytest.raises(DataError, match=r"train-00001.npy must .*delete .* and run again") as error:
+        TokenDataset(folder, "train")
+    assert "\n" not in str(error.value)
+    TokenDataset(folder, "val")  # the others are whole
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])
+def test_a_bad_manifest_is_refused(folder, content):
+    (folder / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match="manifest.json"):
+        TokenDataset(folder, "train")
+
+
+def test_shards_of_another_tokenizer_or_past_the_vocabulary_are_refused(folder):
+    dataset = TokenDataset(folder, "train")
+    dataset.require_fits(1003, TOKENIZER)
+    with pytest.raises(DataError, match="run's tokenizer"):
+        dataset.require_fits(1003, "0" * 64)
+    with pytest.raises(DataError, match=r"vocab_size=1002, but .* holds 1002.*--model.vocab-size"):
+        dataset.require_fits(1002, TOKENIZER)
+
+
+def test_the_manifest_is_plain_json(folder):
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert sum(s["tokens"] for s in manifest["splits"]["train"]["shards"]) == 1003

@@ -1,0 +1,307 @@
+import itertools
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+import device
+import trainer as trainer_module
+from checkpoint import RunDirectory, load_state
+from config import IGNORE, TrainConfig
+from model import build_model
+from shards import PackedBlocks
+from trainer import Trainer, TrainingError, learning_rate_scale, make_optimizers, mean_loss, read_metrics
+
+
+class Numbers:
+    """A corpus of pseudo-random tokens, as a TokenDataset is one."""
+
+    split = "train"
+
+    def __init__(self, n=4001, vocab_size=512):
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, n)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def read(self, start, count):
+        return self.tokens[start : start + count]
+
+
+class StopAt:
+    """Batches that ask for the end of the run, by the real signal, while a given step is under way."""
+
+    def __init__(self, batches, position, number=signal.SIGTERM):
+        self.batches, self.position, self.number = batches, position, number
+
+    def rows(self, first, count):
+        if first == self.position:
+            os.kill(os.getpid(), self.number)
+        return self.batches.rows(first, count)
+
+
+def make_trainer(path, cfg, batches=None, model_seed=0):
+    device.seed_all(model_seed)
+    model = build_model(cfg.model)
+    runtime = device.resolve(cfg.train)
+    path.mkdir(parents=True, exist_ok=True)
+    batches = batches or PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
+    return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime)
+
+
+# -- schedule and optimisers ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_warms_up_from_zero_and_ends_at_its_floor(schedule):
+    cfg = TrainConfig(max_steps=100, warmup_steps=10, schedule=schedule, min_lr_ratio=0.1)
+    rates = [learning_rate_scale(s, cfg) for s in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    middle = 0.1 + 0.9 * (0.5 * (1 + math.cos(math.pi * 45 / 90)) if schedule == "cosine" else 0.5)
+    assert rates[10 + 44] == pytest.approx(middle)
+
+
+def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
+    model = build_model(tiny_config(corpus).model)
+    adamw, muon = make_optimizers(model, TrainConfig(optimizer="muon"))
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for g in muon.param_groups for p in g["params"]} == {"qkv", "proj", "up", "down"}
+    for optimizer in (adamw, *make_optimizers(model, TrainConfig())):
+        for group in optimizer.param_groups:
+            assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+    counted = [id(p) for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
+    assert sorted(counted) == sorted(names)
+
+
+def test_muon_gives_an_orthogonal_update(corpus):
+    cfg = tiny_config(corpus, optimizer="muon", warmup_steps=0, weight_decay=0.0, schedule="constant")
+    model = build_model(cfg.model)
+    weight = model.blocks[0].mlp.up.weight
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    make_optimizers(model, cfg.train)[1].step()
+    singular = torch.linalg.svdvals(weight.detach() - before) / (cfg.train.muon_lr * math.sqrt(4))
+    assert 0.5 < singular.min() and singular.max() < 1.5  # Newton-Schulz stops near 1, not at it
+
+
+# -- the step ---------------------------------------------------------------------------------------------------------
+
+class Uneven:
+    """Rows whose numbers of supervised tokens differ, a micro-batch without any among them."""
+
+    def rows(self, first, count):
+        idx = np.random.default_rng(first).integers(0, 512, (count, 33))
+        targets = idx[:, 1:].copy()
+        for row, keep in enumerate([32, 2, 0, 0, 17, 1, 5, 32][:count]):
+            targets[row, keep:] = IGNORE
+        return idx[:, :-1], targets
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_step(corpus, tmp_path):
+    gradients = []
+    for micro in (8, 4, 2, 1):
+        cfg = tiny_config(corpus, batch_size=8, micro_batch_size=micro)
+        cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+        trainer = make_trainer(tmp_path / "r", cfg, Uneven())
+        loss, n = trainer.forward_backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+        idx, targets = (torch.from_numpy(a) for a in Uneven().rows(0, 8))
+        expected = torch.nn.functional.cross_entropy(trainer.model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        assert n == 89 and float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() / gradients[0].norm() < 1e-5
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(corpus, tmp_path, poison, monkeypatch):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
+    trainer.train_step()
+    before = trainer.digest()
+    if poison == "loss":
+        monkeypatch.setattr(trainer.model, "forward", lambda *a: (trainer.model.head.weight.sum() * math.nan, torch.tensor(1)))
+    else:
+        hook = trainer.model.wpe.weight.register_hook(lambda g: g * math.inf)
+    trainer.train_step()
+    lr_only = trainer.digest()
+    for optimizer in trainer.optimizers:  # the rate of the step is set before it is known to be bad
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_scale(0, trainer.train)
+    assert trainer.digest() == before != lr_only
+    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 2)
+    monkeypatch.undo()
+    if poison == "gradient":
+        hook.remove()
+    trainer.train_step()
+    assert (trainer.skipped, trainer.skipped_in_a_row) == (1, 0) and trainer.digest() != before
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_skipped_steps=3))
+    monkeypatch.setattr(trainer.model, "forward", lambda *a: (trainer.model.head.weight.sum() * math.nan, torch.tensor(1)))
+    with pytest.raises(TrainingError, match=r"but 3 were; lower --train.lr, raise --train.eps to 1e-5"):
+        trainer.fit()
+    assert trainer.step == 3
+
+
+def test_fp16_lowers_its_scale_after_an_overflow_and_goes_on(corpus, tmp_path):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, precision="fp16", batch_size=1))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = trainer.model.wte.weight.detach().clone()
+    trainer.train_step()
+    assert trainer.skipped == 1 and trainer.scaler.get_scale() == 2.0**39 and torch.equal(trainer.model.wte.weight, before)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    trainer.train_step()
+    assert trainer.skipped == 1 and not torch.equal(trainer.model.wte.weight, before)
+
+
+def test_training_learns(corpus, tmp_path):
+    cfg = tiny_config(corpus, max_steps=60, lr=1e-2, batch_size=8)
+    trainer = make_trainer(tmp_path / "r", cfg, PackedBlocks(Numbers(330, 8), 32, 0))
+    losses = [trainer.train_step()[0] for _ in range(60)]
+    assert losses[-1] < 2.3 < 6.0 < losses[0]
+
+
+def test_mean_loss_is_a_total_over_a_total(corpus, tmp_path):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
+    parts = [Uneven().rows(i, 4) for i in range(3)]
+    whole = tuple(np.concatenate(a) for a in zip(*parts))
+    by_parts, n = mean_loss(trainer.model, parts, trainer.runtime)
+    assert n == 3 * 34
+    assert by_parts == pytest.approx(mean_loss(trainer.model, [whole], trainer.runtime)[0], rel=1e-6)
+
+
+def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_path, capsys, monkeypatch):
+    cfg = tiny_config(corpus, compile="on", max_steps=3)
+    plain = make_trainer(tmp_path / "plain", replace(cfg, train=replace(cfg.train, compile="off")))
+    plain.fit()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    trainer = make_trainer(tmp_path / "r", cfg)
+    monkeypatch.setattr(trainer.model, "compile_parts", lambda: setattr(trainer.model, "_nll_and_grad", broken))
+    capsys.readouterr()
+    assert trainer.fit() == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
+        "warning: torch.compile failed (no compiler here); training goes on uncompiled"]
+    assert trainer.digest() == plain.digest()  # the attempt left no trace
+
+
+# -- exact resume -----------------------------------------------------------------------------------------------------
+
+RESUME = dict(max_steps=30, batch_size=4, micro_batch_size=2, optimizer="muon", eval_every=1000, save_every=1000)
+
+
+def interrupted(path, cfg, stop_step, number=signal.SIGTERM):
+    """Train until a signal arrives during `stop_step`, then return a trainer with other weights that took the run up."""
+    blocks = PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
+    first = make_trainer(path, cfg, StopAt(blocks, stop_step * cfg.train.batch_size, number))
+    assert first.fit() == 128 + number
+    assert first.step == stop_step + 1  # the step was finished
+    second = make_trainer(path, cfg, blocks, model_seed=99)
+    folder = second.run.newest()
+    return second, folder, load_state(folder)
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def undisturbed(request, corpus, tmp_path_factory):
+    cfg = tiny_config(corpus, precision=request.param, **RESUME)
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), cfg)
+    assert trainer.fit() == 0
+    return cfg, trainer.digest()
+
+
+@pytest.mark.parametrize("stop_step", [0, 13, 28])
+def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, tmp_path, stop_step):
+    cfg, digest = undisturbed
+    trainer, folder, state = interrupted(tmp_path / "r", cfg, stop_step)
+    trainer.resume(folder, state)
+    assert trainer.fit() == 0
+    assert trainer.digest() == digest
+
+
+@pytest.mark.parametrize("lost", ["rng", "adamw", "muon", "position", "step"])
+def test_whatever_is_not_restored_shows_in_the_bits(undisturbed, tmp_path, lost):
+    cfg, digest = undisturbed
+    trainer, folder, state = interrupted(tmp_path / "r", cfg, 13)
+    blank = make_trainer(tmp_path / "blank", cfg, model_seed=5).state()
+    if lost in ("adamw", "muon"):
+        state["optimizers"][lost == "muon"] = blank["optimizers"][lost == "muon"]
+    else:
+        state[lost] = blank[lost]
+    trainer.resume(folder, state)
+    trainer.train = replace(trainer.train, max_steps=30 - 14 + trainer.step)  # as many steps as remained
+    assert trainer.fit() == 0
+    assert trainer.digest() != digest
+
+
+def test_fp16_resumes_exactly_with_its_scale(corpus, tmp_path):
+    cfg = tiny_config(corpus, precision="fp16", max_steps=4, batch_size=1, eval_every=1000, save_every=1000)
+    whole = make_trainer(tmp_path / "whole", cfg)
+    whole.fit()
+    trainer, folder, state = interrupted(tmp_path / "r", cfg, 1)
+    trainer.resume(folder, state)
+    trainer.fit()
+    assert trainer.digest() == whole.digest() and trainer.scaler.state_dict() == whole.scaler.state_dict()
+
+
+def test_sigint_saves_too_and_gives_130(corpus, tmp_path):
+    trainer, folder, state = interrupted(tmp_path / "r", tiny_config(corpus, **RESUME), 3, signal.SIGINT)
+    assert folder.name == "step_000004" and state["position"] == 16
+
+
+def test_another_thread_count_is_named_on_resuming(corpus, tmp_path, capsys):
+    trainer, folder, state = interrupted(tmp_path / "r", tiny_config(corpus, **RESUME), 3)
+    state["environment"]["threads"] = 64
+    trainer.resume(folder, state)
+    assert "note: threads was 64 and is" in capsys.readouterr().err
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+def test_metrics_have_the_promised_fields_and_a_resumed_run_has_each_step_once(corpus, tmp_path):
+    cfg = tiny_config(corpus, **{**RESUME, "eval_every": 10})
+    trainer, folder, state = interrupted(tmp_path / "r", cfg, 13)
+    with open(trainer.run.path / "metrics.jsonl", "a", encoding="utf-8") as f:  # a killed run wrote on past its checkpoint
+        f.write(json.dumps({"step": 15, "loss": 0.0}) + "\n" + '{"step": 16, "lo')
+    trainer.resume(folder, state)
+    trainer.fit()
+    lines = read_metrics(trainer.run.path / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 31))
+    assert set(training[0]) >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
+    assert [line["tokens"] for line in training] == [128 * s for s in range(1, 31)]
+    assert [line["step"] for line in lines if "val_loss" in line] == [10, 20, 30]
+    assert list((trainer.run.path / "tensorboard").iterdir())
+
+
+def test_last_checkpoints_and_the_best_are_kept(corpus, tmp_path):
+    cfg = tiny_config(corpus, max_steps=10, eval_every=1, save_every=1, keep_checkpoints=2)
+    trainer = make_trainer(tmp_path / "r", cfg)
+    losses = iter([5, 4, 1, 3, 2, 6, 7, 8, 9, 10])
+    trainer.evaluate = lambda m: {"val_loss": float(next(losses))}
+    trainer.fit()
+    assert [p.name for p in trainer.run.checkpoints()] == ["step_000003", "step_000009", "step_000010"]
+
+
+def test_a_save_that_fails_midway_is_a_warning_and_the_last_one_an_error(corpus, tmp_path, monkeypatch, capsys):
+    from checkpoint import CheckpointError
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))  # saves at 6 and 12
+    real, calls = trainer_module.RunDirectory.save, []
+
+    def full_disk(run, step, *rest):
+        calls.append(step)
+        raise CheckpointError("disk full")
+
+    monkeypatch.setattr(trainer_module.RunDirectory, "save", full_disk)
+    with pytest.raises(CheckpointError):
+        trainer.fit()
+    assert calls == [6, 12] and "warning: disk full; the run goes on" in capsys.readouterr().err
+    monkeypatch.setattr(trainer_module.RunDirectory, "save", real)
