@@ -96,7 +96,7 @@ def parse_cli(flags: type[Flags], description: str, argv: list[str] | None = Non
     """
     argv = sys.argv[1:] if argv is None else argv
     has_config = any(f.name == "config" for f in dataclasses.fields(flags))
-    default = flags(config=preset_from_argv(argv)) if has_config else tyro.MISSING
+    default = flags(config=preset_from_argv(argv)) if has_config else flags()
     return tyro.cli(flags, default=default, args=argv, description=description.strip())
 
 

@@ -43,7 +43,7 @@ class Runtime:
     def describe(self) -> dict[str, Any]:
         """Return what a run's bits depend on besides its config."""
         return {"device": self.device.type, "precision": self.precision, "threads": torch.get_num_threads(),
-                "torch": torch.__version__}
+                "torch": str(torch.__version__)}
 
 
 def resolve(cfg: TrainConfig) -> Runtime:

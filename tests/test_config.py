@@ -37,8 +37,8 @@ def values_for(hint):
         return st.lists(values_for(get_args(hint)[0]), min_size=1, max_size=3).map(tuple)
     if args := get_args(hint):
         return st.one_of(*map(values_for, args))
-    return {int: st.integers(1, 64), float: st.floats(1e-9, 0.49), bool: st.booleans(), str: st.text(min_size=1, max_size=8),
-            type(None): st.none()}.get(hint) or configs(hint)
+    plain = {int: st.integers(1, 64), float: st.floats(1e-9, 0.49), bool: st.booleans(), str: st.text(min_size=1, max_size=8), type(None): st.none()}
+    return plain[hint] if hint in plain else configs(hint)
 
 
 def configs(cls):

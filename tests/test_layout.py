@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -56,5 +57,5 @@ def test_no_library_is_left_unpinned():
 
 
 def test_files_are_opened_with_an_encoding():
-    result = subprocess.run(["ruff", "check", "--quiet", "--preview", "--select", "PLW1514", "."], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "--preview", "--select", "PLW1514", "."], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
