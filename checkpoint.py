@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -24,8 +23,9 @@ from torch import nn
 
 from cli import from_yaml, to_yaml
 from config import Config, KindlingError
+from files import sha256_file, sync, write_atomic, write_json
 from model import LanguageModel, build_model
-from shards import TokenDataset, sha256_file, write_json
+from shards import TokenDataset
 from tokenizer import Tokenizer, load_json
 
 RUNS = Path("runs")
@@ -34,28 +34,6 @@ WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
 class CheckpointError(KindlingError):
     """A run or checkpoint that cannot be found, trusted or written."""
-
-
-def _sync(path: Path) -> None:
-    """Force a file's or directory's content to disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no directories
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError:  # some filesystems cannot sync a directory
-        if path.is_file():
-            raise
-    finally:
-        os.close(fd)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
 
 
 class RunDirectory:
@@ -85,9 +63,12 @@ class RunDirectory:
             write_json(self.data / MANIFEST, manifest)
             write_atomic(self.path / "config.yaml", to_yaml(cfg))  # last: a folder with a config is a run
         except OSError as e:
-            raise CheckpointError(f"{self.path} must be writable, but writing gave: {e}; free space or choose another --name") from None
+            raise CheckpointError(
+                f"{self.path} must be writable, but writing gave: {e}; free space or choose another --name"
+            ) from None
 
     def exists(self) -> bool:
+        """Return whether the run was started."""
         return (self.path / "config.yaml").is_file()
 
     def config(self) -> Config:
@@ -95,8 +76,10 @@ class RunDirectory:
         try:
             text = (self.path / "config.yaml").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise CheckpointError(f"{self.path} must be a run with a readable config.yaml, but is not ({e}); "
-                                  f"train one with `python main.py`") from None
+            raise CheckpointError(
+                f"{self.path} must be a run with a readable config.yaml, but is not ({e}); "
+                f"train one with `python main.py`"
+            ) from None
         return from_yaml(text, str(self.path / "config.yaml"))
 
     def tokenizer(self) -> Tokenizer:
@@ -126,6 +109,7 @@ class RunDirectory:
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
+
         final, partial = self.path / f"step_{step:06d}", self.path / f".partial-step_{step:06d}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -136,19 +120,21 @@ class RunDirectory:
             torch.save(state, partial / STATE)
             files = {}
             for name in (WEIGHTS, STATE):
-                _sync(partial / name)
+                sync(partial / name)
                 files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
             write_json(partial / MANIFEST, {"step": step, "best": state.get("best"), "files": files})
-            _sync(partial / MANIFEST)
-            _sync(partial)
+            sync(partial / MANIFEST)
+            sync(partial)
             if final.exists():  # the same step again, after a fall-back to an older checkpoint
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync(self.path)
+            sync(self.path)
         except (OSError, RuntimeError, SafetensorError) as e:  # a full disk shows as any of the three
             shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it gave: "
-                                  f"{' '.join(str(e).split())[:200]}; free some space, the older checkpoints are untouched") from None
+            raise CheckpointError(
+                f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it gave: "
+                f"{' '.join(str(e).split())[:200]}; free some space, the older checkpoints are untouched"
+            ) from None
         return final
 
     def _require_space(self) -> None:
@@ -185,7 +171,9 @@ class RunDirectory:
                 print(f"warning: {problem}; falling back to {folder.name}", file=sys.stderr)
             return folder
         if folders:
-            raise CheckpointError(f"{problems[0]}; no older checkpoint is whole either: start over with --fresh, which keeps this folder")
+            raise CheckpointError(
+                f"{problems[0]}; no older checkpoint is whole either: start over with --fresh, which keeps this folder"
+            )
         return None
 
 
@@ -197,7 +185,9 @@ def verify(folder: Path) -> dict[str, Any]:
         found = {name: ((folder / name).stat().st_size, sha256_file(folder / name)) for name in expected}
         step = int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"checkpoint {folder} must be whole, but cannot be read ({type(e).__name__}: {e})") from None
+        raise CheckpointError(
+            f"checkpoint {folder} must be whole, but cannot be read ({type(e).__name__}: {e})"
+        ) from None
     if set(expected) != {WEIGHTS, STATE} or f"step_{step:06d}" != folder.name:
         raise CheckpointError(f"checkpoint {folder} must have a manifest of its own files, but has another's")
     for name in expected:
@@ -209,16 +199,21 @@ def verify(folder: Path) -> dict[str, Any]:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
     from safetensors.torch import load_file
+
     weights, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
     if weights.keys() != parameters.keys():
         differing = sorted(weights.keys() ^ parameters.keys())
-        raise CheckpointError(f"the weights of {folder} must be of the model's shape, but {differing[0]} is in only one of them; "
-                              f"use the run's own config.yaml")
+        raise CheckpointError(
+            f"the weights of {folder} must be of the model's shape, but {differing[0]} is in only one of them; "
+            f"use the run's own config.yaml"
+        )
     with torch.no_grad():
         for name, p in parameters.items():
             if weights[name].shape != p.shape:
-                raise CheckpointError(f"the weights of {folder} must be of the model's shape, but {name} is {tuple(weights[name].shape)} "
-                                      f"and not {tuple(p.shape)}; use the run's own config.yaml")
+                raise CheckpointError(
+                    f"the weights of {folder} must be of the model's shape, but {name} is {tuple(weights[name].shape)} "
+                    f"and not {tuple(p.shape)}; use the run's own config.yaml"
+                )
             p.copy_(weights[name])
 
 
@@ -232,7 +227,9 @@ def find_run(path: Path | None) -> RunDirectory:
     if path is None:
         found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
         if not found:
-            raise CheckpointError(f"there must be a run under {RUNS}/, but there is none; train one with `python main.py`")
+            raise CheckpointError(
+                f"there must be a run under {RUNS}/, but there is none; train one with `python main.py`"
+            )
         return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
     for candidate in (path, RUNS / path):
         if (candidate / "config.yaml").is_file():
@@ -245,7 +242,9 @@ def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, 
     """Return the model of a run's newest whole checkpoint, ready for inference, and the checkpoint's folder."""
     folder = run.newest()
     if folder is None:
-        raise CheckpointError(f"{run.path} must have a checkpoint, but has none yet; train on with `python main.py --name {run.path.name}`")
+        raise CheckpointError(
+            f"{run.path} must have a checkpoint, but has none yet; train on with `python main.py --name {run.path.name}`"
+        )
     model = build_model(run.config().model)
     load_weights(folder, model)
     return model.to(device).eval(), folder

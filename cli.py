@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from config import RUN, Config, ConfigError, KindlingError, SourceConfig, did_you_mean, preset
 
+
 def to_yaml(cfg: Config) -> str:
     """Write `cfg` as YAML, every field in the order of its class."""
     import yaml
@@ -31,12 +32,15 @@ def to_yaml(cfg: Config) -> str:
 def from_yaml(text: str, where: str = "config") -> Config:
     """Read what `to_yaml` wrote; raises `ConfigError` naming each unknown key or impossible value."""
     import yaml
+
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); mend or delete it") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend or delete it")
+        raise ConfigError(
+            f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend or delete it"
+        )
     try:
         return Config(**data)
     except (ValidationError, TypeError) as e:
@@ -61,6 +65,7 @@ def _one_line(error: ValidationError | TypeError) -> str:
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Return {"section.field": (old, new)} for every field in which two configs differ."""
+
     def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(cfg):

@@ -109,14 +109,17 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Key / value heads."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.n_embd // self.n_head
 
     @property
     def ff_width(self) -> int:
+        """Hidden width of the feed-forward layer."""
         return 4 * self.n_embd if self.d_ff is None else self.d_ff
 
     @property
@@ -279,6 +282,7 @@ class DataConfig:
 
     @property
     def n_workers(self) -> int:
+        """Processes that filter and tokenise."""
         return self.workers or os.cpu_count() or 1
 
     @model_validator(mode="after")
@@ -352,6 +356,7 @@ class TrainConfig:
 
     @property
     def micro_batch(self) -> int:
+        """Sequences per forward pass."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
     @model_validator(mode="after")
@@ -387,6 +392,7 @@ class Config:
 
     @property
     def run_name(self) -> str:
+        """The folder under runs/."""
         return self.name or self.preset
 
     @property
@@ -415,9 +421,9 @@ def demo() -> Config:
         model=ModelConfig(block_size=256, vocab_size=4096, n_layer=4, n_head=3, n_embd=192, position="rope", norm="rmsnorm",
                           activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, residual_init="zero"),
         data=DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=30_000_000),), min_chars=100, min_lines=3,
-                        min_alphanumeric=0.25, val_fraction=0.02, test_fraction=0.02),
-        train=TrainConfig(max_steps=850, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
-                          warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01, eval_every=425, save_every=200),
+                        min_alphanumeric=0.25, val_fraction=0.04, test_fraction=0.04),
+        train=TrainConfig(max_steps=1100, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
+                          warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01, eval_every=550, save_every=200),
     )
 
 
@@ -531,11 +537,12 @@ def smallcoder_3() -> Config:
 
 def smallcoder_4() -> Config:
     """Seed 004, stage 4, fine-tuning on instructions: four sources, 45/30/15/10."""
+    answers = {"field": "input", "response_field": "output"}
     return _smallcoder(4, 6, 2e-4,
-                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 45, subset="Nemotron-SFT-Code", field="input", response_field="output"),
-                       _hub("nvidia/OpenCodeInstruct", 30, field="input", response_field="output"),
+                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 45, subset="Nemotron-SFT-Code", **answers),
+                       _hub("nvidia/OpenCodeInstruct", 30, **answers),
                        _hub("nvidia/OpenMathInstruct-2", 15, field="problem", response_field="generated_solution"),
-                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 10, subset="Nemotron-SFT-General", field="input", response_field="output"))
+                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 10, subset="Nemotron-SFT-General", **answers))
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
@@ -564,7 +571,8 @@ def list_presets() -> str:
     for name, make in PRESETS.items():
         cfg = make()
         weights = sum(s.weight for s in cfg.data.sources)
-        source = " + ".join(f"{s.weight / weights:.0%} {s.label}" if len(cfg.data.sources) > 1 else s.label for s in cfg.data.sources)
+        several = len(cfg.data.sources) > 1
+        source = " + ".join((f"{s.weight / weights:.0%} " if several else "") + s.label for s in cfg.data.sources)
         rows.append((name, f"{cfg.model.n_parameters:,}", f"{cfg.tokens / 1e6:,.0f}M", source))
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     return "\n".join(f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}" for r in rows)

@@ -20,222 +20,22 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cli import ConfigFlags, parse_cli, run_script
-from config import Config, DataConfig, TokenizerConfig
-from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, write_json, write_manifest
-from sources import Document, LocalFile, documents, local_files
+from config import Config, DataConfig
+from files import write_json
+from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, write_manifest
+from sources import LocalFile, documents, local_files
 from tokenizer import Tokenizer, TokenizerError, load_pretrained, train_bpe
+from workers import Examined, WorkerPool
 
 DATA = Path("data")
-COMPILE_BYTES = 256 * 1024  # larger sources are refused unread: compile() can take seconds and gigabytes on them
-DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
-WORKER_MEMORY_BYTES = 2**30  # on top of what a worker starts with
-BATCH_BYTES, BATCH_DOCUMENTS = 2**19, 64
-ALPHANUMERIC = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters: what a worker does to one document
-
-@dataclasses.dataclass
-class Examined:
-    """A worker's answer. `reason` names the filter that dropped the document; else `ids` (or `text`) is set."""
-
-    key: str
-    size: int
-    reason: str | None = None
-    digest: bytes = b""
-    text: str | None = None
-    ids: np.ndarray | None = None
-
-
-def reason_to_drop(text: str, language: str, cfg: DataConfig) -> str | None:
-    """Return the name of the first filter that refuses the document, or None. Seed 000's filters, in its order."""
-    if not cfg.min_chars <= len(text) <= cfg.max_chars:
-        return "characters"
-    if not cfg.min_lines <= text.count("\n") + (not text.endswith("\n")) <= cfg.max_lines:
-        return "lines"
-    if alphanumeric_share(text) < cfg.min_alphanumeric:
-        return "alphanumeric"
-    if cfg.check_syntax and language == "python" and not compiles(text):
-        return "syntax"
-    return None
-
-
-def alphanumeric_share(text: str) -> float:
-    """Return the share of the characters that are letters or digits, as str.isalnum says; 0 for an empty text."""
-    raw = text.encode("utf-8")
-    count = len(raw) - len(raw.translate(None, ALPHANUMERIC))
-    if not text.isascii():
-        count += sum(c.isalnum() for c in text if c > "\x7f")
-    return count / max(1, len(text))
-
-
-def compiles(text: str) -> bool:
-    """Return whether this interpreter's compile() accepts `text`; it is not run. Sources over 256 KiB are refused.
-
-    Strangers' code can make compile() raise all of these; what kills the process instead is the worker pool's part.
-    """
-    import warnings
-    if len(text.encode("utf-8")) > COMPILE_BYTES:
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compile(text, "<document>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-            return False
-    return True
-
-
-_worker: dict[str, Any] = {}  # a worker process's own settings
-
-
-def _start_worker(cfg: DataConfig, tokenizer_json: str | None, tokenizer_cfg: TokenizerConfig) -> None:
-    import multiprocessing
-    import threading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # a parent that was killed leaves no orphans
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = None
-    if tokenizer_json is not None:
-        from tokenizers import Tokenizer as Backend
-        tokenizer = Tokenizer(Backend.from_str(tokenizer_json), tokenizer_cfg)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no resource, macOS no statm
-        import resource
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * resource.getpagesize() + WORKER_MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    _worker.update(cfg=cfg, tokenizer=tokenizer, sink=open(os.devnull, "w", encoding="utf-8"))
-
-
-def _examine_batch(batch: list[Document]) -> list[Examined]:
-    import faulthandler
-    examined = []
-    for document in batch:
-        # ends this process if the document hangs in C code, where no Python signal handler would run
-        faulthandler.dump_traceback_later(DOCUMENT_LIMIT_S, exit=True, file=_worker["sink"])
-        examined.append(_examine(document, _worker["cfg"], _worker["tokenizer"]))
-        faulthandler.cancel_dump_traceback_later()
-    return examined
-
-
-def _examine(document: Document, cfg: DataConfig, tokenizer: Tokenizer | None) -> Examined:
-    size, text = document.size, document.text
-    if document.path is not None:
-        try:
-            raw = document.path.read_bytes()
-        except OSError:
-            return Examined(document.key, size, "unreadable")
-        size = len(raw)
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return Examined(document.key, size, "not UTF-8")
-    if text is None:
-        return Examined(document.key, size, "unreadable")
-    try:
-        content = text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Examined(document.key, size, "not UTF-8")
-    if reason := reason_to_drop(text, document.language, cfg):
-        return Examined(document.key, size, reason)
-    digest = hashlib.sha256(content).digest()
-    if tokenizer is None:
-        return Examined(document.key, len(content), digest=digest, text=text)
-    try:
-        ids = tokenizer.encode(text)
-    except TokenizerError:
-        return Examined(document.key, size, "not in the vocabulary")
-    except MemoryError:
-        return Examined(document.key, size, "memory")
-    framed = chain([] if tokenizer.bos_id is None else [tokenizer.bos_id], ids, [tokenizer.eos_id])
-    return Examined(document.key, len(content), digest=digest, ids=np.fromiter(framed, np.uint32))
-
-
-class WorkerPool:
-    """Processes that examine batches of documents; a document that kills its process is dropped, and only that one."""
-
-    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer | None, tokenizer_cfg: TokenizerConfig,
-                 examine: Callable[[list[Document]], list[Examined]] = _examine_batch):
-        self._n_workers, self._examine = cfg.n_workers, examine
-        self._arguments = (cfg, None if tokenizer is None else tokenizer.to_json(), tokenizer_cfg)
-        self._generation = 0
-        self._start()
-
-    def _start(self) -> None:
-        import multiprocessing
-        # spawn: a fork would copy this process's threads and memory, torch's among them
-        self._executor = ProcessPoolExecutor(self._n_workers, multiprocessing.get_context("spawn"), _start_worker, self._arguments)
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def map(self, stream: Iterable[Document]) -> Iterator[Examined]:
-        """Examine a stream of documents, a few batches ahead of the consumer; yields in the stream's order."""
-        window: deque[tuple[list[Document], Future[list[Examined]], int]] = deque()
-        for batch in _batches(stream):
-            window.append((batch, self._executor.submit(self._examine, batch), self._generation))
-            if len(window) > 2 * self._n_workers:
-                yield from self._result(*window.popleft())
-        while window:
-            yield from self._result(*window.popleft())
-
-    def _result(self, batch: list[Document], future: Future[list[Examined]], generation: int) -> list[Examined]:
-        while True:
-            try:
-                return future.result()
-            except (BrokenProcessPool, CancelledError):
-                # some worker died. If that is old news, this batch only needs another try; else it is suspect
-                if generation == self._generation:
-                    self._restart()
-                    return [self._alone(document) for document in batch]
-            generation, future = self._generation, self._executor.submit(self._examine, batch)
-
-    def _alone(self, document: Document) -> Examined:
-        try:
-            return self._executor.submit(self._examine, [document]).result()[0]
-        except BrokenProcessPool:
-            self._restart()
-            return Examined(document.key, document.size, "killed its worker")
-
-    def _restart(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        self._generation += 1
-        self._start()
-
-
-def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in stream:
-        batch.append(document)
-        size += document.size
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The build
 
 def split_of(digest: bytes, cfg: DataConfig) -> str:
     """Return the split of a document by its content's hash, so that it stays there whatever is added beside it."""
@@ -249,9 +49,12 @@ class Ledger:
     """Counts what was read, dropped by each filter, and kept, by source, in documents and bytes."""
 
     def __init__(self, labels: list[str]):
-        self.rows: list[dict[str, Any]] = [{"source": label, "read": [0, 0], "dropped": {}, "kept": [0, 0], "tokens": 0} for label in labels]
+        self.rows: list[dict[str, Any]] = [
+            {"source": label, "read": [0, 0], "dropped": {}, "kept": [0, 0], "tokens": 0} for label in labels
+        ]
 
     def add(self, source: int, examined: Examined, reason: str | None) -> None:
+        """Count one document of a source as dropped for `reason`, or as kept."""
         row = self.rows[source]
         counters = [row["read"], row["kept"] if reason is None else row["dropped"].setdefault(reason, [0, 0])]
         for counter in counters:
@@ -262,6 +65,7 @@ class Ledger:
 
     def table(self) -> str:
         """Return the counts over all sources, and the realised shares of a mixture."""
+
         def total(counters: list[list[int]]) -> tuple[int, int]:
             return sum(c[0] for c in counters), sum(c[1] for c in counters)
 
@@ -269,15 +73,18 @@ class Ledger:
         for reason in dict.fromkeys(reason for r in self.rows for reason in r["dropped"]):
             lines.append((f"  dropped: {reason}", *total([r["dropped"].get(reason, [0, 0]) for r in self.rows])))
         lines.append(("kept", *total([r["kept"] for r in self.rows])))
-        out = [f"{'':<32}{'documents':>12}{'MB':>10}"] + [f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines]
+        out = [f"{'':<32}{'documents':>12}{'MB':>10}"] + [
+            f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines
+        ]
         if len(self.rows) > 1:
             tokens = max(1, sum(r["tokens"] for r in self.rows))
             out += [f"  {r['source']}: {r['tokens'] / tokens:.1%} of the tokens" for r in self.rows]
         return "\n".join(out)
 
 
-def examined_documents(cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None,
-                       ledger: Ledger) -> Iterator[tuple[Examined, str]]:
+def examined_documents(
+    cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None, ledger: Ledger
+) -> Iterator[tuple[Examined, str]]:
     """Yield each kept document with its split, mixed from the sources by weight; the ledger counts the others.
 
     The next document comes from the source that is furthest behind its share of the tokens (of the bytes, before
@@ -329,9 +136,13 @@ def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None]) -> Tokenize
 def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
     """Return a short hash of everything that the shards depend on and that can be known without reading the inputs."""
     import tokenizers
+
     parts: dict[str, Any] = {
-        "format": FORMAT, "python": list(sys.version_info[:3]), "tokenizers": tokenizers.__version__,
-        "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)), "tokenizer": dataclasses.asdict(cfg.tokenizer),
+        "format": FORMAT,
+        "python": list(sys.version_info[:3]),
+        "tokenizers": tokenizers.__version__,
+        "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
+        "tokenizer": dataclasses.asdict(cfg.tokenizer),
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
     }
     if cfg.tokenizer.kind == "bpe":
@@ -353,8 +164,10 @@ def prepare(cfg: Config) -> Path:
     """
     for source in cfg.data.sources:
         if source.response_field is not None:
-            raise DataError(f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
-                            f"it is for fine-tuning: pre-train an earlier stage with --preset, such as smallcoder-3")
+            raise DataError(
+                f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
+                f"it is for fine-tuning: pre-train an earlier stage with --preset, such as smallcoder-3"
+            )
     files = [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
     folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files)}"
     if folder.is_dir():
@@ -362,8 +175,10 @@ def prepare(cfg: Config) -> Path:
     try:
         return build(cfg, files, folder)
     except OSError as e:
-        raise DataError(f"{DATA}/ must be writable and have room for the shards, but writing gave: {e}; "
-                        f"free some space, or run from a folder on another disk") from None
+        raise DataError(
+            f"{DATA}/ must be writable and have room for the shards, but writing gave: {e}; "
+            f"free some space, or run from a folder on another disk"
+        ) from None
 
 
 def _stale(folder: Path) -> bool:
@@ -403,16 +218,23 @@ def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Pat
 
 def _fill(cfg: Config, files: list[list[LocalFile] | None], partial: Path, name: str) -> None:
     from tqdm import tqdm
+
     started = time.perf_counter()
     tokenizer = make_tokenizer(cfg, files)
     if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise TokenizerError(f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
-                             f"set --model.vocab-size")
+        raise TokenizerError(
+            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
+            f"set --model.vocab-size"
+        )
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {split: ShardWriter(partial, split, dtype) for split in SPLITS}
     ledger = Ledger([s.label for s in cfg.data.sources])
-    total = sum(f.size for fs in files if fs for f in fs) if all(s.kind in ("files", "local-python") for s in cfg.data.sources) else None
+    total = (
+        sum(f.size for fs in files if fs for f in fs)
+        if all(s.kind in ("files", "local-python") for s in cfg.data.sources)
+        else None
+    )
     drawn = 0
     stream = examined_documents(cfg, files, tokenizer, ledger)
     with contextlib.closing(stream), tqdm(total=total, unit="B", unit_scale=True, desc="data", mininterval=0.5) as bar:
@@ -432,20 +254,36 @@ def _fill(cfg: Config, files: list[list[LocalFile] | None], partial: Path, name:
         info = writer.info
         print(f"{split:<32}{info.documents:>12,}{info.bytes / 1e6:>10.2f}   {info.tokens:,} tokens")
         if not info.tokens:
-            raise DataError(f"the {split} split must not be empty, but none of the {sum(r['kept'][0] for r in ledger.rows)} documents kept fell into it; "
-                            f"add documents, relax the filters, or raise --data.{'val' if split == 'train' else split}-fraction")
-    print(f"built in {seconds:.1f} s, {sum(r['read'][1] for r in ledger.rows) / 1e6 / seconds:.1f} MB/s from files to shards")
+            kept = sum(r["kept"][0] for r in ledger.rows)
+            more = "" if split == "train" else f", or raise --data.{split}-fraction"
+            raise DataError(
+                f"the {split} split must not be empty, but none of the {kept} documents kept fell into it; "
+                f"add documents, relax the filters{more}"
+            )
+    print(
+        f"built in {seconds:.1f} s, {sum(r['read'][1] for r in ledger.rows) / 1e6 / seconds:.1f} MB/s from files to shards"
+    )
     write_json(partial / "ledger.json", ledger.rows)
-    write_manifest(partial, fingerprint=name, dtype=dtype.str, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
-                   eos_id=tokenizer.eos_id, splits={split: writer.info for split, writer in writers.items()})
+    write_manifest(
+        partial,
+        fingerprint=name,
+        dtype=dtype.str,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        splits={split: writer.info for split, writer in writers.items()},
+    )
 
 
 @dataclasses.dataclass
 class Flags:
+    """The script's command line."""
+
     config: ConfigFlags
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Build the shards of the config, or find them built."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     folder = prepare(flags.config)
     splits = [TokenDataset(folder, split) for split in SPLITS]

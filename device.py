@@ -42,8 +42,12 @@ class Runtime:
 
     def describe(self) -> dict[str, Any]:
         """Return what a run's bits depend on besides its config."""
-        return {"device": self.device.type, "precision": self.precision, "threads": torch.get_num_threads(),
-                "torch": str(torch.__version__)}
+        return {
+            "device": self.device.type,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
 
 
 def resolve(cfg: TrainConfig) -> Runtime:
@@ -52,7 +56,9 @@ def resolve(cfg: TrainConfig) -> Runtime:
     kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if cfg.device == "auto" else cfg.device
     if not available[kind]:
         there = ", ".join(k for k, yes in available.items() if yes)
-        raise DeviceError(f"train.device must be a device of this machine ({there}), but is {kind!r}; set --train.device auto")
+        raise DeviceError(
+            f"train.device must be a device of this machine ({there}), but is {kind!r}; set --train.device auto"
+        )
     if kind == "cuda":  # TensorFloat-32 for what stays float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     precision = cfg.precision
@@ -74,6 +80,7 @@ def has_compiler(kind: str) -> bool:
     """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
     if kind == "cuda":
         from torch.utils._triton import has_triton
+
         return has_triton()
     names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
     return kind == "cpu" and any(shutil.which(name) for name in names if name)

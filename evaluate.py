@@ -20,6 +20,8 @@ from cli import parse_cli, run_script
 
 @dataclass
 class Flags:
+    """The script's command line."""
+
     run: tyro.conf.Positional[Path | None] = None
     """The run's folder, or its name under runs/. The newest if left out."""
     split: Literal["val", "test"] = "val"
@@ -27,26 +29,39 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Evaluate a run and write the result into it."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     import json
 
-    from checkpoint import find_run, load_model, write_atomic
+    from checkpoint import find_run, load_model
     from device import resolve
+    from files import write_atomic
     from trainer import validate
+
     run = find_run(flags.run)
     runtime = resolve(run.config().train)
     model, folder = load_model(run, runtime.device)
     dataset = run.heldout(flags.split)
     dataset.require_fits(model.cfg.vocab_size, run.tokenizer().sha256)
     metrics = validate(model, dataset, runtime)
-    results = {"run": str(run.path), "checkpoint": folder.name, "split": flags.split, "tokens": len(dataset), "bytes": dataset.info.bytes,
-               "documents": dataset.info.documents, "precision": runtime.precision,
-               **{name.replace("val_", ""): value for name, value in metrics.items()}}
+    results = {
+        "run": str(run.path),
+        "checkpoint": folder.name,
+        "split": flags.split,
+        "tokens": len(dataset),
+        "bytes": dataset.info.bytes,
+        "documents": dataset.info.documents,
+        "precision": runtime.precision,
+        **{name.replace("val_", ""): value for name, value in metrics.items()},
+    }
     write_atomic(run.path / "eval.json", json.dumps(results, indent=1) + "\n")
-    print(f"{run.path} at {folder.name}, {flags.split} split: {results['documents']} documents, {results['tokens']:,} tokens, {results['bytes']:,} bytes")
+    print(
+        f"{run.path} at {folder.name}, {flags.split} split: {results['documents']} documents, "
+        f"{results['tokens']:,} tokens, {results['bytes']:,} bytes"
+    )
     for name in ("loss", "perplexity", "bits_per_byte"):
         print(f"  {name.replace('_', ' '):<16}{results[name]:>10.4f}")
-    print(f"written to {run.path / 'eval.json'}; next: python generate.py {run.path} --prompt \"def \"")
+    print(f'written to {run.path / "eval.json"}; next: python generate.py {run.path} --prompt "def "')
     return 0
 
 

@@ -48,10 +48,12 @@ class Sampling:
 
     def check(self) -> None:
         """Raise GenerationError for a value that cannot be used."""
-        for name, holds, must in (("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
-                                  ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
-                                  ("top-k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
-                                  ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1")):
+        for name, holds, must in (
+            ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
+            ("top-k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
             if not holds:
                 raise GenerationError(f"--{name} must be {must}, but is {getattr(self, name.replace('-', '_'))}")
 
@@ -59,6 +61,7 @@ class Sampling:
 def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return the distribution (V,) that is sampled from, of logits (V,): temperature, then top-k, then top-p."""
     import torch
+
     logits = logits.float()
     if sampling.greedy or sampling.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
@@ -78,6 +81,7 @@ def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.
 def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
     """Return the new token ids after the prompt `ids` (at least one), without the end-of-text token that ended them."""
     import torch
+
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
     new: list[int] = []
@@ -97,12 +101,17 @@ def complete(model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: 
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
     ids = ids or [tokenizer.eos_id]  # in training, what follows an end of text is a new document
     if len(ids) > model.cfg.block_size:
-        print(f"note: the prompt has {len(ids)} tokens and the context {model.cfg.block_size}: its beginning is cropped", file=sys.stderr)
+        print(
+            f"note: the prompt has {len(ids)} tokens and the context {model.cfg.block_size}: its beginning is cropped",
+            file=sys.stderr,
+        )
     return tokenizer.decode(generate(model, ids, sampling, tokenizer.eos_id))
 
 
 @dataclass
 class Flags:
+    """The script's command line."""
+
     run: tyro.conf.Positional[Path | None] = None
     """The run's folder, or its name under runs/. The newest if left out."""
     prompt: str = ""
@@ -111,10 +120,12 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print a continuation of the prompt."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     flags.sampling.check()
     from checkpoint import find_run, load_model
     from device import resolve
+
     run = find_run(flags.run)
     model, _ = load_model(run, resolve(run.config().train).device)
     print(flags.prompt + complete(model, run.tokenizer(), flags.prompt, flags.sampling))

@@ -43,7 +43,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients along with the loss, chunk by chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, kernel: NllAndGrad) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, kernel: NllAndGrad
+    ) -> Tensor:
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         dx = torch.empty_like(x)
@@ -72,7 +74,9 @@ def _nll_sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) ->
     return F.cross_entropy(F.linear(x, weight, bias).float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kernel: NllAndGrad = nll_and_grad) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kernel: NllAndGrad = nll_and_grad
+) -> Tensor:
     """Return the summed cross-entropy, in nats and float32, of the logits `x @ weight.T + bias`.
 
     x (N, C), weight (V, C), bias (V,) or None, targets (N,) int64; IGNORE marks rows without a target.
@@ -86,5 +90,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets
     loss = torch.zeros((), device=x.device)
     for start in range(0, x.size(0), CHUNK):
         chunk = x[start : start + CHUNK], weight, bias, targets[start : start + CHUNK]
-        loss = loss + (checkpoint(_nll_sum, *chunk, use_reentrant=False) if torch.is_grad_enabled() else _nll_sum(*chunk))
+        loss = loss + (
+            checkpoint(_nll_sum, *chunk, use_reentrant=False) if torch.is_grad_enabled() else _nll_sum(*chunk)
+        )
     return loss

@@ -24,12 +24,20 @@ if TYPE_CHECKING:
     from model import LanguageModel
     from shards import TokenDataset
 
-HARMLESS = {"train.sample_prompts", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped_steps", "data.workers"}
-ALLOWED = HARMLESS | {"train.max_steps", "train.threads", "train.device", "train.precision", "train.compile", "train.micro_batch_size"}
+# settings that a resumed run may change: without any effect on its bits, and with one that is said
+HARMLESS = {"data.workers"} | {
+    f"train.{field}"
+    for field in ("sample_prompts", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped_steps")
+}
+ALLOWED = HARMLESS | {
+    f"train.{field}" for field in ("max_steps", "threads", "device", "precision", "compile", "micro_batch_size")
+}
 
 
 @dataclass
 class Flags:
+    """The script's command line."""
+
     config: ConfigFlags
     fresh: bool = False
     """Start over; an old run of this name is kept as NAME.old-1."""
@@ -44,15 +52,21 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
     said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
     refused = [text for field, text in said.items() if field not in ALLOWED]
     if refused:
-        raise KindlingError(f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
-                            f"take them back, or use another --name, or start over with --fresh")
+        raise KindlingError(
+            f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
+            f"take them back, or use another --name, or start over with --fresh"
+        )
     for field, text in said.items():
-        print(f"note: {text}" + ("" if field in HARMLESS else ": from here on the run differs from one without the change"))
+        print(
+            f"note: {text}"
+            + ("" if field in HARMLESS else ": from here on the run differs from one without the change")
+        )
 
 
 def training_data(cfg: Config, run: RunDirectory) -> TokenDataset:
     """Open the training shards that the run began with, or build them, or refuse if they would be others now."""
     from shards import DataError, TokenDataset, read_manifest
+
     if not run.exists():
         return TokenDataset(prepare(cfg), "train")
     manifest = read_manifest(run.data)
@@ -61,8 +75,10 @@ def training_data(cfg: Config, run: RunDirectory) -> TokenDataset:
         folder = prepare(cfg)
     dataset = TokenDataset(folder, "train")
     if [s["sha256"] for s in dataset.info.shards] != [s["sha256"] for s in manifest["splits"]["train"]["shards"]]:
-        raise DataError(f"{run.path} must be resumed on the data that it was started with ({manifest['fingerprint']}), but that is gone and "
-                        f"the sources have changed since; start over with --fresh, or use another --name")
+        raise DataError(
+            f"{run.path} must be resumed on the data that it was started with ({manifest['fingerprint']}), but that is gone and "
+            f"the sources have changed since; start over with --fresh, or use another --name"
+        )
     return dataset
 
 
@@ -71,13 +87,16 @@ def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
     import device
     from checkpoint import CheckpointError, find_run, load_weights
     from model import build_model
+
     device.seed_all(cfg.train.seed)
     model = build_model(cfg.model)
     if cfg.train.init_from is not None:
         source = find_run(Path(cfg.train.init_from))
         folder = source.newest()
         if folder is None:
-            raise CheckpointError(f"train.init_from must name a run with a checkpoint, but {source.path} has none; train it first")
+            raise CheckpointError(
+                f"train.init_from must name a run with a checkpoint, but {source.path} has none; train it first"
+            )
         load_weights(folder, model)
     return model.to(runtime.device)
 
@@ -85,6 +104,7 @@ def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
 def samples(model: LanguageModel, run: RunDirectory) -> str:
     """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
     from generate import Sampling, complete
+
     tokenizer = run.tokenizer()
     model.eval()
     out = []
@@ -97,6 +117,7 @@ def samples(model: LanguageModel, run: RunDirectory) -> str:
 def pretrain(cfg: Config, fresh: bool) -> int:
     """Train or resume the run of `cfg`; return the exit code."""
     from checkpoint import RUNS, RunDirectory, load_state
+
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
     if fresh and run.path.exists():
@@ -108,12 +129,17 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     import device
     from shards import PackedBlocks
     from trainer import Trainer, validate
+
     folder = run.newest()
     state: dict[str, Any] | None = None if folder is None else load_state(folder)
     device.set_threads(cfg.train.threads or (state["environment"]["threads"] if state else None))
     runtime = device.resolve(cfg.train)
     blocks = PackedBlocks(dataset, cfg.model.block_size, cfg.train.seed)
-    model = new_model(cfg, runtime) if state is None else new_model(replace(cfg, train=replace(cfg.train, init_from=None)), runtime)
+    model = (
+        new_model(cfg, runtime)
+        if state is None
+        else new_model(replace(cfg, train=replace(cfg.train, init_from=None)), runtime)
+    )
     if not run.exists():
         run.create(cfg, dataset.folder)
     heldout = run.heldout("val")
@@ -122,8 +148,10 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     trainer = Trainer(cfg, run, model, blocks, lambda m: validate(m, heldout, runtime), runtime)
     if folder is not None and state is not None:
         trainer.resume(folder, state)
-    print(f"{run.path}: {model.n_parameters():,} parameters on {runtime.device.type} in {runtime.precision}, "
-          f"{cfg.tokens:,} tokens in {cfg.train.max_steps:,} steps, {blocks.n_blocks * cfg.model.block_size:,} tokens an epoch")
+    print(
+        f"{run.path}: {model.n_parameters():,} parameters on {runtime.device.type} in {runtime.precision}, "
+        f"{cfg.tokens:,} tokens in {cfg.train.max_steps:,} steps, {blocks.n_blocks * cfg.model.block_size:,} tokens an epoch"
+    )
     if trainer.step >= cfg.train.max_steps:
         print(f"the run is complete at step {trainer.step}; --train.max-steps N goes on, --fresh starts over")
     else:
@@ -143,19 +171,25 @@ def pretrain(cfg: Config, fresh: bool) -> int:
 def report(trainer: Any, seconds: float) -> None:
     """Print what the run reached, where it lies, and what comes next."""
     run, result = trainer.run, trainer.last_eval
-    print(f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
-          f"{result['val_bits_per_byte']:.4f} bits per byte")
+    print(
+        f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
+        f"{result['val_bits_per_byte']:.4f} bits per byte"
+    )
     skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
-    print(f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start{skipped}; state sha256 {trainer.digest()[:16]}")
+    print(
+        f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start{skipped}; state sha256 {trainer.digest()[:16]}"
+    )
     print(f"results in {run.path}; next: python evaluate.py {run.path}")
-    print(f"        or: python generate.py {run.path} --prompt \"def \"")
+    print(f'        or: python generate.py {run.path} --prompt "def "')
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train the run of the command line, or measure it dry."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.dry_run:
         import device
         from trainer import dry_run
+
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
         offline = replace(flags.config, train=replace(flags.config.train, init_from=None))

@@ -71,9 +71,11 @@ class CausalSelfAttention(nn.Module):
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, n_head, T, D), keys and values (B, n_kv_head, T, D) of x (B, T, C)."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         widths = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1))  # (B, H, T, D)
+        q, k, v = (
+            t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1)
+        )  # (B, H, T, D)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rope is not None:
@@ -82,8 +84,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         q, k, v = self.heads(x, rope)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0,
-                                           enable_gqa=self.n_head != self.n_kv_head)  # (B, n_head, T, D)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_head != self.n_kv_head,
+        )  # (B, n_head, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         return y if self.proj is None else self.proj(y)
 
@@ -158,11 +166,15 @@ class LanguageModel(nn.Module):
         is a sum in nats, so that every average of the project is a total over a total. Raises ValueError if T is too long.
         """
         if idx.size(1) > self.cfg.block_size:
-            raise ValueError(f"a sequence must be at most block_size={self.cfg.block_size} tokens, but has {idx.size(1)}; crop it")
+            raise ValueError(
+                f"a sequence must be at most block_size={self.cfg.block_size} tokens, but has {idx.size(1)}; crop it"
+            )
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.head(x)  # (B, T, vocab_size)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), self._nll_and_grad)
+        loss = linear_cross_entropy(
+            x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), self._nll_and_grad
+        )
         return loss, (targets != IGNORE).sum()
 
     _nll_and_grad = staticmethod(nll_and_grad)
@@ -217,7 +229,9 @@ class GPT(LanguageModel):
             for proj in (block.attn.proj, block.mlp.down):
                 if proj is not None and cfg.residual_init == "zero":
                     nn.init.zeros_(proj.weight)
-                elif proj is not None:  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
+                elif (
+                    proj is not None
+                ):  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
                     nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
 
     @staticmethod
@@ -263,13 +277,29 @@ class TransformersGPT2(LanguageModel):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
+
         self.cfg = cfg
         # GPT2Config's own defaults would put bos and eos outside the vocabulary, and drop out in three places
-        self.gpt2 = GPT2LMHeadModel(GPT2Config(
-            vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
-            n_inner=cfg.ff_width, activation_function="gelu_new", resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
-            attn_pdrop=cfg.dropout, layer_norm_epsilon=cfg.norm_eps, initializer_range=cfg.init_std, use_cache=False,
-            bos_token_id=None, eos_token_id=None, attn_implementation="sdpa"))
+        self.gpt2 = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=cfg.vocab_size,
+                n_positions=cfg.block_size,
+                n_embd=cfg.n_embd,
+                n_layer=cfg.n_layer,
+                n_head=cfg.n_head,
+                n_inner=cfg.ff_width,
+                activation_function="gelu_new",
+                resid_pdrop=cfg.dropout,
+                embd_pdrop=cfg.dropout,
+                attn_pdrop=cfg.dropout,
+                layer_norm_epsilon=cfg.norm_eps,
+                initializer_range=cfg.init_std,
+                use_cache=False,
+                bos_token_id=None,
+                eos_token_id=None,
+                attn_implementation="sdpa",
+            )
+        )
 
     @property
     def head(self) -> nn.Linear:

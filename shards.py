@@ -8,7 +8,6 @@ hash, so a truncated or damaged shard is found before the first step and not as 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from config import IGNORE, KindlingError
+from files import sha256_file, write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**25
@@ -26,17 +26,6 @@ SPLITS = ("train", "val", "test")
 
 class DataError(KindlingError):
     """Data that cannot be read, built or used."""
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -87,7 +76,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder} must hold a manifest.json, but does not; build the data with `python data_pipeline.py`") from None
+        raise DataError(
+            f"{folder} must hold a manifest.json, but does not; build the data with `python data_pipeline.py`"
+        ) from None
     except (OSError, ValueError) as e:
         raise DataError(f"{path} must be readable JSON, but is not ({e}); delete {folder} and build it again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -115,8 +106,10 @@ class TokenDataset:
         except (OSError, ValueError, EOFError) as e:
             raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {way_out}") from None
         if tokens.dtype != self.manifest["dtype"] or tokens.shape != (shard["tokens"],):
-            raise DataError(f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
-                            f"{tokens.size} of {tokens.dtype}; {way_out}")
+            raise DataError(
+                f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
+                f"{tokens.size} of {tokens.dtype}; {way_out}"
+            )
         if found != shard["sha256"]:
             raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {way_out}")
         return tokens
@@ -138,11 +131,15 @@ class TokenDataset:
     def require_fits(self, vocab_size: int, tokenizer_sha256: str) -> None:
         """Raise DataError unless these shards are of that tokenizer and every id is below `vocab_size`."""
         if self.manifest["tokenizer_sha256"] != tokenizer_sha256:
-            raise DataError(f"the shards of {self.folder} must be of the run's tokenizer, but are of another; "
-                            f"delete the folder and run again to rebuild it, or start over with --fresh")
+            raise DataError(
+                f"the shards of {self.folder} must be of the run's tokenizer, but are of another; "
+                f"delete the folder and run again to rebuild it, or start over with --fresh"
+            )
         if self.info.max_id >= vocab_size:
-            raise DataError(f"every token id must be below model.vocab_size={vocab_size}, but {self.folder} holds {self.info.max_id}; "
-                            f"set --model.vocab-size to at least {self.manifest['vocab_size']}")
+            raise DataError(
+                f"every token id must be below model.vocab_size={vocab_size}, but {self.folder} holds {self.info.max_id}; "
+                f"set --model.vocab-size to at least {self.manifest['vocab_size']}"
+            )
 
 
 class PackedBlocks:
@@ -156,8 +153,10 @@ class PackedBlocks:
         self.dataset, self.block_size, self.seed = dataset, block_size, seed
         self.n_blocks = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
         if self.n_blocks < 1:
-            raise DataError(f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
-                            f"{len(dataset)}; add files, or lower --model.block-size")
+            raise DataError(
+                f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
+                f"{len(dataset)}; add files, or lower --model.block-size"
+            )
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def _block(self, position: int) -> int:
@@ -168,7 +167,9 @@ class PackedBlocks:
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return idx and targets (count, block_size) int64 of the rows at positions first, first + 1, ..."""
-        rows = np.stack([self.dataset.read(self._block(first + i) * self.block_size, self.block_size + 1) for i in range(count)])
+        rows = np.stack(
+            [self.dataset.read(self._block(first + i) * self.block_size, self.block_size + 1) for i in range(count)]
+        )
         return rows[:, :-1], rows[:, 1:]
 
 

@@ -22,7 +22,15 @@ from typing import Any
 from config import SourceConfig
 from shards import DataError
 
-LANGUAGES = {".py": "python", ".pyi": "python", ".c": "c", ".h": "c", ".java": "java", ".md": "markdown", ".txt": "text"}
+LANGUAGES = {
+    ".py": "python",
+    ".pyi": "python",
+    ".c": "c",
+    ".h": "c",
+    ".java": "java",
+    ".md": "markdown",
+    ".txt": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,11 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
     """
     if source.kind == "local-python":
         paths = sysconfig.get_paths()
-        roots = {"stdlib": Path(paths["stdlib"]), "site-packages": Path(paths["purelib"]), "site-packages-arch": Path(paths["platlib"])}
+        roots = {
+            "stdlib": Path(paths["stdlib"]),
+            "site-packages": Path(paths["purelib"]),
+            "site-packages-arch": Path(paths["platlib"]),
+        }
         if roots["site-packages-arch"] == roots["site-packages"]:
             del roots["site-packages-arch"]
         files = [f for name, root in roots.items() if root.is_dir() for f in _walk(root, name + "/", ("**/*.py",))]
@@ -66,11 +78,15 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
         elif root.is_dir():
             files = list(_walk(root, "", source.globs))
         else:
-            raise DataError(f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
-                            f"set --data.sources.0.path")
+            raise DataError(
+                f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
+                f"set --data.sources.0.path"
+            )
     if not files:
-        raise DataError(f"a source must hold at least one file, but {source.label} has none that matches {', '.join(source.globs)}; "
-                        f"check --data.sources.0.path and --data.sources.0.globs")
+        raise DataError(
+            f"a source must hold at least one file, but {source.label} has none that matches {', '.join(source.globs)}; "
+            f"check --data.sources.0.path and --data.sources.0.globs"
+        )
     files.sort(key=lambda f: hashlib.sha256(f.key.encode("utf-8", "surrogateescape")).digest())
     if source.kind not in ("files", "local-python"):
         return files  # rows are counted while they are read
@@ -90,7 +106,11 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
     # fnmatch's * crosses slashes, so **/*.py also has to match at the top level, as pathlib's does
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [d for d in subfolders if not d.startswith(".") and d not in ("__pycache__", "site-packages", "dist-packages")]
+        subfolders[:] = [
+            d
+            for d in subfolders
+            if not d.startswith(".") and d not in ("__pycache__", "site-packages", "dist-packages")
+        ]
         for name in names:
             path = Path(folder, name)
             inner = path.relative_to(root).as_posix()
@@ -182,22 +202,29 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
 def _parquet_rows(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
+
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as e:
-        raise DataError(f"{path} must be a Parquet file, but is not ({' '.join(str(e).split())[:200]}); check the file") from None
+        raise DataError(
+            f"{path} must be a Parquet file, but is not ({' '.join(str(e).split())[:200]}); check the file"
+        ) from None
 
 
 def _hub_rows(source: SourceConfig) -> Iterator[Any]:
     """Stream a data set of the hub, or of a local folder laid out like one; never the whole set on disk."""
     from datasets import load_dataset
+
     try:
-        yield from load_dataset(source.path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
+        yield from load_dataset(
+            source.path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True
+        )
     except GeneratorExit:
         raise
     except Exception as e:  # connection, authorisation, naming and format errors share no base class
         raise DataError(
             f"the data set {source.label!r} must be reachable with split {source.split!r}, but gave {type(e).__name__}: "
             f"{' '.join(str(e).split())[:300]}; check the network and the name (a gated set needs its terms accepted on its page "
-            f"and `hf auth login`), or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER") from None
+            f"and `hf auth login`), or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER"
+        ) from None

@@ -42,8 +42,10 @@ class Tokenizer:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             known = sorted(t.content for t in self._backend.get_added_tokens_decoder().values())[:8]
-            raise TokenizerError(f"tokenizer.{field} must be a token of the vocabulary, but {token!r} is not in it; "
-                                 f"its control tokens are {', '.join(known) or 'none'}")
+            raise TokenizerError(
+                f"tokenizer.{field} must be a token of the vocabulary, but {token!r} is not in it; "
+                f"its control tokens are {', '.join(known) or 'none'}"
+            )
         return token_id
 
     @property
@@ -55,6 +57,7 @@ class Tokenizer:
     def _missing_bytes(self) -> bytes:
         """Bytes that no token spells, which some published vocabularies have; encoding would lose them silently."""
         from tokenizers import pre_tokenizers
+
         alphabet = dict(zip((b"%c" % b for b in range(256)), map(byte_symbol, range(256))))
         if not set(alphabet.values()) <= set(pre_tokenizers.ByteLevel.alphabet()):
             raise AssertionError("our byte symbols are not the library's")
@@ -64,10 +67,14 @@ class Tokenizer:
         try:
             raw = text.encode("utf-8")
         except UnicodeEncodeError as e:
-            raise TokenizerError(f"a text must be valid Unicode, but has a lone surrogate at character {e.start}; remove it") from None
+            raise TokenizerError(
+                f"a text must be valid Unicode, but has a lone surrogate at character {e.start}; remove it"
+            ) from None
         if self._missing_bytes and len(raw.translate(None, self._missing_bytes)) < len(raw):
-            raise TokenizerError("a text must use only characters that the tokenizer can spell, but one of its bytes "
-                                 "is in no token; drop the document, or train a tokenizer with --tokenizer.kind bpe")
+            raise TokenizerError(
+                "a text must use only characters that the tokenizer can spell, but one of its bytes "
+                "is in no token; drop the document, or train a tokenizer with --tokenizer.kind bpe"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it cannot hold."""
@@ -106,32 +113,46 @@ def train_bpe(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> To
     """Train byte-level BPE of at most `vocab_size` tokens: control tokens first, then all 256 bytes, then merges."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
     smallest = 256 + len(cfg.special_tokens)
     if vocab_size < smallest:
-        raise TokenizerError(f"model.vocab_size must be at least {smallest} (256 bytes and the control tokens), but is {vocab_size}; "
-                             f"set --model.vocab-size")
+        raise TokenizerError(
+            f"model.vocab_size must be at least {smallest} (256 bytes and the control tokens), but is {vocab_size}; "
+            f"set --model.vocab-size"
+        )
     backend = Backend(models.BPE())
     if cfg.normalizer == "nfkc":
         backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=cfg.special_tokens, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # without it, bytes not seen in training would be lost
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=cfg.special_tokens,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # without it, bytes not seen in training would be lost
     return Tokenizer(backend, cfg)
 
 
 def load_json(path: Path, cfg: TokenizerConfig) -> Tokenizer:
     """Load a `tokenizer.json`; raises TokenizerError if it is missing or not one."""
     from tokenizers import Tokenizer as Backend
+
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise TokenizerError(f"{path} must be a readable tokenizer.json, but is not ({e}); check --tokenizer.path") from None
+        raise TokenizerError(
+            f"{path} must be a readable tokenizer.json, but is not ({e}); check --tokenizer.path"
+        ) from None
     try:
         backend = Backend.from_str(text)
     except Exception as e:  # the library raises plain Exception
-        raise TokenizerError(f"{path} must be a tokenizer.json of the `tokenizers` library, but is not ({e}); check the file") from None
+        raise TokenizerError(
+            f"{path} must be a tokenizer.json of the `tokenizers` library, but is not ({e}); check the file"
+        ) from None
     return Tokenizer(backend, cfg)
 
 
@@ -144,6 +165,7 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
     if path.is_file() or path.suffix == ".json" or path.is_absolute():
         return load_json(path, cfg)
     from huggingface_hub import hf_hub_download
+
     try:
         return load_json(Path(hf_hub_download(cfg.path, "tokenizer.json")), cfg)
     except TokenizerError:
@@ -152,4 +174,5 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
         raise TokenizerError(
             f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
             f"{type(e).__name__}: {' '.join(str(e).split())[:200]}; check the network and the name (a gated one needs "
-            f"`hf auth login`), or set --tokenizer.path to a local tokenizer.json") from None
+            f"`hf auth login`), or set --tokenizer.path to a local tokenizer.json"
+        ) from None

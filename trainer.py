@@ -10,7 +10,6 @@ Limit: one process.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -27,9 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import device
-from checkpoint import CheckpointError, RunDirectory, load_state, load_weights, state_digest, write_atomic
+from checkpoint import CheckpointError, RunDirectory, load_weights, state_digest
 from config import IGNORE, Config, KindlingError, TrainConfig
 from device import Runtime
+from metrics import MetricsLog
 from model import LanguageModel
 from shards import TokenDataset, blocks_in_order, rows_of_rank
 
@@ -73,10 +73,15 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.
     hidden = [p for p in parameters if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2]
     taken = {id(p) for p in hidden}
     rest = [p for p in parameters if id(p) not in taken]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+        )
+    ]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
@@ -91,7 +96,9 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], runtime: Runtime) -> tuple[float, int]:
+def mean_loss(
+    model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], runtime: Runtime
+) -> tuple[float, int]:
     """Return the mean loss in nats over all supervised tokens of `batches`, and their number."""
     was_training = model.training
     model.eval()
@@ -122,40 +129,6 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime) -> bool:
     return 6 * model.n_parameters() * cfg.tokens >= COMPILE_FLOPS and device.has_compiler(runtime.device.type)
 
 
-class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
-
-    def __init__(self, run: RunDirectory, step: int):
-        """Open the log at `step`; lines that a killed run wrote past its last checkpoint are removed."""
-        from torch.utils.tensorboard import SummaryWriter
-        self.path = run.path / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, **values: float) -> None:
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
-
-
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once."""
 
@@ -178,14 +151,22 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
+        """128 and the signal's number, as a shell would report it; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
 
 class Trainer:
     """A run in progress: model, optimisers, position in the data, and the folder that they are saved to."""
 
-    def __init__(self, cfg: Config, run: RunDirectory, model: LanguageModel, batches: Batches,
-                 evaluate: Callable[[LanguageModel], dict[str, float]], runtime: Runtime):
+    def __init__(
+        self,
+        cfg: Config,
+        run: RunDirectory,
+        model: LanguageModel,
+        batches: Batches,
+        evaluate: Callable[[LanguageModel], dict[str, float]],
+        runtime: Runtime,
+    ):
         self.cfg, self.train, self.run, self.runtime = cfg, cfg.train, run, runtime
         self.model, self.batches, self.evaluate = model, batches, evaluate
         self.optimizers = make_optimizers(model, cfg.train)
@@ -202,10 +183,19 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on besides weights, config and data."""
-        return {"step": self.step, "position": self.position, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
-                "elapsed_s": self.elapsed_s, "best": self.best, "last_eval": self.last_eval,
-                "optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict(),
-                "rng": device.rng_state(self.runtime), "environment": self.runtime.describe()}
+        return {
+            "step": self.step,
+            "position": self.position,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "elapsed_s": self.elapsed_s,
+            "best": self.best,
+            "last_eval": self.last_eval,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "rng": device.rng_state(self.runtime),
+            "environment": self.runtime.describe(),
+        }
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take up the run where a verified checkpoint left it."""
@@ -219,7 +209,10 @@ class Trainer:
         device.set_rng_state(state["rng"])
         for name, was in state["environment"].items():
             if (now := self.runtime.describe()[name]) != was:
-                print(f"note: {name} was {was} and is {now}: the run goes on, but not bit for bit as it would have", file=sys.stderr)
+                print(
+                    f"note: {name} was {was} and is {now}: the run goes on, but not bit for bit as it would have",
+                    file=sys.stderr,
+                )
 
     def save(self, required: bool = False) -> None:
         """Save a checkpoint and prune the old ones. A failure is a warning, and the run goes on, unless `required`."""
@@ -304,9 +297,14 @@ class Trainer:
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
         with StopRequest() as stop:
-            log = MetricsLog(self.run, self.step)
-            bar = tqdm(total=self.train.max_steps, initial=self.step, unit="step", dynamic_ncols=True,
-                       mininterval=0.5 if sys.stderr.isatty() else 15)
+            log = MetricsLog(self.run.path, self.step)
+            bar = tqdm(
+                total=self.train.max_steps,
+                initial=self.step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 15,
+            )
             try:
                 self._loop(stop, log, bar)
             finally:
@@ -322,7 +320,11 @@ class Trainer:
             loss, norm, tokens = self.train_step()
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
-            window_loss, window_tokens, window_s = window_loss + loss * tokens, window_tokens + tokens, window_s + seconds
+            window_loss, window_tokens, window_s = (
+                window_loss + loss * tokens,
+                window_tokens + tokens,
+                window_s + seconds,
+            )
             bar.update(1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 tqdm.write(f"warning: step {self.step} skipped: loss {loss}, gradient norm {norm}", file=sys.stderr)
@@ -330,9 +332,16 @@ class Trainer:
             last = self.step == self.train.max_steps
             if window_tokens and (self.step % self.train.log_every == 0 or last):
                 rate = window_tokens / window_s
-                log.write(self.step, tokens=self.position * self.cfg.model.block_size, loss=window_loss / window_tokens,
-                          lr=self.optimizers[0].param_groups[0]["lr"], grad_norm=norm, tokens_per_s=rate,
-                          elapsed_s=self.elapsed_s, skipped_steps=self.skipped)
+                log.write(
+                    self.step,
+                    tokens=self.position * self.cfg.model.block_size,
+                    loss=window_loss / window_tokens,
+                    lr=self.optimizers[0].param_groups[0]["lr"],
+                    grad_norm=norm,
+                    tokens_per_s=rate,
+                    elapsed_s=self.elapsed_s,
+                    skipped_steps=self.skipped,
+                )
                 bar.set_postfix_str(f"loss {window_loss / window_tokens:.3f}, {rate:,.0f} tokens/s", refresh=False)
                 window_loss, window_tokens, window_s = 0.0, 0, 0.0
             improved = False
@@ -342,8 +351,11 @@ class Trainer:
                 self.save(required=last)
                 saved_step = self.step
             if self.skipped_in_a_row >= self.train.max_skipped_steps:
-                raise TrainingError(f"at most {self.train.max_skipped_steps - 1} steps in a row may be skipped for a loss or gradient that is not "
-                                    f"finite, but {self.skipped_in_a_row} were; lower --train.lr, raise --train.eps to 1e-5, or use --train.precision fp32")
+                raise TrainingError(
+                    f"fewer than {self.train.max_skipped_steps} steps in a row may be skipped for a loss or gradient "
+                    f"that is not finite, but {self.skipped_in_a_row} were; lower --train.lr, raise --train.eps to 1e-5, "
+                    f"or use --train.precision fp32"
+                )
         if stop.signal is not None and saved_step != self.step:
             self.save(required=True)
 
@@ -351,7 +363,9 @@ class Trainer:
         """Evaluate, log, and return whether it is the best so far."""
         self.last_eval = self.evaluate(self.model)
         log.write(self.step, **self.last_eval)
-        tqdm.write(f"step {self.step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.last_eval.items()))
+        tqdm.write(
+            f"step {self.step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.last_eval.items())
+        )
         bar.refresh()
         improved = self.best is None or self.last_eval["val_loss"] < self.best["val_loss"]
         if improved:
@@ -361,14 +375,21 @@ class Trainer:
 
 def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3, limit_s: float = 20) -> str:
     """Train a few steps of one micro-batch on random tokens, without files, and return what the whole run would take."""
+
     class Noise:
         def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
             rows = np.random.default_rng(first).integers(0, cfg.model.vocab_size, (count, cfg.model.block_size + 1))
             return rows[:, :-1], rows[:, 1:]
 
     n_micro = cfg.train.batch_size // cfg.train.micro_batch
-    trainer = Trainer(replace(cfg, train=replace(cfg.train, batch_size=cfg.train.micro_batch, micro_batch_size=None)),
-                      RunDirectory(Path(os.devnull)), model, Noise(), lambda _: {}, runtime)
+    trainer = Trainer(
+        replace(cfg, train=replace(cfg.train, batch_size=cfg.train.micro_batch, micro_batch_size=None)),
+        RunDirectory(Path(os.devnull)),
+        model,
+        Noise(),
+        lambda _: {},
+        runtime,
+    )
     model.train()
     compiled = wants_compile(cfg, model, runtime) and trainer.compile()
     trainer.train_step()  # the first one allocates
@@ -384,17 +405,26 @@ def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3,
 
     micro_s = seconds_of(trainer.forward_backward)
     step_s = seconds_of(trainer.train_step) + (n_micro - 1) * micro_s
-    state = sum(t.numel() * t.element_size() for o in trainer.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
+    state = sum(
+        t.numel() * t.element_size()
+        for o in trainer.optimizers
+        for s in o.state.values()
+        for t in s.values()
+        if isinstance(t, Tensor)
+    )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total, positions = model.n_parameters(), cfg.model.n_position_parameters
     hours = cfg.train.max_steps * step_s / 3600
-    return "\n".join([
-        f"model        {total:,} parameters, {total - positions:,} without positions",
-        f"runs on      {runtime.device.type}, {runtime.precision}, {'compiled' if compiled else 'not compiled'}, {torch.get_num_threads()} CPU threads",
-        f"memory       {2 * weights / 1e9:.2f} GB weights and gradients + {state / 1e9:.2f} GB optimiser state; "
-        f"{device.peak_memory_bytes(runtime) / 1e9:.2f} GB at the peak of a step, measured",
-        f"tokens       {cfg.tokens:,} = {cfg.train.max_steps:,} steps of {cfg.train.batch_size} x {cfg.model.block_size}, "
-        f"in {n_micro} micro-batches of {cfg.train.micro_batch}",
-        f"speed        {cfg.train.batch_size * cfg.model.block_size / step_s:,.0f} tokens/s, measured over {steps} micro-batches",
-        f"time         {hours:.1f} hours" if hours >= 1 else f"time         {hours * 60:.1f} minutes",
-    ])
+    how = f"{runtime.precision}, {'compiled' if compiled else 'not compiled'}, {torch.get_num_threads()} CPU threads"
+    return "\n".join(
+        [
+            f"model        {total:,} parameters, {total - positions:,} without positions",
+            f"runs on      {runtime.device.type}, {how}",
+            f"memory       {2 * weights / 1e9:.2f} GB weights and gradients + {state / 1e9:.2f} GB optimiser state; "
+            f"{device.peak_memory_bytes(runtime) / 1e9:.2f} GB at the peak of a step, measured",
+            f"tokens       {cfg.tokens:,} = {cfg.train.max_steps:,} steps of {cfg.train.batch_size} x {cfg.model.block_size}, "
+            f"in {n_micro} micro-batches of {cfg.train.micro_batch}",
+            f"speed        {cfg.tokens / cfg.train.max_steps / step_s:,.0f} tokens/s, measured over {steps} micro-batches",
+            f"time         {hours:.1f} hours" if hours >= 1 else f"time         {hours * 60:.1f} minutes",
+        ]
+    )

@@ -30,7 +30,9 @@ def run(name: str, *args: str, cwd: str) -> tuple[str, float, float]:
     started = time.perf_counter()
     log = Path(cwd) / "log.txt"
     with open(log, "w", encoding="utf-8") as f:
-        process = subprocess.Popen([sys.executable, str(ROOT / name), *args], cwd=cwd, stdout=f, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / name), *args], cwd=cwd, stdout=f, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(process.pid, 0)
     out = log.read_text(encoding="utf-8")
     if status:
@@ -42,7 +44,9 @@ def demo(cwd: str) -> dict[str, float | str]:
     """Train the demo as `make run` does, watching for its first step."""
     started = time.perf_counter()
     log = open(Path(cwd) / "log.txt", "w", encoding="utf-8")
-    process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), "--train.log-every", "1"], cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), "--train.log-every", "1"], cwd=cwd, stdout=log, stderr=subprocess.STDOUT
+    )
     metrics, first = Path(cwd) / "runs/demo/metrics.jsonl", None
     while process.poll() is None:
         if first is None and metrics.is_file() and metrics.stat().st_size:
@@ -54,9 +58,12 @@ def demo(cwd: str) -> dict[str, float | str]:
     if process.returncode or first is None:
         sys.exit(out)
     lines = [json.loads(x) for x in metrics.read_text(encoding="utf-8").splitlines()]
-    return {"first training step after, s": first, "whole run, s": total,
-            "validation bits per byte": [x["val_bits_per_byte"] for x in lines if "val_bits_per_byte" in x][-1],
-            "tokens/s, median": statistics.median(x["tokens_per_s"] for x in lines if "tokens_per_s" in x)}
+    return {
+        "first training step after, s": first,
+        "whole run, s": total,
+        "validation bits per byte": [x["val_bits_per_byte"] for x in lines if "val_bits_per_byte" in x][-1],
+        "tokens/s, median": statistics.median(x["tokens_per_s"] for x in lines if "tokens_per_s" in x),
+    }
 
 
 def data_speed() -> float:
@@ -77,6 +84,7 @@ def logits_difference() -> dict[str, float]:
     from test_model import SEEDS, as_gpt2, as_llama, randomise, tokens
 
     from model import GPT
+
     worst = {"GPT-2": 0.0, "Llama": 0.0}
     for name, base, convert in (("GPT-2", "code-50m", as_gpt2), ("Llama", "smallcoder-1", as_llama)):
         for tied in (True, False):
@@ -96,13 +104,25 @@ def main() -> None:
         figures |= demo(cwd)
         _, seconds, _ = run("main.py", cwd=cwd)
         figures["the same command again, s"] = seconds
-        _, _, memory = run("main.py", "--preset", "code-50m", "--dry-run", "--train.batch-size", "4", "--train.micro-batch-size", "4", cwd=cwd)
+        _, _, memory = run(
+            "main.py",
+            "--preset",
+            "code-50m",
+            "--dry-run",
+            "--train.batch-size",
+            "4",
+            "--train.micro-batch-size",
+            "4",
+            cwd=cwd,
+        )
         figures["code-50m, step of 4 x 1024, peak process memory, GiB"] = memory
     figures |= logits_difference()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "pipeline.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     table = "| figure | measured |\n| --- | ---: |\n" + "".join(
-        f"| {name} | {value if isinstance(value, str) else f'{value:.3g}' if value < 100 else f'{value:,.0f}'} |\n" for name, value in figures.items())
+        f"| {name} | {value if isinstance(value, str) else f'{value:.3g}' if value < 100 else f'{value:,.0f}'} |\n"
+        for name, value in figures.items()
+    )
     (RESULTS / "pipeline.md").write_text(table, encoding="utf-8")
     print(table)
 

@@ -24,7 +24,9 @@ def run(tmp_path) -> RunDirectory:
     """A run with checkpoints of steps 1 to 3, each weight equal to its step."""
     run = RunDirectory(tmp_path / "run")
     for step in (1, 2, 3):
-        run.save(step, model_of(step), {"step": step, "best": None, "rng": torch.Generator().manual_seed(step).get_state()})
+        run.save(
+            step, model_of(step), {"step": step, "best": None, "rng": torch.Generator().manual_seed(step).get_state()}
+        )
     return run
 
 
@@ -61,7 +63,10 @@ def test_five_hundred_flips_and_truncations_are_all_found_and_the_one_before_is_
         path.write_bytes(originals[path])
     (newest / "model.safetensors").write_bytes(bytes(len(originals[newest / "model.safetensors"])))
     assert run.newest().name == "step_000002"
-    assert "step_000003 must be as it was written, but model.safetensors has changed; falling back to step_000002" in capsys.readouterr().err
+    assert (
+        "step_000003 must be as it was written, but model.safetensors has changed; falling back to step_000002"
+        in capsys.readouterr().err
+    )
 
 
 def test_with_every_checkpoint_damaged_the_error_says_so(run):
@@ -73,7 +78,9 @@ def test_with_every_checkpoint_damaged_the_error_says_so(run):
 
 def test_a_failed_save_leaves_the_older_ones_and_no_remains(run, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(CheckpointError, match="No space left on device; free some space, the older checkpoints are untouched"):
+    with pytest.raises(
+        CheckpointError, match="No space left on device; free some space, the older checkpoints are untouched"
+    ):
         run.save(4, model_of(4), {})
     assert weights_of(run.newest()) == 3
     assert sorted(p.name for p in run.path.iterdir()) == ["step_000001", "step_000002", "step_000003"]

@@ -13,9 +13,18 @@ import cli
 from config import PRESETS, Config, ConfigError, ModelConfig, SourceConfig, list_presets, preset
 from model import GPT
 
-EXACT = {"code-50m": 50_910_208, "code-150m": 123_591_168, "code-225m": 225_317_760, "tinystories": 1_850_112,
-         "autocomplete": 33_551_168, "fineweb-nano": 44_062_661, "smallcoder-1": 302_027_520, "smallcoder-2": 302_027_520,
-         "smallcoder-3": 302_027_520, "smallcoder-4": 302_027_520}
+EXACT = {
+    "code-50m": 50_910_208,
+    "code-150m": 123_591_168,
+    "code-225m": 225_317_760,
+    "tinystories": 1_850_112,
+    "autocomplete": 33_551_168,
+    "fineweb-nano": 44_062_661,
+    "smallcoder-1": 302_027_520,
+    "smallcoder-2": 302_027_520,
+    "smallcoder-3": 302_027_520,
+    "smallcoder-4": 302_027_520,
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -37,12 +46,19 @@ def values_for(hint):
         return st.lists(values_for(get_args(hint)[0]), min_size=1, max_size=3).map(tuple)
     if args := get_args(hint):
         return st.one_of(*map(values_for, args))
-    plain = {int: st.integers(1, 64), float: st.floats(1e-9, 0.49), bool: st.booleans(), str: st.text(min_size=1, max_size=8), type(None): st.none()}
+    plain = {
+        int: st.integers(1, 64),
+        float: st.floats(1e-9, 0.49),
+        bool: st.booleans(),
+        str: st.text(min_size=1, max_size=8),
+        type(None): st.none(),
+    }
     return plain[hint] if hint in plain else configs(hint)
 
 
 def configs(cls):
     """A strategy for valid instances of a config class: one or more fields of the default replaced by arbitrary values."""
+
     @st.composite
     def draw_config(draw):
         changed = {}
@@ -53,6 +69,7 @@ def configs(cls):
             return cls(**changed)
         except ConfigError:
             assume(False)
+
     return draw_config()
 
 
@@ -72,25 +89,34 @@ def test_configs_cannot_be_changed():
         preset("demo").model.n_layer = 3
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda: ModelConfig(n_embd=100, n_head=8), ["model.n_embd", "multiple of n_head=8", "100", "96 or 104"]),
-    (lambda: ModelConfig(n_head=4, n_kv_head=3), ["model.n_kv_head", "divisor of n_head=4", "3"]),
-    (lambda: ModelConfig(head_bias=True), ["model.head_bias", "tied"]),
-    (lambda: ModelConfig(dropout=1.5), ["model.dropout", "at most 0.99", "1.5"]),
-    (lambda: ModelConfig(norm_eps=float("nan")), ["model.norm_eps", "nan"]),
-    (lambda: replace(preset("smallcoder-1").model, backbone="transformers"), ["model.position", "'learned'", "'rope'"]),
-    (lambda: replace(preset("demo").train, micro_batch_size=5), ["train.micro_batch_size", "divisor", "5"]),
-    (lambda: replace(preset("demo").tokenizer, pad_token="<|endoftext|>"), ["different from each other", "end token"]),
-    (lambda: SourceConfig(kind="jsonl"), ["data.sources.path", "jsonl"]),
-    (lambda: replace(preset("demo"), name="../x"), ["name", "'../x'"]),
-    (lambda: preset("code-50"), ["'code-50'", "code-50m"]),
-    (lambda: cli.from_yaml("model: {n_embdd: 3}"), ["model.n_embdd", "did you mean n_embd"]),
-    (lambda: cli.from_yaml("trian: {}"), ["trian", "did you mean train"]),
-    (lambda: cli.from_yaml("data: {sources: [{pth: x}]}"), ["data.sources.0.pth", "path"]),
-    (lambda: cli.from_yaml("train: {lr: fast}"), ["train.lr", "'fast'"]),
-    (lambda: cli.from_yaml("[1"), ["YAML"]),
-    (lambda: cli.from_yaml("7"), ["mapping"]),
-])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelConfig(n_embd=100, n_head=8), ["model.n_embd", "multiple of n_head=8", "100", "96 or 104"]),
+        (lambda: ModelConfig(n_head=4, n_kv_head=3), ["model.n_kv_head", "divisor of n_head=4", "3"]),
+        (lambda: ModelConfig(head_bias=True), ["model.head_bias", "tied"]),
+        (lambda: ModelConfig(dropout=1.5), ["model.dropout", "at most 0.99", "1.5"]),
+        (lambda: ModelConfig(norm_eps=float("nan")), ["model.norm_eps", "nan"]),
+        (
+            lambda: replace(preset("smallcoder-1").model, backbone="transformers"),
+            ["model.position", "'learned'", "'rope'"],
+        ),
+        (lambda: replace(preset("demo").train, micro_batch_size=5), ["train.micro_batch_size", "divisor", "5"]),
+        (
+            lambda: replace(preset("demo").tokenizer, pad_token="<|endoftext|>"),
+            ["different from each other", "end token"],
+        ),
+        (lambda: SourceConfig(kind="jsonl"), ["data.sources.path", "jsonl"]),
+        (lambda: replace(preset("demo"), name="../x"), ["name", "'../x'"]),
+        (lambda: preset("code-50"), ["'code-50'", "code-50m"]),
+        (lambda: cli.from_yaml("model: {n_embdd: 3}"), ["model.n_embdd", "did you mean n_embd"]),
+        (lambda: cli.from_yaml("trian: {}"), ["trian", "did you mean train"]),
+        (lambda: cli.from_yaml("data: {sources: [{pth: x}]}"), ["data.sources.0.pth", "path"]),
+        (lambda: cli.from_yaml("train: {lr: fast}"), ["train.lr", "'fast'"]),
+        (lambda: cli.from_yaml("[1"), ["YAML"]),
+        (lambda: cli.from_yaml("7"), ["mapping"]),
+    ],
+)
 def test_an_impossible_setting_is_refused_in_one_line_that_names_it(make, words):
     with pytest.raises(ConfigError) as error:
         make()
@@ -101,14 +127,22 @@ def test_an_impossible_setting_is_refused_in_one_line_that_names_it(make, words)
 
 def test_flags_override_the_preset_that_they_name():
     from main import Flags
-    flags = cli.parse_cli(Flags, "", ["--preset", "code-50m", "--name", "x", "--model.bias", "False", "--train.lr", "1e-3", "--fresh"])
+
+    flags = cli.parse_cli(
+        Flags, "", ["--preset", "code-50m", "--name", "x", "--model.bias", "False", "--train.lr", "1e-3", "--fresh"]
+    )
     assert flags.fresh and not flags.dry_run
     assert cli.changed_fields(preset("code-50m"), flags.config) == {
-        "name": (None, "x"), "model.bias": (True, False), "train.lr": (6e-4, 1e-3)}
+        "name": (None, "x"),
+        "model.bias": (True, False),
+        "train.lr": (6e-4, 1e-3),
+    }
 
 
 def test_a_mistyped_flag_exits_with_2_and_the_nearest_one():
-    result = subprocess.run([sys.executable, ROOT / "main.py", "--train.max-stepz", "3"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--train.max-stepz", "3"], capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert "--train.max-steps" in result.stdout + result.stderr
 
@@ -117,4 +151,7 @@ def test_the_list_shows_every_preset_with_its_parameters_tokens_and_source():
     listing = list_presets()
     for name, count in EXACT.items():
         assert name in listing and f"{count:,}" in listing
-    assert "819M" in listing and "60% nvidia/Nemotron-Pretraining-Code-v1/Synthetic-Code + 40% bigcode/starcoderdata/python" in listing
+    assert (
+        "819M" in listing
+        and "60% nvidia/Nemotron-Pretraining-Code-v1/Synthetic-Code + 40% bigcode/starcoderdata/python" in listing
+    )

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 import data_pipeline
 from config import DataConfig, SourceConfig, TokenizerConfig
-from data_pipeline import Examined, WorkerPool, alphanumeric_share, compiles, prepare, reason_to_drop, split_of
+from data_pipeline import prepare, split_of
+from filters import alphanumeric_share, compiles, reason_to_drop
 from shards import DataError, TokenDataset
 from sources import Document, documents, local_files
 from tokenizer import load_json
+from workers import Examined, WorkerPool, _examine
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +49,20 @@ def texts_of(folder: Path, split: str, cfg: TokenizerConfig) -> list[str]:
 
 # -- filters ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("x = 1\ny = 2\n", None),
-    ("x", "characters"),
-    ("x = 1\n" * 60, "characters"),
-    ("xxxxxxxxxxxx", "lines"),
-    ("x\n" * 30, "lines"),
-    ("#-#-#-#-\n#-#-#-a\n", "alphanumeric"),
-    ("def f(:\n    pass\n", "syntax"),
-    ("print 'python 2'\nx = 1\n", "syntax"),
-])
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x = 1\ny = 2\n", None),
+        ("x", "characters"),
+        ("x = 1\n" * 60, "characters"),
+        ("xxxxxxxxxxxx", "lines"),
+        ("x\n" * 30, "lines"),
+        ("#-#-#-#-\n#-#-#-a\n", "alphanumeric"),
+        ("def f(:\n    pass\n", "syntax"),
+        ("print 'python 2'\nx = 1\n", "syntax"),
+    ],
+)
 def test_each_filter_drops_what_it_should_and_by_its_name(text, reason):
     cfg = DataConfig(min_chars=3, max_chars=200, min_lines=2, max_lines=20, min_alphanumeric=0.3)
     assert reason_to_drop(text, "python", cfg) == reason
@@ -72,7 +78,10 @@ def test_the_alphanumeric_share_is_that_of_str_isalnum(text):
     assert alphanumeric_share(text) == pytest.approx(sum(c.isalnum() for c in text) / max(1, len(text)))
 
 
-@pytest.mark.parametrize("text", ["-" * 100_000, "(" * 100_000, "not " * 5000 + "x", "x\x00", "'" + "a" * 300_000 + "'", "1" * 5000, "await x"])
+@pytest.mark.parametrize(
+    "text",
+    ["-" * 100_000, "(" * 100_000, "not " * 5000 + "x", "x\x00", "'" + "a" * 300_000 + "'", "1" * 5000, "await x"],
+)
 def test_strangers_code_cannot_break_the_syntax_filter(text):
     assert compiles(text) is False
 
@@ -84,19 +93,25 @@ def test_compiling_does_not_run_the_code(tmp_path):
 
 # -- sources ----------------------------------------------------------------------------------------------------------
 
+
 def write_rows(texts: list[str]) -> dict[str, SourceConfig]:
     """The same documents in every local format; the last as the hub lays a data set out."""
     import pyarrow
     import pyarrow.parquet
+
     lines = "".join(json.dumps({"content": t}) + "\n" for t in texts)
     Path("rows.jsonl").write_text(lines, encoding="utf-8")
     Path("rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     Path("rows.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
     Path("set/data/python").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"content": texts}), "set/data/python/train-00000-of-00001.parquet")
-    return {"jsonl": SourceConfig(kind="jsonl", path="rows.jsonl"), "jsonl.gz": SourceConfig(kind="jsonl", path="rows.jsonl.gz"),
-            "text": SourceConfig(kind="text", path="rows.txt"), "parquet": SourceConfig(kind="parquet", path="set", globs=("**/*.parquet",)),
-            "datasets": SourceConfig(kind="datasets", path="set", data_dir="data/python")}
+    return {
+        "jsonl": SourceConfig(kind="jsonl", path="rows.jsonl"),
+        "jsonl.gz": SourceConfig(kind="jsonl", path="rows.jsonl.gz"),
+        "text": SourceConfig(kind="text", path="rows.txt"),
+        "parquet": SourceConfig(kind="parquet", path="set", globs=("**/*.parquet",)),
+        "datasets": SourceConfig(kind="datasets", path="set", data_dir="data/python"),
+    }
 
 
 def test_every_format_gives_the_same_documents():
@@ -110,14 +125,17 @@ def test_every_format_gives_the_same_documents():
 
 def test_rows_that_cannot_be_read_are_counted_and_do_not_end_the_rest():
     good = json.dumps({"content": "x = 1"})
-    Path("rows.jsonl").write_bytes(b"\n".join([good.encode(), b"{not json", b'{"other": 1}', b'{"content": 5}', b'{"content": "\xff"}', good.encode()]))
+    Path("rows.jsonl").write_bytes(
+        b"\n".join(
+            [good.encode(), b"{not json", b'{"other": 1}', b'{"content": 5}', b'{"content": "\xff"}', good.encode()]
+        )
+    )
     source = SourceConfig(kind="jsonl", path="rows.jsonl")
-    data = data_pipeline._examine
-    examined = [data(d, DataConfig(), None) for d in documents(source, local_files(source))]
+    examined = [_examine(d, DataConfig(), None) for d in documents(source, local_files(source))]
     assert [e.reason for e in examined] == [None, "unreadable", "unreadable", "unreadable", "not UTF-8", None]
     Path("cut.jsonl.gz").write_bytes(gzip.compress(good.encode() * 1)[:-9])
     source = SourceConfig(kind="jsonl", path="cut.jsonl.gz")
-    assert [data(d, DataConfig(), None).reason for d in documents(source, local_files(source))][-1] == "unreadable"
+    assert [_examine(d, DataConfig(), None).reason for d in documents(source, local_files(source))][-1] == "unreadable"
 
 
 def test_local_python_lists_the_standard_library_and_the_packages():
@@ -135,6 +153,7 @@ def test_the_byte_limit_takes_the_same_sample_of_files_each_time(corpus):
 
 
 # -- the build --------------------------------------------------------------------------------------------------------
+
 
 def test_the_ledger_adds_up_and_names_what_was_dropped(corpus):
     shutil.copytree(corpus, "repo")
@@ -192,7 +211,9 @@ def test_nothing_changed_reuses_and_any_change_rebuilds(corpus, capsys):
 def test_adding_files_leaves_every_document_in_its_split(corpus):
     shutil.copytree(corpus, "repo")
     cfg = tiny_config(Path("repo"))
-    before = {text: split for split in ("train", "val", "test") for text in texts_of(prepare(cfg), split, cfg.tokenizer)}
+    before = {
+        text: split for split in ("train", "val", "test") for text in texts_of(prepare(cfg), split, cfg.tokenizer)
+    }
     for i in range(20):
         Path(f"repo/a{i}.py").write_text(f"added = {i}\n" * (i + 1), encoding="utf-8")
     after = {text: split for split in ("train", "val", "test") for text in texts_of(prepare(cfg), split, cfg.tokenizer)}
@@ -265,14 +286,21 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("source", "words"), [
-    (SourceConfig(kind="files", path="nowhere"), ["'nowhere'", "--data.sources.0.path"]),
-    (SourceConfig(kind="files", path="void"), ["void", "**/*.py", "--data.sources.0.globs"]),
-    (SourceConfig(kind="parquet", path="bad.parquet"), ["bad.parquet", "Parquet"]),
-    (SourceConfig(kind="datasets", path="nobody/nothing"), ["nobody/nothing", "hf auth login", "--data.sources.0.kind parquet"]),
-    (SourceConfig(kind="files", path="blank"), ["train split must not be empty", "0 documents"]),
-    (SourceConfig(kind="files", path="blank", field="a", response_field="b"), ["instructions", "fine-tuning"]),
-])
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (SourceConfig(kind="files", path="nowhere"), ["'nowhere'", "--data.sources.0.path"]),
+        (SourceConfig(kind="files", path="void"), ["void", "**/*.py", "--data.sources.0.globs"]),
+        (SourceConfig(kind="parquet", path="bad.parquet"), ["bad.parquet", "Parquet"]),
+        (
+            SourceConfig(kind="datasets", path="nobody/nothing"),
+            ["nobody/nothing", "hf auth login", "--data.sources.0.kind parquet"],
+        ),
+        (SourceConfig(kind="files", path="blank"), ["train split must not be empty", "0 documents"]),
+        (SourceConfig(kind="files", path="blank", field="a", response_field="b"), ["instructions", "fine-tuning"]),
+    ],
+)
 def test_a_source_that_cannot_be_used_is_one_line_with_a_way_out(source, words):
     Path("void").mkdir()
     Path("blank").mkdir()
@@ -295,9 +323,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(corpus):
 
 def limited(name: str, file_bytes: int, *args: str) -> subprocess.CompletedProcess:
     """Run a script that can write no file larger than `file_bytes`: to it, a disk that is full."""
-    code = (f"import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({file_bytes}, {file_bytes})); sys.path.insert(0, {str(ROOT)!r}); "
-            f"sys.argv = {[name, *map(str, args)]!r}; runpy.run_path({str(ROOT / name)!r}, run_name='__main__')")
+    code = (
+        f"import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({file_bytes}, {file_bytes})); sys.path.insert(0, {str(ROOT)!r}); "
+        f"sys.argv = {[name, *map(str, args)]!r}; runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
+    )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 

@@ -24,6 +24,7 @@ def model():
 def reference_probabilities(logits, temperature, top_k, top_p):
     """Transformers' own logits processors, in the same order."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     scores = TemperatureLogitsWarper(temperature)(None, logits[None])
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -56,7 +57,9 @@ def test_greedy_takes_the_most_likely_token_each_time(model):
 
 
 def test_the_same_seed_gives_the_same_text_and_another_another(model):
-    runs = [generate(model, [1], Sampling(seed=s, max_new_tokens=12, top_k=None, temperature=2.0), -1) for s in (3, 3, 4)]
+    runs = [
+        generate(model, [1], Sampling(seed=s, max_new_tokens=12, top_k=None, temperature=2.0), -1) for s in (3, 3, 4)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -81,14 +84,26 @@ def test_an_empty_prompt_starts_a_new_document(model):
     assert isinstance(complete(model, tokenizer, "", Sampling(max_new_tokens=3)), str)
 
 
-@pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(max_new_tokens=0),
+        dict(temperature=-1.0),
+        dict(temperature=math.nan),
+        dict(top_k=0),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+    ],
+)
 def test_settings_that_nothing_can_be_sampled_with_are_refused(bad):
     with pytest.raises(GenerationError, match="--" + next(iter(bad)).replace("_", "-")):
         Sampling(**bad).check()
 
 
 def test_a_run_that_is_not_there_is_one_clear_line(tmp_path):
-    assert_one_clear_line(script("generate.py", "runs/none", "--prompt", "x", cwd=tmp_path), "runs/none", "there are: none")
+    assert_one_clear_line(
+        script("generate.py", "runs/none", "--prompt", "x", cwd=tmp_path), "runs/none", "there are: none"
+    )
     assert_one_clear_line(script("generate.py", "--prompt", "x", cwd=tmp_path), "python main.py")
     assert_one_clear_line(script("evaluate.py", cwd=tmp_path), "python main.py")
     assert not list(Path(tmp_path).iterdir())

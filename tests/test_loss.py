@@ -17,7 +17,9 @@ def case(n=300, c=16, v=50, bias=True, seed=0):
 
 
 def reference(x, w, b, y):
-    return F.cross_entropy(F.linear(x.double(), w.double(), None if b is None else b.double()), y, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        F.linear(x.double(), w.double(), None if b is None else b.double()), y, ignore_index=IGNORE, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,8 +40,8 @@ def test_under_bf16_autocast_it_is_as_near_the_exact_loss_as_plain_autocast_is()
         ours = loss.linear_cross_entropy(x, w, b, y)
         plain = F.cross_entropy(F.linear(x, w, b).float(), y, ignore_index=IGNORE, reduction="sum")
     assert abs(ours - exact) <= 2 * abs(plain - exact) + 1e-3
-    exact_grad, = torch.autograd.grad(exact, w)
-    ours_grad, = torch.autograd.grad(ours, w)
+    (exact_grad,) = torch.autograd.grad(exact, w)
+    (ours_grad,) = torch.autograd.grad(ours, w)
     assert (ours_grad - exact_grad).norm() / exact_grad.norm() < 0.01
 
 
@@ -47,8 +49,8 @@ def test_under_fp16_a_scaled_tiny_gradient_survives():
     x, w, b, y = case(n=32)
     with torch.autocast("cpu", torch.float16):
         scaled = loss.linear_cross_entropy(x * 1e-3, w * 1e-3, b * 0, y) * 2.0**-12 * 2.0**16
-    grad, = torch.autograd.grad(scaled, x)
-    exact, = torch.autograd.grad(reference(x * 1e-3, w * 1e-3, b * 0, y) * 2.0**-12 * 2.0**16, x)
+    (grad,) = torch.autograd.grad(scaled, x)
+    (exact,) = torch.autograd.grad(reference(x * 1e-3, w * 1e-3, b * 0, y) * 2.0**-12 * 2.0**16, x)
     assert (grad - exact).norm() / exact.norm() < 0.02
 
 

@@ -14,10 +14,20 @@ SEEDS = {  # the five systems' architectures at toy size, and the demo's
     name: replace(preset(name).model, **SMALL, n_kv_head=None, d_ff=64)
     for name in ("demo", "code-50m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-1")
 }
-shapes = st.builds(dict, n_layer=st.integers(1, 3), n_head=st.sampled_from([2, 4]), n_kv_head=st.sampled_from([None, 1, 2]),
-                   position=st.sampled_from(["learned", "sinusoidal", "rope"]), norm=st.sampled_from(["layernorm", "rmsnorm"]),
-                   final_norm=st.booleans(), activation=st.sampled_from(["gelu", "gelu_new", "relu", "relu2", "swiglu"]), bias=st.booleans(),
-                   attn_out_proj=st.booleans(), qk_norm=st.booleans(), tie_embeddings=st.booleans())
+shapes = st.builds(
+    dict,
+    n_layer=st.integers(1, 3),
+    n_head=st.sampled_from([2, 4]),
+    n_kv_head=st.sampled_from([None, 1, 2]),
+    position=st.sampled_from(["learned", "sinusoidal", "rope"]),
+    norm=st.sampled_from(["layernorm", "rmsnorm"]),
+    final_norm=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_new", "relu", "relu2", "swiglu"]),
+    bias=st.booleans(),
+    attn_out_proj=st.booleans(),
+    qk_norm=st.booleans(),
+    tie_embeddings=st.booleans(),
+)
 
 
 def tokens(cfg, batch=2, length=None):
@@ -93,7 +103,9 @@ def test_the_loss_is_the_sum_over_supervised_tokens():
     idx, targets = tokens(cfg), tokens(cfg).roll(-1, 1)
     targets[0, 5:] = IGNORE
     loss, n = model(idx, targets)
-    expected = torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
     assert n == 5 + cfg.block_size
     assert torch.allclose(loss, expected, rtol=1e-5)
 
@@ -124,6 +136,7 @@ def test_sinusoids_are_those_of_the_paper():
 
 def test_rotation_depends_only_on_distance():
     from model import rotate
+
     cos, sin = rotary_tables(64, 16, 10_000.0)
     q, k = torch.randn(16), torch.randn(16)
     products = rotate(q.expand(1, 1, 64, 16), cos, sin)[0, 0] @ rotate(k.expand(1, 1, 64, 16), cos, sin)[0, 0].T
@@ -137,17 +150,40 @@ def test_too_long_a_sequence_is_refused():
 
 # -- against transformers: the same random weights, logits to 1e-4 ----------------------------------------------------
 
+
 def as_gpt2(model: GPT):
     """Transformers' GPT-2 with the weights of ours; Conv1D keeps its matrices transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     cfg = model.cfg
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
-        n_inner=cfg.ff_width, tie_word_embeddings=cfg.tie_embeddings, bos_token_id=None, eos_token_id=None)).eval()
-    names = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
-             "norm_1": "ln_1", "norm_2": "ln_2"}
-    state = {"transformer.wte.weight": model.wte.weight, "transformer.wpe.weight": model.wpe.weight, "lm_head.weight": model.head.weight,
-             "transformer.ln_f.weight": model.norm_f.weight, "transformer.ln_f.bias": model.norm_f.bias}
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=cfg.vocab_size,
+            n_positions=cfg.block_size,
+            n_embd=cfg.n_embd,
+            n_layer=cfg.n_layer,
+            n_head=cfg.n_head,
+            n_inner=cfg.ff_width,
+            tie_word_embeddings=cfg.tie_embeddings,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    names = {
+        "attn.qkv": "attn.c_attn",
+        "attn.proj": "attn.c_proj",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+        "norm_1": "ln_1",
+        "norm_2": "ln_2",
+    }
+    state = {
+        "transformer.wte.weight": model.wte.weight,
+        "transformer.wpe.weight": model.wpe.weight,
+        "lm_head.weight": model.head.weight,
+        "transformer.ln_f.weight": model.norm_f.weight,
+        "transformer.ln_f.bias": model.norm_f.bias,
+    }
     for i, block in enumerate(model.blocks):
         for name, p in block.named_parameters():
             part, kind = name.rsplit(".", 1)
@@ -159,18 +195,42 @@ def as_gpt2(model: GPT):
 def as_llama(model: GPT):
     """Transformers' Llama with the weights of ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     cfg = model.cfg
-    theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer, intermediate_size=cfg.ff_width,
-        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.block_size,
-        rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tie_embeddings)).eval()
-    state = {"model.embed_tokens.weight": model.wte.weight, "model.norm.weight": model.norm_f.weight, "lm_head.weight": model.head.weight}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.n_embd,
+            num_hidden_layers=cfg.n_layer,
+            intermediate_size=cfg.ff_width,
+            num_attention_heads=cfg.n_head,
+            num_key_value_heads=cfg.kv_heads,
+            max_position_embeddings=cfg.block_size,
+            rms_norm_eps=cfg.norm_eps,
+            tie_word_embeddings=cfg.tie_embeddings,
+        )
+    ).eval()
+    state = {
+        "model.embed_tokens.weight": model.wte.weight,
+        "model.norm.weight": model.norm_f.weight,
+        "lm_head.weight": model.head.weight,
+    }
     for i, b in enumerate(model.blocks):
         q, k, v = b.attn.qkv.weight.split([n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)])
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in (
-            ("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v), ("self_attn.o_proj", b.attn.proj.weight),
-            ("mlp.up_proj", b.mlp.up.weight), ("mlp.gate_proj", b.mlp.gate.weight), ("mlp.down_proj", b.mlp.down.weight),
-            ("input_layernorm", b.norm_1.weight), ("post_attention_layernorm", b.norm_2.weight))}
+        state |= {
+            f"model.layers.{i}.{name}.weight": w
+            for name, w in (
+                ("self_attn.q_proj", q),
+                ("self_attn.k_proj", k),
+                ("self_attn.v_proj", v),
+                ("self_attn.o_proj", b.attn.proj.weight),
+                ("mlp.up_proj", b.mlp.up.weight),
+                ("mlp.gate_proj", b.mlp.gate.weight),
+                ("mlp.down_proj", b.mlp.down.weight),
+                ("input_layernorm", b.norm_1.weight),
+                ("post_attention_layernorm", b.norm_2.weight),
+            )
+        }
     theirs.load_state_dict(state)
     return theirs
 
@@ -225,5 +285,7 @@ def test_rmsnorm_and_layernorm_equal_the_float64_formula():
         norm = randomise(Norm(cfg))
         d = x.double()
         d = d - centre * d.mean(-1, keepdim=True)
-        expected = d / (d.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * norm.weight + (0 if norm.bias is None else norm.bias)
+        expected = d / (d.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * norm.weight + (
+            0 if norm.bias is None else norm.bias
+        )
         assert torch.allclose(norm(x).double(), expected, atol=1e-5)

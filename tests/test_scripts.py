@@ -38,11 +38,19 @@ def copy_of(work: Path, name: str) -> Path:
 
 def test_a_first_run_ends_with_figures_samples_and_the_next_command(work):
     out = (work / "stdout.txt").read_text(encoding="utf-8")
-    assert re.search(r"validation over the whole held-out split: loss [\d.]+, perplexity [\d.]+, [\d.]+ bits per byte", out)
+    assert re.search(
+        r"validation over the whole held-out split: loss [\d.]+, perplexity [\d.]+, [\d.]+ bits per byte", out
+    )
     assert "--- sample 1, from 'import os\\n'" in out
     assert "next: python evaluate.py runs/base" in out
     assert sorted(p.name for p in (work / "runs/base").iterdir()) == [
-        "config.yaml", "data", "metrics.jsonl", "step_000012", "tensorboard", "tokenizer.json"]
+        "config.yaml",
+        "data",
+        "metrics.jsonl",
+        "step_000012",
+        "tensorboard",
+        "tokenizer.json",
+    ]
 
 
 def test_evaluate_repeats_the_figures_of_training_and_writes_them(work):
@@ -76,7 +84,9 @@ def test_evaluation_needs_nothing_but_the_run_and_equals_the_plain_formula(work,
 
 
 def test_generate_continues_a_prompt_from_the_newest_run(work):
-    first, again = (script("generate.py", "base", "--prompt", "def fib(n):", "--max-new-tokens", "20", cwd=work) for _ in range(2))
+    first, again = (
+        script("generate.py", "base", "--prompt", "def fib(n):", "--max-new-tokens", "20", cwd=work) for _ in range(2)
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def fib(n):") and first.stdout == again.stdout
 
@@ -97,7 +107,9 @@ def test_more_steps_go_on_with_a_finished_run(work, corpus):
 
 
 def test_a_changed_config_is_refused_field_by_field(work, corpus):
-    result = script("main.py", *tiny_flags(corpus), "--name", "base", "--model.n-layer", "3", "--train.lr", "0.5", cwd=work)
+    result = script(
+        "main.py", *tiny_flags(corpus), "--name", "base", "--model.n-layer", "3", "--train.lr", "0.5", cwd=work
+    )
     assert_one_clear_line(result, "model.n_layer 2 -> 3", "train.lr", "-> 0.5", "--fresh")
 
 
@@ -157,15 +169,37 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, corpus):
 
 
 def test_weights_of_another_run_start_a_new_one(work, corpus):
-    result = script("main.py", *tiny_flags(corpus), "--name", "child", "--train.init-from", "base", "--train.max-steps", "1",
-                    "--train.warmup-steps", "0", "--train.lr", "1e-12", "--train.muon-lr", "1e-12", cwd=work)
+    result = script(
+        "main.py",
+        *tiny_flags(corpus),
+        "--name",
+        "child",
+        "--train.init-from",
+        "base",
+        "--train.max-steps",
+        "1",
+        "--train.warmup-steps",
+        "0",
+        "--train.lr",
+        "1e-12",
+        "--train.muon-lr",
+        "1e-12",
+        cwd=work,
+    )
     assert result.returncode == 0, result.stderr
-    losses = [[x["val_loss"] for x in map(json.loads, (work / f"runs/{n}/metrics.jsonl").read_text(encoding="utf-8").splitlines())
-               if "val_loss" in x][-1] for n in ("base", "child")]
+    losses = [
+        [
+            x["val_loss"]
+            for x in map(json.loads, (work / f"runs/{n}/metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            if "val_loss" in x
+        ][-1]
+        for n in ("base", "child")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
+
 
 def test_a_flipped_byte_in_the_newest_checkpoint_is_found(work):
     run = copy_of(work, "flipped")
@@ -173,7 +207,9 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_found(work):
     raw[-9] ^= 1
     (run / "step_000012/model.safetensors").write_bytes(raw)
     for name in ("evaluate.py", "generate.py"):
-        assert_one_clear_line(script(name, "flipped", cwd=work), "step_000012", "model.safetensors has changed", "--fresh")
+        assert_one_clear_line(
+            script(name, "flipped", cwd=work), "step_000012", "model.safetensors has changed", "--fresh"
+        )
 
 
 def test_a_damaged_training_shard_stops_the_run_before_it_starts(work, corpus, tmp_path):
@@ -185,7 +221,10 @@ def test_a_damaged_training_shard_stops_the_run_before_it_starts(work, corpus, t
 
 
 def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpus, tmp_path):
-    for content, words in (({"tokenizer_sha256": "0" * 64}, ["tokenizer"]), ({"max_id": 512}, ["model.vocab_size=512", "holds 512"])):
+    for content, words in (
+        ({"tokenizer_sha256": "0" * 64}, ["tokenizer"]),
+        ({"max_id": 512}, ["model.vocab_size=512", "holds 512"]),
+    ):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(work / "data", tmp_path / "data")
         path = next(tmp_path.glob("data/*/manifest.json"))
@@ -202,9 +241,13 @@ def test_sources_that_changed_since_a_run_began_are_refused_once_its_shards_are_
     flags = tiny_flags(Path("repo"))
     assert script("main.py", *flags, cwd=tmp_path).returncode == 0
     (tmp_path / "repo/more.py").write_text("more = 1\n" * 30, encoding="utf-8")
-    assert script("main.py", *flags, "--train.max-steps", "13", cwd=tmp_path).returncode == 0  # its own shards are still there
+    assert (
+        script("main.py", *flags, "--train.max-steps", "13", cwd=tmp_path).returncode == 0
+    )  # its own shards are still there
     shutil.rmtree(tmp_path / "data")
-    assert_one_clear_line(script("main.py", *flags, "--train.max-steps", "14", cwd=tmp_path), "sources have changed", "--fresh")
+    assert_one_clear_line(
+        script("main.py", *flags, "--train.max-steps", "14", cwd=tmp_path), "sources have changed", "--fresh"
+    )
 
 
 def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(work, corpus, monkeypatch):
@@ -217,14 +260,17 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(work, corpus, mo
     assert not list((work / "runs/full").glob(".partial*"))
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--model.n-embd", "33"], ["model.n_embd", "multiple of n_head=2", "33", "32 or 34"]),
-    (["--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
-    (["--model.block-size", "1000000"], ["at least one block of 1000001 tokens", "--model.block-size"]),
-    (["--train.device", "cuda"], ["train.device", "cuda", "auto"]),
-    (["--train.init-from", "nobody"], ["nobody"]),
-    (["--preset", "smallcoder-4"], ["instructions", "fine-tuning"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.n-embd", "33"], ["model.n_embd", "multiple of n_head=2", "33", "32 or 34"]),
+        (["--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
+        (["--model.block-size", "1000000"], ["at least one block of 1000001 tokens", "--model.block-size"]),
+        (["--train.device", "cuda"], ["train.device", "cuda", "auto"]),
+        (["--train.init-from", "nobody"], ["nobody"]),
+        (["--preset", "smallcoder-4"], ["instructions", "fine-tuning"]),
+    ],
+)
 def test_bad_settings_are_one_clear_line(tmp_path, corpus, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -241,9 +287,11 @@ def test_a_run_without_checkpoints_says_how_to_get_one(work):
 
 @pytest.mark.parametrize("name", ["main.py", "generate.py", "evaluate.py", "data_pipeline.py"])
 def test_help_comes_without_loading_torch(name, tmp_path):
-    code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{name!r}, '--help']\n" \
-           f"try: runpy.run_path({str(ROOT / name)!r}, run_name='__main__')\nexcept SystemExit as e: assert not e.code\n" \
-           f"assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
+    code = (
+        f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{name!r}, '--help']\n"
+        f"try: runpy.run_path({str(ROOT / name)!r}, run_name='__main__')\nexcept SystemExit as e: assert not e.code\n"
+        f"assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--help" in result.stdout
@@ -258,6 +306,8 @@ def test_the_validation_files_are_not_in_the_training_shards(work):
     folder = next((work / "data").glob("demo-*"))
     train, val = (TokenDataset(folder, split) for split in ("train", "val"))
     eos = train.manifest["eos_id"]
-    documents = [{tuple(d) for d in np.split(ids, np.flatnonzero(ids == eos) + 1) if len(d)}
-                 for ids in (s.read(0, len(s)) for s in (train, val))]
+    documents = [
+        {tuple(d) for d in np.split(ids, np.flatnonzero(ids == eos) + 1) if len(d)}
+        for ids in (s.read(0, len(s)) for s in (train, val))
+    ]
     assert documents[0].isdisjoint(documents[1]) and documents[1]

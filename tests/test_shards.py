@@ -23,8 +23,15 @@ def folder(tmp_path, monkeypatch) -> Path:
         for piece in np.array_split(np.arange(1003, dtype=np.uint32), 17):
             writer.add(piece, n_bytes=3 * len(piece))
         writer.flush()
-    write_manifest(tmp_path, fingerprint="x", dtype="<u2", tokenizer_sha256=TOKENIZER, vocab_size=1003, eos_id=0,
-                   splits={k: w.info for k, w in writers.items()})
+    write_manifest(
+        tmp_path,
+        fingerprint="x",
+        dtype="<u2",
+        tokenizer_sha256=TOKENIZER,
+        vocab_size=1003,
+        eos_id=0,
+        splits={k: w.info for k, w in writers.items()},
+    )
     return tmp_path
 
 
@@ -51,8 +58,13 @@ def test_an_epoch_has_every_block_once_and_the_next_another_order(folder):
 def test_a_row_depends_on_seed_and_position_alone(position, count, seed):
     class Numbers:
         split = "train"
-        def __len__(self): return 1003
-        def read(self, start, n): return np.arange(start, start + n)
+
+        def __len__(self):
+            return 1003
+
+        def read(self, start, n):
+            return np.arange(start, start + n)
+
     together = PackedBlocks(Numbers(), 10, seed).rows(position, count)[0]
     alone = [PackedBlocks(Numbers(), 10, seed).rows(position + i, 1)[0][0] for i in range(count)]
     assert (together == np.stack(alone)).all()
@@ -109,7 +121,7 @@ def test_a_damaged_shard_is_found_when_it_is_opened(folder, damage):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])
 def test_a_bad_manifest_is_refused(folder, content):
     (folder / "manifest.json").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match="manifest.json"):
+    with pytest.raises(DataError, match=r"manifest\.json"):
         TokenDataset(folder, "train")
 
 

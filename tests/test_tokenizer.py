@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from config import TokenizerConfig
 from tokenizer import TokenizerError, load_json, load_pretrained, train_bpe
 
-CODE = ["def add(a, b):\n    return a + b\n\n\n", "class Stack:\n    def __init__(self):\n        self.items = []\n", "# naïve ☃\n"] * 5
+CODE = [
+    "def add(a, b):\n    return a + b\n\n\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n",
+    "# naïve ☃\n",
+] * 5
 TRAINED = train_bpe(CODE, TokenizerConfig(), 400)
 
 
@@ -20,7 +24,11 @@ def test_decode_of_encode_is_the_text(text):
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from(["<|endoftext|>", " ", "\n", "\t", "x != y", "1.0", "'s", "ﬁ²…", "\x00", "\r\n", "\ufeff"])).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["<|endoftext|>", " ", "\n", "\t", "x != y", "1.0", "'s", "ﬁ²…", "\x00", "\r\n", "\ufeff"])
+    ).map("".join)
+)
 def test_awkward_pieces_survive_and_control_tokens_stay_text(text):
     ids = TRAINED.encode(text)
     assert TRAINED.decode(ids) == text
@@ -30,6 +38,7 @@ def test_awkward_pieces_survive_and_control_tokens_stay_text(text):
 
 def test_ids_equal_those_of_the_tokenizers_library():
     from tokenizers import Tokenizer as Backend
+
     backend = Backend.from_str(TRAINED.to_json())
     for text in CODE:
         assert TRAINED.encode(text) == backend.encode(text).ids
@@ -56,9 +65,11 @@ def test_nfkc_rewrites_code_only_where_it_is_asked_for():
 
 def test_a_saved_tokenizer_loads_as_itself(tmp_path):
     (tmp_path / "tokenizer.json").write_text(TRAINED.to_json(), encoding="utf-8")
-    for again in (load_json(tmp_path / "tokenizer.json", TRAINED.cfg),
-                  load_pretrained(TokenizerConfig(kind="pretrained", path=str(tmp_path))),
-                  load_pretrained(TokenizerConfig(kind="pretrained", path=str(tmp_path / "tokenizer.json")))):
+    for again in (
+        load_json(tmp_path / "tokenizer.json", TRAINED.cfg),
+        load_pretrained(TokenizerConfig(kind="pretrained", path=str(tmp_path))),
+        load_pretrained(TokenizerConfig(kind="pretrained", path=str(tmp_path / "tokenizer.json"))),
+    ):
         assert again.sha256 == TRAINED.sha256
         assert again.encode("<|endoftext|> def") == TRAINED.encode("<|endoftext|> def")
 
@@ -73,14 +84,26 @@ def test_a_vocabulary_without_some_byte_refuses_the_text_it_would_lose(tmp_path)
         tokenizer.encode("\U00040000")
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda p: TRAINED.encode("\ud800"), ["lone surrogate", "character 0"]),
-    (lambda p: train_bpe(CODE, TokenizerConfig(), 100), ["model.vocab_size", "257", "100"]),
-    (lambda p: load_pretrained(TokenizerConfig(kind="pretrained", path=str(p / "no.json"))), ["no.json", "--tokenizer.path"]),
-    (lambda p: load_pretrained(TokenizerConfig(kind="pretrained", path="nobody/nothing")), ["'nobody/nothing'", "network", "--tokenizer.path"]),
-    (lambda p: load_json(p / "bad.json", TokenizerConfig()), ["bad.json", "tokenizer.json"]),
-    (lambda p: load_json(p / "good.json", replace(TRAINED.cfg, eos_token="<eos>")), ["tokenizer.eos_token", "'<eos>'", "<|endoftext|>"]),
-])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: TRAINED.encode("\ud800"), ["lone surrogate", "character 0"]),
+        (lambda p: train_bpe(CODE, TokenizerConfig(), 100), ["model.vocab_size", "257", "100"]),
+        (
+            lambda p: load_pretrained(TokenizerConfig(kind="pretrained", path=str(p / "no.json"))),
+            ["no.json", "--tokenizer.path"],
+        ),
+        (
+            lambda p: load_pretrained(TokenizerConfig(kind="pretrained", path="nobody/nothing")),
+            ["'nobody/nothing'", "network", "--tokenizer.path"],
+        ),
+        (lambda p: load_json(p / "bad.json", TokenizerConfig()), ["bad.json", "tokenizer.json"]),
+        (
+            lambda p: load_json(p / "good.json", replace(TRAINED.cfg, eos_token="<eos>")),
+            ["tokenizer.eos_token", "'<eos>'", "<|endoftext|>"],
+        ),
+    ],
+)
 def test_bad_input_is_one_line_with_a_way_out(tmp_path, make, words):
     (tmp_path / "bad.json").write_text('"no tokenizer"', encoding="utf-8")
     (tmp_path / "good.json").write_text(TRAINED.to_json(), encoding="utf-8")
