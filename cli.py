@@ -26,7 +26,7 @@ def to_yaml(cfg: Config) -> str:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(cfg)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain(dataclasses.asdict(cfg)), sort_keys=False)
 
 
 def from_yaml(text: str, where: str = "config") -> Config:
