@@ -10,11 +10,12 @@ verifies them first, falls back to the checkpoint before with a message, and nev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ class RunDirectory:
         """Open the run's own validation or test split, verified."""
         return TokenDataset(self.data, split)
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; raises CheckpointError if another one is training it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            held = open(self.path.with_name(f".{self.path.name}.lock"), "w", encoding="utf-8")
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.path.parent}/ must be a folder that can be written, but is not ({e}); run from another folder"
+            ) from None
+        with held:
+            try:
+                import fcntl
+
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows has no fcntl
+                pass
+            except OSError:
+                raise CheckpointError(
+                    f"{self.path} must be trained by one process at a time, but another is at it; "
+                    f"wait for it, or choose another --name"
+                ) from None
+            yield
+
     def set_aside(self) -> Path:
         """Rename the run to NAME.old-1 (or the next free number) and return the new path: nothing is deleted."""
         number = 1
@@ -112,7 +137,8 @@ class RunDirectory:
 
         final, partial = self.path / f"step_{step:06d}", self.path / f".partial-step_{step:06d}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for remains in (*self.path.glob(".partial-step_*"), *self.path.glob(".deleted-step_*")):
+                shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed
             self._require_space()
             partial.mkdir(parents=True)
             # named_parameters lists a tied matrix once; there are no persistent buffers
@@ -146,10 +172,12 @@ class RunDirectory:
         if free < needed:
             raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are wanted")
 
-    def prune(self, keep: int, best_step: int | None) -> None:
-        """Delete all but the newest `keep` checkpoints and the best one."""
-        for old in self.checkpoints()[:-keep]:
-            if int(old.name.removeprefix("step_")) != best_step:
+    def prune(self, keep: int, best_step: int | None, newest_step: int) -> None:
+        """Delete all but the best and the newest `keep` checkpoints up to `newest_step`; later ones are damaged remains."""
+        steps = {int(folder.name.removeprefix("step_")): folder for folder in self.checkpoints()}
+        for step in [step for step in steps if step <= newest_step][:-keep]:
+            if step != best_step:
+                old = steps[step]
                 doomed = old.with_name(f".deleted-{old.name}")
                 old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
                 shutil.rmtree(doomed, ignore_errors=True)

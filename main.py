@@ -10,9 +10,9 @@ Starting the same run again resumes it from its newest checkpoint, bit for bit, 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli import ConfigFlags, changed_fields, parse_cli, run_script
 from config import Config, KindlingError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from device import Runtime
     from model import LanguageModel
     from shards import TokenDataset
+    from trainer import Trainer
 
 # settings that a resumed run may change: without any effect on its bits, and with one that is said
 HARMLESS = {"data.workers"} | {
@@ -83,22 +84,30 @@ def training_data(cfg: Config, run: RunDirectory) -> TokenDataset:
 
 
 def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
-    """Build the model with weights of the config's seed, or of the run that it starts from."""
+    """Build the model with random weights of the config's seed."""
     import device
-    from checkpoint import CheckpointError, find_run, load_weights
     from model import build_model
 
     device.seed_all(cfg.train.seed)
-    model = build_model(cfg.model)
-    if cfg.train.init_from is not None:
-        source = find_run(Path(cfg.train.init_from))
-        folder = source.newest()
-        if folder is None:
-            raise CheckpointError(
-                f"train.init_from must name a run with a checkpoint, but {source.path} has none; train it first"
-            )
-        load_weights(folder, model)
-    return model.to(runtime.device)
+    return build_model(cfg.model).to(runtime.device)
+
+
+def load_initial_weights(model: LanguageModel, source: str, tokenizer_sha256: str) -> None:
+    """Replace the weights by those of the run `source`, if its token ids mean the same."""
+    from checkpoint import CheckpointError, find_run, load_weights
+
+    run = find_run(Path(source))
+    folder = run.newest()
+    if folder is None:
+        raise CheckpointError(
+            f"train.init_from must name a run with a checkpoint, but {run.path} has none; train it first"
+        )
+    if run.tokenizer().sha256 != tokenizer_sha256:
+        raise CheckpointError(
+            f"train.init_from must name a run with the same tokenizer, but that of {run.path} is another; use it here with "
+            f"--tokenizer.kind pretrained --tokenizer.path {run.path / 'tokenizer.json'}"
+        )
+    load_weights(folder, model)
 
 
 def samples(model: LanguageModel, run: RunDirectory) -> str:
@@ -114,32 +123,24 @@ def samples(model: LanguageModel, run: RunDirectory) -> str:
     return "\n".join(out)
 
 
-def pretrain(cfg: Config, fresh: bool) -> int:
-    """Train or resume the run of `cfg`; return the exit code."""
-    from checkpoint import RUNS, RunDirectory, load_state
-
-    started = time.perf_counter()
-    run = RunDirectory(RUNS / cfg.run_name)
-    if fresh and run.path.exists():
-        print(f"the old run is kept as {run.set_aside()}")
-    if run.exists():
-        reconcile(run.config(), cfg, run)
-    dataset = training_data(cfg, run)
-
+def take_up(cfg: Config, run: RunDirectory) -> Trainer:
+    """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates."""
     import device
+    from checkpoint import load_state
     from shards import PackedBlocks
     from trainer import Trainer, validate
 
+    if run.exists():
+        reconcile(run.config(), cfg, run)
+    dataset = training_data(cfg, run)
     folder = run.newest()
-    state: dict[str, Any] | None = None if folder is None else load_state(folder)
+    state = None if folder is None else load_state(folder)
     device.set_threads(cfg.train.threads or (state["environment"]["threads"] if state else None))
     runtime = device.resolve(cfg.train)
     blocks = PackedBlocks(dataset, cfg.model.block_size, cfg.train.seed)
-    model = (
-        new_model(cfg, runtime)
-        if state is None
-        else new_model(replace(cfg, train=replace(cfg.train, init_from=None)), runtime)
-    )
+    model = new_model(cfg, runtime)
+    if state is None and cfg.train.init_from is not None:
+        load_initial_weights(model, cfg.train.init_from, dataset.manifest["tokenizer_sha256"])
     if not run.exists():
         run.create(cfg, dataset.folder)
     heldout = run.heldout("val")
@@ -149,26 +150,38 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     if folder is not None and state is not None:
         trainer.resume(folder, state)
     print(
-        f"{run.path}: {model.n_parameters():,} parameters on {runtime.device.type} in {runtime.precision}, "
-        f"{cfg.tokens:,} tokens in {cfg.train.max_steps:,} steps, {blocks.n_blocks * cfg.model.block_size:,} tokens an epoch"
+        f"{run.path}: {model.n_parameters():,} parameters on {runtime.device.type} in {runtime.precision}, {cfg.tokens:,} "
+        f"tokens in {cfg.train.max_steps:,} steps, {blocks.n_blocks * cfg.model.block_size:,} tokens an epoch"
     )
-    if trainer.step >= cfg.train.max_steps:
-        print(f"the run is complete at step {trainer.step}; --train.max-steps N goes on, --fresh starts over")
-    else:
-        if trainer.step:
-            print(f"resuming at step {trainer.step}")
-        code = trainer.fit()
-        if code:
-            print(f"stopped and saved at step {trainer.step}; the same command resumes")
-            return code
-    if not trainer.last_eval:
-        trainer.last_eval = trainer.evaluate(model)
-    print(f"\n{samples(model, run)}")
+    return trainer
+
+
+def pretrain(cfg: Config, fresh: bool) -> int:
+    """Train or resume the run of `cfg`; return the exit code."""
+    from checkpoint import RUNS, RunDirectory
+
+    started = time.perf_counter()
+    run = RunDirectory(RUNS / cfg.run_name)
+    with run.lock():
+        if fresh and run.path.exists():
+            print(f"the old run is kept as {run.set_aside()}")
+        trainer = take_up(cfg, run)
+        if trainer.step >= cfg.train.max_steps:
+            print(f"the run is complete at step {trainer.step}; --train.max-steps N goes on, --fresh starts over")
+        else:
+            if trainer.step:
+                print(f"resuming at step {trainer.step}")
+            if code := trainer.fit():
+                print(f"stopped and saved at step {trainer.step}; the same command resumes")
+                return code
+        if not trainer.last_eval:
+            trainer.last_eval = trainer.evaluate(trainer.model)
+    print(f"\n{samples(trainer.model, run)}")
     report(trainer, time.perf_counter() - started)
     return 0
 
 
-def report(trainer: Any, seconds: float) -> None:
+def report(trainer: Trainer, seconds: float) -> None:
     """Print what the run reached, where it lies, and what comes next."""
     run, result = trainer.run, trainer.last_eval
     print(
@@ -192,8 +205,7 @@ def main(argv: list[str] | None = None) -> int:
 
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
-        offline = replace(flags.config, train=replace(flags.config.train, init_from=None))
-        print(dry_run(flags.config, new_model(offline, runtime), runtime))
+        print(dry_run(flags.config, new_model(flags.config, runtime), runtime))
         print(f"this was a dry run: nothing was written; next: python main.py --preset {flags.config.preset}")
         return 0
     return pretrain(flags.config, flags.fresh)

@@ -103,7 +103,7 @@ def mean_loss(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for idx, targets in batches:
+    for idx, targets in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
         with runtime.autocast():
             loss, n = model(to_device(idx, runtime), to_device(targets, runtime))
         total, count = total + float(loss), count + int(n)
@@ -214,16 +214,18 @@ class Trainer:
                     file=sys.stderr,
                 )
 
-    def save(self, required: bool = False) -> None:
-        """Save a checkpoint and prune the old ones. A failure is a warning, and the run goes on, unless `required`."""
+    def save(self, required: bool = False) -> bool:
+        """Save a checkpoint, prune the old ones, return True. A failure is a warning and False, unless `required`."""
         try:
             self.run.save(self.step, self.model, self.state())
         except CheckpointError as e:
             if required:
                 raise
             tqdm.write(f"warning: {e}; the run goes on and tries again at the next checkpoint", file=sys.stderr)
-            return
-        self.run.prune(self.train.keep_checkpoints, None if self.best is None else int(self.best["step"]))
+            return False
+        best_step = None if self.best is None else int(self.best["step"])
+        self.run.prune(self.train.keep_checkpoints, best_step, self.step)
+        return True
 
     def digest(self) -> str:
         """Return the sha256 of weights and optimiser state."""
@@ -320,15 +322,13 @@ class Trainer:
             loss, norm, tokens = self.train_step()
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
-            window_loss, window_tokens, window_s = (
-                window_loss + loss * tokens,
-                window_tokens + tokens,
-                window_s + seconds,
-            )
             bar.update(1)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if math.isfinite(loss) and math.isfinite(norm):
+                window_loss += loss * tokens
+                window_tokens += tokens
+                window_s += seconds
+            else:
                 tqdm.write(f"warning: step {self.step} skipped: loss {loss}, gradient norm {norm}", file=sys.stderr)
-                window_loss, window_tokens, window_s = 0.0, 0, 0.0
             last = self.step == self.train.max_steps
             if window_tokens and (self.step % self.train.log_every == 0 or last):
                 rate = window_tokens / window_s
@@ -348,8 +348,7 @@ class Trainer:
             if self.step % self.train.eval_every == 0 or last:
                 improved = self._evaluate(log, bar)
             if self.step % self.train.save_every == 0 or improved or last:
-                self.save(required=last)
-                saved_step = self.step
+                saved_step = self.step if self.save(required=last) else saved_step
             if self.skipped_in_a_row >= self.train.max_skipped_steps:
                 raise TrainingError(
                     f"fewer than {self.train.max_skipped_steps} steps in a row may be skipped for a loss or gradient "

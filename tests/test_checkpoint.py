@@ -86,6 +86,21 @@ def test_a_failed_save_leaves_the_older_ones_and_no_remains(run, monkeypatch):
     assert sorted(p.name for p in run.path.iterdir()) == ["step_000001", "step_000002", "step_000003"]
 
 
+def test_nothing_stands_under_the_final_name_before_the_rename(run, monkeypatch):
+    def killed(partial, final):
+        assert sorted(p.name for p in partial.iterdir()) == ["manifest.json", "model.safetensors", "state.pt"]
+        assert not final.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(4, model_of(4), {})
+    monkeypatch.undo()
+    assert run.newest().name == "step_000003"
+    run.save(5, model_of(5), {})
+    assert not list(run.path.glob(".partial*"))  # the next save clears what the killed one left
+
+
 def test_too_little_space_is_noticed_before_writing(run, monkeypatch):
     usage = shutil.disk_usage(run.path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda p: usage._replace(free=10))
@@ -95,8 +110,13 @@ def test_too_little_space_is_noticed_before_writing(run, monkeypatch):
 
 def test_pruning_keeps_the_newest_and_the_best(run):
     run.save(4, model_of(4), {})
-    run.prune(keep=2, best_step=1)
+    run.prune(keep=2, best_step=1, newest_step=4)
     assert [p.name for p in run.checkpoints()] == ["step_000001", "step_000003", "step_000004"]
+
+
+def test_pruning_never_counts_a_damaged_later_checkpoint_as_the_newest(run):
+    run.prune(keep=1, best_step=None, newest_step=2)  # the run fell back behind step 3 and has just saved step 2
+    assert [p.name for p in run.checkpoints()] == ["step_000002", "step_000003"]
 
 
 class Evil:
@@ -109,8 +129,13 @@ class Evil:
 
 def test_an_evil_pickle_is_refused_and_never_run(run, tmp_path):
     newest = run.newest()
-    for name in ("state.pt", "model.safetensors"):
-        (newest / name).write_bytes(pickle.dumps(Evil(tmp_path / "canary")))
+    torch.save({"step": Evil(tmp_path / "canary")}, tmp_path / "evil.pt")
+    for name, evil in (
+        ("state.pt", (tmp_path / "evil.pt").read_bytes()),
+        ("state.pt", pickle.dumps(Evil(tmp_path / "canary"))),
+        ("model.safetensors", pickle.dumps(Evil(tmp_path / "canary"))),
+    ):
+        (newest / name).write_bytes(evil)
         with pytest.raises(Exception):  # noqa: B017 - refused even where the manifest is not asked
             load_state(newest) if name == "state.pt" else load_weights(newest, model_of(0))
     assert run.newest().name == "step_000002"
@@ -143,7 +168,7 @@ def test_saves_that_are_killed_leave_only_whole_checkpoints(tmp_path):
                 step += 1
                 run.save(step, model_of(step), {"step": step})
                 os.write(writer, step.to_bytes(4, "big"))
-                run.prune(2, None)
+                run.prune(2, None, step)
         time.sleep(rng.uniform(0.01, 0.12))
         os.kill(pid, 9)
         os.waitpid(pid, 0)

@@ -198,6 +198,30 @@ def test_weights_of_another_run_start_a_new_one(work, corpus):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_weights_of_a_run_with_another_tokenizer_are_refused(work, corpus):
+    flags = [*tiny_flags(corpus), "--name", "stranger", "--train.init-from", "base", "--tokenizer.train-bytes", "1000"]
+    assert_one_clear_line(
+        script("main.py", *flags, cwd=work), "same tokenizer", "--tokenizer.path runs/base/tokenizer.json"
+    )
+    flags += [
+        "--tokenizer.kind",
+        "pretrained",
+        "--tokenizer.path",
+        "runs/base/tokenizer.json",
+        "--train.max-steps",
+        "1",
+    ]
+    result = script("main.py", *flags, cwd=work)
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_processes_cannot_train_one_run(work, corpus):
+    with RunDirectory(work / "runs/base").lock():
+        assert_one_clear_line(
+            script("main.py", *tiny_flags(corpus), "--name", "base", cwd=work), "one process at a time", "--name"
+        )
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +241,7 @@ def test_a_damaged_training_shard_stops_the_run_before_it_starts(work, corpus, t
     shard = next(tmp_path.glob("data/*/train-00000.npy"))
     shard.write_bytes(shard.read_bytes()[:-10])
     assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), "train-00000.npy", "delete data/demo-")
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/[!.]*"))
 
 
 def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpus, tmp_path):
@@ -276,7 +300,7 @@ def test_bad_settings_are_one_clear_line(tmp_path, corpus, flags, words):
         pytest.skip("this machine has CUDA")
     args = flags if "--preset" in flags else [*tiny_flags(corpus), *flags]
     assert_one_clear_line(script("main.py", *args, cwd=tmp_path), *words)
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    assert not list(tmp_path.glob("runs/[!.]*"))
 
 
 def test_a_run_without_checkpoints_says_how_to_get_one(work):
