@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -108,11 +109,13 @@ class RunDirectory:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except ImportError:  # Windows has no fcntl
                 pass
-            except OSError:
+            except BlockingIOError:
                 raise CheckpointError(
                     f"{self.path} must be trained by one process at a time, but another is at it; "
                     f"wait for it, or choose another --name"
                 ) from None
+            except OSError as e:  # a filesystem without locks
+                print(f"note: {self.path} cannot be locked ({e}); see that no other process trains it", file=sys.stderr)
             yield
 
     def set_aside(self) -> Path:
@@ -125,7 +128,8 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoint folders, oldest first, unverified."""
-        return sorted(p for p in self.path.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+        found = {p: p.name.removeprefix("step_") for p in self.path.glob("step_*") if p.is_dir()}
+        return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: int(found[p]))
 
     def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
         """Write the checkpoint of `step` and return its folder; on any failure the older ones are as they were.
@@ -179,7 +183,8 @@ class RunDirectory:
             if step != best_step:
                 old = steps[step]
                 doomed = old.with_name(f".deleted-{old.name}")
-                old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
+                with contextlib.suppress(OSError):  # what cannot be deleted stays, and costs only space
+                    old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def newest(self) -> Path | None:
@@ -246,8 +251,14 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return a verified checkpoint's training state; nothing in it is executed."""
-    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    """Return a verified checkpoint's training state; nothing in it is executed. Raises CheckpointError if it is no state."""
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise CheckpointError(
+            f"{folder / STATE} must hold tensors and plain values only, but does not ({' '.join(str(e).split())[:120]}); "
+            f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
+        ) from None
 
 
 def find_run(path: Path | None) -> RunDirectory:
@@ -271,7 +282,8 @@ def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, 
     folder = run.newest()
     if folder is None:
         raise CheckpointError(
-            f"{run.path} must have a checkpoint, but has none yet; train on with `python main.py --name {run.path.name}`"
+            f"{run.path} must have a checkpoint, but has none yet; "
+            f"train on with `python main.py --preset {run.config().preset} --name {run.path.name}`"
         )
     model = build_model(run.config().model)
     load_weights(folder, model)

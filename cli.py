@@ -43,6 +43,8 @@ def from_yaml(text: str, where: str = "config") -> Config:
         )
     try:
         return Config(**data)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
     except (ValidationError, TypeError) as e:
         raise ConfigError(f"{where}: {_one_line(e)}") from None
 
@@ -117,4 +119,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, went away
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as e:  # whatever no one closer to it has explained
+        where = e.filename or "a file"
+        print(
+            f"error: {where} must be accessible, but is not ({e.strerror}); see to permissions and space",
+            file=sys.stderr,
+        )
         sys.exit(1)

@@ -162,6 +162,8 @@ class ModelConfig:
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
                         getattr(self, field), "set it so, or --model.backbone kindling")
+            require(self.embd_init_std is None, "model.embd_init_std", "None on transformers' GPT-2", self.embd_init_std,
+                    "set it so, or --model.backbone kindling")
             require(self.kv_heads == self.n_head, "model.n_kv_head", "None on transformers' GPT-2", self.n_kv_head,
                     "set it so, or --model.backbone kindling")
         return self
@@ -198,6 +200,8 @@ class TokenizerConfig:
         _require_range("tokenizer", self, 1, "train_bytes")
         require(self.kind != "pretrained" or bool(self.path), "tokenizer.path", "set for a pretrained tokenizer", self.path,
                 "set --tokenizer.path to a tokenizer.json, a folder or a hub name")
+        require(self.kind != "pretrained" or self.normalizer == "none", "tokenizer.normalizer",
+                "none for a pretrained tokenizer, which has its own", self.normalizer, "set --tokenizer.normalizer none")
         require(all(self.special_tokens), "tokenizer special tokens", "non-empty", self.special_tokens, "name them, or use None")
         require(len(set(self.special_tokens)) == len(self.special_tokens), "tokenizer special tokens",
                 "different from each other", self.special_tokens, "padding must never be the end token")

@@ -145,6 +145,13 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
         "tokenizer": dataclasses.asdict(cfg.tokenizer),
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
     }
+    for i, source in enumerate(cfg.data.sources):
+        if source.kind == "datasets" and Path(source.path or "").is_dir():  # laid out like the hub, but local
+            parts[f"folder_{i}"] = [
+                (str(p), p.stat().st_size, p.stat().st_mtime_ns)
+                for p in sorted(Path(source.path or "").rglob("*"))
+                if p.is_file()
+            ]
     if cfg.tokenizer.kind == "bpe":
         parts["vocab_size"] = cfg.model.vocab_size
     elif Path(cfg.tokenizer.path or "").expanduser().exists():

@@ -59,7 +59,7 @@ def resolve(cfg: TrainConfig) -> Runtime:
         raise DeviceError(
             f"train.device must be a device of this machine ({there}), but is {kind!r}; set --train.device auto"
         )
-    if kind == "cuda":  # TensorFloat-32 for what stays float32
+    if kind == "cuda" and cfg.precision != "fp32":  # TensorFloat-32 for what stays float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     precision = cfg.precision
     if precision == "auto":

@@ -9,7 +9,7 @@ final tables only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ class Flags:
 
     run: tyro.conf.Positional[Path | None] = None
     """The run's folder, or its name under runs/. The newest if left out."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
     split: Literal["val", "test"] = "val"
     """Which held-out split; test is for final tables only."""
 
@@ -33,13 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_cli(Flags, __doc__ or "", argv)
     import json
 
-    from checkpoint import find_run, load_model
+    from checkpoint import CheckpointError, find_run, load_model
     from device import resolve
     from files import write_atomic
     from trainer import validate
 
     run = find_run(flags.run)
-    runtime = resolve(run.config().train)
+    runtime = resolve(replace(run.config().train, device=flags.device))
     model, folder = load_model(run, runtime.device)
     dataset = run.heldout(flags.split)
     dataset.require_fits(model.cfg.vocab_size, run.tokenizer().sha256)
@@ -54,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         "precision": runtime.precision,
         **{name.replace("val_", ""): value for name, value in metrics.items()},
     }
-    write_atomic(run.path / "eval.json", json.dumps(results, indent=1) + "\n")
+    try:
+        write_atomic(run.path / "eval.json", json.dumps(results, indent=1) + "\n")
+    except OSError as e:
+        raise CheckpointError(
+            f"{run.path} must be writable for eval.json, but is not ({e}); free some space or mend its permissions"
+        ) from None
     print(
         f"{run.path} at {folder.name}, {flags.split} split: {results['documents']} documents, "
         f"{results['tokens']:,} tokens, {results['bytes']:,} bytes"

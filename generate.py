@@ -9,9 +9,9 @@ cropped from the left. Limit: no key / value cache, so each token costs a pass o
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -50,7 +50,12 @@ class Sampling:
         """Raise GenerationError for a value that cannot be used."""
         for name, holds, must in (
             ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
+            (
+                "temperature",
+                self.temperature == 0 or 0.01 <= self.temperature <= 100,
+                "from 0.01 to 100, or 0 for greedy",
+            ),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
             ("top-k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
@@ -114,6 +119,8 @@ class Flags:
 
     run: tyro.conf.Positional[Path | None] = None
     """The run's folder, or its name under runs/. The newest if left out."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
     prompt: str = ""
     """The text to continue; empty starts a new document."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
@@ -127,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     from device import resolve
 
     run = find_run(flags.run)
-    model, _ = load_model(run, resolve(run.config().train).device)
+    model, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
     print(flags.prompt + complete(model, run.tokenizer(), flags.prompt, flags.sampling))
     return 0
 

@@ -64,11 +64,11 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
         )
 
 
-def training_data(cfg: Config, run: RunDirectory) -> TokenDataset:
-    """Open the training shards that the run began with, or build them, or refuse if they would be others now."""
+def training_data(cfg: Config, run: RunDirectory | None) -> TokenDataset:
+    """Open the training shards of `cfg`, or those that a started run began with; refuse if they would be others now."""
     from shards import DataError, TokenDataset, read_manifest
 
-    if not run.exists():
+    if run is None:
         return TokenDataset(prepare(cfg), "train")
     manifest = read_manifest(run.data)
     folder = DATA / manifest["fingerprint"]
@@ -110,30 +110,34 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer_sha256: st
     load_weights(folder, model)
 
 
-def samples(model: LanguageModel, run: RunDirectory) -> str:
+def samples(trainer: Trainer) -> str:
     """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
     from generate import Sampling, complete
 
-    tokenizer = run.tokenizer()
-    model.eval()
+    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
     out = []
-    for seed, prompt in enumerate(run.config().train.sample_prompts):
+    for seed, prompt in enumerate(trainer.train.sample_prompts):
         text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed))
         out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
     return "\n".join(out)
 
 
-def take_up(cfg: Config, run: RunDirectory) -> Trainer:
+def take_up(cfg: Config, run: RunDirectory, fresh: bool) -> Trainer:
     """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates."""
     import device
-    from checkpoint import load_state
+    from checkpoint import CheckpointError, load_state
     from shards import PackedBlocks
     from trainer import Trainer, validate
 
-    if run.exists():
+    started = run.exists() and not fresh
+    if started:
         reconcile(run.config(), cfg, run)
-    dataset = training_data(cfg, run)
-    folder = run.newest()
+    elif run.checkpoints() and not fresh:
+        raise CheckpointError(
+            f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
+        )
+    dataset = training_data(cfg, run if started else None)
+    folder = run.newest() if started else None
     state = None if folder is None else load_state(folder)
     device.set_threads(cfg.train.threads or (state["environment"]["threads"] if state else None))
     runtime = device.resolve(cfg.train)
@@ -141,7 +145,9 @@ def take_up(cfg: Config, run: RunDirectory) -> Trainer:
     model = new_model(cfg, runtime)
     if state is None and cfg.train.init_from is not None:
         load_initial_weights(model, cfg.train.init_from, dataset.manifest["tokenizer_sha256"])
-    if not run.exists():
+    if not started:
+        if fresh and run.path.exists():  # only now that nothing is left which could refuse the new run
+            print(f"the old run is kept as {run.set_aside()}")
         run.create(cfg, dataset.folder)
     heldout = run.heldout("val")
     for split in (dataset, heldout):
@@ -163,9 +169,7 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
     with run.lock():
-        if fresh and run.path.exists():
-            print(f"the old run is kept as {run.set_aside()}")
-        trainer = take_up(cfg, run)
+        trainer = take_up(cfg, run, fresh)
         if trainer.step >= cfg.train.max_steps:
             print(f"the run is complete at step {trainer.step}; --train.max-steps N goes on, --fresh starts over")
         else:
@@ -176,7 +180,7 @@ def pretrain(cfg: Config, fresh: bool) -> int:
                 return code
         if not trainer.last_eval:
             trainer.last_eval = trainer.evaluate(trainer.model)
-    print(f"\n{samples(trainer.model, run)}")
+    print(f"\n{samples(trainer)}")
     report(trainer, time.perf_counter() - started)
     return 0
 
@@ -201,11 +205,14 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.dry_run:
         import device
+        from checkpoint import RUNS, RunDirectory
         from trainer import dry_run
 
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
-        print(dry_run(flags.config, new_model(flags.config, runtime), runtime))
+        saved = [] if flags.fresh else RunDirectory(RUNS / flags.config.run_name).checkpoints()
+        done = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        print(dry_run(flags.config, new_model(flags.config, runtime), runtime, done))
         print(f"this was a dry run: nothing was written; next: python main.py --preset {flags.config.preset}")
         return 0
     return pretrain(flags.config, flags.fresh)

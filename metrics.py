@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
+from typing import Any
 
+from config import KindlingError
 from files import write_atomic
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
+    """Appends to `metrics.jsonl` and TensorBoard. A full disk costs lines and one warning, not the run."""
 
     def __init__(self, folder: Path, step: int):
-        """Open the log at `step`; lines that a killed run wrote past its last checkpoint are removed."""
+        """Open the log at `step`; lines that a killed run wrote past its last checkpoint are removed.
+
+        Raises KindlingError if the folder cannot be written.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._warned = False
+        try:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as e:
+            raise KindlingError(
+                f"{self.path} must be writable, but is not ({e}); free some space or mend its permissions"
+            ) from None
 
     def write(self, step: int, **values: float) -> None:
-        """Append one line, and the same values to TensorBoard."""
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        """Append one line, and the same values to TensorBoard; a number that is not finite becomes null."""
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            _append(self.path, json.dumps(line).encode("utf-8") + b"\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as e:
+            if not self._warned:
+                print(f"warning: metrics cannot be written ({e}); the run goes on without them", file=sys.stderr)
+            self._warned = True
 
     def close(self) -> None:
         """Flush TensorBoard's file."""
-        self._board.close()
+        try:
+            self._board.close()
+        except OSError as e:
+            print(f"warning: TensorBoard's file cannot be written ({e})", file=sys.stderr)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+def _append(path: Path, line: bytes) -> None:
+    """Append a whole line or nothing."""
+    with open(path, "ab", buffering=0) as f:
+        size = f.seek(0, 2)
+        try:
+            if f.write(line) != len(line):
+                raise OSError(28, "No space left on device", str(path))
+        except OSError:
+            f.truncate(size)
+            raise
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`, without those that are none, such as one cut off by a kill."""
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
-            break
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines

@@ -260,11 +260,14 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
+        was_training = self.training
+        self.eval()  # without dropout
         x, rope = self.embed(idx)
         layers = []
         for block in self.blocks:
             layers.append(block.attn.weights(block.norm_1(x), rope))
             x = block(x, rope)
+        self.train(was_training)
         return torch.stack(layers)  # (n_layer, B, n_head, T, T)
 
     def compilable(self) -> list[nn.Module]:
@@ -310,11 +313,14 @@ class TransformersGPT2(LanguageModel):
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
+        was_training = self.training
+        self.eval()  # without dropout
         self.gpt2.set_attn_implementation("eager")  # the fused kernel never forms the weights
         try:
             return torch.stack(self.gpt2.transformer(idx, output_attentions=True).attentions)
         finally:
             self.gpt2.set_attn_implementation("sdpa")
+            self.train(was_training)
 
     def compilable(self) -> list[nn.Module]:
         return list(self.gpt2.transformer.h)

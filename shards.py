@@ -61,12 +61,17 @@ class ShardWriter:
         """Write what is pending as the next shard."""
         if not self._pending_tokens:
             return
-        tokens = np.concatenate(self._pending).astype(self.dtype, copy=False)
+        ids = np.concatenate(self._pending)
+        self.info.max_id = max(self.info.max_id, int(ids.max()))
+        if self.info.max_id > np.iinfo(self.dtype).max:
+            raise DataError(
+                f"a token id must fit in {self.dtype}, but {self.info.max_id} does not; the tokenizer's vocab_size is wrong"
+            )
+        tokens = ids.astype(self.dtype, copy=False)
         self._pending, self._pending_tokens = [], 0
         path = self.folder / f"{self.split}-{len(self.info.shards):05d}.npy"
         np.save(path, tokens)
         self.info.tokens += len(tokens)
-        self.info.max_id = max(self.info.max_id, int(tokens.max()))
         self.info.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
 
 
@@ -93,26 +98,37 @@ class TokenDataset:
         """Open and verify every shard of the split; raises DataError naming the first that is damaged."""
         self.folder, self.split = folder, split
         self.manifest = read_manifest(folder)
-        self.info = SplitInfo(**self.manifest["splits"][split])
-        self._maps = [self._open(shard) for shard in self.info.shards]
+        try:
+            self.info = SplitInfo(**self.manifest["splits"][split])
+            self._maps = [self._open(shard) for shard in self.info.shards]
+        except (KeyError, TypeError) as e:
+            raise DataError(
+                f"{folder / 'manifest.json'} must list the shards of the {split} split, but does not ({e!r}); {self._way_out()}"
+            ) from None
         self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
 
     def _open(self, shard: dict[str, Any]) -> np.ndarray:
-        path = self.folder / shard["file"]
-        way_out = f"delete {self.folder} and run again to rebuild it"
+        path, way_out = self.folder / shard["file"], self._way_out()
         try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
             found = sha256_file(path)
+            if found == shard["sha256"]:  # only then is the header worth parsing
+                tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {way_out}") from None
+        if found != shard["sha256"]:
+            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {way_out}")
         if tokens.dtype != self.manifest["dtype"] or tokens.shape != (shard["tokens"],):
             raise DataError(
                 f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
                 f"{tokens.size} of {tokens.dtype}; {way_out}"
             )
-        if found != shard["sha256"]:
-            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {way_out}")
         return tokens
+
+    def _way_out(self) -> str:
+        if (self.folder.parent / "config.yaml").is_file():  # a run's own copy, which no build restores
+            source = self.manifest.get("fingerprint", "FINGERPRINT")
+            return f"copy the files of the same names from data/{source}, or start the run over with --fresh"
+        return f"delete {self.folder} and run again to rebuild it"
 
     def __len__(self) -> int:
         return self.info.tokens

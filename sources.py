@@ -153,7 +153,7 @@ def _rows(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[Docum
         if source.kind == "text":
             rows: Iterator[Any] = ({source.field: text} for text in _split_text(f.path, source.separator))
         else:
-            rows = _jsonl_rows(f.path) if source.kind == "jsonl" else _parquet_rows(f.path)
+            rows = _jsonl_rows(f.path) if source.kind == "jsonl" else _parquet_rows(f.path, source.field)
         try:
             for number, row in enumerate(rows):
                 yield _row_document(source, f"{f.key}:{number}", row, language)
@@ -199,12 +199,14 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
                     yield None
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
+def _parquet_rows(path: Path, field: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = [name for name in (field, "language") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=256, columns=columns):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as e:
         raise DataError(

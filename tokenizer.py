@@ -48,10 +48,10 @@ class Tokenizer:
             )
         return token_id
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of token ids, control tokens included; ids run from 0 to vocab_size - 1."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the largest token id, control tokens included; a vocabulary may leave ids out."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def _missing_bytes(self) -> bytes:

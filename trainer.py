@@ -1,9 +1,9 @@
 """The one training loop, used by every script that trains.
 
 A run is a pure function of its config and data: the learning rate of the step, the batch of the position in the data
-(one integer), dropout of a random state that is saved. So a run that was stopped and resumed ends in the same bits as
-one that was not, on the same device with the same number of threads. Losses are sums and are divided once, by the
-supervised tokens of the whole step, so that accumulation changes nothing but the rounding.
+(one integer), dropout of a random state that is saved. So on a CPU a run that was stopped and resumed ends in the same
+bits as one that was not, with the same number of threads (a GPU's kernels may add in another order). Losses are sums
+and are divided once, by the supervised tokens of the whole step, so that accumulation changes nothing but the rounding.
 
 Limit: one process.
 """
@@ -126,7 +126,16 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime) -> bool:
     """Return whether compiling pays for this run, or is asked for."""
     if cfg.train.compile != "auto":
         return cfg.train.compile == "on"
-    return 6 * model.n_parameters() * cfg.tokens >= COMPILE_FLOPS and device.has_compiler(runtime.device.type)
+    if 6 * model.n_parameters() * cfg.tokens < COMPILE_FLOPS:
+        return False
+    if not device.has_compiler(runtime.device.type):
+        print(
+            f"warning: no compiler for {runtime.device.type} was found, so training goes on uncompiled, which is slower"
+            + ("; install g++" if runtime.device.type == "cpu" else ""),
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 class StopRequest:
@@ -178,6 +187,8 @@ class Trainer:
         self.elapsed_s = 0.0  # time in steps, over all sessions of the run
         self.best: dict[str, float] | None = None
         self.last_eval: dict[str, float] = {}
+        self.compiled = False
+        self.resumed_environment: dict[str, Any] = {}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -194,7 +205,7 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": device.rng_state(self.runtime),
-            "environment": self.runtime.describe(),
+            "environment": self.environment(),
         }
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
@@ -202,17 +213,17 @@ class Trainer:
         load_weights(folder, self.model)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run was in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.position = state["step"], state["position"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.elapsed_s, self.best, self.last_eval = state["elapsed_s"], state["best"], state["last_eval"]
         device.set_rng_state(state["rng"])
-        for name, was in state["environment"].items():
-            if (now := self.runtime.describe()[name]) != was:
-                print(
-                    f"note: {name} was {was} and is {now}: the run goes on, but not bit for bit as it would have",
-                    file=sys.stderr,
-                )
+        self.resumed_environment = state["environment"]
+
+    def environment(self) -> dict[str, Any]:
+        """Return what the run's bits depend on besides config and data."""
+        return {**self.runtime.describe(), "compiled": self.compiled}
 
     def save(self, required: bool = False) -> bool:
         """Save a checkpoint, prune the old ones, return True. A failure is a warning and False, unless `required`."""
@@ -285,6 +296,7 @@ class Trainer:
         finally:
             self.model.zero_grad(set_to_none=True)
             device.set_rng_state(rng)
+        self.compiled = True
         return True
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -298,6 +310,12 @@ class Trainer:
         if wants_compile(self.cfg, self.model, self.runtime):
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
+        for name, was in self.resumed_environment.items():
+            if (now := self.environment()[name]) != was:
+                print(
+                    f"note: {name} was {was} and is {now}: the run goes on, but not bit for bit as it would have",
+                    file=sys.stderr,
+                )
         with StopRequest() as stop:
             log = MetricsLog(self.run.path, self.step)
             bar = tqdm(
@@ -344,16 +362,19 @@ class Trainer:
                 )
                 bar.set_postfix_str(f"loss {window_loss / window_tokens:.3f}, {rate:,.0f} tokens/s", refresh=False)
                 window_loss, window_tokens, window_s = 0.0, 0, 0.0
-            improved = False
+            improved, best_on_disk = False, self.best
             if self.step % self.train.eval_every == 0 or last:
                 improved = self._evaluate(log, bar)
             if self.step % self.train.save_every == 0 or improved or last:
-                saved_step = self.step if self.save(required=last) else saved_step
+                if self.save(required=last):
+                    saved_step = self.step
+                else:
+                    self.best = best_on_disk  # or the next save would delete it in favour of one that is not there
             if self.skipped_in_a_row >= self.train.max_skipped_steps:
                 raise TrainingError(
                     f"fewer than {self.train.max_skipped_steps} steps in a row may be skipped for a loss or gradient "
-                    f"that is not finite, but {self.skipped_in_a_row} were; lower --train.lr, raise --train.eps to 1e-5, "
-                    f"or use --train.precision fp32"
+                    f"that is not finite, but {self.skipped_in_a_row} were; go on with --train.precision fp32, or start over "
+                    f"with --fresh and a lower --train.lr or --train.eps 1e-5"
                 )
         if stop.signal is not None and saved_step != self.step:
             self.save(required=True)
@@ -366,14 +387,20 @@ class Trainer:
             f"step {self.step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.last_eval.items())
         )
         bar.refresh()
-        improved = self.best is None or self.last_eval["val_loss"] < self.best["val_loss"]
+        loss = self.last_eval["val_loss"]
+        improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
         if improved:
             self.best = {"step": self.step, "val_loss": self.last_eval["val_loss"]}
         return improved
 
 
-def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3, limit_s: float = 20) -> str:
-    """Train a few steps of one micro-batch on random tokens, without files, and return what the whole run would take."""
+def dry_run(
+    cfg: Config, model: LanguageModel, runtime: Runtime, done: int = 0, steps: int = 3, limit_s: float = 20
+) -> str:
+    """Train a few steps of one micro-batch on random tokens, without files, and return what the run would take.
+
+    `done` is the number of steps that the run has behind it.
+    """
 
     class Noise:
         def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -413,7 +440,9 @@ def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3,
     )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total, positions = model.n_parameters(), cfg.model.n_position_parameters
-    hours = cfg.train.max_steps * step_s / 3600
+    left = max(0, cfg.train.max_steps - done)
+    hours = left * step_s / 3600
+    duration = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
     how = f"{runtime.precision}, {'compiled' if compiled else 'not compiled'}, {torch.get_num_threads()} CPU threads"
     return "\n".join(
         [
@@ -424,6 +453,6 @@ def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, steps: int = 3,
             f"tokens       {cfg.tokens:,} = {cfg.train.max_steps:,} steps of {cfg.train.batch_size} x {cfg.model.block_size}, "
             f"in {n_micro} micro-batches of {cfg.train.micro_batch}",
             f"speed        {cfg.tokens / cfg.train.max_steps / step_s:,.0f} tokens/s, measured over {steps} micro-batches",
-            f"time         {hours:.1f} hours" if hours >= 1 else f"time         {hours * 60:.1f} minutes",
+            f"time left    {duration} for {left:,} steps, {done:,} are done",
         ]
     )

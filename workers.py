@@ -24,6 +24,7 @@ import numpy as np
 
 from config import DataConfig, TokenizerConfig
 from filters import reason_to_drop
+from shards import DataError
 from sources import Document
 from tokenizer import Tokenizer, TokenizerError
 
@@ -76,14 +77,20 @@ def _examine_batch(batch: list[Document]) -> list[Examined]:
     for document in batch:
         # ends this process if the document hangs in C code, where no Python signal handler would run
         faulthandler.dump_traceback_later(DOCUMENT_LIMIT_S, exit=True, file=_worker["sink"])
-        examined.append(_examine(document, _worker["cfg"], _worker["tokenizer"]))
-        faulthandler.cancel_dump_traceback_later()
+        try:
+            examined.append(_examine(document, _worker["cfg"], _worker["tokenizer"]))
+        except MemoryError:
+            examined.append(Examined(document.key, document.size, "memory"))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     return examined
 
 
 def _examine(document: Document, cfg: DataConfig, tokenizer: Tokenizer | None) -> Examined:
     size, text = document.size, document.text
     if document.path is not None:
+        if size > 4 * cfg.max_chars:  # a character is at most 4 bytes: too long, known without reading gigabytes
+            return Examined(document.key, size, "characters")
         try:
             raw = document.path.read_bytes()
         except OSError:
@@ -108,10 +115,20 @@ def _examine(document: Document, cfg: DataConfig, tokenizer: Tokenizer | None) -
         ids = tokenizer.encode(text)
     except TokenizerError:
         return Examined(document.key, size, "not in the vocabulary")
-    except MemoryError:
-        return Examined(document.key, size, "memory")
     framed = chain([] if tokenizer.bos_id is None else [tokenizer.bos_id], ids, [tokenizer.eos_id])
     return Examined(document.key, len(content), digest=digest, ids=np.fromiter(framed, np.uint32))
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerPool:
@@ -147,7 +164,7 @@ class WorkerPool:
         """Examine a stream of documents, a few batches ahead of the consumer; yields in the stream's order."""
         window: deque[tuple[list[Document], Future[list[Examined]], int]] = deque()
         for batch in _batches(stream):
-            window.append((batch, self._executor.submit(self._examine, batch), self._generation))
+            window.append((batch, *self._submit(batch)))
             if len(window) > 2 * self._n_workers:
                 yield from self._result(*window.popleft())
         while window:
@@ -162,19 +179,39 @@ class WorkerPool:
                 if generation == self._generation:
                     self._restart()
                     return [self._alone(document) for document in batch]
-            generation, future = self._generation, self._executor.submit(self._examine, batch)
+            future, generation = self._submit(batch)
+
+    def _submit(self, batch: list[Document]) -> tuple[Future[list[Examined]], int]:
+        """Hand a batch to a worker; return its future and the generation of workers that it went to."""
+        try:
+            with _sigint_blocked():  # submitting starts processes, which must not meet Ctrl-C before they ignore it
+                return self._executor.submit(self._examine, batch), self._generation
+        except BrokenProcessPool:  # an earlier batch broke the pool, which its own future will tell
+            broken: Future[list[Examined]] = Future()
+            broken.set_exception(BrokenProcessPool())
+            return broken, self._generation
 
     def _alone(self, document: Document) -> Examined:
         try:
-            return self._executor.submit(self._examine, [document]).result()[0]
+            return self._submit([document])[0].result()[0]
         except BrokenProcessPool:
             self._restart()
             return Examined(document.key, document.size, "killed its worker")
 
     def _restart(self) -> None:
+        """Replace the workers; raises DataError if the new ones cannot even start."""
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._generation += 1
         self._start()
+        try:
+            with _sigint_blocked():
+                probe = self._executor.submit(os.getpid)
+            probe.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "worker processes must be able to start, but die at once; run a script from its file, not from standard input, "
+                "and see that memory is free"
+            ) from None
 
 
 def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:

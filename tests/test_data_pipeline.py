@@ -257,11 +257,23 @@ def kill_on_poison(batch: list[Document]) -> list[Examined]:
 
 
 def test_a_document_that_kills_its_worker_is_dropped_and_only_that_one():
-    stream = [Document(str(i), "python", text="poison" if i in (100, 333) else "fine", size=9000) for i in range(400)]
+    poisoned = {100, 101, 250, 333}
+    stream = [Document(str(i), "python", text="poison" if i in poisoned else "fine", size=9000) for i in range(400)]
     with WorkerPool(DataConfig(workers=2), None, TokenizerConfig(), examine=kill_on_poison) as pool:
-        examined = list(pool.map(stream))
+        examined = []
+        for e in pool.map(stream):
+            time.sleep(0.002)  # a consumer that works, so that a pool is found broken while it is being fed
+            examined.append(e)
     assert [e.key for e in examined] == [str(i) for i in range(400)]
-    assert {e.key: e.reason for e in examined if e.reason} == {"100": "killed its worker", "333": "killed its worker"}
+    assert {e.key: e.reason for e in examined if e.reason} == {str(i): "killed its worker" for i in poisoned}
+
+
+def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
+    shutil.copytree(corpus, "repo")
+    with open("repo/huge.py", "wb") as f:
+        f.truncate(3 * 2**30)  # sparse
+    ledger = ledger_of(prepare(tiny_config(Path("repo"))))
+    assert ledger["dropped"]["characters"][1] == 3 * 2**30
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -123,26 +123,39 @@ def test_fresh_starts_over_and_keeps_the_old_run(work, corpus):
 
 def long_run(corpus) -> list[str]:
     flags = tiny_flags(corpus)
-    flags[flags.index("--train.max-steps") + 1] = "2000"
+    flags[flags.index("--train.max-steps") + 1] = "600"
     return flags
 
 
+def digest_of(out: str) -> str:
+    return re.search(r"state sha256 (\w+)", out)[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work, corpus) -> str:
+    """The digest of a longer run that nothing stopped."""
+    result = script("main.py", *long_run(corpus), "--name", "undisturbed", cwd=work)
+    assert result.returncode == 0, result.stderr
+    return digest_of(result.stdout)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_same_command_goes_on(work, corpus, sent, code):
+def test_a_signal_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, undisturbed, sent, code):
     name = f"stopped-{code}"
     command = [sys.executable, str(ROOT / "main.py"), *long_run(corpus), "--name", name, "--train.log-every", "1"]
     process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = work / "runs" / name / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text(encoding="utf-8").count("\n") < 5:
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     step = int(re.search(r"stopped and saved at step (\d+)", out)[1])
     assert (work / f"runs/{name}/step_{step:06d}").is_dir()
-    result = script("main.py", *long_run(corpus), "--name", name, "--train.max-steps", str(step + 2), cwd=work)
+    result = script("main.py", *long_run(corpus), "--name", name, cwd=work)
     assert result.returncode == 0 and f"resuming at step {step}" in result.stdout, result.stderr
+    assert digest_of(result.stdout) == undisturbed
 
 
 def test_a_second_signal_ends_it_at_once(work, corpus):
@@ -301,6 +314,68 @@ def test_bad_settings_are_one_clear_line(tmp_path, corpus, flags, words):
     args = flags if "--preset" in flags else [*tiny_flags(corpus), *flags]
     assert_one_clear_line(script("main.py", *args, cwd=tmp_path), *words)
     assert not list(tmp_path.glob("runs/[!.]*"))
+
+
+def test_fresh_leaves_the_old_run_in_place_when_the_new_one_cannot_start(work, corpus):
+    run = copy_of(work, "kept")
+    result = script(
+        "main.py", *tiny_flags(corpus), "--name", "kept", "--fresh", "--data.sources.0.path", "nowhere", cwd=work
+    )
+    assert_one_clear_line(result, "'nowhere'")
+    assert (run / "config.yaml").is_file() and not list((work / "runs").glob("kept.old*"))
+
+
+def test_a_run_that_lost_its_config_is_not_taken_for_a_new_one(work, corpus):
+    (copy_of(work, "lost") / "config.yaml").unlink()
+    result = script("main.py", *tiny_flags(corpus), "--name", "lost", cwd=work)
+    assert_one_clear_line(result, "must have its config.yaml", "--fresh")
+
+
+def test_damaged_heldout_data_of_a_run_says_where_it_can_be_had_again(work):
+    run = copy_of(work, "heldout")
+    shard = run / "data/val-00000.npy"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    result = script("evaluate.py", "heldout", cwd=work)
+    assert_one_clear_line(result, "val-00000.npy", "copy the files of the same names from data/demo-")
+    source = Path(re.search(r"from (data/demo-\w+)", result.stderr)[1])
+    shutil.copy(work / source / "val-00000.npy", shard)
+    assert script("evaluate.py", "heldout", cwd=work).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small filesystem")
+def test_a_disk_that_is_really_full_loses_nothing(work, corpus, tmp_path):
+    """A run on a filesystem with room for its start, but not for another checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a small filesystem here")
+    try:
+        shutil.copytree(work / "data", tmp_path / "data")
+        os.symlink(disk, tmp_path / "runs")
+        shutil.copytree(work / "runs/base", disk / "base")
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(bytes(free - 4096))
+        flags = [
+            *tiny_flags(corpus),
+            "--name",
+            "base",
+            "--train.max-steps",
+            "20",
+            "--train.save-every",
+            "2",
+            "--train.log-every",
+            "1",
+        ]
+        result = script("main.py", *flags, cwd=tmp_path)
+        assert_one_clear_line(result)
+        assert RunDirectory(disk / "base").newest().name == "step_000012"
+        (disk / "filler").unlink()
+        result = script("main.py", *flags, cwd=tmp_path)
+        assert result.returncode == 0 and "resuming at step 12" in result.stdout, result.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_run_without_checkpoints_says_how_to_get_one(work):

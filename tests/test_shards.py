@@ -118,7 +118,27 @@ def test_a_damaged_shard_is_found_when_it_is_opened(folder, damage):
     TokenDataset(folder, "val")  # the others are whole
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])
+def test_no_flip_in_a_shards_header_ends_in_a_traceback(folder):
+    path = folder / "train-00001.npy"
+    raw = path.read_bytes()
+    for bit in range(128 * 8):
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged"):
+            TokenDataset(folder, "train")
+
+
+def test_an_id_that_the_shards_type_cannot_hold_is_refused_and_never_wraps(tmp_path):
+    writer = ShardWriter(tmp_path, "train", np.dtype("<u2"))
+    writer.add(np.array([70_000], dtype=np.uint32), 1)
+    with pytest.raises(DataError, match="70000"):
+        writer.flush()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "splits": {"train": 3}}']
+)
 def test_a_bad_manifest_is_refused(folder, content):
     (folder / "manifest.json").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=r"manifest\.json"):

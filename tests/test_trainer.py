@@ -159,7 +159,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, m
     monkeypatch.setattr(
         trainer.model, "forward", lambda *a: (trainer.model.head.weight.sum() * math.nan, torch.tensor(1))
     )
-    with pytest.raises(TrainingError, match=r"but 3 were; lower --train.lr, raise --train.eps to 1e-5"):
+    with pytest.raises(
+        TrainingError, match=r"but 3 were; go on with --train.precision fp32, or start over with --fresh"
+    ):
         trainer.fit()
     assert trainer.step == 3
 
@@ -278,7 +280,54 @@ def test_another_thread_count_is_named_on_resuming(corpus, tmp_path, capsys):
     trainer, folder, state = interrupted(tmp_path / "r", tiny_config(corpus, **RESUME), 3)
     state["environment"]["threads"] = 64
     trainer.resume(folder, state)
-    assert "note: threads was 64 and is" in capsys.readouterr().err
+    trainer.fit()
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].startswith("note: threads was 64 and is")
+
+
+def test_compiled_training_is_eager_training_and_resumes_exactly(corpus, tmp_path):
+    if not device.has_compiler("cpu"):
+        pytest.skip("needs a C++ compiler")
+    cfg = tiny_config(corpus, **{**RESUME, "max_steps": 6, "compile": "on"})
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+    eager = make_trainer(tmp_path / "eager", replace(cfg, train=replace(cfg.train, compile="off")))
+    whole = make_trainer(tmp_path / "whole", cfg)
+    assert eager.fit() == whole.fit() == 0 and whole.compiled and not eager.compiled
+    for a, b in zip(eager.model.parameters(), whole.model.parameters()):
+        assert torch.allclose(a, b, atol=2e-3)
+    trainer, folder, state = interrupted(tmp_path / "r", cfg, 2)
+    trainer.resume(folder, state)
+    assert trainer.fit() == 0
+    assert trainer.digest() == whole.digest()
+
+
+def test_the_transformers_backbone_trains_and_resumes_by_the_same_loop(corpus, tmp_path):
+    cfg = tiny_config(corpus, **{**RESUME, "max_steps": 6})
+    cfg = replace(cfg, model=replace(cfg.model, backbone="transformers"))
+    whole = make_trainer(tmp_path / "whole", cfg)
+    assert whole.fit() == 0
+    trainer, folder, state = interrupted(tmp_path / "r", cfg, 2)
+    trainer.resume(folder, state)
+    assert trainer.fit() == 0
+    assert trainer.digest() == whole.digest()
+
+
+def test_a_run_can_go_on_in_fp16_that_began_without(corpus, tmp_path, capsys):
+    _, folder, state = interrupted(tmp_path / "r", tiny_config(corpus, batch_size=1, max_steps=4), 1)
+    half = make_trainer(tmp_path / "r", tiny_config(corpus, batch_size=1, max_steps=4, precision="fp16"))
+    half.resume(folder, state)
+    assert half.fit() == 0
+    assert "note: precision was fp32 and is fp16" in capsys.readouterr().err
+
+
+def test_where_no_compiler_is_found_a_long_run_says_so_once(corpus, monkeypatch, capsys):
+    cfg = tiny_config(corpus, compile="auto", max_steps=10**9)
+    runtime, model = device.resolve(cfg.train), build_model(cfg.model)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert not trainer_module.wants_compile(cfg, model, runtime)
+    assert "no compiler for cpu was found" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert not trainer_module.wants_compile(replace(cfg, train=replace(cfg.train, max_steps=2)), model, runtime)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -309,6 +358,55 @@ def test_last_checkpoints_and_the_best_are_kept(corpus, tmp_path):
     trainer.evaluate = lambda m: {"val_loss": float(next(losses))}
     trainer.fit()
     assert [p.name for p in trainer.run.checkpoints()] == ["step_000003", "step_000009", "step_000010"]
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_does_not_replace_the_one_on_disk(corpus, tmp_path, monkeypatch):
+    from checkpoint import CheckpointError
+
+    cfg = tiny_config(corpus, max_steps=8, eval_every=2, save_every=2, keep_checkpoints=1)
+    trainer = make_trainer(tmp_path / "r", cfg)
+    losses = iter([2.0, 1.0, 3.0, 4.0])
+    trainer.evaluate = lambda m: {"val_loss": next(losses)}
+    real = RunDirectory.save
+
+    def full_at_4(run, step, *rest):
+        if step == 4:
+            raise CheckpointError("disk full")
+        return real(run, step, *rest)
+
+    monkeypatch.setattr(RunDirectory, "save", full_at_4)
+    trainer.fit()
+    assert [p.name for p in trainer.run.checkpoints()] == ["step_000002", "step_000008"]
+    assert trainer.best == {"step": 2, "val_loss": 2.0}
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=6, eval_every=2))
+    losses = iter([math.nan, 2.0, 3.0])
+    trainer.evaluate = lambda m: {"val_loss": next(losses)}
+    trainer.fit()
+    assert trainer.best == {"step": 4, "val_loss": 2.0}
+    lines = (trainer.run.path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"val_loss": null' in lines and "NaN" not in lines
+
+
+def test_metrics_that_cannot_be_written_cost_a_warning_and_not_the_run(corpus, tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
+
+    def no_space(path, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metrics._append", no_space)
+    assert trainer.fit() == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "metrics cannot be written" in line]
+    assert len(warnings) == 1 and trainer.run.newest().name == "step_000012"
+
+
+def test_lines_of_the_metrics_that_are_none_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n[1]\n{"loss": 3}\n\xff\n{"step": 2, "lo\n{"step": 3}\n7\n{"st')
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+    assert read_metrics(tmp_path / "none.jsonl") == []
 
 
 def test_a_save_that_fails_midway_is_a_warning_and_the_last_one_an_error(corpus, tmp_path, monkeypatch, capsys):
