@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class MetricsLog:
             raise KindlingError(
                 f"{self.path} must be writable, but is not ({e}); free some space or mend its permissions"
             ) from None
+        self._hook = threading.excepthook
+        # TensorBoard writes in a thread, whose traceback would be shown beside the error that we are told of anyway
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._hook(args)
 
     def write(self, step: int, **values: float) -> None:
         """Append one line, and the same values to TensorBoard; a number that is not finite becomes null."""
@@ -41,16 +45,21 @@ class MetricsLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         except OSError as e:
-            if not self._warned:
-                print(f"warning: metrics cannot be written ({e}); the run goes on without them", file=sys.stderr)
-            self._warned = True
+            self._warn(e)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""
         try:
             self._board.close()
         except OSError as e:
-            print(f"warning: TensorBoard's file cannot be written ({e})", file=sys.stderr)
+            self._warn(e)
+        finally:
+            threading.excepthook = self._hook
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            print(f"warning: metrics cannot be written ({error}); the run goes on without them", file=sys.stderr)
+        self._warned = True
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -402,6 +402,25 @@ def test_metrics_that_cannot_be_written_cost_a_warning_and_not_the_run(corpus, t
     assert len(warnings) == 1 and trainer.run.newest().name == "step_000012"
 
 
+def test_a_tensorboard_that_cannot_write_costs_a_warning_and_no_traceback(corpus, tmp_path, monkeypatch, capfd):
+    from tensorboard.compat.tensorflow_stub.io import gfile
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
+
+    def fill_the_disk(model):
+        monkeypatch.setattr(gfile.LocalFileSystem, "_write", no_space)
+        return {"val_loss": 1.0}
+
+    trainer.evaluate = fill_the_disk
+    assert trainer.fit() == 0
+    err = capfd.readouterr().err
+    assert err.count("metrics cannot be written") == 1 and "Traceback" not in err
+    assert len(read_metrics(trainer.run.path / "metrics.jsonl")) >= 12
+
+
 def test_lines_of_the_metrics_that_are_none_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n[1]\n{"loss": 3}\n\xff\n{"step": 2, "lo\n{"step": 3}\n7\n{"st')
