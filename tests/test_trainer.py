@@ -402,6 +402,7 @@ def test_metrics_that_cannot_be_written_cost_a_warning_and_not_the_run(corpus, t
     assert len(warnings) == 1 and trainer.run.newest().name == "step_000012"
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # pytest's form of the traceback
 def test_a_tensorboard_that_cannot_write_costs_a_warning_and_no_traceback(corpus, tmp_path, monkeypatch, capfd):
     from tensorboard.compat.tensorflow_stub.io import gfile
 
