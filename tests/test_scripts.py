@@ -31,6 +31,12 @@ def work(tmp_path_factory, corpus) -> Path:
     return folder
 
 
+def data_of_base(work: Path) -> Path:
+    """The data folder of the run `base`, relative to `work`; other tests build others beside it."""
+    manifest = json.loads((work / "runs/base/data/manifest.json").read_text(encoding="utf-8"))
+    return Path("data") / manifest["fingerprint"]
+
+
 def copy_of(work: Path, name: str) -> Path:
     shutil.copytree(work / "runs/base", work / "runs" / name)
     return work / "runs" / name
@@ -251,7 +257,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_found(work):
 
 def test_a_damaged_training_shard_stops_the_run_before_it_starts(work, corpus, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
-    shard = next(tmp_path.glob("data/*/train-00000.npy"))
+    shard = tmp_path / data_of_base(work) / "train-00000.npy"
     shard.write_bytes(shard.read_bytes()[:-10])
     assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), "train-00000.npy", "delete data/demo-")
     assert not list(tmp_path.glob("runs/[!.]*"))
@@ -264,7 +270,7 @@ def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpu
     ):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(work / "data", tmp_path / "data")
-        path = next(tmp_path.glob("data/*/manifest.json"))
+        path = tmp_path / data_of_base(work) / "manifest.json"
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest.update({k: v for k, v in content.items() if k in manifest})
         manifest["splits"]["train"].update({k: v for k, v in content.items() if k not in manifest})
@@ -402,7 +408,7 @@ def test_config_py_lists_the_presets(tmp_path):
 
 
 def test_the_validation_files_are_not_in_the_training_shards(work):
-    folder = next((work / "data").glob("demo-*"))
+    folder = work / data_of_base(work)
     train, val = (TokenDataset(folder, split) for split in ("train", "val"))
     eos = train.manifest["eos_id"]
     documents = [
