@@ -8,15 +8,17 @@ BIN := .venv/bin
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
-$(BIN)/python:
+.venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python must be 3.11 or later, but is $$($(PYTHON) --version 2>&1); name another with make PYTHON=python3.11" >&2; exit 1; }
+	rm -rf .venv
 	$(PYTHON) -m venv .venv
+	@touch $@
 
-.venv/.installed: requirements.txt | $(BIN)/python
+.venv/.installed: requirements.txt | .venv/.created
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
+.venv/.installed-dev: requirements-dev.txt requirements.txt | .venv/.created
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/.installed
 

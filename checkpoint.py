@@ -27,7 +27,7 @@ from cli import from_yaml, to_yaml
 from config import Config, KindlingError
 from files import sha256_file, sync, write_atomic, write_json
 from model import LanguageModel, build_model
-from shards import TokenDataset
+from shards import TokenDataset, read_manifest
 from tokenizer import Tokenizer, load_json
 
 RUNS = Path("runs")
@@ -85,8 +85,15 @@ class RunDirectory:
         return from_yaml(text, str(self.path / "config.yaml"))
 
     def tokenizer(self) -> Tokenizer:
-        """Return the run's own tokenizer."""
-        return load_json(self.path / "tokenizer.json", self.config().tokenizer)
+        """Return the run's own tokenizer; raises CheckpointError if the file is not the one that the run began with."""
+        path, manifest = self.path / "tokenizer.json", read_manifest(self.data)
+        tokenizer = load_json(path, self.config().tokenizer) if path.is_file() else None
+        if tokenizer is None or tokenizer.sha256 != manifest["tokenizer_sha256"]:
+            raise CheckpointError(
+                f"{path} must be the tokenizer that the run was trained with, but is {'another' if tokenizer else 'missing'}; "
+                f"copy it back from data/{manifest['fingerprint']}"
+            )
+        return tokenizer
 
     def heldout(self, split: str) -> TokenDataset:
         """Open the run's own validation or test split, verified."""

@@ -36,11 +36,9 @@ def from_yaml(text: str, where: str = "config") -> Config:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); mend or delete it") from None
+        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); mend it") from None
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend or delete it"
-        )
+        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend it")
     try:
         return Config(**data)
     except ConfigError as e:
@@ -72,11 +70,17 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(cfg):
             value = getattr(cfg, f.name)
-            out |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+            if dataclasses.is_dataclass(value):
+                out |= flat(value, f"{prefix}{f.name}.")
+            elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+                for i, item in enumerate(value):
+                    out |= flat(item, f"{prefix}{f.name}.{i}.")
+            else:
+                out[prefix + f.name] = value
         return out
 
     a, b = flat(old), flat(new)
-    return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
+    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)}
 
 
 def preset_from_argv(argv: list[str]) -> Config:
@@ -109,6 +113,8 @@ def parse_cli(flags: type[Flags], description: str, argv: list[str] | None = Non
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`: what the user can mend ends in one line and exit code 1, never in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
     try:
         sys.exit(main() or 0)
     except KindlingError as e:

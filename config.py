@@ -251,6 +251,9 @@ class SourceConfig:
         _require_range("data.sources", self, 0, "weight", open_low=True)
         require(self.kind == "local-python" or bool(self.path), "data.sources.path", f"set for a {self.kind} source", self.path,
                 "name a file, a folder or a data set")
+        require(self.kind != "local-python" or self.path is None, "data.sources.path",
+                "None for a local-python source, which reads this machine's own", self.path,
+                "say what it holds with --data.sources.0.kind files (or jsonl, parquet, text, datasets)")
         require(bool(self.globs), "data.sources.globs", "at least one pattern", self.globs, "name one, such as '**/*.py'")
         return self
 
@@ -460,7 +463,7 @@ def code_225m() -> Config:
 
 
 def tinystories() -> Config:
-    """Seed 001: the first 50,000 TinyStories, half an hour on a CPU."""
+    """Seed 001: the first 50,000 TinyStories."""
     stories = SourceConfig(kind="datasets", path="roneneldan/TinyStories", field="text", language="english", max_documents=50_000)
     return Config(
         preset="tinystories",
@@ -577,7 +580,7 @@ def list_presets() -> str:
         weights = sum(s.weight for s in cfg.data.sources)
         several = len(cfg.data.sources) > 1
         source = " + ".join((f"{s.weight / weights:.0%} " if several else "") + s.label for s in cfg.data.sources)
-        rows.append((name, f"{cfg.model.n_parameters:,}", f"{cfg.tokens / 1e6:,.0f}M", source))
+        rows.append((name, f"{cfg.model.n_parameters:,}", f"{cfg.tokens / 1e6:,.{0 if cfg.tokens > 1e8 else 1}f}M", source))
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     return "\n".join(f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}" for r in rows)
 

@@ -164,17 +164,22 @@ def exit_on_terminate() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def prepare(cfg: Config) -> Path:
-    """Return the folder with the shards that `cfg` describes, building it first where it is not there yet.
-
-    Raises DataError for sources that are missing or empty, for splits with nothing in them, and for a full disk.
-    """
+def require_documents(cfg: Config) -> None:
+    """Raise DataError if a source holds instructions and answers, which only fine-tuning can use."""
     for source in cfg.data.sources:
         if source.response_field is not None:
             raise DataError(
                 f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
                 f"it is for fine-tuning: pre-train an earlier stage with --preset, such as smallcoder-3"
             )
+
+
+def prepare(cfg: Config) -> Path:
+    """Return the folder with the shards that `cfg` describes, building it first where it is not there yet.
+
+    Raises DataError for sources that are missing or empty, for splits with nothing in them, and for a full disk.
+    """
+    require_documents(cfg)
     files = [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
     folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files)}"
     if folder.is_dir():

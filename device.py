@@ -87,8 +87,13 @@ def has_compiler(kind: str) -> bool:
 
 
 def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads; None leaves torch's choice."""
+    """Use this many CPU threads; None leaves torch's choice. Raises DeviceError for more than there are cores."""
     if threads is not None:
+        cores = os.cpu_count() or 1
+        if threads > cores:
+            raise DeviceError(
+                f"train.threads must be at most this machine's {cores} cores, but is {threads}; lower it, or use None"
+            )
         torch.set_num_threads(threads)
 
 

@@ -8,6 +8,7 @@ cropped from the left. Limit: no key / value cache, so each token costs a pass o
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,12 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     """Print a continuation of the prompt."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     flags.sampling.check()
+    prompt = os.fsencode(flags.prompt).decode("utf-8", "replace")  # UTF-8 whatever the locale says
     from checkpoint import find_run, load_model
     from device import resolve
 
     run = find_run(flags.run)
     model, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
-    print(flags.prompt + complete(model, run.tokenizer(), flags.prompt, flags.sampling))
+    print(prompt + complete(model, run.tokenizer(), prompt, flags.sampling))
     return 0
 
 

@@ -9,6 +9,7 @@ Starting the same run again resumes it from its newest checkpoint, bit for bit, 
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from cli import ConfigFlags, changed_fields, parse_cli, run_script
 from config import Config, KindlingError
-from data_pipeline import DATA, exit_on_terminate, prepare
+from data_pipeline import DATA, exit_on_terminate, prepare, require_documents
 
 if TYPE_CHECKING:
     from checkpoint import RunDirectory
@@ -125,7 +126,7 @@ def samples(trainer: Trainer) -> str:
 def take_up(cfg: Config, run: RunDirectory, fresh: bool) -> Trainer:
     """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates."""
     import device
-    from checkpoint import CheckpointError, load_state
+    from checkpoint import CheckpointError, find_run, load_state
     from shards import PackedBlocks
     from trainer import Trainer, validate
 
@@ -136,10 +137,16 @@ def take_up(cfg: Config, run: RunDirectory, fresh: bool) -> Trainer:
         raise CheckpointError(
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
+    require_documents(cfg)
+    if cfg.train.init_from is not None and not started:
+        find_run(Path(cfg.train.init_from))  # before the data are built, which may take long
     dataset = training_data(cfg, run if started else None)
     folder = run.newest() if started else None
     state = None if folder is None else load_state(folder)
-    device.set_threads(cfg.train.threads or (state["environment"]["threads"] if state else None))
+    # by default the run's own number, as far as this machine has the cores; the trainer names a difference
+    device.set_threads(
+        cfg.train.threads or (min(state["environment"]["threads"], os.cpu_count() or 1) if state else None)
+    )
     runtime = device.resolve(cfg.train)
     blocks = PackedBlocks(dataset, cfg.model.block_size, cfg.train.seed)
     model = new_model(cfg, runtime)

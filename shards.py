@@ -75,19 +75,24 @@ class ShardWriter:
         self.info.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
 
 
+def way_out(folder: Path, fingerprint: str = "") -> str:
+    """Return what to do about a data folder that cannot be used."""
+    if (folder.parent / "config.yaml").is_file():  # a run's own copy, which no build restores
+        source = f"data/{fingerprint}" if fingerprint else "the folder under data/ that the run was trained on"
+        return f"copy the files of the same names from {source}, or start the run over with --fresh"
+    return f"delete {folder} and run again to rebuild it"
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a data folder's manifest; raises DataError where there is none or it is of another format."""
+    """Return a data folder's manifest; raises DataError where there is none or it is not whole."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder} must hold a manifest.json, but does not; build the data with `python data_pipeline.py`"
-        ) from None
     except (OSError, ValueError) as e:
-        raise DataError(f"{path} must be readable JSON, but is not ({e}); delete {folder} and build it again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} must be of format {FORMAT}, but is not; delete {folder} and build it again")
+        raise DataError(f"{path} must be readable JSON, but is not ({e}); {way_out(folder)}") from None
+    keys = {"format", "fingerprint", "dtype", "tokenizer_sha256", "vocab_size", "eos_id", "splits"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not keys <= manifest.keys():
+        raise DataError(f"{path} must be a whole manifest of format {FORMAT}, but is not; {way_out(folder)}")
     return manifest
 
 
@@ -103,32 +108,27 @@ class TokenDataset:
             self._maps = [self._open(shard) for shard in self.info.shards]
         except (KeyError, TypeError) as e:
             raise DataError(
-                f"{folder / 'manifest.json'} must list the shards of the {split} split, but does not ({e!r}); {self._way_out()}"
+                f"{folder / 'manifest.json'} must list the shards of the {split} split, but does not ({e!r}); "
+                f"{way_out(folder, self.manifest['fingerprint'])}"
             ) from None
         self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
 
     def _open(self, shard: dict[str, Any]) -> np.ndarray:
-        path, way_out = self.folder / shard["file"], self._way_out()
+        path, advice = self.folder / shard["file"], way_out(self.folder, self.manifest["fingerprint"])
         try:
             found = sha256_file(path)
             if found == shard["sha256"]:  # only then is the header worth parsing
                 tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {way_out}") from None
+            raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {advice}") from None
         if found != shard["sha256"]:
-            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {way_out}")
+            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
         if tokens.dtype != self.manifest["dtype"] or tokens.shape != (shard["tokens"],):
             raise DataError(
                 f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
-                f"{tokens.size} of {tokens.dtype}; {way_out}"
+                f"{tokens.size} of {tokens.dtype}; {advice}"
             )
         return tokens
-
-    def _way_out(self) -> str:
-        if (self.folder.parent / "config.yaml").is_file():  # a run's own copy, which no build restores
-            source = self.manifest.get("fingerprint", "FINGERPRINT")
-            return f"copy the files of the same names from data/{source}, or start the run over with --fresh"
-        return f"delete {self.folder} and run again to rebuild it"
 
     def __len__(self) -> int:
         return self.info.tokens

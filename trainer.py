@@ -156,7 +156,7 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        os.write(2, b"\nstopping after this step; the run is saved. Once more to stop at once, without saving\n")
+        os.write(2, b"\nstopping after this step, then saving; once more to stop at once, without saving\n")
 
     @property
     def exit_code(self) -> int:

@@ -106,6 +106,7 @@ def test_configs_cannot_be_changed():
             lambda: replace(preset("demo").tokenizer, pad_token="<|endoftext|>"),
             ["different from each other", "end token"],
         ),
+        (lambda: SourceConfig(path="/my/code"), ["data.sources.path", "'/my/code'", "--data.sources.0.kind files"]),
         (lambda: SourceConfig(kind="jsonl"), ["data.sources.path", "jsonl"]),
         (lambda: replace(preset("demo"), name="../x"), ["name", "'../x'"]),
         (lambda: preset("code-50"), ["'code-50'", "code-50m"]),

@@ -18,7 +18,9 @@ from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_data_pipeline import limited
 
 from checkpoint import RunDirectory, load_model
+from config import TokenizerConfig
 from shards import TokenDataset
+from tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +312,7 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(work, corpus, mo
         (["--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
         (["--model.block-size", "1000000"], ["at least one block of 1000001 tokens", "--model.block-size"]),
         (["--train.device", "cuda"], ["train.device", "cuda", "auto"]),
+        (["--train.threads", "100000"], ["train.threads", "100000", "cores"]),
         (["--train.init-from", "nobody"], ["nobody"]),
         (["--preset", "smallcoder-4"], ["instructions", "fine-tuning"]),
     ],
@@ -335,6 +338,21 @@ def test_a_run_that_lost_its_config_is_not_taken_for_a_new_one(work, corpus):
     (copy_of(work, "lost") / "config.yaml").unlink()
     result = script("main.py", *tiny_flags(corpus), "--name", "lost", cwd=work)
     assert_one_clear_line(result, "must have its config.yaml", "--fresh")
+
+
+def test_a_foreign_or_missing_tokenizer_in_a_run_is_found(work):
+    run = copy_of(work, "foreign")
+    other = train_bpe(["another text"], TokenizerConfig(), 300)
+    (run / "tokenizer.json").write_text(other.to_json(), encoding="utf-8")
+    assert_one_clear_line(script("generate.py", "foreign", cwd=work), "tokenizer.json", "but is another", "data/demo-")
+    (run / "tokenizer.json").unlink()
+    assert_one_clear_line(script("evaluate.py", "foreign", cwd=work), "tokenizer.json", "but is missing", "data/demo-")
+
+
+def test_text_that_the_terminal_cannot_show_is_no_error(work):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = script("generate.py", "base", "--prompt", "é🔥", "--max-new-tokens", "3", cwd=work, env=env)
+    assert result.returncode == 0 and result.stdout.startswith("\\xe9\\U0001f525"), result.stderr
 
 
 def test_damaged_heldout_data_of_a_run_says_where_it_can_be_had_again(work):
