@@ -157,8 +157,9 @@ def take_up(cfg: Config, run: RunDirectory, fresh: bool) -> Trainer:
             print(f"the old run is kept as {run.set_aside()}")
         run.create(cfg, dataset.folder)
     heldout = run.heldout("val")
+    tokenizer_sha256 = run.tokenizer().sha256
     for split in (dataset, heldout):
-        split.require_fits(cfg.model.vocab_size, run.tokenizer().sha256)
+        split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
     trainer = Trainer(cfg, run, model, blocks, lambda m: validate(m, heldout, runtime), runtime)
     if folder is not None and state is not None:
         trainer.resume(folder, state)
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.dry_run:
         import device
         from checkpoint import RUNS, RunDirectory
-        from trainer import dry_run
+        from dry_run import dry_run
 
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)

@@ -14,7 +14,7 @@ LAYERS = [
     ["model", "sources"],
     ["workers", "checkpoint"],
     ["data_pipeline", "trainer", "generate"],
-    ["evaluate"],
+    ["evaluate", "dry_run"],
     ["main"],
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
