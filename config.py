@@ -217,8 +217,8 @@ class SourceConfig:
     text: files of documents between `separator`s; jsonl, parquet: rows; datasets: the hub, streamed."""
     path: str | None = None
     """A file or folder, or the hub's name of a data set. Not used by local-python."""
-    globs: tuple[str, ...] = ("**/*.py",)
-    """Which files of a folder, for files, text, jsonl and parquet."""
+    globs: tuple[str, ...] | None = None
+    """Which files of a folder, for files, text, jsonl and parquet. None: those that the kind usually has."""
     subset: str | None = None
     """The configuration (`name`) of a data set on the hub."""
     data_dir: str | None = None
@@ -230,7 +230,7 @@ class SourceConfig:
     response_field: str | None = None
     """Set where rows are instructions and this is the answer's column: for fine-tuning, refused for pre-training."""
     language: str | None = None
-    """Language of the documents. None: by the file's suffix."""
+    """Language of the documents. None: by a row's `language` or `lang` column, else by the file's suffix."""
     separator: str = "<|endoftext|>"
     """Between the documents of a text file; empty: the whole file is one document."""
     weight: float = 1.0
@@ -239,6 +239,14 @@ class SourceConfig:
     """Read no more documents than this. None: all."""
     max_bytes: int | None = None
     """Read no more bytes than this, from files in pseudo-random order. None: all."""
+
+    @property
+    def file_globs(self) -> tuple[str, ...]:
+        """Which files of a folder are read."""
+        if self.globs is not None:
+            return self.globs
+        suffixes = {"text": ("txt",), "jsonl": ("jsonl", "json"), "parquet": ("parquet",)}.get(self.kind)
+        return ("**/*.py",) if suffixes is None else tuple(f"**/*.{s}{gz}" for s in suffixes for gz in ("", ".gz"))
 
     @property
     def label(self) -> str:
@@ -254,7 +262,7 @@ class SourceConfig:
         require(self.kind != "local-python" or self.path is None, "data.sources.path",
                 "None for a local-python source, which reads this machine's own", self.path,
                 "say what it holds with --data.sources.0.kind files (or jsonl, parquet, text, datasets)")
-        require(bool(self.globs), "data.sources.globs", "at least one pattern", self.globs, "name one, such as '**/*.py'")
+        require(self.globs != (), "data.sources.globs", "at least one pattern", self.globs, "name one, or None")
         return self
 
 
@@ -272,18 +280,36 @@ class DataConfig:
     """Drop documents with fewer lines."""
     max_lines: int = 10_000
     """Drop documents with more lines."""
+    max_line_chars: int | None = None
+    """Drop documents with a longer line (data, minified code). None: any length, as prose needs."""
     min_alphanumeric: float = 0.0
     """Drop documents in which a smaller share of the characters is letters and digits."""
+    max_non_ascii: float = 1.0
+    """Drop documents in which a larger share of the characters is not ASCII."""
+    drop_tests: bool = False
+    """Drop dedicated test files: by their name, by a folder called test or tests, or as a suite of test classes."""
+    drop_generated: bool = False
+    """Drop source files that say in a comment of their first lines that a program wrote them."""
+    max_header_lines: int | None = None
+    """Cut off an initial comment block or module docstring with more lines than this. None: keep them all."""
     check_syntax: bool = True
     """Drop Python documents that this interpreter's compile() refuses."""
     dedup: bool = True
     """Drop documents whose content was seen before (sha256)."""
+    near_dedup: float | None = 0.6
+    """Drop documents whose sets of word triples have at least this Jaccard similarity, estimated by MinHash, to one kept
+    before; so none straddles the splits. Holds half a kB of memory for each document kept. None: keep them."""
+    decontaminate: tuple[str, ...] = ("humaneval", "mbpp")
+    """Drop documents that share 13 words in a row with these: benchmarks in problems/, or any text or JSONL file."""
     val_fraction: float = 0.01
     """Share of the documents, by content hash, held out for validation."""
     test_fraction: float = 0.01
     """Share of the documents, by content hash, kept for final tables only."""
     max_tokens: int | None = None
     """Stop reading once the training split holds this many tokens. None: read the sources whole."""
+    when_dry: Literal["repeat", "stop", "continue"] = "repeat"
+    """Of a mixture, when a source has no more documents: repeat it until all others were read whole too (its training
+    documents only), stop the build, so that the shares hold without repetition, or continue with the others."""
     workers: int | None = None
     """Processes that filter and tokenise. None: one a core."""
 
@@ -294,9 +320,10 @@ class DataConfig:
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        _require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines")
-        _require_range("data", self, 1, "max_tokens", "workers")
-        _require_range("data", self, 0, "min_alphanumeric", high=1)
+        _require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
+        _require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
+        _require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", high=1)
+        _require_range("data", self, 0, "near_dedup", high=1, open_low=True)
         _require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
                 self.val_fraction + self.test_fraction, "leave something to train on")
@@ -428,7 +455,8 @@ def demo() -> Config:
         model=ModelConfig(block_size=256, vocab_size=4096, n_layer=4, n_head=3, n_embd=192, position="rope", norm="rmsnorm",
                           activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, residual_init="zero"),
         data=DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=30_000_000),), min_chars=100, min_lines=3,
-                        min_alphanumeric=0.25, val_fraction=0.04, test_fraction=0.04),
+                        max_line_chars=1000, min_alphanumeric=0.25, drop_generated=True, val_fraction=0.04,
+                        test_fraction=0.04),
         train=TrainConfig(max_steps=1100, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
                           warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01, eval_every=550, save_every=200),
     )
@@ -483,7 +511,8 @@ def autocomplete() -> Config:
         model=ModelConfig(block_size=256, vocab_size=8_000, n_layer=8, n_head=8, n_embd=512, activation="gelu",
                           tie_embeddings=False, head_bias=True),
         tokenizer=TokenizerConfig(normalizer="nfkc", pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"),
-        data=DataConfig(sources=(repos,), min_lines=3, max_lines=4_000),
+        data=DataConfig(sources=(repos,), min_lines=3, max_lines=4_000, max_non_ascii=0.1, drop_tests=True, drop_generated=True,
+                        max_header_lines=20),
         train=TrainConfig(max_steps=49_072, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=500, eval_every=1000,
                           save_every=1000),
     )

@@ -1,6 +1,8 @@
 """From sources to token shards: filter, deduplicate, split, tokenise, pack.
 
     python data_pipeline.py --preset demo
+    python data_pipeline.py --preset demo --explain json/decoder.py     # which rule took it, and by what value
+    python data_pipeline.py --preset demo --locate train:123456         # the document of a token
 
 Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
 workers, so that a build is a pure function of its inputs. The result is `data/PRESET-FINGERPRINT/`; the fingerprint
@@ -20,7 +22,9 @@ import shutil
 import signal
 import sys
 import time
+from array import array
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,10 @@ import numpy as np
 
 from cli import ConfigFlags, parse_cli, run_script
 from config import Config, DataConfig
-from files import write_json
-from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, write_manifest
+from duplicates import NearDuplicates, benchmark_files
+from filters import Drop
+from ledger import DocumentLog, Ledger, explain, locate
+from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, read_manifest, write_manifest
 from sources import LocalFile, documents, local_files
 from tokenizer import Tokenizer, TokenizerError, load_pretrained, train_bpe
 from workers import Examined, WorkerPool
@@ -45,92 +51,134 @@ def split_of(digest: bytes, cfg: DataConfig) -> str:
     return "test" if place < cfg.val_fraction + cfg.test_fraction else "train"
 
 
-class Ledger:
-    """Counts what was read, dropped by each filter, and kept, by source, in documents and bytes."""
+@dataclasses.dataclass
+class Drawn:
+    """One document as the mixture drew it: dropped, or kept in a split. They are numbered in the order of drawing."""
 
-    def __init__(self, labels: list[str]):
-        self.rows: list[dict[str, Any]] = [
-            {"source": label, "read": [0, 0], "dropped": {}, "kept": [0, 0], "tokens": 0} for label in labels
-        ]
-
-    def add(self, source: int, examined: Examined, reason: str | None) -> None:
-        """Count one document of a source as dropped for `reason`, or as kept."""
-        row = self.rows[source]
-        counters = [row["read"], row["kept"] if reason is None else row["dropped"].setdefault(reason, [0, 0])]
-        for counter in counters:
-            counter[0] += 1
-            counter[1] += examined.size
-        if examined.ids is not None and reason is None:
-            row["tokens"] += len(examined.ids)
-
-    def table(self) -> str:
-        """Return the counts over all sources, and the realised shares of a mixture."""
-
-        def total(counters: list[list[int]]) -> tuple[int, int]:
-            return sum(c[0] for c in counters), sum(c[1] for c in counters)
-
-        lines = [("read", *total([r["read"] for r in self.rows]))]
-        for reason in dict.fromkeys(reason for r in self.rows for reason in r["dropped"]):
-            lines.append((f"  dropped: {reason}", *total([r["dropped"].get(reason, [0, 0]) for r in self.rows])))
-        lines.append(("kept", *total([r["kept"] for r in self.rows])))
-        out = [f"{'':<32}{'documents':>12}{'MB':>10}"] + [
-            f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines
-        ]
-        if len(self.rows) > 1:
-            tokens = max(1, sum(r["tokens"] for r in self.rows))
-            out += [f"  {r['source']}: {r['tokens'] / tokens:.1%} of the tokens" for r in self.rows]
-        return "\n".join(out)
+    source: int
+    examined: Examined
+    drop: Drop | None = None
+    split: str = ""
+    original: int | None = None  # the number of the document that it duplicates
+    repeated: bool = False
 
 
-def examined_documents(
-    cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None, ledger: Ledger
-) -> Iterator[tuple[Examined, str]]:
-    """Yield each kept document with its split, mixed from the sources by weight; the ledger counts the others.
+class Originals:
+    """The content of the documents kept so far, so that no duplicate follows. About 0.7 kB a document."""
+
+    def __init__(self, cfg: DataConfig):
+        self._exact: dict[bytes, int] | None = {} if cfg.dedup else None
+        self._near = None if cfg.near_dedup is None else NearDuplicates(cfg.near_dedup)
+        self._numbers = array("q")  # of the documents in `_near`
+
+    def check(self, examined: Examined, number: int) -> tuple[Drop | None, int | None]:
+        """Return why document `number` is dropped and the number of its original; or remember it, and return None twice."""
+        if self._exact is not None:
+            original = self._exact.setdefault(examined.digest, number)
+            if original != number:
+                return Drop("duplicate", "the same content as"), original
+        if self._near is not None:
+            if similar := self._near.find(examined.signature):
+                return Drop("near-duplicate", f"similarity {similar[1]:.2f} to"), self._numbers[similar[0]]
+            self._near.add(examined.signature)
+            self._numbers.append(number)
+        return None, None
+
+
+class Mixture:
+    """Draws documents from the sources by weight, and drops those that another document makes superfluous.
 
     The next document comes from the source that is furthest behind its share of the tokens (of the bytes, before
     there is a tokenizer), which depends on nothing but the documents so far.
     """
-    seen: set[bytes] = set()
-    with WorkerPool(cfg.data, tokenizer, cfg.tokenizer) as pool:
-        streams = {i: pool.map(documents(s, files[i])) for i, s in enumerate(cfg.data.sources)}
+
+    def __init__(
+        self, cfg: DataConfig, files: list[list[LocalFile] | None], pool: WorkerPool, tokenizer_file: Path | None
+    ):
+        self.data, self.files, self.pool, self.tokenizer_file = cfg, files, pool, tokenizer_file
+        self.reads = [0] * len(files)  # how often each source was begun
+        self.broken: list[str] = []  # the sources that ended before they should have
+        self.notes: list[str] = []
+        self._in_train = [bytearray() for _ in files]  # for each document of a source, whether training has it
+
+    def __iter__(self) -> Iterator[Drawn]:
+        originals, number = Originals(self.data), 0
+        streams = {i: self._read(i) for i in range(len(self.files))}
         drawn = dict.fromkeys(streams, 0)
         while streams:
-            i = min(streams, key=lambda i: drawn[i] / cfg.data.sources[i].weight)
-            examined = next(streams[i], None)
-            if examined is None:
-                del streams[i]
-                if streams:
-                    print(f"source {cfg.data.sources[i].label} ran dry; the others go on", file=sys.stderr)
+            i = min(streams, key=lambda i: drawn[i] / self.data.sources[i].weight)
+            document = next(streams[i], None)
+            if document is None:
+                streams = self._went_dry(i, streams)
                 continue
-            reason = examined.reason
-            if reason is None and cfg.data.dedup:
-                reason = "duplicate" if examined.digest in seen else None
-                seen.add(examined.digest)
-            ledger.add(i, examined, reason)
-            if reason is None:
+            examined = document.examined
+            if document.drop is None and not document.repeated:
+                document.drop, document.original = originals.check(examined, number)
+                document.split = split_of(examined.digest, self.data) if document.drop is None else ""
+            if self.reads[i] == 1:
+                self._in_train[i].append(document.split == "train")
+            if document.drop is None:
                 drawn[i] += examined.size if examined.ids is None else len(examined.ids)
-                yield examined, split_of(examined.digest, cfg.data)
+            number += 1
+            yield document
+
+    def _read(self, i: int) -> Iterator[Drawn]:
+        """Yield the documents of a source; in a repetition only those that training has."""
+        again = self.reads[i] > 0
+        self.reads[i] += 1
+        stream = documents(self.data.sources[i], self.files[i])
+        for n, examined in enumerate(self.pool.map(stream, self.tokenizer_file)):
+            if examined.broken is not None:
+                self.broken.append(f"{self.data.sources[i].label}: {examined.broken}")
+            if not again:
+                yield Drawn(i, examined, examined.drop)
+            elif n < len(self._in_train[i]) and self._in_train[i][n] and examined.drop is None:
+                yield Drawn(i, examined, split="train", repeated=True)
+
+    def _went_dry(self, i: int, streams: dict[int, Iterator[Drawn]]) -> dict[int, Iterator[Drawn]]:
+        """Return the streams to go on with, now that source `i` has no more documents, and say so."""
+        label = self.data.sources[i].label
+        others = {j: s for j, s in streams.items() if j != i}
+        first = self.reads[i] == 1
+        if not others:
+            return {}
+        if self.data.when_dry == "stop":
+            self._note(f"source {label} ran dry: the build stops here, as --data.when-dry says")
+            return {}
+        repeat = (
+            self.data.when_dry == "repeat"
+            and any(self._in_train[i])
+            and not any(b.startswith(label) for b in self.broken)
+        )
+        if first:
+            self._note(f"source {label} ran dry: " + ("it is repeated" if repeat else "the others go on without it"))
+        if not repeat or all(self.reads[j] > 1 for j in others):  # each was read whole
+            return others if not repeat else {}
+        return {**streams, i: self._read(i)}
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text, file=sys.stderr)
 
 
-def _tokenizer_sample(cfg: Config, files: list[list[LocalFile] | None]) -> Iterator[str]:
+def _tokenizer_sample(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool) -> Iterator[str]:
     """Yield training documents until there are `tokenizer.train_bytes` of them."""
     total = 0
-    stream = examined_documents(cfg, files, None, Ledger([s.label for s in cfg.data.sources]))
-    with contextlib.closing(stream):
-        for examined, split in stream:
-            if split == "train" and examined.text is not None:
-                yield examined.text
-                total += examined.size
+    with contextlib.closing(iter(Mixture(cfg.data, files, pool, None))) as stream:
+        for document in stream:
+            if document.split == "train" and document.examined.text is not None:
+                yield document.examined.text
+                total += document.examined.size
                 if total >= cfg.tokenizer.train_bytes:
                     return
 
 
-def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None]) -> Tokenizer:
+def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool) -> Tokenizer:
     """Load the pretrained tokenizer, or train one on the training split."""
     if cfg.tokenizer.kind == "pretrained":
         return load_pretrained(cfg.tokenizer)
     print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
-    return train_bpe(_tokenizer_sample(cfg, files), cfg.tokenizer, cfg.model.vocab_size)
+    return train_bpe(_tokenizer_sample(cfg, files, pool), cfg.tokenizer, cfg.model.vocab_size)
 
 
 def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
@@ -140,7 +188,8 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
     parts: dict[str, Any] = {
         "format": FORMAT,
         "python": list(sys.version_info[:3]),
-        "tokenizers": tokenizers.__version__,
+        "libraries": [tokenizers.__version__, version("rensa")],
+        "benchmarks": benchmark_files(cfg.data),
         "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
         "tokenizer": dataclasses.asdict(cfg.tokenizer),
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
@@ -179,10 +228,11 @@ def prepare(cfg: Config) -> Path:
 
     Raises DataError for sources that are missing or empty, for splits with nothing in them, and for a full disk.
     """
-    require_documents(cfg)
     files = [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
     folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files)}"
     if folder.is_dir():
+        for broken in read_manifest(folder).get("broken", []):
+            print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
         return folder
     try:
         return build(cfg, files, folder)
@@ -217,7 +267,8 @@ def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Pat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _fill(cfg, files, partial, folder.name)
+        with WorkerPool(cfg.data, cfg.tokenizer) as pool:
+            _fill(cfg, files, pool, partial, folder.name)
         try:
             partial.rename(folder)
         except OSError:
@@ -228,11 +279,9 @@ def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Pat
     return folder
 
 
-def _fill(cfg: Config, files: list[list[LocalFile] | None], partial: Path, name: str) -> None:
-    from tqdm import tqdm
-
+def _fill(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, partial: Path, name: str) -> None:
     started = time.perf_counter()
-    tokenizer = make_tokenizer(cfg, files)
+    tokenizer = make_tokenizer(cfg, files, pool)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise TokenizerError(
             f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
@@ -241,41 +290,23 @@ def _fill(cfg: Config, files: list[list[LocalFile] | None], partial: Path, name:
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {split: ShardWriter(partial, split, dtype) for split in SPLITS}
-    ledger = Ledger([s.label for s in cfg.data.sources])
-    total = (
-        sum(f.size for fs in files if fs for f in fs)
-        if all(s.kind in ("files", "local-python") for s in cfg.data.sources)
-        else None
-    )
-    drawn = 0
-    stream = examined_documents(cfg, files, tokenizer, ledger)
-    with contextlib.closing(stream), tqdm(total=total, unit="B", unit_scale=True, desc="data", mininterval=0.5) as bar:
-        for examined, split in stream:
-            assert examined.ids is not None
-            writers[split].add(examined.ids, examined.size)
-            drawn += len(examined.ids) if split == "train" else 0
-            bar.update(sum(r["read"][1] for r in ledger.rows) - bar.n)
-            if cfg.data.max_tokens is not None and drawn >= cfg.data.max_tokens:
-                break
-        bar.update(sum(r["read"][1] for r in ledger.rows) - bar.n)
+    ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
+    mixture = Mixture(cfg.data, files, pool, (partial / "tokenizer.json").absolute())
+    examples = _write_documents(cfg, files, mixture, partial, writers, ledger)
     for writer in writers.values():
         writer.flush()
+    ledger.notes += mixture.notes + [f"without {b}" for b in mixture.broken]
+    ledger.notes += [f"{s.label} was read {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
     seconds = time.perf_counter() - started
     print(ledger.table())
     for split, writer in writers.items():
         info = writer.info
         print(f"{split:<32}{info.documents:>12,}{info.bytes / 1e6:>10.2f}   {info.tokens:,} tokens")
-        if not info.tokens:
-            kept = sum(r["kept"][0] for r in ledger.rows)
-            more = "" if split == "train" else f", or raise --data.{split}-fraction"
-            raise DataError(
-                f"the {split} split must not be empty, but none of the {kept} documents kept fell into it; "
-                f"add documents, relax the filters{more}"
-            )
-    print(
-        f"built in {seconds:.1f} s, {sum(r['read'][1] for r in ledger.rows) / 1e6 / seconds:.1f} MB/s from files to shards"
-    )
-    write_json(partial / "ledger.json", ledger.rows)
+    for split, writer in writers.items():
+        if not writer.info.tokens:
+            raise DataError(_empty_split(split, ledger, examples))
+    print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
+    ledger.write(partial)
     write_manifest(
         partial,
         fingerprint=name,
@@ -283,7 +314,64 @@ def _fill(cfg: Config, files: list[list[LocalFile] | None], partial: Path, name:
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        broken=mixture.broken,
         splits={split: writer.info for split, writer in writers.items()},
+    )
+
+
+def _write_documents(
+    cfg: Config,
+    files: list[list[LocalFile] | None],
+    mixture: Mixture,
+    partial: Path,
+    writers: dict[str, ShardWriter],
+    ledger: Ledger,
+) -> dict[str, str]:
+    """Write every document of the mixture to its split, the ledger and the log; return an example of each rule's drops."""
+    from tqdm import tqdm
+
+    known = all(s.kind in ("files", "local-python") for s in cfg.data.sources)
+    total = sum(f.size for fs in files if fs for f in fs) if known else None
+    examples: dict[str, str] = {}
+    with (
+        contextlib.closing(iter(mixture)) as stream,
+        contextlib.closing(DocumentLog(partial)) as log,
+        tqdm(total=total, unit="B", unit_scale=True, desc="data", mininterval=0.5) as bar,
+    ):
+        for document in stream:
+            examined, source = document.examined, cfg.data.sources[document.source].label
+            line: dict[str, Any] = {"key": examined.key, "source": source, "language": examined.language}
+            line |= {"bytes": examined.size} | ({"changes": examined.changes} if examined.changes else {})
+            if document.drop is not None:
+                ledger.drop(document.source, examined.language, examined.size, document.drop.rule)
+                examples.setdefault(document.drop.rule, f"{examined.key}: {document.drop.value}")
+                of = {} if document.original is None else {"of": document.original}
+                log.write(**line, dropped=document.drop.rule, value=document.drop.value, **of)
+            else:
+                assert examined.ids is not None
+                n_tokens, writer = len(examined.ids), writers[document.split]
+                log.write(**line, split=document.split, start=writer.position, tokens=n_tokens)
+                kept = ledger.keep(
+                    document.source, examined.language, examined.size, examined.changes, n_tokens, document.repeated
+                )
+                writer.add(examined.ids, kept)
+            bar.update(0 if document.repeated else examined.size)
+            if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
+                break
+    return examples
+
+
+def _empty_split(split: str, ledger: Ledger, examples: dict[str, str]) -> str:
+    """Return the line that says why a split has no documents."""
+    rules = [
+        f"{rule} {ledger.total('dropped', rule)[0]:,} (such as {examples[rule]})"
+        for rule in ledger.names("dropped")[:3]
+    ]
+    more = "" if split == "train" else f", or raise --data.{split}-fraction"
+    return (
+        f"the {split} split must not be empty, but none of the {ledger.total('kept')[0]:,} documents kept fell into it"
+        + (f"; dropped were: {', '.join(rules)}" if rules else "")
+        + f"; add documents, relax the filters{more}"
     )
 
 
@@ -292,12 +380,66 @@ class Flags:
     """The script's command line."""
 
     config: ConfigFlags
+    explain: str | None = None
+    """Say what became of this file or row, by its path or the end of it."""
+    locate: str | None = None
+    """Say which document holds a token: SPLIT:POSITION, such as train:123456."""
+
+
+def _explain(cfg: Config, folder: Path, path: str) -> str:
+    """Return what the log says of `path`, or why it is not in there; raises DataError in the latter case."""
+    names = {path.removeprefix("./")}
+    given = Path(path).expanduser()
+    outside = []
+    for source in cfg.data.sources:
+        root = Path(source.path or "").expanduser()
+        if (
+            source.kind == "files"
+            and given.exists()
+            and root.is_dir()
+            and given.resolve().is_relative_to(root.resolve())
+        ):
+            inner = given.resolve().relative_to(root.resolve()).as_posix()
+            names.add(inner)
+            unlimited = dataclasses.replace(source, max_bytes=None, max_documents=None)
+            listed = inner in {f.key for f in local_files(unlimited)}
+            limit = "max_bytes or max_documents of its source end before it"
+            outside.append(
+                limit if listed else f"it matches none of {', '.join(source.file_globs)}, or lies in a hidden folder"
+            )
+    if found := explain(folder, names):
+        return "\n".join(found)
+    raise DataError(
+        f"--explain must name a document that was read, but {path!r} was not "
+        f"({'; '.join(outside) or 'no document has a name that ends so'}); "
+        f"all names are in {folder / 'documents.jsonl.gz'}"
+    )
+
+
+def _locate(folder: Path, place: str) -> str:
+    """Return the document that holds the token at SPLIT:POSITION, with the text around it."""
+    split, _, position = place.partition(":")
+    if split not in SPLITS or not position.isdigit():
+        raise DataError(
+            f"--locate must be SPLIT:POSITION, such as train:123456, but is {place!r}; splits: {', '.join(SPLITS)}"
+        )
+    line = locate(folder, split, int(position))
+    return (
+        f"{line['key']} ({line['source']}, {line['language']}): its tokens are {split}:{line['start']} to "
+        f"{split}:{line['start'] + line['tokens'] - 1}, the one asked for is number {int(position) - line['start']:,} of them"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Build the shards of the config, or find them built."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     folder = prepare(flags.config)
+    if flags.explain is not None or flags.locate is not None:
+        if flags.explain is not None:
+            print(_explain(flags.config, folder, flags.explain))
+        if flags.locate is not None:
+            print(_locate(folder, flags.locate))
+        return 0
     splits = [TokenDataset(folder, split) for split in SPLITS]
     print(f"shards in {folder}: " + ", ".join(f"{s.split} {len(s):,} tokens" for s in splits))
     print(f"next: python main.py --preset {flags.config.preset}")

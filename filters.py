@@ -1,29 +1,53 @@
-"""Filters: pure functions of a document's text that say which rule drops it.
+"""Filters: pure functions of one document that say which rule drops it, and by what value.
 
 The compile() of the syntax filter runs on strangers' code. What it can raise is caught here; what can kill or hang the
-process is the business of `workers.py`, which runs the filters.
+process is the business of `workers.py`, which runs the filters. Duplicates and benchmarks, which concern more than one
+document, are the business of `duplicates.py`.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
+from typing import NamedTuple
 
 from config import DataConfig
 
 COMPILE_BYTES = 256 * 1024  # larger sources are refused unread: compile() can take seconds and gigabytes on them
+GENERATED_LINES = 10  # where a generator's mark is looked for
 ALPHANUMERIC = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
-def reason_to_drop(text: str, language: str, cfg: DataConfig) -> str | None:
-    """Return the name of the first filter that refuses the document, or None. Seed 000's filters, in its order."""
+class Drop(NamedTuple):
+    """Why a document was dropped: the rule's name in the ledger, and the value that it objected to."""
+
+    rule: str
+    value: str
+
+
+def first_refusal(text: str, key: str, language: str, cfg: DataConfig) -> Drop | None:
+    """Return the first filter that refuses the document of path or name `key`, or None; the costly ones come last."""
+    if "\0" in text:
+        return Drop("NUL", f"a NUL at character {text.index(chr(0))}: binary, not text")
+    if cfg.drop_tests and (why := evidence_of_test(text, key, language)):
+        return Drop("test file", why)
+    if cfg.drop_generated and (line := generated_mark(text)):
+        return Drop("generated", f"{line!r}")
     if not cfg.min_chars <= len(text) <= cfg.max_chars:
-        return "characters"
-    if not cfg.min_lines <= text.count("\n") + (not text.endswith("\n")) <= cfg.max_lines:
-        return "lines"
-    if alphanumeric_share(text) < cfg.min_alphanumeric:
-        return "alphanumeric"
-    if cfg.check_syntax and language == "python" and not compiles(text):
-        return "syntax"
+        return Drop("characters", f"{len(text):,}, not {cfg.min_chars:,} to {cfg.max_chars:,}")
+    n_lines = text.count("\n") + (not text.endswith("\n"))
+    if not cfg.min_lines <= n_lines <= cfg.max_lines:
+        return Drop("lines", f"{n_lines:,}, not {cfg.min_lines:,} to {cfg.max_lines:,}")
+    if cfg.max_line_chars is not None:
+        longest = max(map(len, text.split("\n")))
+        if longest > cfg.max_line_chars:
+            return Drop("line length", f"{longest:,} characters, above {cfg.max_line_chars:,}")
+    if not text.isascii() and (share := non_ascii_share(text)) > cfg.max_non_ascii:
+        return Drop("non-ASCII", f"{share:.3f} of the characters, above {cfg.max_non_ascii}")
+    if cfg.min_alphanumeric > 0 and (share := alphanumeric_share(text)) < cfg.min_alphanumeric:
+        return Drop("alphanumeric", f"{share:.3f} of the characters, below {cfg.min_alphanumeric}")
+    if cfg.check_syntax and language == "python" and (error := syntax_error(text)):
+        return Drop("syntax", error)
     return None
 
 
@@ -36,17 +60,90 @@ def alphanumeric_share(text: str) -> float:
     return count / max(1, len(text))
 
 
-def compiles(text: str) -> bool:
-    """Return whether this interpreter's compile() accepts `text`; it is not run. Sources over 256 KiB are refused.
+def non_ascii_share(text: str) -> float:
+    """Return the share of the characters above U+007F; 0 for an empty text."""
+    return (len(text) - len(text.encode("ascii", "ignore"))) / max(1, len(text))
+
+
+_TEST_FOLDERS = {"test", "tests", "testing", "__tests__"}
+_TEST_NAME = re.compile(
+    r"(test_.*|.*_tests?|conftest)\.(py|pyi|c|h)"
+    r"|(Test[A-Z0-9]\w*|\w*(Tests?|TestCase|IT))\.java"  # Test and a capital: Testament.java is none
+)
+_TEST_SUITE = {
+    "python": re.compile(r"^class \w+\([^)\n]*\bTestCase\b", re.MULTILINE),
+    "java": re.compile(r"^[ \t]*@(Parameterized)?Test\b", re.MULTILINE),
+}
+
+
+def evidence_of_test(text: str, key: str, language: str) -> str | None:
+    """Return what shows a document to be a dedicated test file (seed 002), or None."""
+    *folders, name = key.split("/")
+    if found := _TEST_FOLDERS.intersection(f.lower() for f in folders):
+        return f"a folder called {min(found)}"
+    if _TEST_NAME.fullmatch(name):
+        return f"the name {name}"
+    suite = _TEST_SUITE.get(language)
+    if suite is not None and (match := suite.search(text)):
+        return f"{match[0].strip()!r}"
+    return None
+
+
+_COMMENT_START = ("#", "//", "/*", "*", "--", ";", '"""', "'''", "<!--")
+_GENERATED = re.compile(
+    r"@generated\b|\bauto[- ]?generated\b|\bautomatically[- ]generated\b|\bgenerated automatically\b"
+    r"|\bthis file (is|was|has been) generated\b|\bdo not edit\b|\bgenerated by the protocol buffer compiler\b",
+    re.IGNORECASE,
+)
+
+
+def generated_mark(text: str) -> str | None:
+    """Return the comment line among the first ten that says that a program wrote the file, or None.
+
+    Elsewhere the words prove nothing: generators themselves hold them in strings.
+    """
+    for line in text.split("\n", GENERATED_LINES)[:GENERATED_LINES]:
+        stripped = line.strip()
+        if stripped.startswith(_COMMENT_START) and _GENERATED.search(stripped):
+            return stripped[:80]
+    return None
+
+
+_C_BLOCKS = re.compile(r"\s*(/\*.*?\*/[ \t\r]*(?:\n|\Z)|(?:[ \t]*//[^\n]*(?:\n|\Z))+)", re.DOTALL)
+_PYTHON_BLOCKS = re.compile(r"\s*((?:[ \t]*#[^\n]*(?:\n|\Z))+|[rRuU]?(\"\"\"|''').*?\2[ \t\r]*(?:\n|\Z))", re.DOTALL)
+_PYTHON_MARKS = re.compile(r"(?:#![^\n]*\n)?(?:#[^\n]*coding[:=][^\n]*\n)?")  # the shebang and the encoding stay
+
+
+def strip_header(text: str, language: str, max_lines: int) -> str:
+    """Return `text` without those initial comment blocks and docstrings that have more than `max_lines` lines (seed 002)."""
+    if language not in ("python", "c", "java"):
+        return text
+    blocks = _PYTHON_BLOCKS if language == "python" else _C_BLOCKS
+    marks = _PYTHON_MARKS.match(text)[0] if language == "python" else ""
+    kept, position = [marks], len(marks)
+    while match := blocks.match(text, position):
+        if match[1].rstrip("\n").count("\n") + 1 <= max_lines:
+            kept.append(match[0])
+        position = match.end()
+        if language == "python" and match[2]:
+            break  # the docstring ends the header: a second string is an expression of its own
+    return "".join(kept) + text[position:]
+
+
+def syntax_error(text: str) -> str | None:
+    """Return why this interpreter's compile() refuses `text`, or None. It is not run. Sources over 256 KiB are refused.
 
     Strangers' code can make compile() raise all of these; what kills the process instead is the worker pool's part.
     """
-    if len(text.encode("utf-8")) > COMPILE_BYTES:
-        return False
+    size = len(text.encode("utf-8"))
+    if size > COMPILE_BYTES:
+        return f"{size:,} bytes, and compile() is given at most {COMPILE_BYTES:,}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             compile(text, "<document>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError):
-            return False
-    return True
+        except SyntaxError as e:
+            return f"line {e.lineno}: {e.msg}"
+        except (ValueError, MemoryError, RecursionError, OverflowError) as e:
+            return f"{type(e).__name__} {e}".strip()
+    return None

@@ -19,8 +19,8 @@ import numpy as np
 from config import IGNORE, KindlingError
 from files import sha256_file, write_json
 
-FORMAT = 1
-SHARD_TOKENS = 2**25
+FORMAT = 2
+SHARD_TOKENS = 2**23  # what a writer holds in memory for each split
 SPLITS = ("train", "val", "test")
 
 
@@ -48,11 +48,21 @@ class ShardWriter:
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
 
+    @property
+    def position(self) -> int:
+        """Where in the split the next document will begin, in tokens."""
+        return self.info.tokens + self._pending_tokens
+
     def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Append one document, whose ids already end with the end-of-text token."""
+        """Append one document, whose ids already end with the end-of-text token. Raises DataError for ids that do not fit."""
         self.info.documents += 1
         self.info.bytes += n_bytes
-        self._pending.append(ids)
+        self.info.max_id = max(self.info.max_id, int(ids.max()))
+        if self.info.max_id > np.iinfo(self.dtype).max:
+            raise DataError(
+                f"a token id must fit in {self.dtype}, but {self.info.max_id} does not; the tokenizer's vocab_size is wrong"
+            )
+        self._pending.append(ids.astype(self.dtype))
         self._pending_tokens += len(ids)
         if self._pending_tokens >= SHARD_TOKENS:
             self.flush()
@@ -61,13 +71,7 @@ class ShardWriter:
         """Write what is pending as the next shard."""
         if not self._pending_tokens:
             return
-        ids = np.concatenate(self._pending)
-        self.info.max_id = max(self.info.max_id, int(ids.max()))
-        if self.info.max_id > np.iinfo(self.dtype).max:
-            raise DataError(
-                f"a token id must fit in {self.dtype}, but {self.info.max_id} does not; the tokenizer's vocab_size is wrong"
-            )
-        tokens = ids.astype(self.dtype, copy=False)
+        tokens = np.concatenate(self._pending)
         self._pending, self._pending_tokens = [], 0
         path = self.folder / f"{self.split}-{len(self.info.shards):05d}.npy"
         np.save(path, tokens)

@@ -2,7 +2,8 @@
 
 A source yields `Document`s. Those of files carry a path and are read by the worker that filters them; rows of JSONL,
 Parquet and hub data sets carry their text. The order is a fixed pseudo-random one for files (so that the first
-megabytes are a fair sample of all), the file's own for rows.
+megabytes are a fair sample of all), the file's own for rows. What cannot be read is a document too, one that says why:
+a bad row, the rest of a file that is cut short, the rest of a stream whose connection broke.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import hashlib
 import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import SourceConfig
+from prompts import user_assistant
 from shards import DataError
 
 LANGUAGES = {
@@ -43,15 +44,22 @@ class LocalFile:
     mtime_ns: int
 
 
+# the columns in which data sets keep the path of a row's file, and the repository that it is from
+PATH_COLUMNS = ("path", "max_stars_repo_path", "url")
+REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
+
+
 @dataclass(frozen=True)
 class Document:
-    """One document on its way to a worker: the text, or the file that holds it; `text` None and `path` None is a bad row."""
+    """One document on its way to a worker: the text, or the file that holds it, or why there is neither."""
 
     key: str
     language: str
     path: Path | None = None
     text: str | None = None
     size: int = 0
+    unreadable: str | None = None
+    broken: bool = False  # not one bad row, but the end of a stream that should have gone on
 
 
 def local_files(source: SourceConfig) -> list[LocalFile]:
@@ -76,7 +84,7 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
             stat = root.stat()
             files = [LocalFile(root.name, root, stat.st_size, stat.st_mtime_ns)]
         elif root.is_dir():
-            files = list(_walk(root, "", source.globs))
+            files = list(_walk(root, "", source.file_globs))
         else:
             raise DataError(
                 f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
@@ -84,7 +92,7 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
             )
     if not files:
         raise DataError(
-            f"a source must hold at least one file, but {source.label} has none that matches {', '.join(source.globs)}; "
+            f"a source must hold at least one file, but {source.label} has none that matches {', '.join(source.file_globs)}; "
             f"check --data.sources.0.path and --data.sources.0.globs"
         )
     files.sort(key=lambda f: hashlib.sha256(f.key.encode("utf-8", "surrogateescape")).digest())
@@ -128,46 +136,78 @@ def language_of(source: SourceConfig, path: Path) -> str:
 def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[Document]:
     """Yield the documents of a source. `files` is `local_files(source)`, or None for a data set on the hub.
 
-    A row that cannot be read is yielded without path and text, so that it is counted rather than lost.
+    Raises DataError for a data set of which not one row can be read.
     """
     if source.kind in ("files", "local-python"):
         assert files is not None
         for f in files:
             yield Document(f.key, language_of(source, f.path), path=f.path, size=f.size)
         return
+    rows = _hub_documents(source) if files is None else (d for f in files for d in _file_documents(source, f))
     seen_bytes = 0
-    for number, document in enumerate(_rows(source, files)):
+    for number, document in enumerate(rows):
         if number == source.max_documents or (source.max_bytes is not None and seen_bytes >= source.max_bytes):
             return
         seen_bytes += document.size
         yield document
 
 
-def _rows(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[Document]:
-    if files is None:
-        for number, row in enumerate(_hub_rows(source)):
-            yield _row_document(source, f"{source.label}:{number}", row, source.language or "unknown")
-        return
-    for f in files:
-        language = language_of(source, f.path)
-        if source.kind == "text":
-            rows: Iterator[Any] = ({source.field: text} for text in _split_text(f.path, source.separator))
-        else:
-            rows = _jsonl_rows(f.path) if source.kind == "jsonl" else _parquet_rows(f.path, source.field)
-        try:
-            for number, row in enumerate(rows):
-                yield _row_document(source, f"{f.key}:{number}", row, language)
-        except (OSError, EOFError, zlib.error):  # an unreadable file, or a gzip stream cut short: its rows so far stay
-            yield Document(f"{f.key}:rest", language)
+def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
+    """Yield the documents of one file of rows; the rows before a place that cannot be read stay."""
+    language = language_of(source, f.path)
+    if source.kind == "text":
+        rows: Iterator[Any] = ({source.field: text} for text in _split_text(f.path, source.separator))
+    elif source.kind == "jsonl":
+        rows = _json_rows(f.path)
+    else:
+        rows = _parquet_rows(f.path, source)
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield _row_document(source, f"{f.key}:{number - 1}", row, language)
+    except Exception as e:  # gzip, zlib, Arrow and the system share no base class
+        yield Document(f"{f.key}:{number}", language, unreadable=f"the rest of the file: {_one_line(e)}")
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    text = row.get(source.field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        return Document(key, language)
-    if source.language is None and isinstance(row.get("language"), str):
-        language = row["language"].lower()
+    """Return the document of one row; `row` is a dict, or a string that says why there is none."""
+    if isinstance(row, _BadRow):
+        return Document(key, language, size=row.size, unreadable=row.why)
+    if not isinstance(row, dict):
+        return Document(key, language, unreadable=f"a row must be an object, but is a {type(row).__name__}")
+    folder, path = (
+        next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
+    )
+    if path:
+        key = ":".join((key, "/".join(part for part in (folder, path) if part)))
+    if source.language is None:
+        named = row.get("language") or row.get("lang")
+        language = named.lower() if isinstance(named, str) else LANGUAGES.get(Path(path).suffix, language)
+    texts = []
+    for field in (source.field, source.response_field):
+        if field is None:
+            continue
+        text = row.get(field)
+        if not isinstance(text, str):
+            given = (
+                f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
+            )
+            return Document(key, language, unreadable=f"the column {field!r} must hold text, but {given}")
+        texts.append(text)
+    text = user_assistant(*texts) if source.response_field is not None else texts[0]
     return Document(key, language, text=text, size=len(text.encode("utf-8", "surrogatepass")))
+
+
+@dataclass(frozen=True)
+class _BadRow:
+    """A row that could not be parsed."""
+
+    why: str
+    size: int
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _open_text(path: Path) -> Any:
@@ -189,44 +229,71 @@ def _split_text(path: Path, separator: str) -> Iterator[str]:
             yield rest.strip("\n")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Any]:
+def _json_rows(path: Path) -> Iterator[Any]:
+    """Yield the rows of a file with one JSON object a line, or with one list of them."""
     with _open_text(path) as f:
+        if path.with_suffix("").suffix == ".json" if path.suffix == ".gz" else path.suffix == ".json":
+            start = f.read(1)
+            if start == "[":
+                yield from json.loads(start + f.read())
+                return
+            f.seek(0)
         for line in f:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError:
-                    yield None
+                except (ValueError, RecursionError) as e:
+                    yield _BadRow(f"not JSON: {_one_line(e)}", len(line.encode("utf-8", "surrogateescape")))
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
+def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
+    """Yield the rows of a Parquet file, with no columns but those that a document is made of."""
+    from pyarrow.parquet import ParquetFile
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in (field, "language") if name in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as e:
-        raise DataError(
-            f"{path} must be a Parquet file, but is not ({' '.join(str(e).split())[:200]}); check the file"
-        ) from None
+    wanted = (source.field, source.response_field, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
+    file = ParquetFile(path)
+    columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
+    if source.field not in columns:  # so that the message can name what there is
+        columns = file.schema_arrow.names
+    for batch in file.iter_batches(batch_size=256, columns=columns):
+        yield from batch.to_pylist()
 
 
-def _hub_rows(source: SourceConfig) -> Iterator[Any]:
+def _hub_documents(source: SourceConfig) -> Iterator[Document]:
     """Stream a data set of the hub, or of a local folder laid out like one; never the whole set on disk."""
+    if (source.path or "").startswith(("/", "./", "../", "~")) and not Path(source.path or "").expanduser().is_dir():
+        raise DataError(
+            f"data.sources.path must be a name on the hub or a folder laid out like one, but there is no folder "
+            f"{source.path!r}; correct --data.sources.0.path"
+        )
     from datasets import load_dataset
 
+    number = 0
     try:
-        yield from load_dataset(
-            source.path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True
-        )
+        path = str(Path(source.path or "").expanduser())
+        rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
     except GeneratorExit:
         raise
     except Exception as e:  # connection, authorisation, naming and format errors share no base class
-        raise DataError(
-            f"the data set {source.label!r} must be reachable with split {source.split!r}, but gave {type(e).__name__}: "
-            f"{' '.join(str(e).split())[:300]}; check the network and the name (a gated set needs its terms accepted on its page "
-            f"and `hf auth login`), or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER"
-        ) from None
+        if number == 0:
+            raise DataError(_no_data_set(source, e)) from None
+        why = f"the rest of the data set, after row {number - 1:,}: {_one_line(e)}"
+        yield Document(f"{source.label}:{number}", source.language or "unknown", unreadable=why, broken=True)
+
+
+def _no_data_set(source: SourceConfig, error: Exception) -> str:
+    """Return the line that says why a data set cannot be read at all, and what to do."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    local = "or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER"
+    if "gated" in said.lower() or "GatedRepo" in type(error).__name__:
+        return (
+            f"the data set {source.path!r} is gated, so its terms must be accepted first: log in and accept them at "
+            f"https://huggingface.co/datasets/{source.path}, create a token at https://huggingface.co/settings/tokens, give it "
+            f"to `hf auth login` (or set HF_TOKEN), and run this again; {local} ({said})"
+        )
+    return (
+        f"the data set {source.label!r} must be reachable with split {source.split!r}, but gave {said}; check the network and "
+        f"the name (a gated set needs its terms accepted on its page and `hf auth login`), {local}"
+    )

@@ -1,7 +1,7 @@
 """Worker processes that filter and tokenise documents, and survive what the documents do to them.
 
 A document that kills its process, or hangs it, is dropped, and only that one. Results come back in the order of the
-stream, whatever the number of workers.
+stream, whatever the number of workers. What needs no other document is done here: reading, filters, hashes, tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import faulthandler
 import hashlib
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
@@ -23,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from config import DataConfig, TokenizerConfig
-from filters import reason_to_drop
+from duplicates import Benchmarks, signature, word_hashes
+from filters import Drop, first_refusal, strip_header
 from shards import DataError
 from sources import Document
-from tokenizer import Tokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError, load_json
 
 DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
 WORKER_MEMORY_BYTES = 2**30  # on top of what a worker starts with
@@ -35,20 +37,27 @@ BATCH_BYTES, BATCH_DOCUMENTS = 2**19, 64
 
 @dataclasses.dataclass
 class Examined:
-    """A worker's answer. `reason` names the filter that dropped the document; else `ids` (or `text`) is set."""
+    """A worker's answer. `drop` says which filter dropped the document and why; else `ids` (or `text`) is set.
+
+    `size` is what was read, in bytes; `changes` says what was cut off or found odd in it, with the bytes cut.
+    """
 
     key: str
+    language: str
     size: int
-    reason: str | None = None
+    drop: Drop | None = None
+    changes: tuple[tuple[str, int], ...] = ()
     digest: bytes = b""
+    signature: bytes = b""
     text: str | None = None
     ids: np.ndarray | None = None
+    broken: str | None = None  # a stream ended here that should have gone on
 
 
 _worker: dict[str, Any] = {}  # a worker process's own settings
 
 
-def _start_worker(cfg: DataConfig, tokenizer_json: str | None, tokenizer_cfg: TokenizerConfig) -> None:
+def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, tokenizer_cfg: TokenizerConfig) -> None:
     import multiprocessing
     import threading
 
@@ -58,65 +67,111 @@ def _start_worker(cfg: DataConfig, tokenizer_json: str | None, tokenizer_cfg: To
     # a parent that was killed leaves no orphans
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = None
-    if tokenizer_json is not None:
-        from tokenizers import Tokenizer as Backend
+    import rensa  # noqa: F401  before the limit, which is on top of what the libraries take
+    import tokenizers  # noqa: F401
 
-        tokenizer = Tokenizer(Backend.from_str(tokenizer_json), tokenizer_cfg)
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no resource, macOS no statm
         import resource
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + WORKER_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    _worker.update(cfg=cfg, tokenizer=tokenizer, sink=open(os.devnull, "w", encoding="utf-8"))
+    sink = open(os.devnull, "w", encoding="utf-8")
+    _worker.update(examiner=Examiner(cfg, benchmarks), tokenizer_cfg=tokenizer_cfg, tokenizer_file=None, sink=sink)
 
 
-def _examine_batch(batch: list[Document]) -> list[Examined]:
+def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:
+    if tokenizer_file != _worker["tokenizer_file"]:
+        tokenizer = None if tokenizer_file is None else load_json(tokenizer_file, _worker["tokenizer_cfg"])
+        _worker["examiner"].tokenizer, _worker["tokenizer_file"] = tokenizer, tokenizer_file
     examined = []
     for document in batch:
         # ends this process if the document hangs in C code, where no Python signal handler would run
         faulthandler.dump_traceback_later(DOCUMENT_LIMIT_S, exit=True, file=_worker["sink"])
         try:
-            examined.append(_examine(document, _worker["cfg"], _worker["tokenizer"]))
+            examined.append(_worker["examiner"](document))
         except MemoryError:
-            examined.append(Examined(document.key, document.size, "memory"))
+            drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
+            examined.append(Examined(document.key, document.language, document.size, drop))
         finally:
             faulthandler.cancel_dump_traceback_later()
     return examined
 
 
-def _examine(document: Document, cfg: DataConfig, tokenizer: Tokenizer | None) -> Examined:
-    size, text = document.size, document.text
-    if document.path is not None:
-        if size > 4 * cfg.max_chars:  # a character is at most 4 bytes: too long, known without reading gigabytes
-            return Examined(document.key, size, "characters")
+class Examiner:
+    """What is done with one document: a pure function of the document, the settings and the tokenizer."""
+
+    def __init__(self, cfg: DataConfig, benchmarks: Benchmarks | None = None, tokenizer: Tokenizer | None = None):
+        self.cfg, self.benchmarks, self.tokenizer = cfg, benchmarks, tokenizer
+
+    def __call__(self, document: Document) -> Examined:
+        out = Examined(document.key, document.language, document.size)
+        out.drop = self._examine(document, out)
+        if document.broken:
+            out.broken = document.unreadable
+        return out
+
+    def _examine(self, document: Document, out: Examined) -> Drop | None:
+        """Fill in `out`; return why the document is dropped, or None."""
+        cfg, raw = self.cfg, b""
+        if document.path is not None:
+            if (
+                document.size > 4 * cfg.max_chars
+            ):  # a character is at most 4 bytes: too long, known without reading gigabytes
+                return Drop(
+                    "characters", f"{document.size:,} bytes, not {cfg.min_chars:,} to {cfg.max_chars:,} characters"
+                )
+            try:
+                raw = document.path.read_bytes()
+            except OSError as e:
+                return Drop("unreadable", e.strerror or type(e).__name__)
+            out.size = len(raw)
+        elif document.text is None:
+            return Drop("unreadable", document.unreadable or "no text")
         try:
-            raw = document.path.read_bytes()
-        except OSError:
-            return Examined(document.key, size, "unreadable")
-        size = len(raw)
+            text = raw.decode("utf-8") if document.text is None else document.text
+            content = text.encode("utf-8")
+        except UnicodeError as e:
+            return Drop(
+                "not UTF-8", f"{e.reason} at {'character' if isinstance(e, UnicodeEncodeError) else 'byte'} {e.start:,}"
+            )
+        text, content, out.changes = self._changed(text, content, document.language)
+        if drop := first_refusal(text, document.key.rpartition(":")[2], document.language, cfg):
+            return drop
+        words = word_hashes(text)
+        if self.benchmarks is not None and (found := self.benchmarks.find(text, words)):
+            return Drop("benchmark", found)
+        out.digest = hashlib.sha256(content).digest()[:16]
+        if cfg.near_dedup is not None:
+            out.signature = signature(words)
+        if self.tokenizer is None:
+            out.text = text
+            return None
         try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return Examined(document.key, size, "not UTF-8")
-    if text is None:
-        return Examined(document.key, size, "unreadable")
-    try:
-        content = text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Examined(document.key, size, "not UTF-8")
-    if reason := reason_to_drop(text, document.language, cfg):
-        return Examined(document.key, size, reason)
-    digest = hashlib.sha256(content).digest()
-    if tokenizer is None:
-        return Examined(document.key, len(content), digest=digest, text=text)
-    try:
-        ids = tokenizer.encode(text)
-    except TokenizerError:
-        return Examined(document.key, size, "not in the vocabulary")
-    framed = chain([] if tokenizer.bos_id is None else [tokenizer.bos_id], ids, [tokenizer.eos_id])
-    return Examined(document.key, len(content), digest=digest, ids=np.fromiter(framed, np.uint32))
+            ids = self.tokenizer.encode(text)
+        except TokenizerError:
+            return Drop("not in the vocabulary", "a character that no token spells")
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        out.ids = np.fromiter(
+            chain([] if bos is None else [bos], ids, [eos]), np.uint32, len(ids) + 1 + (bos is not None)
+        )
+        return None
+
+    def _changed(self, text: str, content: bytes, language: str) -> tuple[str, bytes, tuple[tuple[str, int], ...]]:
+        """Return the text without mark and long header, its bytes, and what was cut off or odd, with the bytes cut."""
+        changes = []
+        if text.startswith("\ufeff"):
+            text, content = text[1:], content[3:]
+            changes.append(("byte-order mark cut off", 3))
+        if self.cfg.max_header_lines is not None:
+            body = strip_header(text, language, self.cfg.max_header_lines)
+            if len(body) < len(text):
+                shorter = body.encode("utf-8")
+                changes.append(("long header cut off", len(content) - len(shorter)))
+                text, content = body, shorter
+        if "\r\n" in text:
+            changes.append(("CRLF line ends, kept", 0))
+        return text, content, tuple(changes)
 
 
 @contextlib.contextmanager
@@ -137,12 +192,12 @@ class WorkerPool:
     def __init__(
         self,
         cfg: DataConfig,
-        tokenizer: Tokenizer | None,
         tokenizer_cfg: TokenizerConfig,
-        examine: Callable[[list[Document]], list[Examined]] = _examine_batch,
+        examine: Callable[[list[Document], Path | None], list[Examined]] = _examine_batch,
     ):
         self._n_workers, self._examine = cfg.n_workers, examine
-        self._arguments = (cfg, None if tokenizer is None else tokenizer.to_json(), tokenizer_cfg)
+        benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
+        self._arguments = (cfg, benchmarks, tokenizer_cfg)
         self._generation = 0
         self._start()
 
@@ -160,17 +215,22 @@ class WorkerPool:
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def map(self, stream: Iterable[Document]) -> Iterator[Examined]:
-        """Examine a stream of documents, a few batches ahead of the consumer; yields in the stream's order."""
+    def map(self, stream: Iterable[Document], tokenizer_file: Path | None = None) -> Iterator[Examined]:
+        """Examine a stream of documents, a few batches ahead of the consumer; yields in the stream's order.
+
+        With a tokenizer's file the answers hold token ids, without one the text.
+        """
         window: deque[tuple[list[Document], Future[list[Examined]], int]] = deque()
         for batch in _batches(stream):
-            window.append((batch, *self._submit(batch)))
+            window.append((batch, *self._submit(batch, tokenizer_file)))
             if len(window) > 2 * self._n_workers:
-                yield from self._result(*window.popleft())
+                yield from self._result(tokenizer_file, *window.popleft())
         while window:
-            yield from self._result(*window.popleft())
+            yield from self._result(tokenizer_file, *window.popleft())
 
-    def _result(self, batch: list[Document], future: Future[list[Examined]], generation: int) -> list[Examined]:
+    def _result(
+        self, tokenizer_file: Path | None, batch: list[Document], future: Future[list[Examined]], generation: int
+    ) -> list[Examined]:
         while True:
             try:
                 return future.result()
@@ -178,25 +238,30 @@ class WorkerPool:
                 # some worker died. If that is old news, this batch only needs another try; else it is suspect
                 if generation == self._generation:
                     self._restart()
-                    return [self._alone(document) for document in batch]
-            future, generation = self._submit(batch)
+                    return [self._alone(document, tokenizer_file) for document in batch]
+            future, generation = self._submit(batch, tokenizer_file)
 
-    def _submit(self, batch: list[Document]) -> tuple[Future[list[Examined]], int]:
+    def _submit(self, batch: list[Document], tokenizer_file: Path | None) -> tuple[Future[list[Examined]], int]:
         """Hand a batch to a worker; return its future and the generation of workers that it went to."""
         try:
             with _sigint_blocked():  # submitting starts processes, which must not meet Ctrl-C before they ignore it
-                return self._executor.submit(self._examine, batch), self._generation
+                return self._executor.submit(self._examine, batch, tokenizer_file), self._generation
         except BrokenProcessPool:  # an earlier batch broke the pool, which its own future will tell
             broken: Future[list[Examined]] = Future()
             broken.set_exception(BrokenProcessPool())
             return broken, self._generation
 
-    def _alone(self, document: Document) -> Examined:
+    def _alone(self, document: Document, tokenizer_file: Path | None) -> Examined:
+        started = time.monotonic()
         try:
-            return self._submit([document])[0].result()[0]
+            return self._submit([document], tokenizer_file)[0].result()[0]
         except BrokenProcessPool:
+            slow = time.monotonic() - started >= DOCUMENT_LIMIT_S
             self._restart()
-            return Examined(document.key, document.size, "killed its worker")
+            drop = (
+                Drop("timeout", f"more than {DOCUMENT_LIMIT_S} s") if slow else Drop("crash", "its worker process died")
+            )
+            return Examined(document.key, document.language, document.size, drop)
 
     def _restart(self) -> None:
         """Replace the workers; raises DataError if the new ones cannot even start."""

@@ -43,7 +43,11 @@ def tiny_config(corpus: Path, **train) -> Config:
         preset="demo",
         model=ModelConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32, dropout=0.1),
         data=DataConfig(
-            sources=(SourceConfig(kind="files", path=str(corpus)),), val_fraction=0.1, test_fraction=0.1, workers=1
+            sources=(SourceConfig(kind="files", path=str(corpus)),),
+            val_fraction=0.1,
+            test_fraction=0.1,
+            workers=1,
+            decontaminate=(),
         ),
         train=TrainConfig(
             **{

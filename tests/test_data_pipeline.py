@@ -1,6 +1,7 @@
-import gzip
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,17 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_clear_line, script, shared_file, tiny_config, tiny_flags
+from hub import local_preset
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data_pipeline
-from config import DataConfig, SourceConfig, TokenizerConfig
+from config import PRESETS, DataConfig, SourceConfig, TokenizerConfig, preset
 from data_pipeline import prepare, split_of
-from filters import alphanumeric_share, compiles, reason_to_drop
+from duplicates import NearDuplicates, signature, word_hashes
+from filters import Drop, strip_header
+from ledger import read_documents
 from shards import DataError, TokenDataset
-from sources import Document, documents, local_files
+from sources import Document
 from tokenizer import load_json
-from workers import Examined, WorkerPool, _examine
+from workers import Examined, WorkerPool
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +34,25 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def ledger_rows(folder: Path) -> list[dict]:
+    return json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["rows"]
+
+
 def ledger_of(folder: Path) -> dict:
-    rows = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    assert len(rows) == 1
-    return rows[0]
+    (row,) = ledger_rows(folder)
+    return row
 
 
-def shard_bytes(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.npy"))}
+def assert_adds_up(row: dict) -> None:
+    """What was read was dropped, kept or cut off, in documents and to the byte."""
+    dropped, changed = row["dropped"].values(), row["changed"].values()
+    assert row["read"][0] == row["kept"][0] + sum(n for n, _ in dropped)
+    assert row["read"][1] == row["kept"][1] + sum(b for _, b in dropped) + sum(b for _, b in changed)
+
+
+def built_bytes(folder: Path) -> dict[str, bytes]:
+    """All files of a build."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 def texts_of(folder: Path, split: str, cfg: TokenizerConfig) -> list[str]:
@@ -47,147 +62,113 @@ def texts_of(folder: Path, split: str, cfg: TokenizerConfig) -> list[str]:
     return [tokenizer.decode(piece[:-1]) for piece in np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)[:-1]]
 
 
-# -- filters ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("x = 1\ny = 2\n", None),
-        ("x", "characters"),
-        ("x = 1\n" * 60, "characters"),
-        ("xxxxxxxxxxxx", "lines"),
-        ("x\n" * 30, "lines"),
-        ("#-#-#-#-\n#-#-#-a\n", "alphanumeric"),
-        ("def f(:\n    pass\n", "syntax"),
-        ("print 'python 2'\nx = 1\n", "syntax"),
-    ],
-)
-def test_each_filter_drops_what_it_should_and_by_its_name(text, reason):
-    cfg = DataConfig(min_chars=3, max_chars=200, min_lines=2, max_lines=20, min_alphanumeric=0.3)
-    assert reason_to_drop(text, "python", cfg) == reason
-
-
-def test_only_python_is_compiled():
-    assert reason_to_drop("int main() { return 0; }\n", "c", DataConfig()) is None
-    assert reason_to_drop("int main() { return 0; }\n", "python", DataConfig()) == "syntax"
-
-
-@given(st.text())
-def test_the_alphanumeric_share_is_that_of_str_isalnum(text):
-    assert alphanumeric_share(text) == pytest.approx(sum(c.isalnum() for c in text) / max(1, len(text)))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["-" * 100_000, "(" * 100_000, "not " * 5000 + "x", "x\x00", "'" + "a" * 300_000 + "'", "1" * 5000, "await x"],
-)
-def test_strangers_code_cannot_break_the_syntax_filter(text):
-    assert compiles(text) is False
-
-
-def test_compiling_does_not_run_the_code(tmp_path):
-    assert compiles(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert not (tmp_path / "ran").exists()
-
-
-# -- sources ----------------------------------------------------------------------------------------------------------
-
-
-def write_rows(texts: list[str]) -> dict[str, SourceConfig]:
-    """The same documents in every local format; the last as the hub lays a data set out."""
-    import pyarrow
-    import pyarrow.parquet
-
-    lines = "".join(json.dumps({"content": t}) + "\n" for t in texts)
-    Path("rows.jsonl").write_text(lines, encoding="utf-8")
-    Path("rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    Path("rows.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
-    Path("set/data/python").mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.table({"content": texts}), "set/data/python/train-00000-of-00001.parquet")
-    return {
-        "jsonl": SourceConfig(kind="jsonl", path="rows.jsonl"),
-        "jsonl.gz": SourceConfig(kind="jsonl", path="rows.jsonl.gz"),
-        "text": SourceConfig(kind="text", path="rows.txt"),
-        "parquet": SourceConfig(kind="parquet", path="set", globs=("**/*.parquet",)),
-        "datasets": SourceConfig(kind="datasets", path="set", data_dir="data/python"),
-    }
-
-
-def test_every_format_gives_the_same_documents():
-    texts = [f"def f{i}():\n    return '☃' * {i}" for i in range(300)]
-    for kind, source in write_rows(texts).items():
-        files = None if source.kind == "datasets" else local_files(source)
-        assert [d.text for d in documents(source, files)] == texts, kind
-        limited = replace(source, max_documents=7)
-        assert [d.text for d in documents(limited, files)] == texts[:7], kind
-
-
-def test_rows_that_cannot_be_read_are_counted_and_do_not_end_the_rest():
-    good = json.dumps({"content": "x = 1"})
-    Path("rows.jsonl").write_bytes(
-        b"\n".join(
-            [good.encode(), b"{not json", b'{"other": 1}', b'{"content": 5}', b'{"content": "\xff"}', good.encode()]
-        )
-    )
-    source = SourceConfig(kind="jsonl", path="rows.jsonl")
-    examined = [_examine(d, DataConfig(), None) for d in documents(source, local_files(source))]
-    assert [e.reason for e in examined] == [None, "unreadable", "unreadable", "unreadable", "not UTF-8", None]
-    Path("cut.jsonl.gz").write_bytes(gzip.compress(good.encode() * 1)[:-9])
-    source = SourceConfig(kind="jsonl", path="cut.jsonl.gz")
-    assert [_examine(d, DataConfig(), None).reason for d in documents(source, local_files(source))][-1] == "unreadable"
-
-
-def test_local_python_lists_the_standard_library_and_the_packages():
-    keys = {f.key for f in local_files(SourceConfig())}
-    assert "stdlib/json/decoder.py" in keys and "site-packages/numpy/__init__.py" in keys
-    assert not any("site-packages/" in k for k in keys if k.startswith("stdlib/"))
-
-
-def test_the_byte_limit_takes_the_same_sample_of_files_each_time(corpus):
-    source = SourceConfig(kind="files", path=str(corpus), max_bytes=200_000)
-    sample = local_files(source)
-    assert sample == local_files(source)
-    assert sum(f.size for f in sample[:-1]) < 200_000 <= sum(f.size for f in sample)
-    assert {f.key.split("/")[0] for f in sample} == {"asyncio", "email", "json"}  # not the first of the alphabet
-
-
 # -- the build --------------------------------------------------------------------------------------------------------
 
 
 def test_the_ledger_adds_up_and_names_what_was_dropped(corpus):
     shutil.copytree(corpus, "repo")
     repo = Path("repo")
-    (repo / "copy.py").write_bytes((repo / "json/decoder.py").read_bytes())
+    decoder = (repo / "json/decoder.py").read_text(encoding="utf-8")
+    (repo / "copy.py").write_text(decoder, encoding="utf-8")
+    (repo / "edited.py").write_text(decoder.replace("errmsg", "message"), encoding="utf-8")
     (repo / "crlf.py").write_bytes(b"x = 1\r\ny = 2\r\n" * 9)
     (repo / "bom.py").write_bytes(b"\xef\xbb\xbf" + b"bom = 'kept without its mark'\n" * 3)
+    (repo / "header.py").write_text("# a long licence\n" * 30 + "header = 'cut off'\n", encoding="utf-8")
     (repo / "latin.py").write_bytes(b"# caf\xe9\n")
+    (repo / "nul.py").write_bytes(b"x = 1\n\0\n")
     (repo / "py2.py").write_text("print 'hello'\n", encoding="utf-8")
+    (repo / "large.py").write_bytes(b"x = 1  # padding\n" * 36_000)  # 600 kB
+    (repo / "list.py").write_bytes(b"y = [\n" + b"12345,\n" * 40_000 + b"]\n")
+    (repo / "deep.py").write_bytes(b"(" * 100_000)
     (repo / "empty.py").touch()
     cfg = tiny_config(repo)
+    cfg = replace(cfg, data=replace(cfg.data, max_chars=400_000, max_header_lines=20, max_lines=50_000))
     folder = prepare(cfg)
     ledger = ledger_of(folder)
+    texts = {p.name: p.read_text(encoding="utf-8") for p in repo.rglob("*.py") if p.parent != repo}
+    bodies = {name: strip_header(text, "python", 20) for name, text in texts.items()}
+    longer = [len(t.encode()) - len(bodies[n].encode()) for n, t in texts.items() if len(bodies[n]) < len(t)]
     files = list(repo.rglob("*.py"))
-    assert ledger["read"][0] == len(files)
     empty = sum(f.stat().st_size == 0 for f in files)
     dropped = {reason: count for reason, (count, _) in ledger["dropped"].items()}
-    assert dropped == {"characters": empty, "duplicate": 1, "not UTF-8": 1, "syntax": 1}
-    for column in (0, 1):
-        # bytes: a kept document counts what is kept of it, so its byte-order mark shows as missing
-        lost = 3 if column else 0
-        assert ledger["read"][column] == ledger["kept"][column] + sum(d[column] for d in ledger["dropped"].values())
-        assert ledger["read"][column] == (sum(f.stat().st_size for f in files) - lost if column else len(files))
+    assert dropped.pop("near-duplicate") >= 1
+    assert dropped == {"characters": empty + 1, "duplicate": 1, "not UTF-8": 1, "syntax": 3, "NUL": 1}
+    assert ledger["changed"] == {
+        "byte-order mark cut off": [1, 3],
+        "long header cut off": [1 + len(longer), 30 * 17 + sum(longer)],
+        "CRLF line ends, kept": [1, 0],
+    }
+    assert ledger["read"] == [len(files), sum(f.stat().st_size for f in files)]
+    assert_adds_up(ledger)
     kept = [text for split in ("train", "val", "test") for text in texts_of(folder, split, cfg.tokenizer)]
-    assert len(kept) == ledger["kept"][0]
-    assert "x = 1\r\ny = 2\r\n" * 9 in kept and "bom = 'kept without its mark'\n" * 3 in kept
-    assert kept.count((repo / "copy.py").read_text(encoding="utf-8")) == 1
+    assert len(kept) == ledger["kept"][0] and sum(len(t.encode()) for t in kept) == ledger["kept"][1]
+    assert {"x = 1\r\ny = 2\r\n" * 9, "bom = 'kept without its mark'\n" * 3, "header = 'cut off'\n"} <= set(kept)
+    assert len([t for t in kept if "class JSONDecoder" in t]) == 1
 
 
-def test_shards_do_not_depend_on_the_number_of_workers(corpus):
-    cfg = tiny_config(corpus)
-    one = shard_bytes(prepare(cfg))
+def test_every_document_is_explained_and_every_token_has_its_document(corpus):
+    shutil.copytree(corpus, "repo")
+    for name, content in (
+        ("a/copy.py", "one = 1\n" * 20),
+        ("b/copy.py", "one = 1\n" * 20),
+        ("bad.py", "def f(:\n" * 20),
+        ("note.txt", "no"),
+    ):
+        Path("repo", name).parent.mkdir(exist_ok=True)
+        Path("repo", name).write_text(content, encoding="utf-8")
+    cfg = tiny_config(Path("repo"))
+    folder = prepare(cfg)
+    tokenizer, lines = load_json(folder / "tokenizer.json", cfg.tokenizer), list(read_documents(folder))
+    datasets = {split: TokenDataset(folder, split) for split in ("train", "val", "test")}
+    ends = dict.fromkeys(datasets, 0)
+    for line in lines:
+        if "split" in line:
+            assert line["start"] == ends[line["split"]]
+            ends[line["split"]] += line["tokens"]
+            ids = datasets[line["split"]].read(line["start"], line["tokens"])
+            assert tokenizer.decode(ids[:-1]) == Path("repo", line["key"]).read_text(encoding="utf-8")
+            assert ids[-1] == tokenizer.eos_id
+    assert ends == {split: len(dataset) for split, dataset in datasets.items()}
+    assert {line["key"] for line in lines} == {f.relative_to("repo").as_posix() for f in Path("repo").rglob("*.py")}
+
+    def ask(*flags: str):
+        return script("data_pipeline.py", *tiny_flags("repo"), *flags, cwd=Path.cwd())
+
+    middle = next(line for line in lines if line.get("split") == "train" and line["tokens"] > 50)
+    assert middle["key"] in ask("--locate", f"train:{middle['start'] + 7}").stdout
+    assert "dropped by the rule 'syntax': line 1" in ask("--explain", "repo/bad.py").stdout
+    both = ask("--explain", "copy.py").stdout.splitlines()[-2:]
+    assert sorted(b[:9] for b in both) == ["a/copy.py", "b/copy.py"]
+    dropped = next(b for b in both if "dropped" in b)
+    assert dropped.endswith("'duplicate': the same content as " + ("b/copy.py" if dropped[0] == "a" else "a/copy.py"))
+    assert f"kept, in the {middle['split']} split" in ask("--explain", middle["key"]).stdout
+    assert_one_clear_line(ask("--explain", "repo/note.txt"), "matches none of **/*.py")
+    assert_one_clear_line(ask("--explain", "nothing.py"), "'nothing.py' was not", "documents.jsonl.gz")
+    assert_one_clear_line(ask("--locate", "train:99999999"), "99,999,999")
+    assert_one_clear_line(ask("--locate", "train"), "SPLIT:POSITION")
+
+
+def test_builds_with_one_and_two_workers_and_after_a_kill_are_the_same_bytes(corpus):
+    shutil.copytree(corpus, "repo")
+    for i in range(15):
+        shutil.copytree("repo/email", f"repo/copy{i}")
+    flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
+    script("data_pipeline.py", *flags, cwd=Path.cwd())
+    (folder,) = Path("data").iterdir()
+    one = built_bytes(folder)
     shutil.rmtree("data")
-    assert shard_bytes(prepare(replace(cfg, data=replace(cfg.data, workers=2)))) == one
+    command = [sys.executable, ROOT / "data_pipeline.py", *flags, "--data.workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(Path("data").glob(".building-*/tokenizer.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not folder.exists()
+    script("data_pipeline.py", *flags, "--data.workers", "2", cwd=Path.cwd())
+    two = built_bytes(folder)
+    assert one.keys() == two.keys() >= {"ledger.json", "documents.jsonl.gz", "manifest.json", "train-00000.npy"}
+    assert one == two
 
 
 def test_nothing_changed_reuses_and_any_change_rebuilds(corpus, capsys):
@@ -236,36 +217,164 @@ def test_the_tokenizer_is_trained_on_training_documents_only(corpus, monkeypatch
     assert sorted(seen) == sorted(texts_of(folder, "train", cfg.tokenizer))
 
 
-def test_a_mixture_draws_its_tokens_by_weight():
-    for name, letter in (("a", "alpha"), ("b", "beta")):
+def test_no_near_duplicate_straddles_the_splits_and_planted_copies_are_dropped(corpus):
+    shutil.copytree(corpus, "repo")
+    rng = random.Random(0)
+    originals = [p for p in sorted(Path("repo").rglob("*.py")) if p.stat().st_size > 3000]
+    for path in originals:
+        text = path.read_text(encoding="utf-8")
+        blocks = re.split(r"(?m)^(?=def |class )", text)
+        head, rest = blocks[0], blocks[1:]
+        rng.shuffle(rest)
+        path.with_name("reordered_" + path.name).write_text(head + "".join(rest), encoding="utf-8")
+        path.with_name("commented_" + path.name).write_text(
+            "# Copyright someone\n" + text + "# the end\n", encoding="utf-8"
+        )
+        path.with_name("copied_" + path.name).write_text(text, encoding="utf-8")
+    cfg = tiny_config(Path("repo"))
+    cfg = replace(cfg, data=replace(cfg.data, check_syntax=False, val_fraction=0.25))
+    folder = prepare(cfg)
+    lines = list(read_documents(folder))
+    for path in originals:  # of each and its three copies, one is left
+        kept = [
+            x["key"] for x in lines if "split" in x and x["key"].endswith(path.name) and path.parent.name in x["key"]
+        ]
+        assert len([k for k in kept if re.fullmatch(rf"\w+/((reordered|commented|copied)_)?{path.name}", k)]) <= 1, kept
+    rules = [x["dropped"] for x in lines if "dropped" in x and "copied_" in x["key"]]
+    assert len(rules) + sum("split" in x for x in lines if "copied_" in x["key"]) == len(originals)
+    index = NearDuplicates(0.65)
+    for text in texts_of(folder, "train", cfg.tokenizer):
+        index.add(signature(word_hashes(text)))
+    for text in texts_of(folder, "val", cfg.tokenizer):
+        assert index.find(signature(word_hashes(text))) is None
+
+
+def test_a_benchmarks_problem_in_a_file_keeps_it_out(corpus):
+    shutil.copytree(corpus, "repo")
+    prompt = "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
+    prompt += '    """ Check if in given list of numbers, are any two numbers closer to each other than given threshold. """\n'
+    Path("repo/solution.py").write_text("import os\n\n" + prompt, encoding="utf-8")
+    cfg = tiny_config(Path("repo"))
+    assert "benchmark" not in ledger_of(prepare(cfg))["dropped"]
+    folder = prepare(replace(cfg, data=replace(cfg.data, decontaminate=("humaneval",))))
+    assert ledger_of(folder)["dropped"]["benchmark"][0] == 1
+    (line,) = [x for x in read_documents(folder) if x["key"] == "solution.py"]
+    assert line["value"].startswith("HumanEval/0: 'from typing import list def has_close_elements")
+
+
+def mixture(when_dry: str, max_tokens: int | None = None, n_a: int = 400):
+    """A config of two sources, weighted three to one."""
+    for name, letter, count in (("a", "alpha", n_a), ("b", "beta", 400)):
         Path(name).mkdir()
-        for i in range(400):
+        for i in range(count):
             Path(name, f"{i}.py").write_text(f"{letter}_{i} = {i}\n" * 20, encoding="utf-8")
     cfg = tiny_config(Path("a"))
     sources = tuple(SourceConfig(kind="files", path=p, weight=w) for p, w in (("a", 3.0), ("b", 1.0)))
-    cfg = replace(cfg, data=replace(cfg.data, sources=sources, max_tokens=30_000, workers=2))
-    folder = prepare(cfg)
-    a, b = (row["tokens"] for row in json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+    return replace(cfg, data=replace(cfg.data, sources=sources, max_tokens=max_tokens, workers=2, when_dry=when_dry))
+
+
+def test_a_mixture_draws_its_tokens_by_weight_and_reports_the_shares(capsys):
+    folder = prepare(mixture("stop", max_tokens=30_000))
+    a, b = (row["tokens"] for row in ledger_rows(folder))
     assert a / (a + b) == pytest.approx(0.75, abs=0.02)
     assert 30_000 <= len(TokenDataset(folder, "train")) < 31_000
+    out = capsys.readouterr().out
+    for source, share, wanted in (("a", a / (a + b), "75.0%"), ("b", b / (a + b), "25.0%")):
+        assert f"  {source}: {share:.1%} of the tokens, {wanted} wanted" in out
 
 
-def kill_on_poison(batch: list[Document]) -> list[Examined]:
+def test_a_source_that_runs_dry_stops_the_build_where_the_config_says_so(capsys):
+    folder = prepare(mixture("stop", n_a=100))
+    a, b = ledger_rows(folder)
+    assert a["read"][0] == 100 and a["tokens"] / (a["tokens"] + b["tokens"]) == pytest.approx(0.75, abs=0.02)
+    assert "source a ran dry: the build stops here" in capsys.readouterr().err
+
+
+def test_a_source_that_runs_dry_is_left_out_where_the_config_says_so(capsys):
+    folder = prepare(mixture("continue", n_a=100))
+    assert [r["read"][0] for r in ledger_rows(folder)] == [100, 400]
+    assert "source a ran dry: the others go on" in capsys.readouterr().err
+
+
+def test_a_source_that_runs_dry_is_repeated_with_its_training_documents_only(capsys):
+    cfg = mixture("repeat", n_a=100)
+    folder = prepare(cfg)
+    a, b = ledger_rows(folder)
+    assert (a["read"][0], b["read"][0]) == (100, 400) and a["repeated"][0] > 1000 and b["repeated"] == [0, 0]
+    assert a["tokens"] / (a["tokens"] + b["tokens"]) == pytest.approx(0.75, abs=0.02)
+    assert_adds_up(a), assert_adds_up(b)
+    texts = {split: texts_of(folder, split, cfg.tokenizer) for split in ("train", "val", "test")}
+    assert len(set(texts["val"])) == len(texts["val"]) and len(set(texts["test"])) == len(texts["test"])
+    assert not set(texts["train"]) & set(texts["val"] + texts["test"])
+    assert max(texts["train"].count(t) for t in set(texts["train"])) >= 10
+    assert sum(map(len, texts.values())) == a["kept"][0] + a["repeated"][0] + b["kept"][0]
+    assert "source a ran dry: it is repeated" in capsys.readouterr().err
+    notes = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["notes"]
+    assert any(re.fullmatch(r"a was read \d\d times", n) for n in notes)
+
+
+def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shards_are_used(corpus, monkeypatch, capsys):
+    def stream():
+        for n in range(200):
+            yield {"text": f"story number {n} " * 5}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: stream())
+    cfg = tiny_config(corpus)
+    hub = SourceConfig(kind="datasets", path="me/stories", field="text", language="english")
+    cfg = replace(cfg, data=replace(cfg.data, sources=(*cfg.data.sources, hub), when_dry="continue"))
+    folder = prepare(cfg)
+    rows = {r["language"]: r for r in ledger_rows(folder)}
+    assert rows["english"]["read"][0] == 201 and rows["english"]["dropped"]["unreadable"][0] == 1
+    assert rows["python"]["kept"][0] > 50  # not fatal for the rest
+    capsys.readouterr()
+    assert prepare(cfg) == folder
+    assert (
+        "was built without me/stories: the rest of the data set, after row 199: ConnectionError: gone"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_path):
+    cfg = preset(name)
+    sources = tuple(replace(s, max_bytes=s.max_bytes and 2_000_000) for s in cfg.data.sources)
+    cfg = replace(cfg, data=replace(cfg.data, sources=sources))
+    cfg = local_preset(cfg, tmp_path)
+    folder = prepare(cfg)
+    rows = ledger_rows(folder)
+    for row in rows:
+        assert_adds_up(row)
+    languages = {s.language for s in cfg.data.sources} - {None} or (
+        {"python"} if name == "demo" else {"python", "c", "java"}
+    )
+    assert {row["language"] for row in rows} == languages
+    assert all(row["tokens"] > 0 for row in rows)
+    weights = [s.weight for s in cfg.data.sources]
+    tokens = [sum(r["tokens"] for r in rows if r["source"] == s.label) for s in cfg.data.sources]
+    for weight, drawn in zip(weights, tokens):
+        assert drawn / sum(tokens) == pytest.approx(weight / sum(weights), abs=0.05)
+    text = texts_of(folder, "train", cfg.tokenizer)[0]
+    assert text.startswith("User: ") == (name == "smallcoder-4")
+
+
+def kill_on_poison(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:
     if any(d.text == "poison" for d in batch):
         os._exit(9)
-    return [Examined(d.key, d.size, text=d.text) for d in batch]
+    return [Examined(d.key, d.language, d.size, text=d.text) for d in batch]
 
 
 def test_a_document_that_kills_its_worker_is_dropped_and_only_that_one():
     poisoned = {100, 101, 250, 333}
     stream = [Document(str(i), "python", text="poison" if i in poisoned else "fine", size=9000) for i in range(400)]
-    with WorkerPool(DataConfig(workers=2), None, TokenizerConfig(), examine=kill_on_poison) as pool:
+    with WorkerPool(DataConfig(workers=2), TokenizerConfig(), examine=kill_on_poison) as pool:
         examined = []
         for e in pool.map(stream):
             time.sleep(0.002)  # a consumer that works, so that a pool is found broken while it is being fed
             examined.append(e)
     assert [e.key for e in examined] == [str(i) for i in range(400)]
-    assert {e.key: e.reason for e in examined if e.reason} == {str(i): "killed its worker" for i in poisoned}
+    crash = Drop("crash", "its worker process died")
+    assert {e.key: e.drop for e in examined if e.drop} == {str(i): crash for i in poisoned}
 
 
 def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
@@ -279,9 +388,10 @@ def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     shutil.copytree(corpus, "repo")
-    for i in range(60):  # enough work to be killed in
+    for i in range(15):  # enough work to be killed in
         shutil.copytree("repo/email", f"repo/copy{i}")
-    command = [sys.executable, ROOT / "data_pipeline.py", *tiny_flags("repo"), "--data.dedup", "False"]
+    flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
+    command = [sys.executable, ROOT / "data_pipeline.py", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(Path("data").glob(".building-*/tokenizer.json")):
         assert process.poll() is None
@@ -291,7 +401,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     assert not [p for p in Path("data").glob("*") if not p.name.startswith(".building-")]
     if sent != signal.SIGKILL:
         assert not list(Path("data").iterdir())
-    script("data_pipeline.py", *tiny_flags("repo"), "--data.dedup", "False", cwd=Path.cwd())
+    script("data_pipeline.py", *flags, cwd=Path.cwd())
     assert not list(Path("data").glob(".building-*"))  # what the killed one left is cleared away
     assert len(list(Path("data").iterdir())) == 1
 
@@ -304,19 +414,20 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     [
         (SourceConfig(kind="files", path="nowhere"), ["'nowhere'", "--data.sources.0.path"]),
         (SourceConfig(kind="files", path="void"), ["void", "**/*.py", "--data.sources.0.globs"]),
-        (SourceConfig(kind="parquet", path="bad.parquet"), ["bad.parquet", "Parquet"]),
+        (SourceConfig(kind="parquet", path="bad.parquet"), ["split must not be empty", "unreadable 1", "Parquet"]),
+        (SourceConfig(kind="jsonl", path="rows.jsonl", field="code"), ["unreadable 1", "'code'", "not among content"]),
         (
             SourceConfig(kind="datasets", path="nobody/nothing"),
             ["nobody/nothing", "hf auth login", "--data.sources.0.kind parquet"],
         ),
         (SourceConfig(kind="files", path="blank"), ["train split must not be empty", "0 documents"]),
-        (SourceConfig(kind="files", path="blank", field="a", response_field="b"), ["instructions", "fine-tuning"]),
     ],
 )
 def test_a_source_that_cannot_be_used_is_one_line_with_a_way_out(source, words):
     Path("void").mkdir()
     Path("blank").mkdir()
     Path("blank/a.py").touch()
+    Path("rows.jsonl").write_text('{"content": "x = 1"}', encoding="utf-8")
     Path("bad.parquet").write_text("no", encoding="utf-8")
     cfg = tiny_config(Path("."))
     with pytest.raises(DataError) as error:

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files"],
-    ["cli", "device", "tokenizer", "loss", "filters", "shards", "metrics"],
-    ["model", "sources"],
+    ["config", "files", "prompts"],
+    ["cli", "device", "tokenizer", "loss", "filters", "duplicates", "shards", "metrics"],
+    ["model", "sources", "ledger"],
     ["workers", "checkpoint"],
     ["data_pipeline", "trainer", "generate"],
     ["evaluate", "dry_run"],

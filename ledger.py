@@ -1,0 +1,187 @@
+"""The ledger: what was read, dropped, changed and kept, by source and language, and document by document.
+
+A data folder holds `ledger.json`, the counts, and `documents.jsonl.gz`, one line for each document in the order of
+reading: which rule took it and by what value, or in which split its tokens lie and where. So every dropped file can
+be explained, and every token has a file:
+
+    python data_pipeline.py --explain PATH
+    python data_pipeline.py --locate train:123456
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from files import write_json
+from shards import DataError, way_out
+
+DOCUMENTS = "documents.jsonl.gz"
+MATCHES = 20  # documents that one --explain shows
+
+
+class Ledger:
+    """Counts documents and bytes. For every row and in all, read = dropped + kept + the bytes that were cut off.
+
+    What a mixture repeats is counted apart: it was read once.
+    """
+
+    def __init__(self, labels: list[str], weights: list[float]):
+        self.labels, self.weights = labels, weights
+        self.rows: dict[tuple[int, str], dict[str, Any]] = {}
+        self.notes: list[str] = []  # what happened to a source as a whole
+
+    def row(self, source: int, language: str) -> dict[str, Any]:
+        """Return the counters of one source and language."""
+        empty = {"read": [0, 0], "dropped": {}, "changed": {}, "kept": [0, 0], "repeated": [0, 0], "tokens": 0}
+        return self.rows.setdefault((source, language), {"source": self.labels[source], "language": language, **empty})
+
+    def drop(self, source: int, language: str, size: int, rule: str) -> None:
+        """Count a document of `size` bytes as dropped by `rule`."""
+        row = self.row(source, language)
+        _count(row["read"], size)
+        _count(row["dropped"].setdefault(rule, [0, 0]), size)
+
+    def keep(
+        self, source: int, language: str, size: int, changes: tuple[tuple[str, int], ...], tokens: int, again: bool
+    ) -> int:
+        """Count a document of `size` bytes as kept, or as used once `again`; return the bytes kept of it."""
+        row, kept = self.row(source, language), size - sum(cut for _, cut in changes)
+        row["tokens"] += tokens
+        _count(row["repeated" if again else "kept"], kept)
+        if not again:
+            _count(row["read"], size)
+            for change, cut in changes:
+                _count(row["changed"].setdefault(change, [0, 0]), cut)
+        return kept
+
+    def total(self, column: str, name: str | None = None) -> tuple[int, int]:
+        """Return documents and bytes of a column over all rows; `name` is the rule or the change."""
+        counters = [r[column] if name is None else r[column].get(name, [0, 0]) for r in self.rows.values()]
+        return sum(c[0] for c in counters), sum(c[1] for c in counters)
+
+    def names(self, column: str) -> list[str]:
+        """Return the rules or changes that were met, the most frequent first."""
+        found = dict.fromkeys(name for r in self.rows.values() for name in r[column])
+        return sorted(found, key=lambda name: (-self.total(column, name)[0], name))
+
+    def table(self) -> str:
+        """Return the counts over all, then by source and language where there is more than one of them."""
+        lines = [("read", *self.total("read"))]
+        lines += [(f"  dropped: {rule}", *self.total("dropped", rule)) for rule in self.names("dropped")]
+        lines += [(f"  {change}", *self.total("changed", change)) for change in self.names("changed")]
+        lines.append(("kept", *self.total("kept")))
+        if self.total("repeated")[0]:
+            lines.append(("  repeated", *self.total("repeated")))
+        out = [f"{'':<32}{'documents':>12}{'MB':>10}"]
+        out += [f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines]
+        return "\n".join(out + (self._by_source() if len(self.rows) > 1 else []) + self.notes)
+
+    def _by_source(self) -> list[str]:
+        tokens, weight = max(1, sum(r["tokens"] for r in self.rows.values())), sum(self.weights)
+        width = max(30, max(len(f"{r['source']}, {r['language']}") for r in self.rows.values()) + 2)
+        head = ("read", "MB", "kept", "MB", "tokens", "share")
+        out = [
+            "",
+            f"{'by source and language':<{width}}" + "".join(f"{h:>{w}}" for h, w in zip(head, (9, 9, 9, 9, 14, 8))),
+        ]
+        for source, label in enumerate(self.labels):
+            rows = sorted((r for (i, _), r in self.rows.items() if i == source), key=lambda r: -r["tokens"])
+            for r in rows:
+                out.append(
+                    f"{label + ', ' + r['language']:<{width}}{r['read'][0]:>9,}{r['read'][1] / 1e6:>9.2f}{r['kept'][0]:>9,}"
+                    f"{r['kept'][1] / 1e6:>9.2f}{r['tokens']:>14,}{r['tokens'] / tokens:>8.1%}"
+                )
+            if len(self.labels) > 1:
+                share = sum(r["tokens"] for r in rows) / tokens
+                out.append(f"  {label}: {share:.1%} of the tokens, {self.weights[source] / weight:.1%} wanted")
+        return out
+
+    def write(self, folder: Path) -> None:
+        """Write `ledger.json`."""
+        # the version matters: what compile() accepts changes with it
+        content = {"python": platform.python_version(), "notes": self.notes, "rows": list(self.rows.values())}
+        write_json(folder / "ledger.json", content)
+
+
+def _count(counter: list[int], size: int) -> None:
+    counter[0] += 1
+    counter[1] += size
+
+
+class DocumentLog:
+    """Writes `documents.jsonl.gz` while a build goes on; the same documents give the same bytes."""
+
+    def __init__(self, folder: Path):
+        self._raw = open(folder / DOCUMENTS, "wb")
+        # no name and no time in the header
+        packed = gzip.GzipFile(filename="", mode="wb", compresslevel=5, fileobj=self._raw, mtime=0)
+        self._lines: IO[str] = io.TextIOWrapper(packed, encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._packed = packed
+
+    def write(self, **line: Any) -> None:
+        """Append the line of the next document."""
+        self._lines.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._lines.close()
+        self._packed.close()
+        self._raw.close()
+
+
+def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a folder's document log; raises DataError if it is missing or damaged."""
+    path = folder / DOCUMENTS
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            for line in f:
+                yield json.loads(line)
+    except (OSError, EOFError, ValueError) as e:
+        raise DataError(f"{path} must be a whole log of documents, but is not ({e}); {way_out(folder)}") from None
+
+
+def explain(folder: Path, names: set[str]) -> list[str]:
+    """Return one paragraph for each document whose key is among `names`, or ends with one of them after / or a colon."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(read_documents(folder)):
+        key = line["key"]
+        if any(key == name or key.endswith(("/" + name, ":" + name)) for name in names):
+            found.append((number, line))
+    wanted = {line["of"] for _, line in found if "of" in line}
+    originals = {n: x["key"] for n, x in enumerate(read_documents(folder)) if n in wanted} if wanted else {}
+    out = [_paragraph(line, originals) for _, line in found[:MATCHES]]
+    return out + ([f"... and {len(found) - MATCHES} more; name more of the path"] if len(found) > MATCHES else [])
+
+
+def _paragraph(line: dict[str, Any], originals: dict[int, str]) -> str:
+    text = f"{line['key']} ({line['source']}, {line['language']}, {line['bytes']:,} bytes): "
+    if "dropped" in line:
+        text += f"dropped by the rule {line['dropped']!r}: {line['value']}"
+    else:
+        text += (
+            f"kept, in the {line['split']} split, tokens {line['start']:,} to {line['start'] + line['tokens'] - 1:,}"
+        )
+    if line.get("changes"):
+        text += "; " + ", ".join(f"{name} ({cut:,} bytes)" if cut else name for name, cut in line["changes"])
+    if "of" in line:
+        text += f" {originals[line['of']]}"
+    return text
+
+
+def locate(folder: Path, split: str, position: int) -> dict[str, Any]:
+    """Return the line of the document that holds the token at `position` of a split; raises DataError if there is none."""
+    end = 0
+    for line in read_documents(folder):
+        if line.get("split") == split:
+            end = line["start"] + line["tokens"]
+            if line["start"] <= position < end:
+                return line
+    raise DataError(
+        f"a position in the {split} split must be 0 to {end - 1:,}, but is {position:,}; name another with --locate {split}:N"
+    )
