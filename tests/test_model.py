@@ -380,6 +380,16 @@ def test_documents_stay_apart_in_rows_longer_than_the_kernels_tiles():
             assert torch.allclose(together[0, start:stop], model(idx[:, start:stop])[0], atol=1e-5)
 
 
+def test_rotary_angles_restart_with_each_document():
+    cfg = MASKED["rope-4"]  # on distances within a document alone, a restart shows in the rounding only
+    model = GPT(cfg)
+    idx, segments = packed(cfg)
+    for table, full in zip(model.embed(idx, document_positions(idx, EOS))[1], (model.rope_cos, model.rope_sin)):
+        assert table.shape == (2, 1, cfg.block_size, cfg.head_dim)
+        for row, start, stop in segments:
+            assert torch.equal(table[row, 0, start:stop], full[: stop - start])
+
+
 @pytest.mark.parametrize("name", MASKED)
 def test_attention_weights_are_exactly_zero_across_documents(name):
     cfg = MASKED[name]
