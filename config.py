@@ -98,6 +98,8 @@ class ModelConfig:
     """The head shares the token embedding's matrix."""
     dropout: float = 0.0
     """Dropout on embeddings, attention weights and both sub-layers' outputs, in training."""
+    document_mask: bool = False
+    """In training and evaluation, a token attends only to its own document in a packed block, and positions restart with it."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation of matrices."""
     embd_init_std: float | None = None
@@ -158,7 +160,7 @@ class ModelConfig:
         if self.backbone == "transformers":
             gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
                     "head_bias": False, "attn_out_proj": True, "qk_norm": False, "tie_embeddings": True,
-                    "residual_init": "scaled"}
+                    "residual_init": "scaled", "document_mask": False}
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
                         getattr(self, field), "set it so, or --model.backbone kindling")

@@ -42,6 +42,7 @@ def dry_run(
         Noise(),
         lambda _: {},
         runtime,
+        eos_id=0,  # any token: a mask across documents costs the same wherever they end
     )
     model.train()
     compiled = wants_compile(cfg, model, runtime) and trainer.compile()

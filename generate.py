@@ -85,7 +85,11 @@ def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.
 
 
 def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
-    """Return the new token ids after the prompt `ids` (at least one), without the end-of-text token that ended them."""
+    """Return the new token ids after the prompt `ids` (at least one), without the end-of-text token that ended them.
+
+    The prompt is one document, also for a model trained with `document_mask`: an end-of-text token at its beginning is
+    position 0, as in training; one further on, which no text encodes to, would not hide what precedes it.
+    """
     import torch
 
     device = next(model.parameters()).device

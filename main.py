@@ -160,7 +160,8 @@ def take_up(cfg: Config, run: RunDirectory, fresh: bool) -> Trainer:
     tokenizer_sha256 = run.tokenizer().sha256
     for split in (dataset, heldout):
         split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
-    trainer = Trainer(cfg, run, model, blocks, lambda m: validate(m, heldout, runtime), runtime)
+    eos_id = dataset.manifest["eos_id"]
+    trainer = Trainer(cfg, run, model, blocks, lambda m: validate(m, heldout, runtime), runtime, eos_id)
     if folder is not None and state is not None:
         trainer.resume(folder, state)
     print(

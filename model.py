@@ -5,6 +5,7 @@
 
 The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
 with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`.
+Given `positions` that restart with each document of a packed block (`document_positions`), no token sees another document.
 Limit: no key / value cache; generation runs the whole context for each token.
 """
 
@@ -37,8 +38,28 @@ def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor,
     return angle.cos(), angle.sin()
 
 
+def document_positions(idx: Tensor, eos_id: int) -> Tensor:
+    """Return each token's position in its own document, (B, T) int64, of packed rows idx (B, T) int64.
+
+    An end-of-text token is position 0 of the document after it: generation from nothing starts with that token, so in
+    training too the document's first token is predicted from it alone. So is the first token of a row, whatever it is.
+    """
+    place = torch.arange(idx.size(1), device=idx.device)  # (T,)
+    return place - torch.where(idx == eos_id, place, 0).cummax(dim=1).values  # (B, T)
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Return which key each query may see, (B, 1, T, T) bool: itself and what precedes it in its document.
+
+    positions (B, T) int64 as of `document_positions`: a document begins wherever they are 0.
+    """
+    document = (positions == 0).cumsum(dim=1)  # (B, T)
+    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
+    return same.tril()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D)."""
+    """Rotate each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D) or (B, 1, T, D)."""
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x.float() * cos + turned * sin).to(x.dtype)
@@ -60,7 +81,7 @@ class Norm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head or grouped-query attention in which no position sees a later one."""
+    """Multi-head or grouped-query attention in which no position sees a later one, nor what `mask` (B, 1, T, T) hides."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -82,26 +103,36 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         return q, k, v
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.heads(x, rope)
+        grouped = self.n_head != self.n_kv_head
+        if mask is not None and grouped:
+            # CUDA's memory-efficient kernel, which takes a mask, wants as many key as query heads; with fewer, torch may
+            # fall back to forming all the weights
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, n_head, T, D)
+            grouped = False
+        # A mask is one path that every device runs, compiled or not. FlexAttention (fused only where compiled) and
+        # variable-length kernels (CUDA only) would skip the hidden part, each at the price of a second path.
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,  # the mask is causal itself
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_head != self.n_kv_head,
+            enable_gqa=grouped,
         )  # (B, n_head, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         return y if self.proj is None else self.proj(y)
 
-    def weights(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def weights(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the attention weights (B, n_head, T, T) that `forward` uses without ever forming them."""
         q, k, _ = self.heads(x, rope)
         k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, n_head, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, n_head, T, T)
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        return scores.masked_fill(later, -math.inf).softmax(-1)
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()  # (T, T)
+        return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
 class MLP(nn.Module):
@@ -138,8 +169,8 @@ class Block(nn.Module):
         self.norm_2, self.mlp = Norm(cfg), MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm_1(x), rope))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask))
         x = x + self.dropout(self.mlp(self.norm_2(x)))
         return x
 
@@ -150,26 +181,30 @@ class LanguageModel(nn.Module):
     cfg: ModelConfig
     head: nn.Linear
 
-    def hidden(self, idx: Tensor) -> Tensor:
+    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the features (B, T, C) that the head turns into logits."""
         raise NotImplementedError
 
-    def attention_weights(self, idx: Tensor) -> Tensor:
+    def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return every head's attention weights (n_layer, B, n_head, T, T) for idx (B, T)."""
         raise NotImplementedError
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (B, T, vocab_size), or with targets the summed loss and the number of supervised tokens,
         both tensors.
 
-        idx (B, T) int64 with T at most block_size; targets (B, T) int64, -100 where nothing is supervised. The loss
-        is a sum in nats, so that every average of the project is a total over a total. Raises ValueError if T is too long.
+        idx (B, T) int64 with T at most block_size; targets (B, T) int64, -100 where nothing is supervised; positions
+        (B, T) int64 as of `document_positions`, by which no token sees another document, or None: each row is one
+        document. The loss is a sum in nats, so that every average of the project is a total over a total.
+        Raises ValueError if T is too long.
         """
         if idx.size(1) > self.cfg.block_size:
             raise ValueError(
                 f"a sequence must be at most block_size={self.cfg.block_size} tokens, but has {idx.size(1)}; crop it"
             )
-        x = self.hidden(idx)  # (B, T, C)
+        x = self.hidden(idx, positions)  # (B, T, C)
         if targets is None:
             return self.head(x)  # (B, T, vocab_size)
         loss = linear_cross_entropy(
@@ -241,32 +276,40 @@ class GPT(LanguageModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def embed(self, idx: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the first block's input (B, T, C), and the rotary tables cut to T where positions are rotary."""
+    def embed(self, idx: Tensor, positions: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the first block's input (B, T, C) and, where positions are rotary, cos and sin of each place:
+        (T, D), or with positions (B, T) each row's own, (B, 1, T, D).
+        """
         T = idx.size(1)
         x = self.wte(idx)  # (B, T, C)
         if self.cfg.position == "learned":
-            x = x + self.wpe.weight[:T]
+            x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         elif self.cfg.position == "sinusoidal":
-            x = x + self.positions[:T]
-        rope = (self.rope_cos[:T], self.rope_sin[:T]) if self.cfg.position == "rope" else None
+            x = x + (self.positions[:T] if positions is None else self.positions[positions])
+        rope = None
+        if self.cfg.position == "rope" and positions is None:
+            rope = self.rope_cos[:T], self.rope_sin[:T]  # (T, D)
+        elif self.cfg.position == "rope":
+            rope = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
         return self.dropout(x), rope
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        x, rope = self.embed(idx)  # (B, T, C)
+    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        x, rope = self.embed(idx, positions)  # (B, T, C)
+        mask = None if positions is None else document_mask(positions)  # (B, 1, T, T), once for all blocks
         for block in self.blocks:
-            x = block(x, rope)
+            x = block(x, rope, mask)
         return x if self.norm_f is None else self.norm_f(x)
 
     @torch.no_grad()
-    def attention_weights(self, idx: Tensor) -> Tensor:
+    def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         was_training = self.training
         self.eval()  # without dropout
-        x, rope = self.embed(idx)
+        x, rope = self.embed(idx, positions)
+        mask = None if positions is None else document_mask(positions)  # (B, 1, T, T)
         layers = []
         for block in self.blocks:
-            layers.append(block.attn.weights(block.norm_1(x), rope))
-            x = block(x, rope)
+            layers.append(block.attn.weights(block.norm_1(x), rope, mask))
+            x = block(x, rope, mask)
         self.train(was_training)
         return torch.stack(layers)  # (n_layer, B, n_head, T, T)
 
@@ -275,7 +318,10 @@ class GPT(LanguageModel):
 
 
 class TransformersGPT2(LanguageModel):
-    """The same contract over transformers' `GPT2LMHeadModel`, as seed 000 runs its 225M model."""
+    """The same contract over transformers' `GPT2LMHeadModel`, as seed 000 runs its 225M model.
+
+    Limit: no mask across documents, which the config refuses and `positions` with a ValueError.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -308,11 +354,20 @@ class TransformersGPT2(LanguageModel):
     def head(self) -> nn.Linear:
         return self.gpt2.lm_head
 
-    def hidden(self, idx: Tensor) -> Tensor:
+    @staticmethod
+    def _refuse(positions: Tensor | None) -> None:
+        if positions is not None:
+            raise ValueError(
+                "positions must be None on transformers' GPT-2, but are given; use --model.backbone kindling"
+            )
+
+    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        self._refuse(positions)
         return self.gpt2.transformer(idx).last_hidden_state
 
     @torch.no_grad()
-    def attention_weights(self, idx: Tensor) -> Tensor:
+    def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        self._refuse(positions)
         was_training = self.training
         self.eval()  # without dropout
         self.gpt2.set_attn_implementation("eager")  # the fused kernel never forms the weights

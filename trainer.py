@@ -29,7 +29,7 @@ from checkpoint import CheckpointError, RunDirectory, load_weights, state_digest
 from config import IGNORE, Config, KindlingError, TrainConfig
 from device import Runtime
 from metrics import MetricsLog
-from model import LanguageModel
+from model import LanguageModel, document_positions
 from shards import TokenDataset, blocks_in_order, rows_of_rank
 
 COMPILE_FLOPS = 2e13  # about a minute of a small CPU: a shorter run ends before compiling has paid
@@ -94,17 +94,33 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows)).to(runtime.device)
 
 
+def summed_loss(
+    model: LanguageModel, idx: np.ndarray, targets: np.ndarray, runtime: Runtime, eos_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of packed rows idx and targets (B, T), and the number of supervised tokens.
+
+    All of training and validation comes here, so that both mask across documents where `model.document_mask` says so;
+    only then is `eos_id`, the end-of-text token that separates them, needed.
+    """
+    positions = None
+    if model.cfg.document_mask:
+        assert eos_id is not None, "with model.document_mask, whoever feeds the model passes the manifest's eos_id"
+        # on the CPU, where the rows are: not every device has a cummax
+        positions = document_positions(torch.from_numpy(idx), eos_id).to(runtime.device)  # (B, T)
+    with runtime.autocast():
+        return model(to_device(idx, runtime), to_device(targets, runtime), positions)
+
+
 @torch.no_grad()
 def mean_loss(
-    model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], runtime: Runtime
+    model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], runtime: Runtime, eos_id: int | None = None
 ) -> tuple[float, int]:
-    """Return the mean loss in nats over all supervised tokens of `batches`, and their number."""
+    """Return the mean loss in nats over all supervised tokens of `batches`, and their number; `eos_id` as in `summed_loss`."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     for idx, targets in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
-        with runtime.autocast():
-            loss, n = model(to_device(idx, runtime), to_device(targets, runtime))
+        loss, n = summed_loss(model, idx, targets, runtime, eos_id)
         total, count = total + float(loss), count + int(n)
     model.train(was_training)
     return total / max(1, count), count
@@ -116,7 +132,8 @@ def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> d
     Bits per byte counts every predicted token, end-of-text too, over the UTF-8 bytes of the documents, and so
     compares across tokenizers.
     """
-    loss, count = mean_loss(model, blocks_in_order(dataset, model.cfg.block_size, VALIDATION_ROWS), runtime)
+    batches = blocks_in_order(dataset, model.cfg.block_size, VALIDATION_ROWS)
+    loss, count = mean_loss(model, batches, runtime, dataset.manifest["eos_id"])
     bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
 
@@ -174,8 +191,10 @@ class Trainer:
         batches: Batches,
         evaluate: Callable[[LanguageModel], dict[str, float]],
         runtime: Runtime,
+        eos_id: int | None = None,
     ):
-        self.cfg, self.train, self.run, self.runtime = cfg, cfg.train, run, runtime
+        """`eos_id` separates the documents of the batches; needed with model.document_mask only."""
+        self.cfg, self.train, self.run, self.runtime, self.eos_id = cfg, cfg.train, run, runtime, eos_id
         self.model, self.batches, self.evaluate = model, batches, evaluate
         self.optimizers = make_optimizers(model, cfg.train)
         self.scaler = runtime.grad_scaler()
@@ -251,8 +270,7 @@ class Trainer:
         total = torch.zeros((), device=self.runtime.device)
         for start in range(0, len(rows), self.train.micro_batch):
             micro = slice(start, start + self.train.micro_batch)
-            with self.runtime.autocast():
-                loss, _ = self.model(to_device(idx[micro], self.runtime), to_device(targets[micro], self.runtime))
+            loss, _ = summed_loss(self.model, idx[micro], targets[micro], self.runtime, self.eos_id)
             loss = loss / max(1, n_targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()

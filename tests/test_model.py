@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,7 +8,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import IGNORE, ConfigError, ModelConfig, preset
-from model import GPT, Norm, TransformersGPT2, build_model, rotary_tables, sinusoidal_positions
+from device import has_compiler
+from model import (
+    GPT,
+    Norm,
+    TransformersGPT2,
+    build_model,
+    document_mask,
+    document_positions,
+    rotary_tables,
+    sinusoidal_positions,
+)
 
 SMALL = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 SEEDS = {  # the five systems' architectures at toy size, and the demo's
@@ -265,6 +276,214 @@ def test_the_transformers_backbone_keeps_the_contract():
         assert torch.allclose(ours(idx, targets)[0], theirs(idx, targets)[0], rtol=1e-5)
     assert torch.allclose(ours.attention_weights(idx), theirs.attention_weights(idx), atol=1e-5)
     assert torch.allclose(ours(idx), theirs(idx), atol=1e-4)  # and the fused kernel is back
+
+
+# -- masking across the documents of a packed block -------------------------------------------------------------------
+
+EOS = 7
+ENDS = ((0, 9, 10, 25), (4, 31))  # where end-of-text tokens lie in the two rows of `packed`
+MASKED = {  # a name per way of giving positions, and per number of key / value heads
+    f"{position}-{n_kv_head or 4}": replace(SEEDS[name], position=position, n_kv_head=n_kv_head)
+    for name, position in (("code-50m", "learned"), ("fineweb-nano", "sinusoidal"), ("smallcoder-1", "rope"))
+    for n_kv_head in (None, 2, 1)
+}
+
+
+def packed(cfg, ends=ENDS):
+    """Rows of random tokens with EOS at `ends` only, and the (row, start, stop) of each segment that it opens."""
+    idx = tokens(cfg, len(ends))
+    idx[idx == EOS] = EOS + 1
+    segments = []
+    for row, places in enumerate(ends):
+        idx[row, list(places)] = EOS
+        cuts = sorted({0, *places, idx.size(1)})
+        segments += [(row, a, b) for a, b in itertools.pairwise(cuts)]
+    return idx, segments
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(0, 3))
+def test_positions_restart_at_each_end_of_text_as_a_plain_loop_counts_them(rows, eos_id):
+    expected = []
+    for row in rows:
+        at = -1
+        expected.append([at := 0 if token == eos_id else at + 1 for token in row])
+    found = document_positions(torch.tensor(rows), eos_id)
+    assert found.dtype == torch.int64 and found.tolist() == expected
+
+
+def test_the_mask_shows_each_query_itself_and_what_precedes_it_in_its_document():
+    mask = document_mask(torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    assert mask.dtype == torch.bool and mask.shape == (1, 1, 6, 6)
+    documents = [0, 0, 0, 1, 2, 2]
+    assert mask[0, 0].tolist() == [[documents[q] == documents[k] and k <= q for k in range(6)] for q in range(6)]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_packed_block_gives_the_logits_of_each_document_alone(name):
+    cfg = MASKED[name]
+    model = randomise(GPT(cfg)).eval()
+    idx, segments = packed(cfg)
+    with torch.no_grad():
+        together = model(idx, None, document_positions(idx, EOS))
+        for row, start, stop in segments:
+            assert torch.allclose(together[row, start:stop], model(idx[row : row + 1, start:stop])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["learned-4", "rope-2"])
+def test_a_packed_block_gives_the_logits_of_transformers_on_each_document(name):
+    cfg = MASKED[name]
+    model = randomise(GPT(cfg)).eval()
+    theirs = (as_gpt2 if cfg.position == "learned" else as_llama)(model)
+    idx, segments = packed(cfg)
+    with torch.no_grad():
+        together = model(idx, None, document_positions(idx, EOS))
+        for row, start, stop in segments:
+            alone = theirs(idx[row : row + 1, start:stop]).logits[0]
+            assert (together[row, start:stop] - alone).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_tokens_of_other_documents_change_nothing_with_the_mask_and_something_without(name):
+    cfg = MASKED[name]
+    model = randomise(GPT(cfg)).eval()
+    idx, _ = packed(cfg)
+    changed = idx.clone()
+    outside = torch.ones(cfg.block_size, dtype=torch.bool)
+    outside[10:25] = False  # the longest document of the first row
+    outside &= idx[0] != EOS
+    changed[0, outside] = (idx[0, outside] + 1) % 90 + EOS + 1  # still no EOS
+    with torch.no_grad():
+        masked = [model(i, None, document_positions(i, EOS))[0, 10:25] for i in (idx, changed)]
+        plain = [model(i)[0, 10:25] for i in (idx, changed)]
+    assert torch.equal(*masked)
+    assert (plain[0] - plain[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_no_gradient_reaches_the_tokens_of_other_documents(name):
+    cfg = replace(MASKED[name], tie_embeddings=False)
+    model = randomise(GPT(cfg))
+    idx = torch.arange(cfg.block_size)[None] + EOS + 1  # each token once, so that its row of the embedding is its own
+    idx[0, [10, 25]] = EOS
+    model(idx, None, document_positions(idx, EOS))[0, 11:25].square().sum().backward()
+    reached = model.wte.weight.grad.abs().sum(1) > 0
+    assert set(reached.nonzero().flatten().tolist()) == {EOS, *idx[0, 11:25].tolist()}
+
+
+def test_documents_stay_apart_in_rows_longer_than_the_kernels_tiles():
+    cfg = replace(SEEDS["smallcoder-1"], block_size=1100, n_layer=1)  # the CPU's kernel takes 512 keys at a time
+    model = randomise(GPT(cfg)).eval()
+    idx, segments = packed(cfg, ends=((5, 1050),))
+    with torch.no_grad():
+        together = model(idx, None, document_positions(idx, EOS))
+        for _, start, stop in segments:
+            assert torch.allclose(together[0, start:stop], model(idx[:, start:stop])[0], atol=1e-5)
+
+
+def test_rotary_angles_restart_with_each_document():
+    cfg = MASKED["rope-4"]  # on distances within a document alone, a restart shows in the rounding only
+    model = GPT(cfg)
+    idx, segments = packed(cfg)
+    for table, full in zip(model.embed(idx, document_positions(idx, EOS))[1], (model.rope_cos, model.rope_sin)):
+        assert table.shape == (2, 1, cfg.block_size, cfg.head_dim)
+        for row, start, stop in segments:
+            assert torch.equal(table[row, 0, start:stop], full[: stop - start])
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_attention_weights_are_exactly_zero_across_documents(name):
+    cfg = MASKED[name]
+    model = randomise(GPT(cfg)).eval()
+    idx, segments = packed(cfg)
+    weights = model.attention_weights(idx, document_positions(idx, EOS))
+    assert weights.shape == (cfg.n_layer, 2, 4, cfg.block_size, cfg.block_size)
+    assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+    for row, start, stop in segments:
+        inside = weights[:, row, :, start:stop]
+        assert (inside[..., :start] == 0).all() and (inside[..., stop:] == 0).all()
+        assert torch.allclose(
+            inside[..., start:stop], model.attention_weights(idx[row : row + 1, start:stop])[:, 0], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["learned-4", "rope-2"])
+def test_without_positions_attention_is_plainly_causal_and_without_a_mask(name, monkeypatch):
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr("model.F.scaled_dot_product_attention", lambda *a, **k: (seen.append((a, k)), real(*a, **k))[1])
+    cfg = MASKED[name]
+    GPT(cfg)(tokens(cfg))
+    assert len(seen) == cfg.n_layer
+    for (_, k, _), kwargs in seen:
+        assert kwargs["is_causal"] and kwargs["attn_mask"] is None and k.size(1) == cfg.kv_heads
+
+
+@pytest.mark.parametrize("name", ["learned-4", "sinusoidal-4", "rope-4", "rope-2"])
+def test_a_row_of_one_document_is_as_without_positions(name):
+    cfg = MASKED[name]
+    model = randomise(GPT(cfg)).eval()
+    idx, _ = packed(cfg, ends=((), ()))
+    with torch.no_grad():
+        assert torch.allclose(model(idx, None, document_positions(idx, EOS)), model(idx), atol=1e-5)
+
+
+def test_dropout_reaches_masked_attention_in_training_only():
+    cfg = replace(MASKED["rope-2"], dropout=0.5)
+    model = randomise(GPT(cfg))
+    idx, _ = packed(cfg)
+    attn, x, mask = model.blocks[0].attn, torch.randn(2, 32, cfg.n_embd), document_mask(document_positions(idx, EOS))
+    assert not torch.equal(attn(x, None, mask), attn(x, None, mask))
+    model.eval()
+    assert torch.equal(attn(x, None, mask), attn(x, None, mask))
+
+
+@pytest.mark.parametrize("name", ["learned-4", "rope-2"])
+def test_compiled_blocks_agree_with_eager_ones_and_compile_once_for_all_steps(name):
+    if not has_compiler("cpu"):
+        pytest.skip("needs a C++ compiler")
+    from torch._dynamo.utils import counters
+
+    cfg = MASKED[name]
+    model = randomise(GPT(cfg))
+    batches = [packed(cfg, ends)[0] for ends in (ENDS, ((3, 30), (11,)), ((), (0, 1, 2)))]
+
+    def run(idx):
+        model.zero_grad()
+        loss, _ = model(idx, idx.roll(-1, 1), document_positions(idx, EOS))
+        loss.backward()
+        return loss.detach(), model.blocks[0].attn.qkv.weight.grad.clone()
+
+    eager = [run(idx) for idx in batches]
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_parts()
+    compiled, graphs = [], []
+    for idx in batches:
+        compiled.append(run(idx))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2, 2, 2]  # the block, which all layers share, and the loss kernel
+    for (loss, grad), (expected_loss, expected_grad) in zip(compiled, eager):
+        assert torch.allclose(loss, expected_loss, rtol=1e-5)
+        assert (grad - expected_grad).abs().max() <= 1e-4 * expected_grad.abs().max()
+
+
+def test_documents_stay_apart_in_bf16():
+    cfg = MASKED["rope-2"]
+    model = randomise(GPT(cfg)).eval()
+    idx, _ = packed(cfg)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        together = model(idx, None, document_positions(idx, EOS))
+        changed = torch.where(idx == EOS, EOS, 50)
+        changed[0, 10:25] = idx[0, 10:25]
+        assert torch.equal(together[0, 10:25], model(changed, None, document_positions(changed, EOS))[0, 10:25])
+
+
+def test_the_transformers_backbone_refuses_the_mask():
+    with pytest.raises(ConfigError, match=r"model\.document_mask must be False on transformers' GPT-2, but is True"):
+        replace(SEEDS["code-50m"], backbone="transformers", document_mask=True)
+    model = build_model(replace(SEEDS["code-50m"], backbone="transformers"))
+    with pytest.raises(ValueError, match="positions must be None"):
+        model(tokens(model.cfg), None, torch.zeros(2, 32, dtype=torch.long))
 
 
 def test_code_225m_has_the_same_count_on_both_backbones():

@@ -189,6 +189,25 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, corpus):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_with_the_document_mask_is_evaluated_with_it_and_not_resumed_without(work, corpus):
+    flags = [*tiny_flags(corpus), "--name", "masked", "--model.document-mask"]
+    result = script("main.py", *flags, "True", cwd=work)
+    assert result.returncode == 0, result.stderr
+    result = script("evaluate.py", "runs/masked", cwd=work)
+    assert result.returncode == 0, result.stderr
+    figures = []
+    for name in ("masked", "base"):
+        lines = (work / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        figures.append(json.loads(lines[-1])["val_loss"])
+    written = json.loads((work / "runs/masked/eval.json").read_text(encoding="utf-8"))
+    assert written["loss"] == pytest.approx(figures[0], rel=1e-6)
+    assert figures[0] != figures[1]
+    result = script("main.py", *flags, "False", cwd=work)
+    assert_one_clear_line(result, "model.document_mask True -> False", "--fresh")
+    result = script("main.py", *flags, "True", "--dry-run", cwd=work)
+    assert result.returncode == 0, result.stderr
+
+
 def test_weights_of_another_run_start_a_new_one(work, corpus):
     result = script(
         "main.py",

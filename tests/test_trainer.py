@@ -16,8 +16,8 @@ from checkpoint import RunDirectory, load_state
 from config import IGNORE, TrainConfig
 from metrics import read_metrics
 from model import build_model
-from shards import PackedBlocks
-from trainer import Trainer, TrainingError, learning_rate_scale, make_optimizers, mean_loss
+from shards import SPLITS, PackedBlocks, ShardWriter, TokenDataset, write_manifest
+from trainer import Trainer, TrainingError, learning_rate_scale, make_optimizers, mean_loss, validate
 
 
 class Numbers:
@@ -47,13 +47,16 @@ class StopAt:
         return self.batches.rows(first, count)
 
 
+EOS = 5  # end of text, of which only the document mask takes notice
+
+
 def make_trainer(path, cfg, batches=None, model_seed=0):
     device.seed_all(model_seed)
     model = build_model(cfg.model)
     runtime = device.resolve(cfg.train)
     path.mkdir(parents=True, exist_ok=True)
     batches = batches or PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
-    return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime)
+    return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime, EOS)
 
 
 # -- schedule and optimisers ------------------------------------------------------------------------------------------
@@ -299,6 +302,104 @@ def test_compiled_training_is_eager_training_and_resumes_exactly(corpus, tmp_pat
     trainer.resume(folder, state)
     assert trainer.fit() == 0
     assert trainer.digest() == whole.digest()
+
+
+# -- masking across documents -----------------------------------------------------------------------------------------
+
+
+def masked_config(corpus, **train):
+    cfg = tiny_config(corpus, **train)
+    return replace(cfg, model=replace(cfg.model, vocab_size=16, document_mask=True))
+
+
+class Documents(Numbers):
+    """Pseudo-random tokens in which every 16th is an end of text."""
+
+    def __init__(self):
+        super().__init__(vocab_size=16)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_path, precision):
+    cfg = masked_config(corpus, **{**RESUME, "max_steps": 8, "precision": precision})
+    blocks = PackedBlocks(Documents(), 32, cfg.train.seed)
+    whole = make_trainer(tmp_path / "whole", cfg, blocks)
+    assert whole.fit() == 0
+    first = make_trainer(tmp_path / "r", cfg, StopAt(blocks, 3 * cfg.train.batch_size))
+    assert first.fit() == 128 + signal.SIGTERM
+    second = make_trainer(tmp_path / "r", cfg, blocks, model_seed=99)
+    second.resume(second.run.newest(), load_state(second.run.newest()))
+    assert second.fit() == 0
+    assert second.digest() == whole.digest()
+    unmasked = replace(cfg, model=replace(cfg.model, document_mask=False))
+    plain = make_trainer(tmp_path / "plain", unmasked, blocks)
+    assert plain.fit() == 0
+    assert plain.digest() != whole.digest()
+
+
+def test_a_training_step_has_the_gradient_of_the_documents_one_by_one(corpus, tmp_path):
+    cfg = masked_config(corpus, batch_size=4, micro_batch_size=2)
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+    trainer = make_trainer(tmp_path / "r", cfg, PackedBlocks(Documents(), 32, 0))
+    loss, n = trainer.forward_backward()
+    found = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    total = torch.zeros(())
+    for idx, targets in zip(*trainer.batches.rows(0, 4)):
+        cuts = sorted({0, *np.flatnonzero(idx == EOS).tolist(), 32})
+        for start, stop in itertools.pairwise(cuts):
+            piece, aims = (torch.from_numpy(a[None, start:stop].copy()) for a in (idx, targets))
+            total = total + trainer.model(piece, aims)[0]
+    (total / n).backward()
+    assert n == 4 * 32 and float(loss) == pytest.approx(float(total.detach()) / n, rel=1e-5)
+    for grad, p in zip(found, trainer.model.parameters()):
+        assert torch.allclose(grad, p.grad, atol=1e-6)
+
+
+def test_validation_with_the_document_mask_is_the_loss_of_the_documents_one_by_one(corpus, tmp_path):
+    rng = np.random.default_rng(0)
+    writers = {split: ShardWriter(tmp_path, split, np.dtype("<u2")) for split in SPLITS}
+    for writer in writers.values():
+        for length in (3, 50, 1, 20, 44, 9):  # longer than a block, and empty
+            ids = rng.integers(EOS + 1, 16, length)
+            writer.add(np.append(ids, EOS).astype(np.uint32), n_bytes=length)
+        writer.flush()
+    write_manifest(
+        tmp_path,
+        fingerprint="x",
+        dtype="<u2",
+        tokenizer_sha256="f" * 64,
+        vocab_size=16,
+        eos_id=EOS,
+        splits={k: w.info for k, w in writers.items()},
+    )
+    dataset = TokenDataset(tmp_path, "val")
+    trainer = make_trainer(tmp_path / "r", masked_config(corpus))
+    model = trainer.model.eval()
+    tokens = torch.from_numpy(dataset.read(0, len(dataset)))
+    starts = {0, *range(0, len(tokens), 32), *(tokens == EOS).nonzero().flatten().tolist()}
+    cuts = sorted({*starts, len(tokens) - 1})  # the last token is a target only
+    nll = 0.0
+    with torch.no_grad():
+        for start, stop in itertools.pairwise(cuts):
+            nll += float(model(tokens[None, start:stop], tokens[None, start + 1 : stop + 1])[0])
+    found = validate(model, dataset, trainer.runtime)["val_loss"]
+    assert found == pytest.approx(nll / (len(tokens) - 1), rel=1e-5)
+    model.cfg = replace(model.cfg, document_mask=False)
+    assert validate(model, dataset, trainer.runtime)["val_loss"] != pytest.approx(found, rel=1e-5)
+
+
+def test_compiled_training_with_the_document_mask_is_eager_training(corpus, tmp_path):
+    if not device.has_compiler("cpu"):
+        pytest.skip("needs a C++ compiler")
+    cfg = masked_config(corpus, max_steps=4, compile="on")
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+    blocks = PackedBlocks(Documents(), 32, 0)
+    eager = make_trainer(tmp_path / "eager", replace(cfg, train=replace(cfg.train, compile="off")), blocks)
+    compiled = make_trainer(tmp_path / "compiled", cfg, blocks)
+    assert eager.fit() == compiled.fit() == 0 and compiled.compiled
+    for a, b in zip(eager.model.parameters(), compiled.model.parameters()):
+        assert torch.allclose(a, b, atol=2e-3)
 
 
 def test_the_transformers_backbone_trains_and_resumes_by_the_same_loop(corpus, tmp_path):
