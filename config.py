@@ -299,7 +299,7 @@ class DataConfig:
     dedup: bool = True
     """Drop documents whose content was seen before (sha256)."""
     near_dedup: float | None = 0.6
-    """Drop documents whose sets of word triples have at least this Jaccard similarity, estimated by MinHash, to one kept
+    """Drop documents whose sets of word pairs have at least this Jaccard similarity, estimated by MinHash, to one kept
     before; so none straddles the splits. Holds half a kB of memory for each document kept. None: keep them."""
     decontaminate: tuple[str, ...] = ("humaneval", "mbpp")
     """Drop documents that share 13 words in a row with these: benchmarks in problems/, or any text or JSONL file."""

@@ -8,7 +8,7 @@ layout and punctuation do not count. Signatures are made by worker processes; th
         index.add(mark)
 
 Limits: similarity is estimated (standard error 0.04 at 128 slots), and a pair right at the threshold can go either
-way; texts of fewer than 3 words are never near-duplicates.
+way; texts of fewer than two words are never near-duplicates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from config import DataConfig, KindlingError
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
-SHINGLE = 3  # words
+SHINGLE = 2  # words: pairs survive changed names and comments better than triples, and unrelated files stay apart
 NGRAM = 13  # words in a row that give a benchmark away (Brown et al. 2020, appendix C)
 NGRAM_LETTERS = 7  # of them with two letters at least, or loops over ranges and tables of digits would count
 PROBLEMS = Path(__file__).resolve().parent / "problems"
@@ -68,8 +68,8 @@ def window_hashes(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def signature(words: np.ndarray) -> bytes:
-    """Return the MinHash signature of a document's word triples, one byte a slot (b-bit minwise hashing, Li and König
-    2010), or nothing for fewer than three words. `words` are `word_hashes`."""
+    """Return the MinHash signature of a document's word pairs, one byte a slot (b-bit minwise hashing, Li and König
+    2010), or nothing for fewer than two words. `words` are `word_hashes`."""
     from rensa import RMinHash
 
     shingles = window_hashes(words, SHINGLE)

@@ -85,7 +85,7 @@ def test_the_ledger_adds_up_and_names_what_was_dropped(corpus):
     cfg = replace(cfg, data=replace(cfg.data, max_chars=400_000, max_header_lines=20, max_lines=50_000))
     folder = prepare(cfg)
     ledger = ledger_of(folder)
-    texts = {p.name: p.read_text(encoding="utf-8") for p in repo.rglob("*.py") if p.parent != repo}
+    texts = {p: p.read_text(encoding="utf-8") for p in repo.rglob("*.py") if p.parent != repo}
     bodies = {name: strip_header(text, "python", 20) for name, text in texts.items()}
     longer = [len(t.encode()) - len(bodies[n].encode()) for n, t in texts.items() if len(bodies[n]) < len(t)]
     files = list(repo.rglob("*.py"))

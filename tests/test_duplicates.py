@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import random
 import re
@@ -30,7 +31,7 @@ def mark(text: str) -> bytes:
 
 
 def jaccard(a: str, b: str) -> float:
-    sets = [set(zip(w, w[1:], w[2:])) for w in (re.findall(r"\w+", t.lower()) for t in (a, b))]
+    sets = [set(itertools.pairwise(w)) for w in (re.findall(r"\w+", t.lower()) for t in (a, b))]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -45,10 +46,10 @@ def test_a_window_hash_stands_for_its_words_in_their_order(words, length):
 def test_words_do_not_depend_on_layout_case_or_process():
     assert word_hashes("def  Foo(x):\n\treturn x").tolist() == word_hashes("DEF foo x return X").tolist()
     assert word_hashes("a").tolist() == [3405396810240292928]  # not the interpreter's own hash, which differs each time
-    assert mark("one two") == b""
+    assert mark("one") == b""
 
 
-def test_the_estimate_is_the_jaccard_similarity_of_word_triples(corpus):
+def test_the_estimate_is_the_jaccard_similarity_of_word_pairs(corpus):
     rng = random.Random(0)
     errors = []
     for path in sorted(corpus.rglob("*.py"))[:40]:
@@ -88,8 +89,8 @@ def test_the_index_finds_what_comparing_all_pairs_finds():
 
 def test_texts_too_short_for_a_signature_are_never_near_duplicates():
     index = NearDuplicates(0.5)
-    assert [index.add(mark("x = 1")), index.add(mark("x = 1"))] == [0, 1]
-    assert index.find(mark("x = 1")) is None
+    assert [index.add(mark("x =")), index.add(mark("x ="))] == [0, 1]
+    assert index.find(mark("x =")) is None
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------
