@@ -19,7 +19,7 @@ import numpy as np
 from config import IGNORE, KindlingError
 from files import sha256_file, write_json
 
-FORMAT = 2
+FORMAT = 1
 SHARD_TOKENS = 2**23  # what a writer holds in memory for each split
 SPLITS = ("train", "val", "test")
 
