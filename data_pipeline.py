@@ -31,7 +31,7 @@ from config import Config, DataConfig
 from files import write_json
 from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, write_manifest
 from sources import LocalFile, documents, local_files
-from tokenizer import Tokenizer, TokenizerError, load_pretrained, train_bpe
+from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 from workers import Examined, WorkerPool
 
 DATA = Path("data")
@@ -130,7 +130,7 @@ def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None]) -> Tokenize
     if cfg.tokenizer.kind == "pretrained":
         return load_pretrained(cfg.tokenizer)
     print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
-    return train_bpe(_tokenizer_sample(cfg, files), cfg.tokenizer, cfg.model.vocab_size)
+    return train(_tokenizer_sample(cfg, files), cfg.tokenizer, cfg.model.vocab_size)
 
 
 def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
@@ -152,7 +152,7 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
                 for p in sorted(Path(source.path or "").rglob("*"))
                 if p.is_file()
             ]
-    if cfg.tokenizer.kind == "bpe":
+    if cfg.tokenizer.kind != "pretrained":
         parts["vocab_size"] = cfg.model.vocab_size
     elif Path(cfg.tokenizer.path or "").expanduser().exists():
         parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256

@@ -26,7 +26,7 @@ from config import DataConfig, TokenizerConfig
 from filters import reason_to_drop
 from shards import DataError
 from sources import Document
-from tokenizer import Tokenizer, TokenizerError
+from tokenizer import Tokenizer, TokenizerError, from_json
 
 DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
 WORKER_MEMORY_BYTES = 2**30  # on top of what a worker starts with
@@ -60,9 +60,7 @@ def _start_worker(cfg: DataConfig, tokenizer_json: str | None, tokenizer_cfg: To
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = None
     if tokenizer_json is not None:
-        from tokenizers import Tokenizer as Backend
-
-        tokenizer = Tokenizer(Backend.from_str(tokenizer_json), tokenizer_cfg)
+        tokenizer = from_json(tokenizer_json, tokenizer_cfg)
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no resource, macOS no statm
         import resource
 

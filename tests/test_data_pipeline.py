@@ -229,11 +229,23 @@ def test_a_split_is_a_function_of_the_hash(digest):
 
 def test_the_tokenizer_is_trained_on_training_documents_only(corpus, monkeypatch):
     seen = []
-    train_bpe = data_pipeline.train_bpe
-    monkeypatch.setattr(data_pipeline, "train_bpe", lambda texts, *rest: train_bpe(seen.extend(texts) or seen, *rest))
+    train = data_pipeline.train
+    monkeypatch.setattr(data_pipeline, "train", lambda texts, *rest: train(seen.extend(texts) or seen, *rest))
     cfg = tiny_config(corpus)
     folder = prepare(cfg)
     assert sorted(seen) == sorted(texts_of(folder, "train", cfg.tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["handwritten", "sentencepiece"])
+def test_a_tokenizer_of_each_kind_reaches_the_workers(corpus, kind):
+    cfg = tiny_config(corpus)
+    cfg = replace(cfg, tokenizer=TokenizerConfig(kind=kind))
+    folder = prepare(cfg)
+    tokenizer = load_json(folder / "tokenizer.json", cfg.tokenizer)
+    assert TokenDataset(folder, "train").manifest["tokenizer_sha256"] == tokenizer.sha256
+    sources = {f.read_text(encoding="utf-8") for f in corpus.rglob("*.py")}
+    assert set(texts_of(folder, "val", cfg.tokenizer)) <= sources
+    assert prepare(replace(cfg, model=replace(cfg.model, vocab_size=500))) != folder
 
 
 def test_a_mixture_draws_its_tokens_by_weight():

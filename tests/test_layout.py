@@ -9,8 +9,10 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files"],
-    ["cli", "device", "tokenizer", "loss", "filters", "shards", "metrics"],
+    ["config", "files", "bpe"],
+    ["cli", "device", "loss", "filters", "shards", "metrics"],
+    ["comparison"],
+    ["tokenizer"],
     ["model", "sources"],
     ["workers", "checkpoint"],
     ["data_pipeline", "trainer", "generate"],
