@@ -175,8 +175,11 @@ class ModelConfig:
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
-    kind: Literal["bpe", "pretrained"] = "bpe"
-    """bpe: byte-level BPE trained on the run's own training split; pretrained: loaded from `path`."""
+    kind: Literal["bpe", "handwritten", "sentencepiece", "pretrained"] = "bpe"
+    """bpe: byte-level BPE trained on the run's own training split by `tokenizers`; handwritten: the same by bpe.py;
+    sentencepiece: trained likewise by SentencePiece, with bytes to fall back on; pretrained: loaded from `path`."""
+    sentencepiece_model: Literal["bpe", "unigram"] = "bpe"
+    """For sentencepiece: merges of frequent pairs, or a unigram language model."""
     path: str | None = None
     """For pretrained: a tokenizer.json, a folder that holds one, or a hub name such as bigcode/starcoder2-3b."""
     normalizer: Literal["none", "nfkc"] = "none"
@@ -188,9 +191,9 @@ class TokenizerConfig:
     pad_token: str | None = None
     """An id for padding, where set; never the end token."""
     unk_token: str | None = None
-    """Kept for vocabularies that list one; byte-level BPE never produces it."""
+    """Kept for vocabularies that list one (SentencePiece always does); none of our tokenizers ever produces it."""
     train_bytes: int = 10_000_000
-    """Bytes of source that a bpe tokenizer is trained on."""
+    """Bytes of source that a tokenizer is trained on."""
 
     @property
     def special_tokens(self) -> list[str]:
@@ -204,6 +207,9 @@ class TokenizerConfig:
                 "set --tokenizer.path to a tokenizer.json, a folder or a hub name")
         require(self.kind != "pretrained" or self.normalizer == "none", "tokenizer.normalizer",
                 "none for a pretrained tokenizer, which has its own", self.normalizer, "set --tokenizer.normalizer none")
+        require(self.kind in ("bpe", "pretrained") or self.normalizer == "none", "tokenizer.normalizer",
+                f"none for a {self.kind} tokenizer, which keeps text as it is", self.normalizer,
+                "set --tokenizer.normalizer none, or --tokenizer.kind bpe")
         require(all(self.special_tokens), "tokenizer special tokens", "non-empty", self.special_tokens, "name them, or use None")
         require(len(set(self.special_tokens)) == len(self.special_tokens), "tokenizer special tokens",
                 "different from each other", self.special_tokens, "padding must never be the end token")
@@ -447,6 +453,12 @@ class Config:
 # Presets: each a function that returns a whole Config
 
 STARCODER2 = TokenizerConfig(kind="pretrained", path="bigcode/starcoder2-3b")
+COMPARED = {  # what `python tokenizer.py compare` compares
+    "tokenizers' BPE": TokenizerConfig(),
+    "bpe.py": TokenizerConfig(kind="handwritten"),
+    "SentencePiece": TokenizerConfig(kind="sentencepiece"),
+    "StarCoder2": STARCODER2,
+}
 CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000, "min_alphanumeric": 0.25}
 
 
@@ -528,6 +540,7 @@ def fineweb_nano() -> Config:
         model=ModelConfig(block_size=1024, vocab_size=9_157, n_layer=12, n_head=8, n_embd=512, position="sinusoidal",
                           activation="relu", attn_out_proj=False, final_norm=False, tie_embeddings=False, head_bias=True,
                           embd_init_std=1.0),
+        tokenizer=TokenizerConfig(kind="handwritten"),
         data=DataConfig(sources=(web,), max_tokens=99_000_000),
         train=TrainConfig(max_steps=10_000, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=100, min_lr_ratio=0.0,
                           eval_every=500, save_every=500, sample_prompts=("The nature of",)),

@@ -37,7 +37,7 @@ from filters import Drop
 from ledger import DocumentLog, Ledger, explain, locate
 from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, read_manifest, write_manifest
 from sources import LocalFile, documents, local_files
-from tokenizer import Tokenizer, TokenizerError, load_pretrained, train_bpe
+from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 from workers import Examined, WorkerPool
 
 DATA = Path("data")
@@ -179,7 +179,7 @@ def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: Worke
     if cfg.tokenizer.kind == "pretrained":
         return load_pretrained(cfg.tokenizer)
     print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
-    return train_bpe(_tokenizer_sample(cfg, files, pool), cfg.tokenizer, cfg.model.vocab_size)
+    return train(_tokenizer_sample(cfg, files, pool), cfg.tokenizer, cfg.model.vocab_size)
 
 
 def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
@@ -202,7 +202,7 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
                 for p in sorted(Path(source.path or "").rglob("*"))
                 if p.is_file()
             ]
-    if cfg.tokenizer.kind == "bpe":
+    if cfg.tokenizer.kind != "pretrained":
         parts["vocab_size"] = cfg.model.vocab_size
     elif Path(cfg.tokenizer.path or "").expanduser().exists():
         parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256

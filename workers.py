@@ -208,6 +208,12 @@ class WorkerPool:
         self._executor = ProcessPoolExecutor(
             self._n_workers, multiprocessing.get_context("spawn"), _start_worker, self._arguments
         )
+        # Start all workers now: the executor would start one at a later submit, and one that starts while another dies
+        # is never ended, so that shutdown would wait for it for ever
+        self._started: list[Future[int]] = []
+        with _sigint_blocked(), contextlib.suppress(BrokenProcessPool):  # which the next to ask will be told
+            for _ in range(self._n_workers):
+                self._started.append(self._executor.submit(os.getpid))
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -269,9 +275,8 @@ class WorkerPool:
         self._generation += 1
         self._start()
         try:
-            with _sigint_blocked():
-                probe = self._executor.submit(os.getpid)
-            probe.result()
+            for started in self._started:
+                started.result()
         except BrokenProcessPool:
             raise DataError(
                 "worker processes must be able to start, but die at once; run a script from its file, not from standard input, "

@@ -210,8 +210,8 @@ def test_a_split_is_a_function_of_the_hash(digest):
 
 def test_the_tokenizer_is_trained_on_training_documents_only(corpus, monkeypatch):
     seen = []
-    train_bpe = data_pipeline.train_bpe
-    monkeypatch.setattr(data_pipeline, "train_bpe", lambda texts, *rest: train_bpe(seen.extend(texts) or seen, *rest))
+    train = data_pipeline.train
+    monkeypatch.setattr(data_pipeline, "train", lambda texts, *rest: train(seen.extend(texts) or seen, *rest))
     cfg = tiny_config(corpus)
     folder = prepare(cfg)
     assert sorted(seen) == sorted(texts_of(folder, "train", cfg.tokenizer))
@@ -260,6 +260,18 @@ def test_a_benchmarks_problem_in_a_file_keeps_it_out(corpus):
     assert ledger_of(folder)["dropped"]["benchmark"][0] == 1
     (line,) = [x for x in read_documents(folder) if x["key"] == "solution.py"]
     assert line["value"].startswith("HumanEval/0: 'from typing import list def has_close_elements")
+
+
+@pytest.mark.parametrize("kind", ["handwritten", "sentencepiece"])
+def test_a_tokenizer_of_each_kind_reaches_the_workers(corpus, kind):
+    cfg = tiny_config(corpus)
+    cfg = replace(cfg, tokenizer=TokenizerConfig(kind=kind))
+    folder = prepare(cfg)
+    tokenizer = load_json(folder / "tokenizer.json", cfg.tokenizer)
+    assert TokenDataset(folder, "train").manifest["tokenizer_sha256"] == tokenizer.sha256
+    sources = {f.read_text(encoding="utf-8") for f in corpus.rglob("*.py")}
+    assert set(texts_of(folder, "val", cfg.tokenizer)) <= sources
+    assert prepare(replace(cfg, model=replace(cfg.model, vocab_size=500))) != folder
 
 
 def mixture(when_dry: str, max_tokens: int | None = None, n_a: int = 400):

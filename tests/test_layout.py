@@ -9,8 +9,10 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files", "prompts"],
-    ["cli", "device", "tokenizer", "loss", "filters", "duplicates", "shards", "metrics"],
+    ["config", "files", "bpe", "prompts"],
+    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics"],
+    ["comparison"],
+    ["tokenizer"],
     ["model", "sources", "ledger"],
     ["workers", "checkpoint"],
     ["data_pipeline", "trainer", "generate"],

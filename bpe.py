@@ -1,0 +1,352 @@
+"""Byte-level BPE by hand: train, encode, decode, save, load.
+
+    bpe = ByteLevelBPE.train(texts, vocab_size=2048, special_tokens=["<|endoftext|>"])
+    bpe.decode(bpe.encode("def f(): return 'naïve'\\n")) == "def f(): return 'naïve'\\n"
+
+The vocabulary, the merges and the ids equal those of the `tokenizers` library, byte for byte, and `tokenizer.json` is
+its format; encoding is several times as fast, because a word is merged once and then looked up. Sources: Gage 1994
+(byte pair encoding); Sennrich et al. 2016, algorithm 1 (BPE on words); Radford et al. 2019 (bytes, and the split into
+words). Limit: text is text, so a special token that is spelt out in it is encoded as its characters.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import chain, count, pairwise
+from pathlib import Path
+from typing import Any
+
+import regex
+
+CACHED_WORDS = 2**18  # at about 200 bytes each, 50 MB
+CACHED_LENGTH = 64  # longer words seldom come twice, and a minified file is one word of megabytes
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER = [b for b in range(256) if b not in _PRINTABLE]
+SYMBOLS = [chr(b) if b in _PRINTABLE else chr(256 + _OTHER.index(b)) for b in range(256)]
+"""The printable character that stands for each byte in `tokenizer.json` (GPT-2's bytes_to_unicode)."""
+_BYTES = {symbol: b for b, symbol in enumerate(SYMBOLS)}
+
+# Letters and numerals newer than Unicode 16, which are neither to the `tokenizers` library; a test compares all of them.
+_NEWER_LETTERS = (
+    r"\u0558\u058b\u058c\u088f\u0c5c\u0cdc\u208f\u209d-\u209f\ua7ce\ua7cf\ua7d2\ua7d4\ua7dd\ua7e2\ua7f1\uab6c\uab6d"
+    r"\U000107bb-\U000107bf\U00010940-\U00010959\U00010ec5-\U00010ec7\U00010ed9-\U00010eee\U00011b0a"
+    r"\U00011db0-\U00011ddb\U00011df1\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2\U00016ff3"
+    r"\U000187f8-\U000187ff\U00018cd6-\U00018cda\U00018d09-\U00018d20\U00018d80-\U00018df2\U00018e00-\U00019191"
+    r"\U000191a0-\U000191d2\U0001b123-\U0001b128\U0001b168\U0001d6a6\U0001df1f-\U0001df24\U0001df2b-\U0001df81"
+    r"\U0001df90-\U0001df96\U0001dfcd-\U0001dfff\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2\U0001e6e4\U0001e6e5"
+    r"\U0001e6e7-\U0001e6ed\U0001e6f0-\U0001e6f4\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002b81e"
+    r"\U0002cea2-\U0002cead\U000323b0-\U00033479\U0003d000-\U0003fc3f"
+)
+_NEWEST_NUMERALS = r"\U0001246f\U00012475-\U0001247f\U00012550-\U00012686"
+# Unicode 17: the library's digit splitter already knows them, its regular expressions do not
+_NEWER_NUMERALS = r"\U00011de0-\U00011de9\U00016ff4-\U00016ff6" + _NEWEST_NUMERALS
+
+
+def _patterns(split_digits: bool) -> tuple[re.Pattern[str], regex.Pattern[str]]:
+    """Return the pattern of words for ASCII text, where the stdlib is faster, and the one for any text.
+
+    GPT-2's: contractions; letters, numbers or other characters with one space before; whitespace, of which the last
+    character is left to the word that follows. With `split_digits`, the same within the pieces that are left when each
+    digit stands alone (StarCoder2): whitespace before a digit ends its piece, so it is taken whole.
+    """
+    numerals = _NEWEST_NUMERALS if split_digits else _NEWER_NUMERALS
+    classes = [("A-Za-z", "0-9"), (rf"[\p{{L}}--[{_NEWER_LETTERS}]]", rf"[\p{{N}}--[{numerals}]]")]
+    ascii_pattern, pattern = (
+        rf"'(?:[stmd]|re|ve|ll)| ?[{letter}]+|[{number}]| ?[^\s{letter}{number}]+|\s+(?![^\s{number}])|\s+"
+        if split_digits
+        else rf"'(?:[stmd]|re|ve|ll)| ?[{letter}]+| ?[{number}]+| ?[^\s{letter}{number}]+|\s+(?!\S)|\s+"
+        for letter, number in classes
+    )
+    return re.compile(ascii_pattern, re.ASCII), regex.compile(pattern, regex.V1)
+
+
+# A word always begins at a space or newline before one of these characters, in both patterns, so a text can be cut
+# there: into stretches that are ASCII, and short ones that are not. Lines of prose with one curly quote stay fast.
+_STRETCH = re.compile(r"[\x00-\x7f]+(?=[ \n][!-/:-~]|\Z)|.+?(?=[ \n][!-/:-~]|\Z)", re.DOTALL)
+
+
+class _Cache(dict[str, tuple[int, ...]]):
+    """Word -> its token ids; a word that is not there yet is merged when it is looked up."""
+
+    def __init__(self, bpe: ByteLevelBPE):
+        self._bpe = bpe
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = self._bpe._merge(word)
+        if len(word) <= CACHED_LENGTH:
+            if len(self) >= CACHED_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class ByteLevelBPE:
+    """A vocabulary of byte sequences and the merges that build them, first merge first."""
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        special_tokens: dict[str, int] | None = None,
+        split_digits: bool = False,
+    ):
+        """Take tokens as strings of `SYMBOLS` with their ids; raises ValueError if a merge is of no token.
+
+        A byte may be missing (published vocabularies leave out bytes that UTF-8 never has), special tokens need not be
+        in `vocab`, and ids may have gaps.
+        """
+        self.vocab, self.special_tokens, self.split_digits = vocab, dict(special_tokens or {}), split_digits
+        self.merges: dict[tuple[int, int], tuple[int, int]] = {}  # pair of ids -> rank, id of the merged token
+        for rank, pair in enumerate(merges):
+            try:
+                left, right = pair
+                self.merges[vocab[left], vocab[right]] = rank, vocab[left + right]
+            except (KeyError, ValueError):
+                raise ValueError(
+                    f"merge {rank} must join two tokens to a third, but is {pair}; mend the file"
+                ) from None
+        self._byte_ids = [vocab.get(symbol) for symbol in SYMBOLS]
+        self._spelt = {i: _spell(token) for token, i in vocab.items()}
+        self._spelt |= {i: token.encode("utf-8") for token, i in self.special_tokens.items()}
+        self._ascii_words, self._any_words = _patterns(split_digits)
+        self._cache = _Cache(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._spelt) + 1
+
+    def split(self, text: str) -> list[str]:
+        """Return the words of `text`, which joined are `text`; tokens never cross their borders."""
+        if text.isascii():
+            return self._ascii_words.findall(text)
+        findall = (self._any_words.findall, self._ascii_words.findall)
+        return list(chain.from_iterable(findall[s.isascii()](s) for s in _STRETCH.findall(text)))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of any str. Raises ValueError if a byte of it is not in the vocabulary."""
+        return list(chain.from_iterable(map(self._cache.__getitem__, self.split(text))))
+
+    def _merge(self, word: str) -> tuple[int, ...]:
+        """Merge the bytes of a word: the pair of lowest rank first, leftmost first, until no pair has a merge.
+
+        A heap of candidates over a linked list, so a word of n bytes takes O(n log n).
+        """
+        ids = [self._byte_ids[b] for b in word.encode("utf-8", "surrogatepass")]
+        if None in ids:
+            raise ValueError(f"a text must consist of bytes in the vocabulary, but {word[:20]!r} does not")
+        merges, last = self.merges, len(ids) - 1
+        heap = [(found[0], i, found[1]) for i, pair in enumerate(pairwise(ids)) if (found := merges.get(pair))]
+        heapq.heapify(heap)
+        following, previous = list(range(1, last + 2)), list(range(-1, last))
+        while heap:
+            _, i, new = heapq.heappop(heap)
+            j = following[i]
+            # merged away, or its right side was: what the pair gives now must be what it was queued for
+            if ids[i] is None or j > last or merges.get((ids[i], ids[j]), (0, None))[1] != new:
+                continue
+            ids[i], ids[j] = new, None
+            following[i] = k = following[j]
+            if k <= last:
+                previous[k] = i
+                if (found := merges.get((new, ids[k]))) is not None:
+                    heapq.heappush(heap, (found[0], i, found[1]))
+            if (h := previous[i]) >= 0 and (found := merges.get((ids[h], new))) is not None:
+                heapq.heappush(heap, (found[0], h, found[1]))
+        return tuple(i for i in ids if i is not None)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids: special tokens spelt out, incomplete characters U+FFFD, unknown ids left out."""
+        raw = b"".join(self._spelt.get(i, b"") for i in ids)
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return raw.decode("utf-8", "replace")
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (), split_digits: bool = False
+    ) -> ByteLevelBPE:
+        """Learn at most `vocab_size` tokens: special tokens, the 256 bytes, then merges of the most frequent pairs.
+
+        Raises ValueError before any text is read if they do not fit, or if text could spell a special token.
+        """
+        special = list(dict.fromkeys(special_tokens))
+        if vocab_size < 256 + len(special):
+            raise ValueError(f"vocab_size must be at least {256 + len(special)}, but is {vocab_size}")
+        special_ids = {token: i for i, token in enumerate(special)}
+        vocab = special_ids | {symbol: len(special) + i for i, symbol in enumerate(sorted(SYMBOLS))}
+        blank = cls(vocab, [], special_ids, split_digits)
+        for token in special:
+            if len(blank.split(token)) < 2:  # then a merge could build it, and text would be encoded as its id
+                raise ValueError(f"a special token must not be one word, but is {token!r}; add brackets: '<|{token}|>'")
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(blank.split(text))
+        merges = _learn([list(blank._merge(w)) for w in counts], list(counts.values()), vocab, vocab_size)
+        return cls(vocab, merges, special_ids, split_digits)
+
+    def to_json(self) -> str:
+        """Return the tokenizer in the format of `tokenizer.json`."""
+        names = {i: token for token, i in self.vocab.items()}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        digits = {"type": "Digits", "individual_digits": True}
+        sequence = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+        ranked = sorted(self.merges, key=lambda pair: self.merges[pair][0])
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, "content": token, **flags, "special": True}
+                for token, i in sorted(self.special_tokens.items(), key=lambda item: item[1])
+            ],
+            "normalizer": None,
+            "pre_tokenizer": sequence if self.split_digits else byte_level,
+            "post_processor": None,
+            "decoder": {**byte_level, "add_prefix_space": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": self.vocab,
+                "merges": [[names[left], names[right]] for left, right in ranked],
+            },
+        }
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`, which the `tokenizers` library and what builds on it can read."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> ByteLevelBPE:
+        """Read a `tokenizer.json`; raises OSError, or ValueError if it is none that `from_json` takes."""
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ByteLevelBPE:
+        """Read the `tokenizer.json` of plain byte-level BPE; raises ValueError for any other, saying what it has."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(
+                f"a tokenizer must be plain byte-level BPE, but has no JSON ({e}); check the file"
+            ) from None
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> ByteLevelBPE:
+        """Do as `from_json` with what the JSON holds."""
+        try:
+            if not (refused := _not_plain(content)):
+                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in content["model"]["merges"]]
+                special = {t["content"]: t["id"] for t in content["added_tokens"]}
+                return cls(content["model"]["vocab"], merges, special, content["pre_tokenizer"]["type"] == "Sequence")
+        except (KeyError, TypeError, AttributeError) as e:
+            refused = f"an unknown form ({type(e).__name__}: {e})"
+        raise ValueError(
+            f"a tokenizer must be plain byte-level BPE, but has {refused}; use the tokenizers library for it"
+        )
+
+
+def _spell(token: str) -> bytes:
+    """Return the bytes that a token stands for; one that is not made of `SYMBOLS` stands for its own characters."""
+    try:
+        return bytes(_BYTES[symbol] for symbol in token)
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _not_plain(content: dict[str, Any]) -> str | None:
+    """Return what a tokenizer.json has that plain byte-level BPE has not, or None."""
+    model, before = content["model"], content["pre_tokenizer"]
+    if model["type"] != "BPE":
+        return f"a model of type {model['type']}"
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+        if model.get(key):
+            return f"{key} {model[key]!r}"
+    if content.get("normalizer") is not None:
+        return f"a normalizer of type {content['normalizer']['type']}"
+    if ordinary := [t["content"] for t in content["added_tokens"] if not t["special"]]:
+        return f"the added token {ordinary[0]!r}, which is not special"
+    parts = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    if len(parts) == 2 and parts[0] == {"type": "Digits", "individual_digits": True}:
+        parts = parts[1:]
+    elif before["type"] == "Sequence":
+        return "another sequence of pre-tokenizers than digits, bytes"
+    if parts[0]["type"] != "ByteLevel" or parts[0]["add_prefix_space"] or not parts[0].get("use_regex", True):
+        return f"the pre-tokenizer {parts[0]}"
+    if content["decoder"]["type"] != "ByteLevel":
+        return f"a decoder of type {content['decoder']['type']}"
+    return None
+
+
+def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], vocab_size: int) -> list[tuple[str, str]]:
+    """Merge the most frequent pair, ties by the smaller ids, until `vocab` is full or no pair is left; fill `vocab`.
+
+    `words` are token ids, distinct, with their frequencies. Counts are kept up to date: a merge touches only the words
+    that hold its pair. The heap is updated lazily: an entry whose count has fallen since is put back when it is popped.
+    """
+    names = sorted(vocab, key=vocab.__getitem__)
+    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
+    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> the words that have newly got it
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[i]
+            holders[pair].add(i)
+    serial = count()  # keeps the sets from being compared
+    heap = [(-pair_counts[pair], pair, next(serial), at) for pair, at in holders.items()]
+    heapq.heapify(heap)
+    merges: dict[tuple[int, int], None] = {}
+    while heap and len(vocab) < vocab_size:
+        negative, pair, _, at = heapq.heappop(heap)
+        if -negative != pair_counts[pair]:
+            heapq.heappush(heap, (-pair_counts[pair], pair, next(serial), at))
+            continue
+        if negative >= 0:
+            break
+        left, right = pair
+        token = names[left] + names[right]
+        # "a" + "bc" after "ab" + "c": the same token, reached by two merges
+        new = vocab.setdefault(token, len(vocab))
+        if new == len(names):
+            names.append(token)
+        merges.pop(pair, None)  # the library keeps a repeated merge at its last place
+        merges[pair] = None
+        holders = defaultdict(set)
+        for i in at:
+            word, times, j = words[i], counts[i], 0
+            while True:
+                try:
+                    j = word.index(left, j)
+                except ValueError:
+                    break
+                if j + 1 < len(word) and word[j + 1] == right:
+                    if j > 0:
+                        before = word[j - 1]
+                        pair_counts[before, left] -= times
+                        pair_counts[before, new] += times
+                        holders[before, new].add(i)
+                    word[j : j + 2] = [new]
+                    if j + 1 < len(word):
+                        after = word[j + 1]
+                        pair_counts[right, after] -= times
+                        pair_counts[new, after] += times
+                        holders[new, after].add(i)
+                j += 1
+        for grown, at_grown in holders.items():
+            if pair_counts[grown] > 0:
+                heapq.heappush(heap, (-pair_counts[grown], grown, next(serial), at_grown))
+    return [(names[left], names[right]) for left, right in merges]
