@@ -33,6 +33,7 @@ from tokenizer import Tokenizer, TokenizerError, load_json
 DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
 WORKER_MEMORY_BYTES = 2**30  # on top of what a worker starts with
 BATCH_BYTES, BATCH_DOCUMENTS = 2**19, 64
+_NO_WORDS = np.empty(0, dtype=np.uint64)
 
 
 @dataclasses.dataclass
@@ -138,7 +139,7 @@ class Examiner:
         text, content, out.changes = self._changed(text, content, document.language)
         if drop := first_refusal(text, document.key.rpartition(":")[2], document.language, cfg):
             return drop
-        words = word_hashes(text)
+        words = word_hashes(text) if self.benchmarks is not None or cfg.near_dedup is not None else _NO_WORDS
         if self.benchmarks is not None and (found := self.benchmarks.find(text, words)):
             return Drop("benchmark", found)
         out.digest = hashlib.sha256(content).digest()[:16]
