@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import chain, count, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -297,36 +297,33 @@ def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], voc
     """Merge the most frequent pair, ties by the smaller ids, until `vocab` is full or no pair is left; fill `vocab`.
 
     `words` are token ids, distinct, with their frequencies. Counts are kept up to date: a merge touches only the words
-    that hold its pair. The heap is updated lazily: an entry whose count has fallen since is put back when it is popped.
+    that hold its pair. The heap is updated lazily: a count can only have fallen since its entry was pushed, and such an
+    entry is put back when it is popped. All words are merged alike, so no token is ever built by two merges.
     """
     names = sorted(vocab, key=vocab.__getitem__)
     pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> the words that have newly got it
+    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> the words that may hold it
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += counts[i]
             holders[pair].add(i)
-    serial = count()  # keeps the sets from being compared
-    heap = [(-pair_counts[pair], pair, next(serial), at) for pair, at in holders.items()]
+    heap = [(-total, pair) for pair, total in pair_counts.items()]
     heapq.heapify(heap)
-    merges: dict[tuple[int, int], None] = {}
+    merges = []
     while heap and len(vocab) < vocab_size:
-        negative, pair, _, at = heapq.heappop(heap)
+        negative, pair = heapq.heappop(heap)
         if -negative != pair_counts[pair]:
-            heapq.heappush(heap, (-pair_counts[pair], pair, next(serial), at))
+            heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
         if negative >= 0:
             break
         left, right = pair
-        token = names[left] + names[right]
-        # "a" + "bc" after "ab" + "c": the same token, reached by two merges
-        new = vocab.setdefault(token, len(vocab))
-        if new == len(names):
-            names.append(token)
-        merges.pop(pair, None)  # the library keeps a repeated merge at its last place
-        merges[pair] = None
-        holders = defaultdict(set)
-        for i in at:
+        new = len(names)
+        names.append(names[left] + names[right])
+        vocab[names[new]] = new
+        merges.append((names[left], names[right]))
+        grown: set[tuple[int, int]] = set()
+        for i in holders.pop(pair):
             word, times, j = words[i], counts[i], 0
             while True:
                 try:
@@ -334,19 +331,19 @@ def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], voc
                 except ValueError:
                     break
                 if j + 1 < len(word) and word[j + 1] == right:
-                    if j > 0:
-                        before = word[j - 1]
-                        pair_counts[before, left] -= times
-                        pair_counts[before, new] += times
-                        holders[before, new].add(i)
                     word[j : j + 2] = [new]
+                    neighbours = []
+                    if j > 0:
+                        neighbours.append(((word[j - 1], left), (word[j - 1], new)))
                     if j + 1 < len(word):
-                        after = word[j + 1]
-                        pair_counts[right, after] -= times
-                        pair_counts[new, after] += times
-                        holders[new, after].add(i)
+                        neighbours.append(((right, word[j + 1]), (new, word[j + 1])))
+                    for gone, come in neighbours:
+                        pair_counts[gone] -= times
+                        pair_counts[come] += times
+                        holders[come].add(i)
+                        grown.add(come)
                 j += 1
-        for grown, at_grown in holders.items():
-            if pair_counts[grown] > 0:
-                heapq.heappush(heap, (-pair_counts[grown], grown, next(serial), at_grown))
-    return [(names[left], names[right]) for left, right in merges]
+        for come in grown:
+            if pair_counts[come] > 0:
+                heapq.heappush(heap, (-pair_counts[come], come))
+    return merges

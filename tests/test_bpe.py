@@ -86,7 +86,7 @@ def test_a_real_corpus_gives_the_tokenizer_json_of_the_library(read, vocab_size,
     st.integers(258, 400),
     st.booleans(),
 )
-def test_repetitive_texts_whose_tokens_are_built_twice_give_the_merges_of_the_library(seed, alphabet, size, digits):
+def test_repetitive_texts_that_hold_runs_and_overlaps_give_the_merges_of_the_library(seed, alphabet, size, digits):
     draw = random.Random(seed)
     texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(draw.randrange(1, 8))]
     ours, library = ByteLevelBPE.train(texts, size, SPECIAL, digits), train_library(texts, size, digits)
@@ -144,7 +144,7 @@ def test_real_code_has_the_ids_of_the_library_on_starcoder2s_vocabulary():
 
 
 @settings(deadline=None)
-@given(st.text(st.characters(exclude_categories=[])))
+@given(st.text(st.sampled_from("\ud800\udbff\udc00\udfff a1\n☃")))
 def test_lone_surrogates_survive(text):
     assert LEARNT[True].decode(LEARNT[True].encode(text)) == text
 
