@@ -189,7 +189,7 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
     parts: dict[str, Any] = {
         "recipe": [FORMAT, RECIPE],
         "python": list(sys.version_info[:3]),
-        "libraries": [tokenizers.__version__, version("rensa")],
+        "libraries": [tokenizers.__version__, *map(version, ("rensa", "regex", "sentencepiece"))],
         "benchmarks": benchmark_files(cfg.data),
         "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
         "tokenizer": dataclasses.asdict(cfg.tokenizer),
