@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 import data_pipeline
 from config import PRESETS, DataConfig, SourceConfig, TokenizerConfig, preset
-from data_pipeline import prepare, split_of
+from data_pipeline import prepare
 from duplicates import NearDuplicates, signature, word_hashes
 from filters import Drop, strip_header
 from ledger import read_documents
+from mixture import split_of
 from shards import DataError, TokenDataset
 from sources import Document
 from tokenizer import load_json
@@ -322,7 +323,7 @@ def test_a_source_that_runs_dry_is_repeated_with_its_training_documents_only(cap
     assert sum(map(len, texts.values())) == a["kept"][0] + a["repeated"][0] + b["kept"][0]
     assert "source a ran dry: it is repeated" in capsys.readouterr().err
     notes = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["notes"]
-    assert any(re.fullmatch(r"a was read \d\d times", n) for n in notes)
+    assert any(re.fullmatch(r"source a was begun \d\d times", n) for n in notes)
 
 
 def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shards_are_used(corpus, monkeypatch, capsys):

@@ -15,6 +15,7 @@ LAYERS = [
     ["tokenizer"],
     ["model", "sources", "ledger"],
     ["workers", "checkpoint"],
+    ["mixture"],
     ["data_pipeline", "trainer", "generate"],
     ["evaluate", "dry_run"],
     ["main"],
