@@ -1,7 +1,7 @@
 """From sources to token shards: filter, deduplicate, split, tokenise, pack.
 
     python data_pipeline.py --preset demo
-    python data_pipeline.py --preset demo --explain json/decoder.py     # which rule took it, and by what value
+    python data_pipeline.py --preset demo --explain datasets/search.py  # which rule took it, and by what value
     python data_pipeline.py --preset demo --locate train:123456         # the document of a token
 
 Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -32,10 +33,10 @@ import numpy as np
 from cli import ConfigFlags, parse_cli, run_script
 from config import Config
 from duplicates import benchmark_files
-from ledger import DocumentLog, Ledger, explain, locate
+from ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
 from mixture import Mixture
 from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, read_manifest, write_manifest
-from sources import LocalFile, local_files
+from sources import LocalFile, local_files, source_roots
 from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 from workers import WorkerPool
 
@@ -43,24 +44,30 @@ DATA = Path("data")
 RECIPE = 2  # raise it when the same settings and inputs come to give other shards
 
 
-def _tokenizer_sample(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool) -> Iterator[str]:
-    """Yield training documents until there are `tokenizer.train_bytes` of them."""
+def _tokenizer_sample(
+    cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, notes: list[str]
+) -> Iterator[str]:
+    """Yield training documents until there are `tokenizer.train_bytes` of them; `notes` gets what broke meanwhile."""
     total = 0
-    with contextlib.closing(iter(Mixture(cfg.data, files, pool, None))) as stream:
+    # what a tokenizer gains from the same text once more is nothing
+    once = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
+    mixture = Mixture(once, files, pool, None)
+    with contextlib.closing(iter(mixture)) as stream:
         for document in stream:
             if document.split == "train" and document.examined.text is not None:
                 yield document.examined.text
                 total += document.examined.size
                 if total >= cfg.tokenizer.train_bytes:
-                    return
+                    break
+    notes += [f"the tokenizer was trained without {broken}" for broken in mixture.broken.values()]
 
 
-def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool) -> Tokenizer:
-    """Load the pretrained tokenizer, or train one on the training split."""
+def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, notes: list[str]) -> Tokenizer:
+    """Load the pretrained tokenizer, or train one on the training split; `notes` gets what went wrong with its data."""
     if cfg.tokenizer.kind == "pretrained":
         return load_pretrained(cfg.tokenizer)
     print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
-    return train(_tokenizer_sample(cfg, files, pool), cfg.tokenizer, cfg.model.vocab_size)
+    return train(_tokenizer_sample(cfg, files, pool, notes), cfg.tokenizer, cfg.model.vocab_size)
 
 
 def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
@@ -77,11 +84,10 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
     }
     for i, source in enumerate(cfg.data.sources):
-        if source.kind == "datasets" and Path(source.path or "").is_dir():  # laid out like the hub, but local
+        root = Path(source.path or "").expanduser()
+        if source.kind == "datasets" and root.is_dir():  # laid out like the hub, but local
             parts[f"folder_{i}"] = [
-                (str(p), p.stat().st_size, p.stat().st_mtime_ns)
-                for p in sorted(Path(source.path or "").rglob("*"))
-                if p.is_file()
+                (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
             ]
     if cfg.tokenizer.kind != "pretrained":
         parts["vocab_size"] = cfg.model.vocab_size
@@ -163,7 +169,10 @@ def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Pat
 
 def _fill(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, partial: Path, name: str) -> None:
     started = time.perf_counter()
-    tokenizer = make_tokenizer(cfg, files, pool)
+    notes: list[str] = []
+    if pool.unrecognisable:
+        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
+    tokenizer = make_tokenizer(cfg, files, pool, notes)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise TokenizerError(
             f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
@@ -178,7 +187,10 @@ def _fill(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, pa
     for writer in writers.values():
         writer.flush()
     broken = list(mixture.broken.values())
-    ledger.notes += mixture.notes + [f"without {b}" for b in broken]
+    wanted, found = cfg.data.max_tokens, writers["train"].info.tokens
+    if wanted is not None and found < wanted:
+        notes.append(f"the sources held {found:,} of the {wanted:,} training tokens wanted (data.max_tokens)")
+    ledger.notes += notes + mixture.notes + [f"without {b}" for b in broken]
     ledger.notes += [f"source {s.label} was begun {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
     seconds = time.perf_counter() - started
     print(ledger.table())
@@ -233,7 +245,8 @@ def _write_documents(
             else:
                 assert examined.ids is not None
                 n_tokens, writer = len(examined.ids), writers[document.split]
-                log.write(**line, split=document.split, start=writer.position, tokens=n_tokens)
+                again = {"repeated": True} if document.repeated else {}
+                log.write(**line, split=document.split, start=writer.position, tokens=n_tokens, **again)
                 kept = ledger.keep(
                     document.source, examined.language, examined.size, examined.changes, n_tokens, document.repeated
                 )
@@ -271,38 +284,33 @@ class Flags:
 
 def _explain(cfg: Config, folder: Path, path: str) -> str:
     """Return what the log says of `path`, or why it is not in there; raises DataError in the latter case."""
-    names = {path.removeprefix("./")}
+    keys, why = set(), []
     given = Path(path).expanduser()
-    outside = []
-    for source in cfg.data.sources:
-        root = Path(source.path or "").expanduser()
-        if (
-            source.kind == "files"
-            and given.exists()
-            and root.is_dir()
-            and given.resolve().is_relative_to(root.resolve())
-        ):
-            inner = given.resolve().relative_to(root.resolve()).as_posix()
-            names.add(inner)
-            unlimited = dataclasses.replace(source, max_bytes=None, max_documents=None)
-            listed = inner in {f.key for f in local_files(unlimited)}
-            limit = "max_bytes or max_documents of its source end before it"
-            outside.append(
-                limit if listed else f"it matches none of {', '.join(source.file_globs)}, or lies in a hidden folder"
-            )
-    if found := explain(folder, names):
+    for source in cfg.data.sources if given.is_file() else ():
+        for prefix, root in source_roots(source).items() if source.kind in ("files", "local-python") else ():
+            if not given.resolve().is_relative_to(root.resolve()):
+                continue
+            key = prefix + given.resolve().relative_to(root.resolve()).as_posix()
+            keys.add(key)
+            if key in {f.key for f in local_files(source)}:
+                why.append("the build ended before it: see data.max_tokens and data.when_dry")
+            elif key in {f.key for f in local_files(dataclasses.replace(source, max_bytes=None, max_documents=None))}:
+                why.append(f"the max_bytes or max_documents of {source.label} end before it")
+            else:
+                why.append(f"it matches none of {', '.join(source.file_globs)}, or lies in a hidden folder")
+    if found := explain(folder, keys, "" if keys else path):
         return "\n".join(found)
     raise DataError(
         f"--explain must name a document that was read, but {path!r} was not "
-        f"({'; '.join(outside) or 'no document has a name that ends so'}); "
-        f"all names are in {folder / 'documents.jsonl.gz'}"
+        f"({'; '.join(why) or 'no document has a name that ends so'}); "
+        f"all names are in {folder / DOCUMENTS}"
     )
 
 
 def _locate(folder: Path, place: str) -> str:
-    """Return the document that holds the token at SPLIT:POSITION, with the text around it."""
+    """Return the document that holds the token at SPLIT:POSITION."""
     split, _, position = place.partition(":")
-    if split not in SPLITS or not position.isdigit():
+    if split not in SPLITS or not position.isdecimal():
         raise DataError(
             f"--locate must be SPLIT:POSITION, such as train:123456, but is {place!r}; splits: {', '.join(SPLITS)}"
         )
@@ -325,7 +333,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     splits = [TokenDataset(folder, split) for split in SPLITS]
     print(f"shards in {folder}: " + ", ".join(f"{s.split} {len(s):,} tokens" for s in splits))
-    print(f"next: python main.py --preset {flags.config.preset}")
+    if any(s.response_field is not None for s in flags.config.data.sources):
+        print("these are instructions and answers, which only fine-tuning can use")
+    else:
+        given = shlex.join(sys.argv[1:] if argv is None else argv)
+        print(f"next: python main.py {given}".rstrip())
     return 0
 
 

@@ -7,8 +7,9 @@ layout and punctuation do not count. Signatures are made by worker processes; th
     if index.find(mark) is None:
         index.add(mark)
 
-Limits: similarity is estimated (standard error 0.04 at 128 slots), and a pair right at the threshold can go either
-way; texts of fewer than two words are never near-duplicates.
+Limits: similarity is estimated (standard error 0.04 at 128 slots), and a pair right at the threshold can go either way;
+a band that more than 64 documents share is searched for the newest of them; texts of fewer than two words are never
+near-duplicates.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from config import DataConfig, KindlingError
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
 SHINGLE = 2  # words: pairs survive changed names and comments better than triples, and unrelated files stay apart
+CHAIN = 64  # documents that are compared for each band, the newest: what very many share says little
 NGRAM = 13  # words in a row that give a benchmark away (Brown et al. 2020, appendix C)
 NGRAM_LETTERS = 7  # of them with two letters at least, or loops over ranges and tables of digits would count
 PROBLEMS = Path(__file__).resolve().parent / "problems"
@@ -111,7 +113,10 @@ class NearDuplicates:
         bands = np.arange(BANDS)
         found: list[np.ndarray] = []
         at = self._heads[bands, self._places(wanted[None])[0]]
-        while (alive := at >= 0).any():
+        for _ in range(CHAIN):
+            alive = at >= 0
+            if not alive.any():
+                break
             bands, at = bands[alive], at[alive]
             found.append(at)
             at = self._next[at, bands]
@@ -214,6 +219,8 @@ def _problems(path: Path) -> Iterator[tuple[str, str]]:
                 yield stem, f.read()
                 return
             for number, line in enumerate(f):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
                 name = str(row.pop("task_id", number)) if isinstance(row, dict) else str(number)
                 yield name if "/" in name else f"{stem}/{name}", " ".join(_strings(row))

@@ -105,7 +105,15 @@ class Ledger:
     def write(self, folder: Path) -> None:
         """Write `ledger.json`."""
         # the version matters: what compile() accepts changes with it
-        content = {"python": platform.python_version(), "notes": self.notes, "rows": list(self.rows.values())}
+        tokens = [
+            sum(r["tokens"] for (i, _), r in self.rows.items() if i == source) for source in range(len(self.labels))
+        ]
+        sources = [
+            {"source": label, "wanted": weight / sum(self.weights), "share": n / max(1, sum(tokens)), "tokens": n}
+            for label, weight, n in zip(self.labels, self.weights, tokens)
+        ]
+        content = {"python": platform.python_version(), "notes": self.notes, "sources": sources}
+        content["rows"] = list(self.rows.values())
         write_json(folder / "ledger.json", content)
 
 
@@ -146,20 +154,24 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} must be a whole log of documents, but is not ({e}); {way_out(folder)}") from None
 
 
-def explain(folder: Path, names: set[str]) -> list[str]:
-    """Return one paragraph for each document whose key is among `names`, or ends with one of them after / or a colon."""
-    found: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(read_documents(folder)):
+def explain(folder: Path, keys: set[str], ending: str = "") -> list[str]:
+    """Return one line for each document whose key is among `keys`, or is `ending`, or ends with it after / or a colon."""
+    found: list[dict[str, Any]] = []
+    repeated: dict[str, int] = {}
+    for line in read_documents(folder):
         key = line["key"]
-        if any(key == name or key.endswith(("/" + name, ":" + name)) for name in names):
-            found.append((number, line))
-    wanted = {line["of"] for _, line in found if "of" in line}
+        if key in keys or (ending and (key == ending or key.endswith(("/" + ending, ":" + ending)))):
+            if "repeated" in line:
+                repeated[key] = repeated.get(key, 0) + 1
+            else:
+                found.append(line)
+    wanted = {line["of"] for line in found if "of" in line}
     originals = {n: x["key"] for n, x in enumerate(read_documents(folder)) if n in wanted} if wanted else {}
-    out = [_paragraph(line, originals) for _, line in found[:MATCHES]]
+    out = [_paragraph(line, originals, repeated.get(line["key"], 0)) for line in found[:MATCHES]]
     return out + ([f"... and {len(found) - MATCHES} more; name more of the path"] if len(found) > MATCHES else [])
 
 
-def _paragraph(line: dict[str, Any], originals: dict[int, str]) -> str:
+def _paragraph(line: dict[str, Any], originals: dict[int, str], repeated: int) -> str:
     text = f"{line['key']} ({line['source']}, {line['language']}, {line['bytes']:,} bytes): "
     if "dropped" in line:
         text += f"dropped by the rule {line['dropped']!r}: {line['value']}"
@@ -167,6 +179,8 @@ def _paragraph(line: dict[str, Any], originals: dict[int, str]) -> str:
         text += (
             f"kept, in the {line['split']} split, tokens {line['start']:,} to {line['start'] + line['tokens'] - 1:,}"
         )
+    if repeated:
+        text += f", and {repeated} times more in a repetition of its source"
     if line.get("changes"):
         text += "; " + ", ".join(f"{name} ({cut:,} bytes)" if cut else name for name, cut in line["changes"])
     if "of" in line:

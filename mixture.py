@@ -17,6 +17,7 @@ from pathlib import Path
 from config import DataConfig
 from duplicates import NearDuplicates
 from filters import Drop
+from shards import DataError
 from sources import LocalFile, documents
 from workers import Examined, WorkerPool
 
@@ -73,6 +74,7 @@ class Mixture:
     def __init__(
         self, cfg: DataConfig, files: list[list[LocalFile] | None], pool: WorkerPool, tokenizer_file: Path | None
     ):
+        """With a tokenizer's file the documents have token ids; without one text, and this is silent about the sources."""
         self.data, self.files, self.pool, self.tokenizer_file = cfg, files, pool, tokenizer_file
         self.reads = [0] * len(files)  # how often each source was begun
         self.broken: dict[int, str] = {}  # the sources that ended before they should have, and how
@@ -103,16 +105,25 @@ class Mixture:
 
     def _read(self, i: int) -> Iterator[Drawn]:
         """Yield the documents of a source; in a repetition only those that training has."""
-        again = self.reads[i] > 0
+        label, again = self.data.sources[i].label, self.reads[i] > 0
         self.reads[i] += 1
         stream = documents(self.data.sources[i], self.files[i])
-        for n, examined in enumerate(self.pool.map(stream, self.tokenizer_file)):
-            if examined.broken is not None:
-                self.broken[i] = f"{self.data.sources[i].label}: {examined.broken}"
+        found = False
+        try:
+            for n, examined in enumerate(self.pool.map(stream, self.tokenizer_file)):
+                if examined.broken is not None:
+                    self.broken[i] = f"{label}: {examined.broken}"
+                if not again:
+                    yield Drawn(i, examined, examined.drop)
+                elif n < len(self._in_train[i]) and self._in_train[i][n] and examined.drop is None:
+                    found = True
+                    yield Drawn(i, examined, split="train", repeated=True)
+        except DataError as e:
             if not again:
-                yield Drawn(i, examined, examined.drop)
-            elif n < len(self._in_train[i]) and self._in_train[i][n] and examined.drop is None:
-                yield Drawn(i, examined, split="train", repeated=True)
+                raise
+            self.broken[i] = f"{label}: {e}"  # what there is stays
+        if again and not found:  # or it would be begun for ever
+            self.broken.setdefault(i, f"{label}: in its repetition nothing of it was there any more")
 
     def _went_dry(self, i: int, streams: dict[int, Iterator[Drawn]]) -> dict[int, Iterator[Drawn]]:
         """Return the streams to go on with, now that source `i` has no more documents, and say so the first time."""
@@ -132,4 +143,5 @@ class Mixture:
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
-        print(text, file=sys.stderr)
+        if self.tokenizer_file is not None:
+            print(text, file=sys.stderr)

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,9 +58,22 @@ class Document:
     language: str
     path: Path | None = None
     text: str | None = None
-    size: int = 0
+    size: int = 0  # bytes that it is counted with
+    trimmed: int = 0  # of them already cut off, at the ends
+    inner: str = ""  # the path inside its repository or folder, where known
     unreadable: str | None = None
     broken: bool = False  # not one bad row, but the end of a stream that should have gone on
+
+
+def source_roots(source: SourceConfig) -> dict[str, Path]:
+    """Return the folders of a local source, by what the keys of their files begin with."""
+    if source.kind != "local-python":
+        return {"": Path(source.path or "").expanduser()}
+    paths = sysconfig.get_paths()
+    roots = {"stdlib/": paths["stdlib"], "site-packages/": paths["purelib"]}
+    if paths["platlib"] != paths["purelib"]:
+        roots["site-packages-arch/"] = paths["platlib"]
+    return {prefix: Path(root) for prefix, root in roots.items() if Path(root).is_dir()}
 
 
 def local_files(source: SourceConfig) -> list[LocalFile]:
@@ -67,24 +81,13 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
 
     Raises DataError if the folder does not exist or no file matches.
     """
-    if source.kind == "local-python":
-        paths = sysconfig.get_paths()
-        roots = {
-            "stdlib": Path(paths["stdlib"]),
-            "site-packages": Path(paths["purelib"]),
-            "site-packages-arch": Path(paths["platlib"]),
-        }
-        if roots["site-packages-arch"] == roots["site-packages"]:
-            del roots["site-packages-arch"]
-        files = [f for name, root in roots.items() if root.is_dir() for f in _walk(root, name + "/", ("**/*.py",))]
-    else:
-        assert source.path is not None
-        root = Path(source.path).expanduser()
-        if root.is_file():
+    files: list[LocalFile] = []
+    for prefix, root in source_roots(source).items():
+        if root.is_dir():
+            files += _walk(root, prefix, source.file_globs)
+        elif root.is_file():
             stat = root.stat()
-            files = [LocalFile(root.name, root, stat.st_size, stat.st_mtime_ns)]
-        elif root.is_dir():
-            files = list(_walk(root, "", source.file_globs))
+            files.append(LocalFile(root.name, root, stat.st_size, stat.st_mtime_ns))
         else:
             raise DataError(
                 f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
@@ -113,7 +116,7 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
     """Yield the regular files under `root` that match a glob; hidden folders, caches and nested site-packages are left out."""
     # fnmatch's * crosses slashes, so **/*.py also has to match at the top level, as pathlib's does
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = [
             d
             for d in subfolders
@@ -125,6 +128,10 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
             if any(fnmatch.fnmatchcase(inner, p) for p in patterns) and path.is_file():
                 stat = path.stat()
                 yield LocalFile(prefix + inner, path, stat.st_size, stat.st_mtime_ns)
+
+
+def _cannot_list(error: OSError) -> None:
+    print(f"warning: {error.filename} cannot be listed ({error.strerror}): its files are left out", file=sys.stderr)
 
 
 def language_of(source: SourceConfig, path: Path) -> str:
@@ -141,7 +148,7 @@ def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[D
     if source.kind in ("files", "local-python"):
         assert files is not None
         for f in files:
-            yield Document(f.key, language_of(source, f.path), path=f.path, size=f.size)
+            yield Document(f.key, language_of(source, f.path), path=f.path, size=f.size, inner=f.key)
         return
     rows = _hub_documents(source) if files is None else (d for f in files for d in _file_documents(source, f))
     seen_bytes = 0
@@ -156,7 +163,7 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
     """Yield the documents of one file of rows; the rows before a place that cannot be read stay."""
     language = language_of(source, f.path)
     if source.kind == "text":
-        rows: Iterator[Any] = ({source.field: text} for text in _split_text(f.path, source.separator))
+        rows: Iterator[Any] = _split_text(f.path, source.separator)
     elif source.kind == "jsonl":
         rows = _json_rows(f.path)
     else:
@@ -164,17 +171,24 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
-            yield _row_document(source, f"{f.key}:{number - 1}", row, language)
+            key = f"{f.key}:{number - 1}"
+            if source.kind == "text":
+                text = row.strip("\n")
+                yield Document(key, language, text=text, size=_size(row), trimmed=len(row) - len(text))
+            else:
+                yield _row_document(source, key, row, language)
     except Exception as e:  # gzip, zlib, Arrow and the system share no base class
         yield Document(f"{f.key}:{number}", language, unreadable=f"the rest of the file: {_one_line(e)}")
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
     """Return the document of one row; `row` is a dict, or a string that says why there is none."""
-    if isinstance(row, _BadRow):
-        return Document(key, language, size=row.size, unreadable=row.why)
+    size = 0  # of the row as a whole, where it came as a line
+    if isinstance(row, _Line):
+        row, size = row.content, row.size
     if not isinstance(row, dict):
-        return Document(key, language, unreadable=f"a row must be an object, but is a {type(row).__name__}")
+        why = row if isinstance(row, _NotJson) else f"a row must be an object, but is a {type(row).__name__}"
+        return Document(key, language, size=size, unreadable=str(why))
     folder, path = (
         next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
     )
@@ -192,28 +206,40 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
             given = (
                 f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
             )
-            return Document(key, language, unreadable=f"the column {field!r} must hold text, but {given}")
+            return Document(key, language, size=size, unreadable=f"the column {field!r} must hold text, but {given}")
         texts.append(text)
     text = user_assistant(*texts) if source.response_field is not None else texts[0]
-    return Document(key, language, text=text, size=len(text.encode("utf-8", "surrogatepass")))
+    return Document(key, language, text=text, size=_size(text), inner=path)
+
+
+class _NotJson(str):
+    """Why a line could not be parsed."""
 
 
 @dataclass(frozen=True)
-class _BadRow:
-    """A row that could not be parsed."""
+class _Line:
+    """One line of a JSONL file: its value, or `_NotJson`, and its bytes."""
 
-    why: str
+    content: Any
     size: int
+
+
+def _size(text: str) -> int:
+    """Return the bytes of a text as it was read, where a surrogate stands for a byte that is no UTF-8."""
+    try:
+        return len(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # a surrogate that JSON spelt out
+        return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _open_text(path: Path) -> Any:
+def _open_text(path: Path, encoding: str = "utf-8") -> Any:
     # a lone byte survives as a surrogate, which the filters then name, so that one bad byte does not end the file
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="")
+    return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _split_text(path: Path, separator: str) -> Iterator[str]:
@@ -223,27 +249,31 @@ def _split_text(path: Path, separator: str) -> Iterator[str]:
             return
         rest = ""
         while chunk := f.read(1 << 20):
-            *whole, rest = (rest + chunk).split(separator)
-            yield from (text.strip("\n") for text in whole)
-        if rest.strip():
-            yield rest.strip("\n")
+            seen = max(0, len(rest) - len(separator))  # no separator begins before
+            rest += chunk
+            if rest.find(separator, seen) >= 0:
+                *whole, rest = rest.split(separator)
+                yield from whole
+        if rest:
+            yield rest
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a file with one JSON object a line, or with one list of them."""
-    with _open_text(path) as f:
-        if path.with_suffix("").suffix == ".json" if path.suffix == ".gz" else path.suffix == ".json":
-            start = f.read(1)
-            if start == "[":
-                yield from json.loads(start + f.read())
+    with _open_text(path, "utf-8-sig") as f:
+        if ".json" in path.suffixes[-2:]:
+            if f.read(4096).lstrip().startswith("["):
+                f.seek(0)
+                yield from json.load(f)
                 return
             f.seek(0)
         for line in f:
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    content = json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    yield _BadRow(f"not JSON: {_one_line(e)}", len(line.encode("utf-8", "surrogateescape")))
+                    content = _NotJson(f"not JSON: {_one_line(e)}")
+                yield _Line(content, _size(line))
 
 
 def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
@@ -251,12 +281,12 @@ def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     wanted = (source.field, source.response_field, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
-    file = ParquetFile(path)
-    columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
-    if source.field not in columns:  # so that the message can name what there is
-        columns = file.schema_arrow.names
-    for batch in file.iter_batches(batch_size=256, columns=columns):
-        yield from batch.to_pylist()
+    with ParquetFile(path) as file:
+        columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
+        if source.field not in columns:  # so that the message can name what there is
+            columns = file.schema_arrow.names
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:
@@ -273,8 +303,16 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
         path = str(Path(source.path or "").expanduser())
         rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
-    except GeneratorExit:
+            document = _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
+            if (
+                number == 1 and document.unreadable is not None
+            ):  # or a wrong name would stream the whole set for nothing
+                raise DataError(
+                    f"each row of the data set {source.label!r} must hold its text where the config says, but in the first "
+                    f"{document.unreadable}; set the source's field (and response_field)"
+                )
+            yield document
+    except DataError:
         raise
     except Exception as e:  # connection, authorisation, naming and format errors share no base class
         if number == 0:

@@ -340,7 +340,7 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
         raise TokenizerError(
             f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
             f"{type(e).__name__}: {' '.join(str(e).split())[:200]}; check the network and the name (a gated one needs "
-            f"`hf auth login`), or set --tokenizer.path to a local tokenizer.json"
+            f"its terms accepted on its page, and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
         ) from None
 
 

@@ -94,6 +94,9 @@ def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[E
         except MemoryError:
             drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
             examined.append(Examined(document.key, document.language, document.size, drop))
+        except BaseException as e:  # whatever a document does to a library, a panic of Rust included, costs it alone
+            drop = Drop("unexpected", f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+            examined.append(Examined(document.key, document.language, document.size, drop))
         finally:
             faulthandler.cancel_dump_traceback_later()
     return examined
@@ -136,8 +139,8 @@ class Examiner:
             return Drop(
                 "not UTF-8", f"{e.reason} at {'character' if isinstance(e, UnicodeEncodeError) else 'byte'} {e.start:,}"
             )
-        text, content, out.changes = self._changed(text, content, document.language)
-        if drop := first_refusal(text, document.key.rpartition(":")[2], document.language, cfg):
+        text, content, out.changes = self._changed(text, content, document)
+        if drop := first_refusal(text, document.inner, document.language, cfg):
             return drop
         words = word_hashes(text) if self.benchmarks is not None or cfg.near_dedup is not None else _NO_WORDS
         if self.benchmarks is not None and (found := self.benchmarks.find(text, words)):
@@ -150,22 +153,22 @@ class Examiner:
             return None
         try:
             ids = self.tokenizer.encode(text)
-        except TokenizerError:
-            return Drop("not in the vocabulary", "a character that no token spells")
+        except TokenizerError as e:
+            return Drop("not in the vocabulary", str(e).split(";")[0])
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         out.ids = np.fromiter(
             chain([] if bos is None else [bos], ids, [eos]), np.uint32, len(ids) + 1 + (bos is not None)
         )
         return None
 
-    def _changed(self, text: str, content: bytes, language: str) -> tuple[str, bytes, tuple[tuple[str, int], ...]]:
+    def _changed(self, text: str, content: bytes, document: Document) -> tuple[str, bytes, tuple[tuple[str, int], ...]]:
         """Return the text without mark and long header, its bytes, and what was cut off or odd, with the bytes cut."""
-        changes = []
+        changes = [("newlines around it cut off", document.trimmed)] if document.trimmed else []
         if text.startswith("\ufeff"):
             text, content = text[1:], content[3:]
             changes.append(("byte-order mark cut off", 3))
         if self.cfg.max_header_lines is not None:
-            body = strip_header(text, language, self.cfg.max_header_lines)
+            body = strip_header(text, document.language, self.cfg.max_header_lines)
             if len(body) < len(text):
                 shorter = body.encode("utf-8")
                 changes.append(("long header cut off", len(content) - len(shorter)))
@@ -199,6 +202,7 @@ class WorkerPool:
         self._n_workers, self._examine = cfg.n_workers, examine
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
         self._arguments = (cfg, benchmarks, tokenizer_cfg)
+        self.unrecognisable = [] if benchmarks is None else benchmarks.lost
         self._generation = 0
         self._start()
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from config import Config, SourceConfig, TokenizerConfig
 from tokenizer import train_bpe
 
-# path on the hub, subset -> the file that holds its rows there, and its columns beside the text
+QA = ["input", "output"]
+# path on the hub, subset -> the file that holds its rows there, its columns of text, and some of the others
 LAYOUTS = {
     ("bigcode/the-stack-dedup", None): (
         "data/python/data-00000-of-00144.parquet",
+        ["content"],
         {
             "hexsha": "h",
             "size": 1,
@@ -22,11 +24,13 @@ LAYOUTS = {
     ),
     ("bigcode/starcoderdata", None): (
         "python/train-00000-of-00059.parquet",
+        ["content"],
         {"max_stars_repo_path": "src/a{}.py", "max_stars_repo_name": "me/r", "max_stars_count": 1, "id": "1"},
     ),
-    ("roneneldan/TinyStories", None): ("data/train-00000-of-00004-2d5a1467fff1081b.parquet", {}),
+    ("roneneldan/TinyStories", None): ("data/train-00000-of-00004-2d5a1467fff1081b.parquet", ["text"], {}),
     ("HuggingFaceFW/fineweb-edu", "sample-10BT"): (
         "sample/10BT/000_00000.parquet",
+        ["text"],
         {
             "id": "u",
             "dump": "CC",
@@ -36,21 +40,35 @@ LAYOUTS = {
             "score": 3.1,
         },
     ),
-    ("nvidia/Nemotron-Pretraining-Code-v1", "Synthetic-Code"): ("Synthetic-Code/part_000000.parquet", {"id": "x"}),
-    ("nvidia/Nemotron-CC-Math-v1", "4plus"): ("4plus/part_000000.parquet", {"id": "x"}),
-    ("nvidia/Nemotron-CC-Math-v1", "4plus_MIND"): ("4plus_MIND/part_000000.parquet", {"id": "x"}),
+    ("nvidia/Nemotron-Pretraining-Code-v1", "Synthetic-Code"): (
+        "Synthetic-Code/part_000000.parquet",
+        ["text"],
+        {"id": "x"},
+    ),
+    ("nvidia/Nemotron-CC-Math-v1", "4plus"): ("4plus/part_000000.parquet", ["text"], {"id": "x"}),
+    ("nvidia/Nemotron-CC-Math-v1", "4plus_MIND"): ("4plus_MIND/part_000000.parquet", ["text"], {"id": "x"}),
     ("HuggingFaceFW/finewiki", "en"): (
         "data/enwiki/000_00000.parquet",
+        ["text"],
         {"id": "x", "title": "t", "url": "https://example.org/w/{}"},
     ),
     ("open-web-math/open-web-math", None): (
         "data/train-00000-of-00114.parquet",
+        ["text"],
         {"url": "https://example.org/m/{}", "date": "d"},
     ),
-    ("nvidia/Nemotron-Pretraining-SFT-v1", "Nemotron-SFT-Code"): ("Nemotron-SFT-Code/part_000000.parquet", {}),
-    ("nvidia/Nemotron-Pretraining-SFT-v1", "Nemotron-SFT-General"): ("Nemotron-SFT-General/part_000000.parquet", {}),
-    ("nvidia/OpenCodeInstruct", None): ("data/train-00000-of-00050.parquet", {"id": "x", "domain": "generic"}),
-    ("nvidia/OpenMathInstruct-2", None): ("data/train-00000-of-00032.parquet", {"problem_source": "math"}),
+    ("nvidia/Nemotron-Pretraining-SFT-v1", "Nemotron-SFT-Code"): ("Nemotron-SFT-Code/part_000000.parquet", QA, {}),
+    ("nvidia/Nemotron-Pretraining-SFT-v1", "Nemotron-SFT-General"): (
+        "Nemotron-SFT-General/part_000000.parquet",
+        QA,
+        {},
+    ),
+    ("nvidia/OpenCodeInstruct", None): ("data/train-00000-of-00050.parquet", QA, {"id": "x", "domain": "generic"}),
+    ("nvidia/OpenMathInstruct-2", None): (
+        "data/train-00000-of-00032.parquet",
+        ["problem", "generated_solution"],
+        {"problem_source": "math"},
+    ),
 }
 WORDS = (
     "river",
@@ -83,13 +101,12 @@ def local_copy(source: SourceConfig, folder: Path, n_documents: int = 120) -> So
     import pyarrow
     import pyarrow.parquet
 
-    file, columns = LAYOUTS[source.path, source.subset]
+    file, texts, columns = LAYOUTS[source.path, source.subset]
     root = folder / source.path
     rows = [{k: v.format(n) if isinstance(v, str) else v for k, v in columns.items()} for n in range(n_documents)]
     for n, row in enumerate(rows):
-        row[source.field] = document(source.language or source.label, n)
-        if source.response_field is not None:
-            row[source.response_field] = document("an answer of " + source.label, n)
+        for text in texts:  # named as the hub names them, whatever the preset says
+            row[text] = document(source.language or source.label, n) if text == texts[0] else document("an answer", n)
     (root / file).parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / file)
     subsets = [s for path, s in LAYOUTS if path == source.path and s is not None]

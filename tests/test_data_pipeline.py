@@ -22,10 +22,10 @@ from config import PRESETS, DataConfig, SourceConfig, TokenizerConfig, preset
 from data_pipeline import prepare
 from duplicates import NearDuplicates, signature, word_hashes
 from filters import Drop, strip_header
-from ledger import read_documents
+from ledger import explain, read_documents
 from mixture import split_of
 from shards import DataError, TokenDataset
-from sources import Document
+from sources import Document, documents, local_files
 from tokenizer import load_json
 from workers import Examined, WorkerPool
 
@@ -144,6 +144,14 @@ def test_every_document_is_explained_and_every_token_has_its_document(corpus):
     assert dropped.endswith("'duplicate': the same content as " + ("b/copy.py" if dropped[0] == "a" else "a/copy.py"))
     assert f"kept, in the {middle['split']} split" in ask("--explain", middle["key"]).stdout
     assert_one_clear_line(ask("--explain", "repo/note.txt"), "matches none of **/*.py")
+    assert (
+        len([x for x in ask("--explain", "repo/a/copy.py").stdout.splitlines() if "copy.py (" in x]) == 1
+    )  # no namesake
+    last = "repo/" + local_files(cfg.data.sources[0])[-1].key
+    assert_one_clear_line(
+        ask("--explain", last, "--data.sources.0.max-documents", "40"), "max_documents of repo end before"
+    )
+    assert_one_clear_line(ask("--explain", last, "--data.max-tokens", "90000"), "the build ended before it")
     assert_one_clear_line(ask("--explain", "nothing.py"), "'nothing.py' was not", "documents.jsonl.gz")
     assert_one_clear_line(ask("--locate", "train:99999999"), "99,999,999")
     assert_one_clear_line(ask("--locate", "train"), "SPLIT:POSITION")
@@ -151,7 +159,7 @@ def test_every_document_is_explained_and_every_token_has_its_document(corpus):
 
 def test_builds_with_one_and_two_workers_and_after_a_kill_are_the_same_bytes(corpus):
     shutil.copytree(corpus, "repo")
-    for i in range(15):
+    for i in range(8):
         shutil.copytree("repo/email", f"repo/copy{i}")
     flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
     script("data_pipeline.py", *flags, cwd=Path.cwd())
@@ -322,8 +330,37 @@ def test_a_source_that_runs_dry_is_repeated_with_its_training_documents_only(cap
     assert max(texts["train"].count(t) for t in set(texts["train"])) >= 10
     assert sum(map(len, texts.values())) == a["kept"][0] + a["repeated"][0] + b["kept"][0]
     assert "source a ran dry: it is repeated" in capsys.readouterr().err
+    trained = next(x["key"] for x in read_documents(folder) if x["source"] == "a" and x["split"] == "train")
+    (explained,) = [x for x in explain(folder, {trained}) if "(a, " in x]
+    assert re.search(
+        r"kept, in the train split, tokens [\d,]+ to [\d,]+, and \d\d times more in a repetition", explained
+    )
     notes = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["notes"]
     assert any(re.fullmatch(r"source a was begun \d\d times", n) for n in notes)
+
+
+def test_a_source_that_is_gone_when_it_is_to_be_repeated_ends_quietly_in_a_note(monkeypatch):
+    cfg, reads = mixture("repeat", n_a=100), []
+
+    def gone_at_the_third_reading(source, files):
+        reads.append(source.path)
+        return documents(source, files) if reads.count(source.path) < 3 else iter(())
+
+    monkeypatch.setattr("mixture.documents", gone_at_the_third_reading)
+    folder = prepare(cfg)  # the first reading is the tokenizer's, the second the build's
+    assert reads.count("a") == 3
+    notes = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["notes"]
+    assert any("in its repetition nothing of it was there any more" in n for n in notes)
+    assert ledger_rows(folder)[1]["read"][0] == 400
+
+
+def test_a_build_that_ends_short_of_its_tokens_says_so(corpus):
+    cfg = tiny_config(corpus)
+    folder = prepare(replace(cfg, data=replace(cfg.data, max_tokens=10**9)))
+    (note,) = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["notes"]
+    assert re.fullmatch(
+        r"the sources held [\d,]+ of the 1,000,000,000 training tokens wanted \(data.max_tokens\)", note
+    )
 
 
 def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shards_are_used(corpus, monkeypatch, capsys):
@@ -401,7 +438,7 @@ def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     shutil.copytree(corpus, "repo")
-    for i in range(15):  # enough work to be killed in
+    for i in range(8):  # enough work to be killed in
         shutil.copytree("repo/email", f"repo/copy{i}")
     flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
     command = [sys.executable, ROOT / "data_pipeline.py", *flags]

@@ -71,7 +71,30 @@ def test_rows_that_cannot_be_read_say_why_and_do_not_end_the_rest():
     assert [d and d.rule for d in drops] == [None, *["unreadable"] * 4, "not UTF-8", "unreadable", None]
     for drop, word in zip(drops[1:5], ("not JSON", "not among other", "is a int", "must be an object")):
         assert word in drop.value
-    assert [d.size for d in found[:2]] == [5, len("{not json") + 1]  # a bad row counts with the bytes of its line
+    # a row counts with the bytes of its text, one without any with those of its line
+    assert [d.size for d in found] == [5, *(len(r) + 1 for r in rows[1:5]), 1, len(rows[6]) + 1, 5]
+
+
+def test_the_documents_of_a_text_file_count_every_byte_but_the_separators():
+    Path("a.txt").write_bytes(b"\n\nfirst \xff\n<end>\nsecond\n\n<end>\n")
+    found = read(SourceConfig(kind="text", path="a.txt", separator="<end>"))
+    assert sum(d.size for d in found) == Path("a.txt").stat().st_size - 2 * len("<end>")
+    examined = [Examiner(DataConfig())(d) for d in found]
+    assert examined[1].text == "second" and examined[1].changes == (("newlines around it cut off", 3),)
+    assert [e.drop and e.drop.rule for e in examined] == ["not UTF-8", None, "characters"]
+
+
+def test_a_byte_order_mark_costs_no_row():
+    Path("rows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"content": "x"}).encode())
+    Path("rows.json").write_bytes(b"\xef\xbb\xbf \n" + json.dumps([{"content": "x"}]).encode())
+    for name in ("rows.jsonl", "rows.json"):
+        assert [d.text for d in read(SourceConfig(kind="jsonl", path=name))] == ["x"]
+
+
+def test_a_separator_is_found_across_the_pieces_that_are_read():
+    Path("a.txt").write_text("x" * (2**20 - 3) + "<end>" + "y" * 2**21 + "<end>z", encoding="utf-8")
+    found = read(SourceConfig(kind="text", path="a.txt", separator="<end>"))
+    assert [(d.text[0], len(d.text)) for d in found] == [("x", 2**20 - 3), ("y", 2**21), ("z", 1)]
 
 
 @pytest.mark.parametrize("cut", [-9, -40, 20])
@@ -140,6 +163,14 @@ def test_a_hub_that_fails_midway_keeps_what_came_and_says_what_is_missing(monkey
 def test_a_hub_that_fails_at_once_is_an_error(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: a_stream_that_breaks(0))
     with pytest.raises(DataError, match=r"me/stories.*ConnectionError: peer went away.*hf auth login"):
+        read(HUB)
+
+
+def test_a_data_set_without_the_column_is_refused_at_its_first_row(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: iter([{"body": "x", "id": 1}]))
+    with pytest.raises(
+        DataError, match=r"the column 'text' must hold text, but is not among body, id; set the source's field"
+    ):
         read(HUB)
 
 
