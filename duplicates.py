@@ -65,7 +65,6 @@ def window_hashes(words: np.ndarray, length: int) -> np.ndarray:
     out = np.zeros(n, dtype=np.uint64)
     for i in range(length):
         out = out * np.uint64(0x9E3779B97F4A7C15) + words[i : i + n]
-        out ^= out >> np.uint64(29)  # without it, sums of equal words in another order would collide
     return out
 
 

@@ -264,6 +264,14 @@ def test_no_near_duplicate_straddles_the_splits_and_planted_copies_are_dropped(c
         assert len([k for k in kept if re.fullmatch(rf"\w+/((reordered|commented|copied)_)?{path.name}", k)]) <= 1, kept
     rules = [x["dropped"] for x in lines if "dropped" in x and "copied_" in x["key"]]
     assert len(rules) + sum("split" in x for x in lines if "copied_" in x["key"]) == len(originals)
+    planted = [x for x in lines if "of" in x and re.search("reordered_|commented_|copied_", x["key"])]
+    assert len(planted) > 50
+    for x in planted:  # and the log names the one that is left
+        original = lines[x["of"]]["key"]
+        assert "split" in lines[x["of"]] or x["dropped"] == "duplicate"  # of one that is a near-duplicate itself
+        assert re.sub("reordered_|commented_|copied_", "", original) == re.sub(
+            "reordered_|commented_|copied_", "", x["key"]
+        )
     index = NearDuplicates(0.65)
     for text in texts_of(folder, "train", cfg.tokenizer):
         index.add(signature(word_hashes(text)))

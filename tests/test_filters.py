@@ -143,6 +143,11 @@ CODE = "import os\n\n# a comment of the code\nx = 1\n"
         ("/*\n" + "\n".join(LICENCE) + "\n*/\nint x;\n", "int x;\n", "c"),
         ("\n".join(f"// {x}" for x in LICENCE) + "\nint x;\n", "int x;\n", "java"),
         ("/* short */\n/*\n" + "\r\n".join(LICENCE) + "\r\n*/\r\nint x;\r\n", "/* short */\nint x;\r\n", "c"),
+        (
+            '"""' + "\n".join(LICENCE) + '"""\n' + '"""' + "\n".join(LICENCE) + '"""\n',
+            '"""' + "\n".join(LICENCE) + '"""\n',
+            "python",
+        ),
         ("# short\n" + CODE, "# short\n" + CODE, "python"),
         ('"""Short."""  # noqa\n' + CODE * 30 + 'def f():\n    """Doc."""\n', None, "python"),
         ("/* package */ class X {\n" + "int f;\n" * 30 + "/* end */\n}\n", None, "java"),

@@ -95,6 +95,8 @@ def test_a_separator_is_found_across_the_pieces_that_are_read():
     Path("a.txt").write_text("x" * (2**20 - 3) + "<end>" + "y" * 2**21 + "<end>z", encoding="utf-8")
     found = read(SourceConfig(kind="text", path="a.txt", separator="<end>"))
     assert [(d.text[0], len(d.text)) for d in found] == [("x", 2**20 - 3), ("y", 2**21), ("z", 1)]
+    Path("a.txt").write_text("x" * (2**20 - 3) + "<end>z", encoding="utf-8")
+    assert [len(d.text) for d in read(SourceConfig(kind="text", path="a.txt", separator="<end>"))] == [2**20 - 3, 1]
 
 
 @pytest.mark.parametrize("cut", [-9, -40, 20])
