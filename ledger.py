@@ -194,7 +194,7 @@ def locate(folder: Path, split: str, position: int) -> dict[str, Any]:
     for line in read_documents(folder):
         if line.get("split") == split:
             end = line["start"] + line["tokens"]
-            if line["start"] <= position < end:
+            if position < end:
                 return line
     raise DataError(
         f"a position in the {split} split must be 0 to {end - 1:,}, but is {position:,}; name another with --locate {split}:N"
