@@ -131,9 +131,8 @@ def test_no_flip_in_a_shards_header_ends_in_a_traceback(folder):
 
 def test_an_id_that_the_shards_type_cannot_hold_is_refused_and_never_wraps(tmp_path):
     writer = ShardWriter(tmp_path, "train", np.dtype("<u2"))
-    writer.add(np.array([70_000], dtype=np.uint32), 1)
     with pytest.raises(DataError, match="70000"):
-        writer.flush()
+        writer.add(np.array([70_000], dtype=np.uint32), 1)
 
 
 @pytest.mark.parametrize(
