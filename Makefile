@@ -24,10 +24,10 @@ help: ## show this list
 
 install: .venv/.installed ## set up .venv with the pinned requirements
 
-run: .venv/.installed ## train the demo model on this machine's Python source (about 5 minutes)
+run: .venv/.installed ## train the demo model on this machine's Python source (5 to 15 minutes)
 	@$(BIN)/python main.py
 
-test: .venv/.installed-dev ## lint, then run the whole test suite (under 5 minutes, offline)
+test: .venv/.installed-dev ## lint, then run the whole test suite (2 to 6 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 
