@@ -1,7 +1,7 @@
 """From sources to token shards: filter, deduplicate, split, tokenise, pack.
 
     python data_pipeline.py --preset demo
-    python data_pipeline.py --preset demo --explain pyarrow/interchange/__init__.py  # which rule took it, and by what value
+    python data_pipeline.py --preset demo --explain google/protobuf/api_pb2.py  # which rule took it, and by what value
     python data_pipeline.py --preset demo --locate train:123456  # the document of a token
 
 Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
