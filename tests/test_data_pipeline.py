@@ -463,7 +463,12 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
         shutil.copytree("repo/email", f"repo/copy{i}")
     flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
     command = [sys.executable, ROOT / "data_pipeline.py", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
     while not list(Path("data").glob(".building-*/tokenizer.json")):
         assert process.poll() is None
         time.sleep(0.02)
