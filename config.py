@@ -28,6 +28,11 @@ class KindlingError(Exception):
     """Something the user can mend. Its text is one line: what must hold, what was given, the way out."""
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the class and the text of an error of some library in one line, the text cut to `limit` characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
 class ConfigError(KindlingError):
     """A setting that cannot be used."""
 

@@ -82,8 +82,15 @@ class Ledger:
         out += [f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines]
         return "\n".join(out + (self._by_source() if len(self.rows) > 1 else []) + self.notes)
 
+    def _tokens(self) -> list[int]:
+        """Return the tokens drawn from each source, repetitions included."""
+        return [
+            sum(r["tokens"] for (i, _), r in self.rows.items() if i == source) for source in range(len(self.labels))
+        ]
+
     def _by_source(self) -> list[str]:
-        tokens, weight = max(1, sum(r["tokens"] for r in self.rows.values())), sum(self.weights)
+        by_source, weight = self._tokens(), sum(self.weights)
+        tokens = max(1, sum(by_source))
         width = max(30, max(len(f"{r['source']}, {r['language']}") for r in self.rows.values()) + 2)
         head = ("read", "MB", "kept", "MB", "tokens", "share")
         out = [
@@ -98,16 +105,15 @@ class Ledger:
                     f"{r['kept'][1] / 1e6:>9.2f}{r['tokens']:>14,}{r['tokens'] / tokens:>8.1%}"
                 )
             if len(self.labels) > 1:
-                share = sum(r["tokens"] for r in rows) / tokens
-                out.append(f"  {label}: {share:.1%} of the tokens, {self.weights[source] / weight:.1%} wanted")
+                out.append(
+                    f"  {label}: {by_source[source] / tokens:.1%} of the tokens, {self.weights[source] / weight:.1%} wanted"
+                )
         return out
 
     def write(self, folder: Path) -> None:
         """Write `ledger.json`."""
         # the version matters: what compile() accepts changes with it
-        tokens = [
-            sum(r["tokens"] for (i, _), r in self.rows.items() if i == source) for source in range(len(self.labels))
-        ]
+        tokens = self._tokens()
         sources = [
             {"source": label, "wanted": weight / sum(self.weights), "share": n / max(1, sum(tokens)), "tokens": n}
             for label, weight, n in zip(self.labels, self.weights, tokens)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import SourceConfig
+from config import SourceConfig, one_line
 from prompts import user_assistant
 from shards import DataError
 
@@ -178,11 +178,11 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
             else:
                 yield _row_document(source, key, row, language)
     except Exception as e:  # gzip, zlib, Arrow and the system share no base class
-        yield Document(f"{f.key}:{number}", language, unreadable=f"the rest of the file: {_one_line(e)}")
+        yield Document(f"{f.key}:{number}", language, unreadable=f"the rest of the file: {one_line(e)}")
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of one row; `row` is a dict, or a string that says why there is none."""
+    """Return the document of one row, which comes as a `_Line` of JSON or as the value itself; only a dict holds a text."""
     size = 0  # of the row as a whole, where it came as a line
     if isinstance(row, _Line):
         row, size = row.content, row.size
@@ -232,10 +232,6 @@ def _size(text: str) -> int:
         return len(text.encode("utf-8", "surrogatepass"))
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def _open_text(path: Path, encoding: str = "utf-8") -> Any:
     # a lone byte survives as a surrogate, which the filters then name, so that one bad byte does not end the file
     opener = gzip.open if path.suffix == ".gz" else open
@@ -272,7 +268,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 try:
                     content = json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    content = _NotJson(f"not JSON: {_one_line(e)}")
+                    content = _NotJson(f"not JSON: {one_line(e)}")
                 yield _Line(content, _size(line))
 
 
@@ -300,13 +296,12 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
 
     number = 0
     try:
-        path = str(Path(source.path or "").expanduser())
+        path = os.path.expanduser(source.path or "")  # a name on the hub keeps its slash on every system
         rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
         for number, row in enumerate(rows, 1):
             document = _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
-            if (
-                number == 1 and document.unreadable is not None
-            ):  # or a wrong name would stream the whole set for nothing
+            if number == 1 and document.unreadable is not None:
+                # a wrong name would stream the whole set for nothing
                 raise DataError(
                     f"each row of the data set {source.label!r} must hold its text where the config says, but in the first "
                     f"{document.unreadable}; set the source's field (and response_field)"
@@ -317,13 +312,13 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
     except Exception as e:  # connection, authorisation, naming and format errors share no base class
         if number == 0:
             raise DataError(_no_data_set(source, e)) from None
-        why = f"the rest of the data set, after row {number - 1:,}: {_one_line(e)}"
+        why = f"the rest of the data set, after row {number - 1:,}: {one_line(e)}"
         yield Document(f"{source.label}:{number}", source.language or "unknown", unreadable=why, broken=True)
 
 
 def _no_data_set(source: SourceConfig, error: Exception) -> str:
     """Return the line that says why a data set cannot be read at all, and what to do."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = one_line(error, 300)
     local = "or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER"
     if "gated" in said.lower() or "GatedRepo" in type(error).__name__:
         return (

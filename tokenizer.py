@@ -29,7 +29,7 @@ import tyro
 from bpe import SYMBOLS, ByteLevelBPE
 from cli import parse_cli, run_script
 from comparison import Measured, hold_out, measure, plot, read_documents, table
-from config import COMPARED, KindlingError, TokenizerConfig, preset, require
+from config import COMPARED, KindlingError, TokenizerConfig, one_line, preset, require
 
 if TYPE_CHECKING:
     import tokenizers
@@ -339,7 +339,7 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
     except Exception as e:  # connection, authorisation and naming errors share no base class
         raise TokenizerError(
             f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
-            f"{type(e).__name__}: {' '.join(str(e).split())[:200]}; check the network and the name (a gated one needs "
+            f"{one_line(e)}; check the network and the name (a gated one needs "
             f"its terms accepted on its page, and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
         ) from None
 

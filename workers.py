@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from config import DataConfig, TokenizerConfig
+from config import DataConfig, TokenizerConfig, one_line
 from duplicates import Benchmarks, signature, word_hashes
 from filters import Drop, first_refusal, strip_header
 from shards import DataError
@@ -95,7 +95,7 @@ def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[E
             drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
             examined.append(Examined(document.key, document.language, document.size, drop))
         except BaseException as e:  # whatever a document does to a library, a panic of Rust included, costs it alone
-            drop = Drop("unexpected", f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+            drop = Drop("unexpected", one_line(e))
             examined.append(Examined(document.key, document.language, document.size, drop))
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -119,9 +119,8 @@ class Examiner:
         """Fill in `out`; return why the document is dropped, or None."""
         cfg, raw = self.cfg, b""
         if document.path is not None:
-            if (
-                document.size > 4 * cfg.max_chars
-            ):  # a character is at most 4 bytes: too long, known without reading gigabytes
+            if document.size > 4 * cfg.max_chars:
+                # a character is at most 4 bytes: too long, known without reading gigabytes
                 return Drop(
                     "characters", f"{document.size:,} bytes, not {cfg.min_chars:,} to {cfg.max_chars:,} characters"
                 )
