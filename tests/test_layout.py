@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files", "bpe", "prompts"],
+    ["config", "files", "bpe", "prompts", "docstrings"],
     ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics"],
     ["comparison"],
     ["tokenizer"],
