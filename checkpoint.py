@@ -25,9 +25,10 @@ from torch import nn
 
 from cli import from_yaml, to_yaml
 from config import Config, KindlingError
+from examples import open_split
 from files import sha256_file, sync, write_atomic, write_json
 from model import LanguageModel, build_model
-from shards import TokenDataset, read_manifest
+from shards import SplitInfo, TokenDataset, read_manifest
 from tokenizer import Tokenizer, load_json
 
 RUNS = Path("runs")
@@ -58,8 +59,8 @@ class RunDirectory:
             self.data.mkdir(parents=True, exist_ok=True)
             manifest = json.loads((data_folder / MANIFEST).read_text(encoding="utf-8"))
             for split in ("val", "test"):
-                for shard in manifest["splits"][split]["shards"]:
-                    shutil.copyfile(data_folder / shard["file"], self.data / shard["file"])
+                for name in SplitInfo(**manifest["splits"][split]).files:
+                    shutil.copyfile(data_folder / name, self.data / name)
             shutil.copyfile(data_folder / "tokenizer.json", self.path / "tokenizer.json")
             shutil.copyfile(data_folder / "ledger.json", self.data / "ledger.json")
             write_json(self.data / MANIFEST, manifest)
@@ -97,7 +98,7 @@ class RunDirectory:
 
     def heldout(self, split: str) -> TokenDataset:
         """Open the run's own validation or test split, verified."""
-        return TokenDataset(self.data, split)
+        return open_split(self.config(), self.data, split)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -236,6 +237,11 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def weights_sha256(folder: Path) -> str:
+    """Return what a verified checkpoint's manifest says of its weights: the same for the same weights."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"]
+
+
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
     from safetensors.torch import load_file
@@ -268,13 +274,16 @@ def load_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def find_run(path: Path | None) -> RunDirectory:
-    """Return the run at `path` (a folder, or a name under runs/), or the newest run if it is None."""
+def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
+    """Return the run at `path` (a folder, or a name under runs/), or if it is None the newest run, or pre-trained run."""
     if path is None:
         found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
+        if pretrained:
+            found = [folder for folder in found if not RunDirectory(folder).config().data.instructions]
         if not found:
             raise CheckpointError(
-                f"there must be a run under {RUNS}/, but there is none; train one with `python main.py`"
+                f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS}/, but there is none; "
+                f"train one with `python main.py`"
             )
         return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
     for candidate in (path, RUNS / path):

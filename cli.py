@@ -83,9 +83,8 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)}
 
 
-def preset_from_argv(argv: list[str]) -> Config:
-    """Return the preset that `--preset NAME` (or `RUN`) names; the other arguments are left to tyro."""
-    name = RUN
+def preset_from_argv(argv: list[str], name: str = RUN) -> Config:
+    """Return the preset that `--preset NAME` names, or `name`; the other arguments are left to tyro."""
     for i, arg in enumerate(argv):
         if arg == "--preset" and i + 1 < len(argv):
             name = argv[i + 1]
@@ -99,7 +98,7 @@ ConfigFlags = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversion
 Flags = TypeVar("Flags")
 
 
-def parse_cli(flags: type[Flags], description: str, argv: list[str] | None = None) -> Flags:
+def parse_cli(flags: type[Flags], description: str, argv: list[str] | None = None, default_preset: str = RUN) -> Flags:
     """Parse the command line into `flags`, a dataclass of a script's own switches.
 
     Where it has a field `config: ConfigFlags`, that field starts from the preset that `--preset` names, and every
@@ -107,7 +106,7 @@ def parse_cli(flags: type[Flags], description: str, argv: list[str] | None = Non
     """
     argv = sys.argv[1:] if argv is None else argv
     has_config = any(f.name == "config" for f in dataclasses.fields(flags))
-    default = flags(config=preset_from_argv(argv)) if has_config else flags()
+    default = flags(config=preset_from_argv(argv, default_preset)) if has_config else flags()
     return tyro.cli(flags, default=default, args=argv, description=description.strip())
 
 

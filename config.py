@@ -15,6 +15,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -225,11 +226,12 @@ class TokenizerConfig:
 class SourceConfig:
     """One source of documents. Several make a mixture, drawn by `weight` in tokens."""
 
-    kind: Literal["local-python", "files", "text", "jsonl", "parquet", "datasets"] = "local-python"
+    kind: Literal["local-python", "files", "text", "jsonl", "parquet", "datasets", "docstrings"] = "local-python"
     """local-python: the interpreter's standard library and installed packages; files: one document a file, by `globs`;
-    text: files of documents between `separator`s; jsonl, parquet: rows; datasets: the hub, streamed."""
+    text: files of documents between `separator`s; jsonl, parquet: rows; datasets: the hub, streamed; docstrings: instructions
+    and answers for fine-tuning, mined from the documented functions of Python files."""
     path: str | None = None
-    """A file or folder, or the hub's name of a data set. Not used by local-python."""
+    """A file or folder, or the hub's name of a data set. Not used by local-python; docstrings without it reads the same files."""
     globs: tuple[str, ...] | None = None
     """Which files of a folder, for files, text, jsonl and parquet. None: those that the kind usually has."""
     subset: str | None = None
@@ -239,9 +241,14 @@ class SourceConfig:
     split: str = "train"
     """The split of a data set on the hub."""
     field: str = "content"
-    """The column that holds a row's text."""
+    """The column that holds a row's text, or its instruction."""
     response_field: str | None = None
     """Set where rows are instructions and this is the answer's column: for fine-tuning, refused for pre-training."""
+    input_field: str | None = None
+    """Of rows of instructions, the column with the input that an instruction is about; empty or missing where it has none."""
+    messages_field: str | None = None
+    """Set where rows are conversations: the column with the list of messages, each {"role": ..., "content": ...} (or
+    "from" and "value"), user and assistant in turn: for fine-tuning, refused for pre-training."""
     language: str | None = None
     """Language of the documents. None: by a row's `language` or `lang` column, else by the file's suffix."""
     separator: str = "<|endoftext|>"
@@ -262,6 +269,11 @@ class SourceConfig:
         return ("**/*.py",) if suffixes is None else tuple(f"**/*.{s}{gz}" for s in suffixes for gz in ("", ".gz"))
 
     @property
+    def is_instructions(self) -> bool:
+        """Whether it holds instructions and answers, rather than documents."""
+        return self.kind == "docstrings" or self.response_field is not None or self.messages_field is not None
+
+    @property
     def label(self) -> str:
         """A short name for tables."""
         return "/".join(part for part in (self.path or self.kind, self.subset, self.data_dir) if part)
@@ -270,11 +282,17 @@ class SourceConfig:
     def _check(self) -> SourceConfig:
         _require_range("data.sources", self, 1, "max_documents", "max_bytes")
         _require_range("data.sources", self, 0, "weight", open_low=True)
-        require(self.kind == "local-python" or bool(self.path), "data.sources.path", f"set for a {self.kind} source", self.path,
-                "name a file, a folder or a data set")
+        require(self.kind in ("local-python", "docstrings") or bool(self.path), "data.sources.path",
+                f"set for a {self.kind} source", self.path, "name a file, a folder or a data set")
         require(self.kind != "local-python" or self.path is None, "data.sources.path",
                 "None for a local-python source, which reads this machine's own", self.path,
                 "say what it holds with --data.sources.0.kind files (or jsonl, parquet, text, datasets)")
+        fields = [f for f in (self.response_field, self.messages_field) if f is not None]
+        rows = self.kind in ("jsonl", "parquet", "datasets")
+        require(not fields or (rows and len(fields) == 1), "data.sources.response_field and messages_field",
+                "at most one of them, and of rows (jsonl, parquet or datasets)", (self.kind, *fields), "leave the others None")
+        require(self.input_field is None or self.response_field is not None, "data.sources.input_field",
+                "None where there is no response_field", self.input_field, "set --data.sources.0.response-field")
         require(self.globs != (), "data.sources.globs", "at least one pattern", self.globs, "name one, or None")
         return self
 
@@ -318,6 +336,11 @@ class DataConfig:
     """Share of the documents, by content hash, held out for validation."""
     test_fraction: float = 0.01
     """Share of the documents, by content hash, kept for final tables only."""
+    template: Literal["alpaca", "user-assistant"] = "alpaca"
+    """Of sources of instructions: the text that an instruction and its answer are made into (`prompts.py`)."""
+    too_long: Literal["drop", "cut"] = "drop"
+    """Of sources of instructions: what happens to an example with more tokens than the context. cut: the last answer is, and
+    end-of-text follows it all the same, which teaches to stop there."""
     max_tokens: int | None = None
     """Stop reading once the training split holds this many tokens. None: read the sources whole."""
     when_dry: Literal["repeat", "stop", "continue"] = "repeat"
@@ -325,6 +348,11 @@ class DataConfig:
     documents only), stop the build, so that the shares hold without repetition, or continue with the others."""
     workers: int | None = None
     """Processes that filter and tokenise. None: one a core."""
+
+    @property
+    def instructions(self) -> bool:
+        """Whether the sources hold instructions and answers, rather than documents."""
+        return self.sources[0].is_instructions
 
     @property
     def n_workers(self) -> int:
@@ -341,6 +369,8 @@ class DataConfig:
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
                 self.val_fraction + self.test_fraction, "leave something to train on")
         require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
+        require(len({s.is_instructions for s in self.sources}) == 1, "data.sources", "all of instructions, or all of documents",
+                tuple(s.label for s in self.sources), "fine-tune on the ones and pre-train on the others")
         return self
 
 
@@ -348,8 +378,10 @@ class DataConfig:
 class TrainConfig:
     """The optimiser, the schedule and the run's housekeeping."""
 
-    max_steps: int = 1000
-    """Optimiser steps of the whole run."""
+    max_steps: int | None = 1000
+    """Optimiser steps of the whole run. None: as many as `epochs` take."""
+    epochs: float = 1.0
+    """Passes over the training data, where max_steps is None."""
     batch_size: int = 32
     """Sequences per optimiser step, over all micro-batches and ranks."""
     micro_batch_size: int | None = None
@@ -399,7 +431,12 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_prompts: tuple[str, ...] = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
-    """Prompts that are continued and shown when the run ends."""
+    """Prompts that are continued and shown when the run ends; of a run that fine-tunes, instructions that are answered."""
+    packing: bool = True
+    """In fine-tuning: several examples a row, none of which sees another. False: one a row, padded, with those of about the
+    same length in a batch."""
+    held_out_answers: int = 20
+    """In fine-tuning: answer this many held-out instructions at the end, and say how many answers stopped by themselves."""
 
     @property
     def micro_batch(self) -> int:
@@ -410,7 +447,8 @@ class TrainConfig:
     def _check(self) -> TrainConfig:
         _require_range("train", self, 1, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps", "threads",
                        "eval_every", "save_every", "keep_checkpoints", "log_every")
-        _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip")
+        _require_range("train", self, 0, "epochs", open_low=True)
+        _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
         _require_range("train", self, 0, "seed", high=2**63 - 1)
         _require_range("train", self, 0, "lr", "muon_lr", "eps", open_low=True)
         _require_range("train", self, 0, "min_lr_ratio", high=1)
@@ -444,12 +482,23 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole run trains on."""
+        """Tokens that the whole run trains on. Raises ConfigError where the steps depend on the data (`with_steps`)."""
+        require(self.train.max_steps is not None, "train.max_steps", "a number to tell the tokens of the run before it begins",
+                None, "set --train.max-steps")
         return self.train.max_steps * self.train.batch_size * self.model.block_size
+
+    def with_steps(self, n_rows: int) -> Config:
+        """Return the config with `train.max_steps` set: where it is None, to what the epochs take over `n_rows` rows."""
+        if self.train.max_steps is not None:
+            return self
+        steps = max(1, round(self.train.epochs * n_rows / self.train.batch_size))
+        return replace(self, train=replace(self.train, max_steps=steps))
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         bad = self.name is not None and (not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"))
+        require(not (self.data.instructions and self.train.packing and self.model.backbone == "transformers"), "train.packing",
+                "False on transformers' GPT-2, which has no mask across examples", True, "set --train.packing False")
         require(not bad, "name", "the plain name of a folder under runs/", self.name, "leave out slashes")
         return self
 
@@ -556,7 +605,8 @@ def _hub(path: str, weight: float = 1.0, **fields: Any) -> SourceConfig:
     return SourceConfig(**{"kind": "datasets", "path": path, "weight": weight, "field": "text", "language": "english", **fields})
 
 
-def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig) -> Config:
+def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig, template: str = "alpaca",
+                **train: Any) -> Config:
     """Seed 004: a Llama of 302M parameters; each stage starts from the weights of the one before."""
     batch_size, block_size = 512, 1024
     max_steps = math.ceil(billion_tokens * 1e9 / (batch_size * block_size))
@@ -567,9 +617,9 @@ def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceCo
                           tie_embeddings=False),
         tokenizer=TokenizerConfig(kind="pretrained", path="bigcode/starcoder"),
         data=DataConfig(sources=sources, max_tokens=max_steps * batch_size * block_size, val_fraction=0.0005,
-                        test_fraction=0.0005, check_syntax=False),
+                        test_fraction=0.0005, check_syntax=False, template=template),
         train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=8, lr=lr, warmup_steps=500,
-                          init_from=f"smallcoder-{stage - 1}" if stage > 1 else None, eval_every=500, save_every=500),
+                          init_from=f"smallcoder-{stage - 1}" if stage > 1 else None, eval_every=500, save_every=500, **train),
     )
 
 
@@ -598,14 +648,54 @@ def smallcoder_4() -> Config:
                        _hub("nvidia/Nemotron-Pretraining-SFT-v1", 45, subset="Nemotron-SFT-Code", **answers),
                        _hub("nvidia/OpenCodeInstruct", 30, **answers),
                        _hub("nvidia/OpenMathInstruct-2", 15, field="problem", response_field="generated_solution"),
-                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 10, subset="Nemotron-SFT-General", **answers))
+                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 10, subset="Nemotron-SFT-General", **answers),
+                       template="user-assistant", sample_prompts=TASKS)
+
+
+TASKS = ("Write a Python function that returns the sum of two numbers.", "Reverse a string in Python.",
+         "Write a Python program to check whether a number is prime.")
+
+
+def docstrings() -> Config:
+    """Fine-tuning, offline: the documented functions of the Python source that is on this machine.
+
+    The same files as the demo's, in the same order and, by the same hash of their content, in the same splits: what is held
+    out here was held out there.
+    """
+    return Config(
+        preset="docstrings",
+        data=DataConfig(sources=(SourceConfig(kind="docstrings", language="python", max_bytes=15_000_000),), val_fraction=0.04,
+                        test_fraction=0.04, max_non_ascii=0.1),
+        train=TrainConfig(max_steps=None, epochs=3, batch_size=16, lr=1e-3, warmup_steps=10, min_lr_ratio=0.0, weight_decay=0.01,
+                          eval_every=100, save_every=100,
+                          sample_prompts=("Return the sum of a and b.\ndef add(a, b):",
+                                          "Return True if the path names a file that exists.\ndef is_file(path):",
+                                          "Return the number of items in the list that are equal to value.\n"
+                                          "def count(items, value):")),
+    )
+
+
+def alpaca() -> Config:
+    """Seed 000's fine-tuning, for any base: 18,612 Python instructions, three epochs; `--train.epochs 1` is its shorter one.
+
+    Its `prompt` column holds the answer too, so prompts are made from instruction and input.
+    """
+    pairs = _hub("iamtarun/python_code_instructions_18k_alpaca", field="instruction", input_field="input",
+                 response_field="output")
+    return Config(
+        preset="alpaca",
+        data=DataConfig(sources=(pairs,), val_fraction=0.05, test_fraction=0.05),
+        train=TrainConfig(max_steps=None, epochs=3, batch_size=8, micro_batch_size=4, lr=2e-4, warmup_steps=50, weight_decay=0.01,
+                          eval_every=200, save_every=200, sample_prompts=TASKS),
+    )
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
     f.__name__.replace("_", "-"): f
     for f in (demo, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
-              smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4)
+              smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4, docstrings, alpaca)
 }
+FINE_TUNING = {"code-50m": "alpaca", "code-150m": "alpaca", "code-225m": "alpaca", "smallcoder-3": "smallcoder-4"}
 
 
 def preset(name: str) -> Config:
@@ -629,11 +719,14 @@ def list_presets() -> str:
         weights = sum(s.weight for s in cfg.data.sources)
         several = len(cfg.data.sources) > 1
         source = " + ".join((f"{s.weight / weights:.0%} " if several else "") + s.label for s in cfg.data.sources)
-        rows.append((name, f"{cfg.model.n_parameters:,}", f"{cfg.tokens / 1e6:,.{0 if cfg.tokens > 1e8 else 1}f}M", source))
+        any_base = cfg.data.instructions and cfg.train.init_from is None
+        length = f"{cfg.train.epochs:g} epochs" if cfg.train.max_steps is None else (
+            f"{cfg.tokens / 1e6:,.{0 if cfg.tokens > 1e8 else 1}f}M")
+        rows.append((name, "its base's" if any_base else f"{cfg.model.n_parameters:,}", length, source))
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     return "\n".join(f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}" for r in rows)
 
 
 if __name__ == "__main__":
     print(list_presets())
-    print(f"\n`python main.py` trains {RUN!r}; choose another with --preset NAME.")
+    print(f"\n`python main.py` trains {RUN!r}; choose another with --preset NAME. Sources of instructions are for sft_train.py.")

@@ -33,9 +33,10 @@ import numpy as np
 from cli import ConfigFlags, parse_cli, run_script
 from config import Config
 from duplicates import benchmark_files
+from examples import ExampleWriter, open_split
 from ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
 from mixture import Mixture
-from shards import FORMAT, SPLITS, DataError, ShardWriter, TokenDataset, read_manifest, write_manifest
+from shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
 from sources import LocalFile, local_files, source_roots
 from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 from workers import WorkerPool
@@ -70,7 +71,7 @@ def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: Worke
     return train(_tokenizer_sample(cfg, files, pool, notes), cfg.tokenizer, cfg.model.vocab_size)
 
 
-def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
+def fingerprint(cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None = None) -> str:
     """Return a short hash of everything that the shards depend on and that can be known without reading the inputs."""
     import tokenizers
 
@@ -89,7 +90,11 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None]) -> str:
             parts[f"folder_{i}"] = [
                 (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
             ]
-    if cfg.tokenizer.kind != "pretrained":
+    if cfg.data.instructions:
+        parts["context"] = cfg.model.block_size
+    if tokenizer is not None:
+        parts["tokenizer_sha256"] = tokenizer.sha256
+    elif cfg.tokenizer.kind != "pretrained":
         parts["vocab_size"] = cfg.model.vocab_size
     elif Path(cfg.tokenizer.path or "").expanduser().exists():
         parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256
@@ -104,26 +109,32 @@ def exit_on_terminate() -> None:
 def require_documents(cfg: Config) -> None:
     """Raise DataError if a source holds instructions and answers, which only fine-tuning can use."""
     for source in cfg.data.sources:
-        if source.response_field is not None:
+        if source.is_instructions:
             raise DataError(
                 f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
-                f"it is for fine-tuning: pre-train an earlier stage with --preset, such as smallcoder-3"
+                f"it is for fine-tuning: pre-train with another --preset, then run `python sft_train.py --preset {cfg.preset}`"
             )
 
 
-def prepare(cfg: Config) -> Path:
+def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
     """Return the folder with the shards that `cfg` describes, building it first where it is not there yet.
 
-    Raises DataError for sources that are missing or empty, for splits with nothing in them, and for a full disk.
+    `tokenizer` is that of the run which is fine-tuned; without one the config says where it comes from. Raises DataError for
+    sources that are missing or empty, for splits with nothing in them, and for a full disk.
     """
+    if cfg.data.instructions and tokenizer is None and cfg.tokenizer.kind != "pretrained":
+        raise DataError(
+            f"examples must be made with the tokenizer of the run that is fine-tuned on them, but preset {cfg.preset} "
+            f"names none; build and look at them with `python sft_train.py --preset {cfg.preset} --audit`"
+        )
     files = [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
-    folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files)}"
+    folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
     if folder.is_dir():
         for broken in read_manifest(folder).get("broken", []):
             print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
         return folder
     try:
-        return build(cfg, files, folder)
+        return build(cfg, files, folder, tokenizer)
     except OSError as e:
         raise DataError(
             f"{DATA}/ must be writable and have room for the shards, but writing gave: {e}; "
@@ -145,7 +156,7 @@ def _stale(folder: Path) -> bool:
     return False
 
 
-def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Path:
+def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path, tokenizer: Tokenizer | None = None) -> Path:
     """Build `folder`: under another name, renamed when whole, so that a killed build leaves nothing that looks done."""
     DATA.mkdir(parents=True, exist_ok=True)
     for old in DATA.glob(".building-*"):
@@ -155,8 +166,8 @@ def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Pat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        with WorkerPool(cfg.data, cfg.tokenizer) as pool:
-            _fill(cfg, files, pool, partial, folder.name)
+        with WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
+            _fill(cfg, files, pool, partial, folder.name, tokenizer)
         try:
             partial.rename(folder)
         except OSError:
@@ -167,12 +178,19 @@ def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path) -> Pat
     return folder
 
 
-def _fill(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, partial: Path, name: str) -> None:
+def _fill(
+    cfg: Config,
+    files: list[list[LocalFile] | None],
+    pool: WorkerPool,
+    partial: Path,
+    name: str,
+    tokenizer: Tokenizer | None,
+) -> None:
     started = time.perf_counter()
     notes: list[str] = []
     if pool.unrecognisable:
         notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
-    tokenizer = make_tokenizer(cfg, files, pool, notes)
+    tokenizer = tokenizer or make_tokenizer(cfg, files, pool, notes)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise TokenizerError(
             f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
@@ -180,12 +198,13 @@ def _fill(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, pa
         )
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    writers = {split: ShardWriter(partial, split, dtype) for split in SPLITS}
+    writer_of = ExampleWriter if cfg.data.instructions else ShardWriter
+    writers = {split: writer_of(partial, split, dtype) for split in SPLITS}
     ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
     mixture = Mixture(cfg.data, files, pool, (partial / "tokenizer.json").absolute())
     examples = _write_documents(cfg, files, mixture, partial, writers, ledger)
     for writer in writers.values():
-        writer.flush()
+        writer.close()
     broken = list(mixture.broken.values())
     wanted, found = cfg.data.max_tokens, writers["train"].info.tokens
     if wanted is not None and found < wanted:
@@ -193,7 +212,8 @@ def _fill(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, pa
     ledger.notes += notes + mixture.notes + [f"without {b}" for b in broken]
     ledger.notes += [f"source {s.label} was begun {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
     seconds = time.perf_counter() - started
-    print(ledger.table())
+    if not cfg.data.instructions:  # which the audit shows
+        print(ledger.table())
     for split, writer in writers.items():
         info = writer.info
         print(f"{split:<32}{info.documents:>12,}{info.bytes / 1e6:>10.2f}   {info.tokens:,} tokens")
@@ -250,7 +270,11 @@ def _write_documents(
                 kept = ledger.keep(
                     document.source, examined.language, examined.size, examined.changes, n_tokens, document.repeated
                 )
-                writer.add(examined.ids, kept)
+                if isinstance(writer, ExampleWriter):
+                    assert examined.segments is not None
+                    writer.add_example(examined.ids, examined.segments, examined.supervised_bytes)
+                else:
+                    writer.add(examined.ids, kept)
             bar.update(0 if document.repeated else examined.size)
             if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
                 break
@@ -331,10 +355,11 @@ def main(argv: list[str] | None = None) -> int:
         if flags.locate is not None:
             print(_locate(folder, flags.locate))
         return 0
-    splits = [TokenDataset(folder, split) for split in SPLITS]
+    splits = [open_split(flags.config, folder, split) for split in SPLITS]
     print(f"shards in {folder}: " + ", ".join(f"{s.split} {len(s):,} tokens" for s in splits))
-    if any(s.response_field is not None for s in flags.config.data.sources):
-        print("these are instructions and answers, which only fine-tuning can use")
+    if flags.config.data.instructions:
+        print(Ledger.read(folder).table())
+        print(f"next: python sft_train.py --preset {flags.config.preset}")
     else:
         given = shlex.join(sys.argv[1:] if argv is None else argv)
         print(f"next: python main.py {given}".rstrip())

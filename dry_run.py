@@ -18,6 +18,7 @@ from checkpoint import RunDirectory
 from config import Config
 from device import Runtime
 from model import LanguageModel
+from shards import Batch, document_positions
 from trainer import Trainer, wants_compile
 
 
@@ -30,9 +31,13 @@ def dry_run(
     """
 
     class Noise:
-        def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        n_rows = 1
+
+        def rows(self, first: int, count: int) -> Batch:
             rows = np.random.default_rng(first).integers(0, cfg.model.vocab_size, (count, cfg.model.block_size + 1))
-            return rows[:, :-1], rows[:, 1:]
+            idx = rows[:, :-1]
+            # any token for the end of text: a mask across documents costs the same wherever they end
+            return Batch(idx, rows[:, 1:], document_positions(idx, 0) if cfg.model.document_mask else None)
 
     n_micro = cfg.train.batch_size // cfg.train.micro_batch
     trainer = Trainer(
@@ -42,7 +47,6 @@ def dry_run(
         Noise(),
         lambda _: {},
         runtime,
-        eos_id=0,  # any token: a mask across documents costs the same wherever they end
     )
     model.train()
     compiled = wants_compile(cfg, model, runtime) and trainer.compile()

@@ -36,6 +36,17 @@ class Ledger:
         self.rows: dict[tuple[int, str], dict[str, Any]] = {}
         self.notes: list[str] = []  # what happened to a source as a whole
 
+    @staticmethod
+    def read(folder: Path) -> Ledger:
+        """Return the ledger that `write` wrote."""
+        content = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        labels = [s["source"] for s in content["sources"]]
+        ledger = Ledger(labels, [s["wanted"] for s in content["sources"]])
+        for number, row in enumerate(content["rows"]):
+            ledger.rows[number, row["language"]] = row
+        ledger.notes = content["notes"]
+        return ledger
+
     def row(self, source: int, language: str) -> dict[str, Any]:
         """Return the counters of one source and language."""
         empty = {"read": [0, 0], "dropped": {}, "changed": {}, "kept": [0, 0], "repeated": [0, 0], "tokens": 0}

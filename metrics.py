@@ -26,7 +26,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self._warned = False
         try:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step > 0]
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except OSError as e:

@@ -95,7 +95,7 @@ class Mixture:
             examined = document.examined
             if document.drop is None and not document.repeated:
                 document.drop, document.original = originals.check(examined, number)
-                document.split = split_of(examined.digest, self.data) if document.drop is None else ""
+                document.split = split_of(examined.group or examined.digest, self.data) if document.drop is None else ""
             if self.reads[i] == 1:
                 self._in_train[i].append(document.split == "train")
             if document.drop is None:

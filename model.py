@@ -5,7 +5,7 @@
 
 The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
 with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`.
-Given `positions` that restart with each document of a packed block (`document_positions`), no token sees another document.
+Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees another document.
 Limit: no key / value cache; generation runs the whole context for each token.
 """
 
@@ -38,20 +38,10 @@ def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor,
     return angle.cos(), angle.sin()
 
 
-def document_positions(idx: Tensor, eos_id: int) -> Tensor:
-    """Return each token's position in its own document, (B, T) int64, of packed rows idx (B, T) int64.
-
-    An end-of-text token is position 0 of the document after it: generation from nothing starts with that token, so in
-    training too the document's first token is predicted from it alone. So is the first token of a row, whatever it is.
-    """
-    place = torch.arange(idx.size(1), device=idx.device)  # (T,)
-    return place - torch.where(idx == eos_id, place, 0).cummax(dim=1).values  # (B, T)
-
-
 def document_mask(positions: Tensor) -> Tensor:
     """Return which key each query may see, (B, 1, T, T) bool: itself and what precedes it in its document.
 
-    positions (B, T) int64 as of `document_positions`: a document begins wherever they are 0.
+    positions (B, T) int64: a document begins wherever they are 0.
     """
     document = (positions == 0).cumsum(dim=1)  # (B, T)
     same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
@@ -196,7 +186,7 @@ class LanguageModel(nn.Module):
         both tensors.
 
         idx (B, T) int64 with T at most block_size; targets (B, T) int64, -100 where nothing is supervised; positions
-        (B, T) int64 as of `document_positions`, by which no token sees another document, or None: each row is one
+        (B, T) int64, each token's place in its document, by which no token sees another document, or None: each row is one
         document. The loss is a sum in nats, so that every average of the project is a total over a total.
         Raises ValueError if T is too long.
         """

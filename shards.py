@@ -12,11 +12,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import IGNORE, KindlingError
+from config import IGNORE, KindlingError, ModelConfig
 from files import sha256_file, write_json
 
 FORMAT = 1
@@ -28,15 +28,43 @@ class DataError(KindlingError):
     """Data that cannot be read, built or used."""
 
 
+class Batch(NamedTuple):
+    """Rows to train on or to evaluate, all int64 (B, T)."""
+
+    idx: np.ndarray
+    targets: np.ndarray  # IGNORE where nothing is supervised
+    positions: np.ndarray | None = None  # places in documents that do not see each other; None: each row is one
+
+    def part(self, rows: slice) -> Batch:
+        """Return some of the rows."""
+        return Batch(*(None if array is None else array[rows] for array in self))
+
+
+def document_positions(idx: np.ndarray, eos_id: int) -> np.ndarray:
+    """Return each token's position in its own document, (B, T) int64, of packed rows idx (B, T) int64.
+
+    An end-of-text token is position 0 of the document after it: generation from nothing starts with that token, so in
+    training too the document's first token is predicted from it alone. So is the first token of a row, whatever it is.
+    """
+    place = np.arange(idx.shape[1])  # (T,)
+    return place - np.maximum.accumulate(np.where(idx == eos_id, place, 0), axis=1)  # (B, T)
+
+
 @dataclass
 class SplitInfo:
-    """What the manifest says of one split. `bytes` is UTF-8 source, for bits per byte."""
+    """What the manifest says of one split. `bytes` is UTF-8 source, for bits per byte: of examples, of their responses."""
 
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
     max_id: int = -1
     shards: list[dict[str, Any]] = field(default_factory=list)
+    segments: dict[str, Any] | None = None  # of examples, the file that says where prompts and responses begin
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all its files."""
+        return [shard["file"] for shard in (*self.shards, *([self.segments] if self.segments else []))]
 
 
 class ShardWriter:
@@ -66,6 +94,10 @@ class ShardWriter:
         self._pending_tokens += len(ids)
         if self._pending_tokens >= SHARD_TOKENS:
             self.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
 
     def flush(self) -> None:
         """Write what is pending as the next shard."""
@@ -148,6 +180,10 @@ class TokenDataset:
             filled, shard = filled + len(piece), shard + 1
         return out
 
+    def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
+        """Yield the whole split once, in the rows that a model of `cfg` is evaluated on."""
+        return blocks_in_order(self, cfg.block_size, batch_size, cfg.document_mask)
+
     def require_fits(self, vocab_size: int, tokenizer_sha256: str) -> None:
         """Raise DataError unless these shards are of that tokenizer and every id is below `vocab_size`."""
         if self.manifest["tokenizer_sha256"] != tokenizer_sha256:
@@ -169,10 +205,12 @@ class PackedBlocks:
     run sees exactly the rows that it would have seen.
     """
 
-    def __init__(self, dataset: TokenDataset, block_size: int, seed: int):
+    def __init__(self, dataset: TokenDataset, block_size: int, seed: int, document_mask: bool = False):
+        """With `document_mask` the rows come with positions, so that no document of a block sees another."""
         self.dataset, self.block_size, self.seed = dataset, block_size, seed
-        self.n_blocks = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
-        if self.n_blocks < 1:
+        self.document_mask = document_mask
+        self.n_rows = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
+        if self.n_rows < 1:
             raise DataError(
                 f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
                 f"{len(dataset)}; add files, or lower --model.block-size"
@@ -180,17 +218,22 @@ class PackedBlocks:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def _block(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_blocks)
+        epoch, place = divmod(position, self.n_rows)
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
         return int(self._order[1][place])
 
-    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return idx and targets (count, block_size) int64 of the rows at positions first, first + 1, ..."""
+    def rows(self, first: int, count: int) -> Batch:
+        """Return the rows at positions first, first + 1, ..., each of block_size tokens."""
         rows = np.stack(
             [self.dataset.read(self._block(first + i) * self.block_size, self.block_size + 1) for i in range(count)]
         )
-        return rows[:, :-1], rows[:, 1:]
+        return packed(self.dataset, rows[:, :-1], rows[:, 1:], self.document_mask)
+
+
+def packed(dataset: TokenDataset, idx: np.ndarray, targets: np.ndarray, document_mask: bool) -> Batch:
+    """Return packed rows as a batch, with their documents' positions if those are to be masked from each other."""
+    return Batch(idx, targets, document_positions(idx, dataset.manifest["eos_id"]) if document_mask else None)
 
 
 def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
@@ -199,8 +242,10 @@ def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int 
     return range(position + rank * share, position + (rank + 1) * share)
 
 
-def blocks_in_order(dataset: TokenDataset, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the whole split once as idx and targets (B, block_size) int64: every token but the first is a target once.
+def blocks_in_order(
+    dataset: TokenDataset, block_size: int, batch_size: int, document_mask: bool = False
+) -> Iterator[Batch]:
+    """Yield the whole split once, in rows of block_size tokens: every token but the first is a target once.
 
     Every batch has `batch_size` rows (one shape, so that compiled code serves them all); what is left over in the last
     is id 0 with targets of -100.
@@ -213,7 +258,7 @@ def blocks_in_order(dataset: TokenDataset, block_size: int, batch_size: int) -> 
             tokens = dataset.read(start, min(block_size + 1, len(dataset) - start))
             idx[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, : len(tokens) - 1] = tokens[1:]
-        yield idx, targets
+        yield packed(dataset, idx, targets, document_mask)
 
 
 def write_manifest(folder: Path, **content: Any) -> None:

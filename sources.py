@@ -1,9 +1,10 @@
 """Where documents come from: local files, the Python source of this machine, and data sets on the hub.
 
 A source yields `Document`s. Those of files carry a path and are read by the worker that filters them; rows of JSONL,
-Parquet and hub data sets carry their text. The order is a fixed pseudo-random one for files (so that the first
-megabytes are a fair sample of all), the file's own for rows. What cannot be read is a document too, one that says why:
-a bad row, the rest of a file that is cut short, the rest of a stream whose connection broke.
+Parquet and hub data sets carry their text, or the exchanges of the conversation that they hold. The order is a fixed
+pseudo-random one for files (so that the first megabytes are a fair sample of all), the file's own for rows. What cannot be
+read is a document too, one that says why: a bad row, the rest of a file that is cut short, the rest of a stream whose
+connection broke.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from config import SourceConfig, one_line
-from prompts import user_assistant
+from prompts import Exchange
 from shards import DataError
 
 LANGUAGES = {
@@ -45,6 +46,7 @@ class LocalFile:
     mtime_ns: int
 
 
+WHOLE_FILES = ("files", "local-python", "docstrings")  # sources whose files are read whole, by the workers
 # the columns in which data sets keep the path of a row's file, and the repository that it is from
 PATH_COLUMNS = ("path", "max_stars_repo_path", "url")
 REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
@@ -63,12 +65,14 @@ class Document:
     inner: str = ""  # the path inside its repository or folder, where known
     unreadable: str | None = None
     broken: bool = False  # not one bad row, but the end of a stream that should have gone on
+    exchanges: tuple[Exchange, ...] = ()  # of a conversation, in place of the text
+    mined: bool = False  # the path is that of a file whose documented functions are such conversations
 
 
 def source_roots(source: SourceConfig) -> dict[str, Path]:
     """Return the folders of a local source, by what the keys of their files begin with."""
-    if source.kind != "local-python":
-        return {"": Path(source.path or "").expanduser()}
+    if source.path is not None:
+        return {"": Path(source.path).expanduser()}
     paths = sysconfig.get_paths()
     roots = {"stdlib/": paths["stdlib"], "site-packages/": paths["purelib"]}
     if paths["platlib"] != paths["purelib"]:
@@ -99,7 +103,7 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
             f"check --data.sources.0.path and --data.sources.0.globs"
         )
     files.sort(key=lambda f: hashlib.sha256(f.key.encode("utf-8", "surrogateescape")).digest())
-    if source.kind not in ("files", "local-python"):
+    if source.kind not in WHOLE_FILES:
         return files  # rows are counted while they are read
     if source.max_bytes is not None:
         total, kept = 0, []
@@ -145,10 +149,11 @@ def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[D
 
     Raises DataError for a data set of which not one row can be read.
     """
-    if source.kind in ("files", "local-python"):
+    if source.kind in WHOLE_FILES:
         assert files is not None
         for f in files:
-            yield Document(f.key, language_of(source, f.path), path=f.path, size=f.size, inner=f.key)
+            language, mined = language_of(source, f.path), source.kind == "docstrings"
+            yield Document(f.key, language, path=f.path, size=f.size, inner=f.key, mined=mined)
         return
     rows = _hub_documents(source) if files is None else (d for f in files for d in _file_documents(source, f))
     seen_bytes = 0
@@ -197,19 +202,58 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
     if source.language is None:
         named = row.get("language") or row.get("lang")
         language = named.lower() if isinstance(named, str) else LANGUAGES.get(Path(path).suffix, language)
-    texts = []
-    for field in (source.field, source.response_field):
-        if field is None:
-            continue
-        text = row.get(field)
-        if not isinstance(text, str):
-            given = (
-                f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
-            )
-            return Document(key, language, size=size, unreadable=f"the column {field!r} must hold text, but {given}")
-        texts.append(text)
-    text = user_assistant(*texts) if source.response_field is not None else texts[0]
+    try:
+        if source.is_instructions:
+            exchanges = _conversation(source, row)
+            size = sum(_size(text) for e in exchanges for text in (e.instruction, e.input, e.response))
+            return Document(key, language, size=size, inner=path, exchanges=exchanges)
+        text = _text(row, source.field)
+    except _BadRow as e:
+        return Document(key, language, size=size, unreadable=str(e))
     return Document(key, language, text=text, size=_size(text), inner=path)
+
+
+class _BadRow(Exception):
+    """Why a row has not what the source says that it has."""
+
+
+def _text(row: dict[str, Any], field: str) -> str:
+    """Return the text in a column of a row."""
+    if isinstance(text := row.get(field), str):
+        return text
+    given = f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
+    raise _BadRow(f"the column {field!r} must hold text, but {given}")
+
+
+def _conversation(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange, ...]:
+    """Return the exchanges of a row of instructions, in which nothing but the input may be missing or None."""
+    if source.messages_field is not None:
+        return _exchanges(row.get(source.messages_field), source.messages_field)
+    assert source.response_field is not None
+    instruction, response = _text(row, source.field), _text(row, source.response_field)
+    about = row.get(source.input_field) if source.input_field is not None else None
+    if not isinstance(about, (str, type(None))):
+        raise _BadRow(f"the column {source.input_field!r} must hold text or nothing, but is a {type(about).__name__}")
+    return (Exchange(instruction, response, about or ""),)
+
+
+def _exchanges(messages: Any, field: str) -> tuple[Exchange, ...]:
+    """Return the exchanges of a list of messages, in either of the two spellings that data sets have.
+
+    A system message at the beginning goes before the first instruction.
+    """
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise _BadRow(f"the column {field!r} must hold a list of messages, but does not")
+    said = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+    for role, text in said:
+        if not isinstance(text, str):
+            raise _BadRow(f"a message must hold text, but that of {role!r} is a {type(text).__name__}")
+    system = f"{said.pop(0)[1]}\n\n" if said and said[0][0] == "system" else ""
+    roles = [{"human": "user", "gpt": "assistant"}.get(str(role), str(role)) for role, _ in said]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise _BadRow(f"messages must be of user and assistant in turn, but are of {', '.join(roles) or 'none'}")
+    texts = [system + said[0][1], *(text for _, text in said[1:])]
+    return tuple(Exchange(asked, answered) for asked, answered in zip(texts[::2], texts[1::2]))
 
 
 class _NotJson(str):
@@ -276,10 +320,11 @@ def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
     """Yield the rows of a Parquet file, with no columns but those that a document is made of."""
     from pyarrow.parquet import ParquetFile
 
-    wanted = (source.field, source.response_field, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
+    own = (source.field, source.response_field, source.input_field, source.messages_field)
+    wanted = (*own, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
     with ParquetFile(path) as file:
         columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
-        if source.field not in columns:  # so that the message can name what there is
+        if (source.messages_field or source.field) not in columns:  # so that the message can name what there is
             columns = file.schema_arrow.names
         for batch in file.iter_batches(batch_size=256, columns=columns):
             yield from batch.to_pylist()
@@ -304,7 +349,7 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
                 # a wrong name would stream the whole set for nothing
                 raise DataError(
                     f"each row of the data set {source.label!r} must hold its text where the config says, but in the first "
-                    f"{document.unreadable}; set the source's field (and response_field)"
+                    f"{document.unreadable}; set the source's field (and response_field or messages_field)"
                 )
             yield document
     except DataError:

@@ -72,6 +72,14 @@ class Tokenizer:
     def _control_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
 
+    def spelt_control_token(self, text: str) -> str | None:
+        """Return a control token that `text` spells out, which is encoded as any text is, or None."""
+        return next((token for token in self._spellings if token in text), None)
+
+    @cached_property
+    def _spellings(self) -> list[str]:
+        return sorted(token for token in self._control_tokens() if token)
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id, control tokens included; a vocabulary may leave ids out."""

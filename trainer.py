@@ -29,8 +29,8 @@ from checkpoint import CheckpointError, RunDirectory, load_weights, state_digest
 from config import IGNORE, Config, KindlingError, TrainConfig
 from device import Runtime
 from metrics import MetricsLog
-from model import LanguageModel, document_positions
-from shards import TokenDataset, blocks_in_order, rows_of_rank
+from model import LanguageModel
+from shards import Batch, TokenDataset, rows_of_rank
 
 COMPILE_FLOPS = 2e13  # about a minute of a small CPU: a shorter run ends before compiling has paid
 VALIDATION_ROWS = 16
@@ -41,10 +41,12 @@ class TrainingError(KindlingError):
 
 
 class Batches(Protocol):
-    """Training rows, addressed by their position in the run."""
+    """Training rows, addressed by their position in the run. `n_rows` are an epoch."""
 
-    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return idx and targets (count, T) int64."""
+    n_rows: int
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return the rows at positions first, first + 1, ..."""
         ...
 
 
@@ -94,33 +96,21 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows)).to(runtime.device)
 
 
-def summed_loss(
-    model: LanguageModel, idx: np.ndarray, targets: np.ndarray, runtime: Runtime, eos_id: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of packed rows idx and targets (B, T), and the number of supervised tokens.
-
-    All of training and validation comes here, so that both mask across documents where `model.document_mask` says so;
-    only then is `eos_id`, the end-of-text token that separates them, needed.
-    """
-    positions = None
-    if model.cfg.document_mask:
-        assert eos_id is not None, "with model.document_mask, whoever feeds the model passes the manifest's eos_id"
-        # on the CPU, where the rows are: not every device has a cummax
-        positions = document_positions(torch.from_numpy(idx), eos_id).to(runtime.device)  # (B, T)
+def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a batch, and its number of supervised tokens; all of training and validation comes here."""
+    idx, targets, positions = (None if rows is None else to_device(rows, runtime) for rows in batch)  # (B, T) each
     with runtime.autocast():
-        return model(to_device(idx, runtime), to_device(targets, runtime), positions)
+        return model(idx, targets, positions)
 
 
 @torch.no_grad()
-def mean_loss(
-    model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], runtime: Runtime, eos_id: int | None = None
-) -> tuple[float, int]:
-    """Return the mean loss in nats over all supervised tokens of `batches`, and their number; `eos_id` as in `summed_loss`."""
+def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) -> tuple[float, int]:
+    """Return the mean loss in nats over all supervised tokens of `batches`, and their number."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for idx, targets in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
-        loss, n = summed_loss(model, idx, targets, runtime, eos_id)
+    for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
+        loss, n = summed_loss(model, batch, runtime)
         total, count = total + float(loss), count + int(n)
     model.train(was_training)
     return total / max(1, count), count
@@ -129,11 +119,10 @@ def mean_loss(
 def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
     """Return loss (nats a token), perplexity and bits per byte over the whole of one split.
 
-    Bits per byte counts every predicted token, end-of-text too, over the UTF-8 bytes of the documents, and so
-    compares across tokenizers.
+    Bits per byte counts every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of examples: of the
+    responses), and so compares across tokenizers.
     """
-    batches = blocks_in_order(dataset, model.cfg.block_size, VALIDATION_ROWS)
-    loss, count = mean_loss(model, batches, runtime, dataset.manifest["eos_id"])
+    loss, count = mean_loss(model, dataset.in_order(model.cfg, VALIDATION_ROWS), runtime)
     bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
 
@@ -191,10 +180,9 @@ class Trainer:
         batches: Batches,
         evaluate: Callable[[LanguageModel], dict[str, float]],
         runtime: Runtime,
-        eos_id: int | None = None,
     ):
-        """`eos_id` separates the documents of the batches; needed with model.document_mask only."""
-        self.cfg, self.train, self.run, self.runtime, self.eos_id = cfg, cfg.train, run, runtime, eos_id
+        """`cfg` has its number of steps; where `train.epochs` says how many they are, `cfg.with_steps` gives it."""
+        self.cfg, self.train, self.run, self.runtime = cfg, cfg.train, run, runtime
         self.model, self.batches, self.evaluate = model, batches, evaluate
         self.optimizers = make_optimizers(model, cfg.train)
         self.scaler = runtime.grad_scaler()
@@ -204,7 +192,9 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.elapsed_s = 0.0  # time in steps, over all sessions of the run
         self.best: dict[str, float] | None = None
+        self.first_eval: dict[str, float] = {}  # of the weights that it starts from, where those are another run's
         self.last_eval: dict[str, float] = {}
+        self.initial_sha256: str | None = None  # of those weights
         self.compiled = False
         self.resumed_environment: dict[str, Any] = {}
 
@@ -219,7 +209,9 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "elapsed_s": self.elapsed_s,
             "best": self.best,
+            "first_eval": self.first_eval,
             "last_eval": self.last_eval,
+            "initial_sha256": self.initial_sha256,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": device.rng_state(self.runtime),
@@ -236,6 +228,7 @@ class Trainer:
         self.step, self.position = state["step"], state["position"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.elapsed_s, self.best, self.last_eval = state["elapsed_s"], state["best"], state["last_eval"]
+        self.first_eval, self.initial_sha256 = state.get("first_eval", {}), state.get("initial_sha256")
         device.set_rng_state(state["rng"])
         self.resumed_environment = state["environment"]
 
@@ -265,12 +258,12 @@ class Trainer:
     def forward_backward(self) -> tuple[Tensor, int]:
         """Accumulate the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens."""
         rows = rows_of_rank(self.position, self.train.batch_size)
-        idx, targets = self.batches.rows(rows.start, len(rows))
-        n_targets = int((targets != IGNORE).sum())
+        batch = self.batches.rows(rows.start, len(rows))
+        n_targets = int((batch.targets != IGNORE).sum())
         total = torch.zeros((), device=self.runtime.device)
         for start in range(0, len(rows), self.train.micro_batch):
-            micro = slice(start, start + self.train.micro_batch)
-            loss, _ = summed_loss(self.model, idx[micro], targets[micro], self.runtime, self.eos_id)
+            micro = batch.part(slice(start, start + self.train.micro_batch))
+            loss, _ = summed_loss(self.model, micro, self.runtime)
             loss = loss / max(1, n_targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -350,6 +343,8 @@ class Trainer:
         return stop.exit_code
 
     def _loop(self, stop: StopRequest, log: MetricsLog, bar: tqdm) -> None:
+        if self.step == 0 and self.train.init_from is not None:
+            self.first_eval = self._evaluate(log, bar)
         window_loss, window_tokens, window_s = 0.0, 0, 0.0
         saved_step = self.step
         while self.step < self.train.max_steps and stop.signal is None:
@@ -381,7 +376,11 @@ class Trainer:
                 window_loss, window_tokens, window_s = 0.0, 0, 0.0
             improved, best_on_disk = False, self.best
             if self.step % self.train.eval_every == 0 or last:
-                improved = self._evaluate(log, bar)
+                self.last_eval = self._evaluate(log, bar)
+                loss = self.last_eval["val_loss"]
+                improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
+                if improved:
+                    self.best = {"step": self.step, "val_loss": loss}
             if self.step % self.train.save_every == 0 or improved or last:
                 if self.save(required=last):
                     saved_step = self.step
@@ -396,16 +395,10 @@ class Trainer:
         if stop.signal is not None and saved_step != self.step:
             self.save(required=True)
 
-    def _evaluate(self, log: MetricsLog, bar: tqdm) -> bool:
-        """Evaluate, log, and return whether it is the best so far."""
-        self.last_eval = self.evaluate(self.model)
-        log.write(self.step, **self.last_eval)
-        tqdm.write(
-            f"step {self.step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.last_eval.items())
-        )
+    def _evaluate(self, log: MetricsLog, bar: tqdm) -> dict[str, float]:
+        """Evaluate, log, say and return what came out."""
+        result = self.evaluate(self.model)
+        log.write(self.step, **result)
+        tqdm.write(f"step {self.step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.items()))
         bar.refresh()
-        loss = self.last_eval["val_loss"]
-        improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
-        if improved:
-            self.best = {"step": self.step, "val_loss": self.last_eval["val_loss"]}
-        return improved
+        return result

@@ -24,8 +24,11 @@ from typing import Any
 import numpy as np
 
 from config import DataConfig, TokenizerConfig, one_line
+from conversations import example_of, joined, refusal
+from docstrings import pairs_of
 from duplicates import Benchmarks, signature, word_hashes
-from filters import Drop, first_refusal, strip_header
+from filters import COMPILE_BYTES, Drop, first_refusal, strip_header
+from prompts import Exchange
 from shards import DataError
 from sources import Document
 from tokenizer import Tokenizer, TokenizerError, load_json
@@ -49,16 +52,21 @@ class Examined:
     drop: Drop | None = None
     changes: tuple[tuple[str, int], ...] = ()
     digest: bytes = b""
+    group: bytes = b""  # documents with the same one go into the same split; without one, the digest decides
     signature: bytes = b""
     text: str | None = None
     ids: np.ndarray | None = None
+    segments: np.ndarray | None = (
+        None  # of a conversation, (S, 4): prompt's and response's tokens, hashes of their texts
+    )
+    supervised_bytes: int = 0
     broken: str | None = None  # a stream ended here that should have gone on
 
 
 _worker: dict[str, Any] = {}  # a worker process's own settings
 
 
-def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, tokenizer_cfg: TokenizerConfig) -> None:
+def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, tokenizer_cfg: TokenizerConfig) -> None:
     import multiprocessing
     import threading
 
@@ -78,7 +86,9 @@ def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, tokenizer_cfg:
         limit = pages * resource.getpagesize() + WORKER_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sink = open(os.devnull, "w", encoding="utf-8")
-    _worker.update(examiner=Examiner(cfg, benchmarks), tokenizer_cfg=tokenizer_cfg, tokenizer_file=None, sink=sink)
+    _worker.update(
+        examiner=Examiner(cfg, benchmarks, context=context), tokenizer_cfg=tokenizer_cfg, tokenizer_file=None, sink=sink
+    )
 
 
 def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:
@@ -90,7 +100,7 @@ def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[E
         # ends this process if the document hangs in C code, where no Python signal handler would run
         faulthandler.dump_traceback_later(DOCUMENT_LIMIT_S, exit=True, file=_worker["sink"])
         try:
-            examined.append(_worker["examiner"](document))
+            examined += _worker["examiner"].all_of(document)
         except MemoryError:
             drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
             examined.append(Examined(document.key, document.language, document.size, drop))
@@ -105,8 +115,43 @@ def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[E
 class Examiner:
     """What is done with one document: a pure function of the document, the settings and the tokenizer."""
 
-    def __init__(self, cfg: DataConfig, benchmarks: Benchmarks | None = None, tokenizer: Tokenizer | None = None):
-        self.cfg, self.benchmarks, self.tokenizer = cfg, benchmarks, tokenizer
+    def __init__(
+        self,
+        cfg: DataConfig,
+        benchmarks: Benchmarks | None = None,
+        tokenizer: Tokenizer | None = None,
+        context: int = 0,
+    ):
+        """`context` is the model's, in tokens, which an example of fine-tuning must fit in."""
+        self.cfg, self.benchmarks, self.tokenizer, self.context = cfg, benchmarks, tokenizer, context
+
+    def all_of(self, document: Document) -> list[Examined]:
+        """Return what came of a document: one answer, or of a file that is mined for examples one for each of these."""
+        if not document.mined or document.path is None:
+            return [self(document)]
+        none = Examined(document.key, document.language, document.size)
+        try:
+            raw = document.path.read_bytes()
+            if len(raw) > COMPILE_BYTES:
+                none.drop = Drop("too large to parse", f"{len(raw):,} bytes, above {COMPILE_BYTES:,}")
+                return [none]
+            pairs = pairs_of(raw.decode("utf-8"))
+        except OSError as e:
+            none.drop = Drop("unreadable", e.strerror or type(e).__name__)
+        except (SyntaxError, ValueError, RecursionError) as e:  # bytes that are no UTF-8 are a ValueError too
+            none.drop = Drop("file is no Python", one_line(e))
+        if none.drop is not None:
+            return [none]
+        none.drop, group = Drop("undocumented file", ""), hashlib.sha256(raw).digest()[:16]
+        out = []
+        for pair in pairs:
+            exchange = Exchange(pair.instruction, pair.response)
+            size = len(f"{pair.instruction}{pair.response}".encode())
+            key = f"{document.key}:{pair.name}"
+            examined = self(Document(key, document.language, size=size, inner=document.inner, exchanges=(exchange,)))
+            examined.group = group
+            out.append(examined)
+        return out or [none]
 
     def __call__(self, document: Document) -> Examined:
         out = Examined(document.key, document.language, document.size)
@@ -118,6 +163,8 @@ class Examiner:
     def _examine(self, document: Document, out: Examined) -> Drop | None:
         """Fill in `out`; return why the document is dropped, or None."""
         cfg, raw = self.cfg, b""
+        if document.exchanges:
+            return self._examine_conversation(document, out)
         if document.path is not None:
             if document.size > 4 * cfg.max_chars:
                 # a character is at most 4 bytes: too long, known without reading gigabytes
@@ -141,12 +188,8 @@ class Examiner:
         text, content, out.changes = self._changed(text, content, document)
         if drop := first_refusal(text, document.inner, document.language, cfg):
             return drop
-        words = word_hashes(text) if self.benchmarks is not None or cfg.near_dedup is not None else _NO_WORDS
-        if self.benchmarks is not None and (found := self.benchmarks.find(text, words)):
-            return Drop("benchmark", found)
-        out.digest = hashlib.sha256(content).digest()[:16]
-        if cfg.near_dedup is not None:
-            out.signature = signature(words)
+        if drop := self._marked(text, content, out):
+            return drop
         if self.tokenizer is None:
             out.text = text
             return None
@@ -158,6 +201,38 @@ class Examiner:
         out.ids = np.fromiter(
             chain([] if bos is None else [bos], ids, [eos]), np.uint32, len(ids) + 1 + (bos is not None)
         )
+        return None
+
+    def _marked(self, text: str, content: bytes, out: Examined) -> Drop | None:
+        """Fill in by what a duplicate is known; return why a text that a benchmark holds is dropped."""
+        wanted = self.benchmarks is not None or self.cfg.near_dedup is not None
+        words = word_hashes(text) if wanted else _NO_WORDS
+        if self.benchmarks is not None and (found := self.benchmarks.find(text, words)):
+            return Drop("benchmark", found)
+        out.digest = hashlib.sha256(content).digest()[:16]
+        if self.cfg.near_dedup is not None:
+            out.signature = signature(words)
+        return None
+
+    def _examine_conversation(self, document: Document, out: Examined) -> Drop | None:
+        """Fill in `out` for a document of exchanges; return why it is dropped, or None."""
+        assert self.tokenizer is not None, "examples are made with the tokenizer of the run that is fine-tuned"
+        text = joined(document.exchanges)
+        try:
+            content = text.encode("utf-8")
+        except UnicodeError as e:
+            return Drop("not UTF-8", f"{e.reason} at character {e.start:,}")
+        # no language: what is said in a conversation need not be code
+        drop = refusal(document.exchanges, self.cfg, self.tokenizer) or first_refusal(
+            text, document.inner, "", self.cfg
+        )
+        if drop := drop or self._marked(text, content, out):
+            return drop
+        example = example_of(document.exchanges, self.cfg, self.tokenizer, self.context)
+        if isinstance(example, Drop):
+            return example
+        out.ids, out.segments, out.changes = example.ids, example.segments, example.changes
+        out.supervised_bytes = example.n_bytes
         return None
 
     def _changed(self, text: str, content: bytes, document: Document) -> tuple[str, bytes, tuple[tuple[str, int], ...]]:
@@ -196,11 +271,12 @@ class WorkerPool:
         self,
         cfg: DataConfig,
         tokenizer_cfg: TokenizerConfig,
+        context: int = 0,
         examine: Callable[[list[Document], Path | None], list[Examined]] = _examine_batch,
     ):
         self._n_workers, self._examine = cfg.n_workers, examine
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
-        self._arguments = (cfg, benchmarks, tokenizer_cfg)
+        self._arguments = (cfg, benchmarks, context, tokenizer_cfg)
         self.unrecognisable = [] if benchmarks is None else benchmarks.lost
         self._generation = 0
         self._start()
@@ -248,7 +324,7 @@ class WorkerPool:
                 # some worker died. If that is old news, this batch only needs another try; else it is suspect
                 if generation == self._generation:
                     self._restart()
-                    return [self._alone(document, tokenizer_file) for document in batch]
+                    return [examined for document in batch for examined in self._alone(document, tokenizer_file)]
             future, generation = self._submit(batch, tokenizer_file)
 
     def _submit(self, batch: list[Document], tokenizer_file: Path | None) -> tuple[Future[list[Examined]], int]:
@@ -261,17 +337,17 @@ class WorkerPool:
             broken.set_exception(BrokenProcessPool())
             return broken, self._generation
 
-    def _alone(self, document: Document, tokenizer_file: Path | None) -> Examined:
+    def _alone(self, document: Document, tokenizer_file: Path | None) -> list[Examined]:
         started = time.monotonic()
         try:
-            return self._submit([document], tokenizer_file)[0].result()[0]
+            return self._submit([document], tokenizer_file)[0].result()
         except BrokenProcessPool:
             slow = time.monotonic() - started >= DOCUMENT_LIMIT_S
             self._restart()
             drop = (
                 Drop("timeout", f"more than {DOCUMENT_LIMIT_S} s") if slow else Drop("crash", "its worker process died")
             )
-            return Examined(document.key, document.language, document.size, drop)
+            return [Examined(document.key, document.language, document.size, drop)]
 
     def _restart(self) -> None:
         """Replace the workers; raises DataError if the new ones cannot even start."""

@@ -36,6 +36,7 @@ def main() -> None:
     from checkpoint import RunDirectory
     from config import preset
     from model import build_model
+    from shards import Batch, document_positions
     from trainer import Trainer
 
     cfg = preset(flags.preset)
@@ -44,17 +45,23 @@ def main() -> None:
     runtime = device.resolve(train)
 
     class Noise:
-        def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        n_rows = 1
+
+        def __init__(self, mask: bool):
+            self.mask = mask
+
+        def rows(self, first: int, count: int) -> Batch:
             rows = np.random.default_rng(first).integers(1, cfg.model.vocab_size, (count, cfg.model.block_size + 1))
             rows[:, ::100] = 0  # the end of text; the cost does not depend on where documents end
-            return rows[:, :-1], rows[:, 1:]
+            idx = rows[:, :-1]
+            return Batch(idx, rows[:, 1:], document_positions(idx, 0) if self.mask else None)
 
     trainers = []
     for mask in (False, True):
         device.seed_all(0)
         c = replace(cfg, train=train, model=replace(cfg.model, document_mask=mask))
         model = build_model(c.model).to(runtime.device)
-        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, Noise(), lambda _: {}, runtime, eos_id=0))
+        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, Noise(mask), lambda _: {}, runtime))
         trainers[-1].compile()
         for _ in range(3):
             trainers[-1].train_step()

@@ -64,6 +64,11 @@ LAYOUTS = {
         {},
     ),
     ("nvidia/OpenCodeInstruct", None): ("data/train-00000-of-00050.parquet", QA, {"id": "x", "domain": "generic"}),
+    ("iamtarun/python_code_instructions_18k_alpaca", None): (
+        "data/train-00000-of-00001-8b6e212f3e1ece96.parquet",
+        ["instruction", "input", "output"],
+        {"prompt": "Below is ... and the answer too: {}"},
+    ),
     ("nvidia/OpenMathInstruct-2", None): (
         "data/train-00000-of-00032.parquet",
         ["problem", "generated_solution"],
@@ -137,11 +142,11 @@ def local_preset(cfg: Config, folder: Path) -> Config:
             source = replace(source, path=str(folder / "repos"))
         sources.append(source)
     tokenizer = cfg.tokenizer
-    if tokenizer.kind == "pretrained":
+    if tokenizer.kind == "pretrained" or cfg.data.instructions:  # of a run that is fine-tuned
         # the published file cannot be had offline; its kind and its control token are the same
         path = folder / "tokenizer.json"
         texts = [document("python", n) for n in range(50)]
         path.write_text(train_bpe(texts, TokenizerConfig(), 600).to_json(), encoding="utf-8")
-        tokenizer = replace(tokenizer, path=str(path))
+        tokenizer = replace(tokenizer, kind="pretrained", path=str(path))
     data = replace(cfg.data, sources=tuple(sources), val_fraction=0.1, test_fraction=0.1, workers=1)
     return replace(cfg, tokenizer=tokenizer, data=data)

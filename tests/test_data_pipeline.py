@@ -426,7 +426,12 @@ def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_
     for weight, drawn in zip(weights, tokens):
         assert drawn / sum(tokens) == pytest.approx(weight / sum(weights), abs=0.05)
     text = texts_of(folder, "train", cfg.tokenizer)[0]
-    assert text.startswith("User: ") == (name == "smallcoder-4")
+    begins = {"smallcoder-4": "User: ", "docstrings": "Below is an", "alpaca": "Below is an"}
+    assert [text.startswith(begin) for begin in ("User: ", "Below is an")] == [
+        begins.get(name) == begin for begin in ("User: ", "Below is an")
+    ]
+    if name == "alpaca":  # from the columns that hold no answer
+        assert "and the answer too" not in text and "### Input:\nan answer, " in text
 
 
 def kill_on_poison(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:

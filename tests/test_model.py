@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 
 from config import IGNORE, ConfigError, ModelConfig, preset
 from device import has_compiler
-from model import (
-    GPT,
-    Norm,
-    TransformersGPT2,
-    build_model,
-    document_mask,
-    document_positions,
-    rotary_tables,
-    sinusoidal_positions,
-)
+from model import GPT, Norm, TransformersGPT2, build_model, document_mask, rotary_tables, sinusoidal_positions
+from shards import document_positions
+
+
+def positions_of(idx, eos_id):
+    return torch.from_numpy(document_positions(idx.numpy(), eos_id))
+
 
 SMALL = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 SEEDS = {  # the five systems' architectures at toy size, and the demo's
@@ -307,7 +304,7 @@ def test_positions_restart_at_each_end_of_text_as_a_plain_loop_counts_them(rows,
     for row in rows:
         at = -1
         expected.append([at := 0 if token == eos_id else at + 1 for token in row])
-    found = document_positions(torch.tensor(rows), eos_id)
+    found = positions_of(torch.tensor(rows), eos_id)
     assert found.dtype == torch.int64 and found.tolist() == expected
 
 
@@ -324,7 +321,7 @@ def test_a_packed_block_gives_the_logits_of_each_document_alone(name):
     model = randomise(GPT(cfg)).eval()
     idx, segments = packed(cfg)
     with torch.no_grad():
-        together = model(idx, None, document_positions(idx, EOS))
+        together = model(idx, None, positions_of(idx, EOS))
         for row, start, stop in segments:
             assert torch.allclose(together[row, start:stop], model(idx[row : row + 1, start:stop])[0], atol=1e-5)
 
@@ -336,7 +333,7 @@ def test_a_packed_block_gives_the_logits_of_transformers_on_each_document(name):
     theirs = (as_gpt2 if cfg.position == "learned" else as_llama)(model)
     idx, segments = packed(cfg)
     with torch.no_grad():
-        together = model(idx, None, document_positions(idx, EOS))
+        together = model(idx, None, positions_of(idx, EOS))
         for row, start, stop in segments:
             alone = theirs(idx[row : row + 1, start:stop]).logits[0]
             assert (together[row, start:stop] - alone).abs().max() <= 1e-4
@@ -353,7 +350,7 @@ def test_tokens_of_other_documents_change_nothing_with_the_mask_and_something_wi
     outside &= idx[0] != EOS
     changed[0, outside] = (idx[0, outside] + 1) % 90 + EOS + 1  # still no EOS
     with torch.no_grad():
-        masked = [model(i, None, document_positions(i, EOS))[0, 10:25] for i in (idx, changed)]
+        masked = [model(i, None, positions_of(i, EOS))[0, 10:25] for i in (idx, changed)]
         plain = [model(i)[0, 10:25] for i in (idx, changed)]
     assert torch.equal(*masked)
     assert (plain[0] - plain[1]).abs().max() > 1e-3
@@ -365,7 +362,7 @@ def test_no_gradient_reaches_the_tokens_of_other_documents(name):
     model = randomise(GPT(cfg))
     idx = torch.arange(cfg.block_size)[None] + EOS + 1  # each token once, so that its row of the embedding is its own
     idx[0, [10, 25]] = EOS
-    model(idx, None, document_positions(idx, EOS))[0, 11:25].square().sum().backward()
+    model(idx, None, positions_of(idx, EOS))[0, 11:25].square().sum().backward()
     reached = model.wte.weight.grad.abs().sum(1) > 0
     assert set(reached.nonzero().flatten().tolist()) == {EOS, *idx[0, 11:25].tolist()}
 
@@ -375,7 +372,7 @@ def test_documents_stay_apart_in_rows_longer_than_the_kernels_tiles():
     model = randomise(GPT(cfg)).eval()
     idx, segments = packed(cfg, ends=((5, 1050),))
     with torch.no_grad():
-        together = model(idx, None, document_positions(idx, EOS))
+        together = model(idx, None, positions_of(idx, EOS))
         for _, start, stop in segments:
             assert torch.allclose(together[0, start:stop], model(idx[:, start:stop])[0], atol=1e-5)
 
@@ -384,7 +381,7 @@ def test_rotary_angles_restart_with_each_document():
     cfg = MASKED["rope-4"]  # on distances within a document alone, a restart shows in the rounding only
     model = GPT(cfg)
     idx, segments = packed(cfg)
-    for table, full in zip(model.embed(idx, document_positions(idx, EOS))[1], (model.rope_cos, model.rope_sin)):
+    for table, full in zip(model.embed(idx, positions_of(idx, EOS))[1], (model.rope_cos, model.rope_sin)):
         assert table.shape == (2, 1, cfg.block_size, cfg.head_dim)
         for row, start, stop in segments:
             assert torch.equal(table[row, 0, start:stop], full[: stop - start])
@@ -395,7 +392,7 @@ def test_attention_weights_are_exactly_zero_across_documents(name):
     cfg = MASKED[name]
     model = randomise(GPT(cfg)).eval()
     idx, segments = packed(cfg)
-    weights = model.attention_weights(idx, document_positions(idx, EOS))
+    weights = model.attention_weights(idx, positions_of(idx, EOS))
     assert weights.shape == (cfg.n_layer, 2, 4, cfg.block_size, cfg.block_size)
     assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
     for row, start, stop in segments:
@@ -424,14 +421,14 @@ def test_a_row_of_one_document_is_as_without_positions(name):
     model = randomise(GPT(cfg)).eval()
     idx, _ = packed(cfg, ends=((), ()))
     with torch.no_grad():
-        assert torch.allclose(model(idx, None, document_positions(idx, EOS)), model(idx), atol=1e-5)
+        assert torch.allclose(model(idx, None, positions_of(idx, EOS)), model(idx), atol=1e-5)
 
 
 def test_dropout_reaches_masked_attention_in_training_only():
     cfg = replace(MASKED["rope-2"], dropout=0.5)
     model = randomise(GPT(cfg))
     idx, _ = packed(cfg)
-    attn, x, mask = model.blocks[0].attn, torch.randn(2, 32, cfg.n_embd), document_mask(document_positions(idx, EOS))
+    attn, x, mask = model.blocks[0].attn, torch.randn(2, 32, cfg.n_embd), document_mask(positions_of(idx, EOS))
     assert not torch.equal(attn(x, None, mask), attn(x, None, mask))
     model.eval()
     assert torch.equal(attn(x, None, mask), attn(x, None, mask))
@@ -449,7 +446,7 @@ def test_compiled_blocks_agree_with_eager_ones_and_compile_once_for_all_steps(na
 
     def run(idx):
         model.zero_grad()
-        loss, _ = model(idx, idx.roll(-1, 1), document_positions(idx, EOS))
+        loss, _ = model(idx, idx.roll(-1, 1), positions_of(idx, EOS))
         loss.backward()
         return loss.detach(), model.blocks[0].attn.qkv.weight.grad.clone()
 
@@ -472,10 +469,10 @@ def test_documents_stay_apart_in_bf16():
     model = randomise(GPT(cfg)).eval()
     idx, _ = packed(cfg)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        together = model(idx, None, document_positions(idx, EOS))
+        together = model(idx, None, positions_of(idx, EOS))
         changed = torch.where(idx == EOS, EOS, 50)
         changed[0, 10:25] = idx[0, 10:25]
-        assert torch.equal(together[0, 10:25], model(changed, None, document_positions(changed, EOS))[0, 10:25])
+        assert torch.equal(together[0, 10:25], model(changed, None, positions_of(changed, EOS))[0, 10:25])
 
 
 def test_the_transformers_backbone_refuses_the_mask():

@@ -45,9 +45,10 @@ def test_shards_read_as_one_sequence(folder):
 
 def test_an_epoch_has_every_block_once_and_the_next_another_order(folder):
     blocks = PackedBlocks(TokenDataset(folder, "train"), block_size=10, seed=1)
-    assert blocks.n_blocks == 100
+    assert blocks.n_rows == 100
     epochs = [blocks.rows(100 * e, 100) for e in (0, 1)]
-    for idx, targets in epochs:
+    for idx, targets, positions in epochs:
+        assert positions is None
         assert sorted(idx.flatten()) == list(range(1000))  # each token once
         assert (targets == idx + 1).all()
     assert not np.array_equal(epochs[0][0], epochs[1][0])
@@ -79,7 +80,7 @@ def test_the_ranks_share_a_batch_without_overlap(world_size):
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_evaluation_predicts_every_token_but_the_first_exactly_once(folder, batch_size):
     seen = []
-    for idx, targets in blocks_in_order(TokenDataset(folder, "val"), 10, batch_size):
+    for idx, targets, _ in blocks_in_order(TokenDataset(folder, "val"), 10, batch_size):
         assert idx.shape == targets.shape == (batch_size, 10)
         supervised = targets != IGNORE
         assert (targets[supervised] == idx[supervised] + 1).all()

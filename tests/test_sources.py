@@ -10,6 +10,7 @@ import pytest
 from conftest import assert_one_clear_line, script
 
 from config import DataConfig, SourceConfig
+from prompts import Exchange
 from shards import DataError
 from sources import documents, local_files
 from workers import Examiner
@@ -124,10 +125,61 @@ def test_rows_are_named_by_the_path_that_they_carry():
     assert second.language == "java"
 
 
-def test_instructions_and_answers_become_one_document():
-    Path("rows.jsonl").write_text(json.dumps({"q": "Why?", "a": "So."}), encoding="utf-8")
-    (found,) = read(SourceConfig(kind="jsonl", path="rows.jsonl", field="q", response_field="a"))
-    assert found.text == "User: Why?\nAssistant: So."
+def test_a_row_of_columns_is_one_exchange_whose_input_may_be_missing():
+    rows = [{"q": "Why?", "a": "So."}, {"q": "Why?", "a": "So.", "i": "it"}, {"q": "Why?", "a": "So.", "i": None}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = SourceConfig(kind="jsonl", path="rows.jsonl", field="q", response_field="a", input_field="i")
+    found = list(read(source))
+    assert [d.exchanges for d in found] == [(Exchange("Why?", "So.", i),) for i in ("", "it", "")]
+    assert [(d.text, d.size) for d in found] == [(None, 7), (None, 9), (None, 7)]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"a": "So."}, "the column 'q' must hold text, but is not among a"),
+        ({"q": "Why?", "a": None}, "the column 'a' must hold text, but is a NoneType"),
+        ({"q": 7, "a": "So."}, "the column 'q' must hold text, but is a int"),
+        ({"q": "Why?", "a": ["So."]}, "the column 'a' must hold text, but is a list"),
+        ({"q": "Why?", "a": "So.", "i": 3}, "the column 'i' must hold text or nothing, but is a int"),
+    ],
+)
+def test_a_row_whose_columns_are_not_text_says_which(row, why):
+    Path("rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (found,) = read(SourceConfig(kind="jsonl", path="rows.jsonl", field="q", response_field="a", input_field="i"))
+    assert found.unreadable == why and not found.exchanges
+
+
+CHAT = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Goodbye")]
+
+
+@pytest.mark.parametrize(
+    "spelling", [("role", "content", {}), ("from", "value", {"user": "human", "assistant": "gpt"})]
+)
+def test_a_list_of_messages_is_a_conversation_in_either_spelling(spelling):
+    who, what, names = spelling
+    messages = [{who: names.get(role, role), what: text} for role, text in CHAT]
+    Path("rows.jsonl").write_text(json.dumps({"chat": messages}), encoding="utf-8")
+    (found,) = read(SourceConfig(kind="jsonl", path="rows.jsonl", messages_field="chat"))
+    assert found.exchanges == (Exchange("Be brief.\n\nHi", "Hello"), Exchange("Bye", "Goodbye"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        (None, "must hold a list of messages"),
+        (["hi"], "must hold a list of messages"),
+        ([], "user and assistant in turn, but are of none"),
+        ([{"role": "user", "content": "hi"}], "in turn, but are of user"),
+        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "in turn, but are of user, tool"),
+        ([{"role": ["user"], "content": "a"}, {"role": {}, "content": "b"}], "in turn, but are of ['user'], {}"),
+        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}], "'assistant' is a NoneType"),
+    ],
+)
+def test_messages_that_are_no_conversation_say_why(messages, why):
+    Path("rows.jsonl").write_text(json.dumps({"chat": messages}) + "\n" + "{}", encoding="utf-8")
+    found, empty = read(SourceConfig(kind="jsonl", path="rows.jsonl", messages_field="chat"))
+    assert why in found.unreadable and "must hold a list of messages" in empty.unreadable
 
 
 def test_local_python_lists_the_standard_library_and_the_packages():

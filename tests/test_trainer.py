@@ -16,8 +16,10 @@ from checkpoint import RunDirectory, load_state
 from config import IGNORE, TrainConfig
 from metrics import read_metrics
 from model import build_model
-from shards import SPLITS, PackedBlocks, ShardWriter, TokenDataset, write_manifest
+from shards import SPLITS, Batch, PackedBlocks, ShardWriter, TokenDataset, write_manifest
 from trainer import Trainer, TrainingError, learning_rate_scale, make_optimizers, mean_loss, validate
+
+EOS = 5  # end of text, of which only the document mask takes notice
 
 
 class Numbers:
@@ -26,6 +28,7 @@ class Numbers:
     split = "train"
 
     def __init__(self, n=4001, vocab_size=512):
+        self.manifest = {"eos_id": EOS}
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, n)
 
     def __len__(self):
@@ -47,16 +50,13 @@ class StopAt:
         return self.batches.rows(first, count)
 
 
-EOS = 5  # end of text, of which only the document mask takes notice
-
-
 def make_trainer(path, cfg, batches=None, model_seed=0):
     device.seed_all(model_seed)
     model = build_model(cfg.model)
     runtime = device.resolve(cfg.train)
     path.mkdir(parents=True, exist_ok=True)
     batches = batches or PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
-    return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime, EOS)
+    return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime)
 
 
 # -- schedule and optimisers ------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Uneven:
         targets = idx[:, 1:].copy()
         for row, keep in enumerate([32, 2, 0, 0, 17, 1, 5, 32][:count]):
             targets[row, keep:] = IGNORE
-        return idx[:, :-1], targets
+        return Batch(idx[:, :-1], targets)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_step(corpus, tmp_path):
@@ -123,7 +123,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_step(corpus, tmp_path):
         trainer = make_trainer(tmp_path / "r", cfg, Uneven())
         loss, n = trainer.forward_backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
-        idx, targets = (torch.from_numpy(a) for a in Uneven().rows(0, 8))
+        idx, targets = (torch.from_numpy(a) for a in Uneven().rows(0, 8)[:2])
         expected = torch.nn.functional.cross_entropy(
             trainer.model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE
         )
@@ -192,7 +192,7 @@ def test_training_learns(corpus, tmp_path):
 def test_mean_loss_is_a_total_over_a_total(corpus, tmp_path):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
     parts = [Uneven().rows(i, 4) for i in range(3)]
-    whole = tuple(np.concatenate(a) for a in zip(*parts))
+    whole = Batch(*(np.concatenate([part[i] for part in parts]) for i in range(2)))
     by_parts, n = mean_loss(trainer.model, parts, trainer.runtime)
     assert n == 3 * 34
     assert by_parts == pytest.approx(mean_loss(trainer.model, [whole], trainer.runtime)[0], rel=1e-6)
@@ -322,7 +322,7 @@ class Documents(Numbers):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_path, precision):
     cfg = masked_config(corpus, **{**RESUME, "max_steps": 8, "precision": precision})
-    blocks = PackedBlocks(Documents(), 32, cfg.train.seed)
+    blocks = PackedBlocks(Documents(), 32, cfg.train.seed, document_mask=True)
     whole = make_trainer(tmp_path / "whole", cfg, blocks)
     assert whole.fit() == 0
     first = make_trainer(tmp_path / "r", cfg, StopAt(blocks, 3 * cfg.train.batch_size))
@@ -332,7 +332,7 @@ def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_pa
     assert second.fit() == 0
     assert second.digest() == whole.digest()
     unmasked = replace(cfg, model=replace(cfg.model, document_mask=False))
-    plain = make_trainer(tmp_path / "plain", unmasked, blocks)
+    plain = make_trainer(tmp_path / "plain", unmasked, PackedBlocks(Documents(), 32, cfg.train.seed))
     assert plain.fit() == 0
     assert plain.digest() != whole.digest()
 
@@ -340,12 +340,12 @@ def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_pa
 def test_a_training_step_has_the_gradient_of_the_documents_one_by_one(corpus, tmp_path):
     cfg = masked_config(corpus, batch_size=4, micro_batch_size=2)
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
-    trainer = make_trainer(tmp_path / "r", cfg, PackedBlocks(Documents(), 32, 0))
+    trainer = make_trainer(tmp_path / "r", cfg, PackedBlocks(Documents(), 32, 0, document_mask=True))
     loss, n = trainer.forward_backward()
     found = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
     total = torch.zeros(())
-    for idx, targets in zip(*trainer.batches.rows(0, 4)):
+    for idx, targets in zip(*trainer.batches.rows(0, 4)[:2]):
         cuts = sorted({0, *np.flatnonzero(idx == EOS).tolist(), 32})
         for start, stop in itertools.pairwise(cuts):
             piece, aims = (torch.from_numpy(a[None, start:stop].copy()) for a in (idx, targets))
@@ -394,7 +394,7 @@ def test_compiled_training_with_the_document_mask_is_eager_training(corpus, tmp_
         pytest.skip("needs a C++ compiler")
     cfg = masked_config(corpus, max_steps=4, compile="on")
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
-    blocks = PackedBlocks(Documents(), 32, 0)
+    blocks = PackedBlocks(Documents(), 32, 0, document_mask=True)
     eager = make_trainer(tmp_path / "eager", replace(cfg, train=replace(cfg.train, compile="off")), blocks)
     compiled = make_trainer(tmp_path / "compiled", cfg, blocks)
     assert eager.fit() == compiled.fit() == 0 and compiled.compiled

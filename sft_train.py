@@ -1,0 +1,207 @@
+"""Fine-tune a pre-trained run on instructions: prepare the examples, audit every one, train, answer.
+
+    python sft_train.py                                   # the newest pre-trained run, into runs/NAME-sft
+    python sft_train.py runs/code-50m --train.epochs 1
+    python sft_train.py runs/demo --data.sources.0.kind jsonl --data.sources.0.path pairs.jsonl \\
+        --data.sources.0.field instruction --data.sources.0.input-field input --data.sources.0.response-field output
+    python sft_train.py --audit                           # only the data: what would be trained on, checked
+
+The loss is that of the responses and of the end-of-text token that closes each; prompts are masked by position. Model and
+tokenizer are the base run's. Without --preset, the base's preset says which one is meant (config.FINE_TUNING), and where it
+says nothing the examples are mined from this machine's Python. The same command resumes a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from cli import ConfigFlags, changed_fields, parse_cli, run_script
+from config import FINE_TUNING, Config, ConfigError, preset
+from data_pipeline import exit_on_terminate
+
+if TYPE_CHECKING:
+    from checkpoint import RunDirectory
+    from examples import ExampleRows, Examples
+    from tokenizer import Tokenizer
+    from trainer import Trainer
+
+OFFLINE = "docstrings"  # the preset for a base that has none of its own
+ANSWERS = "answers.jsonl"
+
+
+@dataclass
+class Flags:
+    """The script's command line."""
+
+    config: ConfigFlags
+    base: tyro.conf.Positional[Path | None] = None
+    """The run to fine-tune: its folder, or its name under runs/. The newest pre-trained one if left out."""
+    audit: bool = False
+    """Prepare and audit the examples, and stop."""
+    fresh: bool = False
+    """Start over; an old run of this name is kept as NAME.old-1."""
+
+
+def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
+    """Return the command line, over the preset that suits the base, and the base."""
+    from checkpoint import find_run
+
+    flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
+    named = flags.base or flags.config.train.init_from
+    base = find_run(None if named is None else Path(named), pretrained=True)
+    suited = FINE_TUNING.get(base.config().preset, OFFLINE)
+    return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
+
+
+def configured(flags: Flags, base: RunDirectory) -> Config:
+    """Return the config of the fine-tuning: the flags, with model and tokenizer of the base."""
+    given, own = flags.config, base.config()
+    if not given.data.instructions:
+        raise ConfigError(
+            f"preset {given.preset} must hold instructions and answers to fine-tune on, but holds documents; "
+            f"use --preset {OFFLINE} or alpaca, or leave it out"
+        )
+    changed = changed_fields(preset(given.preset), given)
+    for field in changed:
+        if field.startswith(("model.", "tokenizer.")) and field != "model.dropout":
+            raise ConfigError(
+                f"{field} must be the base run's in fine-tuning, but is given; leave out --{field.replace('_', '-')}"
+            )
+    model = replace(own.model, dropout=given.model.dropout) if "model.dropout" in changed else own.model
+    return replace(
+        given,
+        name=given.name or f"{base.path.resolve().name}-sft",
+        model=model,
+        tokenizer=own.tokenizer,
+        train=replace(given.train, init_from=str(base.path)),
+    )
+
+
+def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows:
+    """Show what the examples are made of, check every one, and return the rows to train on. Raises AuditError."""
+    from audit import audit, picture, table, wants_color
+    from examples import Examples
+    from stage import training_rows
+
+    splits = {"train": training_rows(cfg, dataset)}
+    splits |= {split: training_rows(cfg, Examples(dataset.folder, split)) for split in ("val", "test")}
+    print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
+    print(picture(splits["train"], tokenizer, wants_color(sys.stdout.isatty())))
+    audit(splits, tokenizer)
+    n = sum(rows.examples.n_examples for rows in splits.values())
+    print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")
+    return splits["train"]
+
+
+def fine_tune(cfg: Config, base: RunDirectory, only_audit: bool, fresh: bool) -> int:
+    """Audit, train or resume the run of `cfg`; return the exit code."""
+    from checkpoint import RUNS, CheckpointError, RunDirectory
+    from stage import is_begun, run_to_end, take_up, training_data
+
+    started = time.perf_counter()
+    tokenizer = base.tokenizer()
+    if base.newest() is None:
+        raise CheckpointError(
+            f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
+        )
+    run = RunDirectory(RUNS / cfg.run_name)
+    if only_audit:
+        audited(cfg, training_data(cfg, None, tokenizer), tokenizer)
+        print(f"this was the audit alone: nothing was trained; next: python sft_train.py {base.path}")
+        return 0
+    with run.lock():
+        begun = is_begun(cfg, run, fresh)
+        dataset = training_data(cfg, run if begun else None, tokenizer)
+        rows = audited(cfg, dataset, tokenizer)
+        trainer = take_up(cfg, run, begun, dataset, rows)
+        print(
+            f"{run.path}: {trainer.model.n_parameters():,} parameters of {base.path} on {trainer.runtime.device.type} in "
+            f"{trainer.runtime.precision}, {trainer.train.max_steps:,} steps of {cfg.train.batch_size} rows, "
+            f"{rows.n_rows:,} rows an epoch"
+        )
+        if code := run_to_end(trainer):
+            return code
+    print(f"\n{samples(trainer)}")
+    stopped = answer_held_out(trainer)
+    report(trainer, stopped, time.perf_counter() - started)
+    return 0
+
+
+def samples(trainer: Trainer) -> str:
+    """Return an answer to each of the config's sample instructions."""
+    from generate import Sampling, answer
+    from prompts import Exchange
+
+    tokenizer, model, out = trainer.run.tokenizer(), trainer.model.eval(), []
+    for seed, instruction in enumerate(trainer.train.sample_prompts):
+        sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
+        said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)
+        end = "" if said.stopped else " ... (cut by the context)"
+        out.append(f"--- sample {seed + 1}: {instruction}\n{said.text.rstrip()}{end}\n")
+    return "\n".join(out)
+
+
+def answer_held_out(trainer: Trainer) -> tuple[int, int]:
+    """Answer held-out instructions, spread over all of them; return how many answers stopped by themselves, and of how many.
+
+    Answers may take what the context has left after the prompt. All are written to ANSWERS in the run.
+    """
+    from tqdm import tqdm
+
+    from examples import PROMPT, Examples
+    from generate import Sampling, generate
+
+    heldout = trainer.run.heldout("val")
+    assert isinstance(heldout, Examples)
+    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
+    n = min(trainer.train.held_out_answers, heldout.n_examples)
+    lines, stopped = [], 0
+    for seed in tqdm(range(n), desc="answering held-out instructions", unit="answer", leave=False):
+        example = heldout.example(seed * heldout.n_examples // n)
+        n_prompt = int(example.segments[0, PROMPT])
+        prompt = example.ids[:n_prompt].tolist()
+        room = model.cfg.block_size - n_prompt
+        ids = generate(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id) if room else []
+        stopped += len(ids) < room
+        texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
+        lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")
+    (trainer.run.path / ANSWERS).write_text("".join(lines), encoding="utf-8")
+    return stopped, n
+
+
+def report(trainer: Trainer, stopped: tuple[int, int], seconds: float) -> None:
+    """Print what the fine-tuning changed, where the run lies, and what comes next."""
+    run, before, after = trainer.run, trainer.first_eval, trainer.last_eval
+    print("on the responses of the held-out examples:")
+    print(f"{'':<24}{'before':>10}{'after':>10}")
+    for name, key in (("loss, nats a token", "val_loss"), ("perplexity", "val_perplexity")):
+        change = f"{after[key] / before[key] - 1:>+9.0%}" if before else ""
+        print(f"  {name:<22}{before.get(key, float('nan')):>10.4f}{after[key]:>10.4f}{change}")
+    if stopped[1]:
+        print(
+            f"{stopped[0]} of {stopped[1]} answers to held-out instructions stopped by themselves within the context "
+            f"(all are in {run.path / ANSWERS})"
+        )
+    skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
+    print(
+        f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start{skipped}; state sha256 {trainer.digest()[:16]}"
+    )
+    print(f"results in {run.path}; next: python generate.py {run.path} --chat")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tune the run of the command line."""
+    flags, base = parse(argv)
+    return fine_tune(configured(flags, base), base, flags.audit, flags.fresh)
+
+
+if __name__ == "__main__":
+    exit_on_terminate()
+    run_script(main)

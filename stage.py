@@ -1,0 +1,199 @@
+"""Taking up a run, new or begun, the same for pre-training and for fine-tuning.
+
+A stage opens its data, builds the model, loads the weights that it starts from or its own newest checkpoint, and hands all
+of it to the one training loop. What may differ between a run and its resumption is decided here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import device
+from checkpoint import CheckpointError, RunDirectory, find_run, load_state, load_weights, weights_sha256
+from cli import changed_fields
+from config import Config, KindlingError
+from data_pipeline import DATA, prepare
+from device import Runtime
+from examples import ExampleRows, Examples, open_split
+from model import LanguageModel, build_model
+from shards import DataError, PackedBlocks, TokenDataset, read_manifest
+from tokenizer import Tokenizer
+from trainer import Trainer, validate
+
+# settings that a resumed run may change: without any effect on its bits, and with one that is said
+HARMLESS = {"data.workers"} | {
+    f"train.{field}"
+    for field in (
+        "sample_prompts",
+        "held_out_answers",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "max_skipped_steps",
+    )
+}
+ALLOWED = HARMLESS | {
+    f"train.{field}"
+    for field in ("max_steps", "epochs", "threads", "device", "precision", "compile", "micro_batch_size")
+}
+
+
+def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
+    """Name every setting that differs from the run's own; refuse those that would make it another run."""
+    changes = changed_fields(saved, given)
+    changes.pop("name", None)
+    said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
+    refused = [text for field, text in said.items() if field not in ALLOWED]
+    if refused:
+        raise KindlingError(
+            f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
+            f"take them back, or use another --name, or start over with --fresh"
+        )
+    for field, text in said.items():
+        print(
+            f"note: {text}"
+            + ("" if field in HARMLESS else ": from here on the run differs from one without the change")
+        )
+
+
+def is_begun(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
+    """Return whether the run was started and is to go on. Raises if it cannot, and before long work if a new one cannot."""
+    begun = run.exists() and not fresh
+    if begun:
+        reconcile(run.config(), cfg, run)
+    elif run.checkpoints() and not fresh:
+        raise CheckpointError(
+            f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
+        )
+    elif cfg.train.init_from is not None:
+        find_run(Path(cfg.train.init_from))
+    return begun
+
+
+def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | None = None) -> TokenDataset:
+    """Open the training shards of `cfg`, or those that a started run began with; refuse if they would be others now.
+
+    `tokenizer` as in `data_pipeline.prepare`.
+    """
+    if run is None:
+        return open_split(cfg, prepare(cfg, tokenizer), "train")
+    manifest = read_manifest(run.data)
+    folder = DATA / manifest["fingerprint"]
+    if not folder.is_dir():
+        folder = prepare(cfg, tokenizer)
+    dataset = open_split(cfg, folder, "train")
+    if dataset.manifest["splits"]["train"] != manifest["splits"]["train"]:
+        raise DataError(
+            f"{run.path} must be resumed on the data that it was started with ({manifest['fingerprint']}), but that is gone and "
+            f"the sources have changed since; start over with --fresh, or use another --name"
+        )
+    return dataset
+
+
+def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
+    """Return the rows of a run of `cfg` in the order of training."""
+    model, train = cfg.model, cfg.train
+    if isinstance(dataset, Examples):
+        return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
+    return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)
+
+
+def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
+    """Build the model with random weights of the config's seed."""
+    device.seed_all(cfg.train.seed)
+    return build_model(cfg.model).to(runtime.device)
+
+
+def load_initial_weights(model: LanguageModel, source: str, tokenizer_sha256: str) -> str:
+    """Replace the weights by those of the run `source`, if its token ids mean the same; return the sha256 of them."""
+    run = find_run(Path(source))
+    folder = run.newest()
+    if folder is None:
+        raise CheckpointError(
+            f"train.init_from must name a run with a checkpoint, but {run.path} has none; train it first"
+        )
+    if run.tokenizer().sha256 != tokenizer_sha256:
+        raise CheckpointError(
+            f"train.init_from must name a run with the same tokenizer, but that of {run.path} is another; use it here with "
+            f"--tokenizer.kind pretrained --tokenizer.path {run.path / 'tokenizer.json'}"
+        )
+    load_weights(folder, model)
+    return weights_sha256(folder)
+
+
+def require_same_start(run: RunDirectory, source: str | None, began_with: str | None) -> None:
+    """Raise CheckpointError if a begun run started from other weights than its source has now; a source may be gone."""
+    if source is None or began_with is None:
+        return
+    try:
+        now = find_run(Path(source)).newest()
+    except CheckpointError:
+        return
+    if now is not None and weights_sha256(now) != began_with:
+        raise CheckpointError(
+            f"{run.path} must go on from the weights that it started from, but {source} has been trained since; start over with "
+            f"--fresh, which keeps this one under another name, or use another --name"
+        )
+
+
+def samples(trainer: Trainer) -> str:
+    """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
+    from generate import Sampling, complete
+
+    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
+    out = []
+    for seed, prompt in enumerate(trainer.train.sample_prompts):
+        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed))
+        out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
+    return "\n".join(out)
+
+
+def take_up(
+    cfg: Config, run: RunDirectory, begun: bool, dataset: TokenDataset, rows: PackedBlocks | ExampleRows
+) -> Trainer:
+    """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates."""
+    folder = run.newest() if begun else None
+    state = None if folder is None else load_state(folder)
+    # by default the run's own number, as far as this machine has the cores; the trainer names a difference
+    device.set_threads(
+        cfg.train.threads or (min(state["environment"]["threads"], os.cpu_count() or 1) if state else None)
+    )
+    runtime = device.resolve(cfg.train)
+    source = cfg.train.init_from
+    if state is not None:
+        require_same_start(run, source, state.get("initial_sha256"))
+    model = new_model(cfg, runtime)
+    initial_sha256 = None
+    if state is None and source is not None:
+        initial_sha256 = load_initial_weights(model, source, dataset.manifest["tokenizer_sha256"])
+    if not begun:
+        if run.exists() or run.checkpoints():  # only now that nothing is left which could refuse the new run
+            print(f"the old run is kept as {run.set_aside()}")
+        run.create(cfg, dataset.folder)
+    heldout = run.heldout("val")
+    tokenizer_sha256 = run.tokenizer().sha256
+    for split in (dataset, heldout):
+        split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
+    resolved = cfg.with_steps(rows.n_rows)
+    trainer = Trainer(resolved, run, model, rows, lambda m: validate(m, heldout, runtime), runtime)
+    trainer.initial_sha256 = initial_sha256
+    if folder is not None and state is not None:
+        trainer.resume(folder, state)
+    return trainer
+
+
+def run_to_end(trainer: Trainer) -> int:
+    """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
+    if trainer.step >= trainer.train.max_steps:
+        print(f"the run is complete at step {trainer.step}; --train.max-steps N goes on, --fresh starts over")
+    else:
+        if trainer.step:
+            print(f"resuming at step {trainer.step}")
+        if code := trainer.fit():
+            print(f"stopped and saved at step {trainer.step}; the same command resumes")
+            return code
+    if not trainer.last_eval:
+        trainer.last_eval = trainer.evaluate(trainer.model)
+    return 0
