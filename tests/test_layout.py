@@ -10,7 +10,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["config", "files", "bpe", "prompts"],
-    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics"],
+    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics", "chat"],
     ["comparison"],
     ["tokenizer"],
     ["model", "sources", "ledger"],
