@@ -1,33 +1,38 @@
-"""Continue a prompt with a trained run.
+"""Continue a prompt with a trained run, or talk to one that was fine-tuned.
 
     python generate.py runs/demo --prompt "def fib(n):"
+    python generate.py runs/demo-sft --chat
 
 Sampling by temperature, top-k and top-p, or greedy; it stops at end of text. A prompt longer than the context is
-cropped from the left. Limit: no key / value cache, so each token costs a pass over the whole context.
+cropped from the left; a conversation never is: it loses its oldest exchanges, and an answer ends where the context does.
+Limit: no key / value cache, so each token costs a pass over the whole context.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
 from cli import parse_cli, run_script
 from config import KindlingError
+from prompts import Exchange, encode
 
 if TYPE_CHECKING:
     import torch
 
+    from checkpoint import RunDirectory
     from model import LanguageModel
     from tokenizer import Tokenizer
 
 
 class GenerationError(KindlingError):
-    """Settings that nothing can be sampled with."""
+    """Settings that nothing can be sampled with, or a question that cannot be answered."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +89,33 @@ def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.
     return probabilities
 
 
-def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
-    """Return the new token ids after the prompt `ids` (at least one), without the end-of-text token that ended them.
+def stream(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> Iterator[int]:
+    """Yield the new token ids after the prompt `ids` (at least one) as they are sampled.
 
-    The prompt is one document, also for a model trained with `document_mask`: an end-of-text token at its beginning is
-    position 0, as in training; one further on, which no text encodes to, would not hide what precedes it.
+    The end-of-text token ends them and is not among them. The prompt is one document, also for a model trained with
+    `document_mask`: an end-of-text token at its beginning is position 0, as in training; one further on, which only a
+    conversation has, does not hide what precedes it.
     """
     import torch
 
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
-    new: list[int] = []
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # lengths change with each token
-        while len(new) < sampling.max_new_tokens:
-            context = torch.tensor([(ids + new)[-model.cfg.block_size :]], device=device)  # (1, T)
+    ids = list(ids)
+    for _ in range(sampling.max_new_tokens):
+        # left before each yield, or whoever takes the tokens would run without gradients too
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # lengths change with each token
+            context = torch.tensor([ids[-model.cfg.block_size :]], device=device)  # (1, T)
             logits = model.head(model.hidden(context)[:, -1])[0]  # (V,)
             token = int(torch.multinomial(next_token_probabilities(logits.cpu(), sampling), 1, generator=generator))
-            if token == eos_id:
-                break
-            new.append(token)
-    return new
+        if token == eos_id:
+            return
+        ids.append(token)
+        yield token
+
+
+def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
+    """Return all that `stream` yields."""
+    return list(stream(model, ids, sampling, eos_id))
 
 
 def complete(model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> str:
@@ -118,6 +130,103 @@ def complete(model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: 
     return tokenizer.decode(generate(model, ids, sampling, tokenizer.eos_id))
 
 
+class TextStream:
+    """Turns token ids into text as they come, character by whole character.
+
+    A character whose bytes are spread over tokens is held back until the last of them. The pieces joined are
+    `tokenizer.decode` of all ids: SentencePiece may drop the space of a text's first token, so each token is decoded
+    with all before it, which costs next to nothing beside the model's pass over them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._said = 0  # characters that were returned
+
+    def add(self, token: int) -> str:
+        """Return the text that is whole with this token, often none."""
+        self._ids.append(token)
+        # U+FFFD at the end is most likely a character of which bytes are still to come
+        return self._beyond(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """Return what was held back: no more tokens will come."""
+        return self._beyond(self._tokenizer.decode(self._ids))
+
+    def _beyond(self, text: str) -> str:
+        new = text[self._said :]
+        self._said += len(new)
+        return new
+
+
+class Answer(NamedTuple):
+    """What a model said to a question."""
+
+    text: str
+    stopped: bool
+    """End of text came by itself, not by a limit."""
+    cut_by: str = ""
+    """Otherwise, the limit in words."""
+
+
+def answer(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    template: str,
+    exchanges: Sequence[Exchange],
+    sampling: Sampling,
+    say: Callable[[str], None] | None = None,
+    room: int = 1,
+) -> Answer:
+    """Return the response to the last of the `exchanges`, which has none yet.
+
+    `say` is called with each piece of text as it becomes whole. Prompt and response together are at most block_size
+    tokens. The oldest exchanges are left out, with a note, while the response has room for fewer than `room` tokens.
+    Raises GenerationError if the last one alone leaves no room for any.
+    """
+    block_size = model.cfg.block_size
+    ids = _conversation_ids(tokenizer, template, exchanges, block_size, room)
+    free = block_size - len(ids)
+    limit = min(sampling.max_new_tokens, free)
+    text, pieces, n_tokens = TextStream(tokenizer), [], 0
+
+    def put(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            if say is not None:
+                say(piece)
+
+    for token in stream(model, ids, replace(sampling, max_new_tokens=limit), tokenizer.eos_id):
+        n_tokens += 1
+        put(text.add(token))
+    put(text.finish())
+    cut_by = ""
+    if n_tokens == limit:
+        cut_by = f"the context of {block_size} tokens" if limit == free else f"--max-new-tokens {limit}"
+    return Answer("".join(pieces), not cut_by, cut_by)
+
+
+def _conversation_ids(
+    tokenizer: Tokenizer, template: str, exchanges: Sequence[Exchange], block_size: int, room: int
+) -> list[int]:
+    """Return the ids of as many of the latest exchanges as leave `room`, at least of the last, which must leave some."""
+    assert exchanges and not exchanges[-1].response, "the response is for the model to write"
+    for dropped in range(len(exchanges)):  # whole exchanges: a model was never trained on half a template
+        segments = encode(template, exchanges[dropped:], tokenizer)
+        ids = [token for segment in segments for token in (*segment.prompt, *segment.response)]
+        if len(ids) + room <= block_size:
+            break
+    if len(ids) >= block_size:
+        raise GenerationError(
+            f"a question must leave room for an answer in the context of {block_size} tokens, but has {len(ids)} "
+            f"with its template; shorten it"
+        )
+    if dropped:
+        what = "oldest exchange is" if dropped == 1 else f"{dropped} oldest exchanges are"
+        print(f"note: the {what} left out: the context has {block_size} tokens", file=sys.stderr)
+    return ids
+
+
 @dataclass
 class Flags:
     """The script's command line."""
@@ -128,11 +237,43 @@ class Flags:
     """auto: CUDA, else Apple's MPS, else the CPU."""
     prompt: str = ""
     """The text to continue; empty starts a new document."""
+    chat: bool = False
+    """Talk to a fine-tuned run: questions from the terminal or a pipe, answers as they are written."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
 
 
+def _require_chat(run: RunDirectory, prompt: str) -> None:
+    """Raise GenerationError unless one can chat with the run, and nothing else was asked for."""
+    if prompt:
+        raise GenerationError(
+            f"--prompt must be empty with --chat, which reads the questions itself, but is {prompt[:40]!r}; leave one out"
+        )
+    if not run.config().data.instructions:
+        raise GenerationError(
+            f"{run.path} must be a fine-tuned run to chat with, but has only seen documents; fine-tune it with "
+            f"`python sft_train.py {run.path}`, or continue a text with --prompt"
+        )
+
+
+def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
+    """Talk to the user with the template of the run, and with a memory if it was fine-tuned on conversations."""
+    from chat import chat
+    from shards import read_manifest
+
+    template, tokenizer = run.config().data.template, run.tokenizer()
+    room = min(sampling.max_new_tokens, model.cfg.block_size // 4)  # a memory must not crowd out the answer
+    # torch imports for seconds at its first token, and is unusable if Ctrl-C stops the imports of an answer halfway
+    generate(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id)
+
+    def reply(exchanges: list[Exchange], number: int, say: Callable[[str], None]) -> str:
+        its_own = replace(sampling, seed=sampling.seed + number)
+        return answer(model, tokenizer, template, exchanges, its_own, say, room).cut_by
+
+    chat(f"{run.path}, template {template}", reply, remembers=read_manifest(run.data).get("max_exchanges", 1) > 1)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print a continuation of the prompt."""
+    """Print a continuation of the prompt, or chat."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     flags.sampling.check()
     prompt = os.fsencode(flags.prompt).decode("utf-8", "replace")  # UTF-8 whatever the locale says
@@ -140,7 +281,12 @@ def main(argv: list[str] | None = None) -> int:
     from device import resolve
 
     run = find_run(flags.run)
+    if flags.chat:
+        _require_chat(run, prompt)
     model, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
+    if flags.chat:
+        _chat(run, model, flags.sampling)
+        return 0
     print(prompt + complete(model, run.tokenizer(), prompt, flags.sampling))
     return 0
 

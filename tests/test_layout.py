@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files", "bpe", "prompts", "docstrings", "chat"],
-    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics"],
+    ["config", "files", "bpe", "prompts", "docstrings"],
+    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics", "chat"],
     ["comparison", "examples"],
     ["tokenizer"],
     ["model", "sources", "ledger", "conversations"],
