@@ -38,10 +38,10 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     from stage import is_begun, run_to_end, samples, take_up, training_data, training_rows
 
     started = time.perf_counter()
+    require_documents(cfg)
     run = RunDirectory(RUNS / cfg.run_name)
     with run.lock():
         begun = is_begun(cfg, run, fresh)
-        require_documents(cfg)
         dataset = training_data(cfg, run if begun else None)
         rows = training_rows(cfg, dataset)
         trainer = take_up(cfg, run, begun, dataset, rows)
