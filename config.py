@@ -664,9 +664,9 @@ def docstrings() -> Config:
     """
     return Config(
         preset="docstrings",
-        data=DataConfig(sources=(SourceConfig(kind="docstrings", language="python", max_bytes=15_000_000),), val_fraction=0.04,
+        data=DataConfig(sources=(SourceConfig(kind="docstrings", language="python", max_bytes=30_000_000),), val_fraction=0.04,
                         test_fraction=0.04, max_non_ascii=0.1),
-        train=TrainConfig(max_steps=None, epochs=3, batch_size=16, lr=1e-3, warmup_steps=10, min_lr_ratio=0.0, weight_decay=0.01,
+        train=TrainConfig(max_steps=None, epochs=2, batch_size=16, lr=1e-3, warmup_steps=10, min_lr_ratio=0.0, weight_decay=0.01,
                           eval_every=100, save_every=100,
                           sample_prompts=("Return the sum of a and b.\ndef add(a, b):",
                                           "Return True if the path names a file that exists.\ndef is_file(path):",
