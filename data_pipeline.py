@@ -222,8 +222,10 @@ def _fill(
             raise DataError(_empty_split(split, ledger, examples))
     print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
     ledger.write(partial)
+    of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
     write_manifest(
         partial,
+        **({"max_exchanges": max(w.max_exchanges for w in of_examples)} if of_examples else {}),
         fingerprint=name,
         dtype=dtype.str,
         tokenizer_sha256=tokenizer.sha256,

@@ -61,11 +61,13 @@ class ExampleWriter(ShardWriter):
     def __init__(self, folder: Path, split: str, dtype: np.dtype):
         super().__init__(folder, split, dtype)
         self._segments: list[np.ndarray] = []
+        self.max_exchanges = 0  # of an example
 
     def add_example(self, ids: np.ndarray, segments: np.ndarray, n_bytes: int) -> None:
         """Append one example: its ids, its segments (S, 4) without the example's number, and the bytes of its responses."""
         numbers = np.full((len(segments), 1), self.info.documents, dtype=np.int64)
         self._segments.append(np.hstack((numbers, segments)))
+        self.max_exchanges = max(self.max_exchanges, len(segments))
         self.add(ids, n_bytes)
 
     def close(self) -> None:
