@@ -37,6 +37,7 @@ lint: .venv/.installed-dev ## check the style
 bench: .venv/.installed-dev ## measure the figures of the README on this machine
 	@$(BIN)/python benchmarks/pipeline.py
 	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/sft.py
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
