@@ -110,9 +110,10 @@ def table(cfg: Config, splits: dict[str, ExampleRows]) -> str:
 
 
 def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
-    """Return the first example of the first row as a text that shows what is supervised: in green, or in [[brackets]]."""
-    batch = rows.of_bins([0], 1)
-    n = int(rows.examples.lengths[rows.bins[0][0]]) - 1
+    """Return an example from the middle as a text that shows what is supervised of it: in green, or in [[brackets]]."""
+    number = rows.n_rows // 2  # the first ones are the longest
+    batch = rows.of_bins([number], 1)
+    n = int(rows.examples.lengths[rows.bins[number][0]]) - 1
     ids = np.append(batch.idx[0, :n], batch.targets[0, n - 1])
     supervised = np.concatenate(([False], batch.targets[0, :n] != IGNORE))
     cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
@@ -120,7 +121,10 @@ def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
     dim, undim = (DIM, PLAIN) if color else ("", "")
     parts = []
     for start, stop in itertools.pairwise(cuts):
-        text = tokenizer.decode(ids[start:stop])
+        # a terminal would obey control characters
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in tokenizer.decode(ids[start:stop])
+        )
         parts.append(f"{before}{text}{after}" if supervised[start] else f"{dim}{text}{undim}")
     legend = f"what is supervised is {before}{'green' if color else 'in brackets'}{after}"
     return f"--- one example; {legend}\n{''.join(parts)}\n---"

@@ -279,7 +279,7 @@ def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
     if path is None:
         found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
         if pretrained:
-            found = [folder for folder in found if not RunDirectory(folder).config().data.instructions]
+            found = [folder for folder in found if _is_pretrained(folder)]
         if not found:
             raise CheckpointError(
                 f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS}/, but there is none; "
@@ -293,13 +293,24 @@ def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
     raise CheckpointError(f"{path} must be the folder of a run, but holds no config.yaml; there are: {names}")
 
 
+def _is_pretrained(folder: Path) -> bool:
+    """Return whether a run was trained on documents; of one that cannot be read, False and a warning."""
+    try:
+        return not RunDirectory(folder).config().data.instructions
+    except KindlingError as e:
+        print(f"warning: {e}; {folder} is passed over", file=sys.stderr)
+        return False
+
+
 def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, Path]:
     """Return the model of a run's newest whole checkpoint, ready for inference, and the checkpoint's folder."""
     folder = run.newest()
     if folder is None:
+        cfg = run.config()
+        command = f"sft_train.py {cfg.train.init_from}" if cfg.data.instructions else "main.py"
         raise CheckpointError(
             f"{run.path} must have a checkpoint, but has none yet; "
-            f"train on with `python main.py --preset {run.config().preset} --name {run.path.name}`"
+            f"train on with `python {command} --preset {cfg.preset} --name {run.path.name}`"
         )
     model = build_model(run.config().model)
     load_weights(folder, model)

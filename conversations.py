@@ -10,6 +10,7 @@ long is refused too, or cut, and then closed with end-of-text all the same.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from prompts import Exchange, Segment, encode, marker_in, prompt_text
 from tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
-SPELT = "control token kept as text"  # in an instruction
+SPELT, MARKED = "control token kept as text", "template marker kept"  # in an instruction
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ def joined(exchanges: tuple[Exchange, ...]) -> str:
     return "\n".join(part for e in exchanges for part in (e.instruction, e.input, e.response) if part)
 
 
+def normalized(exchanges: tuple[Exchange, ...], tokenizer: Tokenizer) -> tuple[Exchange, ...]:
+    """Return the texts as the tokenizer will see them: what is refused, and what is supervised, must be these."""
+    if tokenizer.cfg.normalizer == "none":
+        return exchanges
+    return tuple(
+        Exchange(*(unicodedata.normalize("NFKC", text) for text in (e.instruction, e.response, e.input)))
+        for e in exchanges
+    )
+
+
 def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer) -> Drop | None:
     """Return why a conversation must not be trained on, as far as its texts tell, or None."""
     for e in exchanges:
@@ -66,19 +77,19 @@ def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokeniz
 def example_of(
     exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int
 ) -> EncodedExample | Drop:
-    """Return a conversation that is not refused as an example of at most `context` + 1 tokens, or why it is none."""
-    if tokenizer.cfg.normalizer == "nfkc":  # here, so that what is supervised can be compared with the text
-        exchanges = tuple(
-            Exchange(*(unicodedata.normalize("NFKC", text) for text in (e.instruction, e.response, e.input)))
-            for e in exchanges
-        )
+    """Return a normalized conversation that is not refused as an example of at most `context` + 1 tokens, or why it is none."""
     try:
         turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))
     except TokenizerError as e:
         return Drop("not in the vocabulary", str(e).split(";")[0])
-    changes = (
-        [(SPELT, 0)] if any(tokenizer.spelt_control_token(f"{e.instruction}\n{e.input}") for e in exchanges) else []
-    )
+    for i, (exchange, segment) in enumerate(turns):
+        texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
+        control = int(i == 0 and tokenizer.bos_id is not None)
+        if (tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])) != texts:
+            return Drop("not reproducible", repr(exchange.response[:40]))
+    asked = [f"{e.instruction}\n{e.input}" for e in exchanges]
+    changes = [(SPELT, 0)] if any(map(tokenizer.spelt_control_token, asked)) else []
+    changes += [(MARKED, 0)] if any(marker_in(cfg.template, text) for text in asked) else []
     length = sum(len(part) for turn in turns for part in turn.segment)
     room = context + 1  # the last token is a target only
     if length > room:
@@ -89,18 +100,19 @@ def example_of(
             return Drop("too long", f"{length:,} tokens, context {context:,}")
         if not (turns := _cut(turns, tokenizer, room)):
             return Drop("prompt too long", "not one character of the response fits after it")
-        lost = sum(len(e.response.encode()) for e in exchanges) - sum(len(t.exchange.response.encode()) for t in turns)
-        changes.append((CUT, lost))
+        kept = [turn.exchange for turn in turns]
+        changes.append((CUT, _bytes(exchanges) - _bytes(kept)))
     rows = []
     for i, (exchange, segment) in enumerate(turns):
         texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
-        control = int(i == 0 and tokenizer.bos_id is not None)
-        if (tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])) != texts:
-            return Drop("not reproducible", repr(exchange.response[:40]))
         rows.append((len(segment.prompt), len(segment.response), *map(text_hash, texts)))
     ids = np.array([i for turn in turns for part in turn.segment for i in part], dtype=np.uint32)
     n_bytes = sum(len(turn.exchange.response.encode()) for turn in turns)
     return EncodedExample(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))
+
+
+def _bytes(exchanges: Iterable[Exchange]) -> int:
+    return sum(len(text.encode()) for e in exchanges for text in (e.instruction, e.input, e.response))
 
 
 def _cut(turns: list[_Turn], tokenizer: Tokenizer, room: int) -> list[_Turn]:

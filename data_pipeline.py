@@ -36,8 +36,9 @@ from duplicates import benchmark_files
 from examples import ExampleWriter, open_split
 from ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
 from mixture import Mixture
+from prompts import rendered
 from shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
-from sources import LocalFile, local_files, source_roots
+from sources import WHOLE_FILES, LocalFile, local_files, source_roots
 from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 from workers import WorkerPool
 
@@ -91,7 +92,7 @@ def fingerprint(cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tok
                 (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
             ]
     if cfg.data.instructions:
-        parts["context"] = cfg.model.block_size
+        parts["context"], parts["template"] = cfg.model.block_size, rendered(cfg.data.template)
     if tokenizer is not None:
         parts["tokenizer_sha256"] = tokenizer.sha256
     elif cfg.tokenizer.kind != "pretrained":
@@ -223,9 +224,12 @@ def _fill(
     print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
     ledger.write(partial)
     of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
+    how: dict[str, Any] = {}  # conversations were made
+    if of_examples:
+        how = {"max_exchanges": max(w.max_exchanges for w in of_examples), "template": rendered(cfg.data.template)}
     write_manifest(
         partial,
-        **({"max_exchanges": max(w.max_exchanges for w in of_examples)} if of_examples else {}),
+        **how,
         fingerprint=name,
         dtype=dtype.str,
         tokenizer_sha256=tokenizer.sha256,
@@ -308,12 +312,12 @@ class Flags:
     """Say which document holds a token: SPLIT:POSITION, such as train:123456."""
 
 
-def _explain(cfg: Config, folder: Path, path: str) -> str:
+def explain_path(cfg: Config, folder: Path, path: str) -> str:
     """Return what the log says of `path`, or why it is not in there; raises DataError in the latter case."""
     keys, why = set(), []
     given = Path(path).expanduser()
     for source in cfg.data.sources if given.is_file() else ():
-        for prefix, root in source_roots(source).items() if source.kind in ("files", "local-python") else ():
+        for prefix, root in source_roots(source).items() if source.kind in WHOLE_FILES else ():
             if not given.resolve().is_relative_to(root.resolve()):
                 continue
             key = prefix + given.resolve().relative_to(root.resolve()).as_posix()
@@ -353,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = prepare(flags.config)
     if flags.explain is not None or flags.locate is not None:
         if flags.explain is not None:
-            print(_explain(flags.config, folder, flags.explain))
+            print(explain_path(flags.config, folder, flags.explain))
         if flags.locate is not None:
             print(_locate(folder, flags.locate))
         return 0

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name in ("loss", "perplexity", "bits_per_byte"):
         print(f"  {name.replace('_', ' '):<16}{results[name]:>10.4f}")
-    print(f'written to {run.path / "eval.json"}; next: python generate.py {run.path} --prompt "def "')
+    talk = "--chat" if run.config().data.instructions else '--prompt "def "'
+    print(f"written to {run.path / 'eval.json'}; next: python generate.py {run.path} {talk}")
     return 0
 
 

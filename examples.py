@@ -19,16 +19,17 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from config import IGNORE, Config, ModelConfig
 from files import sha256_file
+from prompts import rendered
 from shards import Batch, DataError, ShardWriter, TokenDataset, way_out
 
 EXAMPLE, PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(5)  # columns of the segments
-WIDTHS = 8  # rows are padded to a multiple of this part of the context, so that compiled code meets few shapes
+WIDTHS = 4  # rows are padded to one of so many widths, each of which compiled code is compiled for
 POOL = 50  # batches whose examples are sorted by length together
 
 
@@ -133,6 +134,15 @@ def open_split(cfg: Config, folder: Path, split: str) -> TokenDataset:
     return Examples(folder, split) if cfg.data.instructions else TokenDataset(folder, split)
 
 
+def require_template(manifest: dict[str, Any], template: str) -> None:
+    """Raise DataError unless the examples of a manifest were made with the template as it is now."""
+    if manifest.get("template") != rendered(template):
+        raise DataError(
+            f"the examples of {manifest['fingerprint']} must have been made with the template {template} as it is in prompts.py, "
+            f"but it was another then; take the change of the template back, or fine-tune anew with --fresh"
+        )
+
+
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Return which items share a bin: longest first, each into the fullest bin that still holds it (best-fit decreasing).
 
@@ -192,7 +202,7 @@ class ExampleRows:
                 pools = [order[i : i + pool] for i in range(0, len(order), pool)]
                 order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
                 begun = -epoch * self.n_rows % self.batch_size  # rows that the last epoch's last batch still wants
-                stop = begun + (len(order) - begun) // self.batch_size * self.batch_size
+                stop = begun + max(0, len(order) - begun) // self.batch_size * self.batch_size
                 batches = order[begun:stop].reshape(-1, self.batch_size)
                 order = np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
             self._order = epoch, order

@@ -258,9 +258,11 @@ def _require_chat(run: RunDirectory, prompt: str) -> None:
 def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
     """Talk to the user with the template of the run, and with a memory if it was fine-tuned on conversations."""
     from chat import chat
+    from examples import require_template
     from shards import read_manifest
 
-    template, tokenizer = run.config().data.template, run.tokenizer()
+    template, tokenizer, manifest = run.config().data.template, run.tokenizer(), read_manifest(run.data)
+    require_template(manifest, template)
     room = min(sampling.max_new_tokens, model.cfg.block_size // 4)  # a memory must not crowd out the answer
     # torch imports for seconds at its first token, and is unusable if Ctrl-C stops the imports of an answer halfway
     generate(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id)
@@ -269,7 +271,7 @@ def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
         its_own = replace(sampling, seed=sampling.seed + number)
         return answer(model, tokenizer, template, exchanges, its_own, say, room).cut_by
 
-    chat(f"{run.path}, template {template}", reply, remembers=read_manifest(run.data).get("max_exchanges", 1) > 1)
+    chat(f"{run.path}, template {template}", reply, remembers=manifest["max_exchanges"] > 1)
 
 
 def main(argv: list[str] | None = None) -> int:

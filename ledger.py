@@ -172,12 +172,14 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def explain(folder: Path, keys: set[str], ending: str = "") -> list[str]:
-    """Return one line for each document whose key is among `keys`, or is `ending`, or ends with it after / or a colon."""
+    """Return one line for each document whose key, or that of its file, is among `keys`, or is `ending`, or ends with it
+    after / or a colon."""
     found: list[dict[str, Any]] = []
     repeated: dict[str, int] = {}
     for line in read_documents(folder):
         key = line["key"]
-        if key in keys or (ending and (key == ending or key.endswith(("/" + ending, ":" + ending)))):
+        names = (key, key.partition(":")[0])  # an example's own, and that of its file
+        if any(n in keys or (ending and (n == ending or n.endswith(("/" + ending, ":" + ending)))) for n in names):
             if "repeated" in line:
                 repeated[key] = repeated.get(key, 0) + 1
             else:

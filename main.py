@@ -38,7 +38,6 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     from stage import is_begun, run_to_end, samples, take_up, training_data, training_rows
 
     started = time.perf_counter()
-    require_documents(cfg)
     run = RunDirectory(RUNS / cfg.run_name)
     with run.lock():
         begun = is_begun(cfg, run, fresh)
@@ -70,11 +69,13 @@ def report(trainer: Trainer, seconds: float) -> None:
     )
     print(f"results in {run.path}; next: python evaluate.py {run.path}")
     print(f'        or: python generate.py {run.path} --prompt "def "')
+    print(f"        or: python sft_train.py {run.path}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run of the command line, or measure it dry."""
     flags = parse_cli(Flags, __doc__ or "", argv)
+    require_documents(flags.config)
     if flags.dry_run:
         import device
         from checkpoint import RUNS, RunDirectory

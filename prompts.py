@@ -26,7 +26,7 @@ ALPACA_INPUT = (
 )
 MARKERS = {
     "alpaca": re.compile(r"^### (?:Instruction|Input|Response):", re.MULTILINE),
-    "user-assistant": re.compile(r"^(?:User|Assistant): ", re.MULTILINE),
+    "user-assistant": re.compile(r"^(?:User|Assistant):", re.MULTILINE),
 }
 
 
@@ -60,21 +60,27 @@ class Segment(NamedTuple):
 def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
     """Return all that the model is given before a response; `first`, or after the end of an earlier one."""
     if template == "alpaca":
-        text = (ALPACA_INPUT if exchange.input else ALPACA).format(
+        text = (ALPACA_INPUT if exchange.input.strip() else ALPACA).format(
             instruction=exchange.instruction, input=exchange.input
         )
         # the preamble once: what follows an earlier answer begins with the marker
         return text if first else "\n\n" + text[text.index("### Instruction:") :]
-    if template == "user-assistant":
-        about = f"\n{exchange.input}" if exchange.input else ""
-        return f"{'' if first else chr(10)}User: {exchange.instruction}{about}\nAssistant: "
+    if template == "user-assistant":  # seed 004's, without a space at its end
+        about = f"\n{exchange.input}" if exchange.input.strip() else ""
+        return f"{'' if first else chr(10)}User: {exchange.instruction}{about}\nAssistant:"
     raise ValueError(f"no template is called {template!r}")
 
 
-def marker_in(template: str, response: str) -> str | None:
-    """Return the first line start of a response that only the template may write, or None."""
-    found = MARKERS[template].search(response)
+def marker_in(template: str, text: str) -> str | None:
+    """Return the first line start of a text that only the template may write, or None."""
+    found = MARKERS[template].search(text)
     return None if found is None else found[0]
+
+
+def rendered(template: str) -> str:
+    """Return the template in each of its forms, so that a change of it is noticed."""
+    forms = [(Exchange("{instruction}", input=about), first) for about in ("", "{input}") for first in (True, False)]
+    return "\0".join(prompt_text(template, exchange, first) for exchange, first in forms)
 
 
 def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Segment]:

@@ -2,9 +2,9 @@
 
     python sft_train.py                                   # the newest pre-trained run, into runs/NAME-sft
     python sft_train.py runs/code-50m --train.epochs 1
-    python sft_train.py runs/demo --data.sources.0.kind jsonl --data.sources.0.path pairs.jsonl \\
-        --data.sources.0.field instruction --data.sources.0.input-field input --data.sources.0.response-field output
+    python sft_train.py runs/demo --preset alpaca --data.sources.0.kind jsonl --data.sources.0.path pairs.jsonl
     python sft_train.py --audit                           # only the data: what would be trained on, checked
+    python sft_train.py --explain json/decoder.py         # what became of a file, a function or a row
 
 The loss is that of the responses and of the end-of-text token that closes each; prompts are masked by position. Model and
 tokenizer are the base run's. Without --preset, the base's preset says which one is meant (config.FINE_TUNING), and where it
@@ -14,6 +14,7 @@ says nothing the examples are mined from this machine's Python. The same command
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import tyro
 
 from cli import ConfigFlags, changed_fields, parse_cli, run_script
 from config import FINE_TUNING, Config, ConfigError, preset
-from data_pipeline import exit_on_terminate
+from data_pipeline import exit_on_terminate, explain_path
 
 if TYPE_CHECKING:
     from checkpoint import RunDirectory
@@ -45,6 +46,8 @@ class Flags:
     """The run to fine-tune: its folder, or its name under runs/. The newest pre-trained one if left out."""
     audit: bool = False
     """Prepare and audit the examples, and stop."""
+    explain: str | None = None
+    """Prepare the examples, say what became of this file or row, by its path or the end of it, and stop."""
     fresh: bool = False
     """Start over; an old run of this name is kept as NAME.old-1."""
 
@@ -62,34 +65,44 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
 
 def configured(flags: Flags, base: RunDirectory) -> Config:
     """Return the config of the fine-tuning: the flags, with model and tokenizer of the base."""
+    from checkpoint import RUNS
+
     given, own = flags.config, base.config()
+    changed = changed_fields(preset(given.preset), given)
+    if given.preset == OFFLINE and any(s.kind != "docstrings" for s in given.data.sources):
+        raise ConfigError(
+            f"the sources of preset {OFFLINE} must be of kind docstrings, but one is given as another; "
+            f"for rows of instructions and answers use --preset alpaca"
+        )
     if not given.data.instructions:
         raise ConfigError(
             f"preset {given.preset} must hold instructions and answers to fine-tune on, but holds documents; "
             f"use --preset {OFFLINE} or alpaca, or leave it out"
         )
-    changed = changed_fields(preset(given.preset), given)
     for field in changed:
         if field.startswith(("model.", "tokenizer.")) and field != "model.dropout":
             raise ConfigError(
                 f"{field} must be the base run's in fine-tuning, but is given; leave out --{field.replace('_', '-')}"
             )
     model = replace(own.model, dropout=given.model.dropout) if "model.dropout" in changed else own.model
+    path = base.path.resolve()
+    name = given.name or f"{path.name}-sft"
+    if (RUNS / name).resolve() == path:
+        raise ConfigError(f"name must be another than the base run's, but is {name!r}; choose another --name")
+    # the same however it was spelt
+    source = RUNS / path.name if path.parent == RUNS.resolve() else path
     return replace(
-        given,
-        name=given.name or f"{base.path.resolve().name}-sft",
-        model=model,
-        tokenizer=own.tokenizer,
-        train=replace(given.train, init_from=str(base.path)),
+        given, name=name, model=model, tokenizer=own.tokenizer, train=replace(given.train, init_from=str(source))
     )
 
 
 def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows:
     """Show what the examples are made of, check every one, and return the rows to train on. Raises AuditError."""
     from audit import audit, picture, table, wants_color
-    from examples import Examples
+    from examples import Examples, require_template
     from stage import training_rows
 
+    require_template(dataset.manifest, cfg.data.template)
     splits = {"train": training_rows(cfg, dataset)}
     splits |= {split: training_rows(cfg, Examples(dataset.folder, split)) for split in ("val", "test")}
     print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
@@ -100,22 +113,14 @@ def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows
     return splits["train"]
 
 
-def fine_tune(cfg: Config, base: RunDirectory, only_audit: bool, fresh: bool) -> int:
+def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
     """Audit, train or resume the run of `cfg`; return the exit code."""
-    from checkpoint import RUNS, CheckpointError, RunDirectory
+    from checkpoint import RUNS, RunDirectory
     from stage import is_begun, run_to_end, take_up, training_data
 
     started = time.perf_counter()
     tokenizer = base.tokenizer()
-    if base.newest() is None:
-        raise CheckpointError(
-            f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
-        )
     run = RunDirectory(RUNS / cfg.run_name)
-    if only_audit:
-        audited(cfg, training_data(cfg, None, tokenizer), tokenizer)
-        print(f"this was the audit alone: nothing was trained; next: python sft_train.py {base.path}")
-        return 0
     with run.lock():
         begun = is_begun(cfg, run, fresh)
         dataset = training_data(cfg, run if begun else None, tokenizer)
@@ -136,15 +141,18 @@ def fine_tune(cfg: Config, base: RunDirectory, only_audit: bool, fresh: bool) ->
 
 def samples(trainer: Trainer) -> str:
     """Return an answer to each of the config's sample instructions."""
-    from generate import Sampling, answer
+    from generate import GenerationError, Sampling, answer
     from prompts import Exchange
 
     tokenizer, model, out = trainer.run.tokenizer(), trainer.model.eval(), []
     for seed, instruction in enumerate(trainer.train.sample_prompts):
         sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
-        said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)
-        end = "" if said.stopped else " ... (cut by the context)"
-        out.append(f"--- sample {seed + 1}: {instruction}\n{said.text.rstrip()}{end}\n")
+        try:
+            said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)
+            text = said.text.rstrip() + ("" if said.stopped else " ... (cut by the context)")
+        except GenerationError as e:  # one that does not fit is no reason to lose what follows
+            text = f"({e})"
+        out.append(f"--- sample {seed + 1}: {instruction}\n{text}\n")
     return "\n".join(out)
 
 
@@ -167,8 +175,8 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         example = heldout.example(seed * heldout.n_examples // n)
         n_prompt = int(example.segments[0, PROMPT])
         prompt = example.ids[:n_prompt].tolist()
-        room = model.cfg.block_size - n_prompt
-        ids = generate(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id) if room else []
+        room = model.cfg.block_size - n_prompt + 1  # as in training, the last token is predicted from a full context
+        ids = generate(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id)
         stopped += len(ids) < room
         texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")
@@ -198,8 +206,26 @@ def report(trainer: Trainer, stopped: tuple[int, int], seconds: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
+    from checkpoint import CheckpointError
+    from stage import training_data
+
     flags, base = parse(argv)
-    return fine_tune(configured(flags, base), base, flags.audit, flags.fresh)
+    cfg = configured(flags, base)
+    if base.newest() is None:
+        raise CheckpointError(
+            f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
+        )
+    if flags.explain is None and not flags.audit:
+        return fine_tune(cfg, base, flags.fresh)
+    tokenizer = base.tokenizer()
+    dataset = training_data(cfg, None, tokenizer)
+    if flags.explain is not None:
+        print(explain_path(cfg, dataset.folder, flags.explain))
+        return 0
+    audited(cfg, dataset, tokenizer)
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--audit"]
+    print(f"this was the audit alone: nothing was trained; next: python sft_train.py {shlex.join(given)}".rstrip())
+    return 0
 
 
 if __name__ == "__main__":

@@ -73,12 +73,14 @@ class Tokenizer:
         return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
 
     def spelt_control_token(self, text: str) -> str | None:
-        """Return a control token that `text` spells out, which is encoded as any text is, or None."""
+        """Return a special token that `text` spells out, which is encoded as any text is, or None."""
         return next((token for token in self._spellings if token in text), None)
 
     @cached_property
     def _spellings(self) -> list[str]:
-        return sorted(token for token in self._control_tokens() if token)
+        """The special tokens; other added ones, such as runs of spaces in some vocabularies, are text."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return sorted(token.content for token in added if token.special and token.content)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -346,7 +346,7 @@ class Trainer:
         if self.step == 0 and self.train.init_from is not None:
             self.first_eval = self._evaluate(log, bar)
         window_loss, window_tokens, window_s = 0.0, 0, 0.0
-        saved_step = self.step
+        saved_step = self.step or None  # at step 0 nothing is saved yet
         while self.step < self.train.max_steps and stop.signal is None:
             started = time.perf_counter()
             loss, norm, tokens = self.train_step()

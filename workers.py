@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from config import DataConfig, TokenizerConfig, one_line
-from conversations import example_of, joined, refusal
+from conversations import example_of, joined, normalized, refusal
 from docstrings import pairs_of
 from duplicates import Benchmarks, signature, word_hashes
 from filters import COMPILE_BYTES, Drop, first_refusal, strip_header
@@ -217,18 +217,17 @@ class Examiner:
     def _examine_conversation(self, document: Document, out: Examined) -> Drop | None:
         """Fill in `out` for a document of exchanges; return why it is dropped, or None."""
         assert self.tokenizer is not None, "examples are made with the tokenizer of the run that is fine-tuned"
-        text = joined(document.exchanges)
+        exchanges = normalized(document.exchanges, self.tokenizer)
+        text = joined(exchanges)
         try:
             content = text.encode("utf-8")
         except UnicodeError as e:
             return Drop("not UTF-8", f"{e.reason} at character {e.start:,}")
         # no language: what is said in a conversation need not be code
-        drop = refusal(document.exchanges, self.cfg, self.tokenizer) or first_refusal(
-            text, document.inner, "", self.cfg
-        )
+        drop = refusal(exchanges, self.cfg, self.tokenizer) or first_refusal(text, document.inner, "", self.cfg)
         if drop := drop or self._marked(text, content, out):
             return drop
-        example = example_of(document.exchanges, self.cfg, self.tokenizer, self.context)
+        example = example_of(exchanges, self.cfg, self.tokenizer, self.context)
         if isinstance(example, Drop):
             return example
         out.ids, out.segments, out.changes = example.ids, example.segments, example.changes

@@ -20,7 +20,7 @@ from checkpoint import RunDirectory
 from config import Config, DataConfig, KindlingError, ModelConfig, SourceConfig, TokenizerConfig
 from files import write_json
 from model import GPT
-from prompts import Exchange, encode, prompt_text
+from prompts import Exchange, encode, prompt_text, rendered
 from shards import FORMAT
 from tokenizer import Tokenizer, train_bpe
 
@@ -61,6 +61,8 @@ def make_run(folder: Path, tokenizer: Tokenizer, model: GPT, kind: str = "docstr
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "splits": splits,
+        "max_exchanges": 1,
+        "template": rendered("alpaca"),
     }
     write_json(data / "manifest.json", {**about, **manifest})
     write_json(data / "ledger.json", {})

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataConfig, SourceConfig, TokenizerConfig
-from conversations import CUT, SPELT, EncodedExample, example_of, joined, refusal
+from conversations import CUT, MARKED, SPELT, EncodedExample, example_of, joined, normalized, refusal
 from examples import text_hash
 from filters import Drop
 from prompts import Exchange, encode, prompt_text
@@ -119,8 +119,23 @@ def test_what_the_tokenizer_does_not_give_back_is_dropped(monkeypatch):
 
 def test_a_normalizing_tokenizer_is_trained_on_the_normal_form():
     tokenizer = train_bpe(TEXTS, TokenizerConfig(normalizer="nfkc"), 400)
-    example = example_of((Exchange("½", "x²"),), ROWS, tokenizer, 1000)
-    assert example.segments[0, 3] == text_hash("x2")
+    exchanges = normalized((Exchange("½", "x²"),), tokenizer)
+    assert example_of(exchanges, ROWS, tokenizer, 1000).segments[0, 3] == text_hash("x2")
+    examiner = Examiner(ROWS, tokenizer=tokenizer, context=1000)
+    for response, rule in (("＃＃＃ Response: x", "template marker"), ("＜|endoftext|＞", "control token")):
+        assert examiner(Document("k", "", exchanges=(Exchange("x", response),))).drop.rule == rule
+
+
+def test_a_response_that_is_not_reproducible_is_dropped_and_not_cut(monkeypatch):
+    decode = type(TOKENIZER).decode
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids: decode(TOKENIZER, ids).replace("b", "?"))
+    cut = replace(ROWS, too_long="cut")
+    assert example_of((Exchange("x", "a b"), Exchange("y", "a " * 300)), cut, TOKENIZER, 200).rule == "not reproducible"
+
+
+def test_a_template_marker_in_an_instruction_is_kept_and_noted():
+    example = example_of((Exchange("Go.\n### Response:\nx", "y"),), ROWS, TOKENIZER, 1000)
+    assert example.changes == ((MARKED, 0),)
 
 
 def test_a_conversation_with_half_a_surrogate_pair_is_dropped_by_rule():

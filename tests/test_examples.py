@@ -154,9 +154,9 @@ def test_padded_rows_are_of_like_lengths_and_as_wide_as_the_longest_wants(folder
     for epoch in range(3):
         for first in range(0, 16, 4):
             batch = rows.rows(epoch * 16 + first, 4)
-            assert batch.positions is None and batch.idx.shape[1] % 16 == 0
+            assert batch.positions is None and batch.idx.shape[1] % 32 == 0
             longest = max(int((t != IGNORE).nonzero()[0].max()) for t in batch.targets) + 1
-            assert longest <= batch.idx.shape[1] < longest + 16
+            assert longest <= batch.idx.shape[1] < longest + 32
             places += batch.idx.size if epoch == 0 else 0
     assert rows.wasted == pytest.approx(1 - (examples.lengths - 1).sum() / places)
     shuffled = np.random.default_rng(0).permutation(16).reshape(-1, 4)

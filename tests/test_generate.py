@@ -273,7 +273,7 @@ def test_a_control_token_that_a_question_spells_is_text(tokenizer):
     model = says(tokenizer, "no")
     answer(model, tokenizer, "user-assistant", [Exchange("<|endoftext|> <s>")], Sampling())
     assert tokenizer.eos_id not in model.contexts[0] and model.contexts[0].count(tokenizer.bos_id) == 1
-    assert tokenizer.decode(model.contexts[0][1:]) == "User: <|endoftext|> <s>\nAssistant: "
+    assert tokenizer.decode(model.contexts[0][1:]) == "User: <|endoftext|> <s>\nAssistant:"
 
 
 def conversation_of(n: int) -> list[Exchange]:

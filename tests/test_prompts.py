@@ -25,8 +25,8 @@ def test_the_alpaca_template_is_the_published_one_with_and_without_input():
 
 
 def test_the_user_assistant_template_is_seed_004s():
-    assert prompt_text("user-assistant", Exchange("Add.")) == "User: Add.\nAssistant: "
-    assert prompt_text("user-assistant", Exchange("Add.", input="1 2")) == "User: Add.\n1 2\nAssistant: "
+    assert prompt_text("user-assistant", Exchange("Add.")) == "User: Add.\nAssistant:"
+    assert prompt_text("user-assistant", Exchange("Add.", input="1 2")) == "User: Add.\n1 2\nAssistant:"
 
 
 def test_a_later_exchange_begins_with_the_marker_and_no_preamble():
@@ -34,7 +34,7 @@ def test_a_later_exchange_begins_with_the_marker_and_no_preamble():
     assert prompt_text("alpaca", later, first=False) == (
         "\n\n### Instruction:\nAgain ### Instruction: {x}\n\n### Input:\n2\n\n### Response:\n"
     )
-    assert prompt_text("user-assistant", Exchange("Again"), first=False) == "\nUser: Again\nAssistant: "
+    assert prompt_text("user-assistant", Exchange("Again"), first=False) == "\nUser: Again\nAssistant:"
 
 
 def test_braces_of_an_instruction_are_text():
@@ -85,7 +85,7 @@ def test_the_beginning_token_stands_once_before_a_conversation():
         ("alpaca", "### Instruction:\nmore", "### Instruction:"),
         ("alpaca", "# ### Response: not at a line's start", None),
         ("alpaca", "User: x", None),
-        ("user-assistant", "x\nUser: y", "User: "),
+        ("user-assistant", "x\nUser: y", "User:"),
         ("user-assistant", "the User: y\nUserName: z", None),
     ],
 )

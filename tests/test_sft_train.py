@@ -29,9 +29,18 @@ def mined(corpus: Path) -> list[str]:
 def rows_of(path: Path, rows: list) -> list[str]:
     """Fine-tuning on the rows of a JSONL file with the columns of seed 000's data set."""
     path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    columns = {"field": "instruction", "input-field": "input", "response-field": "output"}
-    flags = [word for name, column in columns.items() for word in (f"--data.sources.0.{name}", column)]
-    flags += ["--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(path), "--data.near-dedup", "None"]
+    flags = [
+        "--preset",
+        "alpaca",
+        "--train.micro-batch-size",
+        "None",
+        "--data.sources.0.kind",
+        "jsonl",
+        "--data.sources.0.path",
+        str(path),
+        "--data.near-dedup",
+        "None",
+    ]
     return [*SMALL, *flags, "--train.max-steps", "3"]
 
 
@@ -230,13 +239,12 @@ def test_conversations_train_and_chat_with_their_history(work, tmp_path):
     ]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats), encoding="utf-8")
-    source = ["--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(path)]
-    source += ["--data.sources.0.messages-field", "messages", "--data.near-dedup", "None", "--train.max-steps", "3"]
-    result = script("sft_train.py", "runs/base", *SMALL, *source, "--name", "chats", cwd=work)
+    source = [*rows_of(tmp_path / "rows.jsonl", []), "--data.sources.0.path", str(path)]
+    source += ["--data.sources.0.messages-field", "messages"]
+    source += [f"--data.sources.0.{field}-field=None" for field in ("input", "response")]
+    result = script("sft_train.py", "runs/base", *source, "--name", "chats", cwd=work)
     assert result.returncode == 0, result.stderr
-    assert "[[one 0<|endoftext|>]]\nUser: two 0\nAssistant: [[two 0<|endoftext|>]]" in re.sub(
-        r"\d+", "0", result.stdout
-    )
+    assert "[[one 0<|endoftext|>]]\nUser: two 0\nAssistant:[[two 0<|endoftext|>]]" in re.sub(r"\d+", "0", result.stdout)
     manifest = json.loads((work / "runs/chats/data/manifest.json").read_text(encoding="utf-8"))
     assert manifest["max_exchanges"] == 2
 
@@ -254,6 +262,11 @@ def test_conversations_train_and_chat_with_their_history(work, tmp_path):
         (["runs/base", "--name", "new", "--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
         (["runs/base", "--train.epochs", "0"], ["train.epochs", "above 0"]),
         (["runs/base", "--name", "a/b"], ["name", "a/b", "slashes"]),
+        (["runs/base", "--name", "base"], ["name", "another than the base run's"]),
+        (
+            ["runs/base", "--data.sources.0.kind", "jsonl", "--data.sources.0.path", "x"],
+            ["docstrings", "--preset alpaca"],
+        ),
         (["--preset", "smallcoder-4"], ["smallcoder-3", "must be the folder of a run"]),
     ],
 )
@@ -294,3 +307,33 @@ def test_a_file_without_one_good_row_is_one_clear_line_that_says_why(work, tmp_p
     result = script("sft_train.py", "runs/base", *rows_of(tmp_path / "rows.jsonl", rows), "--name", "none", cwd=work)
     assert_one_clear_line(result, *words)
     assert not (work / "runs/none").exists()
+
+
+def test_a_changed_template_is_noticed_wherever_it_would_be_used(work, corpus):
+    folder = work / "runs/base-sft/data"
+    saved = (folder / "manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(saved)
+    before = dict(manifest)
+    manifest["template"] = manifest["template"].replace("Assistant:", "Assistant: ")  # as if prompts.py had been edited
+    try:
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        assert_one_clear_line(script("generate.py", "runs/base-sft", "--chat", cwd=work), "user-assistant", "--fresh")
+        shards = work / "data" / manifest["fingerprint"] / "manifest.json"
+        shards.write_text(json.dumps(manifest), encoding="utf-8")
+        assert_one_clear_line(script("sft_train.py", *mined(corpus), cwd=work), "user-assistant", "--fresh")
+    finally:
+        for path in (folder / "manifest.json", shards):
+            path.write_text(json.dumps(before), encoding="utf-8")
+
+
+def test_what_became_of_a_function_can_be_asked(work, corpus):
+    result = script("sft_train.py", *mined(corpus), "--explain", "json/decoder.py", cwd=work)
+    assert result.returncode == 0, result.stderr
+    assert "json/decoder.py:JSONDecoder." in result.stdout and "dropped by the rule 'prompt too long'" in result.stdout
+
+
+def test_a_sample_instruction_that_does_not_fit_loses_nothing(work, corpus):
+    flags = [*mined(corpus), "--train.sample-prompts", "why " * 300]
+    result = script("sft_train.py", *flags, cwd=work)
+    assert result.returncode == 0, result.stderr
+    assert "(a question must leave room" in result.stdout and "stopped by themselves" in result.stdout
