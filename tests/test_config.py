@@ -10,7 +10,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import cli
-from config import PRESETS, Config, ConfigError, ModelConfig, SourceConfig, list_presets, preset
+from config import (
+    FINE_TUNING,
+    PRESETS,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainConfig,
+    list_presets,
+    preset,
+)
 from model import GPT
 
 EXACT = {
@@ -156,3 +167,41 @@ def test_the_list_shows_every_preset_with_its_parameters_tokens_and_source():
         "819M" in listing
         and "60% nvidia/Nemotron-Pretraining-Code-v1/Synthetic-Code + 40% bigcode/starcoderdata/python" in listing
     )
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"), [(3, 100, 75), (1, 100, 25), (0.5, 10, 1), (2, 3, 2), (0.01, 3, 1)]
+)
+def test_epochs_are_as_many_steps_as_their_rows_fill_unless_steps_are_given(epochs, rows, steps):
+    cfg = replace(preset("alpaca"), train=TrainConfig(max_steps=None, epochs=epochs, batch_size=4))
+    assert cfg.with_steps(rows).train.max_steps == steps
+    given = replace(cfg, train=replace(cfg.train, max_steps=7))
+    assert given.with_steps(rows) == given
+
+
+def test_the_tokens_of_a_run_by_epochs_are_not_known_before_its_data():
+    with pytest.raises(ConfigError, match=r"--train\.max-steps"):
+        preset("alpaca").tokens  # noqa: B018
+
+
+def test_instructions_and_documents_do_not_mix():
+    sources = (SourceConfig(), SourceConfig(kind="docstrings"))
+    with pytest.raises(ConfigError, match="all of instructions, or all of documents"):
+        DataConfig(sources=sources)
+
+
+def test_packing_is_refused_where_the_model_has_no_mask():
+    cfg = preset("alpaca")
+    gpt2 = replace(preset("code-225m").model, backbone="transformers")
+    with pytest.raises(ConfigError, match=r"--train\.packing False"):
+        replace(cfg, model=gpt2)
+    assert replace(cfg, model=gpt2, train=replace(cfg.train, packing=False)).model == gpt2
+
+
+def test_every_base_has_examples_to_be_fine_tuned_on():
+    for base, name in FINE_TUNING.items():
+        assert not preset(base).data.instructions and preset(name).data.instructions
+    alpaca = preset("alpaca")
+    assert (alpaca.train.epochs, alpaca.data.template) == (3, "alpaca")
+    assert alpaca.data.sources[0].path == "iamtarun/python_code_instructions_18k_alpaca"
+    assert preset("smallcoder-4").data.template == "user-assistant"
