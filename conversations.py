@@ -121,13 +121,11 @@ def _cut(turns: list[_Turn], tokenizer: Tokenizer, room: int) -> list[_Turn]:
     for exchange, (prompt, response) in turns:
         *ids, eos_id = response
         left = max(0, room - len(prompt) - 1)
-        whole, ids = len(ids) <= left, ids[:left]
+        ids = ids[:left]
         while ids and not exchange.response.startswith(tokenizer.decode(ids)):  # in the middle of a character
             ids.pop()
-        if not ids:
+        if not ids:  # as after a cut: no prompt fits into what it leaves
             break
         kept.append(_Turn(replace(exchange, response=tokenizer.decode(ids)), Segment(prompt, [*ids, eos_id])))
         room -= len(prompt) + len(ids) + 1
-        if not whole:
-            break
     return kept

@@ -164,6 +164,20 @@ def test_padded_rows_are_of_like_lengths_and_as_wide_as_the_longest_wants(folder
     assert places < by_chance * 1.1
 
 
+def test_batches_of_like_lengths_stay_whole_where_epochs_end_in_the_middle_of_one(folder):
+    examples = Examples(folder, "train")
+    rows = ExampleRows(examples, 128, seed=0, packing=False, batch_size=3)
+    for epoch in range(3):
+        inside = range(-(-epoch * 16 // 3) * 3, (epoch + 1) * 16 - 2, 3)  # batches of one epoch only
+        assert len(inside) >= 4
+        spans = []
+        for first in inside:
+            lengths = [int((t != IGNORE).nonzero()[0].max()) for t in rows.rows(first, 3).targets]
+            spans.append((min(lengths), max(lengths)))
+        for (_, longest), (shortest, _) in itertools.pairwise(sorted(spans)):
+            assert longest <= shortest
+
+
 def test_what_packing_wastes_is_what_its_rows_leave_empty(examples):
     rows = ExampleRows(examples, 128, seed=0)
     padding = sum((rows.of_bins([n], 1).positions[0, 1:] == 0).sum() for n in range(rows.n_rows))
