@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_examples import TASKS
 
+import prompts
 from checkpoint import RunDirectory
+from config import preset
+from data_pipeline import fingerprint
 from metrics import read_metrics
 
 SMALL = ["--data.workers", "1", "--train.batch-size", "4", "--train.compile", "off", "--train.device", "cpu"]
@@ -337,3 +341,12 @@ def test_a_sample_instruction_that_does_not_fit_loses_nothing(work, corpus):
     result = script("sft_train.py", *flags, cwd=work)
     assert result.returncode == 0, result.stderr
     assert "(a question must leave room" in result.stdout and "stopped by themselves" in result.stdout
+
+
+def test_examples_are_built_anew_for_another_context_or_another_wording_of_the_template(corpus, monkeypatch):
+    cfg = preset("docstrings")
+    same = fingerprint(cfg, [None])
+    assert fingerprint(replace(cfg, train=replace(cfg.train, lr=1.0)), [None]) == same
+    assert fingerprint(replace(cfg, model=replace(cfg.model, block_size=128)), [None]) != same
+    monkeypatch.setattr(prompts, "ALPACA_INPUT", prompts.ALPACA_INPUT + " ")
+    assert fingerprint(cfg, [None]) != same
