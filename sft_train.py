@@ -4,7 +4,7 @@
     python sft_train.py runs/code-50m --train.epochs 1
     python sft_train.py runs/demo --preset alpaca --data.sources.0.kind jsonl --data.sources.0.path pairs.jsonl
     python sft_train.py --audit                           # only the data: what would be trained on, checked
-    python sft_train.py --explain json/decoder.py         # what became of a file, a function or a row
+    python sft_train.py --explain torch/package/package_exporter.py  # what became of a file, a function or a row
 
 The loss is that of the responses and of the end-of-text token that closes each; prompts are masked by position. Model and
 tokenizer are the base run's. Without --preset, the base's preset says which one is meant (config.FINE_TUNING), and where it
