@@ -41,7 +41,7 @@ def _check_row(rows: ExampleRows, number: int, tokenizer: Tokenizer) -> int:
     idx, targets = batch.idx[0], batch.targets[0]
     at = 0
     for item in rows.bins[number]:
-        segments = rows.examples.example(item).segments
+        segments = rows.examples.segments_of(item)
         stop = at + int(segments[:, [PROMPT, RESPONSE]].sum()) - 1
         places = None if batch.positions is None else batch.positions[0, at:stop]
         if wrong := _wrong_with(idx[at:stop], targets[at:stop], places, segments, tokenizer):

@@ -118,10 +118,14 @@ class Examples(TokenDataset):
         """Tokens of responses, end-of-text tokens included."""
         return int(self.segments[:, RESPONSE].sum())
 
+    def segments_of(self, number: int) -> np.ndarray:
+        """Return the rows of the table that are of one conversation."""
+        return self.segments[slice(*self._first_segment[number : number + 2])]
+
     def example(self, number: int) -> Example:
         """Return one conversation."""
         start, stop = self._starts[number : number + 2].tolist()
-        return Example(self.read(start, stop - start), self.segments[slice(*self._first_segment[number : number + 2])])
+        return Example(self.read(start, stop - start), self.segments_of(number))
 
     def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
         rows = ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)

@@ -35,7 +35,7 @@ class Flags:
 def pretrain(cfg: Config, fresh: bool) -> int:
     """Train or resume the run of `cfg`; return the exit code."""
     from checkpoint import RUNS, RunDirectory
-    from stage import is_begun, run_to_end, samples, take_up, training_data, training_rows
+    from stage import is_begun, run_to_end, take_up, training_data, training_rows
 
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
@@ -56,17 +56,28 @@ def pretrain(cfg: Config, fresh: bool) -> int:
     return 0
 
 
+def samples(trainer: Trainer) -> str:
+    """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
+    from generate import Sampling, complete
+
+    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
+    out = []
+    for seed, prompt in enumerate(trainer.train.sample_prompts):
+        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed))
+        out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
+    return "\n".join(out)
+
+
 def report(trainer: Trainer, seconds: float) -> None:
     """Print what the run reached, where it lies, and what comes next."""
+    from stage import effort
+
     run, result = trainer.run, trainer.last_eval
     print(
         f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
-    skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
-    print(
-        f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start{skipped}; state sha256 {trainer.digest()[:16]}"
-    )
+    print(effort(trainer, seconds))
     print(f"results in {run.path}; next: python evaluate.py {run.path}")
     print(f'        or: python generate.py {run.path} --prompt "def "')
     print(f"        or: python sft_train.py {run.path}")

@@ -186,6 +186,8 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
 
 def report(trainer: Trainer, stopped: tuple[int, int], seconds: float) -> None:
     """Print what the fine-tuning changed, where the run lies, and what comes next."""
+    from stage import effort
+
     run, before, after = trainer.run, trainer.first_eval, trainer.last_eval
     print("on the responses of the held-out examples:")
     print(f"{'':<24}{'before':>10}{'after':>10}")
@@ -197,10 +199,7 @@ def report(trainer: Trainer, stopped: tuple[int, int], seconds: float) -> None:
             f"{stopped[0]} of {stopped[1]} answers to held-out instructions stopped by themselves within the context "
             f"(all are in {run.path / ANSWERS})"
         )
-    skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
-    print(
-        f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start{skipped}; state sha256 {trainer.digest()[:16]}"
-    )
+    print(effort(trainer, seconds))
     print(f"results in {run.path}; next: python generate.py {run.path} --chat")
 
 
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
 
     flags, base = parse(argv)
     cfg = configured(flags, base)
-    if base.newest() is None:
+    if not base.checkpoints():
         raise CheckpointError(
             f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
         )

@@ -138,18 +138,6 @@ def require_same_start(run: RunDirectory, source: str | None, began_with: str | 
         )
 
 
-def samples(trainer: Trainer) -> str:
-    """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
-    from generate import Sampling, complete
-
-    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
-    out = []
-    for seed, prompt in enumerate(trainer.train.sample_prompts):
-        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed))
-        out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
-    return "\n".join(out)
-
-
 def take_up(
     cfg: Config, run: RunDirectory, begun: bool, dataset: TokenDataset, rows: PackedBlocks | ExampleRows
 ) -> Trainer:
@@ -197,3 +185,9 @@ def run_to_end(trainer: Trainer) -> int:
     if not trainer.last_eval:
         trainer.last_eval = trainer.evaluate(trainer.model)
     return 0
+
+
+def effort(trainer: Trainer, seconds: float) -> str:
+    """Return how long it took, `seconds` in all, what was skipped, and by what the state of the run is known again."""
+    skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
+    return f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start{skipped}; state sha256 {trainer.digest()[:16]}"

@@ -56,9 +56,7 @@ class Examined:
     signature: bytes = b""
     text: str | None = None
     ids: np.ndarray | None = None
-    segments: np.ndarray | None = (
-        None  # of a conversation, (S, 4): prompt's and response's tokens, hashes of their texts
-    )
+    segments: np.ndarray | None = None  # of a conversation, as in conversations.EncodedExample
     supervised_bytes: int = 0
     broken: str | None = None  # a stream ended here that should have gone on
 
