@@ -5,7 +5,8 @@
 
 Sampling by temperature, top-k and top-p, or greedy; it stops at end of text. A prompt longer than the context is
 cropped from the left; a conversation never is: it loses its oldest exchanges, and an answer ends where the context does.
-Limit: no key / value cache, so each token costs a pass over the whole context.
+Many prompts are continued together by `generate_batch`. Limit: text beyond the context costs a pass over the whole context
+for each token.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from checkpoint import RunDirectory
     from model import LanguageModel
     from tokenizer import Tokenizer
+
+
+CHECK_EVERY = 8  # tokens between two questions to a caller whether a row is finished
 
 
 class GenerationError(KindlingError):
@@ -70,23 +74,35 @@ class Sampling:
 
 
 def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return the distribution (V,) that is sampled from, of logits (V,): temperature, then top-k, then top-p."""
+    """Return the distributions (..., V) that are sampled from, of logits (..., V): temperature, then top-k, then top-p."""
     import torch
 
     logits = logits.float()
     if sampling.greedy or sampling.temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(logits):
-        kept = logits.topk(sampling.top_k).indices  # indices, not a threshold: ties must not let more through
-        logits = torch.full_like(logits, -torch.inf).index_copy_(0, kept, logits[kept])
+    if sampling.top_k is not None and sampling.top_k < logits.size(-1):
+        # by index, not by a threshold: ties must not let more through
+        kept, order = logits.topk(sampling.top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, order, kept)
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of the tokens ahead; the first is always kept
-        probabilities = probabilities.index_fill(0, order[before >= sampling.top_p], 0.0)
-        probabilities = probabilities / probabilities.sum()
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered / ordered.sum(-1, keepdim=True))
     return probabilities
+
+
+def _drawn(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """Return the next token of each row of logits (B, V), each drawn by its own generator."""
+    import torch
+
+    logits = logits.cpu()  # the same draws on every device
+    if sampling.greedy or sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    rows = next_token_probabilities(logits, sampling)
+    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(rows, generators)]
 
 
 def stream(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> Iterator[int]:
@@ -94,23 +110,95 @@ def stream(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int
 
     The end-of-text token ends them and is not among them. The prompt is one document, also for a model trained with
     `document_mask`: an end-of-text token at its beginning is position 0, as in training; one further on, which only a
-    conversation has, does not hide what precedes it.
+    conversation has, does not hide what precedes it. Beyond the context, the window moves on token by token.
     """
     import torch
 
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
-    ids = list(ids)
+    gpt = model.for_generation()
+    block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
+    device = cache.lengths.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    ids, n_read = list(ids), 0
     for _ in range(sampling.max_new_tokens):
+        if len(ids) > block_size:  # every position changes, and with them all that is cached
+            n_read = len(ids) - block_size
+            cache.lengths.zero_()
         # left before each yield, or whoever takes the tokens would run without gradients too
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # lengths change with each token
-            context = torch.tensor([ids[-model.cfg.block_size :]], device=device)  # (1, T)
-            logits = model.head(model.hidden(context)[:, -1])[0]  # (V,)
-            token = int(torch.multinomial(next_token_probabilities(logits.cpu(), sampling), 1, generator=generator))
+            logits = gpt.read(torch.tensor([ids[n_read:]], device=device), cache)  # (1, V)
+            (token,) = _drawn(logits, sampling, [generator])
         if token == eos_id:
             return
+        n_read = len(ids)
         ids.append(token)
         yield token
+
+
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    eos_id: int,
+    seeds: Sequence[int] | None = None,
+    n_rows: int = 32,
+    finished: Callable[[int, list[int]], bool] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, `n_rows` of them generated at a time; where a row ends, the next prompt begins.
+
+    A row ends at end of text, after `sampling.max_new_tokens`, where the context is full, or when `finished`, asked now and
+    then with the prompt's number and its tokens so far, says so. `seeds` are those of the prompts; without them each has
+    `sampling.seed`, and is what `generate` gives for it. `progress` is told how many tokens came. Raises ValueError for a
+    prompt that leaves no room in the context.
+    """
+    import torch
+
+    gpt = model.for_generation()
+    block_size, device = gpt.cfg.block_size, gpt.head.weight.device
+    for ids in prompts:
+        if not 0 < len(ids) < block_size:
+            raise ValueError(f"a prompt must have from 1 to {block_size - 1} tokens, but has {len(ids)}; crop it")
+    outputs: list[list[int]] = [[] for _ in prompts]
+    waiting = iter(range(len(prompts)))
+    cache, single = gpt.new_cache(min(n_rows, max(1, len(prompts)))), gpt.new_cache(1)
+    active: dict[int, tuple[int, torch.Generator]] = {}  # by row of the cache: the prompt's number and its random state
+    read: list[int] = []  # the prompt that `single` holds: samples of one problem follow one another
+    first = torch.empty(0)  # (1, V)
+
+    def take(row: int, token: int) -> None:
+        """Add a token to a row, which it may end."""
+        number = active[row][0]
+        out = outputs[number]
+        if token != eos_id:
+            out.append(token)
+        limit = min(sampling.max_new_tokens, block_size - len(prompts[number]))
+        ended = token == eos_id or len(out) >= limit
+        if ended or (finished is not None and len(out) % CHECK_EVERY == 0 and finished(number, out)):
+            del active[row]
+
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        while True:
+            for row in range(len(cache.lengths)):
+                while row not in active and (number := next(waiting, None)) is not None:
+                    if prompts[number] != read:
+                        read = prompts[number]
+                        single.lengths.zero_()
+                        first = gpt.read(torch.tensor([read], device=device), single)
+                    cache.copy_row(row, single)
+                    seed = sampling.seed if seeds is None else seeds[number]
+                    active[row] = number, torch.Generator().manual_seed(seed)
+                    take(row, _drawn(first, sampling, [active[row][1]])[0])
+            if not active:
+                return outputs
+            rows = sorted(active)
+            last = [outputs[active[row][0]][-1] if row in active else 0 for row in range(len(cache.lengths))]
+            idle = [row for row in range(len(cache.lengths)) if row not in active]
+            cache.lengths[idle] = 0
+            logits = gpt.read(torch.tensor(last, device=device)[:, None], cache)  # (B, V)
+            for row, token in zip(rows, _drawn(logits[rows], sampling, [active[row][1] for row in rows])):
+                take(row, token)
+            if progress is not None:
+                progress(len(rows))
 
 
 def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:

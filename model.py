@@ -6,12 +6,14 @@
 The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
 with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`.
 Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees another document.
-Limit: no key / value cache; generation runs the whole context for each token.
+For generation, a `Cache` keeps keys and values, so that a new token costs one token's work.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,6 +57,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
+class Cache:
+    """The keys and values of what each row has read so far, (n_layer, B, n_kv_head, S, D), and how many tokens that is.
+
+    Rows are independent: each has its own `lengths`, and its next token is at that position, whatever the others do.
+    """
+
+    def __init__(self, cfg: ModelConfig, n_rows: int, like: Tensor):
+        """Make room for `block_size` tokens of each row, of the device and type of `like`."""
+        shape = (cfg.n_layer, n_rows, cfg.kv_heads, cfg.block_size, cfg.head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2))
+        self.lengths = torch.zeros(n_rows, device=like.device, dtype=torch.int64)  # (B,)
+
+    def positions(self, T: int) -> Tensor:
+        """Return the positions of the next T tokens of each row, (B, T)."""
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """Return which key each of the tokens at `positions` (B, T) may see, (B, 1, T, S) bool."""
+        seen = torch.arange(int(positions.max()) + 1, device=positions.device)  # (S,)
+        return (seen <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, S: int) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, n_kv_head, T, D) of tokens at `positions`; return the layer's, (B, n_kv_head, S, D)."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+        for store, new in ((self.keys, k), (self.values, v)):
+            store[layer][rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
+        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
+
+    def copy_row(self, row: int, other: Cache, source: int = 0) -> None:
+        """Take over a row of another cache."""
+        n = int(other.lengths[source])
+        self.keys[:, row, :, :n] = other.keys[:, source, :, :n]
+        self.values[:, row, :, :n] = other.values[:, source, :, :n]
+        self.lengths[row] = n
+
+
 class Norm(nn.Module):
     """LayerNorm, with or without bias, or RMSNorm (Zhang and Sennrich 2019)."""
 
@@ -93,8 +131,17 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         return q, k, v
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Attend within x (B, T, C), or with `cached`, which adds to its keys and values those of before."""
         q, k, v = self.heads(x, rope)
+        if cached is not None:
+            k, v = cached(k, v)  # (B, n_kv_head, S, D)
         grouped = self.n_head != self.n_kv_head
         if mask is not None and grouped:
             # CUDA's memory-efficient kernel, which takes a mask, wants as many key as query heads; with fewer, torch may
@@ -159,8 +206,14 @@ class Block(nn.Module):
         self.norm_2, self.mlp = Norm(cfg), MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask))
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, cached))
         x = x + self.dropout(self.mlp(self.norm_2(x)))
         return x
 
@@ -177,6 +230,10 @@ class LanguageModel(nn.Module):
 
     def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return every head's attention weights (n_layer, B, n_head, T, T) for idx (B, T)."""
+        raise NotImplementedError
+
+    def for_generation(self) -> GPT:
+        """Return the same model with `read`: itself, or a copy."""
         raise NotImplementedError
 
     def forward(
@@ -290,6 +347,29 @@ class GPT(LanguageModel):
             x = block(x, rope, mask)
         return x if self.norm_f is None else self.norm_f(x)
 
+    def new_cache(self, n_rows: int) -> Cache:
+        """Return an empty cache."""
+        return Cache(self.cfg, n_rows, self.head.weight)
+
+    @torch.no_grad()
+    def read(self, idx: Tensor, cache: Cache) -> Tensor:
+        """Take in the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last.
+
+        No row may come to more than block_size tokens.
+        """
+        positions = cache.positions(idx.size(1))  # (B, T)
+        x, rope = self.embed(idx, positions)  # (B, T, C)
+        mask = cache.mask(positions)  # (B, 1, T, S)
+        for layer, block in enumerate(self.blocks):
+            extend = partial(cache.extend, layer, positions=positions, S=mask.size(-1))
+            x = block(x, rope, mask, extend)
+        cache.lengths += idx.size(1)
+        x = x[:, -1]  # (B, C)
+        return self.head(x if self.norm_f is None else self.norm_f(x))
+
+    def for_generation(self) -> GPT:
+        return self
+
     @torch.no_grad()
     def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         was_training = self.training
@@ -369,6 +449,25 @@ class TransformersGPT2(LanguageModel):
 
     def compilable(self) -> list[nn.Module]:
         return list(self.gpt2.transformer.h)
+
+    @torch.no_grad()
+    def for_generation(self) -> GPT:
+        """Return a copy of the weights in our own GPT, whose logits are the same."""
+        names = {"wte": "wte", "wpe": "wpe", "h": "blocks", "ln_1": "norm_1", "ln_2": "norm_2", "ln_f": "norm_f"}
+        names |= {
+            "c_attn": "qkv",
+            "c_fc": "up",
+        }  # and c_proj, which is the last of attention and of the feed-forward layer
+        gpt = GPT(replace(self.cfg, backbone="kindling"))
+        ours = dict(gpt.named_parameters())
+        for name, p in self.gpt2.transformer.named_parameters():
+            parts = [names.get(part, part) for part in name.split(".")]
+            if "c_proj" in parts:
+                parts[parts.index("c_proj")] = "proj" if "attn" in parts else "down"
+            own = ours.pop(".".join(parts))
+            own.copy_(p.T if own.dim() == 2 and "blocks" in parts else p)  # GPT-2's linear layers are (in, out)
+        assert not ours, "every weight of ours has one of GPT-2's"
+        return gpt.to(self.head.weight.device).eval()
 
 
 def build_model(cfg: ModelConfig) -> LanguageModel:

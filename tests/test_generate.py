@@ -20,10 +20,11 @@ from generate import (
     answer,
     complete,
     generate,
+    generate_batch,
     next_token_probabilities,
     stream,
 )
-from model import GPT, LanguageModel
+from model import GPT, Cache, LanguageModel, build_model
 from prompts import Exchange, encode
 from tokenizer import SentencePieceTokenizer, train_bpe, train_sentencepiece
 
@@ -45,15 +46,20 @@ class Scripted(LanguageModel):
         self.script, self.contexts = list(ids), []
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def hidden(self, idx, positions=None):
-        assert idx.shape[1] <= self.cfg.block_size
-        self.contexts.append(idx[0].tolist())
+    def for_generation(self):
+        return self
+
+    def new_cache(self, n_rows):
+        return Cache(self.cfg, n_rows, self.weight)
+
+    def read(self, idx, cache):
+        before = self.contexts[-1] if int(cache.lengths) else []
+        self.contexts.append(before + idx[0].tolist())
+        cache.lengths += idx.shape[1]
+        assert int(cache.lengths) <= self.cfg.block_size
         n = len(self.contexts) - 1
         token = self.script[n] if n < len(self.script) else self.script[0]
-        return torch.nn.functional.one_hot(torch.full(idx.shape, token), self.cfg.vocab_size)  # (1, T, V)
-
-    def head(self, x):
-        return x * 1000.0
+        return 1000.0 * torch.nn.functional.one_hot(torch.tensor([token]), self.cfg.vocab_size)  # (1, V)
 
 
 WORDS = ["def add(a, b):\n    return a + b\n", "Below is an instruction that describes a task. ", "é🔥 ½ naïve 数据"]
@@ -172,6 +178,60 @@ def test_the_stream_gives_a_token_before_the_next_is_sampled():
     tokens = stream(says, [1], Sampling(), eos_id=0)
     assert next(tokens) == 3 and len(says.contexts) == 1
     assert next(tokens) == 4 and says.contexts == [[1], [1, 3]]
+
+
+SHAPES = {
+    "learned positions": CFG,
+    "rotary, grouped": replace(CFG, position="rope", n_head=4, n_kv_head=2, qk_norm=True, norm="rmsnorm", bias=False),
+    "sinusoidal, no final norm": replace(CFG, position="sinusoidal", final_norm=False, attn_out_proj=False),
+    "transformers": replace(CFG, backbone="transformers", init_std=0.2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_token_by_token_gives_the_logits_of_the_whole(shape):
+    torch.manual_seed(1)
+    model = build_model(SHAPES[shape]).eval()
+    idx = torch.randint(300, (3, 16))
+    with torch.no_grad():
+        whole = model(idx)
+    gpt = model.for_generation()
+    cache = gpt.new_cache(3)
+    assert torch.allclose(gpt.read(idx[:, :5], cache), whole[:, 4], atol=1e-4)
+    for t in range(5, 16):
+        assert torch.allclose(gpt.read(idx[:, t : t + 1], cache), whole[:, t], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows):
+    torch.manual_seed(1)
+    model = build_model(SHAPES[shape]).eval()
+    prompts = [[5], [6, 7, 8], [9] * 10, [9] * 10, [1, 2], [3] * 15, [4] * 4]
+    greedy = Sampling(greedy=True, max_new_tokens=6)
+    drawn = Sampling(temperature=1.5, max_new_tokens=6)
+    for sampling, seeds in ((greedy, None), (drawn, [3, 1, 4, 1, 5, 9, 2])):
+        expected = [
+            generate(model, ids, replace(sampling, seed=seed, max_new_tokens=min(6, 16 - len(ids))), 7)
+            for ids, seed in zip(prompts, seeds or [0] * 7)
+        ]
+        assert generate_batch(model, prompts, sampling, 7, seeds, n_rows) == expected
+
+
+def test_a_row_that_its_caller_calls_finished_ends(model):
+    asked = []
+
+    def finished(number, ids):
+        asked.append((number, len(ids)))
+        return number == 1
+
+    out = generate_batch(model, [[1], [2]], Sampling(max_new_tokens=12), -1, [0, 1], finished=finished)
+    assert [len(ids) for ids in out] == [12, 8] and (1, 8) in asked
+
+
+def test_a_batch_refuses_a_prompt_that_leaves_no_room(model):
+    with pytest.raises(ValueError, match="from 1 to 15 tokens, but has 16"):
+        generate_batch(model, [[1], [2] * 16], Sampling(), -1)
 
 
 def pieces_of(tokenizer, ids: Sequence[int]) -> list[str]:
