@@ -22,6 +22,7 @@ from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
 RUN = "demo"  # the preset that a bare `python main.py` trains
+BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
 IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
 
 
@@ -500,6 +501,67 @@ class Config:
         require(not (self.data.instructions and self.train.packing and self.model.backbone == "transformers"), "train.packing",
                 "False on transformers' GPT-2, which has no mask across examples", True, "set --train.packing False")
         require(not bad, "name", "the plain name of a folder under runs/", self.name, "leave out slashes")
+        return self
+
+
+@_frozen
+class EvalConfig:
+    """What evaluate.py measures, and how much of it; the defaults take a small model minutes on two cores."""
+
+    benchmarks: tuple[str, ...] = ("problems:10", "humaneval:5", "mbpp:1", "mbpp-3shot:1")
+    """Which problems, and how many samples of each: problems are the project's own. `none` for no code to be run."""
+    humaneval: str | None = None
+    """Another file of HumanEval, or a data set on the hub such as openai/openai_humaneval. None: the one in problems/."""
+    mbpp: str | None = None
+    """Another file of MBPP, or a data set on the hub such as google-research-datasets/mbpp. None: the test split in problems/."""
+    limit: int | None = None
+    """Only the first so many problems of each. None: all."""
+    signatures: int = 100
+    """Functions of held-out files (instructions, of a fine-tuned run) that are continued to see whether what comes compiles."""
+    max_new_tokens: int = 256
+    """Of each sample; never more than the context leaves room for."""
+    temperature: float = 0.2
+    """0 is greedy, for which one sample is enough."""
+    top_p: float = 0.95
+    """Sample from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """The same seed gives the same samples."""
+    batch_size: int = 32
+    """Samples that are generated at a time."""
+    workers: int | None = None
+    """Sandboxes side by side. None: one for each core."""
+    cpu_s: int = 6
+    """CPU seconds that a program may take."""
+    memory_mb: int = 512
+    """Memory that a program may take."""
+    stride: int | None = None
+    """Predict every held-out token with at least block_size - stride tokens before it. None: in blocks, as in training."""
+    contamination_tokens: int = 50_000_000
+    """Training tokens that are searched for the benchmarks' problems; of more, evenly spaced pieces."""
+
+    @property
+    def n_workers(self) -> int:
+        """Sandboxes side by side."""
+        return self.workers or os.cpu_count() or 1
+
+    @property
+    def n_samples(self) -> dict[str, int]:
+        """How many samples of each problem, by benchmark."""
+        named = [entry.partition(":") for entry in self.benchmarks if entry != "none"]
+        return {name: int(count or 1) for name, _, count in named}
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        _require_range("eval", self, 1, "limit", "max_new_tokens", "batch_size", "workers", "cpu_s", "stride")
+        _require_range("eval", self, 0, "signatures", "seed", "contamination_tokens", "temperature")
+        _require_range("eval", self, 0, "top_p", high=1, open_low=True)
+        _require_range("eval", self, 64, "memory_mb")
+        for entry in self.benchmarks:
+            name, _, count = entry.partition(":")
+            require(name in BENCHMARKS or entry == "none", "eval.benchmarks", f"of {', '.join(BENCHMARKS)}, or none", entry,
+                    "write NAME or NAME:SAMPLES")
+            require(not count or (count.isdecimal() and int(count) > 0), "eval.benchmarks", "NAME or NAME:SAMPLES", entry,
+                    "give a number of samples")
         return self
 
 

@@ -53,7 +53,7 @@ def pairs_of(source: str) -> list[Pair]:
         warnings.simplefilter("ignore")  # "\d" in a stranger's string
         for name, node in _functions(ast.parse(source)):
             task = _task(ast.get_docstring(node, clean=False) or "")
-            if task is None or all(map(_is_placeholder, node.body[1:])):
+            if task is None or all(map(is_placeholder, node.body[1:])):
                 continue
             signature = _signature(node)
             response = _moved(lines[node.body[0].end_lineno : node.end_lineno])
@@ -108,7 +108,7 @@ def _task(docstring: str) -> str | None:
     return text if text.isprintable() and not _NO_TASK.match(text) else None
 
 
-def _is_placeholder(statement: ast.stmt) -> bool:
+def is_placeholder(statement: ast.stmt) -> bool:
     """Return whether a statement does nothing, as `pass`, `...` and strings do, or says that nothing is implemented."""
     if isinstance(statement, ast.Raise):
         error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc

@@ -14,6 +14,7 @@ a program that exploits the kernel itself is not held. Programs see the standard
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -44,9 +45,9 @@ MAX_ANSWER = 2**20  # bytes
 class Limits:
     """What one program may use."""
 
-    cpu_s: int = 3
+    cpu_s: int = 6
     """CPU seconds of each of its processes: the same verdict however busy the machine is."""
-    wall_s: float = 12.0
+    wall_s: float = 20.0
     """Seconds in all, for programs that wait; measured from the moment that the sandbox stands."""
     memory_bytes: int = 2**29
     """Address space of each of its processes."""
@@ -54,6 +55,9 @@ class Limits:
     """The size of its /tmp, and of any file."""
     processes: int = 3
     """Processes and threads, itself included."""
+
+
+DEFAULT = Limits()
 
 
 class SandboxError(KindlingError):
@@ -97,7 +101,7 @@ class Remote:
 class Program:
     """A program in its own sandbox, loaded. Use it in a `with` statement: on leaving, every process of it is killed."""
 
-    def __init__(self, source: str, mode: Mode = "bwrap", limits: Limits = Limits(), slot: int = 0):
+    def __init__(self, source: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0):
         """Start the sandbox and run the source's top level.
 
         `slot` tells sandboxes apart that one process runs side by side. Raises ProgramError if the source fails, SandboxError
@@ -245,6 +249,8 @@ def _literal(value: Any) -> str:
     kind = type(value)
     if value is None or kind in (bool, int, float, complex, str, bytes):
         return repr(value)
+    if kind is type and getattr(builtins, value.__name__, None) is value:
+        return value.__name__
     if kind is Remote:
         return f"handles[{value._number}]"
     if kind is dict:
@@ -375,7 +381,7 @@ def env():
 """
 
 
-def self_test(mode: Mode, limits: Limits = Limits()) -> None:
+def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
     """Raise SandboxError unless a good program passes here, a bad one fails, and the sandbox holds.
 
     What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
