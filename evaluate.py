@@ -1,21 +1,50 @@
-"""Evaluate a run on its own held-out files: loss, perplexity and bits per byte over the whole split.
+"""Evaluate a run: how well it predicts held-out files, and what the code that it writes is worth.
 
     python evaluate.py runs/demo
+    python evaluate.py runs/demo --text book.txt
+    python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
+    python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
+    python evaluate.py --compare runs/demo runs/demo-sft
 
-Prints a table and writes `eval.json` into the run. The split was fixed by content hash before training and lies in
-the run's folder with its sha256, so the figures are those of files that the model has not seen. `--split test` is for
-final tables only.
+Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was fixed
+by content hash before training and lies in the run's folder with its sha256, so the losses are those of files that the
+model has not seen; `--split test` is for final tables only. Generated code is really run, in a sandbox (sandbox.py): on Linux
+this needs bubblewrap.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from cli import parse_cli, run_script
+from config import EvalConfig, KindlingError
+
+if TYPE_CHECKING:
+    from perplexity import Losses
+
+    from checkpoint import RunDirectory
+    from device import Runtime
+    from functional import Chat, Written
+    from judge import Graded
+    from model import LanguageModel
+    from tasks import Problem
+    from tokenizer import Tokenizer
+
+SAMPLES = "samples.jsonl"
+
+
+class EvaluationError(KindlingError):
+    """Something that cannot be evaluated."""
 
 
 @dataclass
@@ -28,49 +57,305 @@ class Flags:
     """auto: CUDA, else Apple's MPS, else the CPU."""
     split: Literal["val", "test"] = "val"
     """Which held-out split; test is for final tables only."""
+    text: tuple[Path, ...] = ()
+    """Also predict these files: text, or rows of .jsonl (.gz)."""
+    field: str = "text"
+    """The column of the text in such rows."""
+    sandbox: Literal["bwrap", "none"] = "bwrap"
+    """none: run generated code with limits of time and memory alone. It can then do whatever you can."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness, separated by commas, such as hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
+    harness_data: Path | None = None
+    """A folder with those tasks' data. Without it they come from the hub."""
+    harness_limit: int | None = None
+    """Only the first so many questions of each task."""
+    compare: tuple[Path, ...] = ()
+    """Print the results of runs that were evaluated side by side, with what differs significantly from the first."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass
+class Subject:
+    """What is evaluated."""
+
+    run: RunDirectory
+    model: LanguageModel
+    tokenizer: Tokenizer
+    runtime: Runtime
+    flags: Flags
+
+    @property
+    def chat(self) -> Chat | None:
+        """How the model is asked, if it was fine-tuned."""
+        from functional import Chat
+
+        data = self.run.config().data
+        mined = all(source.kind == "docstrings" for source in data.sources)
+        return Chat(data.template, mined) if data.instructions else None
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Show a progress bar; give what adds to it, and what sets it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, unit_scale=True, desc=f"{what:<16}", mininterval=0.5, leave=False) as bar:
+
+        def set_to(n: int) -> None:
+            bar.update(n - bar.n)
+
+        yield bar.update, set_to
+
+
+def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
+    """Return the losses of the held-out split, and their figures."""
+    from perplexity import document_losses
+
+    dataset = subject.run.heldout(subject.flags.split)
+    dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
+    stride = subject.flags.eval.stride
+    with _bar("held-out losses", len(dataset), "token") as (_, progress):
+        losses = document_losses(subject.model, dataset, subject.runtime, stride, progress=progress)
+    figures = {"by_language": losses.by_language(), "by_source": losses.by_source(), "stride": stride}
+    return losses, {"all": losses.summary(), **figures}
+
+
+def texts(subject: Subject) -> dict[str, Any]:
+    """Return the figures of the files that --text names."""
+    from perplexity import text_losses
+
+    out = {}
+    for path in subject.flags.text:
+        with _bar(path.name[:16], 0, "token") as (_, progress):
+            losses = text_losses(
+                subject.model,
+                subject.tokenizer,
+                path,
+                subject.runtime,
+                subject.flags.field,
+                subject.flags.eval.stride,
+                progress=progress,
+            )
+        out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
+    return out
+
+
+def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Problem, int]]:
+    """Return what the model is to write code for, and how many samples of each."""
+    from examples import Examples
+    from heldout import from_conversations, from_documents
+    from tasks import load
+
+    cfg, dataset = subject.flags.eval, subject.run.heldout(subject.flags.split)
+    if isinstance(dataset, Examples):
+        assert subject.chat is not None
+        wanted = from_conversations(dataset, subject.tokenizer, cfg.signatures, subject.chat.mined)
+    else:
+        wanted = from_documents(dataset, subject.tokenizer, cfg.signatures, cfg.n_workers)
+    out = [(problem, 1) for problem in wanted]
+    for name, count in benchmarks.items():
+        source = cfg.humaneval if name == "humaneval" else cfg.mbpp if name.startswith("mbpp") else None
+        out += [(problem, count) for problem in load(name, source)[: cfg.limit]]
+    return out
+
+
+def code(subject: Subject, benchmarks: dict[str, int]) -> tuple[list[Written], list[Graded]]:
+    """Write samples and grade them; those of benchmarks are run."""
+    from functional import grade_all, write
+
+    problems = problems_of(subject, benchmarks)
+    total = sum(count for _, count in problems)
+    cfg, chat = subject.flags.eval, subject.chat
+    with _bar("writing samples", total, "sample") as (progress, _):
+        written = write(subject.model, subject.tokenizer, problems, chat, cfg, progress)
+    with _bar("running samples", total, "sample") as (progress, _):
+        graded = grade_all(written, chat, subject.flags.sandbox, cfg, progress)
+    return written, graded
+
+
+def code_figures(
+    subject: Subject, benchmarks: dict[str, int], written: list[Written], graded: list[Graded]
+) -> dict[str, Any]:
+    """Return the figures on syntax and on functional correctness."""
+    from functional import summary, syntax
+
+    groups: dict[str, tuple[list[Written], list[Graded]]] = {}
+    for w, g in zip(written, graded):
+        group = groups.setdefault(w.problem.benchmark, ([], []))
+        group[0].append(w)
+        group[1].append(g)
+    out = {"syntax": syntax({name: of for name, (_, of) in groups.items()}, platform.python_version())}
+    functional = {name: summary(*groups[name], subject.flags.sandbox) for name in benchmarks if name in groups}
+    return out | ({"functional": functional} if functional else {})
+
+
+def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written]) -> tuple[list[int], dict[str, Any]]:
+    """Return each sample's longest verbatim overlap with the training data, and the figures on what was seen before."""
+    import numpy as np
+    from memorization import benchmark_hits, longest_overlaps, summary, training_split
+
+    from data_pipeline import DATA
+    from shards import read_manifest
+    from tasks import FILES, PROBLEMS
+
+    manifest, cfg = read_manifest(subject.run.data), subject.flags.eval
+    dataset = training_split(manifest, DATA)
+    if dataset is None:
+        reason = f"the training data are not here: {DATA / manifest['fingerprint']} is no folder"
+        return [], {"memorisation": {"skipped": reason}, "contamination": {"skipped": reason}}
+    samples = [np.array(w.ids, dtype=np.int64) for w in written]
+    out: dict[str, Any] = {}
+    lengths: list[int] = []
+    if samples:
+        with _bar("memorisation", len(dataset), "token") as (progress, _):
+            found = longest_overlaps(samples, dataset, progress)
+        lengths = [overlap.length for overlap in found]
+        figures = summary(found, samples)
+        out["memorisation"] = {
+            "samples": figures.samples,
+            "longest": figures.longest,
+            "median": figures.median,
+            "over_50": figures.long,
+            "share_over_50": figures.long_share,
+            "below_window": figures.below_window,
+            "training_tokens": len(dataset),
+        }
+    files = {name: str(PROBLEMS / FILES[name]) for name in dict.fromkeys(b.partition("-")[0] for b in benchmarks)}
+    if files and cfg.contamination_tokens:
+        total = min(len(dataset), cfg.contamination_tokens)
+        with _bar("contamination", total, "token") as (_, progress):
+            hits = benchmark_hits(tuple(files.values()), dataset, subject.tokenizer, cfg.contamination_tokens, progress)
+        out["contamination"] = {
+            name: {
+                "problems": hits.benchmarks[path].problems,
+                "hit": len(hits.benchmarks[path].hits),
+                "examples": sorted(hits.benchmarks[path].hits),
+                "too_short": len(hits.benchmarks[path].lost),
+            }
+            for name, path in files.items()
+        } | {"read_tokens": hits.read_tokens, "of_tokens": len(dataset)}
+    return lengths, out
+
+
+def write_samples(path: Path, written: list[Written], graded: list[Graded], lengths: list[int]) -> None:
+    """Write every sample with its verdict, one a line."""
+    from files import write_atomic
+
+    lines = []
+    for i, (w, g) in enumerate(zip(written, graded)):
+        line: dict[str, Any] = {"benchmark": w.problem.benchmark, "task_id": w.problem.task_id, "sample": w.number}
+        line |= {"verdict": g.verdict, "reason": g.reason, "compiles": g.compiles, "non_trivial": g.non_trivial}
+        line |= {"tokens": len(w.ids), "cut_short": w.cut_short, "prompt_cropped": w.cropped}
+        line |= {"overlap": lengths[i]} if lengths else {}
+        lines.append(json.dumps({**line, "text": w.text, "program": g.program}, ensure_ascii=True))
+    write_atomic(path, "".join(line + "\n" for line in lines))
+
+
+def lines_of(losses: Losses) -> list[dict[str, Any]]:
+    """Return the losses of each document as lines of losses.jsonl."""
+    out = []
+    for i, (nll, tokens) in enumerate(zip(losses.nll.tolist(), losses.tokens.tolist())):
+        line: dict[str, Any] = {"document": i}
+        if losses.bytes is not None and losses.languages is not None and losses.sources is not None:
+            line |= {"language": losses.languages[i], "source": losses.sources[i]}
+            line |= {"bytes": int(losses.bytes[i])}
+        out.append({**line, "tokens": tokens, "nll": nll})
+    return out
+
+
+def evaluate(subject: Subject, checkpoint: Path) -> int:
+    """Measure everything that the flags ask for, save it and print it; return the exit code."""
+    import report
+
+    from checkpoint import weights_sha256
+    from sandbox import SandboxError, self_test
+    from shards import read_manifest
+
+    started, flags, run = time.perf_counter(), subject.flags, subject.run
+    benchmarks, refusal = flags.eval.n_samples, None
+    try:
+        if benchmarks:
+            self_test(flags.sandbox)
+    except SandboxError as e:
+        refusal, benchmarks = str(e), {}
+    if flags.sandbox == "none" and benchmarks:
+        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
+    cfg = run.config()
+    results: dict[str, Any] = {
+        "format": report.FORMAT,
+        "run": str(run.path),
+        "checkpoint": checkpoint.name,
+        "weights_sha256": weights_sha256(checkpoint),
+        "preset": cfg.preset,
+        "parameters": cfg.model.n_parameters,
+        "split": flags.split,
+        "device": subject.runtime.device.type,
+        "precision": subject.runtime.precision,
+        "python": platform.python_version(),
+        "data": read_manifest(run.data)["fingerprint"],
+        "settings": {k: v for k, v in asdict(flags.eval).items() if v is not None},
+    }
+    losses, results["language_modelling"] = language_modelling(subject)
+    if flags.text:
+        results["texts"] = texts(subject)
+    written, graded = code(subject, benchmarks)
+    results |= code_figures(subject, benchmarks, written, graded)
+    if refusal is not None:
+        results["functional"] = {"skipped": refusal}
+    lengths, figures = overlaps(subject, benchmarks, written)
+    results |= figures
+    if flags.harness is not None:
+        results["harness"] = harness(subject)
+    results["seconds"] = time.perf_counter() - started
+    lines = lines_of(losses)
+    write_samples(run.path / SAMPLES, written, graded, lengths)
+    report.save(run.path, results, lines)
+    print(report.table(results, lines, color=sys.stdout.isatty()))
+    talk = "--chat" if subject.chat is not None else '--prompt "def "'
+    print(
+        f"\nwritten to {run.path}: eval.json, eval.md, {SAMPLES}, losses.jsonl; next: python generate.py {run.path} {talk}"
+    )
+    if refusal is not None:
+        raise EvaluationError(refusal)
+    return 0
+
+
+def harness(subject: Subject) -> dict[str, Any]:
+    """Return what lm-evaluation-harness says."""
+    import harness as lm_eval_harness
+
+    assert subject.flags.harness is not None
+    tasks = [task.strip() for task in subject.flags.harness.split(",") if task.strip()]
+    return lm_eval_harness.run(
+        subject.model,
+        subject.tokenizer,
+        tasks,
+        subject.runtime.device,
+        subject.flags.harness_data,
+        subject.flags.harness_limit,
+    )
+
+
+def _red(text: str) -> str:
+    return f"\033[31;1m{text}\033[0m" if sys.stderr.isatty() else text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate a run and write the result into it."""
+    """Evaluate a run, or compare runs that were."""
     flags = parse_cli(Flags, __doc__ or "", argv)
-    import json
+    from checkpoint import find_run, load_model
 
-    from checkpoint import CheckpointError, find_run, load_model
+    if flags.compare:
+        from compare_runs import compare
+
+        print(compare([find_run(path).path for path in flags.compare])[0])
+        return 0
     from device import resolve
-    from files import write_atomic
-    from trainer import validate
 
     run = find_run(flags.run)
     runtime = resolve(replace(run.config().train, device=flags.device))
-    model, folder = load_model(run, runtime.device)
-    dataset = run.heldout(flags.split)
-    dataset.require_fits(model.cfg.vocab_size, run.tokenizer().sha256)
-    metrics = validate(model, dataset, runtime)
-    results = {
-        "run": str(run.path),
-        "checkpoint": folder.name,
-        "split": flags.split,
-        "tokens": len(dataset),
-        "bytes": dataset.info.bytes,
-        "documents": dataset.info.documents,
-        "precision": runtime.precision,
-        **{name.replace("val_", ""): value for name, value in metrics.items()},
-    }
-    try:
-        write_atomic(run.path / "eval.json", json.dumps(results, indent=1) + "\n")
-    except OSError as e:
-        raise CheckpointError(
-            f"{run.path} must be writable for eval.json, but is not ({e}); free some space or mend its permissions"
-        ) from None
-    print(
-        f"{run.path} at {folder.name}, {flags.split} split: {results['documents']} documents, "
-        f"{results['tokens']:,} tokens, {results['bytes']:,} bytes"
-    )
-    for name in ("loss", "perplexity", "bits_per_byte"):
-        print(f"  {name.replace('_', ' '):<16}{results[name]:>10.4f}")
-    talk = "--chat" if run.config().data.instructions else '--prompt "def "'
-    print(f"written to {run.path / 'eval.json'}; next: python generate.py {run.path} {talk}")
-    return 0
+    model, checkpoint = load_model(run, runtime.device)
+    return evaluate(Subject(run, model, run.tokenizer(), runtime, flags), checkpoint)
 
 
 if __name__ == "__main__":

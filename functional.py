@@ -52,6 +52,8 @@ class Written:
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
     """Return the tokens that a model is given."""
+    if problem.ids:
+        return list(problem.ids)
     if chat is None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return bos + tokenizer.encode(problem.prompt)
@@ -73,7 +75,7 @@ def write(
 ) -> list[Written]:
     """Return samples of the problems, each as many as stands beside it.
 
-    `progress` is told how many samples were begun of all.
+    `progress` is told how many more samples were begun.
     """
     from generate import Sampling, generate_batch
 
@@ -140,7 +142,7 @@ def grade_all(
             result = Graded(key[2], verdict, f"while judging it: {result.reason}", False, False)
         results[key] = result
         if progress is not None:
-            progress(sum(1 for _ in (key,)))
+            progress(1)
     return [results[w.problem.benchmark, w.problem.task_id, w.text, w.cut_short] for w in written]
 
 

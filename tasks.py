@@ -66,6 +66,8 @@ class Problem:
     """The code before a body, where an answer is that."""
     shots: tuple[tuple[str, str], ...] = ()
     """Instructions and programs that a fine-tuned model is shown before."""
+    ids: tuple[int, ...] = ()
+    """What a model is given, where that is already encoded."""
 
 
 def load(name: str, source: str | None = None) -> list[Problem]:
