@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 SAMPLES = "samples.jsonl"
+DEFAULTS = EvalConfig()
 
 
 class EvaluationError(KindlingError):
@@ -64,14 +65,14 @@ class Flags:
     sandbox: Literal["bwrap", "none"] = "bwrap"
     """none: run generated code with limits of time and memory alone. It can then do whatever you can."""
     harness: str | None = None
-    """Tasks of lm-evaluation-harness, separated by commas, such as hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
+    """Tasks of lm-evaluation-harness, with commas, such as hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
     harness_data: Path | None = None
     """A folder with those tasks' data. Without it they come from the hub."""
     harness_limit: int | None = None
     """Only the first so many questions of each task."""
     compare: tuple[Path, ...] = ()
     """Print the results of runs that were evaluated side by side, with what differs significantly from the first."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = DEFAULTS
 
 
 @dataclass
