@@ -43,7 +43,7 @@ from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 from workers import WorkerPool
 
 DATA = Path("data")
-RECIPE = 2  # raise it when the same settings and inputs come to give other shards
+RECIPE = 3  # raise it when the same settings and inputs come to give other shards
 
 
 def _tokenizer_sample(
@@ -278,9 +278,10 @@ def _write_documents(
                 )
                 if isinstance(writer, ExampleWriter):
                     assert examined.segments is not None
-                    writer.add_example(examined.ids, examined.segments, examined.supervised_bytes)
+                    n_bytes = examined.supervised_bytes
+                    writer.add_example(examined.ids, examined.segments, n_bytes, examined.language, source)
                 else:
-                    writer.add(examined.ids, kept)
+                    writer.add(examined.ids, kept, examined.language, source)
             bar.update(0 if document.repeated else examined.size)
             if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
                 break

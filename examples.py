@@ -18,6 +18,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import numpy as np
 from config import IGNORE, Config, ModelConfig
 from files import sha256_file
 from prompts import rendered
-from shards import Batch, DataError, ShardWriter, TokenDataset, way_out
+from shards import Batch, DataError, ShardWriter, TokenDataset
 
 EXAMPLE, PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(5)  # columns of the segments
 WIDTHS = 4  # rows are padded to one of so many widths, each of which compiled code is compiled for
@@ -64,15 +65,17 @@ class ExampleWriter(ShardWriter):
         self._segments: list[np.ndarray] = []
         self.max_exchanges = 0  # of an example
 
-    def add_example(self, ids: np.ndarray, segments: np.ndarray, n_bytes: int) -> None:
+    def add_example(
+        self, ids: np.ndarray, segments: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown"
+    ) -> None:
         """Append one example: its ids, its segments (S, 4) without the example's number, and the bytes of its responses."""
         numbers = np.full((len(segments), 1), self.info.documents, dtype=np.int64)
         self._segments.append(np.hstack((numbers, segments)))
         self.max_exchanges = max(self.max_exchanges, len(segments))
-        self.add(ids, n_bytes)
+        self.add(ids, n_bytes, language, source)
 
     def close(self) -> None:
-        """Write what is left, and the table of segments."""
+        """Write what is left, the table of documents and that of segments."""
         super().close()
         path = self.folder / f"{self.split}-segments.npy"
         np.save(path, np.concatenate([np.empty((0, 5), dtype=np.int64), *self._segments]))
@@ -89,15 +92,7 @@ class Examples(TokenDataset):
             raise DataError(
                 f"{folder} must hold conversations, but holds documents; fine-tune on a source of instructions"
             )
-        path = folder / self.info.segments["file"]
-        advice = way_out(folder, self.manifest["fingerprint"])
-        try:
-            whole = sha256_file(path) == self.info.segments["sha256"]
-        except OSError as e:
-            raise DataError(f"{path} must be readable, but is not ({e}); {advice}") from None
-        if not whole:
-            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
-        self.segments = np.load(path, mmap_mode="r", allow_pickle=False)  # (S, 5)
+        self.segments = self._open_table(self.info.segments)  # (S, 5)
         first = np.searchsorted(self.segments[:, EXAMPLE], np.arange(self.n_examples + 1))
         self._first_segment = first  # (N + 1,)
         ends = np.concatenate(([0], self.segments[:, [PROMPT, RESPONSE]].sum(1).cumsum()))  # (S + 1,)
@@ -128,9 +123,17 @@ class Examples(TokenDataset):
         return Example(self.read(start, stop - start), self.segments_of(number))
 
     def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
-        rows = ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)
+        rows = self._rows_in_order(cfg, batch_size)
         for first in range(0, rows.n_rows, batch_size):
             yield rows.of_bins(range(first, min(first + batch_size, rows.n_rows)), n_rows=batch_size)
+
+    def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> ExampleRows:
+        return ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)
+
+    def targets_in_order(self, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+        numbers = np.array(list(chain.from_iterable(self._rows_in_order(cfg).bins)))
+        supervised = np.add.reduceat(self.segments[:, RESPONSE], self._first_segment[:-1])  # (D,)
+        return numbers, supervised[numbers]
 
 
 def open_split(cfg: Config, folder: Path, split: str) -> TokenDataset:

@@ -94,3 +94,11 @@ def linear_cross_entropy(
             checkpoint(_nll_sum, *chunk, use_reentrant=False) if torch.is_grad_enabled() else _nll_sum(*chunk)
         )
     return loss
+
+
+@torch.no_grad()
+def linear_nll(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each row, (N,) float32 in nats; arguments as above, with a target in each row."""
+    chunks = (slice(start, start + CHUNK) for start in range(0, x.size(0), CHUNK))
+    nll = [F.cross_entropy(F.linear(x[c], weight, bias).float(), targets[c], reduction="none") for c in chunks]
+    return torch.cat(nll) if nll else x.new_zeros(0, dtype=torch.float32)

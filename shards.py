@@ -4,13 +4,18 @@ A data folder holds `train-00000.npy`, ... (flat little-endian token ids in NumP
 `val` and `test`, `tokenizer.json`, `ledger.json`, and `manifest.json` with each shard's length, dtype and sha256.
 A folder is whole or absent: it is written under another name and renamed when complete, and opening it checks every
 hash, so a truncated or damaged shard is found before the first step and not as a strange loss.
+
+Beside the shards, `SPLIT-documents.npy` says of each document how long it is and what it is, for figures by language and
+source. Training does not read it, and folders built before there was one have none.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +27,7 @@ from files import sha256_file, write_json
 FORMAT = 1
 SHARD_TOKENS = 2**23  # what a writer holds in memory for each split
 SPLITS = ("train", "val", "test")
+TOKENS, BYTES, LANGUAGE, SOURCE = range(4)  # columns of the table of documents
 
 
 class DataError(KindlingError):
@@ -60,11 +66,12 @@ class SplitInfo:
     max_id: int = -1
     shards: list[dict[str, Any]] = field(default_factory=list)
     segments: dict[str, Any] | None = None  # of examples, the file that says where prompts and responses begin
+    table: dict[str, Any] | None = None  # the file with a row for each document, and the names that its columns number
 
     @property
     def files(self) -> list[str]:
         """The names of all its files."""
-        return [shard["file"] for shard in (*self.shards, *([self.segments] if self.segments else []))]
+        return [entry["file"] for entry in (*self.shards, self.segments, self.table) if entry is not None]
 
 
 class ShardWriter:
@@ -75,13 +82,15 @@ class ShardWriter:
         self.info = SplitInfo()
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
+        self._documents = array("q")  # the table, row by row
+        self._names: tuple[dict[str, int], dict[str, int]] = {}, {}  # languages and sources, numbered as they are met
 
     @property
     def position(self) -> int:
         """Where in the split the next document will begin, in tokens."""
         return self.info.tokens + self._pending_tokens
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+    def add(self, ids: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown") -> None:
         """Append one document, whose ids already end with the end-of-text token. Raises DataError for ids that do not fit."""
         self.info.documents += 1
         self.info.bytes += n_bytes
@@ -90,14 +99,20 @@ class ShardWriter:
             raise DataError(
                 f"a token id must fit in {self.dtype}, but {self.info.max_id} does not; the tokenizer's vocab_size is wrong"
             )
+        numbers = (known.setdefault(name, len(known)) for known, name in zip(self._names, (language, source)))
+        self._documents.extend((len(ids), n_bytes, *numbers))
         self._pending.append(ids.astype(self.dtype))
         self._pending_tokens += len(ids)
         if self._pending_tokens >= SHARD_TOKENS:
             self.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and the table of documents."""
         self.flush()
+        path = self.folder / f"{self.split}-documents.npy"
+        np.save(path, np.array(self._documents, dtype=np.int64).reshape(-1, 4))  # (D, 4)
+        languages, sources = map(list, self._names)
+        self.info.table = {"file": path.name, "sha256": sha256_file(path), "languages": languages, "sources": sources}
 
     def flush(self) -> None:
         """Write what is pending as the next shard."""
@@ -142,6 +157,7 @@ class TokenDataset:
         try:
             self.info = SplitInfo(**self.manifest["splits"][split])
             self._maps = [self._open(shard) for shard in self.info.shards]
+            self.documents = None if self.info.table is None else self._open_table(self.info.table)  # (D, 4)
         except (KeyError, TypeError) as e:
             raise DataError(
                 f"{folder / 'manifest.json'} must list the shards of the {split} split, but does not ({e!r}); "
@@ -166,6 +182,17 @@ class TokenDataset:
             )
         return tokens
 
+    def _open_table(self, entry: dict[str, Any]) -> np.ndarray:
+        """Return a table that lies beside the shards, if it is as it was written."""
+        path, advice = self.folder / entry["file"], way_out(self.folder, self.manifest["fingerprint"])
+        try:
+            whole = sha256_file(path) == entry["sha256"]
+        except OSError as e:
+            raise DataError(f"{path} must be readable, but is not ({e}); {advice}") from None
+        if not whole:
+            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
     def __len__(self) -> int:
         return self.info.tokens
 
@@ -180,9 +207,27 @@ class TokenDataset:
             filled, shard = filled + len(piece), shard + 1
         return out
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, (D,): by the table, or where there is none by the end-of-text tokens."""
+        if self.documents is not None:
+            return self.documents[:, TOKENS]
+        ends = [0, len(self)]
+        for start in range(0, len(self), SHARD_TOKENS):
+            ids = self.read(start, min(SHARD_TOKENS, len(self) - start))
+            ends += (np.flatnonzero(ids == self.manifest["eos_id"]) + start + 1).tolist()
+        return np.diff(np.unique(ends))
+
     def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
         """Yield the whole split once, in the rows that a model of `cfg` is evaluated on."""
         return blocks_in_order(self, cfg.block_size, batch_size, cfg.document_mask)
+
+    def targets_in_order(self, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Return which documents the supervised targets of `in_order` are of, one after the other, and how many are of
+        each, (D,) int64 both."""
+        counts = np.array(self.lengths)
+        counts[:1] -= 1  # nothing comes before the first token of the split
+        return np.arange(len(counts)), counts
 
     def require_fits(self, vocab_size: int, tokenizer_sha256: str) -> None:
         """Raise DataError unless these shards are of that tokenizer and every id is below `vocab_size`."""
@@ -242,15 +287,25 @@ def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int 
     return range(position + rank * share, position + (rank + 1) * share)
 
 
+def row_starts(n_targets: int, block_size: int, stride: int) -> range:
+    """Return where the rows begin that have each of `n_targets` tokens as a target: one every `stride` tokens.
+
+    The first row supervises all its targets, each later one the last `stride`: those that the row before did not reach.
+    """
+    return range(0, max(n_targets - block_size, 0) + stride if n_targets > 0 else 0, stride)
+
+
 def blocks_in_order(
-    dataset: TokenDataset, block_size: int, batch_size: int, document_mask: bool = False
+    dataset: TokenDataset, block_size: int, batch_size: int, document_mask: bool = False, stride: int | None = None
 ) -> Iterator[Batch]:
     """Yield the whole split once, in rows of block_size tokens: every token but the first is a target once.
 
-    Every batch has `batch_size` rows (one shape, so that compiled code serves them all); what is left over in the last
-    is id 0 with targets of -100.
+    With a `stride` of 1 to block_size the rows overlap, and every target has at least block_size - stride + 1 tokens before
+    it in its row, where the split has them. Every batch has `batch_size` rows (one shape, so that compiled code serves them
+    all); what is left over in the last is id 0 with targets of -100.
     """
-    starts = range(0, len(dataset) - 1, block_size)
+    stride = block_size if stride is None else stride
+    starts = row_starts(len(dataset) - 1, block_size, stride)
     for i in range(0, len(starts), batch_size):
         idx = np.zeros((batch_size, block_size), dtype=np.int64)
         targets = np.full_like(idx, IGNORE)
@@ -258,6 +313,7 @@ def blocks_in_order(
             tokens = dataset.read(start, min(block_size + 1, len(dataset) - start))
             idx[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, : len(tokens) - 1] = tokens[1:]
+            targets[row, : block_size - stride if start else 0] = IGNORE  # the row before has them
         yield packed(dataset, idx, targets, document_mask)
 
 

@@ -276,14 +276,15 @@ def _size(text: str) -> int:
         return len(text.encode("utf-8", "surrogatepass"))
 
 
-def _open_text(path: Path, encoding: str = "utf-8") -> Any:
+def open_text(path: Path, encoding: str = "utf-8") -> Any:
+    """Open a text file, packed by gzip where its name ends so, with its line ends as they are."""
     # a lone byte survives as a surrogate, which the filters then name, so that one bad byte does not end the file
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _split_text(path: Path, separator: str) -> Iterator[str]:
-    with _open_text(path) as f:
+    with open_text(path) as f:
         if not separator:
             yield f.read()
             return
@@ -300,7 +301,7 @@ def _split_text(path: Path, separator: str) -> Iterator[str]:
 
 def _json_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a file with one JSON object a line, or with one list of them."""
-    with _open_text(path, "utf-8-sig") as f:
+    with open_text(path, "utf-8-sig") as f:
         if ".json" in path.suffixes[-2:]:
             if f.read(4096).lstrip().startswith("["):
                 f.seek(0)

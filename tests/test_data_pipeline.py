@@ -24,7 +24,7 @@ from duplicates import NearDuplicates, signature, word_hashes
 from filters import Drop, strip_header
 from ledger import explain, read_documents
 from mixture import split_of
-from shards import DataError, TokenDataset
+from shards import BYTES, SPLITS, DataError, TokenDataset
 from sources import Document, documents, local_files
 from tokenizer import load_json
 from workers import Examined, WorkerPool
@@ -168,6 +168,32 @@ def test_every_document_is_explained_and_every_token_has_its_document(corpus, ca
     ):
         (said,) = ask(*flags)
         assert word in said
+
+
+def test_the_table_of_documents_is_what_the_log_says(corpus):
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"content": f"row {i} " * 9, "lang": ["Text", "c"][i % 2]}) + "\n" for i in range(300)),
+        encoding="utf-8",
+    )
+    cfg = tiny_config(corpus)
+    rows = SourceConfig(kind="jsonl", path="rows.jsonl")
+    folder = prepare(replace(cfg, data=replace(cfg.data, sources=(*cfg.data.sources, rows), near_dedup=None)))
+    lines = list(read_documents(folder))
+    for split in SPLITS:
+        dataset = TokenDataset(folder, split)
+        table = dataset.info.table
+        found = [
+            (tokens, n_bytes, table["languages"][language], table["sources"][source])
+            for tokens, n_bytes, language, source in dataset.documents
+        ]
+        assert found == [
+            (x["tokens"], x["bytes"] - sum(cut for _, cut in x.get("changes", ())), x["language"], x["source"])
+            for x in lines
+            if x.get("split") == split
+        ]
+        assert dataset.documents[:, BYTES].sum() == dataset.info.bytes
+        assert dataset.lengths.sum() == len(dataset) and len(dataset.lengths) == dataset.info.documents
+        assert set(table["languages"]) == {"python", "text", "c"} and len(table["sources"]) == 2
 
 
 def test_builds_with_one_and_two_workers_and_after_a_kill_are_the_same_bytes(corpus):

@@ -16,7 +16,7 @@ from conversations import EncodedExample, example_of
 from examples import PROMPT, RESPONSE, ExampleRows, Examples, ExampleWriter, pack
 from model import build_model
 from prompts import Exchange, prompt_text
-from shards import SPLITS, DataError, write_manifest
+from shards import SPLITS, DataError, SplitInfo, write_manifest
 from tokenizer import Tokenizer, train_bpe
 from trainer import mean_loss
 
@@ -38,7 +38,7 @@ def write_examples(folder: Path, conversations: list[tuple[Exchange, ...]], toke
         for exchanges in conversations:
             example = example_of(exchanges, PAIRS, tokenizer, context)
             if isinstance(example, EncodedExample):
-                writer.add_example(example.ids, example.segments, example.n_bytes)
+                writer.add_example(example.ids, example.segments, example.n_bytes, source=exchanges[0].instruction[:5])
         writer.close()
     write_manifest(
         folder,
@@ -101,6 +101,26 @@ def test_examples_come_back_as_they_were_written(examples):
     assert examples.lengths.tolist() == [len(e.ids) for e in expected]
     assert examples.n_supervised == sum(int(e.segments[:, 1].sum()) for e in expected)
     assert examples.info.bytes == sum(len(e.response.encode()) for c in conversations() for e in c)
+
+
+def test_the_table_of_documents_has_a_row_for_each_example(examples):
+    names = examples.info.table["sources"]
+    for number, exchanges in enumerate(conversations()):
+        length, n_bytes, language, source = examples.documents[number]
+        assert length == examples.lengths[number] and n_bytes == sum(len(e.response.encode()) for e in exchanges)
+        assert (language, names[source]) == (0, exchanges[0].instruction[:5])
+    assert len(examples.documents) == 16 and len(names) > 2
+
+
+@pytest.mark.parametrize("backbone", ["kindling", "transformers"])
+def test_the_examples_of_the_targets_are_told_in_the_order_of_the_rows(examples, backbone):
+    cfg = ModelConfig(block_size=128, vocab_size=512, backbone=backbone)
+    targets = np.concatenate([batch.targets[batch.targets != IGNORE] for batch in examples.in_order(cfg, 3)])
+    numbers, counts = examples.targets_in_order(cfg)
+    wanted = [examples.example(n).targets for n in numbers]
+    assert sorted(numbers) == list(range(16)) and counts.sum() == examples.n_supervised
+    assert counts.tolist() == [(t != IGNORE).sum() for t in wanted]
+    assert targets.tolist() == [t for ts in wanted for t in ts if t != IGNORE]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -316,7 +336,7 @@ def test_documents_are_no_examples(folder, tmp_path):
     manifest["splits"]["train"]["segments"] = None
     other = tmp_path / "documents"
     other.mkdir()
-    for name in [s["file"] for s in manifest["splits"]["train"]["shards"]]:
+    for name in SplitInfo(**manifest["splits"]["train"]).files:
         (other / name).write_bytes((folder / name).read_bytes())
     (other / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(DataError, match="must hold conversations, but holds documents"):

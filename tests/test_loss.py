@@ -77,3 +77,17 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch):
 
     loss.linear_cross_entropy(*case(), kernel)
     assert sum(n for n, _ in sizes) == 300 and max(n for n, _ in sizes) <= 64
+
+
+def test_the_loss_of_each_row_is_that_of_the_float64_formula_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 64)
+    x, w, b, y = case()
+    y = y.clamp_min(0)
+    sizes, linear = [], F.linear
+    monkeypatch.setattr(loss.F, "linear", lambda x, *rest: sizes.append(len(x)) or linear(x, *rest))
+    ours = loss.linear_nll(x, w, b, y)
+    monkeypatch.undo()
+    exact = F.cross_entropy(F.linear(x.double(), w.double(), b.double()), y, reduction="none")
+    assert torch.allclose(ours.double(), exact, rtol=1e-5) and not ours.requires_grad
+    assert sum(sizes) == 300 and max(sizes) <= 64
+    assert loss.linear_nll(x[:0], w, b, y[:0]).shape == (0,)

@@ -7,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards
-from config import IGNORE
-from shards import DataError, PackedBlocks, ShardWriter, TokenDataset, blocks_in_order, rows_of_rank, write_manifest
+from config import IGNORE, ModelConfig
+from shards import (
+    DataError,
+    PackedBlocks,
+    ShardWriter,
+    SplitInfo,
+    TokenDataset,
+    blocks_in_order,
+    rows_of_rank,
+    write_manifest,
+)
 
 TOKENIZER = "f" * 64
 
@@ -20,9 +29,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     writers = {}
     for split in shards.SPLITS:
         writer = writers[split] = ShardWriter(tmp_path, split, np.dtype("<u2"))
-        for piece in np.array_split(np.arange(1003, dtype=np.uint32), 17):
-            writer.add(piece, n_bytes=3 * len(piece))
-        writer.flush()
+        for n, piece in enumerate(np.array_split(np.arange(1003, dtype=np.uint32), 17)):
+            language = "python" if n % 3 else "java"
+            writer.add(piece, 3 * len(piece), language, source="ab"[n % 2])
+        writer.close()
     write_manifest(
         tmp_path,
         fingerprint="x",
@@ -41,6 +51,61 @@ def test_shards_read_as_one_sequence(folder):
     assert (dataset.info.documents, dataset.info.bytes, dataset.info.max_id) == (17, 3009, 1002)
     for start, count in ((0, 1003), (295, 10), (299, 2), (590, 413), (1002, 1)):
         assert dataset.read(start, count).tolist() == list(range(start, start + count))
+
+
+def test_the_table_says_of_each_document_how_long_it_is_and_what_it_is(folder):
+    dataset = TokenDataset(folder, "val")
+    lengths = [len(piece) for piece in np.array_split(np.arange(1003), 17)]
+    rows = [[length, 3 * length, n % 3 > 0, n % 2] for n, length in enumerate(lengths)]
+    assert dataset.documents.tolist() == rows and dataset.lengths.tolist() == lengths
+    assert (dataset.info.table["languages"], dataset.info.table["sources"]) == (["java", "python"], ["a", "b"])
+    assert dataset.info.files[-1] == "val-documents.npy"
+
+
+def without_tables(folder: Path) -> None:
+    """Make a folder one that was built before there was a table of documents."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for split, info in manifest["splits"].items():
+        del info["table"]
+        (folder / f"{split}-documents.npy").unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_a_folder_without_the_table_opens_and_its_documents_end_with_their_end_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 40)
+    writers = {split: ShardWriter(tmp_path, split, np.dtype("<u2")) for split in shards.SPLITS}
+    for writer in writers.values():
+        for length in (1, 30, 80, 2):
+            writer.add(np.array([7] * (length - 1) + [3]), n_bytes=length)
+        writer.close()
+    splits = {k: w.info for k, w in writers.items()}
+    write_manifest(
+        tmp_path, fingerprint="x", dtype="<u2", tokenizer_sha256=TOKENIZER, vocab_size=9, eos_id=3, splits=splits
+    )
+    with_table = TokenDataset(tmp_path, "val")
+    without_tables(tmp_path)
+    dataset = TokenDataset(tmp_path, "val")
+    assert dataset.documents is None and not [f for f in dataset.info.files if "documents" in f]
+    assert dataset.lengths.tolist() == with_table.lengths.tolist() == [1, 30, 80, 2]
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "truncate"])
+def test_a_damaged_table_of_documents_is_refused_in_one_line(folder, damage):
+    path = folder / "val-documents.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= damage == "flip"
+    path.write_bytes(content[:-8] if damage == "truncate" else content)
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(DataError, match=r"val-documents.npy must .*delete .* and run again") as error:
+        TokenDataset(folder, "val")
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_without_documents_has_an_empty_table(tmp_path):
+    writer = ShardWriter(tmp_path, "val", np.dtype("<u2"))
+    writer.close()
+    assert np.load(tmp_path / SplitInfo(table=writer.info.table).files[0]).shape == (0, 4)
 
 
 def test_an_epoch_has_every_block_once_and_the_next_another_order(folder):
@@ -86,6 +151,38 @@ def test_evaluation_predicts_every_token_but_the_first_exactly_once(folder, batc
         assert (targets[supervised] == idx[supervised] + 1).all()
         seen += targets[supervised].tolist()
     assert seen == list(range(1, 1003))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(2, 12), st.integers(1, 5), st.data())
+def test_rows_that_overlap_have_every_target_once_with_its_context_before_it(n, block_size, batch_size, data):
+    class Numbers:
+        def __len__(self):
+            return n
+
+        def read(self, start, count):
+            return np.arange(start, start + count)
+
+    stride, seen = data.draw(st.integers(1, block_size)), []
+    for batch in blocks_in_order(Numbers(), block_size, batch_size, stride=stride):
+        assert batch.idx.shape == (batch_size, block_size)
+        for idx, targets in zip(batch.idx, batch.targets):
+            for place in np.flatnonzero(targets != IGNORE):
+                target = int(targets[place])
+                context = idx[: place + 1].tolist()
+                assert context == list(range(target - len(context), target))  # the tokens just before it
+                assert len(context) >= min(target, block_size - stride + 1)
+                seen.append(target)
+    assert seen == list(range(1, n))
+
+
+def test_the_documents_of_the_targets_are_told_in_the_order_of_the_rows(folder):
+    dataset, cfg = TokenDataset(folder, "val"), ModelConfig(block_size=10, vocab_size=1003)
+    targets = np.concatenate([batch.targets[batch.targets != IGNORE] for batch in dataset.in_order(cfg, 4)])
+    numbers = np.repeat(*dataset.targets_in_order(cfg))
+    pieces = np.array_split(np.arange(1003), 17)
+    assert len(numbers) == len(targets) == 1002
+    assert all(target in pieces[n] for n, target in zip(numbers, targets))
 
 
 def test_a_corpus_smaller_than_a_block_is_refused(folder):
