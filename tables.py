@@ -1,0 +1,112 @@
+"""Tables of figures for a terminal of 100 columns and for Markdown, from one description.
+
+    section = Section("Syntax", ["prompts", "samples", "compiles"], [["humaneval", "164", "61.0% [51.2, 70.0]"]])
+    print(as_text(["runs/demo"], [section]))
+
+Of a cell such as "1.23 [1.10, 1.36]" value and interval are aligned apart. In a terminal long names are cut in their
+middle, and columns that do not fit follow below; Markdown holds everything whole.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass, field
+
+WIDTH = 100  # columns of the terminal
+NARROWEST = 16  # to which names are cut
+INDENT = "  "
+BOLD, RED, PLAIN = "\x1b[1m", "\x1b[1;31m", "\x1b[0m"
+
+
+@dataclass
+class Section:
+    """A heading, a table under it (none if it has no rows), and what must be said to it; warnings are shown in red.
+
+    The first `names` columns hold names, the others figures.
+    """
+
+    heading: str
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    names: int = 1
+
+
+def as_text(head: list[str], sections: list[Section], color: bool = False) -> str:
+    """Return the lines of `head` and the sections for a terminal; with ANSI colours only if `color`."""
+    bold, red, plain = (BOLD, RED, PLAIN) if color else ("", "", "")
+    out = [line for text in head for line in _wrap(text)]
+    for section in sections:
+        out += ["", f"{bold}{_printable(section.heading)}{plain}", *_text_table(section)]
+        out += [f"{red}{line}{plain}" for text in section.warnings for line in _wrap(text, INDENT)]
+        out += [line for text in section.notes for line in _wrap(text, INDENT)]
+    return "\n".join(out)
+
+
+def as_markdown(title: str, head: list[str], sections: list[Section]) -> str:
+    """Return a Markdown document with one heading `title`, the lines of `head`, and the sections as GitHub's tables."""
+    out = [f"# {_escaped(title)}", "", *(f"- {_escaped(line)}" for line in head)]
+    for section in sections:
+        out += ["", f"## {_escaped(section.heading)}", ""]
+        if section.rows:
+            lines = ["---"] * section.names + ["---:"] * (len(section.columns) - section.names)
+            rows = [[*map(_escaped, section.columns)], lines, *([*map(_escaped, row)] for row in section.rows)]
+            out += [f"| {' | '.join(row)} |" for row in rows] + [""] * bool(section.warnings or section.notes)
+        out += [f"- **{_escaped(text)}**" for text in section.warnings]
+        out += [f"- {_escaped(text)}" for text in section.notes]
+    return "\n".join(out) + "\n"
+
+
+def _text_table(section: Section) -> list[str]:
+    """Return the lines of a section's table, in as many blocks of columns as the width asks for."""
+    if not section.rows:
+        return []
+    columns = [[_printable(cell) for cell in column] for column in zip(section.columns, *section.rows, strict=True)]
+    names, figures = columns[: section.names], [_aligned(column) for column in columns[section.names :]]
+    widths = [max(map(len, column)) for column in names]
+    needed = sum(len(column[0]) + len(INDENT) for column in figures)
+    while sum(widths) + len(INDENT) * len(widths) + needed > WIDTH and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    names = [[_shortened(cell, width).ljust(width) for cell in column] for column, width in zip(names, widths)]
+    room = WIDTH - sum(widths) - len(INDENT) * len(widths)
+    blocks: list[list[list[str]]] = [[]]
+    for column in figures:
+        if blocks[-1] and sum(len(c[0]) + len(INDENT) for c in [*blocks[-1], column]) > room:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines = [(INDENT + INDENT.join(row)).rstrip() for block in blocks for row in zip(*names, *block)]
+    return lines if any(section.columns) else lines[1:]
+
+
+def _aligned(column: list[str]) -> list[str]:
+    """Return a heading and its cells in one width: figures to the right, intervals to the left under each other."""
+    parts = [cell.partition(" [") for cell in column[1:]]
+    left = max(len(value) for value, _, _ in parts)
+    right = max(len(bracket + interval) for _, bracket, interval in parts)
+    width = max(left + right, len(column[0]))
+    cells = [(value + (bracket + interval).ljust(right)).rjust(width) for value, bracket, interval in parts]
+    return [column[0].rjust(width), *cells]
+
+
+def _shortened(text: str, width: int) -> str:
+    """Return `text` in at most `width` columns, its middle left out: names often differ at their end."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def _wrap(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(_printable(text), WIDTH, initial_indent=indent, subsequent_indent=indent + INDENT)
+
+
+def _printable(text: str) -> str:
+    """Return `text` with control characters, which a terminal would obey, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _escaped(text: str) -> str:
+    """Return `text` as Markdown that shows it as it is; an underscore before a letter ends no emphasis there."""
+    return re.sub(r"[\\`*<>|#~&]|\](?=\()|_(?![A-Za-z0-9])", r"\\\g<0>", _printable(text))
