@@ -522,7 +522,7 @@ class EvalConfig:
     """Of each sample; never more than the context leaves room for."""
     temperature: float = 0.2
     """0 is greedy, for which one sample is enough."""
-    top_p: float = 0.95
+    top_p: float = 1.0
     """Sample from the most likely tokens that together have this probability."""
     seed: int = 0
     """The same seed gives the same samples."""

@@ -30,13 +30,12 @@ from cli import parse_cli, run_script
 from config import EvalConfig, KindlingError
 
 if TYPE_CHECKING:
-    from perplexity import Losses
-
     from checkpoint import RunDirectory
     from device import Runtime
     from functional import Chat, Written
     from judge import Graded
     from model import LanguageModel
+    from perplexity import Losses
     from tasks import Problem
     from tokenizer import Tokenizer
 
@@ -267,7 +266,6 @@ def lines_of(losses: Losses) -> list[dict[str, Any]]:
 def evaluate(subject: Subject, checkpoint: Path) -> int:
     """Measure everything that the flags ask for, save it and print it; return the exit code."""
     import report
-
     from checkpoint import weights_sha256
     from sandbox import SandboxError, self_test
     from shards import read_manifest

@@ -101,8 +101,9 @@ def _drawn(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.
     logits = logits.cpu()  # the same draws on every device
     if sampling.greedy or sampling.temperature == 0:
         return logits.argmax(-1).tolist()
-    rows = next_token_probabilities(logits, sampling)
-    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(rows, generators)]
+    up_to = next_token_probabilities(logits, sampling).double().cumsum(-1)  # (B, V)
+    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])  # (B, 1)
+    return torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True).squeeze(1).tolist()
 
 
 def stream(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> Iterator[int]:
