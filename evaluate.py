@@ -233,7 +233,7 @@ def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written
                 "too_short": len(hits.benchmarks[path].lost),
             }
             for name, path in files.items()
-        } | {"read_tokens": hits.read_tokens, "of_tokens": len(dataset)}
+        } | {"read_tokens": hits.tokens_read, "of_tokens": hits.tokens}
     return lengths, out
 
 

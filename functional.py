@@ -75,7 +75,7 @@ def write(
 ) -> list[Written]:
     """Return samples of the problems, each as many as stands beside it.
 
-    `progress` is told how many more samples were begun.
+    `progress` is told of each sample that is done.
     """
     from generate import Sampling, generate_batch
 
@@ -89,16 +89,12 @@ def write(
     ]
     prompts = [whole[i][-longest:] for i, _ in order]
     seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
-    begun: set[int] = set()
 
     def finished(row: int, ids: list[int]) -> bool:
-        if progress is not None and row not in begun:
-            begun.add(row)
-            progress(1)
         return chat is None and _is_over(problems[order[row][0]][0], tokenizer.decode(ids))
 
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
-    outputs = generate_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, finished=finished)
+    outputs = generate_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, finished, progress)
     written = {}
     for (i, number), ids, prompt in zip(order, outputs, prompts):
         problem = problems[i][0]

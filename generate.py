@@ -149,8 +149,8 @@ def generate_batch(
 
     A row ends at end of text, after `sampling.max_new_tokens`, where the context is full, or when `finished`, asked now and
     then with the prompt's number and its tokens so far, says so. `seeds` are those of the prompts; without them each has
-    `sampling.seed`, and is what `generate` gives for it. `progress` is told how many tokens came. Raises ValueError for a
-    prompt that leaves no room in the context.
+    `sampling.seed`, and is what `generate` gives for it. `progress` is told of each prompt that is done: 1. Raises ValueError
+    for a prompt that leaves no room in the context.
     """
     import torch
 
@@ -176,6 +176,8 @@ def generate_batch(
         ended = token == eos_id or len(out) >= limit
         if ended or (finished is not None and len(out) % CHECK_EVERY == 0 and finished(number, out)):
             del active[row]
+            if progress is not None:
+                progress(1)
 
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         while True:
@@ -198,8 +200,6 @@ def generate_batch(
             logits = gpt.read(torch.tensor(last, device=device)[:, None], cache)  # (B, V)
             for row, token in zip(rows, _drawn(logits[rows], sampling, [active[row][1] for row in rows])):
                 take(row, token)
-            if progress is not None:
-                progress(len(rows))
 
 
 def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
