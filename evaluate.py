@@ -252,15 +252,13 @@ def write_samples(path: Path, written: list[Written], graded: list[Graded], leng
 
 
 def lines_of(losses: Losses) -> list[dict[str, Any]]:
-    """Return the losses of each document as lines of losses.jsonl."""
-    out = []
-    for i, (nll, tokens) in enumerate(zip(losses.nll.tolist(), losses.tokens.tolist())):
-        line: dict[str, Any] = {"document": i}
-        if losses.bytes is not None and losses.languages is not None and losses.sources is not None:
-            line |= {"language": losses.languages[i], "source": losses.sources[i]}
-            line |= {"bytes": int(losses.bytes[i])}
-        out.append({**line, "tokens": tokens, "nll": nll})
-    return out
+    """Return the losses of each document as lines of losses.jsonl; none of a split from before documents had a table."""
+    if losses.bytes is None or losses.languages is None or losses.sources is None:
+        return []
+    columns = (losses.languages, losses.sources, losses.tokens, losses.bytes, losses.nll)
+    names = ("language", "source", "tokens", "bytes", "nll")
+    rows = zip(*(column.tolist() for column in columns))
+    return [{"document": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
 
 
 def evaluate(subject: Subject, checkpoint: Path) -> int:
