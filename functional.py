@@ -6,6 +6,10 @@
 A base model continues a prompt; a fine-tuned one answers an instruction in the template of its training. Each sample has a
 seed of its own, so that neither the batch nor the other problems change it. A prompt that is too long for the context loses
 its beginning, and is counted.
+
+Where a prompt ends with a newline, the model writes that newline itself, as the beginning of its first token. Tokenizers join a
+newline with the indentation after it: behind a newline that stands alone, a model has only ever seen the left margin, and
+would leave every function empty.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from sandbox import START_S, Limits, Mode
 from tasks import STOP, Problem
 
 if TYPE_CHECKING:
+    import torch
+
     from model import LanguageModel
     from tokenizer import Tokenizer
 
@@ -51,12 +57,12 @@ class Written:
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
-    """Return the tokens that a model is given."""
+    """Return the tokens that a model is given; of a prompt that is to be continued, without the newline at its end."""
     if problem.ids:
         return list(problem.ids)
     if chat is None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(problem.prompt)
+        return bos + tokenizer.encode(problem.prompt.removesuffix("\n"))
     if chat.mined:
         exchanges = [Exchange(problem.mined_instruction)]
     else:
@@ -91,18 +97,32 @@ def write(
     seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
 
     def finished(row: int, ids: list[int]) -> bool:
-        return chat is None and _is_over(problems[order[row][0]][0], tokenizer.decode(ids))
+        return chat is None and _is_over(problems[order[row][0]][0], tokenizer.decode(ids).removeprefix("\n"))
 
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
-    outputs = generate_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, finished, progress)
+    newline = None if chat is not None else newline_tokens(tokenizer, model.cfg.vocab_size)
+    eos_id = tokenizer.eos_id
+    outputs = generate_batch(model, prompts, sampling, eos_id, seeds, cfg.batch_size, finished, progress, newline)
     written = {}
     for (i, number), ids, prompt in zip(order, outputs, prompts):
         problem = problems[i][0]
         text = tokenizer.decode(ids)
+        if chat is None:
+            text = text.removeprefix("\n")
         limit = min(cfg.max_new_tokens, block_size - len(prompt))
         text = text.partition(STOP)[0]
         written[i, number] = Written(problem, number, text, ids, len(ids) >= limit, len(whole[i]) > longest)
     return [written[key] for key in sorted(written)]
+
+
+def newline_tokens(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
+    """Return which tokens begin with a newline, (vocab_size,) bool."""
+    import torch
+
+    begins = torch.zeros(vocab_size, dtype=torch.bool)
+    for token in range(tokenizer.vocab_size):
+        begins[token] = tokenizer.decode([token]).startswith("\n")
+    return begins
 
 
 def _seed(seed: int, problem: Problem, number: int) -> int:

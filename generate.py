@@ -144,13 +144,14 @@ def generate_batch(
     n_rows: int = 32,
     finished: Callable[[int, list[int]], bool] | None = None,
     progress: Callable[[int], object] | None = None,
+    begins: torch.Tensor | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, `n_rows` of them generated at a time; where a row ends, the next prompt begins.
 
     A row ends at end of text, after `sampling.max_new_tokens`, where the context is full, or when `finished`, asked now and
     then with the prompt's number and its tokens so far, says so. `seeds` are those of the prompts; without them each has
-    `sampling.seed`, and is what `generate` gives for it. `progress` is told of each prompt that is done: 1. Raises ValueError
-    for a prompt that leaves no room in the context.
+    `sampling.seed`, and is what `generate` gives for it. `progress` is told of each prompt that is done: 1. `begins`
+    (V,) bool says what a first token may be. Raises ValueError for a prompt that leaves no room in the context.
     """
     import torch
 
@@ -187,6 +188,8 @@ def generate_batch(
                         read = prompts[number]
                         single.lengths.zero_()
                         first = gpt.read(torch.tensor([read], device=device), single)
+                        if begins is not None:
+                            first = first.masked_fill(~begins.to(device), -torch.inf)
                     cache.copy_row(row, single)
                     seed = sampling.seed if seeds is None else seeds[number]
                     active[row] = number, torch.Generator().manual_seed(seed)

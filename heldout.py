@@ -53,7 +53,8 @@ def _signatures(text: str, slot: int) -> list[tuple[str, str]]:
         pairs = pairs_of(text)
     except ERRORS:
         return []
-    lines = [pair.instruction.rpartition("\n")[2] for pair in pairs]
+    # no methods: what follows one is further to the left, and still inside its class
+    lines = [pair.instruction.rpartition("\n")[2] for pair in pairs if "." not in pair.name]
     found = [(m[1], line) for line in lines if (m := _SIGNATURE.fullmatch(line))]
     return found[:PER_DOCUMENT]
 

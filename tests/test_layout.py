@@ -9,16 +9,16 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files", "bpe", "prompts", "docstrings"],
-    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics", "chat"],
-    ["comparison", "examples"],
-    ["tokenizer"],
-    ["model", "sources", "ledger", "conversations"],
-    ["workers", "checkpoint", "audit"],
+    ["config", "files", "bpe", "prompts", "docstrings", "intervals", "tables", "sandbox_worker"],
+    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics", "chat", "sandbox", "tasks", "pool", "report"],
+    ["comparison", "examples", "extraction", "compare_runs"],
+    ["tokenizer", "judge", "heldout"],
+    ["model", "sources", "ledger", "conversations", "memorization"],
+    ["workers", "checkpoint", "audit", "perplexity"],
     ["mixture"],
     ["data_pipeline", "trainer", "generate"],
-    ["evaluate", "dry_run", "stage"],
-    ["main", "sft_train"],
+    ["dry_run", "stage", "functional"],
+    ["main", "sft_train", "evaluate"],
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
