@@ -10,7 +10,20 @@ from conftest import ROOT
 
 LAYERS = [
     ["config", "files", "bpe", "prompts", "docstrings", "intervals", "tables", "sandbox_worker"],
-    ["cli", "device", "loss", "filters", "duplicates", "shards", "metrics", "chat", "sandbox", "tasks", "pool", "report"],
+    [
+        "cli",
+        "device",
+        "loss",
+        "filters",
+        "duplicates",
+        "shards",
+        "metrics",
+        "chat",
+        "sandbox",
+        "tasks",
+        "pool",
+        "report",
+    ],
     ["comparison", "examples", "extraction", "compare_runs"],
     ["tokenizer", "judge", "heldout"],
     ["model", "sources", "ledger", "conversations", "memorization"],

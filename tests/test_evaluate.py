@@ -1,0 +1,185 @@
+"""The real evaluation, run as a user would run it, on a small base and what was fine-tuned of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_clear_line, script, tiny_flags
+from test_sft_train import mined
+
+from config import ConfigError, EvalConfig
+
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap, which is not on this machine")
+LITTLE = ["--eval.limit", "3", "--eval.signatures", "5", "--eval.max-new-tokens", "16", "--eval.workers", "2"]
+LITTLE += ["--eval.benchmarks", "problems:2", "humaneval:1", "mbpp:1", "mbpp-3shot:1", "--device", "cpu"]
+FILES = ["eval.json", "eval.md", "losses.jsonl", "samples.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, corpus) -> Path:
+    """A folder in which `base` was pre-trained, fine-tuned, and both were evaluated."""
+    folder = tmp_path_factory.mktemp("work")
+    flags = [*tiny_flags(corpus), "--model.block-size", "128", "--train.max-steps", "4"]
+    for command in (
+        ("main.py", *flags, "--name", "base"),
+        ("sft_train.py", *mined(corpus)),
+        ("evaluate.py", "runs/base", *LITTLE),
+        ("evaluate.py", "runs/base-sft", *LITTLE),
+    ):
+        result = script(*command, cwd=folder)
+        if command[0] == "evaluate.py" and shutil.which("bwrap") is None:
+            continue  # what it says then is tested below
+        assert result.returncode == 0, result.stderr
+        (folder / f"{command[0]}-{command[1].replace('/', '-')}.txt").write_text(result.stdout, encoding="utf-8")
+    return folder
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "eval.json").read_text(encoding="utf-8"))
+
+
+def samples(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", ["base", "base-sft"])
+def test_the_whole_table_is_printed_and_saved(work, name):
+    run = work / "runs" / name
+    out = (work / f"evaluate.py-runs-{name}.txt").read_text(encoding="utf-8")
+    for heading in ("Language modelling", "Syntax", "Functional correctness", "Verdicts", "Memorisation", "Benchmark"):
+        assert re.search(rf"^{heading}", out, re.MULTILINE), heading
+    assert "sandbox: bwrap" in out and f"written to runs/{name}" in out
+    assert all((run / file).is_file() for file in FILES)
+    assert max(map(len, out.splitlines())) <= 130
+    found = results(run)
+    assert found["language_modelling"]["by_language"] and found["language_modelling"]["by_source"]
+    assert {k: v["samples_per_problem"] for k, v in found["functional"].items()} == {
+        "problems": 2,
+        "humaneval": 1,
+        "mbpp": 1,
+        "mbpp-3shot": 1,
+    }
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", ["base", "base-sft"])
+def test_every_sample_is_kept_and_the_figures_are_counts_of_them(work, name):
+    kept, found = samples(work / "runs" / name), results(work / "runs" / name)
+    assert len(kept) == 5 + 3 * 2 + 3 + 3 + 3
+    for benchmark, figures in found["functional"].items():
+        verdicts = [s["verdict"] for s in kept if s["benchmark"] == benchmark]
+        assert figures["verdicts"] == {v: verdicts.count(v) for v in figures["verdicts"]}
+        assert sum(figures["verdicts"].values()) == len(verdicts)
+    assert found["syntax"]["samples"] == len(kept)
+    assert found["syntax"]["passes"] == sum(s["compiles"] for s in kept)
+    assert found["syntax"]["non_trivial"] == sum(s["non_trivial"] for s in kept)
+    assert found["memorisation"]["longest"] == max(s["overlap"] for s in kept)
+
+
+@needs_bwrap
+def test_the_same_evaluation_gives_the_same_samples_with_another_batch_and_other_workers(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "runs/base")
+    shutil.copytree(work / "data", tmp_path / "data")
+    flags = [*LITTLE, "--eval.batch-size", "3", "--eval.workers", "1"]
+    result = script("evaluate.py", "base", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert samples(tmp_path / "runs/base") == samples(work / "runs/base")
+
+
+@needs_bwrap
+def test_runs_are_compared_side_by_side(work):
+    result = script("evaluate.py", "--compare", "base", "runs/base-sft", cwd=work)
+    assert result.returncode == 0, result.stderr
+    assert "runs/base-sft" in result.stdout and "significant" in result.stdout
+    assert_one_clear_line(script("evaluate.py", "--compare", "base", cwd=work), "two")
+
+
+def test_texts_of_the_user_are_predicted_with_the_same_figures_for_any_stride_that_is_whole(work, corpus):
+    flags = ["--eval.benchmarks", "none", "--eval.signatures", "0", "--text", str(corpus / "json/decoder.py")]
+    shutil.copytree(work / "runs/base", work / "runs/texts")
+    result = script("evaluate.py", "texts", *flags, cwd=work)
+    assert result.returncode == 0, result.stderr
+    plain = results(work / "runs/texts")["texts"]
+    result = script("evaluate.py", "texts", *flags, "--eval.stride", "16", cwd=work)
+    assert result.returncode == 0, result.stderr
+    closer = results(work / "runs/texts")["texts"]
+    (path,) = plain
+    assert path.endswith("decoder.py") and "decoder.py" in result.stdout
+    assert plain[path]["all"]["tokens"] == closer[path]["all"]["tokens"]
+    assert plain[path]["all"]["loss"] != closer[path]["all"]["loss"]
+    assert_one_clear_line(script("evaluate.py", "texts", "--text", "nowhere.txt", *flags[:4], cwd=work), "nowhere.txt")
+
+
+def test_without_bubblewrap_losses_are_saved_and_no_code_is_run(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "runs/base")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    result = script("evaluate.py", "base", *LITTLE, cwd=tmp_path, env={**os.environ, "PATH": str(tools)})
+    assert_one_clear_line(result, "bubblewrap", "apt install bubblewrap", "--sandbox none")
+    found = results(tmp_path / "runs/base")
+    assert found["language_modelling"]["all"]["loss"] > 0 and "bubblewrap" in found["functional"]["skipped"]
+    assert {s["benchmark"] for s in samples(tmp_path / "runs/base")} == {"held-out"}
+
+
+def test_without_a_sandbox_it_says_so_and_the_results_carry_it(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "runs/base")
+    flags = [*LITTLE, "--eval.benchmarks", "problems:1", "--sandbox", "none"]
+    result = script("evaluate.py", "base", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "WITHOUT A SANDBOX" in result.stderr and "NOT SANDBOXED" in result.stdout
+    assert results(tmp_path / "runs/base")["functional"]["problems"]["sandbox"] == "none"
+
+
+@needs_bwrap
+def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(work):
+    shutil.copytree(work / "runs/base", work / "runs/stopped")
+    before = {name: (work / "runs/stopped" / name).read_bytes() for name in FILES}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "evaluate.py"), "stopped", "--eval.max-new-tokens", "64"],
+        cwd=work,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    seen = ""
+    while "writing samples" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 130, seen + rest
+    assert "Traceback" not in rest and "interrupted" in rest
+    assert {name: (work / "runs/stopped" / name).read_bytes() for name in FILES} == before
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+    assert not left.strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"benchmarks": ("humanevil",)}, "problems, humaneval, mbpp, mbpp-3shot, or none"),
+        ({"benchmarks": ("humaneval:x",)}, "NAME:SAMPLES"),
+        ({"benchmarks": ("humaneval:0",)}, "NAME:SAMPLES"),
+        ({"workers": 0}, "eval.workers must be at least 1"),
+        ({"top_p": 0}, "eval.top_p must be above 0"),
+        ({"memory_mb": 1}, "eval.memory_mb must be at least 64"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        EvalConfig(**settings)
+
+
+def test_samples_are_counted_by_benchmark():
+    assert EvalConfig(benchmarks=("problems:3", "mbpp")).n_samples == {"problems": 3, "mbpp": 1}
+    assert EvalConfig(benchmarks=("none",)).n_samples == {}
