@@ -159,10 +159,9 @@ class KindlingLM(TemplateLM):
             asked = normalize_gen_kwargs(requests[indices[0]].args[1])
             sampling = Sampling(
                 max_new_tokens=asked["max_gen_toks"],
-                temperature=asked.get("temperature", 0.0),
+                temperature=asked.get("temperature", 0.0),  # greedy
                 top_k=asked.get("top_k"),
                 top_p=asked.get("top_p", 1.0),
-                greedy=not asked["do_sample"],
             )
             sampling.check()
             room = self.block_size - min(sampling.max_new_tokens, self.block_size // 2)

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def model():
 
 def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(HarnessError, match="run `pip install -r requirements-harness.txt`"):
+    with pytest.raises(HarnessError, match=r"run `pip install -r requirements-harness\.txt`"):
         run(None, None, ["gsm8k"], CPU)
     assert re.fullmatch(r"lm-eval==[\d.]+\n", (ROOT / "requirements-harness.txt").read_text(encoding="utf-8"))
 
@@ -58,7 +60,7 @@ def test_what_cannot_be_asked_for_is_refused(given, says, monkeypatch):
 
 
 @needs_lm_eval
-def test_each_task_runs_on_its_plain_form_and_gives_its_published_metric(model, tokenizer, tmp_path, capfd):
+def test_each_task_runs_on_its_plain_form_and_gives_its_published_metric(model, tokenizer, tmp_path, capfd, caplog):
     results = run(model, tokenizer, list(TASKS), CPU, write_plain(tmp_path / "eval"), progress=False)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert {task: (r["metric"], r["n"], r["shots"]) for task, r in results.items()} == {
@@ -75,7 +77,7 @@ def test_each_task_runs_on_its_plain_form_and_gives_its_published_metric(model, 
     assert "<unk>" in results["wikitext"]["notes"][0]
     assert results["gsm8k"]["cropped"] == 8 and "8 of 8 requests lost the beginning" in results["gsm8k"]["notes"][1]
     assert results["gsm8k"]["notes"][0].startswith("the 5 shots are other rows of the split")
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not caplog.records  # lm-eval and its libraries say much
 
 
 @needs_lm_eval
@@ -137,6 +139,40 @@ def test_right_answers_are_counted(tmp_path, model, tokenizer, monkeypatch):
 
 
 @needs_lm_eval
+def test_a_limit_leaves_questions_out_and_says_so(model, tokenizer, tmp_path):
+    data = write_plain(tmp_path / "eval")
+    result = run(model, tokenizer, ["arc_easy"], CPU, data, limit=2, progress=False)["arc_easy"]
+    assert (result["n"], result["requests"], result["notes"]) == (2, 6, ["only the first 2 questions"])
+
+
+def test_what_is_no_finite_number_is_none_in_json():
+    given = {"alias": "gsm8k", "sample_len": 3, "acc,none": 0.5, "ppl,none": float("inf"), "acc_stderr,none": "N/A"}
+    assert harness._numbers(given) == {"acc": 0.5, "ppl": None, "acc_stderr": None}
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_only_where_the_hub_does_not_answer_its_libraries_are_told_to_keep_off_it(served, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    for config in (constants, datasets.config):
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    if served:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    else:
+        server.server_close()
+    with harness._hub(needed=True) as answers:
+        assert answers == served
+        assert constants.HF_HUB_OFFLINE == datasets.config.HF_HUB_OFFLINE == (not served)
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    if served:
+        server.shutdown()
+
+
+@needs_lm_eval
 def test_the_models_dropout_is_off_meanwhile_and_back_afterwards(model, tokenizer, tmp_path):
     data = write_plain(tmp_path / "eval")
     model.train()
@@ -161,7 +197,7 @@ def test_too_few_rows_for_the_shots_are_refused(model, tokenizer, tmp_path):
 
 
 @needs_lm_eval
-def test_a_tasks_other_tasks_are_known_by_name(model, tokenizer, tmp_path):
+def test_any_task_of_lm_eval_is_known_and_may_have_a_local_file(model, tokenizer, tmp_path):
     """The one test that reads lm-eval's whole index, which takes ten seconds."""
     with pytest.raises(HarnessError, match="no task called 'arc_chalenge'; did you mean arc_challenge"):
         run(model, tokenizer, ["arc_chalenge"], CPU, tmp_path, progress=False)

@@ -97,6 +97,14 @@ def test_the_greedy_continuation_is_known_as_such(model, tokenizer):
     assert [greedy for _, greedy in answers] == [True, False, True]
 
 
+def test_a_continuation_in_several_windows_is_greedy_only_if_each_is(model, tokenizer):
+    ids = tokenizer.encode(TEXT)[: model.cfg.block_size + 1]
+    with torch.no_grad():
+        best = int(model(torch.tensor([ids[1:]]))[0, -1].argmax())
+    ((_, greedy),) = ask(model, tokenizer)._loglikelihood_tokens([(None, ids[:1], [*ids[1:], best])])
+    assert not greedy  # though its last token, a window by itself, is
+
+
 def test_the_batch_size_does_not_change_the_answers(model, tokenizer):
     one = ask(model, tokenizer, 1).loglikelihood(requests("loglikelihood", PAIRS))
     for size in (3, 8):
