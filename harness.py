@@ -134,8 +134,6 @@ def _load(manager: TaskManager, task: str, local: Local | None, hub_answers: boo
         why = "the hub cannot be reached and its cache lacks them" if offline else f"loading them gave {one_line(e)}"
         raise HarnessError(f"the task {task} must have its data, but {why}; check the network, or {put}") from None
     for one in loaded["tasks"].values():
-        if one.get_config("num_fewshot") is None:
-            one.set_config(key="num_fewshot", value=0)
         one.set_fewshot_seed(SEED)
     return {"tasks": loaded["tasks"], "groups": loaded.get("groups", {}) if local is None else {}}
 

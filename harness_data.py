@@ -74,7 +74,7 @@ class Local(NamedTuple):
 
     path: Path
     splits: dict[str, Dataset]
-    overrides: dict[str, str | None]
+    overrides: dict[str, str]
     """The settings of the task that say which split is for what."""
     note: str = ""
     """What makes its figures differ from published ones."""
@@ -132,9 +132,8 @@ def load(folder: Path, task: str) -> Local | None:
             f"{path} must have the split {scored}, but has {', '.join(content)}; save the whole data set"
         )
     _require_columns(path, known.columns if known else (), content[scored].column_names)
-    train = "train" if "train" in content else None
     # named as such, the scored split gives lm-eval's shots all its rows but the one that is asked
-    splits = {"test_split": scored, "validation_split": None, "training_split": train, "fewshot_split": train or scored}
+    splits = {"test_split": scored, "fewshot_split": "train" if "train" in content else scored}
     return Local(path, dict(content), splits, note)
 
 

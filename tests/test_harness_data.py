@@ -29,11 +29,10 @@ def test_wikitext_is_cut_before_each_title():
     assert "\n".join(pages) == "".join(PAGES).removeprefix(" \n")  # the blank line before the first title is no page
 
 
-@given(
-    st.lists(
-        st.sampled_from([" = A = ", "= B b =", " = = C = = ", " = = = D = = = ", " ", "x = y", "= ="]), max_size=12
-    )
-)
+LINES = [" = A = ", "= B b =", " = = C = = ", " = = = D = = = ", "= = E =", "= F = =", " ", "x = y", "= ="]
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=12))
 def test_pages_are_those_of_the_hubs_data_set(lines):
     text = "\n".join(lines)
     assert [row["page"] for row in wikitext_pages(text)] == reference_pages(text)
@@ -107,6 +106,11 @@ def test_a_task_that_is_not_known_here_may_have_a_file_too(tmp_path):
     write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "g"}])
     assert load(tmp_path, "piqa").splits["test"].to_list() == [{"goal": "g"}]
     assert load(tmp_path, "gsm8k") is None
+
+
+def test_a_line_is_one_of_the_file_not_of_unicode(tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "a\u2028b\x85", "answer": "c"}\n', encoding="utf-8")
+    assert load(tmp_path, "gsm8k").splits["test"]["question"] == ["a\u2028b\x85"]
 
 
 def test_the_hubs_columns_come_before_a_plain_form(tmp_path):

@@ -79,10 +79,10 @@ def directly(model, context: list[int], continuation: list[int]) -> tuple[float,
 
 
 def test_a_log_likelihood_is_that_of_the_logits(model, tokenizer):
-    encoded = [
-        (tokenizer.encode(c) or [tokenizer.eos_id], tokenizer.encode(e)) for c, e in (PAIRS[0], PAIRS[2], PAIRS[4])
-    ]
-    got = ask(model, tokenizer).loglikelihood(requests("loglikelihood", [PAIRS[0], PAIRS[2], PAIRS[4]]))
+    pairs = [PAIRS[0], PAIRS[2], PAIRS[4], ("", "   x")]
+    encoded = [(tokenizer.encode(c) or [tokenizer.eos_id], tokenizer.encode(e)) for c, e in pairs]
+    pairs[-1] = ("   ", "x")  # the spaces go over to the continuation, which then begins a document
+    got = ask(model, tokenizer).loglikelihood(requests("loglikelihood", pairs))
     for (total, greedy), (context, continuation) in zip(got, encoded):
         expected = directly(model, context, continuation)
         assert total == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
