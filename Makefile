@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench clean
+.PHONY: help install run test test-harness lint bench clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python must be 3.11 or later, but is $$($(PYTHON) --version 2>&1); name another with make PYTHON=python3.11" >&2; exit 1; }
@@ -30,6 +30,10 @@ run: .venv/.installed ## train the demo model on this machine's Python source (5
 test: .venv/.installed-dev ## lint, then run the whole test suite (2 to 6 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
+
+test-harness: .venv/.installed-dev ## run the tests of lm-eval's tasks, which installs lm-eval
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
+	@$(BIN)/python -m pytest tests/test_harness_data.py tests/test_harness_model.py tests/test_harness.py
 
 lint: .venv/.installed-dev ## check the style
 	@$(BIN)/ruff check .

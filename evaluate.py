@@ -165,6 +165,8 @@ def code(subject: Subject, benchmarks: dict[str, int]) -> tuple[list[Written], l
 
     problems = problems_of(subject, benchmarks)
     total = sum(count for _, count in problems)
+    if not problems:
+        return [], []
     cfg, chat = subject.flags.eval, subject.chat
     with _bar("writing samples", total, "sample") as (progress, _):
         written = write(subject.model, subject.tokenizer, problems, chat, cfg, progress)
@@ -184,7 +186,9 @@ def code_figures(
         group = groups.setdefault(w.problem.benchmark, ([], []))
         group[0].append(w)
         group[1].append(g)
-    out = {"syntax": syntax({name: of for name, (_, of) in groups.items()}, platform.python_version())}
+    out: dict[str, Any] = {}
+    if groups:
+        out["syntax"] = syntax({name: of for name, (_, of) in groups.items()}, platform.python_version())
     functional = {name: summary(*groups[name], subject.flags.sandbox) for name in benchmarks if name in groups}
     return out | ({"functional": functional} if functional else {})
 

@@ -12,7 +12,6 @@ applied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from generate import Sampling, generate
+from generate import Sampling, generate_batch
 from loss import CHUNK
 
 if TYPE_CHECKING:
@@ -168,19 +167,22 @@ class KindlingLM(TemplateLM):
             prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices]
             self.n_requests += len(prompts)
             self.n_cropped += sum(len(prompt) > room for prompt in prompts)
-            answers = self._generate([prompt[-room:] for prompt in prompts], sampling)
+            answers = self._generate([prompt[-room:] for prompt in prompts], sampling, asked["until"])
             for i, answer in zip(indices, answers):
                 texts[i] = first_of(self.tokenizer.decode(answer), asked["until"])
         return texts
 
-    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
-        """Return the new token ids after each prompt, without end of text."""
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, until: Sequence[str]) -> list[list[int]]:
+        """Return the new token ids after each prompt, without end of text; what follows a stop string may be left out."""
+
+        def finished(number: int, ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids)
+            return any(stop in text for stop in until)
+
         with self._bar(len(prompts), "generating") as bar:
-            answers = []
-            for seed, prompt in enumerate(prompts):  # sampled ones differ though a task repeats a prompt
-                answers.append(generate(self.model, prompt, replace(sampling, seed=seed), self.tokenizer.eos_id))
-                bar.update()
-        return answers
+            seeds = range(len(prompts))  # sampled ones differ though a task repeats a prompt
+            eos_id = self.tokenizer.eos_id
+            return generate_batch(self.model, prompts, sampling, eos_id, seeds, self.batch_size, finished, bar.update)
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit=" requests", leave=False, disable=None if self.progress else True)

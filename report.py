@@ -325,7 +325,8 @@ def _harness(part: dict[str, Any]) -> Section:
         [name, task.get("metric", "-"), harness_cell(task), count(task.get("n")), count(task.get("shots"))]
         for name, task in part.items()
     ]
-    return Section(HEADINGS["harness"], ["task", "metric", "value", "questions", "shots"], rows, names=2)
+    notes = [f"{name}: {note}" for name, task in part.items() for note in task.get("notes", [])]
+    return Section(HEADINGS["harness"], ["task", "metric", "value", "questions", "shots"], rows, notes, names=2)
 
 
 def harness_cell(task: dict[str, Any]) -> str:

@@ -30,7 +30,8 @@ LAYERS = [
     ["workers", "checkpoint", "audit", "perplexity"],
     ["mixture"],
     ["data_pipeline", "trainer", "generate"],
-    ["dry_run", "stage", "functional"],
+    ["dry_run", "stage", "functional", "harness_model"],
+    ["harness"],
     ["main", "sft_train", "evaluate"],
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
