@@ -73,7 +73,7 @@ def write(
 ) -> list[Written]:
     """Return samples of the problems, each as many as stands beside it.
 
-    `progress` is told how many samples were begun of all.
+    `progress` is told of samples, as they come.
     """
     from generate import Sampling, generate_batch
 
@@ -97,12 +97,15 @@ def write(
 
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
     outputs = generate_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, finished=finished)
+    if progress is not None:
+        progress(len(order) - len(begun))  # those that were over before anyone asked
     written = {}
     for (i, number), ids, prompt in zip(order, outputs, prompts):
         problem = problems[i][0]
         text = tokenizer.decode(ids)
         limit = min(cfg.max_new_tokens, block_size - len(prompt))
-        text = text.partition(STOP)[0]
+        if chat is None:
+            text = _without_next(problem, text)
         written[i, number] = Written(problem, number, text, ids, len(ids) >= limit, len(whole[i]) > longest)
     return [written[key] for key in sorted(written)]
 
@@ -112,9 +115,16 @@ def _seed(seed: int, problem: Problem, number: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:7], "little")
 
 
+def _without_next(problem: Problem, text: str) -> str:
+    """Return the text up to what closes an example, where examples were shown."""
+    return text.partition(STOP)[0] if problem.shots else text
+
+
 def _is_over(problem: Problem, text: str) -> bool:
     """Return whether the program that was asked for has ended, so that the rest need not be written."""
-    return STOP in text or end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
+    if _without_next(problem, text) != text:
+        return True
+    return end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
 
 
 def grade_all(
@@ -140,7 +150,7 @@ def grade_all(
             result = Graded(key[2], verdict, f"while judging it: {result.reason}", False, False)
         results[key] = result
         if progress is not None:
-            progress(sum(1 for _ in (key,)))
+            progress(1)
     return [results[w.problem.benchmark, w.problem.task_id, w.text, w.cut_short] for w in written]
 
 
