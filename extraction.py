@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 
 from docstrings import is_placeholder
+from filters import syntax_error
 
 ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError)  # what parsing can raise
 MAX_CHARS = 2**16  # longer texts are no programs of a small model
@@ -110,6 +111,7 @@ def _defines(text: str, position: int, name: str) -> bool:
 
 def _uses(code: str, name: str) -> bool:
     """Return whether code names what it does not define."""
+    code = _TOKEN.sub(lambda token: token[0] if token.lastgroup else " ", code)  # without strings and comments
     found = [m[0] for m in re.finditer(rf"(?:\b(?:def|class) +)?\b{re.escape(name)}\b", code)]
     return bool(found) and found.count(name) == len(found)
 
@@ -149,10 +151,10 @@ def from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> s
             programs.append(from_completion("", before + code, name, cut_short))
     if programs:  # a block may repeat the question
         return next((program for program in programs if not is_trivial(program, name)), programs[0])
-    block = blocks[0] if blocks else answer
-    if not head or re.search(r"^(?:async +def|def|class) ", block, re.MULTILINE):  # no body, but something else
+    block = (blocks[0] if blocks else answer).lstrip("\n")
+    if not head or _is_module(block):  # no body, but something else
         return from_completion("", before + block, name, cut_short)
-    bodies = [from_completion(head, body, name, cut_short) for body in _indented(block.strip("\n"))]
+    bodies = [from_completion(head, body, name, cut_short) for body in _indented(block)]
     return next((program for program in bodies if parsed(program) is not None), bodies[0])
 
 
@@ -165,6 +167,13 @@ def _from_definition(block: str, name: str) -> str | None:
             candidates = (s for s in starts if s < own and parsed(f"{text[s:own]}def f(): pass") is not None)
             return text[next(candidates, own) :]
     return None
+
+
+def _is_module(code: str) -> bool:
+    """Return whether code defines functions or classes, and is no body that has lost its margin."""
+    nodes = getattr(parsed(code), "body", [])
+    is_any = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes)
+    return is_any and syntax_error(code) is None  # compile() refuses a `return` outside functions, ast.parse() does not
 
 
 def _indented(body: str) -> Iterator[str]:
