@@ -107,10 +107,9 @@ def write(
     for (i, number), ids, prompt in zip(order, outputs, prompts):
         problem = problems[i][0]
         text = tokenizer.decode(ids)
-        if chat is None:
-            text = text.removeprefix("\n")
         limit = min(cfg.max_new_tokens, block_size - len(prompt))
-        text = text.partition(STOP)[0]
+        if chat is None:
+            text = _without_next(problem, text.removeprefix("\n"))
         written[i, number] = Written(problem, number, text, ids, len(ids) >= limit, len(whole[i]) > longest)
     return [written[key] for key in sorted(written)]
 
@@ -130,9 +129,16 @@ def _seed(seed: int, problem: Problem, number: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:7], "little")
 
 
+def _without_next(problem: Problem, text: str) -> str:
+    """Return the text up to what closes an example, where examples were shown."""
+    return text.partition(STOP)[0] if problem.shots else text
+
+
 def _is_over(problem: Problem, text: str) -> bool:
     """Return whether the program that was asked for has ended, so that the rest need not be written."""
-    return STOP in text or end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
+    if _without_next(problem, text) != text:
+        return True
+    return end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
 
 
 def grade_all(

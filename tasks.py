@@ -73,23 +73,32 @@ class Problem:
 def load(name: str, source: str | None = None) -> list[Problem]:
     """Return the problems of a benchmark: from `source`, a file or a name on the hub, or as they lie in `problems/`.
 
-    Raises TaskError if they cannot be read.
+    Of MBPP these are the ones of its test split. Raises TaskError if there are none, or if they cannot be read.
     """
     if name not in FILES:
         raise TaskError(f"no benchmark is called {name!r}; {did_you_mean(name, FILES)}")
-    rows = list(_rows(name, source or str(PROBLEMS / FILES[name])))
-    make = {"humaneval": _humaneval, "problems": _graded}.get(name)
+    origin = source or str(PROBLEMS / FILES[name])
+    rows = list(_rows(name, origin))
     try:
-        if make is not None:
-            return [make(row) for row in rows]
-        by_id = {int(row["task_id"]): row for row in rows}
-        shots = [by_id[i] for i in MBPP_SHOTS] if name == "mbpp-3shot" else []
-        return [_mbpp(name, row, shots) for i, row in by_id.items() if i in MBPP_TEST or source is not None]
-    except (KeyError, TypeError, ValueError, SyntaxError) as e:
+        if name == "humaneval":
+            problems = [_humaneval(row) for row in rows]
+        elif name == "problems":
+            problems = [_graded(row) for row in rows]
+        else:
+            own = _rows(name, str(PROBLEMS / FILES[name])) if name == "mbpp-3shot" else ()
+            shots = [row for row in own if row["task_id"] in MBPP_SHOTS]
+            problems = [_mbpp(name, row, shots) for row in rows if int(row["task_id"]) in MBPP_TEST]
+    except (AttributeError, LookupError, StopIteration, SyntaxError, TypeError, ValueError) as e:
         raise TaskError(
-            f"{source or name} must hold problems in the format of {name}, but does not ({type(e).__name__}: {e}); "
+            f"{origin} must hold problems in the format of {name}, but does not ({type(e).__name__}: {e}); "
             f"correct --eval.{name.partition('-')[0]}"
         ) from None
+    if not problems:
+        ids = f" with a task_id from {MBPP_TEST[0]} to {MBPP_TEST[-1]}" if name.startswith("mbpp") else ""
+        raise TaskError(
+            f"{origin} must hold problems{ids}, but has none in {len(rows)} rows; correct --eval.{name.partition('-')[0]}"
+        )
+    return problems
 
 
 def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
@@ -97,7 +106,9 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
     try:
         if path.is_file():
             with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
-                yield from (json.loads(line) for line in f if line.strip())
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        yield _row(line, number)
             return
         import datasets
 
@@ -108,6 +119,16 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
             f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "
             f"({' '.join(str(e).split())[:200]}); correct --eval.{name.partition('-')[0]}"
         ) from None
+
+
+def _row(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"line {number}: {e.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number}: a {type(row).__name__}, not an object")
+    return row
 
 
 def _humaneval(row: dict[str, Any]) -> Problem:
@@ -213,6 +234,8 @@ def _unknown(tests: str) -> tuple[str, ...]:
     names = [n for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)]
     made = {n.id for n in names if isinstance(n.ctx, ast.Store)} | set(dir(builtins))
     for node in ast.walk(ast.parse(tests)):
+        if isinstance(node, ast.arg):
+            made.add(node.arg)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             made |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
     return tuple(dict.fromkeys(n.id for n in names if n.id not in made))
