@@ -351,7 +351,8 @@ def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
 @lru_cache
 def _files(cwd: Path) -> tuple[str, ...]:
     """Return the part of the command that says which files there are."""
-    bound, command, made = _python_files(), [], set()
+    bound, made = _python_files(), set()
+    command = ["--perms", "0755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
     for path in bound:
         for parent in reversed(path.parents[:-1]):  # which bwrap would make closed to all but root
             if parent not in made:
@@ -363,7 +364,7 @@ def _files(cwd: Path) -> tuple[str, ...]:
             command += ["--symlink", os.readlink(link), link]
         elif os.path.isdir(link):
             command += ["--ro-bind", link, link]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev-bind", "/dev/null", "/dev/null"]
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in _hidden(bound, cwd):
         command += ["--perms", "0755", "--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
     return tuple(command)
