@@ -81,7 +81,8 @@ class _Worker:
 
     def take(self, number: int, function: Callable[[Any, int], Any], job: Any, limit_s: float) -> None:
         self.number, self.deadline = number, time.monotonic() + limit_s
-        self.pipe.send((function, job))
+        with contextlib.suppress(ConnectionError):  # if it has died, its pipe is at an end, which is seen next
+            self.pipe.send((function, job))
 
     def end(self) -> None:
         self.process.kill()

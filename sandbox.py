@@ -77,8 +77,8 @@ class ProgramError(BaseException):
     """The program failed: `kind` is exception, syntax, memory or timeout. No `except Exception` of a test catches it."""
 
     def __init__(self, kind: str, reason: str):
-        super().__init__(kind, reason)
         self.kind, self.reason = kind, one_line(reason)
+        super().__init__(self.kind, self.reason)
 
 
 def one_line(text: str) -> str:
@@ -123,8 +123,7 @@ class Program:
         if the sandbox does not stand.
         """
         self._limits = limits
-        self._folder = tempfile.mkdtemp(prefix="kindling-") if mode == "none" else None
-        self._process = _start(mode, limits, slot, self._folder)
+        self._process, self._folder = _start(mode, limits, slot)
         try:
             self._deadline = time.monotonic() + START_S
             try:
@@ -262,8 +261,10 @@ def _refused(name: str) -> Any:
 def _literal(value: Any) -> str:
     """Return a plain value as Python source. Raises TypeError for what cannot be sent."""
     kind = type(value)
-    if value is None or kind in (bool, int, float, complex, str, bytes):
+    if value is None or kind in (bool, int, float, str, bytes):
         return repr(value)
+    if kind is complex:
+        return f"complex({value.real!r},{value.imag!r})"
     if kind is type and getattr(builtins, value.__name__, None) is value:
         return value.__name__
     if kind is Remote:
@@ -278,35 +279,35 @@ def _literal(value: Any) -> str:
     raise TypeError(f"an argument must be plain data, but is of type {kind.__name__}")
 
 
-def _start(mode: Mode, limits: Limits, slot: int, folder: str | None) -> subprocess.Popen[bytes]:
-    """Start the worker and return its process, the leader of a group of its own."""
-    own_uid = mode == "bwrap" and os.geteuid() == 0  # of a uid that nothing else has, the kernel counts processes
-    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if own_uid else 0
-    # outside a sandbox the count would be of all processes of the user
-    processes = limits.processes if mode == "bwrap" else 0
+def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
+    """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
+    confined = mode == "bwrap"
+    # only of a uid that nothing else has can the kernel count the processes
+    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and os.geteuid() == 0 else 0
     python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
-    alarm_s = math.ceil(START_S + limits.wall_s) + 1  # ends it if whoever asks is gone
+    processes = limits.processes if confined else 0
+    alarm_s = math.ceil(limits.wall_s) + 5  # ends it if whoever asks is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
-    try:
-        with _pipe_with(syscall_filter.program() if mode == "bwrap" else None) as filter_fd:
-            wrapper = [] if mode == "none" else _bwrap(slot, filter_fd)
-            return subprocess.Popen(
+    with contextlib.ExitStack() as stack:
+        try:
+            filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
+            wrapper = _bwrap(slot, filter_fd) if confined else []
+            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")
+            process = subprocess.Popen(
                 [*wrapper, *python, *map(str, numbers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 cwd=folder or "/",
-                env={
-                    "PYTHONHASHSEED": "0",
-                    "HOME": folder or "/",
-                    "LANG": "C.UTF-8",
-                },  # the same order of sets each time
+                # with the same order of sets each time
+                env={"PYTHONHASHSEED": "0", "HOME": folder or "/", "LANG": "C.UTF-8"},
                 pass_fds=() if filter_fd is None else (filter_fd,),
                 start_new_session=True,
             )
-    except OSError as e:
-        raise SandboxError(_broken(mode, str(e))) from None
+        except OSError as e:
+            raise SandboxError(_broken(mode, str(e))) from None
+    return process, folder
 
 
 @lru_cache
@@ -438,16 +439,22 @@ def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
     What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
     show no trace.
     """
-    with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
-        if good.call("add", 2, 3) != 5 or bad.call("add", 2, 3) == 5:
-            raise SandboxError(
-                "the sandbox must tell a good program from a bad one, but does not; run with --sandbox none?"
-            )
+    try:
+        with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
+            right, environment = good.call("add", 2, 3) == 5 != bad.call("add", 2, 3), good.call("env")
+    except ProgramError as e:
+        raise SandboxError(
+            f"the sandbox must run a good program, but it fails ({e.reason}); raise the limits"
+        ) from None
+    if not right:
+        raise SandboxError("the sandbox must tell a good program from a bad one, but does not; use another machine")
     if mode == "none":
         return
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         canary = Path(folder) / "canary"
         canary.write_text("unchanged", encoding="utf-8")
+        os.chmod(folder, 0o755)  # nothing but the sandbox shall stand in a program's way
+        canary.chmod(0o666)
         listener.settimeout(0)
         attempts: dict[str, tuple[Any, ...]] = {
             "read files": ("read", str(canary)),
@@ -476,8 +483,5 @@ def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
             reached = False
         if reached or canary.read_text(encoding="utf-8") != "unchanged":
             raise SandboxError("the sandbox must leave no trace outside, but did; do not trust it, use another machine")
-    with Program(_PROBE, mode, limits) as program:
-        if set(program.call("env")) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
-            raise SandboxError(
-                "the sandbox must hide the environment, but does not; do not trust it, use another machine"
-            )
+    if set(environment) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
+        raise SandboxError("the sandbox must hide the environment, but does not; do not trust it, use another machine")

@@ -4,8 +4,8 @@
         verdict = attempt((hostile, targets, limits), slot=0)
 
 Each is given as a solution of HumanEval/162, `string_to_md5`, whose expected values nobody can guess, and which no program
-here computes. `$NAME` stands for a target outside the sandbox (see Targets). A program that reports what it reached raises
-`Reached`, or answers "reached": both show in the tests. Those that must wait for a limit are marked as slow.
+here computes. `$NAME` stands for a target outside the sandbox (see Targets). A program that gets where it wants to, and can
+tell, exits with "reached", which shows in the reason of its verdict.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def reach(name: str, attacks: str, body: str) -> None:
     """Add a program whose call does something to the outside, and says so if no error comes of it."""
     body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
     _add(
-        "reach", name, attacks, f"import os, ctypes, socket\n\n\ndef string_to_md5(text):\n{body}\n    return 'reached'"
+        "reach",
+        name,
+        attacks,
+        f"import os, ctypes, socket\n\n\ndef string_to_md5(text):\n{body}\n    raise SystemExit('reached')",
     )
 
 
@@ -539,7 +542,7 @@ reach(
     for fd in range(64):
         try:
             fcntl.ioctl(fd, termios.TIOCSTI, b"x")
-            return "reached"
+            raise SystemExit("reached")
         except OSError:
             pass
     os.open("/dev/tty", os.O_RDWR)
@@ -576,7 +579,7 @@ use_up(
         for started in range(30):
             if os.fork() == 0:
                 time.sleep(60)
-        return "reached"
+        raise SystemExit("reached")
     """,
 )
 use_up(
@@ -602,11 +605,15 @@ use_up(
     def string_to_md5(text):
         for _ in range(40):
             threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        return "reached"
+        raise SystemExit("reached")
     """,
 )
-use_up("memory-bytes", "memory", "def string_to_md5(text):\n    x = bytearray(600_000_000)\n    return 'reached'")
-use_up("memory-load", "memory", "x = [0] * 100_000_000\ndef string_to_md5(text):\n    return 'reached'")
+use_up(
+    "memory-bytes",
+    "memory",
+    "def string_to_md5(text):\n    x = bytearray(600_000_000)\n    raise SystemExit('reached')",
+)
+use_up("memory-load", "memory", "x = [0] * 100_000_000\ndef string_to_md5(text):\n    raise SystemExit('reached')")
 use_up("memory-grow", "memory", "def string_to_md5(text):\n    x = ['x' * 1000]\n    while True:\n        x += x")
 use_up(
     "memory-swallowed",
@@ -630,7 +637,7 @@ use_up(
             place = libc.shmat(segment, None, 0)
             ctypes.memset(place, 1, 50 << 20)
             libc.shmdt(ctypes.c_void_p(place))
-        return "reached"
+        raise SystemExit("reached")
     """,
 )
 use_up(
@@ -642,7 +649,7 @@ use_up(
         files = [os.memfd_create(str(i)) for i in range(50)]
         for file in files:
             os.write(file, bytes(1 << 24))
-        return "reached"
+        raise SystemExit("reached")
     """,
 )
 use_up(
@@ -655,7 +662,7 @@ use_up(
         for i in range(10):
             with open(f"/tmp/{i}", "wb") as f:
                 f.write(bytes(10_000_000))
-        return "reached"
+        raise SystemExit("reached")
     """,
 )
 use_up(
@@ -667,7 +674,7 @@ use_up(
         os.makedirs("/tmp", exist_ok=True)
         for i in range(10_000):
             os.mknod(f"/tmp/{i}")
-        return "reached"
+        raise SystemExit("reached")
     """,
 )
 for stream in ("stdout", "stderr"):
