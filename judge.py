@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from extraction import from_answer, from_completion, is_trivial
 from filters import syntax_error
-from sandbox import DEFAULT, Limits, Mode, Program, ProgramError, SandboxError
+from sandbox import DEFAULT, Limits, Mode, Program, ProgramError, SandboxError, one_line
 from tasks import Problem
 
 VERDICTS = ("passed", "wrong", "exception", "timeout", "memory", "syntax", "sandbox")
@@ -83,9 +83,7 @@ def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits =
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # an answer of another kind than the test can compare
-        return Verdict(
-            "wrong", f"an answer does not fit its test ({type(e).__name__}: {' '.join(str(e).split())[:150]})"
-        )
+        return Verdict("wrong", one_line(f"an answer does not fit its test ({type(e).__name__}: {e})"))
     return Verdict("passed")
 
 

@@ -3,13 +3,15 @@
     with Program(source, mode="bwrap") as program:
         value = program.call("add", 2, 3)
 
-The program runs in a process of its own: on Linux under bubblewrap, without network, `/proc`, environment or any file but
-Python's own (read-only) and a small `/tmp`, with a uid that nothing else has, and under limits of memory, CPU time,
-processes and file sizes. It is handed code and arguments, and answers in JSON that is decoded strictly; whoever asks
-compares, so no verdict ever comes from the program's process (see judge.py).
+The program runs in a process of its own: on Linux under bubblewrap (0.8 or later), without network, `/proc`, environment or
+any file but Python's own and the system's libraries, which it can read; it can write none. It has a uid that nothing else
+has, limits of memory, CPU time and processes, and fewer calls to the kernel (see syscall_filter.py). It is handed code and
+arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from the program's
+process (see judge.py).
 
 `mode="none"` has the limits alone: a program can then read and delete what you can. Limits: the sandbox is the kernel's;
-a program that exploits the kernel itself is not held. Programs see the standard library, no installed package.
+a program that exploits the kernel itself is not held. Programs see the standard library, no installed package, no shell,
+and `tempfile` finds no folder.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import math
 import os
 import select
 import shutil
@@ -27,10 +30,13 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import syscall_filter
 from config import KindlingError
 
 Mode = Literal["bwrap", "none"]
@@ -38,7 +44,10 @@ ROOT = Path(__file__).resolve().parent
 WORKER = ROOT / "sandbox_worker.py"
 INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
 START_S = 30.0  # a process that has not begun by then never will
-MAX_ANSWER = 2**20  # bytes
+MAX_ANSWER = (
+    2**17
+)  # bytes; a set of numbers with equal hashes takes a second to build from so many, a minute from 2**20
+MAX_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Limits:
     memory_bytes: int = 2**29
     """Address space of each of its processes."""
     disk_bytes: int = 2**24
-    """The size of its /tmp, and of any file."""
+    """The size of any file that it writes, with mode="none"; in the sandbox it can write none."""
     processes: int = 3
     """Processes and threads, itself included."""
 
@@ -68,8 +77,14 @@ class ProgramError(BaseException):
     """The program failed: `kind` is exception, syntax, memory or timeout. No `except Exception` of a test catches it."""
 
     def __init__(self, kind: str, reason: str):
-        super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason = kind, one_line(reason)
+        super().__init__(self.kind, self.reason)
+
+
+def one_line(text: str) -> str:
+    """Return a stranger's text as a short line that any terminal and any file can take."""
+    text = " ".join(text.split())[:MAX_REASON]
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Remote:
@@ -108,8 +123,7 @@ class Program:
         if the sandbox does not stand.
         """
         self._limits = limits
-        self._folder = tempfile.mkdtemp(prefix="kindling-") if mode == "none" else None
-        self._process = _start(mode, limits, slot, self._folder)
+        self._process, self._folder = _start(mode, limits, slot)
         try:
             self._deadline = time.monotonic() + START_S
             try:
@@ -194,7 +208,7 @@ class Program:
             name, message = content
             if kind != "error" or not isinstance(name, str) or not isinstance(message, str):
                 raise ValueError(kind)
-        except (ValueError, TypeError, AttributeError, RecursionError, KeyError) as e:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
             raise ProgramError("exception", f"the answer is malformed ({type(e).__name__})") from None
         known = {"MemoryError": "memory", "SyntaxError": "syntax", "IndentationError": "syntax", "TabError": "syntax"}
         raise ProgramError(known.get(name, "exception"), f"{name}: {message}" if message else name)
@@ -211,7 +225,7 @@ class Program:
             number, type_name = inner
             if type(number) is not int or not isinstance(type_name, str):
                 raise ValueError(tag)
-            return Remote(self, number, type_name[:100])
+            return Remote(self, number, one_line(type_name))
         if not isinstance(inner, list):
             raise ValueError(tag)
         values = [self._value(v) for v in inner] if tag != "d" else []
@@ -247,8 +261,10 @@ def _refused(name: str) -> Any:
 def _literal(value: Any) -> str:
     """Return a plain value as Python source. Raises TypeError for what cannot be sent."""
     kind = type(value)
-    if value is None or kind in (bool, int, float, complex, str, bytes):
+    if value is None or kind in (bool, int, float, str, bytes):
         return repr(value)
+    if kind is complex:
+        return f"complex({value.real!r},{value.imag!r})"
     if kind is type and getattr(builtins, value.__name__, None) is value:
         return value.__name__
     if kind is Remote:
@@ -263,32 +279,58 @@ def _literal(value: Any) -> str:
     raise TypeError(f"an argument must be plain data, but is of type {kind.__name__}")
 
 
-def _start(mode: Mode, limits: Limits, slot: int, folder: str | None) -> subprocess.Popen[bytes]:
-    """Start the worker and return its process, the leader of a group of its own."""
-    own_uid = mode == "bwrap" and os.geteuid() == 0  # of a uid that nothing else has, the kernel counts processes
-    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if own_uid else 0
-    # outside a sandbox the count would be of all processes of the user
-    processes = limits.processes if mode == "bwrap" else 0
+def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
+    """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
+    confined = mode == "bwrap"
+    # only of a uid that nothing else has can the kernel count the processes
+    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and os.geteuid() == 0 else 0
     python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
-    numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, MAX_ANSWER]
-    wrapper = [] if mode == "none" else _bwrap(limits, slot)
-    return subprocess.Popen(
-        [*wrapper, *python, *map(str, numbers)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        cwd=folder or "/",
-        env={"PYTHONHASHSEED": "0", "HOME": "/tmp", "LANG": "C.UTF-8"},  # the same order of sets each time
-        start_new_session=True,
-    )
+    processes = limits.processes if confined else 0
+    alarm_s = math.ceil(limits.wall_s) + 5  # ends it if whoever asks is gone
+    numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
+    with contextlib.ExitStack() as stack:
+        try:
+            filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
+            wrapper = _bwrap(slot, filter_fd) if confined else []
+            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")
+            process = subprocess.Popen(
+                [*wrapper, *python, *map(str, numbers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=folder or "/",
+                # with the same order of sets each time
+                env={"PYTHONHASHSEED": "0", "HOME": folder or "/", "LANG": "C.UTF-8"},
+                pass_fds=() if filter_fd is None else (filter_fd,),
+                start_new_session=True,
+            )
+        except OSError as e:
+            raise SandboxError(_broken(mode, str(e))) from None
+    return process, folder
 
 
+@lru_cache
 def _worker_source() -> str:
     return WORKER.read_text(encoding="utf-8")
 
 
-def _bwrap(limits: Limits, slot: int) -> list[str]:
+@contextlib.contextmanager
+def _pipe_with(data: bytes | None) -> Iterator[int | None]:
+    """Yield a file descriptor that reads the data, or None for none; a pipe holds them all."""
+    if data is None:
+        yield None
+        return
+    reading, writing = os.pipe()
+    try:
+        with open(writing, "wb") as f:
+            f.write(data)
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
     """Return the command before which a program is put in the sandbox."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
@@ -302,36 +344,46 @@ def _bwrap(limits: Limits, slot: int) -> list[str]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--disable-userns", "--uid", str(1000 + slot), "--gid", str(1000 + slot)]
-    for path in _python_folders():
+    if filter_fd is not None:
+        command += ["--seccomp", str(filter_fd)]
+    return [*command, *_files(Path.cwd()), "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+@lru_cache
+def _files(cwd: Path) -> tuple[str, ...]:
+    """Return the part of the command that says which files there are."""
+    bound, made = _python_files(), set()
+    command = ["--perms", "0755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
+    for path in bound:
         for parent in reversed(path.parents[:-1]):  # which bwrap would make closed to all but root
-            command += ["--perms", "0755", "--dir", str(parent)]
+            if parent not in made:
+                made.add(parent)
+                command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind", str(path), str(path)]
-    for link in ("/lib", "/lib64", "/lib32", "/bin"):
+    for link in ("/lib", "/lib64", "/lib32"):
         if os.path.islink(link):
             command += ["--symlink", os.readlink(link), link]
         elif os.path.isdir(link):
             command += ["--ro-bind", link, link]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev-bind", "/dev/null", "/dev/null"]
-    for path in _hidden():
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for path in _hidden(bound, cwd):
         command += ["--perms", "0755", "--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
-    command += ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/tmp"]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
+    return tuple(command)
 
 
-def _python_folders() -> list[Path]:
-    """Return the folders that the interpreter and its standard library need, none inside another."""
-    folders = {Path("/usr"), Path(sys.base_prefix).resolve(), Path(sys.base_exec_prefix).resolve()}
-    folders.add(Path(os.path.realpath(sys._base_executable)).parent)
-    return sorted(f for f in folders if not any(f != other and f.is_relative_to(other) for other in folders))
+def _python_files() -> list[Path]:
+    """Return what the interpreter and its standard library need: files and folders, none inside another."""
+    paths = {Path(os.path.realpath(sys._base_executable)), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
+    paths |= {Path(sysconfig.get_path("stdlib")).resolve().parent, Path(sys.base_exec_prefix, sys.platlibdir).resolve()}
+    paths = {p for p in paths if p.exists()}
+    return sorted(p for p in paths if not any(p != other and p.is_relative_to(other) for other in paths))
 
 
-def _hidden() -> list[Path]:
-    """Return the folders that a program must not see although they lie inside the interpreter's: packages, and this project."""
-    stdlib = Path(sysconfig.get_path("stdlib")).resolve()
-    hidden = [stdlib / "site-packages", stdlib / "dist-packages", stdlib.parent / "python3" / "dist-packages"]
-    hidden += [ROOT, Path.cwd().resolve()]
-    bound = _python_folders()
-    return [h for h in dict.fromkeys(hidden) if h.is_dir() and any(h.is_relative_to(b) for b in bound)]
+def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
+    """Return the folders that a program must not see although they lie inside those: packages, and this project."""
+    hidden = [path for folder in bound for path in folder.glob("python*/*-packages")]  # site- and dist-packages
+    hidden += [path for path in (ROOT, cwd.resolve()) if any(path.is_relative_to(folder) for folder in bound)]
+    return [path for path in dict.fromkeys(hidden) if path.is_dir()]
 
 
 def _broken(mode: Mode, said: str) -> str:
@@ -340,7 +392,7 @@ def _broken(mode: Mode, said: str) -> str:
         return f"a process for generated code must be able to start, but is not ({why}); see that memory is free"
     return (
         f"bubblewrap must be able to make a sandbox here, but is not ({why}); allow user namespaces (on Ubuntu: sudo sysctl "
-        f"kernel.apparmor_restrict_unprivileged_userns=0), or accept the risk of --sandbox none"
+        f"kernel.apparmor_restrict_unprivileged_userns=0), update bubblewrap to 0.8, or accept the risk of --sandbox none"
     )
 
 
@@ -387,16 +439,22 @@ def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
     What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
     show no trace.
     """
-    with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
-        if good.call("add", 2, 3) != 5 or bad.call("add", 2, 3) == 5:
-            raise SandboxError(
-                "the sandbox must tell a good program from a bad one, but does not; run with --sandbox none?"
-            )
+    try:
+        with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
+            right, environment = good.call("add", 2, 3) == 5 != bad.call("add", 2, 3), good.call("env")
+    except ProgramError as e:
+        raise SandboxError(
+            f"the sandbox must run a good program, but it fails ({e.reason}); raise the limits"
+        ) from None
+    if not right:
+        raise SandboxError("the sandbox must tell a good program from a bad one, but does not; use another machine")
     if mode == "none":
         return
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         canary = Path(folder) / "canary"
         canary.write_text("unchanged", encoding="utf-8")
+        os.chmod(folder, 0o755)  # nothing but the sandbox shall stand in a program's way
+        canary.chmod(0o666)
         listener.settimeout(0)
         attempts: dict[str, tuple[Any, ...]] = {
             "read files": ("read", str(canary)),
@@ -425,8 +483,5 @@ def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
             reached = False
         if reached or canary.read_text(encoding="utf-8") != "unchanged":
             raise SandboxError("the sandbox must leave no trace outside, but did; do not trust it, use another machine")
-    with Program(_PROBE, mode, limits) as program:
-        if set(program.call("env")) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
-            raise SandboxError(
-                "the sandbox must hide the environment, but does not; do not trust it, use another machine"
-            )
+    if set(environment) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
+        raise SandboxError("the sandbox must hide the environment, but does not; do not trust it, use another machine")

@@ -1,6 +1,6 @@
 """The inside of the sandbox: loads a stranger's program, calls what it is asked to call, and answers in JSON.
 
-    python -s -S -P -B -c "$(cat sandbox_worker.py)" UID MEMORY_BYTES DISK_BYTES CPU_S PROCESSES
+    python -s -S -P -B -c "$(cat sandbox_worker.py)" UID MEMORY_BYTES DISK_BYTES CPU_S PROCESSES ALARM_S MAX_BYTES
 
 `sandbox.py` starts it, writes requests to its standard input and reads answers from its standard output, each behind four
 bytes of length. A request is a Python tuple as text; an answer is JSON. Nothing that is said here decides anything: the
@@ -16,9 +16,12 @@ MAX_DEPTH = 100
 MAX_MESSAGE = 200  # characters of an error's text
 
 
-def confine(uid, memory_bytes, disk_bytes, cpu_s, processes):
+def confine(uid, memory_bytes, disk_bytes, cpu_s, processes, alarm_s):
     """Give up root for a user of its own, and lower every limit for good; 0 leaves one as it is."""
+    import _signal
     import resource
+
+    _signal.alarm(alarm_s)
 
     if uid:
         os.setgroups([])
@@ -28,7 +31,9 @@ def confine(uid, memory_bytes, disk_bytes, cpu_s, processes):
     for name, limit in [*limits, ("STACK", 2**23)]:
         if limit:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (1, 1)
+    )  # not 0, with which the host's crash reporter is still run (core(5))
 
 
 def encode(value, handles, depth=0):
@@ -116,5 +121,6 @@ if __name__ == "__main__":
     nothing = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):  # what the program prints goes nowhere, and it has nothing to read
         os.dup2(nothing, standard)
-    confine(*map(int, sys.argv[1:6]))
-    serve(own_requests, own_answers, int(sys.argv[6]))
+    *limits, max_bytes = map(int, sys.argv[1:])
+    confine(*limits)
+    serve(own_requests, own_answers, max_bytes)

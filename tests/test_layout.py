@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files", "bpe", "prompts", "docstrings", "intervals", "tables", "sandbox_worker"],
+    ["config", "files", "bpe", "prompts", "docstrings", "intervals", "tables", "sandbox_worker", "syscall_filter"],
     [
         "cli",
         "device",
