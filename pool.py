@@ -47,9 +47,8 @@ def _work(pipe: Connection, slot: int) -> None:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        _, hard = resource.getrlimit(
-            resource.RLIMIT_AS
-        )  # stays: what the job starts may have a higher limit of its own
+        # the hard limit stays: what the job starts may have a higher limit of its own
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, hard))
     pipe.send(os.getpid())
     while True:
@@ -73,7 +72,8 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
+    """Keep Ctrl-C waiting, so that a process that starts here does not meet it before it ignores it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -137,7 +137,7 @@ def map_jobs(function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers
     workers: dict[int, _Worker] = {}
 
     def start(slot: int) -> None:
-        with _sigint_blocked():  # Ctrl-C must meet no process that does not ignore it yet, or is not known here
+        with sigint_blocked():  # Ctrl-C must meet no process that does not ignore it yet, or is not known here
             workers[slot] = _Worker(slot)
 
     following, more = 0, True

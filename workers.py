@@ -28,6 +28,7 @@ from conversations import example_of, joined, normalized, refusal
 from docstrings import pairs_of
 from duplicates import Benchmarks, signature, word_hashes
 from filters import COMPILE_BYTES, Drop, first_refusal, strip_header
+from pool import sigint_blocked
 from prompts import Exchange
 from shards import DataError
 from sources import Document
@@ -249,18 +250,6 @@ class Examiner:
         return text, content, tuple(changes)
 
 
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class WorkerPool:
     """Processes that examine batches of documents; a document that kills its process is dropped, and only that one."""
 
@@ -288,7 +277,7 @@ class WorkerPool:
         # Start all workers now: the executor would start one at a later submit, and one that starts while another dies
         # is never ended, so that shutdown would wait for it for ever
         self._started: list[Future[int]] = []
-        with _sigint_blocked(), contextlib.suppress(BrokenProcessPool):  # which the next to ask will be told
+        with sigint_blocked(), contextlib.suppress(BrokenProcessPool):  # which the next to ask will be told
             for _ in range(self._n_workers):
                 self._started.append(self._executor.submit(os.getpid))
 
@@ -327,7 +316,7 @@ class WorkerPool:
     def _submit(self, batch: list[Document], tokenizer_file: Path | None) -> tuple[Future[list[Examined]], int]:
         """Hand a batch to a worker; return its future and the generation of workers that it went to."""
         try:
-            with _sigint_blocked():  # submitting starts processes, which must not meet Ctrl-C before they ignore it
+            with sigint_blocked():  # submitting starts processes, which must not meet Ctrl-C before they ignore it
                 return self._executor.submit(self._examine, batch, tokenizer_file), self._generation
         except BrokenProcessPool:  # an earlier batch broke the pool, which its own future will tell
             broken: Future[list[Examined]] = Future()
