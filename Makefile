@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-harness lint bench clean
+.PHONY: help install run test test-slow test-harness lint bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -31,6 +31,9 @@ test: .venv/.installed-dev ## lint, then run the whole test suite (2 to 6 minute
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 
+test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, hostile programs again
+	@$(BIN)/python -m pytest -m slow
+
 test-harness: .venv/.installed-dev ## run the tests of lm-eval's tasks, which installs lm-eval
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
 	@$(BIN)/python -m pytest tests/test_harness_data.py tests/test_harness_model.py tests/test_harness.py
@@ -42,6 +45,7 @@ bench: .venv/.installed-dev ## measure the figures of the README on this machine
 	@$(BIN)/python benchmarks/pipeline.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/sft.py
+	@$(BIN)/python benchmarks/evaluation.py
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
