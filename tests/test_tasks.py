@@ -42,7 +42,7 @@ def test_every_benchmark_loads(name, count):
     for p in problems:
         assert p.benchmark == name and p.instruction and p.mined_instruction and p.entry_point.isidentifier()
         assert "\r" not in p.prompt + p.tests + p.solution + p.instruction
-        ast.parse(p.tests), ast.parse(p.solution), ast.parse(p.trusted), ast.parse(p.head + "    pass")
+        ast.parse(p.tests), ast.parse(p.solution), ast.parse(p.trusted), ast.parse(p.head)
         assert p.head == "" or (p.prompt == p.head and p.head.endswith("\n"))
         assert (p.level in range(1, 6)) == (name == "problems") and bool(p.shots) == (name == "mbpp-3shot")
 
@@ -120,7 +120,10 @@ TASK_11 = (
 def test_three_shots_are_those_of_the_paper_to_the_letter():
     problems = load("mbpp-3shot")
     assert problems[0].prompt == AUSTIN + TASK_11
-    assert all(p.prompt.startswith(AUSTIN) and p.prompt.count("[BEGIN]") == 4 and p.prompt.count("[DONE]") == 3 for p in problems)
+    assert all(
+        p.prompt.startswith(AUSTIN) and p.prompt.count("[BEGIN]") == 4 and p.prompt.count("[DONE]") == 3
+        for p in problems
+    )
     assert len(problems[0].shots) == 3
     for (asked, said), name in zip(problems[0].shots, ("similar_elements", "is_not_prime", "heap_queue_largest")):
         assert f"assert {name}(" in asked and f"def {name}(" in said
@@ -134,10 +137,14 @@ def test_the_zero_shot_prompt_is_a_docstring_of_the_task_and_its_tests():
 
 def test_what_is_asked_for_is_the_references_own(all_of_mbpp):
     for row, p in all_of_mbpp:
-        defined = {node.name for node in ast.parse(p.solution).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        defined = {
+            node.name for node in ast.parse(p.solution).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
         assert p.entry_point in defined, row["task_id"]
         for test in row["test_list"]:
-            names = {n.func.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+            names = {
+                n.func.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+            }
             assert p.entry_point in names, row["task_id"]
             assert names & defined <= set(p.remote), row["task_id"]
 
@@ -149,7 +156,13 @@ def test_no_more_names_are_the_programs_than_tests_need(all_of_mbpp):
 
 def test_tests_import_the_modules_that_they_use(all_of_mbpp):
     imported = {row["task_id"]: p.tests.split("\n")[0] for row, p in all_of_mbpp if p.tests.startswith("import ")}
-    assert set(imported.values()) <= {"import math", "import re", "import sys", "import datetime", "import collections"}, imported
+    assert set(imported.values()) <= {
+        "import math",
+        "import re",
+        "import sys",
+        "import datetime",
+        "import collections",
+    }, imported
 
 
 def test_an_entry_point_may_be_named_like_a_builtin_or_stand_inside_others(tmp_path):
@@ -182,7 +195,11 @@ def test_the_sanitized_form_of_mbpp_is_read_too(tmp_path):
         "test_list": ["assert f(math.pi) == math.pi"],
     }
     (p,) = load("mbpp", write_rows(tmp_path / "x.jsonl", [row]))
-    assert p.tests == "import math\nassert f(math.pi) == math.pi" and "Write a function." in p.prompt and p.remote == ("f",)
+    assert (
+        p.tests == "import math\n\nassert f(math.pi) == math.pi"
+        and "Write a function." in p.prompt
+        and p.remote == ("f",)
+    )
 
 
 # -- what a fine-tuned model is asked
@@ -219,9 +236,10 @@ def on_the_hub(folder, name, splits: dict[str, list[dict]]) -> str:
 
     (folder / name).mkdir(parents=True)
     card = f"configs:\n- config_name: {name}\n  default: true\n  data_files:\n"
+    schema = pyarrow.Table.from_pylist([row for rows in splits.values() for row in rows]).schema
     for split, rows in splits.items():
         file = f"{name}/{split}-00000-of-00001.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), folder / file)
         card += f"  - split: {split}\n    path: {name}/{split}-*\n"
     (folder / "README.md").write_text(f"---\n{card}---\n", encoding="utf-8")
     return str(folder)
