@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import builtins
 import gzip
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -171,7 +172,7 @@ def _graded(row: dict[str, Any]) -> Problem:
 def _mbpp(name: str, row: dict[str, Any], shots: list[dict[str, Any]]) -> Problem:
     text, asserts = _text(row), [test.strip() for test in row["test_list"]]
     # imports of the tests' own; the classes that two problems set their trees up with are the program's
-    tests = "\n".join([*row.get("test_imports", []), row.get("test_setup_code") or "", *asserts]).replace("\r\n", "\n")
+    tests = _unix("\n".join([*row.get("test_imports", []), row.get("test_setup_code") or "", *asserts]))
     modules = _modules(tests)
     tests = "".join(f"import {module}\n" for module in modules) + tests
     entry_point = _called(asserts[0])
@@ -179,9 +180,7 @@ def _mbpp(name: str, row: dict[str, Any], shots: list[dict[str, Any]]) -> Proble
     quoted = "\n".join([text, *asserts]).replace('"""', "'''")
     prompt = f'"""\n{quoted}\n"""\n'
     if shots:  # Austin et al. 2021, figure 1
-        prompt = "".join(_shot(shot) + shot["code"].replace("\r\n", "\n") + f"\n{STOP}\n\n" for shot in shots) + _shot(
-            row
-        )
+        prompt = "".join(_shot(shot) + _unix(shot["code"]) + f"\n{STOP}\n\n" for shot in shots) + _shot(row)
     return Problem(
         benchmark=name,
         task_id=f"MBPP/{row['task_id']}",
@@ -191,16 +190,20 @@ def _mbpp(name: str, row: dict[str, Any], shots: list[dict[str, Any]]) -> Proble
         instruction=_asked(row),
         mined_instruction=f"{text}\n{signature}",
         answer_head=signature + "\n",
-        shots=tuple((_asked(shot), shot["code"].replace("\r\n", "\n").rstrip()) for shot in shots),
+        shots=tuple((_asked(shot), _unix(shot["code"]).rstrip()) for shot in shots),
         trusted="",
         tests=tests,
-        solution=row["code"].replace("\r\n", "\n"),
+        solution=_unix(row["code"]),
         remote=tuple(dict.fromkeys([entry_point, *_unknown(tests)])),
     )
 
 
 def _text(row: dict[str, Any]) -> str:
     return (row["text"] if "text" in row else row["prompt"]).strip()
+
+
+def _unix(code: str) -> str:
+    return code.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _asked(row: dict[str, Any]) -> str:
@@ -251,7 +254,9 @@ def _parameters(test: str, name: str) -> list[str]:
 def _mined(head: str, name: str) -> str:
     """Return a task as docstrings.py words it: the first paragraph of the docstring, then the signature."""
     node = next(n for n in ast.parse(head).body if isinstance(n, ast.FunctionDef) and n.name == name)
-    paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split(">>>")[0].split())
+    texts = (s.value.value for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+    docstring = inspect.cleandoc(str(next(texts, "")))  # HumanEval/115 has an import before its own
+    paragraph = " ".join(docstring.split("\n\n")[0].split(">>>")[0].split())
     empty = ast.FunctionDef(
         name=node.name, args=node.args, body=[], decorator_list=[], returns=node.returns, lineno=node.lineno
     )

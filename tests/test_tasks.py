@@ -42,7 +42,7 @@ def test_every_benchmark_loads(name, count):
     for p in problems:
         assert p.benchmark == name and p.instruction and p.mined_instruction and p.entry_point.isidentifier()
         assert "\r" not in p.prompt + p.tests + p.solution + p.instruction
-        ast.parse(p.tests), ast.parse(p.solution), ast.parse(p.trusted), ast.parse(p.head + "    pass")
+        ast.parse(p.tests), ast.parse(p.solution), ast.parse(p.trusted), ast.parse(p.head)
         assert p.head == "" or (p.prompt == p.head and p.head.endswith("\n"))
         assert (p.level in range(1, 6)) == (name == "problems") and bool(p.shots) == (name == "mbpp-3shot")
 
@@ -196,7 +196,7 @@ def test_the_sanitized_form_of_mbpp_is_read_too(tmp_path):
     }
     (p,) = load("mbpp", write_rows(tmp_path / "x.jsonl", [row]))
     assert (
-        p.tests == "import math\nassert f(math.pi) == math.pi"
+        p.tests == "import math\n\nassert f(math.pi) == math.pi"
         and "Write a function." in p.prompt
         and p.remote == ("f",)
     )
@@ -236,9 +236,10 @@ def on_the_hub(folder, name, splits: dict[str, list[dict]]) -> str:
 
     (folder / name).mkdir(parents=True)
     card = f"configs:\n- config_name: {name}\n  default: true\n  data_files:\n"
+    schema = pyarrow.Table.from_pylist([row for rows in splits.values() for row in rows]).schema
     for split, rows in splits.items():
         file = f"{name}/{split}-00000-of-00001.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), folder / file)
         card += f"  - split: {split}\n    path: {name}/{split}-*\n"
     (folder / "README.md").write_text(f"---\n{card}---\n", encoding="utf-8")
     return str(folder)
