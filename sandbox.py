@@ -286,7 +286,7 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
     uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and os.geteuid() == 0 else 0
     python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
     processes = limits.processes if confined else 0
-    alarm_s = math.ceil(limits.wall_s) + 5  # ends it if whoever asks is gone
+    alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
     with contextlib.ExitStack() as stack:
         try:

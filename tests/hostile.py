@@ -722,7 +722,6 @@ use_up(
 )
 use_up("regex", "time, in C", "import re\ndef string_to_md5(text):\n    return re.match('(a*)*$', 'a' * 40 + 'b')")
 use_up("power", "time, in C", "def string_to_md5(text):\n    return 9 ** 9 ** 9 % 7")
-use_up("sum", "time, in C, with no chance for a signal", "def string_to_md5(text):\n    return sum(range(10**12))")
 use_up("recursion", "the stack", "def string_to_md5(text):\n    return string_to_md5(text)")
 use_up(
     "recursion-c",

@@ -34,7 +34,7 @@ from tasks import load
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap (apt install bubblewrap)")
 # no other process on this machine has this number in its command line
-SHORT = Limits(cpu_s=1, wall_s=3.0, memory_bytes=2**29 + os.getpid())
+SHORT = Limits(cpu_s=1, wall_s=2.0, memory_bytes=2**29 + os.getpid())
 MODES = [pytest.param("bwrap", marks=needs_bwrap), "none"]
 GOOD = Hostile("good", "good", "nothing", hostile.problem().solution)
 GOOD_PROBLEM = hostile.problem()
@@ -90,7 +90,7 @@ def targets():
         for path_of, mode in ((folder, 0o777), (canary, 0o666), (path, 0o666)):
             os.chmod(path_of, mode)  # nothing but the sandbox stands in a program's way
         os.environ[SECRET] = "a secret value"
-        stack.callback(os.environ.pop, SECRET)
+        stack.callback(os.environ.pop, SECRET, None)
         home = Path.home()
 
         def listing() -> dict[str, list[str]]:
@@ -123,7 +123,7 @@ def outcomes():
     with targets() as (outside, touched):
         programs = [p for i in range(0, len(HOSTILE), 20) for p in [*HOSTILE[i : i + 20], GOOD]]
         jobs = [(program, outside, SHORT) for program in programs]
-        results = list(map_jobs(hostile.attempt, jobs, 3, 60))
+        results = list(map_jobs(hostile.attempt, jobs, 4, 60))
         wait_until(lambda: not processes_of(SHORT), 2)
         good = [result for program, result in zip(programs, results) if program is GOOD]
         evidence = {"touched": touched(), "left": processes_of(SHORT), "good": good}
@@ -239,13 +239,13 @@ def test_the_self_test_notices_processes_without_end(monkeypatch):
 
 def test_the_self_test_notices_that_nothing_is_confined(monkeypatch):
     monkeypatch.setattr(sandbox, "_bwrap", lambda slot, filter_fd: [])
-    with pytest.raises(SandboxError, match="must (not let a program|run a good program)"):
+    with pytest.raises(SandboxError, match=r"must (not let a program|run a good program)"):
         self_test("bwrap")
 
 
 def test_the_self_test_notices_a_sandbox_in_which_all_fails(monkeypatch):
     monkeypatch.setattr(sandbox, "_PROBE", "1 / 0")
-    with pytest.raises(SandboxError, match="must run a good program, but it fails .ZeroDivisionError"):
+    with pytest.raises(SandboxError, match=r"must run a good program, but it fails \(ZeroDivisionError"):
         self_test("none")
     monkeypatch.setattr(sandbox, "_PROBE", "def add(a, b):\n    return 0\ndef env():\n    return []")
     with pytest.raises(SandboxError, match="tell a good program from a bad one"):
@@ -304,38 +304,8 @@ with t.targets() as (outside, touched):
     assert touched() == [] == t.processes_of(t.SHORT) and not any("reached" in o.reason for o in outcomes)
 """
 AS_USER_NAMES = [
-    *(
-        "always-equal",
-        "frames",
-        "answers-ahead",
-        "kill-test",
-        "kill-parent",
-        "ptrace-judge",
-        "write-canary",
-        "write-tmp",
-    ),
-    *(
-        "write-cwd",
-        "tcp",
-        "unix-abstract",
-        "user-namespace",
-        "mount",
-        "keys",
-        "io-uring",
-        "fork-bomb",
-        "daemon",
-        "threads",
-    ),
-    *(
-        "forks-that-wait",
-        "memory-shared",
-        "memory-files",
-        "memory-bytes",
-        "loop",
-        "segfault",
-        "environment",
-        "problem-files",
-    ),
+    *("always-equal", "frames", "answers-ahead", "kill-test", "ptrace-judge", "write-canary", "write-tmp", "write-cwd"),
+    *("tcp", "unix-abstract", "user-namespace", "mount", "keys", "fork-bomb", "daemon", "memory-shared", "environment"),
 ]
 
 
@@ -440,12 +410,10 @@ def judge_a_sleeper(mode, limits):
     judge(GOOD_PROBLEM, "import os, time\nos.fork()\ntime.sleep(60)", mode, limits)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_no_program_outlives_a_judge_that_was_killed(mode):
-    limits = replace(SHORT, memory_bytes=SHORT.memory_bytes + 2**23, wall_s=0.0 if mode == "none" else 60.0)
-    if mode == "none":  # there it is only an alarm that ends it, and not what it has forked
-        pytest.skip("see test_an_alarm_ends_a_program_that_nobody_asks_any_more")
-    process = get_context("spawn").Process(target=judge_a_sleeper, args=(mode, limits))
+@needs_bwrap
+def test_no_program_outlives_a_judge_that_was_killed():
+    limits = replace(SHORT, memory_bytes=SHORT.memory_bytes + 2**23, wall_s=60.0)
+    process = get_context("spawn").Process(target=judge_a_sleeper, args=("bwrap", limits))
     process.start()
     assert wait_until(lambda: len(processes_of(limits)) >= 4, 30)  # bwrap, its init, and two of the program
     os.kill(process.pid, signal.SIGKILL)
@@ -667,15 +635,12 @@ def odd_job(job, slot):
         raise ValueError("no")
     if job == "die later":
         subprocess.Popen(["/bin/sh", "-c", f"sleep 0.2; kill -9 {os.getpid()}"])
-    if job == "wait":
-        time.sleep(1)
     return job, slot
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
-def test_only_the_job_that_kills_its_worker_is_lost(n_workers):
+def test_only_the_job_that_kills_its_worker_is_lost():
     jobs = ["a", "die", "b", "raise", "hang", "c"]
-    found = list(map_jobs(odd_job, jobs, n_workers, 2.0))
+    found = list(map_jobs(odd_job, jobs, 2, 5.0))  # s; a fresh worker first imports this module
     lost = [Lost("crash"), Lost("ValueError: no"), Lost("timeout")]
     assert [f if isinstance(f, Lost) else f[0] for f in found] == ["a", lost[0], "b", lost[1], lost[2], "c"]
 
