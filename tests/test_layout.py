@@ -9,30 +9,20 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["config", "files", "bpe", "prompts", "docstrings", "intervals", "tables", "sandbox_worker", "syscall_filter"],
-    [
-        "cli",
-        "device",
-        "loss",
-        "filters",
-        "duplicates",
-        "shards",
-        "metrics",
-        "chat",
-        "sandbox",
-        "tasks",
-        "pool",
-        "report",
-    ],
-    ["comparison", "examples", "extraction", "compare_runs"],
-    ["tokenizer", "judge", "heldout"],
-    ["model", "sources", "ledger", "conversations", "memorization"],
-    ["workers", "checkpoint", "audit", "perplexity"],
-    ["mixture"],
-    ["data_pipeline", "trainer", "generate"],
-    ["dry_run", "stage", "functional", "harness_model"],
-    ["harness"],
-    ["main", "sft_train", "evaluate"],
+    layer.split()
+    for layer in (
+        "config files bpe prompts docstrings intervals tables sandbox_worker syscall_filter verbatim",
+        "cli device loss filters duplicates shards metrics chat sandbox tasks pool report harness_data",
+        "comparison examples extraction compare_runs",
+        "tokenizer judge heldout",
+        "model sources ledger conversations memorization",
+        "workers checkpoint audit perplexity",
+        "mixture",
+        "data_pipeline trainer generate",
+        "dry_run stage functional harness_model",
+        "harness",
+        "main sft_train evaluate",
+    )
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
