@@ -31,6 +31,7 @@ SHINGLE = 2  # words: pairs survive changed names and comments better than tripl
 CHAIN = 64  # documents that are compared for each band, the newest: what very many share says little
 NGRAM = 13  # words in a row that give a benchmark away (Brown et al. 2020, appendix C)
 NGRAM_LETTERS = 7  # of them with two letters at least, or loops over ranges and tables of digits would count
+FILTER_BITS = 20  # 1 MB, of which the project's own benchmarks set a twentieth
 PROBLEMS = Path(__file__).resolve().parent / "problems"
 BENCHMARKS = {"humaneval": PROBLEMS / "HumanEval.jsonl.gz", "mbpp": PROBLEMS / "mbpp.jsonl.gz"}
 _WORD = re.compile(r"\w+")
@@ -155,7 +156,8 @@ class Benchmarks:
 
     def __init__(self, names: tuple[str, ...]):
         """Read the benchmarks: `humaneval`, `mbpp`, or files; raises BenchmarkError for one that cannot be read."""
-        hashes: dict[int, str] = {}
+        hashes: dict[int, list[str]] = {}
+        self.n_problems = 0
         self.lost: list[str] = []  # problems that are too short or plain to be recognised
         for name in names:
             for problem, text in _problems(benchmark_path(name)):
@@ -165,24 +167,43 @@ class Benchmarks:
                 if len(grams):
                     letters = np.convolve(telling, np.ones(NGRAM, dtype=np.int64), mode="valid")
                     grams = grams[letters >= NGRAM_LETTERS]
-                for gram in grams.tolist():
-                    hashes.setdefault(gram, problem)
+                for gram in np.unique(grams).tolist():
+                    hashes.setdefault(gram, []).append(problem)
+                self.n_problems += 1
                 if not len(grams):
                     self.lost.append(problem)
         self._hashes = np.array(sorted(hashes), dtype=np.uint64)
         self._problems = [hashes[h] for h in self._hashes.tolist()]
+        self._filter = np.zeros(2**FILTER_BITS, dtype=bool)  # of their high bits: most searches end there
+        self._filter[self._hashes >> np.uint64(64 - FILTER_BITS)] = True
+
+    def _hits(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which runs of 13 words of a document a problem holds too, and their places among the hashes."""
+        grams = window_hashes(words, NGRAM)
+        hits = np.flatnonzero(self._filter.take(grams >> np.uint64(64 - FILTER_BITS)))
+        if not len(hits):  # always so where there are no hashes
+            return hits, hits
+        places = np.minimum(np.searchsorted(self._hashes, grams[hits]), len(self._hashes) - 1)
+        equal = self._hashes[places] == grams[hits]
+        return hits[equal], places[equal]
 
     def find(self, text: str, words: np.ndarray) -> str | None:
         """Return the problem that a document holds 13 words of, with those words, or None; `words` are its `word_hashes`."""
-        grams = window_hashes(words, NGRAM)
-        if not len(grams) or not len(self._hashes):
-            return None
-        places = np.minimum(np.searchsorted(self._hashes, grams), len(self._hashes) - 1)
-        hits = np.flatnonzero(self._hashes[places] == grams)
+        hits, places = self._hits(words)
         if not len(hits):
             return None
         shared = " ".join(_WORD.findall(text.lower())[hits[0] : hits[0] + NGRAM])
-        return f"{self._problems[places[hits[0]]]}: {shared!r}"
+        return f"{self._problems[places[0]][0]}: {shared!r}"
+
+    def find_all(self, text: str, words: np.ndarray) -> dict[str, str]:
+        """Return every problem that a document holds 13 words of, each with the first such words; `words` as in `find`."""
+        hits, places = self._hits(words)
+        spelt = _WORD.findall(text.lower()) if len(hits) else []
+        found: dict[str, str] = {}
+        for hit, place in zip(hits.tolist(), places.tolist()):
+            for problem in self._problems[place]:
+                found.setdefault(problem, " ".join(spelt[hit : hit + NGRAM]))
+        return found
 
 
 def benchmark_path(name: str) -> Path:

@@ -167,3 +167,27 @@ def test_a_benchmark_that_cannot_be_read_is_one_line(tmp_path):
         benchmark_files(DataConfig(decontaminate=("nowhere.txt",)))
     with pytest.raises(BenchmarkError, match=r"bad\.jsonl"):
         Benchmarks((str(tmp_path / "bad.jsonl"),))
+
+
+def test_all_problems_of_a_document_are_named_each_with_its_words():
+    rows = rows_of("humaneval")
+    text = "\n".join(rows[i]["prompt"] for i in (3, 0, 5))
+    named = OWN.find_all(text, word_hashes(text))
+    assert {"HumanEval/3", "HumanEval/0", "HumanEval/5"} <= named.keys()
+    assert f"HumanEval/3: {named['HumanEval/3']!r}" == found(text)
+    assert all(len(words.split()) == 13 for words in named.values())
+    assert OWN.find_all("", word_hashes("")) == {} == Benchmarks(()).find_all(text, word_hashes(text))
+
+
+def test_words_that_two_problems_share_name_both(tmp_path):
+    words = "a task which two of the problems of this exam have got in common word for word"
+    rows = "".join(json.dumps({"task_id": name, "q": f"{words} {name}"}) + "\n" for name in ("x/1", "x/2"))
+    (tmp_path / "exam.jsonl").write_text(rows, encoding="utf-8")
+    benchmarks = Benchmarks((str(tmp_path / "exam.jsonl"),))
+    assert benchmarks.find_all(words, word_hashes(words)).keys() == {"x/1", "x/2"}
+    assert benchmarks.n_problems == 2
+
+
+def test_every_run_of_words_of_a_benchmark_is_found_wherever_it_lies_among_the_hashes():
+    for name, text in PROBLEMS["humaneval"][:40]:
+        assert name in OWN.find_all(text, word_hashes(text)), name

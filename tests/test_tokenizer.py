@@ -7,9 +7,10 @@ from conftest import assert_one_clear_line, script, shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bpe import SYMBOLS
 from comparison import hold_out, read_documents
 from config import COMPARED, ConfigError, TokenizerConfig
-from tokenizer import TokenizerError, from_json, load_json, load_pretrained, train, train_bpe
+from tokenizer import Tokenizer, TokenizerError, from_json, load_json, load_pretrained, train, train_bpe
 
 CODE = [
     "def add(a, b):\n    return a + b\n\n\n",
@@ -60,15 +61,34 @@ def test_byte_level_bpe_of_any_origin_is_encoded_by_hand_to_the_ids_of_the_libra
     assert handwritten.to_json() == TRAINED.to_json()
 
 
-def test_a_tokenizer_of_another_kind_is_encoded_by_the_library():
+def of_another_kind() -> Tokenizer:
+    """A tokenizer that splits numbers before words, which only the library can."""
     content = json.loads(TRAINED.to_json())
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}]}
     content["pre_tokenizer"]["pretokenizers"].append(
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     )
-    tokenizer = from_json(json.dumps(content), TokenizerConfig())
+    return from_json(json.dumps(content), TokenizerConfig())
+
+
+def test_a_tokenizer_of_another_kind_is_encoded_by_the_library():
+    tokenizer = of_another_kind()
     assert tokenizer._bpe is None
     assert tokenizer.decode(tokenizer.encode("x = 100 ☃")) == "x = 100 ☃"
+
+
+@pytest.mark.parametrize("tokenizer", [TRAINED, of_another_kind(), *SENTENCEPIECE.values()])
+@settings(deadline=None)
+@given(batch=st.lists(st.lists(st.integers(0, 339), max_size=20), max_size=4))
+def test_many_texts_are_decoded_as_each_alone(tokenizer, batch):
+    assert tokenizer.decode_batch(batch) == [tokenizer.decode(ids) for ids in batch]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(b"\xed\xa0\x80\xbf\xf0\x9f\xe2\x98\x83a\xff"), max_size=12))
+def test_bytes_that_are_no_text_are_decoded_alike_too(raw):
+    ids = [TRAINED._backend.token_to_id(SYMBOLS[b]) for b in raw]
+    assert TRAINED.decode_batch([ids]) == [TRAINED.decode(ids)]
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
