@@ -227,7 +227,7 @@ def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written
     files = {name: str(PROBLEMS / FILES[name]) for name in dict.fromkeys(b.partition("-")[0] for b in benchmarks)}
     if files and cfg.contamination_tokens:
         total = min(len(dataset), cfg.contamination_tokens)
-        with _bar("contamination", total, "token") as (_, progress):
+        with _bar("contamination", total, "token") as (progress, _):
             hits = benchmark_hits(tuple(files.values()), dataset, subject.tokenizer, cfg.contamination_tokens, progress)
         out["contamination"] = {
             name: {

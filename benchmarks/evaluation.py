@@ -64,7 +64,13 @@ def generation(path: str | None) -> dict[str, float]:
             rates[n_rows].append(sum(map(len, texts[n_rows])) / (time.perf_counter() - started))
     one, many = (statistics.median(rates[n]) for n in (1, BATCH))
     same = sum(a == b for a, b in zip(texts[1], texts[BATCH]))
-    return {"tokens_s_at_1": one, "tokens_s_at_32": many, "ratio": many / one, "same_texts": same, "of_texts": len(texts[1])}
+    return {
+        "tokens_s_at_1": one,
+        "tokens_s_at_32": many,
+        "ratio": many / one,
+        "same_texts": same,
+        "of_texts": len(texts[1]),
+    }
 
 
 def main() -> None:

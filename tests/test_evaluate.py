@@ -98,7 +98,7 @@ def test_the_same_evaluation_gives_the_same_samples_with_another_batch_and_other
 def test_runs_are_compared_side_by_side(work):
     result = script("evaluate.py", "--compare", "base", "runs/base-sft", cwd=work)
     assert result.returncode == 0, result.stderr
-    assert "runs/base-sft" in result.stdout and "significant" in result.stdout
+    assert "runs/base-sft" in result.stdout and "Comparison of 2 runs on the val split" in result.stdout
     assert_one_clear_line(script("evaluate.py", "--compare", "base", cwd=work), "two")
 
 
