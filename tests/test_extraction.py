@@ -1,4 +1,5 @@
 import ast
+import re
 import sysconfig
 import textwrap
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_strings_brackets_and_comments_may_reach_the_margin(body):
 
 
 def test_the_asked_function_may_come_after_imports_constants_and_helpers():
-    before = "import math\nfrom os import (\npath,\nsep)\nPI: float = 3\n\ndef helper(x):\n    return x\n\n\nclass Node:\n    pass\n\n@cache\n"
+    before = "import math\nfrom os import (\npath,\nsep)\nPI: float = 3\n\ndef helper(x):\n    return x\n\n\n"
+    before += "class Node:\n    pass\n\n@cache\n"
     assert from_completion("", before + FUNCTION + "print(1)\n", "add") == before + FUNCTION
     assert from_completion("", before + "async  " + FUNCTION + "print(1)\n", "add") == before + "async  " + FUNCTION
 
@@ -192,7 +194,9 @@ LINES = st.sampled_from(
     ["print(1)", "x = [", '"""', "'", "def f(x):", "class A:", "@d", "    return x", ")", "It's", "```", "\\", "é"]
 )
 MARGIN = st.builds(
-    lambda first, rest: "\n".join([first, *rest]), LINES.filter(lambda l: l[0] != " "), st.lists(LINES, max_size=6)
+    lambda first, rest: "\n".join([first, *rest]),
+    LINES.filter(lambda line: line[0] != " "),
+    st.lists(LINES, max_size=6),
 )
 
 
@@ -210,45 +214,9 @@ def test_there_are_functions_to_try():
     assert len(FUNCTIONS) > 150
 
 
+PIECES = """def add(a, b):~def helper(x):~helper~add~class ~def ~(~)~[~]~{~}~'''~"~'~#~\\~\\\n~return a~x = 1~:~@~ ~\r\n~pass"""
 TOKENS = st.sampled_from(
-    [
-        "\n",
-        "\n    ",
-        "\n        ",
-        "def add(a, b):",
-        "def helper(x):",
-        "helper",
-        "add",
-        "class ",
-        "def ",
-        "(",
-        ")",
-        "[",
-        "]",
-        "{",
-        "}",
-    ]
-    + [
-        '"""',
-        "'''",
-        '"',
-        "'",
-        "#",
-        "\\",
-        "\\\n",
-        "return a",
-        "x = 1",
-        ":",
-        "@",
-        " ",
-        "\r\n",
-        "pass",
-        "async def ",
-        "é",
-        "\t",
-        "de",
-        "f ",
-    ]
+    ["\n", "\n    ", "\n        ", '"""', "async def ", "é", "\t", "de", "f ", *re.split("~", PIECES)]
 )
 
 
@@ -347,7 +315,8 @@ def test_a_body_of_an_answer_is_as_written():
 
 
 def test_a_function_of_an_answer_is_as_written():
-    code = 'import re\n\nPATTERN = re.compile("x")\n\n\n@cache\ndef add(a, b):\n    text = """\none\n   \n    ```\n"""\n    return text\n'
+    code = 'import re\n\nPATTERN = re.compile("x")\n\n\n@cache\n'
+    code += 'def add(a, b):\n    text = """\none\n   \n    ```\n"""\n    return text\n'
     for answer in (f"```python\n{code}```", f"Look:\n\n{code}\nDone.", code):
         assert from_answer("", answer, "add") == code or from_answer("", answer, "add") == code + "\n"
 
@@ -373,7 +342,8 @@ def test_a_body_without_margin_that_is_broken_stays_broken():
 
 
 def test_imports_and_helpers_of_an_answer_are_kept_and_those_of_the_question_put_before():
-    answer = "import os\n\nK = 2\n\ndef helper(x):\n    return half(x) * K\n\ndef add(a, b):\n    return later(helper(a)) + b\n\ndef later(x):\n    return x\n\nprint(1)\n"
+    answer = "import os\n\nK = 2\n\ndef helper(x):\n    return half(x) * K\n\n"
+    answer += "def add(a, b):\n    return later(helper(a)) + b\n\ndef later(x):\n    return x\n\nprint(1)\n"
     for text in (answer, f"```\n{answer}```"):
         scope: dict = {}
         exec(from_answer(IMPORTS + HEAD, text, "add"), scope)

@@ -264,4 +264,4 @@ def test_ctrl_c_while_workers_start_leaves_none(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=20)
         assert said.count(b"Traceback") <= 1, said.decode()
-        assert wait_until(lambda: not group(process.pid)), group(process.pid)
+        assert wait_until(lambda number=process.pid: not group(number)), group(process.pid)
