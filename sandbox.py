@@ -282,8 +282,7 @@ def _literal(value: Any) -> str:
 def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
     """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
     confined = mode == "bwrap"
-    # only of a uid that nothing else has can the kernel count the processes
-    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and os.geteuid() == 0 else 0
+    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and _is_root() else 0
     python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
     processes = limits.processes if confined else 0
     alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
@@ -330,6 +329,15 @@ def _pipe_with(data: bytes | None) -> Iterator[int | None]:
         os.close(reading)
 
 
+def _is_root() -> bool:
+    """Return whether this process can become any user, and is not only called root in a container.
+
+    It then gives each program a uid that nothing else has, since the kernel does not count the processes of its root, not
+    even in a user namespace; of anybody else it counts those in the namespace.
+    """
+    return os.geteuid() == 0 and str(2**32 - 1) in Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+
+
 def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
     """Return the command before which a program is put in the sandbox."""
     bwrap = shutil.which("bwrap")
@@ -340,7 +348,7 @@ def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
         )
     command = [bwrap, "--die-with-parent", "--new-session"]
     command += [f"--unshare-{kind}" for kind in ("net", "pid", "ipc", "uts", "cgroup-try")]
-    if os.geteuid() == 0:  # without a user namespace the kernel's limit on processes holds, for the uid of its own
+    if _is_root():
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--disable-userns", "--uid", str(1000 + slot), "--gid", str(1000 + slot)]
@@ -381,9 +389,11 @@ def _python_files() -> list[Path]:
 
 def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
     """Return the folders that a program must not see although they lie inside those: packages, and this project."""
-    hidden = [path for folder in bound for path in folder.glob("python*/*-packages")]  # site- and dist-packages
-    hidden += [path for path in (ROOT, cwd.resolve()) if any(path.is_relative_to(folder) for folder in bound)]
-    return [path for path in dict.fromkeys(hidden) if path.is_dir()]
+    hidden = [
+        path.resolve() for folder in bound for path in folder.glob("python*/*-packages")
+    ]  # site- and dist-packages
+    hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
+    return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]
 
 
 def _broken(mode: Mode, said: str) -> str:

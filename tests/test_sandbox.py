@@ -143,6 +143,13 @@ def test_a_hostile_program_neither_passes_nor_reaches_what_it_wants(program, out
 
 
 @needs_bwrap
+def test_a_forged_answer_of_no_known_form_is_called_malformed(outcomes):
+    forms = "extra-keys verdict empty not-json bare-nan unknown-tag two-tags tag-of-number overflow bad-hex unhashable brackets"
+    for name in [*forms.split(), "huge-int", "handle-true", "handle-code"]:
+        assert outcomes[f"answer-{name}"].reason.startswith("the answer is malformed"), name
+
+
+@needs_bwrap
 def test_hostile_programs_leave_no_trace_outside(outcomes):
     assert outcomes[""]["touched"] == []
 
@@ -406,14 +413,25 @@ def test_leaving_the_program_ends_its_processes_and_removes_its_files(mode):
     assert folder == "/" or not Path(folder).exists()
 
 
-def judge_a_sleeper(mode, limits):
-    judge(GOOD_PROBLEM, "import os, time\nos.fork()\ntime.sleep(60)", mode, limits)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_program_has_the_limits_that_it_was_given(mode):
+    source = "import resource\ndef limit(name):\n    return resource.getrlimit(getattr(resource, 'RLIMIT_' + name))"
+    expected = {"AS": SHORT.memory_bytes, "CPU": SHORT.cpu_s, "FSIZE": SHORT.disk_bytes, "NOFILE": 64}
+    expected["CORE"] = 1  # what keeps the host's crash reporter from being started, see core(5)
+    if mode == "bwrap":
+        expected["NPROC"] = SHORT.processes
+    with Program(source, mode, SHORT) as program:
+        assert {name: program.call("limit", name) for name in expected} == {k: (v, v) for k, v in expected.items()}
+
+
+def judge_a_sleeper(limits):
+    judge(GOOD_PROBLEM, "import os, time\nos.fork()\ntime.sleep(60)", "bwrap", limits)
 
 
 @needs_bwrap
 def test_no_program_outlives_a_judge_that_was_killed():
     limits = replace(SHORT, memory_bytes=SHORT.memory_bytes + 2**23, wall_s=60.0)
-    process = get_context("spawn").Process(target=judge_a_sleeper, args=("bwrap", limits))
+    process = get_context("spawn").Process(target=judge_a_sleeper, args=(limits,))
     process.start()
     assert wait_until(lambda: len(processes_of(limits)) >= 4, 30)  # bwrap, its init, and two of the program
     os.kill(process.pid, signal.SIGKILL)
@@ -616,7 +634,9 @@ def test_the_numbers_of_calls_are_the_kernels(machine):
     there = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", header.read_text(encoding="utf-8")))
     column = list(MACHINES).index(machine)
     calls = syscall_filter.REFUSED | {"clone": syscall_filter.CLONE, "clone3": syscall_filter.CLONE3}
-    assert {name: str(numbers[column]) for name, numbers in calls.items()} == {name: there.get(name) for name in calls}
+    assert {name: str(numbers[column]) for name, numbers in calls.items()} == {
+        name: str(there.get(name)) for name in calls
+    }
 
 
 def test_a_machine_whose_numbers_are_not_known_has_no_filter():
