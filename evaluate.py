@@ -196,9 +196,9 @@ def code_figures(
 def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written]) -> tuple[list[int], dict[str, Any]]:
     """Return each sample's longest verbatim overlap with the training data, and the figures on what was seen before."""
     import numpy as np
-    from memorization import benchmark_hits, longest_overlaps, summary, training_split
 
     from data_pipeline import DATA
+    from memorization import benchmark_hits, longest_overlaps, summary, training_split
     from shards import read_manifest
     from tasks import FILES, PROBLEMS
 
