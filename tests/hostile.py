@@ -493,7 +493,15 @@ reach("dot-dot", "files outside", "for n in range(1, 20):\n    os.chdir('..')\no
 reach("passwd", "the users of this machine", "open('/etc/passwd').read()")
 reach("proc", "processes outside", "os.listdir('/proc')")
 reach("sys", "the machine's devices", "os.listdir('/sys')")
-reach("packages", "installed packages", "import pydantic")
+reach(
+    "packages",
+    "installed packages",
+    """
+    import glob
+    if not glob.glob(os.path.dirname(os.__file__) + "/../python*/*-packages/*"):
+        raise OSError
+    """,
+)
 reach("shell", "a shell", "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)")
 reach("environment", "secrets of the environment", "os.environ[$SECRET]")
 reach(
