@@ -44,9 +44,8 @@ ROOT = Path(__file__).resolve().parent
 WORKER = ROOT / "sandbox_worker.py"
 INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
 START_S = 30.0  # a process that has not begun by then never will
-MAX_ANSWER = (
-    2**17
-)  # bytes; a set of numbers with equal hashes takes a second to build from so many, a minute from 2**20
+# bytes; a set of numbers with equal hashes takes a second to build from so many, and a minute from 2**20
+MAX_ANSWER = 2**17
 MAX_REASON = 200  # characters
 
 
@@ -389,9 +388,8 @@ def _python_files() -> list[Path]:
 
 def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
     """Return the folders that a program must not see although they lie inside those: packages, and this project."""
-    hidden = [
-        path.resolve() for folder in bound for path in folder.glob("python*/*-packages")
-    ]  # site- and dist-packages
+    # site-packages and dist-packages
+    hidden = [path.resolve() for folder in bound for path in folder.glob("python*/*-packages")]
     hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
     return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]
 
