@@ -286,11 +286,12 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
     processes = limits.processes if confined else 0
     alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
+    folder = None
     with contextlib.ExitStack() as stack:
         try:
             filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
             wrapper = _bwrap(slot, filter_fd) if confined else []
-            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")
+            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")  # deleted by close()
             process = subprocess.Popen(
                 [*wrapper, *python, *map(str, numbers)],
                 stdin=subprocess.PIPE,
@@ -304,6 +305,8 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
                 start_new_session=True,
             )
         except OSError as e:
+            if folder is not None:
+                os.rmdir(folder)
             raise SandboxError(_broken(mode, str(e))) from None
     return process, folder
 
