@@ -44,9 +44,8 @@ ROOT = Path(__file__).resolve().parent
 WORKER = ROOT / "sandbox_worker.py"
 INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
 START_S = 30.0  # a process that has not begun by then never will
-MAX_ANSWER = (
-    2**17
-)  # bytes; a set of numbers with equal hashes takes a second to build from so many, a minute from 2**20
+# bytes; a set of numbers with equal hashes takes a second to build from so many, and a minute from 2**20
+MAX_ANSWER = 2**17
 MAX_REASON = 200  # characters
 
 
@@ -287,11 +286,12 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
     processes = limits.processes if confined else 0
     alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
+    folder = None
     with contextlib.ExitStack() as stack:
         try:
             filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
             wrapper = _bwrap(slot, filter_fd) if confined else []
-            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")
+            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")  # deleted by close()
             process = subprocess.Popen(
                 [*wrapper, *python, *map(str, numbers)],
                 stdin=subprocess.PIPE,
@@ -305,6 +305,8 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
                 start_new_session=True,
             )
         except OSError as e:
+            if folder is not None:
+                os.rmdir(folder)
             raise SandboxError(_broken(mode, str(e))) from None
     return process, folder
 
@@ -389,9 +391,8 @@ def _python_files() -> list[Path]:
 
 def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
     """Return the folders that a program must not see although they lie inside those: packages, and this project."""
-    hidden = [
-        path.resolve() for folder in bound for path in folder.glob("python*/*-packages")
-    ]  # site- and dist-packages
+    # site-packages and dist-packages
+    hidden = [path.resolve() for folder in bound for path in folder.glob("python*/*-packages")]
     hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
     return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]
 

@@ -354,21 +354,22 @@ forge(
     "a set that takes the judge minutes to build",
     "def string_to_md5(text):\n    return {i * (2**61 - 1) for i in range(5600)}",
 )
-forge(
-    "answer-collides-forged",
-    "the same, without building it first",
-    """
+for name, size in {"allowed": 131_000, "long": 1_000_000}.items():
+    forge(
+        f"answer-collides-{name}",
+        "the same, without building it first",
+        f"""
     import os
     data = ",".join(str(i * (2**61 - 1)) for i in range(60_000))
     def string_to_md5(text):
-        answer = ('{"ok":{"s":[' + data[:131_000].rpartition(",")[0] + "]}}").encode()
+        answer = ('{{"ok":{{"s":[' + data[:{size}].rpartition(",")[0] + "]}}}}").encode()
         for fd in range(3, 64):
             try:
                 os.write(fd, len(answer).to_bytes(4, "big") + answer)
             except OSError:
                 pass
     """,
-)
+    )
 forge("answer-nan", "NaN, which is equal to nothing", "def string_to_md5(text):\n    return float('nan')")
 forge("answer-digits", "an int of 4,000 digits", "def string_to_md5(text):\n    return 10 ** 4000")
 forge("answer-surrogate", "a lone surrogate", "def string_to_md5(text):\n    return '\\ud800' * 32")
@@ -493,7 +494,15 @@ reach("dot-dot", "files outside", "for n in range(1, 20):\n    os.chdir('..')\no
 reach("passwd", "the users of this machine", "open('/etc/passwd').read()")
 reach("proc", "processes outside", "os.listdir('/proc')")
 reach("sys", "the machine's devices", "os.listdir('/sys')")
-reach("packages", "installed packages", "import pydantic")
+reach(
+    "packages",
+    "installed packages",
+    """
+    import glob
+    if not glob.glob(os.path.dirname(os.__file__) + "/../python*/*-packages/*"):
+        raise OSError
+    """,
+)
 reach("shell", "a shell", "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)")
 reach("environment", "secrets of the environment", "os.environ[$SECRET]")
 reach(

@@ -286,12 +286,14 @@ def test_without_bwrap_no_line_is_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "was-here").exists()
 
 
-def test_a_machine_that_can_start_no_process_is_no_verdict_on_a_program(monkeypatch):
+def test_a_machine_that_can_start_no_process_is_no_verdict_on_a_program(monkeypatch, tmp_path):
     def popen(*args, **named):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert judge(GOOD_PROBLEM, GOOD_PROBLEM.solution, mode="none").verdict == "sandbox"
+    assert list(tmp_path.iterdir()) == []
 
 
 AS_USER = """
