@@ -12,7 +12,7 @@ from sandbox import Limits
 from tasks import PROBLEMS, Problem, load
 
 MODE = "bwrap" if shutil.which("bwrap") else "none"  # nothing but references and their mutants runs here
-LIMITS = Limits(cpu_s=3, wall_s=30)
+LIMITS = Limits(cpu_s=6, wall_s=60)  # the reference of MBPP/123 takes 3 s
 LIMIT_S = 90
 GRADED_ROWS = [json.loads(line) for line in (PROBLEMS / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
 
