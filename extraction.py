@@ -140,7 +140,7 @@ def from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> s
     `head` is the code of the problem up to the end of the function's docstring, or empty: what precedes the function
     there, such as imports, is put before a function, and the whole of it before a body.
     """
-    answer = answer[:MAX_CHARS].replace("\r\n", "\n")
+    answer = answer[:MAX_CHARS]
     node = function(parsed(head), name)
     before = "" if node is None else "".join(head.splitlines(keepends=True)[: node.lineno - 1])
     blocks = [m[2] for m in _FENCE.finditer(answer)]
@@ -151,7 +151,7 @@ def from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> s
             programs.append(from_completion("", before + code, name, cut_short))
     if programs:  # a block may repeat the question
         return next((program for program in programs if not is_trivial(program, name)), programs[0])
-    block = (blocks[0] if blocks else answer).lstrip("\n")
+    block = re.sub(r"\A(?:[ \t\r]*\n)+", "", blocks[0] if blocks else answer)
     if not head or _is_module(block):  # no body, but something else
         return from_completion("", before + block, name, cut_short)
     bodies = [from_completion(head, body, name, cut_short) for body in _indented(block)]

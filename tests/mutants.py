@@ -47,7 +47,7 @@ def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, str, ob
             yield "constant", node, "value", not node.value
         if isinstance(node, (ast.If, ast.IfExp, ast.While)):
             yield "condition", node, "test", ast.UnaryOp(ast.Not(), node.test)
-        if isinstance(node, ast.Return) and node.value is not None:
+        if isinstance(node, ast.Return) and ast.dump(node.value or ast.Constant(None)) != ast.dump(ast.Constant(None)):
             yield "constant returned", node, "value", ast.Constant(None)
         for field in ("body", "orelse"):
             block = getattr(node, field, None)

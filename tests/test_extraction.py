@@ -280,6 +280,10 @@ ANSWERS = {
     "the question in the first fence": f"```python\n{HEAD}```\nbecomes\n```python\n{FUNCTION}```\n",
     "an example call in a fence": f"```python\n{FUNCTION}\nprint(add(1, 2))\n```",
     "fence after the function": f"{FUNCTION}\n```python\nadd(1, 2)\n```\n",
+    "a blank before the first line, prose behind": f" {FUNCTION}\nIt adds.\n",
+    "indented as a whole": textwrap.indent(f"import math\n{FUNCTION}", "    "),
+    "the body without margin behind a blank line": "   \n" + textwrap.dedent(BODY),
+    "the body in CRLF": "\r\n" + textwrap.dedent(BODY).replace("\n", "\r\n"),
     "CRLF": f"```python\n{FUNCTION}```".replace("\n", "\r\n"),
     "only the body": BODY,
     "the body in a fence": f"```python\n{BODY}```",
@@ -303,7 +307,7 @@ def test_the_program_is_found_in_an_answer(head, answer):
     exec(program, scope)
     assert scope["add"](2, 3) == 5
     assert not is_trivial(program, "add")
-    assert ("math" in scope) == (head != HEAD)
+    assert ("half" in scope) == (head != HEAD)
     statements = [type(node).__name__ for node in ast.parse(program).body]
     assert set(statements) <= {"FunctionDef", "Import"} and statements.count("FunctionDef") == 1 + (head != HEAD)
 
@@ -312,6 +316,7 @@ def test_a_body_of_an_answer_is_as_written():
     body = '    if a:\n        text = """\none\n  two\n    \n"""\n        return text\n    return b\n'
     assert from_answer(HEAD, body, "add") == HEAD + body
     assert from_answer(HEAD, f"```python\n{body}```", "add") == HEAD + body
+    assert from_answer("def add(a, b):\n", body, "add") == "def add(a, b):\n" + body
 
 
 def test_a_function_of_an_answer_is_as_written():
