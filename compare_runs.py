@@ -3,7 +3,7 @@
     text, document = compare([Path("runs/demo"), Path("runs/other")])
 
 Reads eval.json and losses.jsonl of each run. Each run is set against the first: bits per byte by document and pass@k by
-problem, so that what is hard for both does not hide a difference; rates of samples and tasks of the harness unpaired. What
+problem, so that what is hard for both does not hide a difference; tasks of the harness unpaired. What
 is not of the same documents or questions is shown but not compared.
 """
 
@@ -17,15 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intervals import (
-    FEWEST,
-    Difference,
-    Z,
-    paired_difference,
-    paired_ratio_difference,
-    pass_at_k,
-    proportion_difference,
-)
+from intervals import FEWEST, Difference, Z, paired_difference, paired_ratio_difference, pass_at_k
 from report import (
     FORMAT,
     READING,
@@ -37,7 +29,7 @@ from report import (
     harness_cell,
     number,
     pass_cell,
-    share,
+    rate_cell,
 )
 from tables import Section, as_markdown, as_text
 
@@ -246,20 +238,27 @@ def _syntax(runs: list[Evaluated]) -> Section | None:
     for kind in [None, *kinds] if len(kinds) > 1 else [None]:
         groups = [part if kind is None else part.get("by_prompt", {}).get(kind, {}) for part in parts]
         for key, name in (("passes", "pass"), ("non_trivial", "not trivial")):
-            cells = [share(group.get(key), group.get("samples")) for group in groups]
+            cells = [rate_cell(group, key) for group in groups]
+            rates = [_rates(part, kind, key) for part in parts]
             differences = []
-            for group, part in zip(groups[1:], parts[1:]):
-                same = kind or set(part.get("by_prompt", {})) == set(parts[0].get("by_prompt", {}))
-                difference = _rate_difference(group, groups[0], key) if same else None
-                differences.append(_shown(difference, _points))
+            for own in rates[1:]:
+                same = kind or {k for k, _ in own} == {k for k, _ in rates[0]}
+                differences.append(_shown(_rate_difference(own, rates[0]) if same else None, _points))
             _add(section, runs, f"{kind or 'all'}: {name}", cells, differences)
     return section
 
 
-def _rate_difference(group: dict[str, Any], first: dict[str, Any], key: str) -> Difference | None:
-    if any(side.get(name) is None for side in (group, first) for name in (key, "samples")):
-        return None
-    return proportion_difference(group[key], group["samples"], first[key], first["samples"])
+def _rates(part: dict[str, Any], kind: str | None, key: str) -> dict[tuple[str, str], float]:
+    """Return the rate of each prompt's samples, by its kind and name."""
+    column = {"passes": 2, "non_trivial": 3}[key]
+    groups = part.get("by_prompt", {}).items()
+    return {(k, row[0]): row[column] / row[1] for k, group in groups if kind in (None, k) for row in group["counts"]}
+
+
+def _rate_difference(own: dict[tuple[str, str], float], first: dict[tuple[str, str], float]) -> Difference | None:
+    """Return the difference of the mean rates on the prompts that both have."""
+    shared = [prompt for prompt in own if prompt in first]
+    return paired_difference([own[p] for p in shared], [first[p] for p in shared]) if shared else None
 
 
 def _functional(runs: list[Evaluated]) -> Section | None:
@@ -329,7 +328,7 @@ def _explanation(found: list[Section]) -> Section:
         "*: the 95% interval of the difference to run 1 excludes 0 (and where it is paired, at least "
         f"{FEWEST} documents or problems differ)",
         f"{compared} differences have an interval: if no run differed, about {compared / 20:.1f} of them would get a * by chance",
-        "differences of shares are in percentage points; intervals are over documents, problems or samples of one trained "
+        "differences of shares are in percentage points; intervals are over documents, problems or prompts of one trained "
         "model each, and say nothing of what another training seed would give",
     ]
     return Section("How to read this", notes=notes)

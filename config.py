@@ -511,9 +511,10 @@ class EvalConfig:
     benchmarks: tuple[str, ...] = ("problems:10", "humaneval:5", "mbpp:1", "mbpp-3shot:1")
     """Which problems, and how many samples of each: problems are the project's own. `none` for no code to be run."""
     humaneval: str | None = None
-    """Another file of HumanEval, or a data set on the hub such as openai/openai_humaneval. None: the one in problems/."""
+    """Another file of HumanEval, or a data set on the hub such as openai/openai_humaneval. None: the one in problems/.
+    Its tests run outside the sandbox: take problems only from whom you trust."""
     mbpp: str | None = None
-    """Another file of MBPP, or a data set on the hub such as google-research-datasets/mbpp. None: the test split in problems/."""
+    """Another file of MBPP, or a data set on the hub such as google-research-datasets/mbpp. None: that in problems/. As above."""
     limit: int | None = None
     """Only the first so many problems of each. None: all."""
     signatures: int = 100
@@ -546,9 +547,9 @@ class EvalConfig:
 
     @property
     def n_samples(self) -> dict[str, int]:
-        """How many samples of each problem, by benchmark."""
+        """How many samples of each problem, by benchmark; greedy ones would all be the same."""
         named = [entry.partition(":") for entry in self.benchmarks if entry != "none"]
-        return {name: int(count or 1) for name, _, count in named}
+        return {name: int(count or 1) if self.temperature else 1 for name, _, count in named}
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
@@ -560,8 +561,11 @@ class EvalConfig:
             name, _, count = entry.partition(":")
             require(name in BENCHMARKS or entry == "none", "eval.benchmarks", f"of {', '.join(BENCHMARKS)}, or none", entry,
                     "write NAME or NAME:SAMPLES")
-            require(not count or (count.isdecimal() and int(count) > 0), "eval.benchmarks", "NAME or NAME:SAMPLES", entry,
+            require(entry == name or (count.isdecimal() and int(count) > 0), "eval.benchmarks", "NAME or NAME:SAMPLES", entry,
                     "give a number of samples")
+        names = [entry.partition(":")[0] for entry in self.benchmarks]
+        require(len(set(names)) == len(names) and ("none" not in names or len(names) == 1), "eval.benchmarks",
+                "each once, or none alone", self.benchmarks, "leave out the others")
         return self
 
 

@@ -14,7 +14,9 @@ this needs bubblewrap.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import sys
 import time
@@ -70,7 +72,7 @@ class Flags:
     harness_limit: int | None = None
     """Only the first so many questions of each task."""
     compare: tuple[Path, ...] = ()
-    """Print the results of runs that were evaluated side by side, with what differs significantly from the first."""
+    """Print the results of runs that were evaluated, side by side, with what differs significantly from the first."""
     eval: EvalConfig = DEFAULTS
 
 
@@ -105,6 +107,24 @@ def _bar(what: str, total: int, unit: str) -> Iterator[tuple[Callable[[int], Non
             bar.update(n - bar.n)
 
         yield bar.update, set_to
+
+
+def require(flags: Flags, run: RunDirectory) -> None:
+    """Raise what can be known before anything is measured: a run that cannot be written, texts and tasks that are not there."""
+    if not os.access(run.path, os.W_OK):
+        raise EvaluationError(f"{run.path} must be writable for the results, but is not; mend its permissions")
+    for path in flags.text:
+        if not path.expanduser().is_file():
+            raise EvaluationError(f"--text must name files that exist, but {path} does not; check the path")
+    if flags.harness is not None:
+        from harness import require as require_harness
+
+        require_harness(tasks_of(flags), flags.harness_data, flags.harness_limit)
+
+
+def tasks_of(flags: Flags) -> list[str]:
+    """Return the tasks that --harness names."""
+    return [task.strip() for task in (flags.harness or "").split(",") if task.strip()]
 
 
 def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
@@ -149,9 +169,10 @@ def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Prob
     cfg, dataset = subject.flags.eval, subject.run.heldout(subject.flags.split)
     if isinstance(dataset, Examples):
         assert subject.chat is not None
-        wanted = from_conversations(dataset, subject.tokenizer, cfg.signatures, subject.chat.mined)
+        wanted = from_conversations(dataset, subject.tokenizer, cfg.signatures, subject.chat.mined, cfg.n_workers)
     else:
-        wanted = from_documents(dataset, subject.tokenizer, cfg.signatures, cfg.n_workers)
+        with _bar("held-out code", cfg.signatures, "function") as (progress, _):
+            wanted = from_documents(dataset, subject.tokenizer, cfg.signatures, cfg.n_workers, progress)
     out = [(problem, 1) for problem in wanted]
     for name, count in benchmarks.items():
         source = cfg.humaneval if name == "humaneval" else cfg.mbpp if name.startswith("mbpp") else None
@@ -178,18 +199,21 @@ def code(subject: Subject, benchmarks: dict[str, int]) -> tuple[list[Written], l
 def code_figures(
     subject: Subject, benchmarks: dict[str, int], written: list[Written], graded: list[Graded]
 ) -> dict[str, Any]:
-    """Return the figures on syntax and on functional correctness."""
+    """Return the figures on syntax and on functional correctness; nothing where nothing was written."""
     from functional import summary, syntax
+    from heldout import FUNCTIONS, INSTRUCTIONS
 
-    groups: dict[str, tuple[list[Written], list[Graded]]] = {}
-    for w, g in zip(written, graded):
-        group = groups.setdefault(w.problem.benchmark, ([], []))
-        group[0].append(w)
-        group[1].append(g)
     out: dict[str, Any] = {}
-    if groups:
-        out["syntax"] = syntax({name: of for name, (_, of) in groups.items()}, platform.python_version())
-    functional = {name: summary(*groups[name], subject.flags.sandbox) for name in benchmarks if name in groups}
+    if written:
+        out["syntax"] = syntax(written, graded, platform.python_version())
+        if subject.flags.eval.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
+            out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
+    groups: dict[str, tuple[list[Written], list[Graded]]] = {name: ([], []) for name in benchmarks}
+    for w, g in zip(written, graded):
+        if w.problem.benchmark in groups:
+            groups[w.problem.benchmark][0].append(w)
+            groups[w.problem.benchmark][1].append(g)
+    functional = {name: summary(*group, subject.flags.sandbox) for name, group in groups.items()}
     return out | ({"functional": functional} if functional else {})
 
 
@@ -199,45 +223,52 @@ def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written
 
     from data_pipeline import DATA
     from memorization import benchmark_hits, longest_overlaps, summary, training_split
-    from shards import read_manifest
-    from tasks import FILES, PROBLEMS
+    from shards import DataError, read_manifest
 
     manifest, cfg = read_manifest(subject.run.data), subject.flags.eval
-    dataset = training_split(manifest, DATA)
-    if dataset is None:
+    if not written:
+        return [], {}
+    try:
+        dataset = training_split(manifest, DATA)
         reason = f"the training data are not here: {DATA / manifest['fingerprint']} is no folder"
-        return [], {"memorisation": {"skipped": reason}, "contamination": {"skipped": reason}}
+    except DataError as e:
+        dataset, reason = None, str(e)
+    if dataset is None:
+        return [], {"memorisation": {"skipped": reason}} | (
+            {"contamination": {"skipped": reason}} if benchmarks else {}
+        )
     samples = [np.array(w.ids, dtype=np.int64) for w in written]
     out: dict[str, Any] = {}
-    lengths: list[int] = []
-    if samples:
-        with _bar("memorisation", len(dataset), "token") as (progress, _):
-            found = longest_overlaps(samples, dataset, progress)
-        lengths = [overlap.length for overlap in found]
-        figures = summary(found, samples)
-        out["memorisation"] = {
-            "samples": figures.samples,
-            "longest": figures.longest,
-            "median": figures.median,
-            "over_50": figures.long,
-            "share_over_50": figures.long_share,
-            "below_window": figures.below_window,
-            "training_tokens": len(dataset),
-        }
-    files = {name: str(PROBLEMS / FILES[name]) for name in dict.fromkeys(b.partition("-")[0] for b in benchmarks)}
+    with _bar("memorisation", len(dataset), "token") as (progress, _):
+        found = longest_overlaps(samples, dataset, progress)
+    lengths = [overlap.length for overlap in found]
+    figures = summary(found)
+    out["memorisation"] = {
+        "samples": figures.samples,
+        "longest": figures.longest,
+        "median": figures.median,
+        "over_50": figures.long,
+        "share_over_50": figures.long_share,
+        "below_window": figures.below_window,
+        "training_tokens": len(dataset),
+    }
+    files = {name: file_of(name, cfg) for name in dict.fromkeys(name.partition("-")[0] for name in benchmarks)}
     if files and cfg.contamination_tokens:
         total = min(len(dataset), cfg.contamination_tokens)
         with _bar("contamination", total, "token") as (progress, _):
             hits = benchmark_hits(tuple(files.values()), dataset, subject.tokenizer, cfg.contamination_tokens, progress)
-        out["contamination"] = {
-            name: {
-                "problems": hits.benchmarks[path].problems,
-                "hit": len(hits.benchmarks[path].hits),
-                "examples": sorted(hits.benchmarks[path].hits),
-                "too_short": len(hits.benchmarks[path].lost),
+        out["contamination"] = {"read_tokens": hits.tokens_read, "of_tokens": hits.tokens}
+        for name, path in files.items():
+            found_in = hits.benchmarks[path]
+            out["contamination"][name] = {
+                "problems": found_in.problems,
+                "hit": len(found_in.hits),
+                "examples": [
+                    f"{problem} in {hit.documents:,} documents, the first at token {hit.position:,}: {hit.words!r}"
+                    for problem, hit in sorted(found_in.hits.items())
+                ],
+                "too_short": len(found_in.lost),
             }
-            for name, path in files.items()
-        } | {"read_tokens": hits.tokens_read, "of_tokens": hits.tokens}
     return lengths, out
 
 
@@ -265,38 +296,47 @@ def lines_of(losses: Losses) -> list[dict[str, Any]]:
     return [{"document": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
 
 
-def evaluate(subject: Subject, checkpoint: Path) -> int:
-    """Measure everything that the flags ask for, save it and print it; return the exit code."""
-    import report
+def header(subject: Subject, checkpoint: Path) -> dict[str, Any]:
+    """Return what is evaluated, on what, and how."""
     from checkpoint import weights_sha256
-    from sandbox import SandboxError, self_test
+    from report import FORMAT
     from shards import read_manifest
 
-    started, flags, run = time.perf_counter(), subject.flags, subject.run
-    benchmarks, refusal = flags.eval.n_samples, None
-    try:
-        if benchmarks:
-            self_test(flags.sandbox)
-    except SandboxError as e:
-        refusal, benchmarks = str(e), {}
-    if flags.sandbox == "none" and benchmarks:
-        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
-    cfg = run.config()
-    results: dict[str, Any] = {
-        "format": report.FORMAT,
+    run, runtime, cfg = subject.run, subject.runtime, subject.run.config()
+    return {
+        "format": FORMAT,
         "run": str(run.path),
         "checkpoint": checkpoint.name,
         "weights_sha256": weights_sha256(checkpoint),
         "preset": cfg.preset,
         "parameters": cfg.model.n_parameters,
-        "split": flags.split,
-        "device": subject.runtime.device.type,
-        "precision": subject.runtime.precision,
+        "split": subject.flags.split,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
         "python": platform.python_version(),
         "data": read_manifest(run.data)["fingerprint"],
-        "settings": {k: v for k, v in asdict(flags.eval).items() if v is not None},
+        "settings": {k: v for k, v in asdict(subject.flags.eval).items() if v is not None},
     }
+
+
+def evaluate(subject: Subject, checkpoint: Path) -> int:
+    """Measure everything that the flags ask for, save it and print it; return the exit code."""
+    import report
+    from functional import limits_of
+    from sandbox import SandboxError, self_test
+
+    started, flags, run = time.perf_counter(), subject.flags, subject.run
+    benchmarks, refusal = flags.eval.n_samples, None
+    try:
+        if benchmarks:
+            self_test(flags.sandbox, limits_of(flags.eval))
+    except SandboxError as e:
+        refusal, benchmarks = str(e), {}
+    if flags.sandbox == "none" and benchmarks:
+        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
+    results = header(subject, checkpoint)
     losses, results["language_modelling"] = language_modelling(subject)
+    lines = lines_of(losses)
     if flags.text:
         results["texts"] = texts(subject)
     written, graded = code(subject, benchmarks)
@@ -305,17 +345,19 @@ def evaluate(subject: Subject, checkpoint: Path) -> int:
         results["functional"] = {"skipped": refusal}
     lengths, figures = overlaps(subject, benchmarks, written)
     results |= figures
-    if flags.harness is not None:
+    files = []
+    if written:
+        files.append(report.file_name(SAMPLES, flags.split))
+        write_samples(run.path / files[0], written, graded, lengths)
+    results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
+    saved = report.save(run.path, results, lines)
+    if flags.harness is not None:  # of others' making, and long: what there is, is saved first
         results["harness"] = harness(subject)
-    results["seconds"] = time.perf_counter() - started
-    lines = lines_of(losses)
-    write_samples(run.path / SAMPLES, written, graded, lengths)
-    report.save(run.path, results, lines)
+        results["seconds"] = time.perf_counter() - started
+        saved = report.save(run.path, results, lines)
     print(report.table(results, lines, color=sys.stdout.isatty()))
     talk = "--chat" if subject.chat is not None else '--prompt "def "'
-    print(
-        f"\nwritten to {run.path}: eval.json, eval.md, {SAMPLES}, losses.jsonl; next: python generate.py {run.path} {talk}"
-    )
+    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: python generate.py {run.path} {talk}")
     if refusal is not None:
         raise EvaluationError(refusal)
     return 0
@@ -323,18 +365,34 @@ def evaluate(subject: Subject, checkpoint: Path) -> int:
 
 def harness(subject: Subject) -> dict[str, Any]:
     """Return what lm-evaluation-harness says."""
-    import harness as lm_eval_harness
+    from harness import run
 
-    assert subject.flags.harness is not None
-    tasks = [task.strip() for task in subject.flags.harness.split(",") if task.strip()]
-    return lm_eval_harness.run(
-        subject.model,
-        subject.tokenizer,
-        tasks,
-        subject.runtime.device,
-        subject.flags.harness_data,
-        subject.flags.harness_limit,
-    )
+    flags = subject.flags
+    data, limit = flags.harness_data, flags.harness_limit
+    return run(subject.model, subject.tokenizer, tasks_of(flags), subject.runtime.device, data, limit)
+
+
+def file_of(benchmark: str, cfg: EvalConfig) -> str:
+    """Return the file with a benchmark's problems: of a data set on the hub, the same problems as they lie here."""
+    from tasks import FILES, PROBLEMS
+
+    given = {"humaneval": cfg.humaneval, "mbpp": cfg.mbpp}.get(benchmark)
+    is_file = given is not None and Path(given).expanduser().is_file()
+    return str(Path(given).expanduser() if given is not None and is_file else PROBLEMS / FILES[benchmark])
+
+
+def side_by_side(runs: tuple[Path, ...]) -> None:
+    """Print runs side by side, and write the same as Markdown into the first."""
+    from checkpoint import find_run
+    from compare_runs import compare
+    from files import write_atomic
+
+    paths = [find_run(path).path for path in runs]
+    text, markdown = compare(paths)
+    print(text)
+    with contextlib.suppress(OSError):  # a run of someone else's can be compared with
+        write_atomic(paths[0] / "compare.md", markdown)
+        print(f"\nwritten to {paths[0] / 'compare.md'}")
 
 
 def _red(text: str) -> str:
@@ -344,16 +402,14 @@ def _red(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare runs that were."""
     flags = parse_cli(Flags, __doc__ or "", argv)
-    from checkpoint import find_run, load_model
-
     if flags.compare:
-        from compare_runs import compare
-
-        print(compare([find_run(path).path for path in flags.compare])[0])
+        side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
+    from checkpoint import find_run, load_model
     from device import resolve
 
     run = find_run(flags.run)
+    require(flags, run)
     runtime = resolve(replace(run.config().train, device=flags.device))
     model, checkpoint = load_model(run, runtime.device)
     return evaluate(Subject(run, model, run.tokenizer(), runtime, flags), checkpoint)

@@ -53,6 +53,17 @@ def function(tree: ast.Module | None, name: str) -> ast.FunctionDef | ast.AsyncF
     return next((n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name == name), None)
 
 
+def is_empty(text: str, head: str, name: str) -> bool:
+    """Return whether a program lacks the function, or has no statement in it besides those of `head`.
+
+    Without a name, whether the text has no statement at all.
+    """
+    tree = parsed(text)
+    node = function(tree, name) if name else tree
+    given = function(parsed(head), name)
+    return node is None or len(node.body) <= (0 if given is None else len(given.body))
+
+
 def is_trivial(text: str, name: str) -> bool:
     """Return whether a function does nothing: no statement but its docstring, `pass`, `...` and NotImplementedError.
 

@@ -7,9 +7,9 @@ A base model continues a prompt; a fine-tuned one answers an instruction in the 
 seed of its own, so that neither the batch nor the other problems change it. A prompt that is too long for the context loses
 its beginning, and is counted.
 
-Where a prompt ends with a newline, the model writes that newline itself, as the beginning of its first token. Tokenizers join a
-newline with the indentation after it: behind a newline that stands alone, a model has only ever seen the left margin, and
-would leave every function empty.
+Where a tokenizer joins a newline with the indentation after it, as byte-level BPE does, the model writes the newline at a
+prompt's end itself, as the beginning of its first token: behind one that stands alone it has only ever seen the left margin,
+and would leave every function empty.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class Written:
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
-    """Return the tokens that a model is given; of a prompt that is to be continued, without the newline at its end."""
+    """Return the tokens that a model is given."""
     if problem.ids:
         return list(problem.ids)
     if chat is None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(problem.prompt.removesuffix("\n"))
+        prompt = problem.prompt.removesuffix("\n") if joins_newlines(tokenizer) else problem.prompt
+        return bos + tokenizer.encode(prompt)
     if chat.mined:
         exchanges = [Exchange(problem.mined_instruction)]
     else:
@@ -95,23 +96,34 @@ def write(
     ]
     prompts = [whole[i][-longest:] for i, _ in order]
     seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
+    own_newline = chat is None and joins_newlines(tokenizer)
+
+    def said(ids: list[int]) -> str:
+        text = tokenizer.decode(ids)
+        return text.removeprefix("\n") if own_newline else text
 
     def finished(row: int, ids: list[int]) -> bool:
-        return chat is None and _is_over(problems[order[row][0]][0], tokenizer.decode(ids).removeprefix("\n"))
+        return chat is None and _is_over(problems[order[row][0]][0], said(ids))
 
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
-    newline = None if chat is not None else newline_tokens(tokenizer, model.cfg.vocab_size)
+    newline = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     eos_id = tokenizer.eos_id
     outputs = generate_batch(model, prompts, sampling, eos_id, seeds, cfg.batch_size, finished, progress, newline)
     written = {}
     for (i, number), ids, prompt in zip(order, outputs, prompts):
         problem = problems[i][0]
-        text = tokenizer.decode(ids)
+        text = said(ids)
         limit = min(cfg.max_new_tokens, block_size - len(prompt))
         if chat is None:
-            text = _without_next(problem, text.removeprefix("\n"))
+            text = _without_next(problem, text)
         written[i, number] = Written(problem, number, text, ids, len(ids) >= limit, len(whole[i]) > longest)
     return [written[key] for key in sorted(written)]
+
+
+def joins_newlines(tokenizer: Tokenizer) -> bool:
+    """Return whether a newline at a line's end is another token, or part of one, where indentation follows."""
+    line = tokenizer.encode("def f(x):\n")
+    return tokenizer.encode("def f(x):\n    return x")[: len(line)] != line
 
 
 def newline_tokens(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
@@ -141,6 +153,11 @@ def _is_over(problem: Problem, text: str) -> bool:
     return end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
 
 
+def limits_of(cfg: EvalConfig) -> Limits:
+    """Return what a program may use."""
+    return Limits(cfg.cpu_s, 2.0 * cfg.cpu_s + 8, cfg.memory_mb * 2**20)
+
+
 def grade_all(
     written: Sequence[Written],
     chat: Chat | None,
@@ -149,7 +166,7 @@ def grade_all(
     progress: Callable[[int], object] | None = None,
 ) -> list[Graded]:
     """Return what came of each sample; the same text for the same problem is judged once."""
-    limits = Limits(cfg.cpu_s, 2.0 * cfg.cpu_s + 8, cfg.memory_mb * 2**20)
+    limits = limits_of(cfg)
     unique = {
         (w.problem.benchmark, w.problem.task_id, w.text, w.cut_short): Sample(
             w.problem, w.text, chat is not None, w.cut_short, mode, limits
@@ -201,8 +218,8 @@ def summary(written: Sequence[Written], graded: Sequence[Graded], mode: Mode) ->
     return out
 
 
-def syntax(graded: dict[str, list[Graded]], python: str) -> dict[str, Any]:
-    """Return how much of what was written compiles, in all and by what was prompted with."""
+def syntax(written: Sequence[Written], graded: Sequence[Graded], python: str) -> dict[str, Any]:
+    """Return how much of what was written compiles, in all, by what was prompted with, and by prompt."""
 
     def rates(items: Sequence[Graded]) -> dict[str, int]:
         return {
@@ -211,5 +228,11 @@ def syntax(graded: dict[str, list[Graded]], python: str) -> dict[str, Any]:
             "non_trivial": sum(g.non_trivial for g in items),
         }
 
-    everything = [g for items in graded.values() for g in items]
-    return {**rates(everything), "python": python, "by_prompt": {name: rates(items) for name, items in graded.items()}}
+    groups: dict[str, dict[str, list[Graded]]] = {}
+    for w, g in zip(written, graded):
+        groups.setdefault(w.problem.benchmark, {}).setdefault(w.problem.task_id, []).append(g)
+    by_prompt = {}
+    for name, tasks in groups.items():
+        counts = [[task, *rates(items).values()] for task, items in tasks.items()]
+        by_prompt[name] = {**rates([g for items in tasks.values() for g in items]), "counts": counts}
+    return {**rates(graded), "python": python, "by_prompt": by_prompt}

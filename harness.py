@@ -51,7 +51,7 @@ def run(
     all, and notes: sentences on what makes the figures differ from published ones.
     Raises HarnessError, before anything runs, if lm-eval, a task or its data cannot be had.
     """
-    _require(tasks, data, limit, batch_size)
+    require(tasks, data, limit)
     with _quiet():
         manager = _manager(tuple(tasks))
         for task in tasks:
@@ -75,7 +75,7 @@ def run(
     return results
 
 
-def _require(tasks: Sequence[str], data: Path | None, limit: int | None, batch_size: int) -> None:
+def require(tasks: Sequence[str], data: Path | None, limit: int | None) -> None:
     """Raise HarnessError unless lm-eval is installed and the rest can be used."""
     from importlib.util import find_spec
 
@@ -91,8 +91,6 @@ def _require(tasks: Sequence[str], data: Path | None, limit: int | None, batch_s
         )
     if limit is not None and limit < 1:
         raise HarnessError(f"--harness-limit must be at least 1, but is {limit}; leave it out for all questions")
-    if batch_size < 1:
-        raise HarnessError(f"the batch size of --harness must be at least 1, but is {batch_size}; leave it out")
 
 
 @functools.lru_cache

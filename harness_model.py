@@ -5,7 +5,7 @@
 
 Texts are encoded as lm-eval's own `HFLM` encodes them. Nothing else of the project may import this file: lm-eval is
 optional.
-Limits: every choice of a question is run with its whole context, for there is no key / value cache; a chat template is not
+Limits: every choice of a question is run with its whole context; a chat template is not
 applied.
 """
 

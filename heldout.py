@@ -9,31 +9,35 @@ the tokens that it would have been trained on.
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from docstrings import pairs_of
-from examples import PROMPT, Examples
-from extraction import ERRORS
+from examples import PROMPT, RESPONSE, Examples
+from extraction import ERRORS, from_answer, parsed
 from pool import Lost, map_jobs
-from shards import TokenDataset
+from shards import LANGUAGE, TokenDataset
 from tasks import Problem
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
+FUNCTIONS, INSTRUCTIONS = "held-out functions", "held-out instructions"
 LIMIT_S = 10.0  # for parsing one document
 PER_DOCUMENT = 3  # functions, so that no file dominates
 _SIGNATURE = re.compile(r"^(?:async )?def (\w+)\(.*:$", re.MULTILINE)
 
 
-def _problem(number: int, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
+def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
     return Problem(
-        benchmark="held-out",
-        task_id=f"held-out/{number}",
+        benchmark=kind,
+        task_id=hashlib.sha256(prompt.encode("utf-8")).hexdigest()[
+            :12
+        ],  # the same in every run that has the same prompt
         entry_point=name,
         prompt=prompt,
         head=head,
@@ -60,44 +64,65 @@ def _signatures(text: str, slot: int) -> list[tuple[str, str]]:
 
 
 def _documents(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the texts of a split, document by document."""
-    piece, start = 2**18, 0
-    rest = np.empty(0, dtype=np.int64)
-    while start < len(dataset):
-        tokens = np.concatenate((rest, dataset.read(start, min(piece, len(dataset) - start))))
-        start += piece
-        ends = np.flatnonzero(tokens == dataset.manifest["eos_id"])
-        parts = np.split(tokens, ends + 1)
-        rest = parts.pop()
-        yield from (tokenizer.decode([i for i in part[:-1].tolist() if i != tokenizer.bos_id]) for part in parts)
+    """Yield the texts of a split's documents that may be Python."""
+    table, info = dataset.documents, dataset.info.table
+    start = 0
+    for number, length in enumerate(dataset.lengths.tolist()):
+        start, begin = start + length, start
+        if table is None or info is None or info["languages"][table[number, LANGUAGE]] == "python":
+            ids = dataset.read(begin, length - 1).tolist()  # without end of text
+            yield tokenizer.decode([i for i in ids if i != tokenizer.bos_id])
 
 
-def from_documents(dataset: TokenDataset, tokenizer: Tokenizer, n: int, n_workers: int) -> list[Problem]:
-    """Return up to `n` signatures of documented Python functions of a split, at most 3 a document, in its order."""
-    problems: list[Problem] = []
+def from_documents(
+    dataset: TokenDataset, tokenizer: Tokenizer, n: int, n_workers: int, progress: Callable[[int], object]
+) -> list[Problem]:
+    """Return up to `n` signatures of documented Python functions of a split, at most 3 a document, in its order.
+
+    `progress` is told how many more were found.
+    """
+    problems: dict[str, Problem] = {}  # by task: methods apart, many files have a main()
     found = map_jobs(_signatures, _documents(dataset, tokenizer), n_workers, LIMIT_S)
     try:
         for signatures in found if n else ():
             for name, line in [] if isinstance(signatures, Lost) else signatures:
-                problems.append(_problem(len(problems), name, f"{line}\n", f"{line}\n"))
+                problem = _problem(FUNCTIONS, name, f"{line}\n", f"{line}\n")
+                if problem.task_id not in problems and len(problems) < n:
+                    problems[problem.task_id] = problem
+                    progress(1)
             if len(problems) >= n:
                 break
     finally:
         found.close()
-    return problems[:n]
+    return list(problems.values())
 
 
-def from_conversations(dataset: Examples, tokenizer: Tokenizer, n: int, mined: bool) -> list[Problem]:
-    """Return the first instruction of up to `n` conversations of a split, evenly spaced over it.
+def _is_code(text: str, slot: int) -> bool:
+    """Return whether a response is Python that does something, alone or in its code block."""
+    tree = parsed(from_answer("", text, ""))
+    nodes = [] if tree is None else tree.body
+    return any(not isinstance(n, ast.Expr) or isinstance(n.value, ast.Call) for n in nodes)
+
+
+def from_conversations(dataset: Examples, tokenizer: Tokenizer, n: int, mined: bool, n_workers: int) -> list[Problem]:
+    """Return the first instruction of up to `n` conversations of a split whose response is Python, in its order.
 
     `mined`: they were made from docstrings, and end with the signature whose body is the answer.
     """
-    problems = []
-    for number in np.linspace(0, dataset.n_examples - 1, min(n, dataset.n_examples)).astype(int).tolist():
-        example = dataset.example(number)
-        ids = tuple(example.ids[: int(example.segments[0, PROMPT])].tolist())
-        text = tokenizer.decode(list(ids))
-        signature = list(_SIGNATURE.finditer(text))[-1:] if mined else []
-        name, head = (signature[0][1], signature[0][0] + "\n") if signature else ("", "")
-        problems.append(_problem(number, name, text, head, ids))
+    problems: list[Problem] = []
+    firsts = [dataset.example(number) for number in range(dataset.n_examples if n else 0)]
+    stops = [(e, int(e.segments[0, PROMPT]), int(e.segments[0, RESPONSE])) for e in firsts]
+    prompts = [(tuple(e.ids[:end].tolist()), e.ids[end : end + size - 1].tolist()) for e, end, size in stops]
+    are_code = map_jobs(_is_code, (tokenizer.decode(response) for _, response in prompts), n_workers, LIMIT_S)
+    try:
+        for (ids, _), is_code in zip(prompts, itertools.repeat(True) if mined else are_code):
+            if is_code is True:
+                text = tokenizer.decode(list(ids))
+                signature = list(_SIGNATURE.finditer(text))[-1:] if mined else []
+                name, head = (signature[0][1], signature[0][0] + "\n") if signature else ("", "")
+                problems.append(_problem(INSTRUCTIONS, name, text, head, ids))
+            if len(problems) >= n:
+                break
+    finally:
+        are_code.close()
     return problems

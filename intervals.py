@@ -5,8 +5,8 @@
     wilson(61, 100)                 # Interval(low=0.512, high=0.700)
 
 What is resampled is the unit that was drawn: a problem or a document, never a token. Intervals say how much a figure
-would move with other units of the same kind, not with another training seed. Samples of one prompt are alike, so that a
-Wilson interval over samples is somewhat too narrow. Where no interval can be given, both its ends are nan.
+would move with other units of the same kind, not with another training seed. Samples of one prompt are alike, so that
+prompts are resampled and not samples. Where no interval can be given, both its ends are nan.
 """
 
 from __future__ import annotations
@@ -83,6 +83,17 @@ def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0) -> Interval:
     return bootstrap_mean(values, seed)
 
 
+def rate_interval(successes: Numbers, n: Numbers, seed: int = 0) -> Interval:
+    """Return the 95% interval of sum(successes) / sum(n), units resampled; Wilson's over units where there is no spread.
+
+    A unit is a prompt with n samples. Of one sample each it is Wilson's.
+    """
+    successes, n = np.asarray(successes, dtype=np.int64), np.asarray(n, dtype=np.int64)
+    if (n == 1).all() or successes.sum() in (0, n.sum()):
+        return wilson(int((successes > 0).sum()), len(n))
+    return bootstrap_ratio(successes, n, seed)
+
+
 def wilson(successes: int, n: int) -> Interval:
     """Return Wilson's 95% interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22); of n = 0 there is none.
 
@@ -95,20 +106,6 @@ def wilson(successes: int, n: int) -> Interval:
     middle = (successes + Z**2 / 2) / (n + Z**2)
     half = Z / (n + Z**2) * math.sqrt(successes * (n - successes) / n + Z**2 / 4)
     return Interval(0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half)
-
-
-def proportion_difference(successes: int, n: int, other_successes: int, other_n: int) -> Difference:
-    """Return the difference of two independent proportions, the first less the other.
-
-    The interval joins the two of Wilson (Newcombe 1998, Statistics in Medicine 17, method 10), and holds for small counts.
-    Where one n is 0 all is nan. Raises what wilson raises.
-    """
-    (low, high), (other_low, other_high) = wilson(successes, n), wilson(other_successes, other_n)
-    if n == 0 or other_n == 0:
-        return Difference(math.nan, *NONE, False)
-    p, q = successes / n, other_successes / other_n
-    low, high = p - q - math.hypot(p - low, other_high - q), p - q + math.hypot(high - p, q - other_low)
-    return Difference(p - q, low, high, low > 0 or high < 0)
 
 
 def bootstrap_mean(values: Numbers, seed: int = 0, n: int = 10_000) -> Interval:

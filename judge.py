@@ -15,7 +15,7 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any, NamedTuple
 
-from extraction import from_answer, from_completion, is_trivial
+from extraction import from_answer, from_completion, is_empty, is_trivial
 from filters import syntax_error
 from sandbox import DEFAULT, Limits, Mode, Program, ProgramError, SandboxError, one_line
 from tasks import Problem
@@ -52,8 +52,9 @@ class Graded:
     verdict: str
     reason: str
     compiles: bool
+    """It compiles, and has a statement of the model's own."""
     non_trivial: bool
-    """It compiles, and its function has at least one real statement."""
+    """And that is not only a docstring, `pass`, `...` or NotImplementedError."""
 
 
 @lru_cache(maxsize=2048)
@@ -93,12 +94,14 @@ def grade(sample: Sample, slot: int = 0) -> Graded:
     To be called in a worker (pool.map_jobs), since the text is a stranger's.
     """
     problem = sample.problem
+    head = problem.answer_head if sample.chat else problem.head
     if sample.chat:
-        program = from_answer(problem.answer_head, sample.text, problem.entry_point, sample.cut_short)
+        program = from_answer(head, sample.text, problem.entry_point, sample.cut_short)
     else:
-        program = from_completion(problem.head, sample.text, problem.entry_point, sample.cut_short)
+        program = from_completion(head, sample.text, problem.entry_point, sample.cut_short)
     error = syntax_error(program)
     if error is not None:
         return Graded(program, "syntax", error, False, False)
     verdict = judge(problem, program, sample.mode, sample.limits, slot) if problem.tests else Verdict("")
-    return Graded(program, *verdict, True, not is_trivial(program, problem.entry_point))
+    name = problem.entry_point
+    return Graded(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))

@@ -60,31 +60,25 @@ class Summary:
     """What the overlaps of all samples say together; lengths are in tokens."""
 
     samples: int
-    tokens: int  # in all samples
     longest: int
-    longest_sample: int  # its index
     median: float
     long: int  # samples that share more than LONG tokens in a row
     long_share: float  # of all samples
-    short_samples: int  # of at most LONG tokens, which cannot be among those
     below_window: int  # samples that share fewer than WINDOW tokens in a row; their length counts as 0
 
 
-def summary(overlaps: Sequence[Overlap], samples: Sequence[np.ndarray]) -> Summary:
+def summary(overlaps: Sequence[Overlap]) -> Summary:
     """Return the longest and the median overlap and how many are long. Raises ValueError where there is no sample."""
-    if not overlaps or len(overlaps) != len(samples):
-        raise ValueError(f"there must be one overlap for each sample, but {len(overlaps)} are for {len(samples)}")
+    if not overlaps:
+        raise ValueError("there must be at least one sample, but there is none")
     lengths = np.array([overlap.length for overlap in overlaps])
     long = int((lengths > LONG).sum())
     return Summary(
-        samples=len(samples),
-        tokens=sum(map(len, samples)),
+        samples=len(overlaps),
         longest=int(lengths.max()),
-        longest_sample=int(lengths.argmax()),
         median=float(np.median(lengths)),
         long=long,
-        long_share=long / len(samples),
-        short_samples=sum(len(sample) <= LONG for sample in samples),
+        long_share=long / len(overlaps),
         below_window=int((lengths < WINDOW).sum()),
     )
 
@@ -154,7 +148,6 @@ class Hits:
     benchmarks: dict[str, BenchmarkHits]
     tokens_read: int
     tokens: int  # of the split
-    documents_read: int  # a piece of one counts as one
 
 
 def benchmark_hits(
@@ -172,7 +165,7 @@ def benchmark_hits(
     """
     benchmarks = {name: Benchmarks((name,)) for name in names}
     any_of_them = Benchmarks(names)  # one search tells that most documents hold nothing
-    hits = Hits({name: BenchmarkHits(b.n_problems, b.lost) for name, b in benchmarks.items()}, 0, len(dataset), 0)
+    hits = Hits({name: BenchmarkHits(b.n_problems, b.lost) for name, b in benchmarks.items()}, 0, len(dataset))
     for start, stop in pieces(len(dataset), max_tokens):
         for documents in _documents(dataset, start, stop):
             texts = tokenizer.decode_batch([ids for _, ids in documents])
@@ -181,7 +174,6 @@ def benchmark_hits(
                 if any_of_them.find(text, words) is not None:
                     for name, benchmark in benchmarks.items():
                         _count(hits.benchmarks[name], benchmark.find_all(text, words), position)
-            hits.documents_read += len(documents)
             if progress is not None:
                 progress(sum(len(ids) for _, ids in documents))
         hits.tokens_read += stop - start

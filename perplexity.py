@@ -121,7 +121,7 @@ def token_losses(model: LanguageModel, batch: Batch, runtime: Runtime) -> np.nda
 
 def _require_stride(stride: int | None, cfg: ModelConfig) -> None:
     must = f"at least 1 and below the model's context of {cfg.block_size} tokens"
-    require(stride is None or 1 <= stride < cfg.block_size, "stride", must, stride, "choose one, or leave it out")
+    require(stride is None or 1 <= stride < cfg.block_size, "eval.stride", must, stride, "choose one, or leave it out")
 
 
 def document_losses(
@@ -140,7 +140,7 @@ def document_losses(
     _require_stride(stride, cfg)
     of_examples = isinstance(dataset, Examples)
     must = "None for conversations, each of which is predicted from its whole context"
-    require(stride is None or not of_examples, "stride", must, stride, "leave it out")
+    require(stride is None or not of_examples, "eval.stride", must, stride, "leave it out")
     batches = dataset.in_order(cfg, batch_size)
     if stride is not None:
         batches = blocks_in_order(dataset, cfg.block_size, batch_size, cfg.document_mask, stride)

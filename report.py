@@ -19,7 +19,7 @@ from typing import Any
 
 from config import KindlingError
 from files import write_atomic
-from intervals import FEWEST, NONE, Interval, Z, bootstrap_ratio, pass_interval, wilson
+from intervals import FEWEST, NONE, Interval, Z, bootstrap_ratio, pass_interval, rate_interval
 from tables import Section, as_markdown, as_text
 
 FORMAT = 2  # of eval.json
@@ -44,14 +44,22 @@ def markdown(results: Results, losses: Losses | None = None) -> str:
     return as_markdown(title(results), [*facts(results), READING], sections(results, losses or []))
 
 
-def save(run_path: Path, results: Results, losses: Losses | None = None) -> None:
-    """Write eval.json, eval.md and losses.jsonl into a run, each as a whole or not at all.
+def file_name(name: str, split: str) -> str:
+    """Return what a file of results is called: those of the validation split plainly, others with the split's name."""
+    stem, _, suffix = name.partition(".")
+    return name if split == "val" else f"{stem}-{split}.{suffix}"
+
+
+def save(run_path: Path, results: Results, losses: Losses | None = None) -> list[str]:
+    """Write eval.json, eval.md and losses.jsonl into a run, each as a whole or not at all; return their names.
 
     eval.json comes last and has the hash of losses.jsonl, so that the two are known to belong together. Without losses,
-    the losses.jsonl of an earlier evaluation is removed. What is not finite becomes null. Raises ReportError if the
-    folder cannot be written.
+    the losses.jsonl of an earlier evaluation is removed. What is not finite becomes null. Results of another split than
+    the validation split have files of their own. Raises ReportError if the folder cannot be written.
     """
-    name = "losses.jsonl"
+    split = results.get("split", "val")
+    names = [file_name(name, split) for name in ("losses.jsonl", "eval.md", "eval.json")]
+    name = names[0]
     lines = "".join(_json(line) + "\n" for line in losses or [])
     try:
         if lines:
@@ -59,14 +67,27 @@ def save(run_path: Path, results: Results, losses: Losses | None = None) -> None
             results = {**results, "losses_sha256": hashlib.sha256(lines.encode("utf-8")).hexdigest()}
         else:
             (run_path / name).unlink(missing_ok=True)
-        name = "eval.md"
+        name = names[1]
         write_atomic(run_path / name, markdown(results, losses))
-        name = "eval.json"
+        name = names[2]
         write_atomic(run_path / name, _json(results, indent=1) + "\n")
     except OSError as e:
         raise ReportError(
             f"{run_path} must be writable for {name}, but is not ({e}); free some space or mend its permissions"
         ) from None
+    return names[::-1] if lines else names[:0:-1]
+
+
+def with_earlier(results: Results, run_path: Path) -> Results:
+    """Return the results with what an earlier evaluation of the same weights measured and this one was not asked for."""
+    try:
+        path = run_path / file_name("eval.json", results["split"])
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        same = all(earlier[key] == results[key] for key in ("format", "weights_sha256", "split"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return results
+    kept = [name for name in HEADINGS if name in earlier and name not in results] if same else []
+    return results | {name: earlier[name] for name in kept} | ({"kept": kept} if kept else {})
 
 
 def _json(content: Any, indent: int | None = None) -> str:
@@ -100,6 +121,8 @@ def facts(results: Results) -> list[str]:
         parts = [form.format(results[key]) for key, form in wanted.items() if results.get(key) is not None]
         lines.append(", ".join(parts))
     lines.append(", ".join(f"{key} {value}" for key, value in results.get("settings", {}).items() if value is not None))
+    if results.get("kept"):
+        lines.append(f"kept from an earlier evaluation of the same weights: {', '.join(results['kept'])}")
     return [line for line in lines if line]
 
 
@@ -159,11 +182,6 @@ def percent(value: float | None, interval: Interval = NONE) -> str:
     return f"{value:.1%}" + (
         "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     )
-
-
-def share(successes: int | None, n: int | None) -> str:
-    """Return a proportion with Wilson's interval; "-" of no samples."""
-    return "-" if successes is None or not n else percent(successes / n, wilson(successes, n))
 
 
 def bits_interval(losses: Losses) -> Interval:
@@ -227,22 +245,26 @@ def _texts(part: dict[str, Any]) -> Section:
     return Section(HEADINGS["texts"], ["", *_LM_COLUMNS], rows, ["no intervals: a text is not many documents"])
 
 
+def rate_cell(group: dict[str, Any], key: str) -> str:
+    """Return the rate of samples that have `key`, with its interval over prompts; "-" of no samples."""
+    if not group.get("samples"):
+        return "-"
+    columns = {"passes": 2, "non_trivial": 3}
+    counts = group.get("counts") or [row for part in group.get("by_prompt", {}).values() for row in part["counts"]]
+    interval = rate_interval([row[columns[key]] for row in counts], [row[1] for row in counts]) if counts else NONE
+    return percent(group[key] / group["samples"], interval)
+
+
 def _syntax(part: dict[str, Any]) -> Section:
     columns = ["prompts", "samples", "pass", "and are not trivial"]
     groups = {"all": part, **part.get("by_prompt", {})}
     rows = [
-        [
-            name,
-            count(group.get("samples")),
-            *(share(group.get(key), group.get("samples")) for key in ("passes", "non_trivial")),
-        ]
+        [name, count(group.get("samples")), *(rate_cell(group, key) for key in ("passes", "non_trivial"))]
         for name, group in groups.items()
     ]
-    section = Section(HEADINGS["syntax"], columns, rows)
+    section = Section(HEADINGS["syntax"], columns, rows, list(part.get("notes", [])))
     if "python" in part:
-        section.notes.append(f"by the syntax of Python {part['python']}")
-    if part.get("failures"):
-        section.notes.append("failures: " + ", ".join(f"{name} {n:,}" for name, n in part["failures"].items()))
+        section.notes.append(f"by the syntax of Python {part['python']}; intervals: prompts resampled")
     if not part.get("samples"):
         section.notes.append("no samples were taken")
     return section
@@ -268,8 +290,6 @@ def _functional(part: dict[str, Any]) -> list[Section]:
         for level, group in benchmark.get("by_level", {}).items():
             cells = [percent(group.get("pass_at", {}).get(k)) for k in ks]
             solved.rows.append([f"level {level}", *cells, count(group.get("problems")), count(each)])
-        if "skipped" in benchmark:
-            solved.notes.append(f"{name} not computed: {benchmark['skipped']}")
         if each and any(int(k) > each for k in benchmark.get("pass_at", {})):
             solved.notes.append(f"{name}: pass@k needs at least k samples of each problem, and {each} were taken")
         if benchmark.get("cropped"):
@@ -294,7 +314,7 @@ def _memorisation(part: dict[str, Any]) -> Section:
         ["longest run of a sample that the training data holds, in tokens", count(part.get("longest"))],
         ["median of these runs, in tokens", number(part.get("median"), form=",g")],
         ["samples with a run of over 50 tokens", count(over)],
-        ["their share", share(over, samples)],
+        ["their share", percent(over / samples if samples and over is not None else None)],
     ]
     notes = [f"looked for in {part['training_tokens']:,} tokens of training"] if part.get("training_tokens") else []
     return Section(HEADINGS["memorisation"], ["", ""], rows, notes)
@@ -312,6 +332,8 @@ def _contamination(part: dict[str, Any]) -> Section:
             named = ", ".join(str(example) for example in found["examples"][:EXAMPLES])
             more = len(found["examples"]) - EXAMPLES
             section.notes.append(f"{name}: {named}" + (f" and {more:,} more" if more > 0 else ""))
+        if found.get("too_short"):
+            section.notes.append(f"{name}: {found['too_short']:,} problems are too short to be recognised in any data")
     read, of = part.get("read_tokens"), part.get("of_tokens")
     if read is not None and of is not None:
         section.notes.append(
