@@ -59,16 +59,12 @@ def compare(runs: list[Path]) -> tuple[str, str]:
     """Return the runs side by side for a terminal and as a Markdown document.
 
     Raises ReportError for fewer than two different runs, a run that was not evaluated, was so by an older version or with
-    damage to its files, and for runs of different splits.
+    damage to its files.
     """
     if len({path.resolve() for path in runs}) < max(2, len(runs)):
         given = ", ".join(map(str, runs)) or "none"
         raise ReportError(f"a comparison must be of two or more different runs, but is of {given}; name others")
     evaluated = [_read(path, number) for number, path in enumerate(runs, 1)]
-    splits = [run.results.get("split") for run in evaluated]
-    if len(set(splits)) > 1:
-        given = ", ".join(f"{run.path} of {split}" for run, split in zip(evaluated, splits))
-        raise ReportError(f"runs must be evaluated on the same split, but are: {given}; evaluate again with --split")
     try:
         found = [_runs(evaluated), *filter(None, (part(evaluated) for part in (_bits, _syntax, _functional, _harness)))]
         found.append(_explanation(found))
@@ -78,7 +74,7 @@ def compare(runs: list[Path]) -> tuple[str, str]:
             f"the results of {given} must be as evaluate.py writes them, but are not ({type(e).__name__}: {e}); "
             f"evaluate them again"
         ) from None
-    title = f"Comparison of {len(runs)} runs" + (f" on the {splits[0]} split" if splits[0] else "")
+    title = f"Comparison of {len(runs)} runs on the validation split"
     return as_text([title, READING], found), as_markdown(title, [READING], found)
 
 

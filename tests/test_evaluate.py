@@ -98,7 +98,10 @@ def test_the_same_evaluation_gives_the_same_samples_with_another_batch_and_other
 def test_runs_are_compared_side_by_side(work):
     result = script("evaluate.py", "--compare", "base", "runs/base-sft", cwd=work)
     assert result.returncode == 0, result.stderr
-    assert "runs/base-sft" in result.stdout and "Comparison of 2 runs on the val split" in result.stdout
+    assert "runs/base-sft" in result.stdout and "Comparison of 2 runs on the validation split" in result.stdout
+    assert (work / "runs/base/compare.md").read_text(encoding="utf-8").startswith("# ")
+    same = script("evaluate.py", "base", "--compare", "base-sft", cwd=work)
+    assert same.stdout == result.stdout
     assert_one_clear_line(script("evaluate.py", "--compare", "base", cwd=work), "two")
 
 
@@ -126,7 +129,7 @@ def test_without_bubblewrap_losses_are_saved_and_no_code_is_run(work, tmp_path):
     assert_one_clear_line(result, "bubblewrap", "apt install bubblewrap", "--sandbox none")
     found = results(tmp_path / "runs/base")
     assert found["language_modelling"]["all"]["loss"] > 0 and "bubblewrap" in found["functional"]["skipped"]
-    assert {s["benchmark"] for s in samples(tmp_path / "runs/base")} == {"held-out"}
+    assert {s["benchmark"] for s in samples(tmp_path / "runs/base")} == {"held-out functions"}
 
 
 def test_without_a_sandbox_it_says_so_and_the_results_carry_it(work, tmp_path):
@@ -174,6 +177,9 @@ def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(wo
         ({"benchmarks": ("humanevil",)}, "problems, humaneval, mbpp, mbpp-3shot, or none"),
         ({"benchmarks": ("humaneval:x",)}, "NAME:SAMPLES"),
         ({"benchmarks": ("humaneval:0",)}, "NAME:SAMPLES"),
+        ({"benchmarks": ("humaneval:",)}, "NAME:SAMPLES"),
+        ({"benchmarks": ("humaneval:2", "humaneval:5")}, "each once"),
+        ({"benchmarks": ("none", "mbpp")}, "none alone"),
         ({"workers": 0}, "eval.workers must be at least 1"),
         ({"top_p": 0}, "eval.top_p must be above 0"),
         ({"memory_mb": 1}, "eval.memory_mb must be at least 64"),
@@ -187,3 +193,36 @@ def test_impossible_settings_are_refused_by_name(settings, words):
 def test_samples_are_counted_by_benchmark():
     assert EvalConfig(benchmarks=("problems:3", "mbpp")).n_samples == {"problems": 3, "mbpp": 1}
     assert EvalConfig(benchmarks=("none",)).n_samples == {}
+    assert EvalConfig(benchmarks=("problems:3",), temperature=0.0).n_samples == {"problems": 1}
+
+
+@needs_bwrap
+def test_only_the_losses_again_keep_what_was_measured_before(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "runs/base")
+    before, kept = results(tmp_path / "runs/base"), samples(tmp_path / "runs/base")
+    flags = ["--eval.benchmarks", "none", "--eval.signatures", "0"]
+    assert script("evaluate.py", "base", *flags, cwd=tmp_path).returncode == 0
+    now = results(tmp_path / "runs/base")
+    assert now["functional"] == before["functional"] and "functional" in now["kept"]
+    assert samples(tmp_path / "runs/base") == kept
+    result = script("evaluate.py", "base", "--split", "test", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "eval-test.json" in result.stdout
+    assert results(tmp_path / "runs/base") == now
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(work):
+    before = {path: path.read_bytes() for path in (work / "runs/base").glob("*.*") if path.is_file()}
+    for flags, words in ((["--text", "nowhere.txt"], ["nowhere.txt"]), (["--harness", ","], ["--harness", "task"])):
+        assert_one_clear_line(script("evaluate.py", "base", *flags, cwd=work, timeout_s=30), *words)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_training_shard_costs_only_what_is_looked_up_in_it(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "runs/base")
+    shutil.copytree(work / "data", tmp_path / "data")
+    for shard in (tmp_path / "data").glob("demo-*/train-00000.npy"):
+        shard.write_bytes(shard.read_bytes()[:-10])
+    flags = ["--eval.benchmarks", "none", "--eval.signatures", "2", "--eval.max-new-tokens", "8"]
+    result = script("evaluate.py", "base", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "train-00000.npy" in results(tmp_path / "runs/base")["memorisation"]["skipped"]

@@ -8,14 +8,14 @@ import torch
 
 import functional
 from config import EvalConfig, ModelConfig, TokenizerConfig
-from functional import Chat, Written, grade_all, prompt_ids, summary, syntax, write
-from generate import Sampling, generate
+from functional import Chat, Written, grade_all, joins_newlines, newline_tokens, prompt_ids, summary, syntax, write
+from generate import Sampling, generate_batch
 from judge import Graded
 from model import GPT, Cache, LanguageModel
 from pool import Lost
 from prompts import ALPACA
 from tasks import STOP, load
-from tokenizer import train_bpe
+from tokenizer import train_bpe, train_sentencepiece
 
 MODE = "bwrap" if shutil.which("bwrap") else "none"
 CFG = EvalConfig(max_new_tokens=24, temperature=1.0, top_p=1.0, batch_size=4, workers=2)
@@ -59,6 +59,8 @@ class Scripted(LanguageModel):
 
 def scripted(tokenizer, problem, text, chat=None, n=1, progress=None, **settings) -> list[Written]:
     cfg = replace(CFG, max_new_tokens=2000, **settings)
+    if chat is None and joins_newlines(tokenizer):
+        text = "\n" + text
     return write(
         Scripted(tokenizer, prompt_ids(problem, tokenizer, chat), text), tokenizer, [(problem, n)], chat, cfg, progress
     )
@@ -97,13 +99,19 @@ def test_the_same_problem_in_another_benchmark_has_other_seeds():
     assert len(seeds) == 6
 
 
+def alone(model, ids: list[int], tokenizer) -> list[int]:
+    """The most likely tokens behind one prompt, of which the first begins with a newline."""
+    greedy = Sampling(CFG.max_new_tokens, greedy=True)
+    begins = newline_tokens(tokenizer, model.cfg.vocab_size)
+    return generate_batch(model, [ids], greedy, tokenizer.eos_id, begins=begins)[0]
+
+
 def test_greedy_is_what_generate_gives(model, tokenizer):
     cfg = replace(CFG, temperature=0)
     for w in write(model, tokenizer, [(GRADED[0], 2), (GRADED[5], 1)], None, cfg):
         ids = prompt_ids(w.problem, tokenizer, None)
         longest = model.cfg.block_size - CFG.max_new_tokens
-        whole = generate(model, ids[-longest:], Sampling(CFG.max_new_tokens, greedy=True), tokenizer.eos_id)
-        assert whole[: len(w.ids)] == w.ids and w.ids
+        assert alone(model, ids[-longest:], tokenizer)[: len(w.ids)] == w.ids and w.ids
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(model, tokenizer):
@@ -113,10 +121,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(model, tok
     ids = prompt_ids(long, tokenizer, None)
     assert (one.cropped, other.cropped) == (False, True) and len(ids) > model.cfg.block_size
     kept = ids[-(model.cfg.block_size - CFG.max_new_tokens) :]
-    assert (
-        generate(model, kept, Sampling(CFG.max_new_tokens, greedy=True), tokenizer.eos_id)[: len(other.ids)]
-        == other.ids
-    )
+    assert alone(model, kept, tokenizer)[: len(other.ids)] == other.ids
 
 
 @pytest.mark.parametrize("max_new_tokens", [80, 160, 5000])
@@ -177,13 +182,29 @@ def test_progress_adds_up_to_the_samples(tokenizer, text):
 # -- what a model is given
 
 
-def test_a_base_model_is_given_the_prompt_alone(tokenizer):
+def test_a_base_model_is_given_the_prompt_alone_without_the_newline_that_it_writes_itself(tokenizer):
+    assert joins_newlines(tokenizer)
     for p in (GRADED[0], MBPP[0], SHOTS[0]):
         ids = prompt_ids(p, tokenizer, None)
-        assert ids[: len(ids) - len(tokenizer.encode(p.prompt))] == (
-            [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        )
-        assert tokenizer.decode(tokenizer.encode(p.prompt)) == p.prompt
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        assert ids[: len(bos)] == bos and tokenizer.decode(ids[len(bos) :]) + "\n" == p.prompt
+
+
+def test_what_a_base_model_is_given_is_how_the_prompt_with_its_solution_begins(tokenizer):
+    spm = train_sentencepiece(
+        [p.solution for p in GRADED], TokenizerConfig(kind="sentencepiece", unk_token="<unk>"), 600
+    )
+    assert not joins_newlines(spm)
+    for own in (tokenizer, spm):
+        for p in GRADED:
+            ids = [i for i in prompt_ids(p, own, None) if i != own.bos_id]
+            assert own.encode(p.solution)[: len(ids)] == ids
+
+
+def test_tokens_that_begin_with_a_newline_are_known(tokenizer):
+    begins = newline_tokens(tokenizer, tokenizer.vocab_size + 3)
+    assert begins[tokenizer.encode("\n    return")[0]] and not begins[tokenizer.encode("return")[0]]
+    assert not begins[-3:].any()
 
 
 def said(problem, tokenizer, template, mined) -> str:
@@ -313,15 +334,16 @@ def test_the_summary_of_nothing_is_empty():
 
 def test_the_syntax_figures_by_hand():
     ok, empty, broken = result("passed"), result("wrong", True, False), result("syntax", False, False)
-    out = syntax({"humaneval": [ok, broken, empty], "signatures": [ok, ok], "none": []}, "3.11.7")
+    written = [sample(GRADED[0], 0, ""), sample(GRADED[0], 1, ""), sample(GRADED[1], 0, ""), sample(MBPP[0], 0, "")]
+    out = syntax(written, [ok, broken, empty, ok], "3.11.7")
+    first, second, other = GRADED[0].task_id, GRADED[1].task_id, MBPP[0].task_id
     assert out == {
-        "samples": 5,
-        "passes": 4,
-        "non_trivial": 3,
+        "samples": 4,
+        "passes": 3,
+        "non_trivial": 2,
         "python": "3.11.7",
         "by_prompt": {
-            "humaneval": {"samples": 3, "passes": 2, "non_trivial": 1},
-            "signatures": {"samples": 2, "passes": 2, "non_trivial": 2},
-            "none": {"samples": 0, "passes": 0, "non_trivial": 0},
+            "problems": {"samples": 3, "passes": 2, "non_trivial": 1, "counts": [[first, 2, 1, 1], [second, 1, 1, 0]]},
+            "mbpp": {"samples": 1, "passes": 1, "non_trivial": 1, "counts": [[other, 1, 1, 1]]},
         },
     }

@@ -50,7 +50,6 @@ def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
         ({"tasks": []}, "--harness must name a task"),
         ({"data": Path("/no/such/folder")}, "must be a folder"),
         ({"limit": 0}, "--harness-limit must be at least 1, but is 0"),
-        ({"batch_size": 0}, "must be at least 1, but is 0"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(given, says, monkeypatch):

@@ -16,7 +16,7 @@ from intervals import (
     paired_ratio_difference,
     pass_at_k,
     pass_interval,
-    proportion_difference,
+    rate_interval,
     wilson,
 )
 
@@ -101,20 +101,16 @@ def test_wilson_has_no_interval_of_nothing_and_refuses_the_impossible():
             wilson(successes, n)
 
 
-@pytest.mark.parametrize(
-    "counts, known",  # Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10
-    [((56, 70, 48, 80), (0.0524, 0.3339)), ((9, 10, 3, 10), (0.1705, 0.8090)), ((10, 10, 0, 20), (0.6791, 1.0))],
-)
-def test_the_difference_of_proportions_gives_the_known_values(counts, known):
-    difference = proportion_difference(*counts)
-    assert (difference.low, difference.high) == pytest.approx(known, abs=5e-5)
-    assert difference.difference == pytest.approx(counts[0] / counts[1] - counts[2] / counts[3])
-    assert difference.significant
-
-
-def test_the_difference_of_proportions_is_nan_where_nothing_was_sampled():
-    difference = proportion_difference(0, 0, 3, 10)
-    assert math.isnan(difference.difference) and math.isnan(difference.low) and not difference.significant
+def test_a_rate_is_of_prompts_and_not_of_their_samples():
+    rng = np.random.default_rng(0)
+    alike = rng.random(70) < 0.5  # of each prompt all ten samples pass, or none
+    low, high = rate_interval(10 * alike, np.full(70, 10))
+    known = bootstrap_mean(alike.astype(float))
+    assert (low, high) == pytest.approx(known, abs=0.01) and high - low > 2 * (
+        wilson(350, 700).high - wilson(350, 700).low
+    )
+    assert rate_interval(alike, np.ones(70)) == wilson(int(alike.sum()), 70)  # a sample each
+    assert rate_interval([0, 0], [10, 10]) == wilson(0, 2) and rate_interval([10, 10], [10, 10]) == wilson(2, 2)
 
 
 def test_the_bootstrap_covers_the_true_proportion_in_about_95_of_100_experiments():
