@@ -5,9 +5,9 @@
 
 A base model goes on and on: of its continuation the program is what stands up to the end of the function that is asked for,
 and the helpers right behind it that it uses. There are no stop words: a line at the left margin ends the function unless it
-stands in a string or a bracket. Only the answers of fine-tuned models are parsed beyond that, to tell code from prose and to
-find out how a body is indented. Limits: a function inside a class is not found, and of helpers only plain functions and
-classes are. The texts are strangers', and parsing can kill a process: call this in a worker; `end_of_function` parses nothing.
+stands in a string or a bracket. What is parsed beyond that tells code from prose in an answer, how a body is indented, and
+half a line from a whole one. Limits: a function inside a class is not found, and of helpers only plain functions and classes
+are. The texts are strangers', and parsing can kill a process: call this in a worker; `end_of_function` alone parses nothing.
 """
 
 from __future__ import annotations

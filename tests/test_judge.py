@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from mutants import mutant
+from test_extraction import NASTY
 
 import tasks
 from judge import VERDICTS, Graded, Sample, grade, judge
@@ -65,7 +66,7 @@ def test_wrong_bodies_fail():
 
 
 def test_trivial_bodies_fail_and_are_counted_as_such():
-    problems = [*load("problems")[::9], *load("humaneval")[::20]]
+    problems = [*load("problems")[::18], *load("humaneval")[::40]]
     for body, compiles in (("    pass\n", True), ("    # nothing\n", True), ("    return (\n", False), ("", True)):
         for g in grade_all([(p, body) for p in problems], chat=False):
             assert g.verdict == ("syntax" if not compiles else "wrong") or (compiles and g.verdict == "exception"), g
@@ -103,7 +104,7 @@ def compare_mutants(problems: list[Problem]) -> tuple[list[str], int]:
 
 
 def test_mutants_fail_unless_no_test_sees_them():
-    problems = [*load("humaneval")[::16], *load("problems")[::10], *load("mbpp")[::60]]
+    problems = [*load("humaneval")[1::16], *load("problems")[::10], *load("mbpp")[::60]]
     different, passed = compare_mutants(problems)
     assert different == [] and passed < len(problems) / 5
 
@@ -130,6 +131,17 @@ def test_a_sample_without_tests_is_only_compiled():
     assert (good.verdict, good.compiles, good.non_trivial) == ("", True, True)
     assert (bad.verdict, bad.compiles) == ("syntax", False)
     assert (empty.compiles, empty.non_trivial) == (True, False)
+
+
+def test_nasty_texts_are_verdicts_or_lost_and_nothing_else():
+    p = load("problems")[0]
+    jobs = [
+        Sample(p, f"    {text}", chat, False, MODE, Limits(cpu_s=2))
+        for text in NASTY.values()
+        for chat in (False, True)
+    ]
+    for job, result in zip(jobs, map_jobs(grade, jobs, n_workers=2, limit_s=LIMIT_S)):
+        assert isinstance(result, Lost) or result.verdict != "passed", job.text[:50]
 
 
 def test_verdicts_name_what_happened():
