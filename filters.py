@@ -146,7 +146,7 @@ def syntax_error(text: str) -> str | None:
 
     Strangers' code can make compile() raise all of these; what kills the process instead is the worker pool's part.
     """
-    size = len(text.encode("utf-8"))
+    size = len(text.encode("utf-8", "surrogatepass"))
     if size > COMPILE_BYTES:
         return f"{size:,} bytes, and compile() is given at most {COMPILE_BYTES:,}"
     with warnings.catch_warnings():
