@@ -531,7 +531,7 @@ class EvalConfig:
     """Samples that are generated at a time."""
     workers: int | None = None
     """Sandboxes side by side. None: one for each core."""
-    cpu_s: int = 6
+    cpu_s: int = 10
     """CPU seconds that a program may take."""
     memory_mb: int = 512
     """Memory that a program may take."""

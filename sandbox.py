@@ -53,9 +53,9 @@ MAX_REASON = 200  # characters
 class Limits:
     """What one program may use."""
 
-    cpu_s: int = 6
+    cpu_s: int = 10
     """CPU seconds of each of its processes: the same verdict however busy the machine is."""
-    wall_s: float = 20.0
+    wall_s: float = 28.0
     """Seconds in all, for programs that wait; measured from the moment that the sandbox stands."""
     memory_bytes: int = 2**29
     """Address space of each of its processes."""

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import extraction
-from extraction import end_of_function, from_answer, from_completion, is_trivial
+from extraction import end_of_function, from_answer, from_completion, is_empty, is_trivial
 from pool import Lost, map_jobs
 from tasks import load
 
@@ -503,3 +503,26 @@ def test_generation_never_parses(monkeypatch):
     monkeypatch.setattr(ast, "parse", lambda *_: pytest.fail("the main process parses what a model wrote"))
     for text in NASTY.values():
         end_of_function(HEAD + "    " + text + "\nprint(1)\n", len(HEAD), "add")
+
+
+@pytest.mark.parametrize(
+    ("program", "empty"),
+    [
+        ('def add(a, b):\n    """Add."""\n', True),
+        ('def add(a, b):\n    """Add."""\n    # a comment\n', True),
+        ('def add(a, b):\n    """Add."""\n    pass\n', False),
+        ('def add(a, b):\n    """Add."""\n    """More."""\n', False),
+        ("def add(a, b):\n    return a + b\n", False),  # an answer that repeats the head without its docstring
+        ("import os\n", True),
+        ("", True),
+    ],
+)
+def test_a_program_is_empty_without_a_statement_of_its_own_in_the_function(program, empty):
+    assert is_empty(program, 'def add(a, b):\n    """Add."""\n', "add") == empty
+
+
+@pytest.mark.parametrize(
+    ("text", "empty"), [("", True), ("# a comment\n", True), ("pass\n", False), ("x = 1\n", False)]
+)
+def test_a_text_of_no_function_is_empty_without_a_statement(text, empty):
+    assert is_empty(text, "", "") == empty

@@ -67,10 +67,16 @@ def test_wrong_bodies_fail():
 
 def test_trivial_bodies_fail_and_are_counted_as_such():
     problems = [*load("problems")[::18], *load("humaneval")[::40]]
-    for body, compiles in (("    pass\n", True), ("    # nothing\n", True), ("    return (\n", False), ("", True)):
+    failed = {"wrong", "exception"}
+    for body, verdicts, passes in (
+        ("    pass\n", failed, True),
+        ("    # nothing\n", failed, False),
+        ("    return (\n", {"syntax"}, False),
+        ("", failed, False),
+    ):
         for g in grade_all([(p, body) for p in problems], chat=False):
-            assert g.verdict == ("syntax" if not compiles else "wrong") or (compiles and g.verdict == "exception"), g
-            assert (g.compiles, g.non_trivial) == (compiles, False)
+            assert g.verdict in verdicts, g
+            assert (g.compiles, g.non_trivial) == (passes, False)
 
 
 def plainly(job: tuple[Problem, str], slot: int) -> str:
@@ -130,7 +136,7 @@ def test_a_sample_without_tests_is_only_compiled():
     (good, bad, empty) = grade_all([(prompt, "    return a\nx"), (prompt, "    return (\n"), (prompt, "")], chat=False)
     assert (good.verdict, good.compiles, good.non_trivial) == ("", True, True)
     assert (bad.verdict, bad.compiles) == ("syntax", False)
-    assert (empty.compiles, empty.non_trivial) == (True, False)
+    assert (empty.compiles, empty.non_trivial) == (False, False)
 
 
 def test_nasty_texts_are_verdicts_or_lost_and_nothing_else():
