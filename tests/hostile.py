@@ -11,11 +11,12 @@ tell, exits with "reached", which shows in the reason of its verdict.
 from __future__ import annotations
 
 import os
-import resource
+import re
 import textwrap
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
@@ -80,7 +81,8 @@ def attempt(job: tuple[Hostile, Targets, Limits], slot: int) -> Outcome:
     source = Template(hostile.source).safe_substitute({name.upper(): repr(value) for name, value in names.items()})
     started = time.monotonic()
     verdict, reason = judge(problem(), source, limits=limits, slot=slot)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage counts what the parent was before exec
+    peak = int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
     return Outcome(verdict, reason, time.monotonic() - started, peak, len(os.listdir("/proc/self/fd")))
 
 
