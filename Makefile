@@ -27,7 +27,7 @@ install: .venv/.installed ## set up .venv with the pinned requirements
 run: .venv/.installed ## train the demo model on this machine's Python source (5 to 15 minutes)
 	@$(BIN)/python main.py
 
-test: .venv/.installed-dev ## lint, then run the whole test suite (2 to 6 minutes, offline)
+test: .venv/.installed-dev ## lint, then run the test suite (3 to 9 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 

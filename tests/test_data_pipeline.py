@@ -489,7 +489,9 @@ def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
     assert ledger["dropped"]["characters"][1] == 3 * 2**30
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     shutil.copytree(corpus, "repo")
     for i in range(8):  # enough work to be killed in

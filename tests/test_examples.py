@@ -298,6 +298,7 @@ def test_changing_prompt_tokens_leaves_the_supervised_targets_alone(folder):
     assert (before.idx != after.idx).any() and (before.targets == after.targets).all()
 
 
+@pytest.mark.slow
 def test_the_mask_holds_on_real_instructions_with_the_real_vocabulary(tmp_path):
     import gzip
 

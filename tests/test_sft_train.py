@@ -143,7 +143,7 @@ def test_the_same_command_says_that_the_run_is_complete(work, corpus, out):
     assert re.search(rf"perplexity +{before} ", result.stdout)  # what it was before is known after a resumption too
 
 
-@pytest.mark.parametrize("packing", ["True", "False"])
+@pytest.mark.parametrize("packing", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, packing):
     flags = [*mined(corpus), "--train.max-steps", "40", "--train.packing", packing, "--train.log-every", "1"]
     whole = script("sft_train.py", "runs/base", *flags, "--name", f"whole-{packing}", cwd=work)
@@ -167,6 +167,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, p
     assert digest_of(result.stdout) == digest_of(whole.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_from_a_base_that_has_changed(work, corpus, tmp_path):
     shutil.copytree(work / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("whole*", "stopped*"))
     shutil.copytree(work / "data", tmp_path / "data")
