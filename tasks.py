@@ -81,10 +81,8 @@ def load(name: str, source: str | None = None) -> list[Problem]:
     origin = source or str(PROBLEMS / FILES[name])
     rows = list(_rows(name, origin))
     try:
-        if name == "humaneval":
-            problems = [_humaneval(row) for row in rows]
-        elif name == "problems":
-            problems = [_graded(row) for row in rows]
+        if name in ("humaneval", "problems"):
+            problems = [_to_complete(name, row) for row in rows]
         else:
             own = _rows(name, str(PROBLEMS / FILES[name])) if name == "mbpp-3shot" else ()
             shots = [row for row in own if row["task_id"] in MBPP_SHOTS]
@@ -132,10 +130,12 @@ def _row(line: str, number: int) -> dict[str, Any]:
     return row
 
 
-def _humaneval(row: dict[str, Any]) -> Problem:
+def _to_complete(benchmark: str, row: dict[str, Any]) -> Problem:
+    """Return a problem of HumanEval or of the project's own, whose prompt is the head of a function."""
     prompt, name = row["prompt"], row["entry_point"]
+    of_humaneval = benchmark == "humaneval"
     return Problem(
-        benchmark="humaneval",
+        benchmark=benchmark,
         task_id=row["task_id"],
         entry_point=name,
         prompt=prompt,
@@ -143,29 +143,12 @@ def _humaneval(row: dict[str, Any]) -> Problem:
         instruction=f"Complete this Python function.\n\n{prompt}",
         mined_instruction=_mined(prompt, name),
         answer_head=prompt,
-        trusted=prompt,  # tests call other functions of it; the one that is asked for is empty there
-        tests=f"{row['test']}\ncheck({name})\n",
+        # HumanEval's tests call other functions of the prompt; the one that is asked for is empty there
+        trusted=prompt if of_humaneval else "",
+        tests=f"{row['test']}\ncheck({name})\n" if of_humaneval else "\n".join(row["test_list"]),
         solution=prompt + row["canonical_solution"],
         remote=(name,),
-    )
-
-
-def _graded(row: dict[str, Any]) -> Problem:
-    prompt, name = row["prompt"], row["entry_point"]
-    return Problem(
-        benchmark="problems",
-        task_id=row["task_id"],
-        entry_point=name,
-        prompt=prompt,
-        head=prompt,
-        instruction=f"Complete this Python function.\n\n{prompt}",
-        mined_instruction=_mined(prompt, name),
-        answer_head=prompt,
-        trusted="",
-        tests="\n".join(row["test_list"]),
-        solution=prompt + row["canonical_solution"],
-        remote=(name,),
-        level=row["level"],
+        level=None if of_humaneval else row["level"],
     )
 
 
