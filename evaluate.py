@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from judge import Graded
     from model import LanguageModel
     from perplexity import Losses
+    from shards import TokenDataset
     from tasks import Problem
     from tokenizer import Tokenizer
 
@@ -86,7 +88,12 @@ class Subject:
     runtime: Runtime
     flags: Flags
 
-    @property
+    @cached_property
+    def heldout(self) -> TokenDataset:
+        """The split that is evaluated, verified once."""
+        return self.run.heldout(self.flags.split)
+
+    @cached_property
     def chat(self) -> Chat | None:
         """How the model is asked, if it was fine-tuned."""
         from functional import Chat
@@ -131,7 +138,7 @@ def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
     """Return the losses of the held-out split, and their figures."""
     from perplexity import document_losses
 
-    dataset = subject.run.heldout(subject.flags.split)
+    dataset = subject.heldout
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     stride = subject.flags.eval.stride
     with _bar("held-out losses", len(dataset), "token") as (_, progress):
@@ -166,7 +173,7 @@ def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Prob
     from heldout import from_conversations, from_documents
     from tasks import load
 
-    cfg, dataset = subject.flags.eval, subject.run.heldout(subject.flags.split)
+    cfg, dataset = subject.flags.eval, subject.heldout
     if isinstance(dataset, Examples):
         assert subject.chat is not None
         wanted = from_conversations(dataset, subject.tokenizer, cfg.signatures, subject.chat.mined, cfg.n_workers)

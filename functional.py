@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import EvalConfig
 from extraction import end_of_function
+from intervals import pass_at_k
 from judge import VERDICTS, Graded, Sample, grade
 from pool import Lost, map_jobs
 from prompts import Exchange, encode
@@ -187,8 +188,6 @@ def grade_all(
 
 def summary(written: Sequence[Written], graded: Sequence[Graded], mode: Mode) -> dict[str, Any]:
     """Return the figures of one benchmark's samples."""
-    from intervals import pass_at_k
-
     counts: dict[str, list[int]] = {}
     levels: dict[str, str] = {}
     for w, g in zip(written, graded):

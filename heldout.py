@@ -1,7 +1,7 @@
 """Held-out functions and instructions as problems without tests: what a model writes for them can only be compiled.
 
-    problems = from_documents(run.heldout("val"), tokenizer, 100, n_workers=2)
-    problems = from_conversations(run.heldout("val"), tokenizer, 100, mined=True)
+    problems = from_documents(run.heldout("val"), tokenizer, 100, 2, bar.update)
+    problems = from_conversations(run.heldout("val"), tokenizer, 100, mined=True, n_workers=2)
 
 A base model is given a signature out of a file that it has not seen; a fine-tuned one an instruction that it has not seen, in
 the tokens that it would have been trained on.
@@ -33,11 +33,10 @@ _SIGNATURE = re.compile(r"^(?:async )?def (\w+)\(.*:$", re.MULTILINE)
 
 
 def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
+    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()  # the same in every run that has the same prompt
     return Problem(
         benchmark=kind,
-        task_id=hashlib.sha256(prompt.encode("utf-8")).hexdigest()[
-            :12
-        ],  # the same in every run that has the same prompt
+        task_id=digest[:12],
         entry_point=name,
         prompt=prompt,
         head=head,
@@ -109,18 +108,24 @@ def from_conversations(dataset: Examples, tokenizer: Tokenizer, n: int, mined: b
 
     `mined`: they were made from docstrings, and end with the signature whose body is the answer.
     """
+
+    def first(number: int) -> tuple[list[int], list[int]]:
+        """Return the tokens of a conversation's first prompt and of its response, without end of text."""
+        example = dataset.example(number)
+        prompt, response = example.segments[0, [PROMPT, RESPONSE]].tolist()
+        return example.ids[:prompt].tolist(), example.ids[prompt : prompt + response - 1].tolist()
+
     problems: list[Problem] = []
-    firsts = [dataset.example(number) for number in range(dataset.n_examples if n else 0)]
-    stops = [(e, int(e.segments[0, PROMPT]), int(e.segments[0, RESPONSE])) for e in firsts]
-    prompts = [(tuple(e.ids[:end].tolist()), e.ids[end : end + size - 1].tolist()) for e, end, size in stops]
-    are_code = map_jobs(_is_code, (tokenizer.decode(response) for _, response in prompts), n_workers, LIMIT_S)
+    numbers = range(dataset.n_examples if n else 0)
+    are_code = map_jobs(_is_code, (tokenizer.decode(first(i)[1]) for i in numbers), n_workers, LIMIT_S)
     try:
-        for (ids, _), is_code in zip(prompts, itertools.repeat(True) if mined else are_code):
+        for number, is_code in zip(numbers, itertools.repeat(True) if mined else are_code):
             if is_code is True:
-                text = tokenizer.decode(list(ids))
+                ids, _ = first(number)
+                text = tokenizer.decode(ids)
                 signature = list(_SIGNATURE.finditer(text))[-1:] if mined else []
                 name, head = (signature[0][1], signature[0][0] + "\n") if signature else ("", "")
-                problems.append(_problem(INSTRUCTIONS, name, text, head, ids))
+                problems.append(_problem(INSTRUCTIONS, name, text, head, tuple(ids)))
             if len(problems) >= n:
                 break
     finally:

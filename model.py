@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from config import IGNORE, ModelConfig
 from loss import linear_cross_entropy, nll_and_grad
 
+# takes keys and values of new tokens, gives those of all tokens so far
+Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 def sinusoidal_positions(block_size: int, n_embd: int) -> Tensor:
     """Return the fixed position encodings (block_size, n_embd) of Vaswani et al. 2017, section 3.5."""
@@ -136,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
-        cached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cached: Cached | None = None,
     ) -> Tensor:
         """Attend within x (B, T, C), or with `cached`, which adds to its keys and values those of before."""
         q, k, v = self.heads(x, rope)
@@ -211,7 +214,7 @@ class Block(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
-        cached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        cached: Cached | None = None,
     ) -> Tensor:
         x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, cached))
         x = x + self.dropout(self.mlp(self.norm_2(x)))

@@ -300,7 +300,6 @@ def result(verdict, compiles=True, non_trivial=True) -> Graded:
 
 
 def test_the_summary_of_a_benchmark_by_hand():
-    pytest.importorskip("intervals")
     passes = {GRADED[0]: 2, GRADED[1]: 0, GRADED[20]: 5}  # of 5 samples; levels 1, 1 and 2
     written = [sample(p, n, "", cropped=p is GRADED[1]) for p in passes for n in range(5)]
     graded = [result("passed" if w.number < passes[w.problem] else "wrong") for w in written]
@@ -317,7 +316,6 @@ def test_the_summary_of_a_benchmark_by_hand():
 
 
 def test_pass_at_k_is_given_up_to_the_number_of_samples():
-    pytest.importorskip("intervals")
     for n, ks in {1: ["1"], 4: ["1"], 5: ["1", "5"], 10: ["1", "5", "10"], 100: ["1", "5", "10", "100"]}.items():
         written = [sample(MBPP[0], i, "") for i in range(n)]
         out = summary(written, [result("passed"), *[result("wrong")] * (n - 1)], MODE)
@@ -327,7 +325,6 @@ def test_pass_at_k_is_given_up_to_the_number_of_samples():
 
 
 def test_the_summary_of_nothing_is_empty():
-    pytest.importorskip("intervals")
     out = summary([], [], MODE)
     assert out["problems"] == 0 and out["pass_at"] == {} and out["counts"] == []
 
