@@ -1,0 +1,186 @@
+"""Hand a run on, in the formats that other tools load, and check that they compute the same.
+
+    python export.py runs/demo                              # --to hf: a folder for transformers, into runs/demo/export/hf
+    python export.py runs/demo --to int8                    # for autocomplete.py, which needs no PyTorch
+    python export.py runs/code-50m --to gguf --type q8_0    # for llama.cpp
+
+Each export ends with a parity check: logits on the run's held-out text, by what was written and read back. One that fails is
+deleted. hf and GGUF in f32 must agree to 1e-4; rounded weights may cost at most 0.5% of the loss, for which they are known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from cli import parse_cli, run_script
+from config import KindlingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from checkpoint import RunDirectory
+    from model import GPT
+
+LARGEST_DIFFERENCE = 1e-4  # of a logit, where the weights are written as they are
+LARGEST_LOSS = 0.005  # of the model's loss, that rounding its weights may add
+
+
+class ExportError(KindlingError):
+    """An export that cannot be written, or that does not compute what the run does."""
+
+
+@dataclass
+class Flags:
+    """The script's command line."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """The run's folder, or its name under runs/. The newest if left out."""
+    to: Literal["hf", "gguf", "int8"] = "hf"
+    """hf: transformers' config, safetensors, tokenizer and model card; gguf: one file for llama.cpp; int8: for autocomplete.py."""
+    type: Literal["f32", "f16", "q8_0"] = "f16"
+    """For gguf: how the matrices are held."""
+    out: Path | None = None
+    """Where to write. None: export/ in the run."""
+    replace: bool = False
+    """Replace what is there."""
+
+
+@contextlib.contextmanager
+def written(out: Path, replace: bool) -> Iterator[Path]:
+    """Give a temporary path beside `out`, which takes its place if all goes well and is deleted if not.
+
+    Raises ExportError if `out` exists and may not be replaced, or cannot be written.
+    """
+    if out.exists() and not replace:
+        raise ExportError(f"{out} must not exist yet, but does; choose another --out, or give --replace")
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for remains in (partial, old):  # of a process that was killed
+            remove(remains)
+        yield partial
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        remove(old)
+    except OSError as e:
+        raise ExportError(f"{out} must be writable, but is not ({e}); free some space or choose another --out") from None
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sample(run: RunDirectory) -> Tensor:
+    """Return two rows of tokens (2, T) of the run's held-out text."""
+    import torch
+
+    batch = next(iter(run.heldout("val").in_order(run.config().model, 2)))
+    return torch.from_numpy(batch.idx)  # (2, T)
+
+
+def require_exact(largest: float) -> str:
+    """Return the line about an export of the weights as they are, given its largest absolute difference of a logit.
+
+    Raises ExportError if that is too large.
+    """
+    line = f"largest difference of a logit {largest:.1e}"
+    if not largest <= LARGEST_DIFFERENCE:
+        raise ExportError(
+            f"the export must compute what the run does to {LARGEST_DIFFERENCE:g}, but does not, and is deleted ({line})"
+        )
+    return line
+
+
+def require_close(largest: float, loss: float, changed: float) -> str:
+    """Return the line about an export of rounded weights, given also the nats a token of the run and of the export.
+
+    Raises ExportError if the loss rises too much.
+    """
+    added = (changed - loss) / loss
+    line = f"largest difference of a logit {largest:.1e}, loss {loss:.4f} -> {changed:.4f} ({added:+.2%})"
+    if not added <= LARGEST_LOSS:
+        raise ExportError(
+            f"the export must have at most {LARGEST_LOSS:.1%} more loss than the run, but has more, and is deleted ({line})"
+        )
+    return line
+
+
+def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
+    """Write the folder that transformers loads."""
+    from hf_format import architecture, difference, write
+    from model_card import card
+
+    out.mkdir()
+    write(out, model, run.tokenizer(), card(run, run.path.resolve().name, checkpoint))
+    classes = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM, whose code is with it"}
+    return [f"as {classes[architecture(model.cfg)]}", require_exact(difference(out, model, sample(run)))]
+
+
+def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], out: Path) -> list[str]:
+    """Write the file that llama.cpp loads."""
+    from gguf_format import architecture, difference, write
+
+    said = [f"as {architecture(model.cfg)} in {kind}"]
+    wider = write(out, model, run.tokenizer(), kind, run.path.resolve().name)
+    if wider:
+        said.append(f"{len(wider)} matrices in f16, of rows that q8_0 cannot hold")
+    largest, loss, changed = difference(out, model, sample(run))
+    return [*said, require_exact(largest) if kind == "f32" else require_close(largest, loss, changed)]
+
+
+def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
+    """Write the folder that autocomplete.py loads."""
+    from int8_format import difference, write
+
+    out.mkdir()
+    write(out, model, run.tokenizer(), f"{run.path.resolve().name}, {checkpoint.name}")
+    return [require_close(*difference(out, model, sample(run)))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write an export and say how near it is."""
+    flags = parse_cli(Flags, __doc__ or "", argv)
+    import torch
+
+    from checkpoint import find_run, load_model
+
+    run = find_run(flags.run)
+    name = f"{run.path.resolve().name}-{flags.type}.gguf" if flags.to == "gguf" else flags.to
+    out = run.path / "export" / name if flags.out is None else flags.out
+    with written(out, flags.replace) as partial:
+        loaded, checkpoint = load_model(run, torch.device("cpu"))
+        model = loaded.for_generation()
+        if flags.to == "hf":
+            said = to_hf(run, model, checkpoint, partial)
+        elif flags.to == "gguf":
+            said = to_gguf(run, model, flags.type, partial)
+        else:
+            said = to_int8(run, model, checkpoint, partial)
+    size = sum(f.stat().st_size for f in (out.rglob("*") if out.is_dir() else [out]) if f.is_file())
+    print(f"{run.path}, {checkpoint.name}: {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
+    print("\n".join(said))
+    ways = {
+        "hf": f'AutoModelForCausalLM.from_pretrained("{out}"); its README.md says more',
+        "gguf": f"llama-cli -m {out}",
+        "int8": f'python autocomplete.py {out} --prompt "def "',
+    }
+    print(f"results in {out}; next: {ways[flags.to]}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
