@@ -5,9 +5,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from checkpoint import RunDirectory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # what asks the hub fails at once instead of retrying
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
@@ -121,3 +127,40 @@ def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> N
     assert len(errors) == 1, result.stderr
     for word in words:
         assert word in errors[0], errors[0]
+
+
+def make_run(path: Path, corpus: Path, model: ModelConfig | None = None, n_files: int = 6) -> "RunDirectory":
+    """Write a run of an untrained model: config, tokenizer, held-out shards and one checkpoint, in a tenth of a second."""
+    import torch
+
+    from checkpoint import RunDirectory
+    from ledger import Ledger
+    from model import build_model
+    from shards import ShardWriter, write_manifest
+    from tokenizer import train_bpe
+
+    cfg = tiny_config(corpus)
+    cfg = replace(cfg, model=model or cfg.model)
+    data = path.with_name(f"{path.name}-data")
+    data.mkdir(parents=True)
+    texts = [p.read_text(encoding="utf-8") for p in sorted(corpus.rglob("*.py"))[:n_files]]
+    tokenizer = train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size)
+    ledger, splits = Ledger(["files"], [1.0]), {}
+    for split in ("train", "val", "test"):
+        writer = ShardWriter(data, split, np.dtype("<u2"))
+        for text in texts:
+            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
+            writer.add(ids, len(text.encode()), "python", "files")
+            ledger.keep(0, "python", len(text.encode()), (), len(ids), False)
+        writer.close()
+        splits[split] = writer.info
+    ids = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    write_manifest(data, fingerprint="test", dtype="<u2", splits=splits, **ids)
+    ledger.write(data)
+    (data / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    run = RunDirectory(path)
+    run.create(cfg, data)
+    torch.manual_seed(0)
+    state = {"step": 4, "position": 16, "elapsed_s": 2.0, "best": None, "environment": {"device": "cpu"}}
+    run.save(4, build_model(cfg.model), state)
+    return run

@@ -1,0 +1,276 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_clear_line, script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import autocomplete
+import int8_kernel
+from autocomplete import Completer, CompletionError, Model, Sampling, draw, erf, main, stream
+from config import PRESETS, ModelConfig, TokenizerConfig
+from int8_format import difference, quantize, write
+from model import GPT
+from tokenizer import train_bpe
+
+TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n" * 3
+SHAPES = {
+    name: replace(make().model, n_layer=2, n_head=4, n_kv_head=4, n_embd=48, d_ff=80, block_size=32, vocab_size=320)
+    for name, make in PRESETS.items()
+    if not make().data.instructions
+} | {"grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope")}
+HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+def randomized(cfg: ModelConfig) -> GPT:
+    """A model whose every weight counts, biases and norms included, and whose logits differ from each other."""
+    torch.manual_seed(0)
+    model = GPT(cfg).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.3)
+    return model
+
+
+def exported(folder: Path, cfg: ModelConfig, tokenizer=None) -> GPT:
+    """Write an export and return the model with the weights that it holds, as torch computes it."""
+    model = randomized(cfg)
+    folder.mkdir(parents=True)
+    write(folder, model, tokenizer or train_bpe([TEXT], TokenizerConfig(), 320), "a test")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and name != "wpe.weight":
+                q, scale = quantize(p)
+                p.copy_(q * scale[:, None])
+    return model
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, tuple[Path, GPT]]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {name: (folder / name, exported(folder / name, cfg)) for name, cfg in SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_logits_are_those_of_torch_with_the_same_weights(exports, name):
+    folder, model = exports[name]
+    ids = torch.randint(0, 320, (1, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids)[0].numpy()  # (T, V)
+    logits = Model(folder).logits(ids[0].tolist())
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_text_read_in_pieces_gives_the_logits_of_the_whole(exports, name):
+    model = Model(exports[name][0])
+    ids = list(range(100, 120))
+    whole = model.logits(ids)
+    model.length = 0
+    model.read(ids[:7])
+    model.read(ids[7:12])
+    pieces = [model.read([token]).copy() for token in ids[12:]]
+    assert np.allclose(pieces, whole[12:], atol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_kernel_in_c_computes_what_numpy_does(exports, name):
+    by_numpy, by_c = Model(exports[name][0]), Model(exports[name][0])
+    by_c.compile()
+    by_numpy.read([5, 6, 7])
+    by_c.read([5, 6, 7])
+    for token in range(100, 110):
+        expected = by_numpy.read([token])
+        assert np.abs(by_c.read([token]) - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+def test_a_quantized_weight_is_within_half_a_step():
+    weight = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
+    weight[3] = 0
+    q, scale = quantize(weight)
+    assert q.dtype == torch.int8 and q.abs().max() == 127
+    assert ((q * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+def test_the_error_function_is_that_of_the_standard_library():
+    x = np.linspace(-5, 5, 1001, dtype=np.float32)
+    assert np.abs(erf(x) - [math.erf(value) for value in x]).max() < 5e-7
+
+
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=30), st.integers(1, 5), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_a_draw_is_one_of_the_most_likely_tokens(logits, top_k, seed):
+    logits = np.array(logits, np.float32)
+    token = draw(logits, Sampling(0.7, top_k, 1, seed), np.random.default_rng(seed))
+    assert (logits > logits[token]).sum() < top_k
+    assert logits[draw(logits, Sampling(0.0, 0, 1, 0), np.random.default_rng(0))] == logits.max()
+
+
+def test_the_draws_have_the_probabilities_of_a_softmax():
+    logits = np.log(np.array([0.5, 0.25, 0.2, 0.05], np.float32))
+    rng = np.random.default_rng(0)
+    counts = np.bincount([draw(logits, Sampling(1.0, 0, 1, 0), rng) for _ in range(4000)])
+    assert np.abs(counts / 4000 - [0.5, 0.25, 0.2, 0.05]).max() < 0.03
+    kept = np.bincount([draw(logits, Sampling(1.0, 2, 1, 0), rng) for _ in range(4000)], minlength=4)
+    assert np.abs(kept / 4000 - [2 / 3, 1 / 3, 0, 0]).max() < 0.03
+
+
+def test_the_same_seed_gives_the_same_text(exports):
+    completer = Completer(exports["demo"][0])
+
+    def text(seed: int) -> str:
+        return "".join(completer.complete("def ", Sampling(1.5, 0, 20, seed)))
+
+    assert text(3) == text(3) != text(4)
+
+
+def test_it_ends_at_end_of_text_and_where_the_context_is_full(exports):
+    model = Model(exports["autocomplete"][0])
+    greedy = Sampling(0.0, 0, 100, 0)
+    free = list(stream(model, [5, 6], greedy, eos_id=-1))
+    assert len(free) == 30  # of a context of 32
+    end = free[4]
+    assert list(stream(model, [5, 6], greedy, eos_id=end)) == free[: free.index(end)]
+
+
+def test_the_prompt_is_cropped_from_the_left_to_leave_room(exports):
+    completer = Completer(exports["autocomplete"][0])
+    ids = completer.tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert completer.prompt_ids(TEXT, 10) == (ids[-22:], len(ids) - 22)
+    assert completer.prompt_ids(TEXT, 1000) == (ids[-16:], len(ids) - 16)  # half of the context at least stays
+    assert completer.prompt_ids("def", 10)[1] == 0
+
+
+def test_a_token_that_begins_documents_is_put_where_the_beginning_is_seen(tmp_path):
+    tokenizer = train_bpe([TEXT], TokenizerConfig(bos_token="<s>"), 320)
+    exported(tmp_path / "x", SHAPES["demo"], tokenizer)
+    completer = Completer(tmp_path / "x")
+    assert completer.prompt_ids("def", 8)[0] == [tokenizer.bos_id, *tokenizer.encode("def")]
+    assert tokenizer.bos_id not in completer.prompt_ids(TEXT, 8)[0]
+
+
+def test_special_tokens_that_are_spelt_out_are_text(exports):
+    completer = Completer(exports["demo"][0])
+    ids, _ = completer.prompt_ids("<|endoftext|>", 8)
+    assert completer.eos_id not in ids and len(ids) > 3
+
+
+def test_the_pieces_are_whole_characters(exports, monkeypatch):
+    completer = Completer(exports["demo"][0])
+    ids = completer.tokenizer.encode("é🔥x", add_special_tokens=False).ids
+    assert len(ids) > 3
+    monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(ids))
+    assert [piece for piece in completer.complete("def", Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
+
+
+def test_neither_torch_nor_pydantic_is_imported(exports):
+    code = f"""
+import sys, autocomplete
+assert autocomplete.main([{str(exports["demo"][0])!r}, "--prompt", "def f", "--max-new-tokens", "3"]) == 0
+print(sorted({{"torch", "pydantic", "tyro", "transformers", "safetensors"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n"), result.stderr
+
+
+def test_a_run_finds_its_export(exports, tmp_path, monkeypatch, capsys):
+    shutil.copytree(exports["demo"][0], tmp_path / "runs" / "demo" / "export" / "int8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").write_text("def f", encoding="utf-8")
+    texts = []
+    for folder in ("demo", "runs/demo", "runs/demo/export/int8"):
+        assert main([folder, "--file", "a.py", "--mode", "creative", "--stats"]) == 0
+        said = capsys.readouterr()
+        texts.append(said.out)
+        assert "tokens/s" in said.err and "MB" in said.err
+    assert texts[0] and len(set(texts)) == 1
+
+
+def damage(folder: Path, what: str) -> None:
+    if what == "a flipped byte":
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[-100] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+    elif what == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif what == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif what == "another format":
+        meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**meta, "format": 99}), encoding="utf-8")
+    else:
+        (folder / "config.json").write_text("{", encoding="utf-8")
+
+
+@pytest.mark.parametrize("what", ["a flipped byte", "no weights", "no tokenizer", "another format", "no json"])
+def test_a_damaged_export_is_refused(exports, tmp_path, what):
+    shutil.copytree(exports["demo"][0], tmp_path / "x")
+    damage(tmp_path / "x", what)
+    with pytest.raises(CompletionError, match=r"must be .* export"):
+        Completer(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", ""], "at least one character"),
+        (["--file", "empty.py"], "at least one character"),
+        (["--file", "none.py"], "readable text"),
+        (["--file", "latin.py"], "UTF-8"),
+        (["--file", "."], "readable text"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature must be"),
+        (["--prompt", "x", "--top-k", "-1"], "--top-k must be"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+        (["--prompt", "x", "--seed", "-1"], "--seed must be"),
+    ],
+)
+def test_bad_input_is_one_line(exports, tmp_path, monkeypatch, flags, words):
+    (tmp_path / "empty.py").write_text("", encoding="utf-8")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CompletionError, match=words) as error:
+        main([str(exports["demo"][0]), *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_is_one_line_on_stderr(tmp_path):
+    assert_one_clear_line(script("autocomplete.py", "nothing", "--prompt", "x", cwd=tmp_path), "nothing", "export.py")
+
+
+def test_without_a_compiler_the_kernel_is_refused(exports, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(CompletionError, match="C compiler"):
+        Model(exports["demo"][0]).compile()
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+def test_a_kernel_that_does_not_compile_is_refused_and_leaves_nothing(exports, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "bad.c").write_text("int step(", encoding="utf-8")
+    monkeypatch.setattr(int8_kernel, "SOURCE", tmp_path / "bad.c")
+    with pytest.raises(CompletionError, match="must be able to compile"):
+        Model(exports["demo"][0]).compile()
+    assert list((tmp_path / "kindling").iterdir()) == []
+
+
+def test_the_difference_that_an_export_states_is_measured(exports):
+    folder, model = exports["autocomplete"]
+    rows = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(1))
+    largest, loss, changed = difference(folder, model, rows)
+    assert largest < 1e-3 and loss == pytest.approx(changed, rel=1e-5)
+    with torch.no_grad():
+        expected, n = model(rows[:, :-1], rows[:, 1:])
+        model.head.bias[7] += 1.0
+    assert loss == pytest.approx(float(expected / n), rel=1e-5)
+    assert difference(folder, model, rows)[0] == pytest.approx(1.0, rel=1e-2)
+    with torch.no_grad():
+        model.head.bias[7] -= 1.0
