@@ -25,9 +25,9 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()  # (N, K)
-        scale = (weight.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # (N,)
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.bfloat16())
+        scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-30).bfloat16()  # (N,)
+        self.register_buffer("weight", (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,6 +51,8 @@ def ready(model: LanguageModel, precision: Precision) -> GPT:
             p.data = p.data.bfloat16()
         if gpt.cfg.position == "sinusoidal":
             gpt.positions = gpt.positions.bfloat16()
+    if device.type == "cpu":
+        gpt.cache_dtype = torch.float32  # attention in bfloat16 takes four times as long on a CPU
     if precision == "int8":
         for parent in [m for m in gpt.modules() if not isinstance(m, nn.Linear)]:
             for name, child in parent.named_children():

@@ -154,6 +154,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x, rope)
         if cached is not None:
             k, v = cached(k, v)  # (B, n_kv_head, S, D)
+            q = q.to(k.dtype)  # the cache may be wider than the weights
         grouped = self.n_head != self.n_kv_head
         if mask is not None and grouped:
             # CUDA's memory-efficient kernel, which takes a mask, wants as many key as query heads; with fewer, torch may
@@ -172,7 +173,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=grouped,
         )  # (B, n_head, T, D)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        y = y.transpose(1, 2).flatten(2).to(x.dtype)  # (B, T, C)
         return y if self.proj is None else self.proj(y)
 
     def weights(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
@@ -304,6 +305,7 @@ class GPT(LanguageModel):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
@@ -361,8 +363,8 @@ class GPT(LanguageModel):
         return x if self.norm_f is None else self.norm_f(x)
 
     def new_cache(self, n_rows: int) -> Cache:
-        """Return an empty cache."""
-        return Cache(self.cfg, n_rows, self.wte.weight)
+        """Return an empty cache, of `cache_dtype` or else that of the weights."""
+        return Cache(self.cfg, n_rows, self.wte.weight.new_empty(0, dtype=self.cache_dtype))
 
     @torch.no_grad()
     def read(self, idx: Tensor, cache: Cache) -> Tensor:

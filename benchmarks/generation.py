@@ -1,0 +1,190 @@
+"""Measures how fast a model writes, beside transformers, and what completion without PyTorch takes.
+
+    python benchmarks/generation.py                         # see that nothing else runs
+    python benchmarks/generation.py --file main.c           # and the bits per byte of int8 on this text
+
+Decoding: the `code-50m` shape with random weights, a prompt of 128 tokens, 128 new ones, greedy, batch 1, without end of text;
+all ways in turn, in one process, in rounds; medians of whole calls, prompt included. Completion: the `autocomplete` shape in a
+process of its own, from its start to the first token, then tokens a second, and its peak memory. Random weights cost the
+same time as trained ones. Writes `results/generation.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import TransformersGPT2
+
+ROUNDS, PROMPT, NEW = 5, 128, 128
+
+
+def transformers_way(backbone: TransformersGPT2, dtype: torch.dtype, ids: list[int]) -> Callable[[], list[int]]:
+    """Return a call of transformers' generate with its cache."""
+    import torch
+
+    model = copy.deepcopy(backbone.gpt2).to(dtype)
+    model.config.use_cache = model.generation_config.use_cache = True
+    model.generation_config.pad_token_id = 0
+    prompt = torch.tensor([ids])
+
+    def call() -> list[int]:
+        with torch.inference_mode():
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False)
+        return out[0, len(ids) :].tolist()
+
+    return call
+
+
+def decoding_ways(folder: Path) -> dict[str, Callable[[], list[int]]]:
+    """Return every way to write the new tokens, by name."""
+    import torch
+
+    from autocomplete import Model, Sampling, stream
+    from config import preset
+    from decoding import generate
+    from inference import ready
+    from int8_format import write
+    from model import TransformersGPT2
+    from sampling import Sampling as TorchSampling
+    from tokenizer import train_bpe
+
+    torch.manual_seed(0)
+    cfg = preset("code-50m")
+    backbone = TransformersGPT2(replace(cfg.model, backbone="transformers")).eval()
+    ids = torch.randint(cfg.model.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+    greedy = TorchSampling(max_new_tokens=NEW, greedy=True)
+    ways = {
+        f"transformers, {name}": transformers_way(backbone, dtype, ids)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    for precision in ("fp32", "bf16", "int8"):
+        model = ready(backbone, precision)
+        ways[f"generate.py, {precision}"] = lambda model=model: generate(model, ids, greedy, -1)
+    (folder / "code-50m").mkdir()
+    write(folder / "code-50m", backbone.for_generation(), train_bpe(["def"], cfg.tokenizer, 300), "random weights")
+    for kernel in ("numpy", "c"):
+        exported = Model(folder / "code-50m")
+        if kernel == "c":
+            exported.compile()
+        ways[f"autocomplete.py, int8, {kernel}"] = lambda exported=exported: list(
+            stream(exported, ids, Sampling(0.0, 0, NEW, 0), -1)
+        )
+    return ways
+
+
+def decoding(folder: Path) -> dict[str, float]:
+    """Return tokens a second of each way, and how each compares with transformers in float32 and in its own precision."""
+    ways = decoding_ways(folder)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    texts = {name: call() for name, call in ways.items()}  # also the warm-up
+    for _ in range(ROUNDS):
+        for name, call in ways.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    found: dict[str, float] = {}
+    for name, times in seconds.items():
+        found[f"{name}, tokens/s"] = NEW / statistics.median(times)
+        other = "transformers, bf16" if "bf16" in name else "transformers, fp32"
+        if not name.startswith("transformers"):
+            ratios = [theirs / ours for theirs, ours in zip(seconds[other], times)]
+            found[f"{name}, times {other}"] = statistics.median(ratios)
+    same = texts["generate.py, fp32"] == texts["transformers, fp32"]
+    return found | {"greedy text in float32 equal to transformers'": float(same)}
+
+
+def exported_autocomplete(folder: Path) -> None:
+    """Write an int8 export of the `autocomplete` shape, with a tokenizer of its size."""
+    import torch
+
+    from config import preset
+    from int8_format import write
+    from model import GPT
+    from tokenizer import train_bpe
+
+    cfg = preset("autocomplete")
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
+    torch.manual_seed(0)
+    folder.mkdir()
+    write(folder, GPT(cfg.model).eval(), train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size), "random weights")
+    (folder / "prompt.py").write_text(texts[0][:3000], encoding="utf-8")
+
+
+def completion(folder: Path, kernel: str) -> dict[str, float]:
+    """Return the figures of processes that complete a text: seconds to the first token, tokens a second, peak memory."""
+    code = """
+import sys, time
+started = float(sys.argv.pop())
+sys.path.insert(0, sys.argv.pop())
+import os
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import json, resource
+from pathlib import Path
+import autocomplete
+folder = Path(sys.argv[1])
+completer = autocomplete.Completer(folder)
+if sys.argv[2] == "c":
+    completer.model.compile()
+text = (folder / "prompt.py").read_text(encoding="utf-8")
+sampling = autocomplete.Sampling(0.2, 10, 128, 0)
+ids, _ = completer.prompt_ids(text, 128)
+assert len(ids) == 128, len(ids)
+tokens = autocomplete.stream(completer.model, ids, sampling, -1)
+next(tokens)
+first = time.time()
+n = sum(1 for _ in tokens)
+rate = n / (time.time() - first)
+print(json.dumps([first - started, rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+    runs = []
+    for _ in range(ROUNDS):
+        command = [sys.executable, "-c", code, str(folder), kernel, str(ROOT), str(time.time())]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        runs.append(json.loads(out))
+    first, rate, memory = (statistics.median(column) for column in zip(*runs))
+    return {
+        f"{kernel}, first token after the start of the process, s": first,
+        f"{kernel}, tokens/s": rate,
+        f"{kernel}, peak memory, MB": memory / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    results: dict[str, Any] = {"cores": os.cpu_count(), "python": sys.version.split()[0]}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        exported_autocomplete(folder / "autocomplete")
+        for kernel in ("numpy", "c"):
+            results |= {f"completion: {key}": value for key, value in completion(folder / "autocomplete", kernel).items()}
+        results |= {f"decoding: {key}": value for key, value in decoding(folder).items()}
+    for key, value in results.items():
+        print(f"{key:<70} {value:,.2f}" if isinstance(value, float) else f"{key:<70} {value}")
+    target = ROOT / "benchmarks" / "results" / "generation.json"
+    target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"results in {target.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
