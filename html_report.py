@@ -52,7 +52,8 @@ pre { background: var(--box); padding: .75rem; overflow-x: auto; font-size: .85r
 .prompt { color: var(--faint); } .warning { color: #b3261e; font-weight: bold; }
 @media (prefers-color-scheme: dark) { .warning { color: #ff8a80; } }
 summary { cursor: pointer; }
-@media print { :root { --text: #000; --page: #fff; --faint: #444; --box: #f4f4f4; --line: #bbb; } body { max-width: none; padding: 0; }
+@media print { :root { --text: #000; --page: #fff; --faint: #444; --box: #f4f4f4; --line: #bbb; }
+  body { max-width: none; padding: 0; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .wide, pre { overflow: visible; } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

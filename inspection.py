@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint import RunDirectory
 from config import IGNORE, KindlingError
 from device import Runtime
 from examples import Examples
+from generate import TextStream
+from metrics import read_metrics
 from model import LanguageModel
 from perplexity import token_losses
 from plots import Curves, Histogram, Spectrum
@@ -33,10 +38,32 @@ LINES = 30  # of a held-out document
 FEWEST = 8  # lines, below which a longer document is looked for
 PROBED = 200  # documents of a split that are looked at
 LABELLED = 48  # tokens of a heatmap
+CHARS = 64  # for each token of the context, that are encoded of a file
 
 
 class InspectionError(KindlingError):
     """A text that cannot be looked at, or a run without what is to be drawn."""
+
+
+@dataclass
+class Subject:
+    """What is looked at: a run with the weights of one checkpoint."""
+
+    run: RunDirectory
+    model: LanguageModel
+    checkpoint: Path
+    tokenizer: Tokenizer
+    runtime: Runtime
+
+    @cached_property
+    def name(self) -> str:
+        """The run and its step, for titles."""
+        return f"{self.run.path}, step {int(self.checkpoint.name.removeprefix('step_')):,}"
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the run's metrics."""
+        return read_metrics(self.run.path / "metrics.jsonl")
 
 
 def curves_of(lines: list[dict[str, Any]]) -> Curves:
@@ -157,14 +184,16 @@ def given_text(tokenizer: Tokenizer, text: str, block_size: int, name: str, crop
     """
     if not text:
         raise InspectionError(f"{name} must hold a text, but is empty; give some, or leave it out for held-out text")
-    ids = tokenizer.encode(text)
+    # of a large file only as much is encoded as can be shown
+    ids = tokenizer.encode(text[: CHARS * block_size] if crop else text)
     if len(ids) > block_size and not crop:
         raise InspectionError(
             f"{name} must fit the model's context of {block_size:,} tokens, but has {len(ids):,}; shorten it, or put it "
             f"in a file for --file, of which the beginning is taken"
         )
-    what = f"the first {block_size:,} of {len(ids):,} tokens of {name}" if len(ids) > block_size else name
     kept = ids[:block_size]
+    cropped = len(ids) > block_size or (crop and len(text) > CHARS * block_size)
+    what = f"the first {len(kept):,} tokens of {name}" if cropped else name
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return Text([start, *kept], [False] + [True] * len(kept), what, started=True)
 
@@ -217,11 +246,9 @@ def _document(dataset: TokenDataset, number: int, ids: list[int], tokenizer: Tok
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """Return the text that each token adds: nothing where a character is not whole yet."""
-    from generate import TextStream
-
     stream = TextStream(tokenizer)
     out = [stream.add(i) for i in ids]
-    return out[:-1] + [out[-1] + stream.finish()] if out else []
+    return [*out[:-1], out[-1] + stream.finish()] if out else []
 
 
 def units(model: LanguageModel, tokenizer: Tokenizer, text: Text, runtime: Runtime) -> list[Unit]:

@@ -3,14 +3,15 @@
     figure = training_curves(curves, "runs/demo, step 1100")
     Path("training_curves.png").write_bytes(png(figure))
 
-What is drawn is computed by inspection.py; text_plots.py has the drawings of a text. Every line has a dash and a marker besides its colour (Okabe and Ito 2008), and
-colour maps are monotone in lightness, so that all can be read in black and white. Characters that the font does not have,
-that are wide or that control something are shown as Python's escapes.
+What is drawn is computed by inspection.py; text_plots.py has the drawings of a text. Every line has a dash and a marker
+besides its colour (Okabe and Ito 2008), and colour maps are monotone in lightness, so that all can be read in black and
+white. Characters that the font does not have, that are wide or that control something are shown as Python's escapes.
 """
 
 from __future__ import annotations
 
 import io
+import textwrap
 import unicodedata
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -88,12 +89,12 @@ def style() -> AbstractContextManager[Any]:
     return matplotlib.rc_context({"text.parse_math": False, "lines.markersize": 4.5, **sizes, **look})
 
 
-def new_figure(width: float, height: float, title: str, constrained: bool = True) -> Figure:
-    """Return an empty figure of that size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained" if constrained else None)
+def new_figure(width: float, height: float, title: str, note: str = "") -> Figure:
+    """Return an empty figure of that size in inches, with a title and a note under it, wrapped."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    if constrained:
-        figure.suptitle(visible(title), fontsize=12, x=0.01, ha="left")
+    lines = [*textwrap.wrap(visible(title), int(10.5 * width)), *textwrap.wrap(visible(note), int(10.5 * width))]
+    figure.suptitle("\n".join(lines), fontsize=12, x=0.01, ha="left")
     return figure
 
 
@@ -137,7 +138,7 @@ def training_curves(curves: Curves, title: str) -> Figure:
         names = (
             (loss, "Loss", "nats a token"),
             (perplexity, "Validation perplexity", "perplexity"),
-            (rate, "Learning rate", "a step"),
+            (rate, "Learning rate", "rate"),
             (norm, "Gradient norm, before clipping", "norm"),
         )
         for ax, name, unit in names:
@@ -187,10 +188,15 @@ def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
     """Use a logarithmic scale, with plain numbers, where the values span more than a factor of 5."""
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) and values.max() > 5 * values.min():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(ax, (1, 2, 5))
+
+
+def _log_scale(ax: Axes, subs: tuple[int, ...]) -> None:
+    """Use a logarithmic scale with plain numbers: formulas are off."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(ax: Axes, **place: Any) -> None:
@@ -201,7 +207,9 @@ def _legend(ax: Axes, **place: Any) -> None:
 def compare_curves(runs: list[tuple[str, Curves]], notes: list[str]) -> Figure:
     """Draw losses and bits per byte of several runs against training tokens, with `notes` on what does not compare."""
     with style():
-        figure = new_figure(10.8, 8.0 + 0.2 * len(runs) + 0.2 * len(notes), f"Training of {len(runs)} runs")
+        figure = new_figure(
+            10.8, 8.0 + 0.25 * len(runs) + 0.2 * len(notes), f"Training of {len(runs)} runs", " ".join(notes)
+        )
         axes = figure.subplot_mosaic([["train", "train"], ["loss", "bits"]])
         for number, (name, curves) in enumerate(runs):
             _line(axes["train"], curves.tokens, curves.loss, number, visible(name))
@@ -220,8 +228,6 @@ def compare_curves(runs: list[tuple[str, Curves]], notes: list[str]) -> Figure:
         if not handles:
             handles, names = axes["loss"].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower left", frameon=False, handlelength=4, ncols=1)
-        if notes:
-            figure.supxlabel("\n".join(map(visible, notes)), x=0.01, ha="left", fontsize=9)
         return figure
 
 
@@ -249,17 +255,17 @@ def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
                     linewidth=1.4,
                     label=f"{name}std {histogram.std:.3g}" if few else None,
                 )
-            ax.set_yscale("log")
+            _log_scale(ax, (1,))
             ax.set_title(kind)
             ax.set_ylabel("density (log scale)")
             ax.set_xlabel("weight")
-            _legend(ax, loc="upper right", borderaxespad=0)
+            _legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return figure
 
 
 def _depth(number: int, count: int) -> tuple[float, float, float, float]:
     """Return the colour of a layer, from light to dark; yellow is left out, which cannot be seen on white."""
-    return matplotlib.colormaps["viridis"](0.72 * (1 - number / max(1, count - 1)))
+    return matplotlib.colormaps["viridis"](0.72 * (count - 1 - number) / max(1, count - 1))
 
 
 def spectral_norms(kinds: dict[str, list[Spectrum]], n_layer: int, title: str) -> Figure:
@@ -270,8 +276,8 @@ def spectral_norms(kinds: dict[str, list[Spectrum]], n_layer: int, title: str) -
         for number, (kind, found) in enumerate(kinds.items()):
             ends = {"head": n_layer}
             x = np.array([ends.get(kind, -1) if s.layer is None else s.layer for s in found], dtype=float)
-            _line(norms, x, np.array([s.norm for s in found]), number, kind)
-            _line(ranks, x, np.array([s.stable_rank / s.full for s in found]), number, f"{kind}, of {found[0].full:,}")
+            _line(norms, x, np.array([s.norm for s in found]), number, f"{kind} (full rank {found[0].full:,})")
+            _line(ranks, x, np.array([s.stable_rank / s.full for s in found]), number)
         names = {-1: "embedding", **{i: str(i) for i in range(0, n_layer, -(-n_layer // 24))}, n_layer: "head"}
         ranks.set_xticks(list(names), list(names.values()))
         ranks.set_xlabel("layer")
@@ -281,6 +287,5 @@ def spectral_norms(kinds: dict[str, list[Spectrum]], n_layer: int, title: str) -
         ranks.set_ylabel("share")
         _log_if_wide(norms, np.array([s.norm for found in kinds.values() for s in found]))
         _log_if_wide(ranks, np.array([s.stable_rank / s.full for found in kinds.values() for s in found]))
-        for ax in (norms, ranks):
-            _legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend(norms, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return figure

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize, PowerNorm
@@ -42,13 +43,14 @@ def label(text: str) -> str:
     return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
-def attention_layer(weights: np.ndarray, tokens: list[str], title: str) -> Figure:
+def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: str) -> Figure:
     """Draw each head's weights (n_head, T, T): a row for each token that looks, a column for each that is looked at."""
     n_head, T, _ = weights.shape
     columns = 1 if n_head == 1 else 2
     rows = math.ceil(n_head / columns)
     with style():
-        figure = new_figure(11.2 if columns == 2 else 9.4, 1.0 + rows * (6.1 if columns == 2 else 8.2), title)
+        size = (11.2, 1.3 + 5.6 * rows) if columns == 2 else (9.4, 9.6)
+        figure = new_figure(*size, title, note)
         grid = figure.subplots(rows, columns, squeeze=False)
         font = {"fontsize": 7 if T > 30 or columns == 2 else 8.5, "family": "DejaVu Sans Mono"}
         names = [label(token) for token in tokens]
@@ -65,12 +67,12 @@ def attention_layer(weights: np.ndarray, tokens: list[str], title: str) -> Figur
         return figure
 
 
-def attention_overview(weights: np.ndarray, title: str) -> Figure:
+def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
     """Draw the weights (n_layer, n_head, T, T) of all heads, small, a row for each layer."""
     n_layer, n_head = weights.shape[:2]
     cell = min(10.0 / n_head, 22.0 / n_layer, 2.6)
     with style():
-        figure = new_figure(max(9.4, 1.4 + cell * n_head), 1.3 + (cell + 0.06) * n_layer, title)
+        figure = new_figure(max(9.4, 1.4 + cell * n_head), 1.5 + (cell + 0.06) * n_layer, title, note)
         grid = figure.subplots(n_layer, n_head, squeeze=False)
         for layer, head in np.ndindex(n_layer, n_head):
             ax = grid[layer, head]
@@ -153,33 +155,37 @@ def token_losses(units: list[Unit], guess: float, title: str, what: str) -> Figu
         1.5 * size / 72,
     )  # of a character's cell in inches: the font's advance is 0.602 em
     list_rows = 2 * LISTED + 5
-    left, top, below, side = 0.55, 0.75, 0.85, 2.75
+    left, top, below, side = 0.55, 0.75, 0.85, 2.0
     text_width, text_height = COLUMNS * width, max(len(rows), list_rows) * height
     whole = (left + text_width + 0.25 + side, top + text_height + below)
     with style():
-        figure = new_figure(*whole, title, constrained=False)
+        figure = Figure(figsize=whole)
+        FigureCanvasAgg(figure)
         figure.text(0.15 / whole[0], 1 - 0.2 / whole[1], visible(f"Loss of each token: {title}"), fontsize=12, va="top")
         note = f"; {left_out:,} more rows are not drawn" if left_out > 0 else ""
         figure.text(0.15 / whole[0], 1 - 0.45 / whole[1], visible(what + note), fontsize=9.5, va="top", color="#444444")
-        box = (left / whole[0], below / whole[1], text_width / whole[0], text_height / whole[1])
-        ax = figure.add_axes(box, xlim=(0, COLUMNS), ylim=(text_height / height, 0))
+        box_text = (left / whole[0], below / whole[1], text_width / whole[0], text_height / whole[1])
+        ax = figure.add_axes(box_text, xlim=(0, COLUMNS), ylim=(text_height / height, 0))
         ax.axis("off")
         mapping = ScalarMappable(Normalize(0, guess), matplotlib.colormaps[MAP])
         _draw_rows(ax, rows, units, mapping, size)
         box = (left / whole[0], 0.45 / whole[1], text_width / whole[0], 0.13 / whole[1])
         bar = figure.colorbar(mapping, cax=figure.add_axes(box), orientation="horizontal", extend="max")
         bar.set_label(f"loss in nats; a uniform guess has {guess:.2f}; no background: not predicted", fontsize=9)
-        box = ((left + text_width + 0.25) / whole[0], box[1], side / whole[0], text_height / whole[1])
-        _draw_list(figure, units, 1 - (left + text_width + 0.25) / whole[0], 1 - top / whole[1], size)
+        box = ((left + text_width + 0.25) / whole[0], box_text[1], side / whole[0], box_text[3])
+        ax = figure.add_axes(box, xlim=(0, side / width), ylim=(text_height / height, 0))
+        ax.axis("off")
+        for y, line in enumerate(_listed(units)):
+            ax.text(0, y + 0.72, line, family=MONO, fontsize=size, va="baseline")
         return figure
 
 
 def _draw_rows(ax: Axes, rows: list[Row], units: list[Unit], mapping: ScalarMappable, size: float) -> None:
     boxes, colors = [], []
-    font = {"family": MONO, "fontsize": size, "va": "center_baseline"}
+    font = {"family": MONO, "fontsize": size, "va": "baseline"}
     for y, row in enumerate(rows):
         if row.line is not None:
-            ax.text(-1, y + 0.5, str(row.line), ha="right", color="#777777", **font)
+            ax.text(-1, y + 0.72, str(row.line), ha="right", color="#777777", **font)
         for piece in row.pieces:
             loss, end = units[piece.unit].loss, piece.column + len(piece.text)
             color = "black"
@@ -188,7 +194,7 @@ def _draw_rows(ax: Axes, rows: list[Row], units: list[Unit], mapping: ScalarMapp
                 colors.append(mapping.to_rgba(loss))
                 color = text_color(colors[-1])
             if piece.text.strip():
-                ax.text(piece.column, y + 0.5, piece.text, color=color, **font)
+                ax.text(piece.column, y + 0.72, piece.text, color=color, **font)
     ax.add_collection(PolyCollection(boxes, facecolors=colors, edgecolors="white", linewidths=0.8))
 
 
@@ -199,8 +205,8 @@ def text_color(background: tuple[float, ...]) -> str:
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
 
 
-def _draw_list(figure: Figure, units: list[Unit], width: float, top: float, size: float) -> None:
-    """List the tokens with the greatest and the smallest losses, from `top` down, in the rightmost `width` of the figure."""
+def _listed(units: list[Unit]) -> list[str]:
+    """Return the lines that list the tokens with the greatest and the smallest losses, and the mean."""
     known = sorted((u for u in units if math.isfinite(u.loss)), key=lambda u: -u.loss)
     n = min(LISTED, len(known) // 2)
     lines = []
@@ -210,6 +216,6 @@ def _draw_list(figure: Figure, units: list[Unit], width: float, top: float, size
             *(f"{label(u.text):<{LABEL + 1}}{u.loss:>7.3f}" for u in found),
             "",
         ]
-    mean = np.mean([u.loss for u in known]) if known else math.nan
-    lines += [f"{'mean of ' + format(len(known), ','):<{LABEL + 1}}{mean:>7.3f}"]
-    figure.text(1 - width, top, "\n".join(lines), family=MONO, fontsize=size, va="top", linespacing=1.5 / 1.164)
+    if known:
+        lines.append(f"{'mean of ' + format(len(known), ','):<{LABEL + 1}}{np.mean([u.loss for u in known]):>7.3f}")
+    return lines
