@@ -8,7 +8,8 @@ The same rules as in plots.py. A map is white for little and dark for much, so t
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+import textwrap
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from plots import new_figure, style, visible
+from plots import style, visible
 
 MAP = "Blues"
 LABEL = 14  # characters of a token beside a heatmap
@@ -28,6 +29,8 @@ TAB = 4
 LONGEST = 160  # rows of text that are drawn
 LISTED = 12  # tokens of each end in the list beside the text
 MONO = "DejaVu Sans Mono"
+ADVANCE = 0.602  # em, of each of its characters
+SCALE = PowerNorm(0.5, 0, 1)  # of attention weights
 
 
 class Unit(NamedTuple):
@@ -46,60 +49,78 @@ def label(text: str) -> str:
 def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: str) -> Figure:
     """Draw each head's weights (n_head, T, T): a row for each token that looks, a column for each that is looked at."""
     n_head, T, _ = weights.shape
-    columns = 1 if n_head == 1 else 2
-    rows = math.ceil(n_head / columns)
+    names = [label(token) for token in tokens]
+    columns, cell, size = (1, 7.2, 8.5) if n_head == 1 else (2, 4.8, 7.0)
+    labels = max(map(len, names)) * ADVANCE * size / 72 + 0.1  # inches
     with style():
-        size = (11.2, 1.3 + 5.6 * rows) if columns == 2 else (9.4, 9.6)
-        figure = new_figure(*size, title, note)
-        grid = figure.subplots(rows, columns, squeeze=False)
-        font = {"fontsize": 7 if T > 30 or columns == 2 else 8.5, "family": "DejaVu Sans Mono"}
-        names = [label(token) for token in tokens]
-        for number, ax in enumerate(grid.flat):
+        figure, axes = _grid(-(-n_head // columns), columns, cell, (labels, 0.25, labels + 0.1), title, note)
+        for number, ax in enumerate(axes):
             if number >= n_head:
-                ax.axis("off")
+                ax.remove()
                 continue
-            image = _heatmap(ax, weights[number])
+            _heatmap(ax, weights[number])
             ax.set_title(f"head {number}")
-            ax.set_xticks(range(T), names, rotation=90, **font)
-            ax.set_yticks(range(T), names if number % columns == 0 else [""] * T, **font)
-            ax.tick_params(length=2)
-        _weight_bar(figure, image, grid)
+            font = {"fontsize": size, "family": MONO, "clip_on": False}
+            for i, name in enumerate(names):  # as ticks they would take three times as long
+                ax.text(i, T - 0.5 + T / 100, name, rotation=90, ha="center", va="top", **font)
+                if number % columns == 0:
+                    ax.text(-0.5 - T / 100, i, name, ha="right", va="center", **font)
         return figure
 
 
 def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
     """Draw the weights (n_layer, n_head, T, T) of all heads, small, a row for each layer."""
     n_layer, n_head = weights.shape[:2]
-    cell = min(10.0 / n_head, 22.0 / n_layer, 2.6)
+    cell = min(10.0 / n_head, max(24.0 / n_layer, 0.9), 2.6)
     with style():
-        figure = new_figure(max(9.4, 1.4 + cell * n_head), 1.5 + (cell + 0.06) * n_layer, title, note)
-        grid = figure.subplots(n_layer, n_head, squeeze=False)
-        for layer, head in np.ndindex(n_layer, n_head):
-            ax = grid[layer, head]
-            image = _heatmap(ax, weights[layer, head])
-            ax.set_xticks([])
-            ax.set_yticks([])
+        figure, axes = _grid(n_layer, n_head, cell, (0.75, 0.0, 0.08), title, note)
+        for ax, (layer, head) in zip(axes, np.ndindex(n_layer, n_head)):
+            _heatmap(ax, weights[layer, head])
             if layer == 0:
-                ax.set_title(f"head {head}", fontsize=9, loc="center")
+                ax.set_title(f"head {head}" if cell > 0.8 else str(head), fontsize=9, loc="center")
             if head == 0:
                 ax.set_ylabel(f"layer {layer}", fontsize=9, rotation=0, ha="right", va="center")
-        _weight_bar(figure, image, grid)
         return figure
 
 
-def _heatmap(ax: Axes, weights: np.ndarray) -> Any:
-    """Draw weights (T, T) below the diagonal; above it, where no token may look, is grey."""
-    T = len(weights)
-    ax.grid(False)
-    ax.set_facecolor("#dddddd")
-    seen = np.where(np.tri(T, dtype=bool), weights, np.nan)
-    return ax.imshow(seen, cmap=MAP, norm=PowerNorm(0.5, 0, 1), interpolation="nearest", aspect="equal")
+def _grid(
+    rows: int, columns: int, cell: float, margins: tuple[float, float, float], title: str, note: str
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a bar of weights and a grid of square axes, row by row, `cell` inches wide.
 
-
-def _weight_bar(figure: Figure, image: Any, grid: np.ndarray) -> None:
-    bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 6 / figure.get_figheight()), aspect=30, pad=0.015)
-    bar.set_label("attention weight (rows sum to 1; square-root scale; grey: tokens to come)")
+    `margins` in inches are those to the left of the grid, and above and below each axes. Places are computed here: finding
+    them out by drawing all labels first takes as long as the drawing.
+    """
+    left, above, below = margins
+    wide = max(left + 0.2 + columns * (cell + 0.1) + 1.1, 9.2)
+    lines = [*textwrap.wrap(visible(title), int(10.5 * wide)), *textwrap.wrap(visible(note), int(10.5 * wide))]
+    top = 0.55 + 0.2 * len(lines)
+    high = max(top + rows * (cell + above + below) + 0.15, top + 4.3)
+    figure = Figure(figsize=(wide, high))
+    FigureCanvasAgg(figure)
+    figure.text(0.12 / wide, 1 - 0.12 / high, "\n".join(lines), fontsize=12, va="top")
+    axes = []
+    for row, column in np.ndindex(rows, columns):
+        x, y = left + 0.15 + column * (cell + 0.1), top + above + row * (cell + above + below)
+        axes.append(figure.add_axes((x / wide, 1 - (y + cell) / high, cell / wide, cell / high)))
+    x = left + 0.15 + columns * (cell + 0.1) + 0.1
+    bar = figure.colorbar(
+        ScalarMappable(SCALE, matplotlib.colormaps[MAP]),
+        cax=figure.add_axes((x / wide, 1 - (top + above + 4.0) / high, 0.16 / wide, 4.0 / high)),
+    )
+    bar.set_label("attention weight, square-root scale", fontsize=9)
     bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
+    return figure, axes
+
+
+def _heatmap(ax: Axes, weights: np.ndarray) -> None:
+    """Draw weights (T, T) below the diagonal; above it, where no token may look, is grey."""
+    ax.set_facecolor("#dddddd")
+    seen = np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
+    ax.imshow(seen, cmap=MAP, norm=SCALE, interpolation="nearest", aspect="equal")
+    ax.grid(False)
+    ax.set_xticks([])
+    ax.set_yticks([])
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------

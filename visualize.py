@@ -97,7 +97,7 @@ def draw(subject: Subject, text: Text) -> dict[str, bytes]:
         print(f"note: {subject.run.path} has no metrics.jsonl with a line in it: no training curves", file=sys.stderr)
     weights, tokens = attention(subject.model, subject.tokenizer, text)
     shown = f"the first {len(tokens)} of {len(text.ids)} tokens of " if len(tokens) < len(text.ids) else ""
-    of = f"{shown}{text.what}; rows: the tokens that look, columns: those that are looked at"
+    of = f"{shown}{text.what}; in each row one token looks at the columns; grey: to come"
     out["attention.png"] = png(text_plots.attention_overview(weights, f"Attention of {name}", of))
     for layer, heads in enumerate(weights):
         figure = text_plots.attention_layer(heads, tokens, f"Attention of {name}, layer {layer}", of)
