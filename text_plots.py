@@ -71,7 +71,7 @@ def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: st
 def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
     """Draw the weights (n_layer, n_head, T, T) of all heads, small, a row for each layer."""
     n_layer, n_head = weights.shape[:2]
-    cell = min(10.0 / n_head, max(24.0 / n_layer, 0.9), 2.6)
+    cell = min(10.0 / n_head - 0.1, max(24.0 / n_layer, 0.9), 2.6)
     with style():
         figure, axes = _grid(n_layer, n_head, cell, (0.75, 0.0, 0.08), title, note)
         for ax, (layer, head) in zip(axes, np.ndindex(n_layer, n_head)):
