@@ -105,9 +105,8 @@ def page(
 
 
 def _picture(picture: Picture) -> str:
-    width, height = struct.unpack(
-        ">II", picture.png[16:24]
-    )  # of the PNG's header: the page does not jump while it loads
+    # of the PNG's header: the page does not jump while it loads
+    width, height = struct.unpack(">II", picture.png[16:24])
     data = base64.b64encode(picture.png).decode("ascii")
     return (
         f'<figure>\n<img src="data:image/png;base64,{data}" width="{width}" height="{height}" '

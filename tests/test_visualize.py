@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_one_clear_line, script, tiny_config
 
+import run_page
 import visualize
 from checkpoint import RunDirectory, weights_sha256
 from config import KindlingError, ModelConfig
@@ -78,6 +79,7 @@ def run(original, tmp_path) -> RunDirectory:
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes seconds, where the test is of something else."""
     monkeypatch.setattr(visualize, "draw", lambda subject, text: {})
+    monkeypatch.setattr(run_page, "NEW_TOKENS", 2)
 
 
 def drawn(run: RunDirectory) -> set:
@@ -135,14 +137,14 @@ def test_results_of_other_weights_are_not_shown(run, undrawn):
     assert "of other weights" in text and "stale" not in text
 
 
-def test_a_file_longer_than_the_context_is_drawn_from_its_beginning(run, tmp_path, undrawn):
+def test_a_file_longer_than_the_context_is_drawn_from_its_beginning(run, tmp_path):
     (tmp_path / "long.py").write_text("def f(x):\n    return x\n" * 100, encoding="utf-8")
-    assert main([str(run.path), "--file", str(tmp_path / "long.py")]) == 0
     flags = visualize.Flags(file=tmp_path / "long.py")
     given = visualize.require(flags, run)
     assert given_text(run.tokenizer(), given, 32, "it", crop=True).what == "the first 32 tokens of it"
 
 
+@pytest.mark.slow  # draws all again
 def test_a_run_without_metrics_or_a_text_in_utf_8_is_drawn_and_says_so(run, capsys):
     (run.path / "metrics.jsonl").unlink()
     assert main([str(run.path), "--text", "caf\udce9"]) == 0  # a byte of Latin-1, shown as U+FFFD
@@ -150,6 +152,7 @@ def test_a_run_without_metrics_or_a_text_in_utf_8_is_drawn_and_says_so(run, caps
     assert "no metrics.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # imports transformers
 def test_a_transformers_backbone_with_one_head_is_drawn(tmp_path, corpus):
     model = ModelConfig(
         block_size=32, vocab_size=512, n_layer=1, n_head=1, n_embd=16, backbone="transformers", activation="gelu_new"
@@ -191,7 +194,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(run, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused_and_leaves_what_was_there(run, monkeypatch):
     (run.path / "plots").write_text("a file", encoding="utf-8")
-    monkeypatch.setattr(visualize, "draw", lambda subject, text: {"weights.png": b"x"})
+    monkeypatch.setattr(visualize, "draw", lambda subject, text: {"layer.png": b"x"})
     with pytest.raises(KindlingError, match="must be writable for the plots"):
         main([str(run.path)])
     assert (run.path / "plots").read_text(encoding="utf-8") == "a file"
