@@ -1,4 +1,4 @@
-"""Tables of figures for a terminal of 100 columns and for Markdown, from one description.
+"""Tables of figures for a terminal of 100 columns, for Markdown and for HTML, from one description.
 
     section = Section("Syntax", ["prompts", "samples", "compiles"], [["humaneval", "164", "61.0% [51.2, 70.0]"]])
     print(as_text(["runs/demo"], [section]))
@@ -9,6 +9,7 @@ middle, and columns that do not fit follow below; Markdown holds everything whol
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from dataclasses import dataclass, field
@@ -57,6 +58,34 @@ def as_markdown(title: str, head: list[str], sections: list[Section]) -> str:
         out += [f"- **{_escaped(text)}**" for text in section.warnings]
         out += [f"- {_escaped(text)}" for text in section.notes]
     return "\n".join(out) + "\n"
+
+
+def as_html(sections: list[Section]) -> str:
+    """Return the sections as elements of an HTML page, each with its heading at level 2; nothing in them is markup."""
+    out = []
+    for section in sections:
+        out += ["<section>", f"<h2>{as_html_text(section.heading)}</h2>"]
+        if section.rows:
+            out += ['<div class="wide"><table>']
+            if any(section.columns):
+                out.append(f"<thead>{_html_row(section.columns, section.names, 'th')}</thead>")
+            out += ["<tbody>", *(_html_row(row, section.names, "td") for row in section.rows), "</tbody></table></div>"]
+        notes = [f'<li class="warning">{as_html_text(text)}</li>' for text in section.warnings]
+        notes += [f"<li>{as_html_text(text)}</li>" for text in section.notes]
+        out += ["<ul>", *notes, "</ul>"] if notes else []
+        out.append("</section>")
+    return "\n".join(out) + "\n"
+
+
+def _html_row(cells: list[str], names: int, tag: str) -> str:
+    kinds = ["name"] * names + ["figure"] * (len(cells) - names)
+    inner = (f'<{tag} class="{kind}">{as_html_text(cell)}</{tag}>' for kind, cell in zip(kinds, cells))
+    return f"<tr>{''.join(inner)}</tr>"
+
+
+def as_html_text(text: str) -> str:
+    """Return `text` as HTML that shows it as it is, control characters as escapes."""
+    return html.escape(_printable(text))
 
 
 def _text_table(section: Section) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tables import WIDTH, Section, as_markdown, as_text
+from tables import WIDTH, Section, as_html, as_markdown, as_text
 
 CELLS = [
     ["demo", "0.872 [0.843, 0.901]", "1,116,156"],
@@ -104,3 +104,15 @@ def test_markdown_shows_every_name_as_it_is(name):
     ]
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     assert [text for text in shown if text not in ("S", "", "n", "1", "2 *")] == [printable] * 6
+
+
+def test_html_has_a_row_for_each_row_and_nothing_in_it_is_markup():
+    section = Section("<b>", ["name", "n"], [["<i>&", "1"]], ["a note"], ["careful"])
+    text = as_html([section])
+    assert text.count("<tr>") == 2 and "<b>" not in text and "<i>" not in text
+    for words in ("&lt;i&gt;&amp;", '<li class="warning">careful</li>', "<li>a note</li>", '<td class="figure">1</td>'):
+        assert words in text
+
+
+def test_html_of_no_rows_has_no_table():
+    assert "<table" not in as_html([Section("Nothing")])

@@ -1,0 +1,285 @@
+"""Drawings of runs and models: numbers in, a figure out.
+
+    figure = training_curves(curves, "runs/demo, step 1100")
+    Path("training_curves.png").write_bytes(png(figure))
+
+What is drawn is computed by inspection.py; text_plots.py has the drawings of a text. Every line has a dash and a marker
+besides its colour (Okabe and Ito 2008), and colour maps are monotone in lightness, so that all can be read in black and
+white. Characters that the font does not have, that are wide or that control something are shown as Python's escapes.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import unicodedata
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+DPI = 130
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FEW = 40  # points of a line that are marked one by one
+
+
+@dataclass
+class Curves:
+    """A run's metrics: arrays (N,) by logged step and (M,) by validation, NaN for what is not known or not finite."""
+
+    steps: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    lr: np.ndarray
+    grad_norm: np.ndarray
+    skipped: np.ndarray  # steps so far that were skipped
+    val_steps: np.ndarray
+    val_tokens: np.ndarray
+    val_loss: np.ndarray
+    val_perplexity: np.ndarray
+    val_bits_per_byte: np.ndarray
+
+
+class Histogram(NamedTuple):
+    """The distribution of one matrix's weights: densities (N,) between edges (N + 1,)."""
+
+    layer: int | None
+    density: np.ndarray
+    edges: np.ndarray
+    std: float
+
+
+class Spectrum(NamedTuple):
+    """A matrix's largest singular value, and its stable rank, of at most `full`; NaN of a matrix of zeros."""
+
+    layer: int | None
+    norm: float
+    stable_rank: float
+    full: int
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file."""
+    out = io.BytesIO()
+    with style():
+        figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def style() -> AbstractContextManager[Any]:
+    """Return the context that all drawing happens in: names may hold dollars, which are no formulas."""
+    sizes = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9}
+    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    return matplotlib.rc_context({"text.parse_math": False, "lines.markersize": 4.5, **sizes, **look})
+
+
+def new_figure(width: float, height: float, title: str, note: str = "") -> Figure:
+    """Return an empty figure of that size in inches, with a title and a note under it, wrapped."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines = [*textwrap.wrap(visible(title), int(10.5 * width)), *textwrap.wrap(visible(note), int(10.5 * width))]
+    figure.suptitle("\n".join(lines), fontsize=12, x=0.01, ha="left")
+    return figure
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return colour, dash and marker of the numbered line; no two of the first 49 have the same dash and marker."""
+    n = len(COLORS)
+    shift = number // n
+    return {"color": COLORS[number % n], "linestyle": DASHES[number % n], "marker": MARKERS[(number + shift) % n]}
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    return get_font(findfont(FontProperties(family="DejaVu Sans Mono"))).get_char_index(ord(character)) != 0
+
+
+def visible(text: str) -> str:
+    """Return `text` with every character shown that one line of one column a character can show, the others as escapes."""
+    return "".join(c if (c.isascii() and c.isprintable()) or _plain(c) else ascii(c)[1:-1] for c in text)
+
+
+def _plain(c: str) -> bool:
+    wide = unicodedata.east_asian_width(c) in "WF" or unicodedata.combining(c) or unicodedata.category(c)[0] == "M"
+    turned = unicodedata.bidirectional(c) in ("R", "AL")  # would be drawn to the left
+    return c.isprintable() and not wide and not turned and _has_glyph(c)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_curves(curves: Curves, title: str) -> Figure:
+    """Draw loss, validation perplexity, learning rate and gradient norm against steps, and tokens above."""
+    with style():
+        figure = new_figure(10.8, 7.6, f"Training of {title}")
+        ((loss, perplexity), (rate, norm)) = figure.subplots(2, 2, sharex=True)
+        _line(loss, curves.steps, curves.loss, 0, "training")
+        _line(loss, curves.val_steps, curves.val_loss, 1, "validation")
+        _line(perplexity, curves.val_steps, curves.val_perplexity, 1, "validation")
+        _line(rate, curves.steps, curves.lr, 0)
+        _line(norm, curves.steps, curves.grad_norm, 0)
+        _skipped(norm, curves)
+        names = (
+            (loss, "Loss", "nats a token"),
+            (perplexity, "Validation perplexity", "perplexity"),
+            (rate, "Learning rate", "rate"),
+            (norm, "Gradient norm, before clipping", "norm"),
+        )
+        for ax, name, unit in names:
+            ax.set_title(name)
+            ax.set_ylabel(unit)
+        for ax in (rate, norm):
+            ax.set_xlabel("step")
+            ax.set_ylim(bottom=0)
+        loss.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _log_if_wide(perplexity, curves.val_perplexity)
+        _legend(loss)
+        known = np.flatnonzero((curves.steps > 0) & np.isfinite(curves.tokens))
+        if len(known):
+            each = curves.tokens[known[-1]] / curves.steps[known[-1]]
+            for ax in (loss, perplexity):
+                above = ax.secondary_xaxis("top", functions=(lambda x: x * each, lambda x: x / each))
+                above.xaxis.set_major_formatter(EngFormatter(sep=""))
+                above.set_xlabel("training tokens")
+        return figure
+
+
+def _line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, name: str | None = None) -> None:
+    """Draw a line with gaps where y is NaN; points that stand alone are seen by their markers."""
+    if not np.isfinite(y).any():
+        if name is None or not ax.lines:
+            ax.text(0.5, 0.5, "nothing recorded", transform=ax.transAxes, ha="center", color="#666666")
+        return
+    every = max(1, len(x) // FEW)
+    shown = ~np.isfinite(np.append(y[1:], np.nan)) & ~np.isfinite(np.insert(y[:-1], 0, np.nan))
+    marked = sorted({*range(0, len(x), every), *np.flatnonzero(shown).tolist(), len(x) - 1})
+    ax.plot(x, y, linewidth=1.6, markevery=marked, label=name, **line_style(number))
+    if ax.texts:  # another line of the panel has nothing
+        ax.texts[0].remove()
+
+
+def _skipped(ax: Axes, curves: Curves) -> None:
+    """Mark where steps were skipped since the line before."""
+    counts = np.nan_to_num(curves.skipped)
+    where = curves.steps[np.diff(counts, prepend=0) > 0]
+    if len(where):
+        name = f"{counts.max():.0f} skipped so far"
+        ax.plot(where, np.zeros(len(where)), "X", color="#D55E00", markersize=8, clip_on=False, zorder=5, label=name)
+        _legend(ax)
+
+
+def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
+    """Use a logarithmic scale, with plain numbers, where the values span more than a factor of 5."""
+    values = values[np.isfinite(values) & (values > 0)]
+    if len(values) and values.max() > 5 * values.min():
+        _log_scale(ax, (1, 2, 5))
+
+
+def _log_scale(ax: Axes, subs: tuple[int, ...]) -> None:
+    """Use a logarithmic scale with plain numbers: formulas are off."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(ax: Axes, **place: Any) -> None:
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, handlelength=3.5, **place)
+
+
+def compare_curves(runs: list[tuple[str, Curves]], notes: list[str]) -> Figure:
+    """Draw losses and bits per byte of several runs against training tokens, with `notes` on what does not compare."""
+    with style():
+        figure = new_figure(
+            10.8, 8.0 + 0.25 * len(runs) + 0.2 * len(notes), f"Training of {len(runs)} runs", " ".join(notes)
+        )
+        axes = figure.subplot_mosaic([["train", "train"], ["loss", "bits"]])
+        for number, (name, curves) in enumerate(runs):
+            _line(axes["train"], curves.tokens, curves.loss, number, visible(name))
+            _line(axes["loss"], curves.val_tokens, curves.val_loss, number, visible(name))
+            _line(axes["bits"], curves.val_tokens, curves.val_bits_per_byte, number, visible(name))
+        for key, name, unit in (
+            ("train", "Training loss", "nats a token"),
+            ("loss", "Validation loss", "nats a token"),
+            ("bits", "Validation bits per byte", "bits a byte"),
+        ):
+            axes[key].set_title(name)
+            axes[key].set_ylabel(unit)
+            axes[key].set_xlabel("training tokens")
+            axes[key].xaxis.set_major_formatter(EngFormatter(sep=""))
+        handles, names = axes["train"].get_legend_handles_labels()
+        if not handles:
+            handles, names = axes["loss"].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower left", frameon=False, handlelength=4, ncols=1)
+        return figure
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
+    """Draw the distribution of the weights of each kind of matrix, a line for each layer: the deeper, the darker."""
+    columns = 2
+    rows = -(-len(kinds) // columns)
+    with style():
+        figure = new_figure(10.8, 0.6 + 2.9 * rows, f"Weights of {title}")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for ax in grid.flat[len(kinds) :]:
+            ax.axis("off")
+        for ax, (kind, found) in zip(grid.flat, kinds.items()):
+            for number, histogram in enumerate(found):
+                name = "" if histogram.layer is None else f"layer {histogram.layer}: "
+                few = len(found) <= 6 or number in (0, len(found) // 2, len(found) - 1)
+                ax.stairs(
+                    np.where(histogram.density > 0, histogram.density, np.nan),
+                    histogram.edges,
+                    color=_depth(number, len(found)),
+                    linestyle=DASHES[number % 4] if len(found) <= 6 else "-",
+                    linewidth=1.4,
+                    label=f"{name}std {histogram.std:.3g}" if few else None,
+                )
+            _log_scale(ax, (1,))
+            ax.set_title(kind)
+            ax.set_ylabel("density (log scale)")
+            ax.set_xlabel("weight")
+            _legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return figure
+
+
+def _depth(number: int, count: int) -> tuple[float, float, float, float]:
+    """Return the colour of a layer, from light to dark; yellow is left out, which cannot be seen on white."""
+    return matplotlib.colormaps["viridis"](0.72 * (count - 1 - number) / max(1, count - 1))
+
+
+def spectral_norms(kinds: dict[str, list[Spectrum]], n_layer: int, title: str) -> Figure:
+    """Draw the largest singular value and the stable rank of each matrix, a line for each kind; embeddings left, head right."""
+    with style():
+        figure = new_figure(10.8, 8.6, f"Singular values of {title}")
+        norms, ranks = figure.subplots(2, 1, sharex=True)
+        for number, (kind, found) in enumerate(kinds.items()):
+            ends = {"head": n_layer}
+            x = np.array([ends.get(kind, -1) if s.layer is None else s.layer for s in found], dtype=float)
+            _line(norms, x, np.array([s.norm for s in found]), number, f"{kind} (full rank {found[0].full:,})")
+            _line(ranks, x, np.array([s.stable_rank / s.full for s in found]), number)
+        names = {-1: "embedding", **{i: str(i) for i in range(0, n_layer, -(-n_layer // 24))}, n_layer: "head"}
+        ranks.set_xticks(list(names), list(names.values()))
+        ranks.set_xlabel("layer")
+        norms.set_title("Largest singular value (spectral norm)")
+        norms.set_ylabel("norm")
+        ranks.set_title("Stable rank (Frobenius norm² / spectral norm²), as a share of the full rank")
+        ranks.set_ylabel("share")
+        _log_if_wide(norms, np.array([s.norm for found in kinds.values() for s in found]))
+        _log_if_wide(ranks, np.array([s.stable_rank / s.full for found in kinds.values() for s in found]))
+        _legend(norms, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return figure

@@ -1,0 +1,198 @@
+"""Draw what a run learnt and how: its curves, attention, weights and the loss of each token, and a report of it all.
+
+    python visualize.py runs/demo                           # into runs/demo/plots/ and runs/demo/report.html
+    python visualize.py runs/demo --text "def f(x):"        # attention and losses of this text; or --file PATH
+    python visualize.py --compare runs/demo runs/demo-sft   # the curves of several runs, into plots/ of the first
+
+Without a text, attention and losses are of held-out text of the run. All is computed before anything is written. Limit: a text
+may be as long as the model's context, and heatmaps show its first 48 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from cli import parse_cli, run_script
+from config import KindlingError
+
+if TYPE_CHECKING:
+    from checkpoint import RunDirectory
+    from inspection import Subject, Text
+
+PLOTS, REPORT, CURVES = "plots", "report.html", "compare_curves.png"
+
+
+class VisualizationError(KindlingError):
+    """Something that cannot be drawn, or not be written."""
+
+
+@dataclass
+class Flags:
+    """The script's command line."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """The run's folder, or its name under runs/. The newest if left out."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    text: str | None = None
+    """Draw attention and losses of this text."""
+    file: Path | None = None
+    """Draw attention and losses of this file: its beginning, or all if it fits the context."""
+    compare: tuple[Path, ...] = ()
+    """Draw the curves of these runs in one plot, and nothing else."""
+
+
+def require(flags: Flags, run: RunDirectory) -> str | None:
+    """Return the text of --text or --file, or None; raise what can be known before anything is computed."""
+    if not os.access(run.path, os.W_OK):
+        raise VisualizationError(f"{run.path} must be writable for the plots, but is not; mend its permissions")
+    if flags.text is not None and flags.file is not None:
+        raise VisualizationError("only one of --text and --file must be given, but both are; leave one out")
+    if flags.file is not None:
+        try:
+            text = flags.file.expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as e:
+            raise VisualizationError(
+                f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
+            ) from None
+    else:
+        text = None if flags.text is None else os.fsencode(flags.text).decode("utf-8", "replace")
+    if text == "":
+        name = "--text" if flags.file is None else f"the file {str(flags.file)!r}"
+        raise VisualizationError(f"{name} must hold some text, but is empty; leave it out for held-out text")
+    return text
+
+
+def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
+    """Return the text that attention and losses are drawn of."""
+    from inspection import given_text, held_out_text
+
+    tokenizer, block_size = subject.tokenizer, subject.model.cfg.block_size
+    if given is None:
+        dataset = subject.run.heldout("val")
+        dataset.require_fits(subject.model.cfg.vocab_size, tokenizer.sha256)
+        return held_out_text(dataset, tokenizer, block_size)
+    if flags.file is not None:
+        return given_text(tokenizer, given, block_size, f"the file {flags.file.name}", crop=True)
+    return given_text(tokenizer, given, block_size, "--text")
+
+
+def draw(subject: Subject, text: Text) -> dict[str, bytes]:
+    """Return all plots as PNGs, by their paths inside the folder of plots."""
+    import text_plots
+    from inspection import attention, curves_of, histograms, matrices, spectra, units
+    from plots import png, spectral_norms, training_curves, weight_histograms
+
+    name, out = subject.name, {}
+    if subject.metrics:
+        out["training_curves.png"] = png(training_curves(curves_of(subject.metrics), name))
+    else:
+        print(f"note: {subject.run.path} has no metrics.jsonl with a line in it: no training curves", file=sys.stderr)
+    weights, tokens = attention(subject.model, subject.tokenizer, text)
+    shown = f"the first {len(tokens)} of {len(text.ids)} tokens of " if len(tokens) < len(text.ids) else ""
+    of = f"{shown}{text.what}; in each row one token looks at the columns; grey: to come"
+    out["attention.png"] = png(text_plots.attention_overview(weights, f"Attention of {name}", of))
+    for layer, heads in enumerate(weights):
+        figure = text_plots.attention_layer(heads, tokens, f"Attention of {name}, layer {layer}", of)
+        out[f"attention/layer_{layer}.png"] = png(figure)
+    found = matrices(subject.model)
+    out["weights.png"] = png(weight_histograms(histograms(found), name))
+    out["spectral_norms.png"] = png(spectral_norms(spectra(found), subject.model.cfg.n_layer, name))
+    losses = units(subject.model, subject.tokenizer, text, subject.runtime)
+    guess = math.log(subject.model.cfg.vocab_size)
+    out["token_loss.png"] = png(text_plots.token_losses(losses, guess, name, text.what))
+    return out
+
+
+def write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files into a folder, all or none: each beside its place first, then renamed.
+
+    Raises VisualizationError if they cannot be written.
+    """
+    partial: dict[Path, Path] = {}
+    try:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial[path] = path.with_name(f".{path.name}.partial")
+            partial[path].write_bytes(content)
+        for path, written in partial.items():
+            written.replace(path)
+    except OSError as e:
+        for written in partial.values():
+            if written.parent.is_dir():
+                written.unlink(missing_ok=True)
+        raise VisualizationError(
+            f"{folder} must be writable for the plots, but is not ({e}); free some space or mend its permissions"
+        ) from None
+
+
+def compare(paths: list[Path]) -> None:
+    """Draw the curves of several runs in one plot, into the folder of the first."""
+    from checkpoint import find_run
+    from inspection import curves_of
+    from metrics import read_metrics
+    from plots import compare_curves, png
+    from shards import read_manifest
+
+    runs = [find_run(path) for path in paths]
+    if len({run.path.resolve() for run in runs}) < max(2, len(runs)):
+        given = ", ".join(map(str, paths))
+        raise VisualizationError(f"--compare must name two or more different runs, but names {given}; name others")
+    curves = []
+    for run in runs:
+        lines = read_metrics(run.path / "metrics.jsonl")
+        if not lines:
+            raise VisualizationError(
+                f"{run.path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
+            )
+        curves.append((str(run.path), curves_of(lines)))
+    manifests = [read_manifest(run.data) for run in runs]
+    notes = []
+    if len({manifest["tokenizer_sha256"] for manifest in manifests}) > 1:
+        notes.append(
+            "The runs have different tokenizers: loss does not compare; bits per byte does, on the same texts."
+        )
+    if len({(m["splits"]["val"]["documents"], m["splits"]["val"]["bytes"]) for m in manifests}) > 1:
+        notes.append("The runs hold out different texts: the height of their validation curves does not compare.")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    folder = runs[0].path / PLOTS
+    write_all(folder, {CURVES: png(compare_curves(curves, notes))})
+    print(f"written to {folder / CURVES}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw a run, or compare the curves of several."""
+    flags = parse_cli(Flags, __doc__ or "", argv)
+    if flags.compare:
+        compare([*([] if flags.run is None else [flags.run]), *flags.compare])
+        return 0
+    from checkpoint import find_run, load_model
+    from device import resolve
+    from inspection import Subject
+    from run_page import report_of
+
+    run = find_run(flags.run)
+    given = require(flags, run)
+    runtime = resolve(replace(run.config().train, device=flags.device))
+    model, checkpoint = load_model(run, runtime.device)
+    subject = Subject(run, model, checkpoint, run.tokenizer(), runtime)
+    text = text_of(subject, flags, given)
+    plots = draw(subject, text)
+    files = {f"{PLOTS}/{name}": content for name, content in plots.items()}
+    files[REPORT] = report_of(subject, text, plots).encode("utf-8")
+    write_all(run.path, files)
+    print(f"{len(plots)} plots in {run.path / PLOTS}/, and {run.path / REPORT} ({len(files[REPORT]) / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
