@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import KindlingError, ModelConfig, TokenizerConfig, one_line
-from files import sha256_file
+from config import KindlingError, ModelConfig, one_line
+from files import sha256_file, write_json
 from hf_layout import (
     CODE,
     OWN,
@@ -34,7 +34,7 @@ from hf_layout import (
     our_weights,
 )
 from model import GPT
-from tokenizer import SentencePieceTokenizer, Tokenizer, load_json
+from tokenizer import SentencePieceTokenizer, Tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -59,6 +59,8 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
     require_tokenizer(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     hub_config(model.cfg, ids).save_pretrained(folder)
+    if architecture(model.cfg) == "llama":
+        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta)  # where transformers 4 looks for it
     if architecture(model.cfg) == "kindling":
         shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     # named_parameters lists a tied matrix once
@@ -93,6 +95,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         padding_side="left",  # what follows a prompt must stand beside it
         **{name: token for name, token in named.items() if token is not None},
     ).save_pretrained(folder)
+    _add(
+        folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
+    )  # a name that transformers 4 knows
+
+
+def _add(path: Path, **values: Any) -> None:
+    """Set entries of a JSON file."""
+    write_json(path, _read_json(path) | values)
 
 
 @torch.no_grad()
@@ -103,7 +113,9 @@ def difference(folder: Path, model: GPT, rows: Tensor) -> float:
     that are not numbers on both sides are equal, on one side infinitely far apart.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it is over before it can be read
     own = _read_json(folder / CONFIG).get("model_type") == "kindling"
     device = model.head.weight.device
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32).to(device).eval()
@@ -146,8 +158,8 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
     try:
         weights = our_weights(_read_weights(folder), cfg, name)
-    except HubFormatError as e:
-        raise HubFormatError(f"{folder}: {e}") from None
+    except (HubFormatError, RuntimeError) as e:  # torch's own, of sizes that no computer has
+        raise HubFormatError(f"{folder}: {e if isinstance(e, HubFormatError) else one_line(e)}") from None
     if OWN not in content:
         return cfg, weights
     try:
@@ -212,18 +224,26 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def require_tokenizer_of(folder: Path, tokenizer_json: str, cfg: TokenizerConfig) -> None:
-    """Raise HubFormatError unless the folder's tokenizer gives every text the ids of the one given as `tokenizer_json`."""
+def require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise HubFormatError unless the folder's tokenizer gives every text the ids that `tokenizer` gives it."""
+    from tokenizers import Tokenizer as Backend
+
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise HubFormatError(
             f"{folder} must hold a tokenizer.json, to see that its ids are the run's, but does not; have transformers "
             f"load the tokenizer and call save_pretrained"
         )
-    if _what_counts(load_json(path, cfg).to_json()) != _what_counts(tokenizer_json):
+    try:
+        theirs = Backend.from_str(path.read_text(encoding="utf-8")).to_str()
+    except Exception as e:  # the library raises plain Exception
         raise HubFormatError(
-            f"{path} must give the ids of the run's tokenizer, but is another; use it with "
-            f"--tokenizer.kind pretrained --tokenizer.path {folder} --tokenizer.eos-token TOKEN"
+            f"{path} must be of the `tokenizers` library, but is not ({one_line(e)}); fetch it again"
+        ) from None
+    if _what_counts(theirs) != _what_counts(tokenizer.to_json()):
+        raise HubFormatError(
+            f"{path} must give the ids of the run's tokenizer, but is another; use it in the run with "
+            f"--tokenizer.kind pretrained --tokenizer.path {folder}"
         )
 
 

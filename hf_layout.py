@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import KindlingError, ModelConfig
-from model import GPT
+from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, LlamaConfig, PretrainedConfig
@@ -293,3 +293,12 @@ def as_it_was(
     if not differing(cfg, then):
         return then, weights
     return replace(cfg, **{f: getattr(then, f) for f in TRAINING if f != "backbone"}), weights
+
+
+@torch.no_grad()
+def load_into(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights of our `GPT` into a model of that shape, on whichever backbone it runs."""
+    if isinstance(model, TransformersGPT2):
+        weights = {f"gpt2.{name}": weight for name, weight in hub_weights(weights, model.cfg).items()}
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
