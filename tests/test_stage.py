@@ -117,7 +117,7 @@ def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, tmp_path, monkeypatc
 
 def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    theirs, cfg = hub
+    _, cfg = hub
     folder = tmp_path / "copy"
     shutil.copytree(cfg.train.init_from, folder)
     cfg = replace(cfg, train=replace(cfg.train, init_from=str(folder)))
