@@ -51,12 +51,27 @@ def require_tokenizer(tokenizer: Tokenizer) -> None:
 def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
     """Write all files of the format into an existing empty folder; `card` becomes README.md.
 
-    Raises HubFormatError for a SentencePiece tokenizer, OSError or SafetensorError if the folder cannot be written.
+    Raises HubFormatError for a SentencePiece tokenizer, and if the folder cannot be written; it then holds no whole model.
     """
+    from safetensors import SafetensorError
+
+    require_tokenizer(tokenizer)
+    try:
+        _write_model(folder, model, tokenizer)
+        _write_tokenizer(folder, tokenizer, model.cfg.block_size)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as e:
+        raise HubFormatError(
+            f"{folder} must be writable and have room for the model, but writing gave: {one_line(e)}; free some space or "
+            f"choose another folder"
+        ) from None
+
+
+def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Write config, code and weights, and which control tokens begin and end a text."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    require_tokenizer(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     hub_config(model.cfg, ids).save_pretrained(folder)
     if architecture(model.cfg) == "llama":
@@ -67,8 +82,6 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
     weights = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
     save_file(hub_weights(weights, model.cfg), folder / WEIGHTS, metadata={"format": "pt"})
     GenerationConfig(**ids).save_pretrained(folder)
-    _write_tokenizer(folder, tokenizer, model.cfg.block_size)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
@@ -87,17 +100,20 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         special_tokens=[] if bos is None else [(bos, tokenizer.bos_id)],
     )
     named = {"bos_token": bos, "eos_token": cfg.eos_token, "pad_token": cfg.pad_token, "unk_token": cfg.unk_token}
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=block_size,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # "<|endoftext|>" in a document is 13 characters, not the end of it
         padding_side="left",  # what follows a prompt must stand beside it
         **{name: token for name, token in named.items() if token is not None},
-    ).save_pretrained(folder)
-    _add(
-        folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
-    )  # a name that transformers 4 knows
+    )
+    try:
+        fast.save_pretrained(folder)
+    except Exception as e:  # the library raises plain Exception of a full disk
+        raise e if isinstance(e, OSError) else OSError(str(e)) from None
+    # a name that transformers 4 knows
+    _add(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def _add(path: Path, **values: Any) -> None:

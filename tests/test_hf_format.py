@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import shared_file
 
 import hf_format
@@ -164,6 +165,23 @@ def test_a_batch_padded_on_the_left_continues_as_each_prompt_alone(folders):
         assert torch.isfinite(their(ids, attention_mask=mask).logits).all()
 
 
+def test_a_padded_batch_has_the_logits_of_each_text_alone(folders, monkeypatch):
+    for name in ("demo", "autocomplete"):
+        their = theirs(folders(name)[0])
+        text = torch.arange(3, 12)[None]
+        alone = their(text).logits
+        attend, masks = F.scaled_dot_product_attention, []
+        monkeypatch.setattr(
+            F, "scaled_dot_product_attention", lambda *a, **k: (masks.append(k["attn_mask"]), attend(*a, **k))[1]
+        )
+        for left, right in ((4, 0), (0, 4)):
+            ids, mask = F.pad(text, (left, right), value=1), F.pad(torch.ones_like(text), (left, right))
+            logits = their(ids, attention_mask=mask).logits[:, left : left + 9]
+            assert torch.allclose(logits, alone, atol=1e-5, rtol=0)
+        assert all(mask.any(-1).all() for mask in masks)  # where a query sees nothing, older torch gives NaN
+        monkeypatch.undo()
+
+
 def test_our_class_gives_the_mean_loss_of_shifted_labels_and_its_gradient(folders):
     folder, model = folders("demo")
     their, rows = theirs(folder), random_rows(model.cfg)
@@ -255,6 +273,22 @@ def test_a_sentencepiece_tokenizer_is_refused(tmp_path):
     with pytest.raises(HubFormatError, match=r"tokenizer\.kind=sentencepiece"):
         write(tmp_path, random_model(small(preset("code-50m").model)), tokenizer(kind="sentencepiece"), "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [100, 3_000, 150_000])
+def test_a_full_disk_is_one_clear_line(tmp_path, limit):
+    resource = pytest.importorskip("resource")
+    # of many tokens, so that the tokenizer is larger than the weights
+    ours = train_bpe([" ".join(f"{n * 7919 % 99991:x}" for n in range(9000))], TokenizerConfig(), 5000)
+    model = random_model(replace(small(preset("code-50m").model), n_layer=1, n_embd=4))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(HubFormatError, match="must be writable and have room") as caught:
+            write(tmp_path, model, ours, "# a card")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folders_tokenizer_is_the_runs_by_what_ids_depend_on(tmp_path):
