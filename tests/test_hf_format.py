@@ -165,21 +165,22 @@ def test_a_batch_padded_on_the_left_continues_as_each_prompt_alone(folders):
         assert torch.isfinite(their(ids, attention_mask=mask).logits).all()
 
 
-def test_a_padded_batch_has_the_logits_of_each_text_alone(folders, monkeypatch):
-    for name in ("demo", "autocomplete"):
-        their = theirs(folders(name)[0])
-        text = torch.arange(3, 12)[None]
-        alone = their(text).logits
-        attend, masks = F.scaled_dot_product_attention, []
-        monkeypatch.setattr(
-            F, "scaled_dot_product_attention", lambda *a, **k: (masks.append(k["attn_mask"]), attend(*a, **k))[1]
-        )
-        for left, right in ((4, 0), (0, 4)):
-            ids, mask = F.pad(text, (left, right), value=1), F.pad(torch.ones_like(text), (left, right))
-            logits = their(ids, attention_mask=mask).logits[:, left : left + 9]
-            assert torch.allclose(logits, alone, atol=1e-5, rtol=0)
-        assert all(mask.any(-1).all() for mask in masks)  # where a query sees nothing, older torch gives NaN
-        monkeypatch.undo()
+@pytest.mark.parametrize("name", ["demo", "autocomplete"])
+def test_a_padded_batch_has_the_logits_of_each_text_alone(folders, monkeypatch, name):
+    their, text = theirs(folders(name)[0]), torch.arange(3, 12)[None]
+    alone = their(text).logits
+    attend, masks = F.scaled_dot_product_attention, []
+
+    def noted(*args, **kwargs):
+        masks.append(kwargs["attn_mask"])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for left, right in ((4, 0), (0, 4)):
+        ids, mask = F.pad(text, (left, right), value=1), F.pad(torch.ones_like(text), (left, right))
+        logits = their(ids, attention_mask=mask).logits[:, left : left + 9]
+        assert torch.allclose(logits, alone, atol=1e-5, rtol=0)
+    assert all(mask.any(-1).all() for mask in masks)  # where a query sees nothing, older torch gives NaN
 
 
 def test_our_class_gives_the_mean_loss_of_shifted_labels_and_its_gradient(folders):
