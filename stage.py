@@ -10,16 +10,20 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 import device
+import hf_format
 from checkpoint import CheckpointError, RunDirectory, find_run, load_state, load_weights, weights_sha256
 from cli import changed_fields
-from config import Config, KindlingError
+from config import Config, KindlingError, ModelConfig
 from data_pipeline import DATA, prepare
 from device import Runtime
 from examples import ExampleRows, Examples, open_split
+from hf_layout import differing, load_into
 from model import LanguageModel, build_model
 from shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_json, load_pretrained
 from trainer import Trainer, validate
 
 # settings that a resumed run may change: without any effect on its bits, and with one that is said
@@ -69,7 +73,13 @@ def is_begun(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
     elif cfg.train.init_from is not None:
-        find_run(Path(cfg.train.init_from))
+        source = Path(cfg.train.init_from)
+        if hf_format.holds_model(source):
+            _weights_of_hub(source, cfg.model)
+            if cfg.tokenizer.kind == "pretrained":  # one that is trained is not there yet
+                hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
+        else:
+            find_run(source)
     return begun
 
 
@@ -109,15 +119,19 @@ def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
     return build_model(cfg.model).to(runtime.device)
 
 
-def load_initial_weights(model: LanguageModel, source: str, tokenizer_sha256: str) -> str:
-    """Replace the weights by those of the run `source`, if its token ids mean the same; return the sha256 of them."""
+def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer) -> str:
+    """Replace the weights by those of the run or hub folder `source`, if its token ids mean the same; return their sha256."""
+    if hf_format.holds_model(hub := Path(source)):
+        hf_format.require_same_tokenizer(hub, tokenizer)
+        load_into(model, _weights_of_hub(hub, model.cfg))
+        return hf_format.weights_sha256(hub)
     run = find_run(Path(source))
     folder = run.newest()
     if folder is None:
         raise CheckpointError(
             f"train.init_from must name a run with a checkpoint, but {run.path} has none; train it first"
         )
-    if run.tokenizer().sha256 != tokenizer_sha256:
+    if run.tokenizer().sha256 != tokenizer.sha256:
         raise CheckpointError(
             f"train.init_from must name a run with the same tokenizer, but that of {run.path} is another; use it here with "
             f"--tokenizer.kind pretrained --tokenizer.path {run.path / 'tokenizer.json'}"
@@ -126,15 +140,38 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer_sha256: st
     return weights_sha256(folder)
 
 
+def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights of a hub folder; raise CheckpointError, naming each setting and its flag, if its shape is another."""
+    shape, weights = hf_format.read(folder)
+    names = differing(shape, cfg)
+    if "learned" not in (shape.position, cfg.position):  # then no weight depends on the length of the context
+        names = [name for name in names if name != "block_size"]
+    if names:
+        said = ", ".join(f"{name} {getattr(shape, name)} for {getattr(cfg, name)}" for name in names)
+        flags = " ".join(f"--model.{name.replace('_', '-')} {getattr(shape, name)}" for name in names)
+        raise CheckpointError(
+            f"train.init_from must name weights of the run's shape, but {folder} has {said}; set {flags}"
+        )
+    return weights
+
+
+def _initial_sha256(source: str) -> str | None:
+    """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
+    if hf_format.holds_model(Path(source)):
+        return hf_format.weights_sha256(Path(source))
+    folder = find_run(Path(source)).newest()
+    return None if folder is None else weights_sha256(folder)
+
+
 def require_same_start(run: RunDirectory, source: str | None, began_with: str | None) -> None:
     """Raise CheckpointError if a begun run started from other weights than its source has now; a source may be gone."""
     if source is None or began_with is None:
         return
     try:
-        now = find_run(Path(source)).newest()
-    except CheckpointError:
+        now = _initial_sha256(source)
+    except KindlingError:
         return
-    if now is not None and weights_sha256(now) != began_with:
+    if now is not None and now != began_with:
         raise CheckpointError(
             f"{run.path} must go on from the weights that it started from, but {source} has been trained since; start over with "
             f"--fresh, which keeps this one under another name, or use another --name"
@@ -158,7 +195,9 @@ def take_up(
     model = new_model(cfg, runtime)
     initial_sha256 = None
     if state is None and source is not None:
-        initial_sha256 = load_initial_weights(model, source, dataset.manifest["tokenizer_sha256"])
+        initial_sha256 = load_initial_weights(
+            model, source, load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
+        )
     if not begun:
         if run.exists() or run.checkpoints():  # only now that nothing is left which could refuse the new run
             print(f"the old run is kept as {run.set_aside()}")

@@ -1,19 +1,26 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config
+from safetensors.torch import load_file, save_file
 from test_examples import TOKENIZER, conversations, write_examples
 
 import data_pipeline
-from checkpoint import RunDirectory
-from config import preset
+import hf_format
+from checkpoint import CheckpointError, RunDirectory
+from config import TokenizerConfig, preset
 from data_pipeline import prepare
 from examples import ExampleRows, Examples
+from files import sha256_file
+from model import GPT
 from shards import TokenDataset
-from stage import training_data, training_rows
+from stage import is_begun, take_up, training_data, training_rows
+from tokenizer import load_pretrained, train_bpe
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -71,3 +78,88 @@ def test_a_run_keeps_the_tables_of_its_held_out_documents(corpus, tmp_path, monk
     run.create(tiny_config(corpus), folder)
     for split in ("val", "test"):
         assert np.array_equal(run.heldout(split).documents, TokenDataset(folder, split).documents)
+
+
+@pytest.fixture(scope="module")
+def hub(corpus, tmp_path_factory):
+    """A folder as the hub serves it, of the tiny shape with another seed, and the config of a run that starts from it."""
+    root = tmp_path_factory.mktemp("hub")
+    folder = root / "model"
+    folder.mkdir()
+    cfg = tiny_config(corpus)
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.rglob("*.py"))[:20]]
+    tokenizer = train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size)
+    torch.manual_seed(5)
+    model = GPT(cfg.model)
+    hf_format.write(folder, model, tokenizer, "")
+    of_folder = TokenizerConfig(kind="pretrained", path=str(folder))
+    return model, replace(cfg, tokenizer=of_folder, train=replace(cfg.train, init_from=str(folder)))
+
+
+def taken_up(cfg, where, begun=False):
+    run = RunDirectory(where / "runs" / "new")
+    assert is_begun(cfg, run, fresh=False) == begun
+    dataset = training_data(cfg, run if begun else None)
+    return take_up(cfg, run, begun, dataset, training_rows(cfg, dataset))
+
+
+@pytest.mark.parametrize("backbone", ["kindling", "transformers"])
+def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, tmp_path, monkeypatch, backbone):
+    monkeypatch.chdir(tmp_path)
+    theirs, cfg = hub
+    cfg = replace(cfg, model=replace(cfg.model, backbone=backbone))
+    trainer = taken_up(cfg, tmp_path)
+    ours = dict(trainer.model.for_generation().named_parameters())
+    assert all(torch.equal(p, ours[name]) for name, p in theirs.named_parameters())
+    assert trainer.initial_sha256 == sha256_file(Path(cfg.train.init_from) / "model.safetensors")
+
+
+def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, cfg = hub
+    folder = tmp_path / "copy"
+    shutil.copytree(cfg.train.init_from, folder)
+    cfg = replace(cfg, train=replace(cfg.train, init_from=str(folder)))
+    taken_up(cfg, tmp_path).save(required=True)
+    taken_up(cfg, tmp_path, begun=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has been trained since"):
+        taken_up(cfg, tmp_path, begun=True)
+    shutil.rmtree(folder)
+    taken_up(cfg, tmp_path, begun=True)
+
+
+def test_hub_weights_of_another_shape_are_refused_before_any_data_is_read(hub, tmp_path):
+    _, cfg = hub
+    cfg = replace(cfg, model=replace(cfg.model, n_layer=3, activation="relu", block_size=16, d_ff=128))
+    with pytest.raises(CheckpointError) as caught:
+        is_begun(cfg, RunDirectory(tmp_path / "new"), fresh=False)
+    assert str(caught.value).endswith("set --model.block-size 32 --model.n-layer 2 --model.activation gelu_new")
+
+
+def test_hub_weights_with_another_tokenizer_are_refused(hub, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, cfg = hub
+    own = TokenizerConfig(pad_token="<pad>")
+    with pytest.raises(hf_format.HubFormatError, match=rf"--tokenizer\.path {cfg.train.init_from}"):
+        taken_up(replace(cfg, tokenizer=own), tmp_path)
+    assert not (tmp_path / "runs").exists()
+    other = tmp_path / "tokenizer.json"
+    other.write_text(train_bpe(["abc"], TokenizerConfig(), 300).to_json(), encoding="utf-8")
+    with pytest.raises(hf_format.HubFormatError, match="is another"):
+        is_begun(
+            replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path=str(other))),
+            RunDirectory(tmp_path / "new"),
+            False,
+        )
+
+
+def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
+    _, cfg = hub
+    model = replace(cfg.model, position="rope", norm="rmsnorm")
+    torch.manual_seed(6)
+    hf_format.write(tmp_path, GPT(model), load_pretrained(cfg.tokenizer), "")
+    cfg = replace(cfg, model=replace(model, block_size=16), train=replace(cfg.train, init_from=str(tmp_path)))
+    assert is_begun(cfg, RunDirectory(tmp_path / "new"), fresh=False) is False
