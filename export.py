@@ -121,7 +121,8 @@ def require_close(largest: float, loss: float, changed: float) -> str:
 
 def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
     """Write the folder that transformers loads."""
-    from hf_format import architecture, difference, write
+    from hf_format import difference, write
+    from hf_layout import architecture
     from model_card import card
 
     out.mkdir()
