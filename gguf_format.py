@@ -81,10 +81,10 @@ def architecture(cfg: ModelConfig) -> Architecture:
     nearest = min(differing, key=lambda name: len(differing[name]))
     if not differing[nearest]:
         return nearest
-    settings = ", ".join(f"model.{f}={getattr(cfg, f)} (not {HOLDS[nearest][f]})" for f in differing[nearest])
+    needs = ", ".join(f"model.{f}={HOLDS[nearest][f]} (is {getattr(cfg, f)})" for f in differing[nearest])
     raise GGUFError(
         f"a GGUF file must be of an architecture of llama.cpp, but none of them holds this model: the nearest, {nearest}, "
-        f"has no {settings}; {_OTHER_FORMATS}"
+        f"needs {needs}; {_OTHER_FORMATS}"
     )
 
 
