@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_clear_line, script
 
+import completion
 import generate
 from chat import converse, read_question
 from checkpoint import RunDirectory
@@ -147,7 +148,7 @@ def test_a_base_run_and_a_prompt_are_each_refused_in_one_line(runs):
     result = script("generate.py", "runs/base", "--chat", cwd=runs)
     assert_one_clear_line(result, "runs/base must be a fine-tuned run", "`python sft_train.py runs/base`")
     result = script("generate.py", "runs/yes", "--chat", "--prompt", "def f():", cwd=runs)
-    assert_one_clear_line(result, "--prompt must be empty with --chat", "'def f():'", "leave one out")
+    assert_one_clear_line(result, "at most one of", "--prompt and --chat are", "leave one out")
     assert result.stdout == ""
 
 
@@ -159,18 +160,17 @@ def talk(runs, monkeypatch, capsys):
     """Return a function that chats with a run, and gives the prompts and the settings of each answer and what was printed."""
 
     def run(name: str, text: str, *flags: str):
-        asked, samplings, sampled = [], [], generate.stream
+        asked, samplings, sampled = [], [], completion.stream
 
-        def spy(model, ids, sampling, eos_id):
-            if len(ids) > 1:  # not the first token, which only makes torch ready
-                asked.append(list(ids))
-                samplings.append(sampling)
-            return sampled(model, ids, sampling, eos_id)
+        def spy(model, ids, sampling, eos_id, allowed):
+            asked.append(list(ids))
+            samplings.append(sampling)
+            return sampled(model, ids, sampling, eos_id, allowed)
 
-        monkeypatch.setattr(generate, "stream", spy)
+        monkeypatch.setattr(completion, "stream", spy)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8")), encoding="ascii"))
         assert generate.main([str(runs / "runs" / name), "--chat", "--device", "cpu", *flags]) == 0
-        monkeypatch.setattr(generate, "stream", sampled)
+        monkeypatch.setattr(completion, "stream", sampled)
         return asked, samplings, capsys.readouterr()
 
     return run

@@ -1,5 +1,4 @@
 import io
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,21 +10,12 @@ from conftest import assert_one_clear_line, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from completion import Answer, TextStream, answer, complete
 from config import ModelConfig, TokenizerConfig
-from generate import (
-    Answer,
-    GenerationError,
-    Sampling,
-    TextStream,
-    answer,
-    complete,
-    generate,
-    generate_batch,
-    next_token_probabilities,
-    stream,
-)
+from decoding import generate, generate_batch, stream
 from model import GPT, Cache, LanguageModel, build_model
 from prompts import Exchange, encode
+from sampling import GenerationError, Sampling
 from tokenizer import SentencePieceTokenizer, train_bpe, train_sentencepiece
 
 CFG = ModelConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=16, init_std=0.5)
@@ -100,31 +90,6 @@ def tokenizers(tokenizer, spaced):
     return [tokenizer, spaced, train_sentencepiece(WORDS, cfg, 320)]
 
 
-def reference_probabilities(logits, temperature, top_k, top_p):
-    """Transformers' own logits processors, in the same order."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    scores = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    return scores.softmax(-1)[0]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10**6), st.floats(0.1, 3), st.one_of(st.none(), st.integers(1, 60)), st.floats(0.05, 1))
-def test_the_distribution_is_that_of_transformers(seed, temperature, top_k, top_p):
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
-    ours = next_token_probabilities(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
-    assert ours.sum().item() == pytest.approx(1, abs=1e-5)
-    assert torch.allclose(ours, reference_probabilities(logits, temperature, top_k, top_p), atol=1e-5)
-
-
-def test_ties_do_not_let_more_than_top_k_tokens_through():
-    assert (next_token_probabilities(torch.zeros(10), Sampling(top_k=3)) > 0).sum() == 3
-
-
 def test_greedy_takes_the_most_likely_token_each_time(model):
     ids = [5, 6, 7]
     expected = list(ids)
@@ -160,7 +125,7 @@ def test_generation_runs_past_the_context_by_cropping_from_the_left(model, capsy
 
 def test_an_empty_prompt_starts_a_new_document(model):
     tokenizer = train_bpe(["some text"], TokenizerConfig(), 280)
-    assert isinstance(complete(model, tokenizer, "", Sampling(max_new_tokens=3)), str)
+    assert isinstance(complete(model, tokenizer, "", Sampling(max_new_tokens=3)).text, str)
 
 
 def test_the_stream_yields_what_generate_returns_and_leaves_gradients_on_between(model):
@@ -393,22 +358,6 @@ def test_prompt_and_answer_never_exceed_the_context(tokenizer, block_size, max_n
     assert len(model.contexts) <= limit and given.text == "".join(heard)
     sampled = [model.script[i] if i < 30 else model.script[0] for i in range(len(model.contexts))]
     assert given.stopped == (sampled[-1] == tokenizer.eos_id) and bool(given.cut_by) != given.stopped
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(max_new_tokens=0),
-        dict(temperature=-1.0),
-        dict(temperature=math.nan),
-        dict(top_k=0),
-        dict(top_p=0.0),
-        dict(top_p=1.5),
-    ],
-)
-def test_settings_that_nothing_can_be_sampled_with_are_refused(bad):
-    with pytest.raises(GenerationError, match="--" + next(iter(bad)).replace("_", "-")):
-        Sampling(**bad).check()
 
 
 def test_a_run_that_is_not_there_is_one_clear_line(tmp_path):
