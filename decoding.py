@@ -8,8 +8,9 @@ Limit: in a stream, text beyond the context costs a pass over the whole context 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,9 @@ Finished = Callable[[int, list[int]], bool]
 @contextmanager
 def _reading() -> Iterator[None]:
     """Enter what a pass needs. It is left before each yield, or whoever takes the tokens would run without gradients."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # lengths change with each token
+    # lengths change with each token, so a compiled model runs as it is; without any, asking would import for seconds
+    compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.no_grad(), compiler:
         yield
 
 

@@ -57,10 +57,8 @@ def token_texts(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """Return the text of each token inside a text; empty for control tokens and for parts of characters."""
     (*_, before) = tokenizer.encode("x")  # SentencePiece drops the space of a text's first token
     start = len(tokenizer.decode([before]))
-    control = {tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id}
     texts = tokenizer.decode_batch([[before, token] for token in range(tokenizer.vocab_size)])
     spellings = [
-        "" if token in control or "\ufffd" in text or text[start:] in tokenizer.cfg.special_tokens else text[start:]
-        for token, text in enumerate(texts)
+        "" if "\ufffd" in text or text[start:] in tokenizer.cfg.special_tokens else text[start:] for text in texts
     ]
     return spellings + [""] * (vocab_size - len(spellings))

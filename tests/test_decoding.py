@@ -145,9 +145,10 @@ def test_a_batch_refuses_a_prompt_that_leaves_no_room(model):
 
 
 def test_a_penalty_is_of_each_row_its_own_and_counts_its_prompt(model):
-    prompts = [[5], [6, 7, 8], [9] * 10, [1, 2]]
+    likely = generate(model, [5], Sampling(greedy=True, max_new_tokens=15), -1)
+    prompts = [likely[:n] for n in (1, 3, 9)]
     for sampling in (Sampling(greedy=True), Sampling(temperature=1.5)):
-        sampling = replace(sampling, max_new_tokens=6, repetition_penalty=1.5)
+        sampling = replace(sampling, max_new_tokens=6, repetition_penalty=5.0)
         expected = [generate(model, ids, sampling, 7) for ids in prompts]
         assert generate_batch(model, prompts, sampling, 7, n_rows=2) == expected
         assert expected != [generate(model, ids, replace(sampling, repetition_penalty=1.0), 7) for ids in prompts]

@@ -101,7 +101,7 @@ def test_a_penalty_counts_the_prompt_and_each_token_that_is_drawn(temperature):
 def test_the_end_of_text_is_never_penalised():
     sampling = Sampling(greedy=True, repetition_penalty=100.0)
     drawer = Drawer.of(sampling, 0, [3, 1, 3], 4, eos_id=3)
-    assert draw(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), sampling, [drawer]) == [3]
+    assert draw(torch.tensor([[0.5, 0.5, 0.5, 1.0]]), sampling, [drawer]) == [3]
 
 
 def test_rows_have_penalties_of_their_own():
