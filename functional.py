@@ -85,7 +85,8 @@ def write(
 
     `progress` is told of each sample that is done.
     """
-    from generate import Sampling, generate_batch
+    from decoding import generate_batch
+    from sampling import Sampling
 
     block_size = model.cfg.block_size
     longest = block_size - min(cfg.max_new_tokens, block_size // 2)

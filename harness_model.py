@@ -20,8 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from generate import Sampling, generate_batch
+from decoding import generate_batch
 from loss import CHUNK
+from sampling import Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -58,12 +58,13 @@ def pretrain(cfg: Config, fresh: bool) -> int:
 
 def samples(trainer: Trainer) -> str:
     """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
-    from generate import Sampling, complete
+    from completion import complete
+    from sampling import Sampling
 
     tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
     out = []
     for seed, prompt in enumerate(trainer.train.sample_prompts):
-        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed))
+        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
         out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
     return "\n".join(out)
 

@@ -141,8 +141,9 @@ def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
 
 def samples(trainer: Trainer) -> str:
     """Return an answer to each of the config's sample instructions."""
-    from generate import GenerationError, Sampling, answer
+    from completion import answer
     from prompts import Exchange
+    from sampling import GenerationError, Sampling
 
     tokenizer, model, out = trainer.run.tokenizer(), trainer.model.eval(), []
     for seed, instruction in enumerate(trainer.train.sample_prompts):
@@ -163,8 +164,9 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
     """
     from tqdm import tqdm
 
+    from decoding import generate
     from examples import PROMPT, Examples
-    from generate import Sampling, generate
+    from sampling import Sampling
 
     heldout = trainer.run.heldout("val")
     assert isinstance(heldout, Examples)

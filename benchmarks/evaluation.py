@@ -43,8 +43,9 @@ def generation(path: str | None) -> dict[str, float]:
 
     from checkpoint import find_run, load_model
     from config import preset
-    from generate import Sampling, generate_batch
+    from decoding import generate_batch
     from model import build_model
+    from sampling import Sampling
 
     torch.manual_seed(0)
     if path is None:

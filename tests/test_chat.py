@@ -11,66 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, assert_one_clear_line, script
+from tiny_runs import bigram_model, make_run
 
+import completion
 import generate
 from chat import converse, read_question
-from checkpoint import RunDirectory
-from config import Config, DataConfig, KindlingError, ModelConfig, SourceConfig, TokenizerConfig
-from files import write_json
-from model import GPT
-from prompts import Exchange, encode, prompt_text, rendered
-from shards import FORMAT
+from config import KindlingError, TokenizerConfig
+from prompts import Exchange, encode, prompt_text
 from tokenizer import Tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_bpe(["no merges"], TokenizerConfig(), 257)
-
-
-def bigram_model(tokenizer: Tokenizer, follows: dict[str, str | None], block_size: int) -> GPT:
-    """A model that says `follows[c]` after the byte c whatever came before; None is the end of text."""
-    V = tokenizer.vocab_size
-    cfg = ModelConfig(
-        block_size=block_size, vocab_size=V, n_layer=1, n_head=1, n_embd=V, tie_embeddings=False, final_norm=False
-    )
-    model = GPT(cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()  # so the block adds nothing
-        model.wte.weight.copy_(torch.eye(V))
-        for c, after in follows.items():
-            (one,) = tokenizer.encode(c)
-            (other,) = [tokenizer.eos_id] if after is None else tokenizer.encode(after)
-            model.head.weight[other, one] = 1000.0
-    return model
-
-
-def make_run(folder: Path, tokenizer: Tokenizer, model: GPT, kind: str = "docstrings", **manifest) -> RunDirectory:
-    """A run as fine-tuning leaves it behind: config, tokenizer, manifest, one checkpoint."""
-    data = folder.parent / f".{folder.name}-data"
-    data.mkdir(parents=True)
-    splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "max_id": -1, "shards": []} for name in ("val", "test")}
-    about = {
-        "format": FORMAT,
-        "fingerprint": "tiny",
-        "dtype": "uint16",
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        "splits": splits,
-        "max_exchanges": 1,
-        "template": rendered("alpaca"),
-    }
-    write_json(data / "manifest.json", {**about, **manifest})
-    write_json(data / "ledger.json", {})
-    (data / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    run = RunDirectory(folder)
-    run.create(Config(preset="docstrings", model=model.cfg, data=DataConfig(sources=(SourceConfig(kind=kind),))), data)
-    run.save(1, model, {"best": None})
-    return run
 
 
 ENDS = {"\n": "Y", "Y": "e", "e": "s", "s": None}
@@ -147,7 +101,7 @@ def test_a_base_run_and_a_prompt_are_each_refused_in_one_line(runs):
     result = script("generate.py", "runs/base", "--chat", cwd=runs)
     assert_one_clear_line(result, "runs/base must be a fine-tuned run", "`python sft_train.py runs/base`")
     result = script("generate.py", "runs/yes", "--chat", "--prompt", "def f():", cwd=runs)
-    assert_one_clear_line(result, "--prompt must be empty with --chat", "'def f():'", "leave one out")
+    assert_one_clear_line(result, "at most one of", "--prompt and --chat are", "leave one out")
     assert result.stdout == ""
 
 
@@ -159,18 +113,17 @@ def talk(runs, monkeypatch, capsys):
     """Return a function that chats with a run, and gives the prompts and the settings of each answer and what was printed."""
 
     def run(name: str, text: str, *flags: str):
-        asked, samplings, sampled = [], [], generate.stream
+        asked, samplings, sampled = [], [], completion.stream
 
-        def spy(model, ids, sampling, eos_id):
-            if len(ids) > 1:  # not the first token, which only makes torch ready
-                asked.append(list(ids))
-                samplings.append(sampling)
-            return sampled(model, ids, sampling, eos_id)
+        def spy(model, ids, sampling, eos_id, allowed):
+            asked.append(list(ids))
+            samplings.append(sampling)
+            return sampled(model, ids, sampling, eos_id, allowed)
 
-        monkeypatch.setattr(generate, "stream", spy)
+        monkeypatch.setattr(completion, "stream", spy)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8")), encoding="ascii"))
         assert generate.main([str(runs / "runs" / name), "--chat", "--device", "cpu", *flags]) == 0
-        monkeypatch.setattr(generate, "stream", sampled)
+        monkeypatch.setattr(completion, "stream", sampled)
         return asked, samplings, capsys.readouterr()
 
     return run

@@ -8,12 +8,13 @@ import torch
 
 import functional
 from config import EvalConfig, ModelConfig, TokenizerConfig
+from decoding import generate_batch
 from functional import Chat, Written, grade_all, joins_newlines, newline_tokens, prompt_ids, summary, syntax, write
-from generate import Sampling, generate_batch
 from judge import Graded
 from model import GPT, Cache, LanguageModel
 from pool import Lost
 from prompts import ALPACA
+from sampling import Sampling
 from tasks import STOP, load
 from tokenizer import train_bpe, train_sentencepiece
 

@@ -1,414 +1,230 @@
 import io
-import math
-import random
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import re
+import select
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import assert_one_clear_line, script
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT, assert_one_clear_line, script
+from tiny_runs import bigram_model, make_run
 
-from config import ModelConfig, TokenizerConfig
-from generate import (
-    Answer,
-    GenerationError,
-    Sampling,
-    TextStream,
-    answer,
-    complete,
-    generate,
-    generate_batch,
-    next_token_probabilities,
-    stream,
-)
-from model import GPT, Cache, LanguageModel, build_model
-from prompts import Exchange, encode
-from tokenizer import SentencePieceTokenizer, train_bpe, train_sentencepiece
+import generate
+from config import TokenizerConfig
+from sampling import GenerationError, Sampling
+from tokenizer import Tokenizer, train_bpe
 
-CFG = ModelConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=16, init_std=0.5)
+COUNTS = {"1": "2", "2": "3", "3": None, "x": "x", "\n": "\r", "\r": "1"}
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return GPT(CFG).eval()
-
-
-class Scripted(LanguageModel):
-    """Says the given ids, one a pass, and keeps what it was asked with; after them, the first over and over."""
-
-    def __init__(self, ids: Sequence[int], vocab_size: int, block_size: int):
-        super().__init__()
-        self.cfg = ModelConfig(block_size=block_size, vocab_size=vocab_size, n_embd=4)
-        self.script, self.contexts = list(ids), []
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def for_generation(self):
-        return self
-
-    def new_cache(self, n_rows):
-        return Cache(self.cfg, n_rows, self.weight)
-
-    def read(self, idx, cache):
-        before = self.contexts[-1] if int(cache.lengths) else []
-        self.contexts.append(before + idx[0].tolist())
-        cache.lengths += idx.shape[1]
-        assert int(cache.lengths) <= self.cfg.block_size
-        n = len(self.contexts) - 1
-        token = self.script[n] if n < len(self.script) else self.script[0]
-        return 1000.0 * torch.nn.functional.one_hot(torch.tensor([token]), self.cfg.vocab_size)  # (1, V)
-
-
-WORDS = ["def add(a, b):\n    return a + b\n", "Below is an instruction that describes a task. ", "é🔥 ½ naïve 数据"]
+def tokenizer() -> Tokenizer:
+    return train_bpe(["no merges"], TokenizerConfig(), 257)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    """Byte-level BPE with few merges, so that é and 🔥 take several tokens; it has a token that begins a document."""
-    return train_bpe(WORDS[:2], TokenizerConfig(bos_token="<s>"), 300)
+def runs(tmp_path_factory, tokenizer) -> Path:
+    """A folder with a run that counts to three, and says x for ever after an x."""
+    folder = tmp_path_factory.mktemp("generate")
+    make_run(folder / "runs/counts", tokenizer, bigram_model(tokenizer, COUNTS, 64), kind="local-python")
+    return folder
 
 
-@pytest.fixture(scope="module")
-def spaced():
-    """SentencePiece as others train it: decoding drops the space that a text begins with."""
-    from sentencepiece import SentencePieceTrainer
+@pytest.fixture
+def ask(runs, capsys, monkeypatch):
+    """Return a function that runs the script in this process and returns what it printed."""
 
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS),
-        model_writer=model,
-        vocab_size=320,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        add_dummy_prefix=True,
-        normalization_rule_name="identity",
-        minloglevel=2,
-        unk_id=0,
-        bos_id=-1,
-        eos_id=1,
-        eos_piece="<|endoftext|>",
+    def run(*flags: str, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii"))
+        capsys.readouterr()
+        assert generate.main([str(runs / "runs/counts"), "--device", "cpu", *flags]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+def test_the_prompt_and_its_continuation_are_printed_with_a_line_end(ask):
+    assert ask("--prompt", "1").out == "123\n"
+    assert ask("--prompt", "a1", "--stop", "3").out == "a12\n"
+    assert ask("--prompt", "xx", "--max-new-tokens", "3").out == "xxxxx\n"
+    assert ask("--prompt", "None1", "--n", "2", "--seed", "5").out == (
+        "--- sample 1, seed 5\nNone123\n--- sample 2, seed 6\nNone123\n"
     )
-    return SentencePieceTokenizer(model.getvalue(), TokenizerConfig(kind="sentencepiece"))
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tokenizer, spaced):
-    cfg = TokenizerConfig(kind="sentencepiece", unk_token="<unk>")
-    return [tokenizer, spaced, train_sentencepiece(WORDS, cfg, 320)]
+def test_a_person_is_told_how_fast_it_went_and_why_it_ended(ask, monkeypatch):
+    for flags, ended in (
+        (["1"], "the end of text"),
+        (["1", "--max-new-tokens", "2"], "--max-new-tokens 2"),
+        (["1", "--stop", "4", "--stop", "3"], "a stop string"),
+    ):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        told = ask("--prompt", *flags).err
+        assert re.fullmatch(rf"2 tokens in [\d.]+ s, [\d,]+ tokens/s; ended by {ended}\n", told)
 
 
-def reference_probabilities(logits, temperature, top_k, top_p):
-    """Transformers' own logits processors, in the same order."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    scores = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    return scores.softmax(-1)[0]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10**6), st.floats(0.1, 3), st.one_of(st.none(), st.integers(1, 60)), st.floats(0.05, 1))
-def test_the_distribution_is_that_of_transformers(seed, temperature, top_k, top_p):
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
-    ours = next_token_probabilities(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
-    assert ours.sum().item() == pytest.approx(1, abs=1e-5)
-    assert torch.allclose(ours, reference_probabilities(logits, temperature, top_k, top_p), atol=1e-5)
-
-
-def test_ties_do_not_let_more_than_top_k_tokens_through():
-    assert (next_token_probabilities(torch.zeros(10), Sampling(top_k=3)) > 0).sum() == 3
-
-
-def test_greedy_takes_the_most_likely_token_each_time(model):
-    ids = [5, 6, 7]
-    expected = list(ids)
-    for _ in range(10):
-        with torch.no_grad():
-            expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    for sampling in (Sampling(greedy=True, max_new_tokens=10), Sampling(temperature=0, max_new_tokens=10)):
-        assert generate(model, ids, sampling, eos_id=-1) == expected[3:]
-
-
-def test_the_same_seed_gives_the_same_text_and_another_another(model):
-    runs = [
-        generate(model, [1], Sampling(seed=s, max_new_tokens=12, top_k=None, temperature=2.0), -1) for s in (3, 3, 4)
-    ]
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_it_stops_at_end_of_text_and_leaves_it_out(model):
-    greedy = Sampling(greedy=True, max_new_tokens=10)
-    ids = generate(model, [5, 6, 7], greedy, eos_id=-1)
-    stop = ids[4]
-    assert generate(model, [5, 6, 7], greedy, eos_id=stop) == ids[: ids.index(stop)]
-
-
-def test_generation_runs_past_the_context_by_cropping_from_the_left(model, capsys):
-    long = list(range(40))
-    new = generate(model, long, Sampling(greedy=True, max_new_tokens=20), -1)
-    assert len(new) == 20 and new == generate(model, long[-16:], Sampling(greedy=True, max_new_tokens=20), -1)
-    tokenizer = train_bpe(["some text"], TokenizerConfig(), 280)
-    complete(model, tokenizer, "x y " * 30, Sampling(max_new_tokens=1))
-    assert "its beginning is cropped" in capsys.readouterr().err
-
-
-def test_an_empty_prompt_starts_a_new_document(model):
-    tokenizer = train_bpe(["some text"], TokenizerConfig(), 280)
-    assert isinstance(complete(model, tokenizer, "", Sampling(max_new_tokens=3)), str)
-
-
-def test_the_stream_yields_what_generate_returns_and_leaves_gradients_on_between(model):
-    sampling = Sampling(max_new_tokens=30, temperature=2.0, seed=5)  # past the context of 16
-    ids = generate(model, [1, 2], sampling, 7)
-    tokens = []
-    for token in stream(model, [1, 2], sampling, 7):
-        assert torch.is_grad_enabled()
-        tokens.append(token)
-    assert tokens == ids and len(ids) > 3
-
-
-def test_the_stream_gives_a_token_before_the_next_is_sampled():
-    says = Scripted([3, 4, 5], vocab_size=10, block_size=8)
-    tokens = stream(says, [1], Sampling(), eos_id=0)
-    assert next(tokens) == 3 and len(says.contexts) == 1
-    assert next(tokens) == 4 and says.contexts == [[1], [1, 3]]
-
-
-SHAPES = {
-    "learned positions": CFG,
-    "rotary, grouped": replace(CFG, position="rope", n_head=4, n_kv_head=2, qk_norm=True, norm="rmsnorm", bias=False),
-    "sinusoidal, no final norm": replace(CFG, position="sinusoidal", final_norm=False, attn_out_proj=False),
-    "transformers": replace(CFG, backbone="transformers", init_std=0.2),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_reading_token_by_token_gives_the_logits_of_the_whole(shape):
-    torch.manual_seed(1)
-    model = build_model(SHAPES[shape]).eval()
-    idx = torch.randint(300, (3, 16))
-    with torch.no_grad():
-        whole = model(idx)
-    gpt = model.for_generation()
-    cache = gpt.new_cache(3)
-    assert torch.allclose(gpt.read(idx[:, :5], cache), whole[:, 4], atol=1e-4)
-    for t in range(5, 16):
-        assert torch.allclose(gpt.read(idx[:, t : t + 1], cache), whole[:, t], atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("n_rows", [1, 3, 8])
-def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows):
-    torch.manual_seed(1)
-    model = build_model(SHAPES[shape]).eval()
-    prompts = [[5], [6, 7, 8], [9] * 10, [9] * 10, [1, 2], [3] * 15, [4] * 4]
-    greedy = Sampling(greedy=True, max_new_tokens=6)
-    drawn = Sampling(temperature=1.5, max_new_tokens=6)
-    for sampling, seeds in ((greedy, None), (drawn, [3, 1, 4, 1, 5, 9, 2])):
-        expected = [
-            generate(model, ids, replace(sampling, seed=seed, max_new_tokens=min(6, 16 - len(ids))), 7)
-            for ids, seed in zip(prompts, seeds or [0] * 7)
-        ]
-        assert generate_batch(model, prompts, sampling, 7, seeds, n_rows) == expected
-
-
-def test_a_row_that_its_caller_calls_finished_ends(model):
-    asked = []
-
-    def finished(number, ids):
-        asked.append((number, len(ids)))
-        return number == 1
-
-    out = generate_batch(model, [[1], [2]], Sampling(max_new_tokens=12), -1, [0, 1], finished=finished)
-    assert [len(ids) for ids in out] == [12, 8] and (1, 8) in asked
-
-
-def test_a_batch_refuses_a_prompt_that_leaves_no_room(model):
-    with pytest.raises(ValueError, match="from 1 to 15 tokens, but has 16"):
-        generate_batch(model, [[1], [2] * 16], Sampling(), -1)
-
-
-def pieces_of(tokenizer, ids: Sequence[int]) -> list[str]:
-    text = TextStream(tokenizer)
-    return [*(text.add(token) for token in ids), text.finish()]
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.data())
-def test_the_pieces_of_random_ids_joined_are_the_whole_text(tokenizers, data):
-    tokenizer = data.draw(st.sampled_from(tokenizers))
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
-    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text(max_size=40), st.integers(0, 2), st.integers(0, 3))
-def test_the_pieces_of_a_text_are_whole_characters_also_where_it_breaks_off(tokenizers, text, which, cut):
-    tokenizer = tokenizers[which]
-    ids = tokenizer.encode_by_library(text)
-    ids = ids[: len(ids) - cut]
-    pieces = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids)
-    assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
-
-
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_character_of_several_tokens_comes_out_with_the_last_of_them(tokenizers, which):
-    tokenizer = tokenizers[which]
-    ids = tokenizer.encode("a🦆b")
-    assert len(ids) >= 5
-    pieces = [piece for piece in pieces_of(tokenizer, ids) if piece]
-    assert pieces == ["a", "🦆", "b"]
-
-
-def test_a_replacement_character_that_is_meant_comes_out(tokenizers):
-    for tokenizer in tokenizers:
-        assert pieces_of(tokenizer, tokenizer.encode("a\ufffd"))[-1] == "\ufffd"
-        assert pieces_of(tokenizer, tokenizer.encode("a\ufffdb"))[-2:] == ["\ufffdb", ""]
-
-
-QUESTION = [Exchange("Add a and b.")]
-
-
-def says(tokenizer, text: str, block_size: int = 256, eos: bool = True) -> Scripted:
-    return Scripted(tokenizer.encode(text) + [tokenizer.eos_id] * eos, tokenizer.vocab_size, block_size)
-
-
-def test_an_answer_that_ends_by_itself_has_stopped(tokenizer):
-    text = "return a + b  # é🦆\n"
-    heard: list[str] = []
-    given = answer(says(tokenizer, text), tokenizer, "alpaca", QUESTION, Sampling(), heard.append)
-    assert given == Answer(text, True, "")
-    assert "".join(heard) == text and "🦆" in heard and "" not in heard
-
-
-def test_an_answer_that_the_limit_cuts_has_not_stopped(tokenizer):
-    n = len(tokenizer.encode("return a + b"))
-    whole = answer(says(tokenizer, "return a + b"), tokenizer, "alpaca", QUESTION, Sampling(max_new_tokens=n + 1))
-    assert whole == Answer("return a + b", True, "")
-    cut = answer(says(tokenizer, "return a + b"), tokenizer, "alpaca", QUESTION, Sampling(max_new_tokens=n))
-    assert cut == Answer("return a + b", False, f"--max-new-tokens {n}")  # it did not come to say that it ended
-
-
-@pytest.mark.parametrize("free", [1, 2, 7])
-def test_an_answer_ends_with_the_context_and_the_prompt_is_never_cropped(tokenizer, free):
-    prompt = encode("alpaca", QUESTION, tokenizer)[0].prompt
-    endless = says(tokenizer, "abc", block_size=len(prompt) + free, eos=False)
-    given = answer(endless, tokenizer, "alpaca", QUESTION, Sampling())
-    assert given == Answer("abcaaaa"[:free], False, f"the context of {len(prompt) + free} tokens")
-    assert all(context[: len(prompt)] == prompt for context in endless.contexts)
-
-
-def test_half_a_character_at_the_limit_is_shown_as_such(tokenizer):
-    cut = answer(says(tokenizer, "a🦆"), tokenizer, "alpaca", QUESTION, Sampling(max_new_tokens=3))
-    assert cut.text == "a\ufffd" and not cut.stopped
-
-
-CONVERSATION = [
-    Exchange("Add a and b.", "a + b"),
-    Exchange("Now a product.", "a * b", input="a, b"),
-    Exchange("And the rest?", "a % b"),
-]
-
-
-@pytest.mark.parametrize("template", ["alpaca", "user-assistant"])
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_model_is_asked_with_the_ids_that_a_row_of_training_has_before_the_response(tokenizer, template, n):
-    row = [token for segment in encode(template, CONVERSATION[:n], tokenizer) for part in segment for token in part]
-    response = encode(template, CONVERSATION[:n], tokenizer)[-1].response
-    open_ended = [*CONVERSATION[: n - 1], replace(CONVERSATION[n - 1], response="")]
-    model = says(tokenizer, CONVERSATION[n - 1].response, block_size=512)
-    given = answer(model, tokenizer, template, open_ended, Sampling())
-    assert model.contexts[0] == row[: -len(response)] and model.contexts[0][0] == tokenizer.bos_id
-    assert [*model.contexts[-1], tokenizer.eos_id] == row and given.stopped
-
-
-def test_a_control_token_that_a_question_spells_is_text(tokenizer):
-    model = says(tokenizer, "no")
-    answer(model, tokenizer, "user-assistant", [Exchange("<|endoftext|> <s>")], Sampling())
-    assert tokenizer.eos_id not in model.contexts[0] and model.contexts[0].count(tokenizer.bos_id) == 1
-    assert tokenizer.decode(model.contexts[0][1:]) == "User: <|endoftext|> <s>\nAssistant:"
-
-
-def conversation_of(n: int) -> list[Exchange]:
-    """The last question and n - 1 exchanges before it."""
-    return [*(Exchange(f"Question {i}?", f"answer {i}") for i in range(n - 1)), Exchange("The last?")]
-
-
-def ids_of(tokenizer, exchanges: Sequence[Exchange]) -> list[int]:
-    return [token for segment in encode("alpaca", exchanges, tokenizer) for part in segment for token in part]
-
-
-@pytest.mark.parametrize(("kept", "note"), [(4, None), (3, "oldest exchange is"), (1, "3 oldest exchanges are")])
-def test_the_oldest_exchanges_make_room_for_one_token_and_a_note_says_how_many(tokenizer, capsys, kept, note):
-    exchanges = conversation_of(4)
-    expected = ids_of(tokenizer, exchanges[-kept:])
-    model = says(tokenizer, "abc", block_size=len(expected) + 1)
-    given = answer(model, tokenizer, "alpaca", exchanges, Sampling())
-    assert model.contexts == [expected] and given.text == "a"
-    err = capsys.readouterr().err
-    assert err == (f"note: the {note} left out: the context has {len(expected) + 1} tokens\n" if note else "")
-
-
-def test_exchanges_are_left_out_for_more_room_only_if_asked_and_never_the_question(tokenizer, capsys):
-    exchanges = conversation_of(3)
-    for room, kept in ((1, 3), (2, 2), (10**6, 1)):
-        model = says(tokenizer, "abc", block_size=len(ids_of(tokenizer, exchanges)) + 1)
-        answer(model, tokenizer, "alpaca", exchanges, Sampling(), room=room)
-        assert model.contexts[0] == ids_of(tokenizer, exchanges[-kept:])
-
-
-def test_a_question_that_fills_the_context_is_refused_in_one_line(tokenizer, capsys):
-    long = [*conversation_of(3)[:-1], Exchange("word " * 200)]
-    n = len(ids_of(tokenizer, long[-1:]))
-    for block_size in (64, n):
-        with pytest.raises(GenerationError, match=f"context of {block_size} tokens, but has {n} .*shorten it") as e:
-            answer(says(tokenizer, "abc", block_size), tokenizer, "alpaca", long, Sampling())
-        assert "\n" not in str(e.value) and not capsys.readouterr().err
-    assert answer(says(tokenizer, "abc", n + 1), tokenizer, "alpaca", long, Sampling()).text == "a"
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(20, 400), st.integers(1, 300), st.integers(1, 5), st.integers(0, 10**6))
-def test_prompt_and_answer_never_exceed_the_context(tokenizer, block_size, max_new_tokens, n, seed):
-    draw = random.Random(seed)
-    script = [draw.randrange(tokenizer.vocab_size) for _ in range(30)]
-    model = Scripted(script, tokenizer.vocab_size, block_size)  # which asserts that no prompt is longer
-    heard: list[str] = []
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    try:
-        given = answer(model, tokenizer, "user-assistant", conversation_of(n), sampling, heard.append)
-    except GenerationError:
-        assert not model.contexts
-        return
-    prompt = model.contexts[0]
-    assert prompt[0] == tokenizer.bos_id and len(model.contexts[-1]) < block_size
-    limit = min(max_new_tokens, block_size - len(prompt))
-    assert len(model.contexts) <= limit and given.text == "".join(heard)
-    sampled = [model.script[i] if i < 30 else model.script[0] for i in range(len(model.contexts))]
-    assert given.stopped == (sampled[-1] == tokenizer.eos_id) and bool(given.cut_by) != given.stopped
+def test_any_prompt_is_a_text_and_none_is_a_new_document():
+    assert generate.parse(["--prompt", "None"]).prompt == "None"
+    assert generate.parse([]).prompt is None
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("flags", "temperature", "top_k", "max_new_tokens"),
     [
-        dict(max_new_tokens=0),
-        dict(temperature=-1.0),
-        dict(temperature=math.nan),
-        dict(top_k=0),
-        dict(top_p=0.0),
-        dict(top_p=1.5),
+        ([], 0.8, 50, 200),
+        (["--mode", "autocomplete"], 0.2, 10, 200),
+        (["--complete", "x"], 0.2, 10, 64),
+        (["--complete", "x", "--mode", "creative"], 0.8, 50, 64),
+        (["--complete", "x", "--temperature", "0.8", "--top-k", "None", "--max-new-tokens", "200"], 0.8, None, 200),
     ],
 )
-def test_settings_that_nothing_can_be_sampled_with_are_refused(bad):
-    with pytest.raises(GenerationError, match="--" + next(iter(bad)).replace("_", "-")):
-        Sampling(**bad).check()
+def test_a_mode_gives_what_is_not_given_explicitly(flags, temperature, top_k, max_new_tokens):
+    expected = Sampling(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, seed=3, stop=("a", "b"))
+    assert generate.parse([*flags, "--seed", "3", "--stop", "a", "--stop", "b"]).sampling == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a", "--chat"], "--prompt and --chat are; leave one out"),
+        (["--prompts", "a", "--complete", "b"], "--prompts and --complete are; leave one out"),
+        (["--prompt", ""], "--prompt must have at least one character, but is empty; leave it out"),
+        (["--n", "0"], "--n must be at least 1"),
+        (["--n", "2", "--seed", str(2**63 - 1)], "seeds below 2\\*\\*63"),
+        (["--n", "2", "--complete", "a"], "--n must be 1 with --complete, but is 2"),
+        (["--n", "2", "--chat"], "--n must be 1 with --chat, but is 2"),
+        (["--stop", ""], "--stop must be a string of at least one character"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_in_one_line(flags, words):
+    with pytest.raises(GenerationError, match=words) as e:
+        generate.parse(flags)
+    assert "\n" not in str(e.value)
+
+
+# --- the end of a file
+
+
+def test_only_what_is_new_is_printed_so_that_an_editor_can_append_it(ask, tmp_path):
+    file = tmp_path / "a.py"
+    file.write_bytes("# é\n1".encode())
+    assert ask("--complete", str(file)).out == "23"
+    assert ask("--complete", "-", stdin=b"\xef\xbb\xbf1").out == "23"
+    assert ask("--complete", "-", "--stop", "3", stdin=b"1").out == "2"
+    assert file.read_bytes() == "# é\n1".encode(), "the file itself is not touched"
+
+
+def test_line_ends_are_those_of_the_file(ask):
+    assert ask("--complete", "-", stdin=b"a\r\n1\n").out == "\r123"
+
+
+def test_a_long_file_is_read_at_its_end_with_a_note(ask):
+    printed = ask("--complete", "-", stdin=b"x" * 100 + b"1")
+    assert printed.out == "23" and "of the 101 tokens of the text, the last 32 are read" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "but .* is not \\(No such file or directory\\); name one"),
+        ("a folder", "but .* is not \\(Is a directory\\)"),
+        (b"", "have at least one character, but .* is empty"),
+        (b"ab\xffc", "be text in UTF-8, but .* is not at byte 2; convert it"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--complete", "--prompts"])
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, content, words, flag):
+    path = tmp_path / "file"
+    if content == "a folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(GenerationError, match=f"^{flag} must .*{words}") as e:
+        generate.read_prompts(path) if flag == "--prompts" else generate.read_text(path, flag)
+    assert "\n" not in str(e.value)
+
+
+# --- many prompts
+
+
+def test_prompts_of_a_file_come_out_in_order_as_json_lines(ask, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("x", "é\n1", "1" * 62, "y" * 70 + "1", "")[:4]))
+    printed = ask("--prompts", str(file), "--n", "2", "--max-new-tokens", "5", "--stop", "3", "--seed", "7")
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    expected = [("x", "xxxxx", "limit"), ("é\n1", "2", "stop"), ("1" * 62, "2", "stop"), ("y" * 70 + "1", "2", "stop")]
+    assert rows == [
+        {"prompt": prompt, "seed": seed, "completion": completion, "ended_by": ended_by}
+        for prompt, completion, ended_by in expected
+        for seed in (7, 8)
+    ]
+    assert "é" in printed.out and "1 of 4 prompts are longer than the context of 64 tokens" in printed.err
+
+
+def test_what_ends_a_text_is_said(ask, tmp_path):
+    file = tmp_path / "prompts"
+    file.write_bytes(b"1\r\n" + b"x" * 60 + b"\nx\n")
+    rows = [json.loads(line) for line in ask("--prompts", str(file), "--max-new-tokens", "9").out.splitlines()]
+    assert [(row["prompt"][:2], row["completion"], row["ended_by"]) for row in rows] == [
+        ("1", "23", "end of text"),
+        ("xx", "xxxx", "context"),
+        ("x", "x" * 9, "limit"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p", "a\n\nb\n", "line 2 of .* must hold a prompt, but is empty; mend it or take it out"),
+        ("p", "a\n  \n", "line 2 .* is empty"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'line 2 .* text `prompt` .*but is \'{"text": "b"}\''),
+        ("p.jsonl", '{"prompt": ""}\n', "line 1 .*at least one character"),
+        ("p.jsonl", "[1]\n", "line 1"),
+        ("p.jsonl", '{"prompt": 1}\n', "line 1"),
+        ("p.jsonl", '{"prompt": "a"}\nnot json\n', "line 2 .*but is 'not json'"),
+        ("p.jsonl", '{"prompt": "a"}\n\n', "line 2 .*is empty"),
+        ("p.jsonl", "[" * 100_000, "line 1"),
+    ],
+)
+def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(GenerationError, match=words) as e:
+        generate.read_prompts(tmp_path / name)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_a_prompt_that_the_tokenizer_cannot_hold_is_named_by_its_line(ask, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(GenerationError, match=r"line 2 of .*lone surrogate"):
+        ask("--prompts", str(tmp_path / "p.jsonl"))
+
+
+# --- the real script
+
+
+def test_text_reaches_a_pipe_as_it_is_sampled_and_ctrl_c_ends_it_on_a_new_line(runs):
+    command = [sys.executable, str(ROOT / "generate.py"), "runs/counts", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--prompt", "x", "--max-new-tokens", "10000000"],
+        cwd=runs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
+    try:
+        begun = b""
+        while len(begun) < 3:  # the prompt and a part of a text that would take hours
+            assert select.select([process.stdout], [], [], 60)[0]
+            begun += process.stdout.read(100)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, b"interrupted\n")
+    assert re.fullmatch(rb"x+\n", begun + rest)
 
 
 def test_a_run_that_is_not_there_is_one_clear_line(tmp_path):

@@ -14,9 +14,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config import ModelConfig, TokenizerConfig
-from generate import Sampling, generate
+from decoding import generate
 from harness_model import KindlingLM, first_of, windows
 from model import build_model
+from sampling import Sampling
 from tokenizer import train, train_bpe
 
 CPU = torch.device("cpu")

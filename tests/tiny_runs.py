@@ -1,0 +1,56 @@
+"""Runs of a second: a model that says what it is told to, in a folder as training leaves it behind."""
+
+from pathlib import Path
+
+import torch
+
+from checkpoint import RunDirectory
+from config import Config, DataConfig, ModelConfig, SourceConfig
+from files import write_json
+from model import GPT
+from prompts import rendered
+from shards import FORMAT
+from tokenizer import Tokenizer
+
+
+def bigram_model(tokenizer: Tokenizer, follows: dict[str, str | None], block_size: int) -> GPT:
+    """A model that says `follows[c]` after the byte c whatever came before; None is the end of text."""
+    V = tokenizer.vocab_size
+    cfg = ModelConfig(
+        block_size=block_size, vocab_size=V, n_layer=1, n_head=1, n_embd=V, tie_embeddings=False, final_norm=False
+    )
+    model = GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()  # so the block adds nothing
+        model.wte.weight.copy_(torch.eye(V))
+        for c, after in follows.items():
+            (one,) = tokenizer.encode(c)
+            (other,) = [tokenizer.eos_id] if after is None else tokenizer.encode(after)
+            model.head.weight[other, one] = 1000.0
+    return model
+
+
+def make_run(folder: Path, tokenizer: Tokenizer, model: GPT, kind: str = "docstrings", **manifest) -> RunDirectory:
+    """A run as fine-tuning leaves it behind: config, tokenizer, manifest, one checkpoint."""
+    data = folder.parent / f".{folder.name}-data"
+    data.mkdir(parents=True)
+    splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "max_id": -1, "shards": []} for name in ("val", "test")}
+    about = {
+        "format": FORMAT,
+        "fingerprint": "tiny",
+        "dtype": "uint16",
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "splits": splits,
+        "max_exchanges": 1,
+        "template": rendered("alpaca"),
+    }
+    write_json(data / "manifest.json", {**about, **manifest})
+    write_json(data / "ledger.json", {})
+    (data / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    run = RunDirectory(folder)
+    run.create(Config(preset="docstrings", model=model.cfg, data=DataConfig(sources=(SourceConfig(kind=kind),))), data)
+    run.save(1, model, {"best": None})
+    return run
