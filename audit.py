@@ -14,8 +14,9 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from config import IGNORE, Config, KindlingError
+from config import IGNORE, Config
 from conversations import CUT
+from errors import KindlingError
 from examples import PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, ExampleRows, text_hash
 from ledger import Ledger
 from tokenizer import Tokenizer

@@ -53,7 +53,8 @@ class Matrix:
         self.out = np.empty((1, n), np.float32)  # (1, N)
         # all views are made here: a token passes through hundreds of them
         self.parts = [
-            (q[i : i + rows], block[: min(rows, n - i) * k].reshape(-1, k), slice(i, i + rows)) for i in range(0, n, rows)
+            (q[i : i + rows], block[: min(rows, n - i) * k].reshape(-1, k), slice(i, i + rows))
+            for i in range(0, n, rows)
         ]
         self.outs = [self.out[0, rows] for *_, rows in self.parts]
 
@@ -342,7 +343,9 @@ class Completer:
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if self.tokenizer.normalizer is None and self.tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise CompletionError("the text must use only characters that the tokenizer can spell, but some are in no token")
+            raise CompletionError(
+                "the text must use only characters that the tokenizer can spell, but some are in no token"
+            )
         ids = ([] if self.bos_id is None else [self.bos_id]) + ids
         room = min(max_new_tokens, self.model.block_size // 2)
         cropped = max(0, len(ids) + room - self.model.block_size)
@@ -373,11 +376,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument("--file", help="complete at the end of this file; - reads stdin")
     parser.add_argument("--mode", choices=MODES, default="autocomplete", help="how bold (default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the mode's, 0.2 or 0.8)")
-    parser.add_argument("--top-k", type=int, help="most likely tokens to draw from, 0 for all (default: the mode's, 10 or 50)")
+    parser.add_argument(
+        "--top-k", type=int, help="most likely tokens to draw from, 0 for all (default: the mode's, 10 or 50)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
-    parser.add_argument("--kernel", choices=("numpy", "c"), default="numpy", help="c compiles one for this machine first")
-    parser.add_argument("--stats", action="store_true", help="say on stderr how fast it was, and how much memory it took")
+    parser.add_argument(
+        "--kernel", choices=("numpy", "c"), default="numpy", help="c compiles one for this machine first"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="say on stderr how fast it was, and how much memory it took"
+    )
     return parser.parse_args(argv)
 
 
@@ -387,7 +396,12 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     temperature = temperature if args.temperature is None else args.temperature
     top_k = top_k if args.top_k is None else args.top_k
     for flag, holds, must, given in (
-        ("--temperature", temperature == 0 or 0.01 <= temperature <= 100, "from 0.01 to 100, or 0 for greedy", temperature),
+        (
+            "--temperature",
+            temperature == 0 or 0.01 <= temperature <= 100,
+            "from 0.01 to 100, or 0 for greedy",
+            temperature,
+        ),
         ("--top-k", top_k >= 0, "at least 1, or 0 for all", top_k),
         ("--max-new-tokens", args.max_new_tokens >= 1, "at least 1", args.max_new_tokens),
         ("--seed", args.seed >= 0, "at least 0", args.seed),

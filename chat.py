@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 
-from config import KindlingError
+from errors import KindlingError
 from prompts import Exchange
 
 # gets the exchanges, the number of the answer and a function to call with each piece of it; returns what cut it, or ""

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cli import from_yaml, to_yaml
-from config import Config, KindlingError
+from config import Config
+from config_io import from_yaml, to_yaml
+from errors import KindlingError
 from examples import open_split
 from files import sha256_file, sync, write_atomic, write_json
 from model import LanguageModel, build_model

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from config import KindlingError
+from errors import KindlingError
 
 SUFFIXES = (".py", ".c", ".h", ".java", ".txt", ".md", ".jsonl", ".jsonl.gz")
 FEWEST = 10  # documents, below which none are held out

@@ -11,41 +11,20 @@ followed from it. This file imports nothing of the project and no heavy library.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
+from errors import ConfigError, did_you_mean, require
+
 RUN = "demo"  # the preset that a bare `python main.py` trains
 BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
 IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
-
-
-class KindlingError(Exception):
-    """Something the user can mend. Its text is one line: what must hold, what was given, the way out."""
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return the class and the text of an error of some library in one line, the text cut to `limit` characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
-
-
-class ConfigError(KindlingError):
-    """A setting that cannot be used."""
-
-
-def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
-    """Raise a `ConfigError` of one line unless `holds`.
-
-    Not a ValueError, so that neither pydantic nor tyro wraps it into paragraphs of their own.
-    """
-    if not holds:
-        raise ConfigError(f"{field} must be {must}, but is {given!r}; {mend}")
 
 
 def _require_range(section: str, cfg: Any, low: float, *fields: str, high: float = math.inf, open_low: bool = False) -> None:
@@ -769,12 +748,6 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise ConfigError(f"no preset is called {name!r}; {did_you_mean(name, PRESETS)}")
     return PRESETS[name]()
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the advice that ends an error about an unknown word: the nearest known ones, or all of them."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
 
 
 def list_presets() -> str:

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from cli import ConfigFlags, parse_cli, run_script
+from cli import parse_cli, run_script
 from config import Config
+from config_io import ConfigFlags
 from duplicates import benchmark_files
 from examples import ExampleWriter, open_split
 from ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from config import KindlingError, TrainConfig
+from config import TrainConfig
+from errors import KindlingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

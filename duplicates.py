@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from config import DataConfig, KindlingError
+from config import DataConfig
+from errors import KindlingError
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
 SHINGLE = 2  # words: pairs survive changed names and comments better than triples, and unrelated files stay apart

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from cli import parse_cli, run_script
-from config import EvalConfig, KindlingError
+from config import EvalConfig
+from errors import KindlingError
 
 if TYPE_CHECKING:
     from checkpoint import RunDirectory

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from cli import parse_cli, run_script
-from config import KindlingError
+from errors import KindlingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class Flags:
     run: tyro.conf.Positional[Path | None] = None
     """The run's folder, or its name under runs/. The newest if left out."""
     to: Literal["hf", "gguf", "int8"] = "hf"
-    """hf: transformers' config, safetensors, tokenizer and model card; gguf: one file for llama.cpp; int8: for autocomplete.py."""
+    """hf: a folder for transformers, with a model card; gguf: one file for llama.cpp; int8: a folder for autocomplete.py."""
     type: Literal["f32", "f16", "q8_0"] = "f16"
     """For gguf: how the matrices are held."""
     out: Path | None = None
@@ -71,7 +71,9 @@ def written(out: Path, replace: bool) -> Iterator[Path]:
         partial.rename(out)
         remove(old)
     except OSError as e:
-        raise ExportError(f"{out} must be writable, but is not ({e}); free some space or choose another --out") from None
+        raise ExportError(
+            f"{out} must be writable, but is not ({e}); free some space or choose another --out"
+        ) from None
     finally:
         remove(partial)
 
@@ -127,7 +129,11 @@ def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[st
 
     out.mkdir()
     write(out, model, run.tokenizer(), card(run, run.path.resolve().name, checkpoint))
-    classes = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM, whose code is with it"}
+    classes = {
+        "gpt2": "GPT2LMHeadModel",
+        "llama": "LlamaForCausalLM",
+        "kindling": "KindlingForCausalLM, whose code is with it",
+    }
     return [f"as {classes[architecture(model.cfg)]}", require_exact(difference(out, model, sample(run)))]
 
 

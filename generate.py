@@ -62,6 +62,8 @@ class Flags:
     """The run's folder, or its name under runs/. The newest if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of the weights. bf16 and int8 (CPU only) are faster and round them, so some texts differ."""
     prompt: Text = None
     """The text to continue. If this and the next three are left out, a new document is started."""
     prompts: Path | None = None
@@ -288,11 +290,13 @@ def main(argv: list[str] | None = None) -> int:
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
     from checkpoint import find_run, load_model
     from device import resolve
+    from inference import ready
 
     run = find_run(flags.run)
     if flags.chat:
         _require_chat(run)
-    model, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
+    loaded, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
+    model = ready(loaded, flags.precision)
     if flags.chat:
         _chat(run, model, flags.sampling)
     elif text is not None:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bpe import ByteLevelBPE
-from config import KindlingError, ModelConfig, one_line
+from config import ModelConfig
+from errors import KindlingError, one_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import did_you_mean, one_line
+from errors import did_you_mean, one_line
 from harness_data import TASKS, HarnessError, Local, load, wanted
 
 if TYPE_CHECKING:

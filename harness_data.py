@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from config import KindlingError, one_line
+from errors import KindlingError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import KindlingError, ModelConfig, one_line
+from config import ModelConfig
+from errors import KindlingError, one_line
 from files import sha256_file, write_json
 from hf_layout import (
     CODE,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from config import KindlingError, ModelConfig
+from config import ModelConfig
+from errors import KindlingError
 from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:

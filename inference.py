@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from config import KindlingError
+from errors import KindlingError
 from model import GPT, LanguageModel
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -45,7 +45,9 @@ def ready(model: LanguageModel, precision: Precision) -> GPT:
     gpt = model.for_generation().eval()
     device = gpt.wte.weight.device
     if precision == "int8" and device.type != "cpu":
-        raise KindlingError(f"--precision int8 must run on the CPU, but the device is {device}; use bf16, or --device cpu")
+        raise KindlingError(
+            f"--precision int8 must run on the CPU, but the device is {device}; use bf16, or --device cpu"
+        )
     if precision != "fp32":
         for p in gpt.parameters():  # not the buffers: rotary angles lose too much
             p.data = p.data.bfloat16()

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import RunDirectory
-from config import IGNORE, KindlingError
+from config import IGNORE
 from device import Runtime
+from errors import KindlingError
 from examples import Examples
 from generate import TextStream
 from metrics import read_metrics

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autocomplete import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Completer
-from config import KindlingError
+from errors import KindlingError
 from files import sha256_file, write_json
 from model import GPT
 from tokenizer import SentencePieceTokenizer, Tokenizer

@@ -29,7 +29,16 @@ SOURCE = Path(__file__).with_name("int8_kernel.c")
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 # Sums in any order, or no compiler vectorises them. Not -ffast-math, which would change how the whole process treats the
 # smallest numbers. Without OpenMP where the compiler has none (Apple's).
-COMMON = ["-O3", NATIVE, "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC"]
+COMMON = [
+    "-O3",
+    NATIVE,
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+]
 FLAGS = [[*COMMON, *threads] for threads in (["-fopenmp"], [])]
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "relu2", "swiglu")  # the order of the enum in C
 
@@ -157,16 +166,22 @@ def _library() -> ctypes.CDLL:
     found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
     compiler = next((path for path in found if path), None)
     if compiler is None:
-        raise KernelError("--kernel c must find a C compiler, but there is no cc, gcc or clang; install one, or use numpy")
+        raise KernelError(
+            "--kernel c must find a C compiler, but there is no cc, gcc or clang; install one, or use numpy"
+        )
     source = SOURCE.read_bytes()
-    key = hashlib.sha256(source + "\n".join((str(FLAGS), compiler, platform.machine(), _processor())).encode()).hexdigest()
+    key = hashlib.sha256(
+        source + "\n".join((str(FLAGS), compiler, platform.machine(), _processor())).encode()
+    ).hexdigest()
     path = cache_folder() / f"int8-{key[:16]}.so"
     try:
         if not path.is_file():
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except OSError as e:
-        raise KernelError(f"--kernel c must be able to write and load {path}, but {e}; set XDG_CACHE_HOME, or use numpy") from None
+        raise KernelError(
+            f"--kernel c must be able to write and load {path}, but {e}; set XDG_CACHE_HOME, or use numpy"
+        ) from None
 
 
 def _compile(compiler: str, path: Path) -> None:

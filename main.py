@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cli import ConfigFlags, parse_cli, run_script
+from cli import parse_cli, run_script
 from config import Config
+from config_io import ConfigFlags
 from data_pipeline import exit_on_terminate, require_documents
 
 if TYPE_CHECKING:

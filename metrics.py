@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from config import KindlingError
+from errors import KindlingError
 from files import write_atomic
 
 

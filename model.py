@@ -88,14 +88,15 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, S: int) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, n_kv_head, T, D) of tokens at `positions`; return the layer's, (B, n_kv_head, S, D)."""
-        B, _, T, _ = k.shape
-        rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if B == 1:
-                store[:, :, S - T : S] = new  # five times as fast as by index
-            else:
+        keys, values = self.keys[layer], self.values[layer]
+        if k.size(0) == 1:  # faster than by index
+            start = S - k.size(2)
+            keys[:, :, start:S], values[:, :, start:S] = k, v
+        else:
+            rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+            for store, new in ((keys, k), (values, v)):
                 store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
-        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
+        return keys[:, :, :S], values[:, :, :S]
 
     def copy_row(self, row: int, other: Cache, source: int = 0) -> None:
         """Take over a row of another cache."""
@@ -133,10 +134,8 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, n_head, T, D), keys and values (B, n_kv_head, T, D) of x (B, T, C)."""
         B, T, _ = x.shape
-        widths = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = (
-            t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1)
-        )  # (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)  # (B, H, T, D)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rope is not None:

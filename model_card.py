@@ -23,8 +23,9 @@ import yaml
 
 import report
 from checkpoint import STATE, CheckpointError, RunDirectory, weights_sha256
-from cli import to_yaml
-from config import Config, ModelConfig, SourceConfig, one_line
+from config import Config, ModelConfig, SourceConfig
+from config_io import to_yaml
+from errors import one_line
 from hf_layout import architecture
 from ledger import Ledger
 from metrics import read_metrics

@@ -30,8 +30,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import IGNORE, ModelConfig, SourceConfig, one_line, require
+from config import IGNORE, ModelConfig, SourceConfig
 from device import Runtime
+from errors import one_line, require
 from examples import Examples
 from loss import linear_nll
 from model import LanguageModel

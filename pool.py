@@ -23,7 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from config import KindlingError
+from errors import KindlingError
 
 MEMORY_BYTES = 2**30  # that a job may take
 START_S = 60.0

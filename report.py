@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from config import KindlingError
+from errors import KindlingError
 from files import write_atomic
 from intervals import FEWEST, NONE, Interval, Z, bootstrap_ratio, pass_interval, rate_interval
 from tables import Section, as_markdown, as_text

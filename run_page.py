@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from checkpoint import STATE, weights_sha256
-from cli import to_yaml
+from config_io import to_yaml
 from generate import GenerationError, Sampling, answer, complete
 from html_report import Picture, Sample, page
 from inspection import Subject, Text

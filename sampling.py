@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from config import KindlingError
+from errors import KindlingError
 
 if TYPE_CHECKING:
     import torch

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import syscall_filter
-from config import KindlingError
+from errors import KindlingError
 
 Mode = Literal["bwrap", "none"]
 ROOT = Path(__file__).resolve().parent

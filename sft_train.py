@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from cli import ConfigFlags, changed_fields, parse_cli, run_script
-from config import FINE_TUNING, Config, ConfigError, preset
+from cli import parse_cli, run_script
+from config import FINE_TUNING, Config, preset
+from config_io import ConfigFlags, changed_fields
 from data_pipeline import exit_on_terminate, explain_path
+from errors import ConfigError
 
 if TYPE_CHECKING:
     from checkpoint import RunDirectory

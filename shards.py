@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import IGNORE, KindlingError, ModelConfig
+from config import IGNORE, ModelConfig
+from errors import KindlingError
 from files import sha256_file, write_json
 
 FORMAT = 1

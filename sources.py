@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import SourceConfig, one_line
+from config import SourceConfig
+from errors import one_line
 from prompts import Exchange
 from shards import DataError
 

@@ -15,10 +15,11 @@ from torch import Tensor
 import device
 import hf_format
 from checkpoint import CheckpointError, RunDirectory, find_run, load_state, load_weights, weights_sha256
-from cli import changed_fields
-from config import Config, KindlingError, ModelConfig
+from config import Config, ModelConfig
+from config_io import changed_fields
 from data_pipeline import DATA, prepare
 from device import Runtime
+from errors import KindlingError
 from examples import ExampleRows, Examples, open_split
 from hf_layout import differing, load_into
 from model import LanguageModel, build_model

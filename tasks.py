@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import KindlingError, did_you_mean
+from errors import KindlingError, did_you_mean
 
 PROBLEMS = Path(__file__).resolve().parent / "problems"
 FILES = {

@@ -30,7 +30,8 @@ import tyro
 from bpe import SYMBOLS, ByteLevelBPE
 from cli import parse_cli, run_script
 from comparison import Measured, hold_out, measure, plot, read_documents, table
-from config import COMPARED, KindlingError, TokenizerConfig, one_line, preset, require
+from config import COMPARED, TokenizerConfig, preset
+from errors import KindlingError, one_line, require
 
 if TYPE_CHECKING:
     import tokenizers

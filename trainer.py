@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import device
 from checkpoint import CheckpointError, RunDirectory, load_weights, state_digest
-from config import IGNORE, Config, KindlingError, TrainConfig
+from config import IGNORE, Config, TrainConfig
 from device import Runtime
+from errors import KindlingError
 from metrics import MetricsLog
 from model import LanguageModel
 from shards import Batch, TokenDataset, rows_of_rank

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from cli import parse_cli, run_script
-from config import KindlingError
+from errors import KindlingError
 
 if TYPE_CHECKING:
     from checkpoint import RunDirectory

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from config import DataConfig, TokenizerConfig, one_line
+from config import DataConfig, TokenizerConfig
 from conversations import example_of, joined, normalized, refusal
 from docstrings import pairs_of
 from duplicates import Benchmarks, signature, word_hashes
+from errors import one_line
 from filters import COMPILE_BYTES, Drop, first_refusal, strip_header
 from pool import sigint_blocked
 from prompts import Exchange

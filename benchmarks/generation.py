@@ -177,7 +177,9 @@ def main() -> None:
         folder = Path(temporary)
         exported_autocomplete(folder / "autocomplete")
         for kernel in ("numpy", "c"):
-            results |= {f"completion: {key}": value for key, value in completion(folder / "autocomplete", kernel).items()}
+            results |= {
+                f"completion: {key}": value for key, value in completion(folder / "autocomplete", kernel).items()
+            }
         results |= {f"decoding: {key}": value for key, value in decoding(folder).items()}
     for key, value in results.items():
         print(f"{key:<70} {value:,.2f}" if isinstance(value, float) else f"{key:<70} {value}")

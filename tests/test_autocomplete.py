@@ -26,7 +26,9 @@ SHAPES = {
     name: replace(make().model, n_layer=2, n_head=4, n_kv_head=4, n_embd=48, d_ff=80, block_size=32, vocab_size=320)
     for name, make in PRESETS.items()
     if not make().data.instructions
-} | {"grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope")}
+} | {
+    "grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope")
+}
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 
 

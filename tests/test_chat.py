@@ -17,7 +17,8 @@ from tiny_runs import bigram_model, make_run
 import completion
 import generate
 from chat import converse, read_question
-from config import KindlingError, TokenizerConfig
+from config import TokenizerConfig
+from errors import KindlingError
 from prompts import Exchange, encode, prompt_text
 from tokenizer import Tokenizer, train_bpe
 

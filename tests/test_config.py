@@ -10,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import cli
+import config_io
 from config import (
     FINE_TUNING,
     PRESETS,
     Config,
-    ConfigError,
     DataConfig,
     ModelConfig,
     SourceConfig,
@@ -22,6 +22,7 @@ from config import (
     list_presets,
     preset,
 )
+from errors import ConfigError
 from model import GPT
 
 EXACT = {
@@ -87,12 +88,12 @@ def configs(cls):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
 @given(configs(Config))
 def test_yaml_round_trip_keeps_every_field(cfg):
-    assert cli.from_yaml(cli.to_yaml(cfg)) == cfg
+    assert config_io.from_yaml(config_io.to_yaml(cfg)) == cfg
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_yaml(name):
-    assert cli.from_yaml(cli.to_yaml(preset(name))) == preset(name)
+    assert config_io.from_yaml(config_io.to_yaml(preset(name))) == preset(name)
 
 
 def test_configs_cannot_be_changed():
@@ -121,12 +122,12 @@ def test_configs_cannot_be_changed():
         (lambda: SourceConfig(kind="jsonl"), ["data.sources.path", "jsonl"]),
         (lambda: replace(preset("demo"), name="../x"), ["name", "'../x'"]),
         (lambda: preset("code-50"), ["'code-50'", "code-50m"]),
-        (lambda: cli.from_yaml("model: {n_embdd: 3}"), ["model.n_embdd", "did you mean n_embd"]),
-        (lambda: cli.from_yaml("trian: {}"), ["trian", "did you mean train"]),
-        (lambda: cli.from_yaml("data: {sources: [{pth: x}]}"), ["data.sources.0.pth", "path"]),
-        (lambda: cli.from_yaml("train: {lr: fast}"), ["train.lr", "'fast'"]),
-        (lambda: cli.from_yaml("[1"), ["YAML"]),
-        (lambda: cli.from_yaml("7"), ["mapping"]),
+        (lambda: config_io.from_yaml("model: {n_embdd: 3}"), ["model.n_embdd", "did you mean n_embd"]),
+        (lambda: config_io.from_yaml("trian: {}"), ["trian", "did you mean train"]),
+        (lambda: config_io.from_yaml("data: {sources: [{pth: x}]}"), ["data.sources.0.pth", "path"]),
+        (lambda: config_io.from_yaml("train: {lr: fast}"), ["train.lr", "'fast'"]),
+        (lambda: config_io.from_yaml("[1"), ["YAML"]),
+        (lambda: config_io.from_yaml("7"), ["mapping"]),
     ],
 )
 def test_an_impossible_setting_is_refused_in_one_line_that_names_it(make, words):
@@ -144,7 +145,7 @@ def test_flags_override_the_preset_that_they_name():
         Flags, "", ["--preset", "code-50m", "--name", "x", "--model.bias", "False", "--train.lr", "1e-3", "--fresh"]
     )
     assert flags.fresh and not flags.dry_run
-    assert cli.changed_fields(preset("code-50m"), flags.config) == {
+    assert config_io.changed_fields(preset("code-50m"), flags.config) == {
         "name": (None, "x"),
         "model.bias": (True, False),
         "train.lr": (6e-4, 1e-3),

@@ -1,16 +1,14 @@
-import json
 import os
 import shutil
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import assert_one_clear_line, make_run, script, tiny_config
+from conftest import assert_one_clear_line, make_run, script
 
-import export
 from autocomplete import Completer, Sampling
 from checkpoint import CheckpointError, RunDirectory
-from config import KindlingError, ModelConfig
+from config import ModelConfig
+from errors import KindlingError
 from export import ExportError, main, require_close, require_exact, written
 
 STOCK = ModelConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32)
@@ -28,7 +26,11 @@ def leftovers(folder) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "name", "files"),
     [
-        (["--to", "hf"], "hf", {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}),
+        (
+            ["--to", "hf"],
+            "hf",
+            {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"},
+        ),
         (["--to", "int8"], "int8", {"config.json", "model.safetensors", "tokenizer.json"}),
         (["--to", "gguf"], "stock-f16.gguf", set()),
         (["--to", "gguf", "--type", "f32"], "stock-f32.gguf", set()),
@@ -108,7 +110,10 @@ def test_a_shape_that_llama_cpp_has_not_is_refused_by_its_settings(tmp_path, cor
 
 
 def test_a_run_without_checkpoints_and_a_damaged_one_are_refused(run, tmp_path):
-    for name, harm in (("none", shutil.rmtree), ("torn", lambda folder: os.truncate(folder / "model.safetensors", 1000))):
+    for name, harm in (
+        ("none", shutil.rmtree),
+        ("torn", lambda folder: os.truncate(folder / "model.safetensors", 1000)),
+    ):
         shutil.copytree(run.path, tmp_path / name)
         harm(tmp_path / name / "step_000004")
         with pytest.raises(CheckpointError):

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import KindlingError, ModelConfig
+from config import ModelConfig
+from errors import KindlingError
 from generate import Sampling, generate
 from inference import Int8Linear, ready
 from model import GPT, TransformersGPT2
@@ -12,8 +13,12 @@ from model import GPT, TransformersGPT2
 CFG = ModelConfig(block_size=64, vocab_size=300, n_layer=2, n_head=4, n_embd=64, init_std=0.1)
 SHAPES = {
     "gpt2": CFG,
-    "llama": replace(CFG, position="rope", norm="rmsnorm", activation="swiglu", bias=False, n_kv_head=2, tie_embeddings=False),
-    "fixed": replace(CFG, position="sinusoidal", attn_out_proj=False, final_norm=False, tie_embeddings=False, head_bias=True),
+    "llama": replace(
+        CFG, position="rope", norm="rmsnorm", activation="swiglu", bias=False, n_kv_head=2, tie_embeddings=False
+    ),
+    "fixed": replace(
+        CFG, position="sinusoidal", attn_out_proj=False, final_norm=False, tie_embeddings=False, head_bias=True
+    ),
 }
 IDS = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(1))
 
@@ -93,5 +98,7 @@ def test_a_transformers_backbone_is_copied_and_its_text_stays():
     backbone = TransformersGPT2(replace(CFG, backbone="transformers")).eval()
     before = copy.deepcopy(backbone.state_dict())
     greedy = Sampling(greedy=True, max_new_tokens=20)
-    assert generate(ready(backbone, "fp32"), IDS[0].tolist(), greedy, -1) == generate(backbone, IDS[0].tolist(), greedy, -1)
+    assert generate(ready(backbone, "fp32"), IDS[0].tolist(), greedy, -1) == generate(
+        backbone, IDS[0].tolist(), greedy, -1
+    )
     assert all(torch.equal(p, before[name]) for name, p in backbone.state_dict().items())

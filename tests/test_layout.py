@@ -11,17 +11,19 @@ from conftest import ROOT
 LAYERS = [
     layer.split()
     for layer in (
-        "config files bpe prompts docstrings intervals tables sandbox_worker syscall_filter verbatim",
-        "cli device loss filters duplicates shards metrics chat sandbox tasks pool report harness_data",
-        "comparison examples extraction compare_runs",
-        "tokenizer judge",
-        "model sources ledger conversations memorization heldout",
-        "workers checkpoint audit perplexity",
-        "mixture",
-        "data_pipeline trainer generate",
-        "dry_run stage functional harness_model",
-        "harness",
-        "main sft_train evaluate",
+        "bpe docstrings errors files int8_kernel intervals modeling_kindling plots prompts sandbox_worker syscall_filter tables "
+        "verbatim",
+        "autocomplete chat comparison config harness_data html_report metrics pool report sampling sandbox tasks text_plots",
+        "compare_runs config_io device duplicates filters loss shards",
+        "cli examples extraction ledger model sources",
+        "decoding hf_layout inference judge tokenizer",
+        "checkpoint conversations functional gguf_format harness_model healing heldout hf_format int8_format memorization "
+        "perplexity",
+        "audit completion harness model_card trainer workers",
+        "dry_run export generate mixture",
+        "data_pipeline inspection",
+        "evaluate run_page stage",
+        "main sft_train visualize",
     )
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

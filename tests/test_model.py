@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import IGNORE, ConfigError, ModelConfig, preset
+from config import IGNORE, ModelConfig, preset
 from device import has_compiler
+from errors import ConfigError
 from model import GPT, Norm, TransformersGPT2, build_model, document_mask, rotary_tables, sinusoidal_positions
 from shards import document_positions
 

@@ -14,8 +14,8 @@ from test_tables import assert_valid_tables
 import hf_format
 import report
 from checkpoint import CheckpointError, RunDirectory, weights_sha256
-from cli import to_yaml
 from config import SourceConfig
+from config_io import to_yaml
 from data_pipeline import prepare
 from files import write_atomic
 from model import build_model

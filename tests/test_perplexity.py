@@ -14,8 +14,9 @@ from test_examples import TOKENIZER, conversations, write_examples
 import device
 import perplexity
 from checkpoint import RunDirectory
-from config import ConfigError, ModelConfig, TokenizerConfig, TrainConfig
+from config import ModelConfig, TokenizerConfig, TrainConfig
 from data_pipeline import prepare
+from errors import ConfigError
 from examples import Examples
 from model import build_model
 from perplexity import document_losses, text_losses

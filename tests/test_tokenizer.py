@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bpe import SYMBOLS
 from comparison import hold_out, read_documents
-from config import COMPARED, ConfigError, TokenizerConfig
+from config import COMPARED, TokenizerConfig
+from errors import ConfigError
 from tokenizer import Tokenizer, TokenizerError, from_json, load_json, load_pretrained, train, train_bpe
 
 CODE = [

@@ -14,7 +14,8 @@ from conftest import assert_one_clear_line, script, tiny_config
 import run_page
 import visualize
 from checkpoint import RunDirectory, weights_sha256
-from config import KindlingError, ModelConfig
+from config import ModelConfig
+from errors import KindlingError
 from inspection import given_text
 from ledger import Ledger
 from model import build_model

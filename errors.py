@@ -1,0 +1,38 @@
+"""What a user can mend, and how it is said: in one line, with what must hold, what was given, and the way out.
+
+Imports nothing, so that a script can check its command line before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class KindlingError(Exception):
+    """Something the user can mend. Its text is one line: what must hold, what was given, the way out."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the class and the text of an error of some library in one line, the text cut to `limit` characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
+class ConfigError(KindlingError):
+    """A setting that cannot be used."""
+
+
+def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
+    """Raise a `ConfigError` of one line unless `holds`.
+
+    Not a ValueError, so that neither pydantic nor tyro wraps it into paragraphs of their own.
+    """
+    if not holds:
+        raise ConfigError(f"{field} must be {must}, but is {given!r}; {mend}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the advice that ends an error about an unknown word: the nearest known ones, or all of them."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
