@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from checkpoint import RunDirectory
     from model import GPT
+    from parity import Difference
 
 LARGEST_DIFFERENCE = 1e-4  # of a logit, where the weights are written as they are
 LARGEST_LOSS = 0.005  # of the model's loss, that rounding its weights may add
@@ -75,7 +76,8 @@ def written(out: Path, replace: bool) -> Iterator[Path]:
             f"{out} must be writable, but is not ({e}); free some space or choose another --out"
         ) from None
     finally:
-        remove(partial)
+        with contextlib.suppress(OSError):
+            remove(partial)
 
 
 def remove(path: Path) -> None:
@@ -94,26 +96,20 @@ def sample(run: RunDirectory) -> Tensor:
     return torch.from_numpy(batch.idx)  # (2, T)
 
 
-def require_exact(largest: float) -> str:
-    """Return the line about an export of the weights as they are, given its largest absolute difference of a logit.
-
-    Raises ExportError if that is too large.
-    """
-    line = f"largest difference of a logit {largest:.1e}"
-    if not largest <= LARGEST_DIFFERENCE:
+def require_exact(found: Difference) -> str:
+    """Return the line about an export of the weights as they are; raises ExportError if a logit differs too much."""
+    line = f"largest difference of a logit {found.largest:.1e}, loss {found.loss:.4f} -> {found.changed:.4f}"
+    if not found.largest <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"the export must compute what the run does to {LARGEST_DIFFERENCE:g}, but does not, and is deleted ({line})"
         )
     return line
 
 
-def require_close(largest: float, loss: float, changed: float) -> str:
-    """Return the line about an export of rounded weights, given also the nats a token of the run and of the export.
-
-    Raises ExportError if the loss rises too much.
-    """
-    added = (changed - loss) / loss
-    line = f"largest difference of a logit {largest:.1e}, loss {loss:.4f} -> {changed:.4f} ({added:+.2%})"
+def require_close(found: Difference) -> str:
+    """Return the line about an export of rounded weights; raises ExportError if the loss rises too much."""
+    added = (found.changed - found.loss) / found.loss
+    line = f"largest difference of a logit {found.largest:.1e}, loss {found.loss:.4f} -> {found.changed:.4f} ({added:+.2%})"
     if not added <= LARGEST_LOSS:
         raise ExportError(
             f"the export must have at most {LARGEST_LOSS:.1%} more loss than the run, but has more, and is deleted ({line})"
@@ -145,8 +141,8 @@ def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], 
     wider = write(out, model, run.tokenizer(), kind, run.path.resolve().name)
     if wider:
         said.append(f"{len(wider)} matrices in f16, of rows that q8_0 cannot hold")
-    largest, loss, changed = difference(out, model, sample(run))
-    return [*said, require_exact(largest) if kind == "f32" else require_close(largest, loss, changed)]
+    found = difference(out, model, sample(run))
+    return [*said, require_exact(found) if kind == "f32" else require_close(found)]
 
 
 def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
@@ -155,7 +151,7 @@ def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[
 
     out.mkdir()
     write(out, model, run.tokenizer(), f"{run.path.resolve().name}, {checkpoint.name}")
-    return [require_close(*difference(out, model, sample(run)))]
+    return [require_close(difference(out, model, sample(run)))]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model import GPT
+    from parity import Difference
     from tokenizer import Tokenizer
 
 Architecture = Literal["gpt2", "llama", "arcee"]
@@ -143,36 +144,27 @@ def read(path: Path) -> dict[str, Tensor]:
         raise GGUFError(f"{path} must be a GGUF file of Kindling's, but is not ({one_line(e)}); export again") from None
 
 
-def difference(path: Path, model: GPT, rows: Tensor) -> tuple[float, float]:
-    """Return how far the weights in a file are from `model`'s: the largest absolute difference of a logit on rows (B, T),
-    and how much larger the loss per token is, in nats. Both run on our own GPT.
+def difference(path: Path, model: GPT, rows: Tensor) -> Difference:
+    """Compare the model with one that has the weights in a file, on rows (B, T) of at least 2 tokens; both are our own GPT.
 
-    T is at least 2 and at most block_size. Raises GGUFError if the file is not of the model's shape.
+    Raises GGUFError if the file is not of the model's shape.
     """
     import copy
 
     import torch
-    import torch.nn.functional as F
 
-    held = copy.deepcopy(model)
+    from parity import compare
+
+    held = copy.deepcopy(model).eval()
     parameters, stored = dict(held.named_parameters()), read(path)
     extra = {name for name in stored if name not in parameters and stored[name].any()}
     wrong = extra | {n for n, p in parameters.items() if n not in stored or stored[n].shape != p.shape}
     if wrong:
         raise GGUFError(f"{path} must be of the model's shape, but {min(wrong)} is not; export again")
-    was_training = model.training
-    model.eval(), held.eval()
-    differences, nll = [], 0.0
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(stored[name])
-        for row in rows.to(model.head.weight.device):  # one at a time: logits are large
-            logits = [m(row[None])[0] for m in (held, model)]  # (T, V) each
-            differences.append((logits[0] - logits[1]).abs().max())
-            losses = [F.cross_entropy(x[:-1], row[1:], reduction="none").double().sum() for x in logits]
-            nll += float(losses[0] - losses[1])
-    model.train(was_training)
-    return float(torch.stack(differences).max()), nll / (rows.size(0) * (rows.size(1) - 1))  # NaN if any is
+    return compare(model, lambda row: held(row[None])[0], rows)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from hf_layout import (
     our_weights,
 )
 from model import GPT
+from parity import Difference, compare
 from tokenizer import SentencePieceTokenizer, Tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -122,12 +123,10 @@ def _add(path: Path, **values: Any) -> None:
     write_json(path, _read_json(path) | values)
 
 
-@torch.no_grad()
-def difference(folder: Path, model: GPT, rows: Tensor) -> float:
-    """Return the largest absolute difference of the logits for rows (B, T) between `model` and the folder's, in float32.
+def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
+    """Compare the model with the folder's as transformers loads it, in float32, on rows (B, T) of at least 2 tokens.
 
-    The folder's is what `AutoModelForCausalLM` makes of it, which runs the code in it if it is of our own class. Logits
-    that are not numbers on both sides are equal, on one side infinitely far apart.
+    Loading one of our own class runs the code in the folder.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -136,17 +135,7 @@ def difference(folder: Path, model: GPT, rows: Tensor) -> float:
     own = _read_json(folder / CONFIG).get("model_type") == "kindling"
     device = model.head.weight.device
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32).to(device).eval()
-    was_training = model.training
-    model.eval()
-    largest = 0.0
-    try:
-        for row in rows.to(device).split(1):  # logits of a large vocabulary are a lot
-            a, b = model(row), theirs(row, use_cache=False).logits  # (1, T, V)
-            apart = torch.where(a.isnan() & b.isnan(), 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
-            largest = max(largest, float(apart.max()))
-    finally:
-        model.train(was_training)
-    return largest
+    return compare(model, lambda row: theirs(row[None], use_cache=False).logits[0], rows)
 
 
 def holds_model(folder: Path) -> bool:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from checkpoint import RunDirectory
+from completion import TextStream
 from config import IGNORE
 from device import Runtime
 from errors import KindlingError
 from examples import Examples
-from generate import TextStream
 from metrics import read_metrics
 from model import LanguageModel
 from perplexity import token_losses

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from autocomplete import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Completer
 from errors import KindlingError
 from files import sha256_file, write_json
 from model import GPT
+from parity import Difference, compare
 from tokenizer import SentencePieceTokenizer, Tokenizer
 
 
@@ -69,18 +69,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
     write_json(folder / CONFIG, meta)
 
 
-@torch.no_grad()
-def difference(folder: Path, model: GPT, rows: Tensor) -> tuple[float, float, float]:
-    """Compare the export with its model on rows (B, T) of tokens: the largest absolute difference of a logit, and the
-    nats a token of the model and of the export.
-    """
+def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
+    """Compare the model with its export as NumPy computes it, on rows (B, T) of at least 2 tokens."""
     exported = Completer(folder).model
-    largest, nll = 0.0, np.zeros(2)
-    for row in rows:
-        ours = model(row[None].to(model.head.weight.device))[0].float().cpu()  # (T, V)
-        its = torch.from_numpy(exported.logits(row.tolist()))  # (T, V)
-        largest = max(largest, (ours - its).abs().max().item())
-        for i, logits in enumerate((ours, its)):
-            nll[i] += torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum").item()
-    n = rows.size(0) * (rows.size(1) - 1)
-    return largest, nll[0] / n, nll[1] / n
+    return compare(model, lambda row: torch.from_numpy(exported.logits(row.tolist())), rows)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from checkpoint import STATE, weights_sha256
+from completion import answer, complete
 from config_io import to_yaml
-from generate import GenerationError, Sampling, answer, complete
 from html_report import Picture, Sample, page
 from inspection import Subject, Text
 from ledger import Ledger
 from prompts import Exchange
 from report import FORMAT, sections
+from sampling import GenerationError, Sampling
 from tables import Section
 
 SAMPLES = 6
@@ -229,7 +230,7 @@ def new_samples(subject: Subject) -> list[Sample]:
                     prompt + "\n\n",
                 )
             else:
-                text = complete(model, tokenizer, prompt, sampling)
+                text = complete(model, tokenizer, prompt, sampling).text
         except GenerationError as e:  # a prompt that does not fit is no reason to lose the rest
             text = f"({e})"
         out.append(Sample(f"Sample {number}", prompt, text))

@@ -145,7 +145,7 @@ def make_run(path: Path, corpus: Path, model: ModelConfig | None = None, n_files
     data.mkdir(parents=True)
     texts = [p.read_text(encoding="utf-8") for p in sorted(corpus.rglob("*.py"))[:n_files]]
     tokenizer = train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size)
-    ledger, splits = Ledger(["files"], [1.0]), {}
+    ledger, splits = Ledger(["files <b>"], [1.0]), {}
     for split in ("train", "val", "test"):
         writer = ShardWriter(data, split, np.dtype("<u2"))
         for text in texts:
@@ -161,6 +161,12 @@ def make_run(path: Path, corpus: Path, model: ModelConfig | None = None, n_files
     run = RunDirectory(path)
     run.create(cfg, data)
     torch.manual_seed(0)
-    state = {"step": 4, "position": 16, "elapsed_s": 2.0, "best": None, "environment": {"device": "cpu"}}
+    state = {
+        "step": 4,
+        "position": 16,
+        "elapsed_s": 2.0,
+        "best": None,
+        "environment": {"device": "cpu", "precision": "fp32", "torch": "2.13.0"},
+    }
     run.save(4, build_model(cfg.model), state)
     return run

@@ -10,6 +10,7 @@ from checkpoint import CheckpointError, RunDirectory
 from config import ModelConfig
 from errors import KindlingError
 from export import ExportError, main, require_close, require_exact, written
+from parity import Difference
 
 STOCK = ModelConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32)
 
@@ -67,8 +68,7 @@ def test_an_export_that_is_there_is_replaced_only_when_asked(run, tmp_path):
 @pytest.mark.parametrize("to", ["hf", "int8", "gguf"])
 def test_an_export_that_computes_something_else_is_deleted(run, tmp_path, monkeypatch, to):
     module = {"hf": "hf_format", "int8": "int8_format", "gguf": "gguf_format"}[to]
-    far = {"hf": 1e-3, "int8": (1e-3, 2.0, 2.02), "gguf": (1e-3, 2.0, 2.02)}[to]
-    monkeypatch.setattr(f"{module}.difference", lambda *_: far)
+    monkeypatch.setattr(f"{module}.difference", lambda *_: Difference(1e-3, 2.0, 2.02))
     with pytest.raises(ExportError, match="and is deleted"):
         main([str(run.path), "--to", to, "--out", str(tmp_path / "x")])
     assert leftovers(tmp_path) == []
@@ -90,10 +90,12 @@ def test_what_a_killed_export_left_is_no_hindrance(run, tmp_path):
 
 
 def test_a_difference_that_is_no_number_is_never_small():
-    for check in (lambda: require_exact(float("nan")), lambda: require_close(0.1, 2.0, float("nan"))):
+    nan = float("nan")
+    for check, found in ((require_exact, Difference(nan, 2.0, 2.0)), (require_close, Difference(0.1, 2.0, nan))):
         with pytest.raises(ExportError):
-            check()
-    assert "1.0e-05" in require_exact(1e-5) and "+0.05%" in require_close(0.1, 2.0, 2.001)
+            check(found)
+    assert "1.0e-05" in require_exact(Difference(1e-5, 2.0, 2.0))
+    assert "+0.05%" in require_close(Difference(0.1, 2.0, 2.001))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path):

@@ -119,7 +119,8 @@ def test_a_file_in_f32_gives_back_every_weight_bit_for_bit(shape, tokenizer, tmp
     assert held.keys() == dict(every.named_parameters()).keys()
     assert not any(held[name].any() for name in held if name not in ours)
     assert all(torch.equal(held[name], p) for name, p in ours.items())
-    assert difference(tmp_path / "m.gguf", model, rows(model.cfg)) == (0.0, 0.0)
+    found = difference(tmp_path / "m.gguf", model, rows(model.cfg))
+    assert found.largest == 0.0 and found.loss == found.changed
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
@@ -152,8 +153,8 @@ def test_the_difference_grows_from_f32_over_f16_to_q8_0_and_stays_small(tokenize
     largest = {}
     for kind in ("f32", "f16", "q8_0"):
         write(tmp_path / kind, model, tokenizer, kind, "m")
-        largest[kind], nll = difference(tmp_path / kind, model, rows(LLAMA))
-        assert abs(nll) < 1e-3
+        largest[kind], loss, changed = difference(tmp_path / kind, model, rows(LLAMA))
+        assert abs(changed - loss) < 1e-3
     assert 0 == largest["f32"] < largest["f16"] < largest["q8_0"] < 0.02
 
 
@@ -166,9 +167,9 @@ def test_the_difference_is_that_of_the_weights_in_the_file(tokenizer, tmp_path):
     with torch.no_grad():
         want = float((other(idx) - model(idx)).abs().max())
         losses = [m(idx[:, :-1], idx[:, 1:])[0] / idx[:, 1:].numel() for m in (other, model)]
-    largest, nll = difference(tmp_path / "m.gguf", model, idx)
+    largest, loss, changed = difference(tmp_path / "m.gguf", model, idx)
     assert largest == pytest.approx(want, rel=1e-5)
-    assert nll == pytest.approx(float(losses[0] - losses[1]), abs=1e-5)
+    assert changed - loss == pytest.approx(float(losses[0] - losses[1]), abs=1e-5)
 
 
 def test_rows_that_q8_0_cannot_hold_are_in_f16_and_reported(tokenizer, tmp_path):

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from config import ModelConfig
+from decoding import generate
 from errors import KindlingError
-from generate import Sampling, generate
 from inference import Int8Linear, ready
 from model import GPT, TransformersGPT2
+from sampling import Sampling
 
 CFG = ModelConfig(block_size=64, vocab_size=300, n_layer=2, n_head=4, n_embd=64, init_std=0.1)
 SHAPES = {

@@ -4,12 +4,9 @@ import html
 import json
 import re
 import shutil
-from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
-from conftest import assert_one_clear_line, script, tiny_config
+from conftest import assert_one_clear_line, make_run, script
 
 import run_page
 import visualize
@@ -17,10 +14,6 @@ from checkpoint import RunDirectory, weights_sha256
 from config import ModelConfig
 from errors import KindlingError
 from inspection import given_text
-from ledger import Ledger
-from model import build_model
-from shards import ShardWriter, write_manifest
-from tokenizer import train_bpe
 from visualize import main, write_all
 
 PLOTS = {"training_curves", "attention", "weights", "spectral_norms", "token_loss", "layer_0", "layer_1"}
@@ -31,32 +24,9 @@ METRICS = [
 ]
 
 
-def make_run(path, corpus, model: ModelConfig | None = None) -> RunDirectory:
-    """Write a run of an untrained model, with all that training writes."""
-    cfg = tiny_config(corpus)
-    cfg = replace(cfg, model=model or cfg.model)
-    data = path.with_name(f"{path.name}-data")
-    data.mkdir(parents=True)
-    texts = [p.read_text(encoding="utf-8") for p in sorted(corpus.rglob("*.py"))[:6]]
-    tokenizer = train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size)
-    ledger, splits = Ledger(["files <b>"], [1.0]), {}
-    for split in ("train", "val", "test"):
-        writer = ShardWriter(data, split, np.dtype("<u2"))
-        for text in texts:
-            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
-            writer.add(ids, len(text.encode()), "python", "files")
-            ledger.keep(0, "python", len(text.encode()), (), len(ids), False)
-        writer.close()
-        splits[split] = writer.info
-    ids = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    write_manifest(data, fingerprint="test", dtype="<u2", splits=splits, **ids)
-    ledger.write(data)
-    (data / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    run = RunDirectory(path)
-    run.create(cfg, data)
-    torch.manual_seed(0)
-    state = {"step": 4, "position": 16, "elapsed_s": 2.0, "best": None, "environment": {"device": "cpu"}}
-    run.save(4, build_model(cfg.model), state)
+def drawable(path, corpus, model: ModelConfig | None = None) -> RunDirectory:
+    """Write a run with the record of a training."""
+    run = make_run(path, corpus, model)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS), encoding="utf-8")
     return run
 
@@ -64,7 +34,7 @@ def make_run(path, corpus, model: ModelConfig | None = None) -> RunDirectory:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, corpus) -> RunDirectory:
     """A run that was drawn once; tests that change it take a copy."""
-    run = make_run(tmp_path_factory.mktemp("runs") / "tiny", corpus)
+    run = drawable(tmp_path_factory.mktemp("runs") / "tiny", corpus)
     assert main([str(run.path)]) == 0
     return run
 
@@ -158,7 +128,7 @@ def test_a_transformers_backbone_with_one_head_is_drawn(tmp_path, corpus):
     model = ModelConfig(
         block_size=32, vocab_size=512, n_layer=1, n_head=1, n_embd=16, backbone="transformers", activation="gelu_new"
     )
-    run = make_run(tmp_path / "gpt2", corpus, model)
+    run = drawable(tmp_path / "gpt2", corpus, model)
     assert main([str(run.path), "--text", "x = 'é'\n"]) == 0
     assert drawn(run) == PLOTS - {"layer_1"}
 
