@@ -7,7 +7,7 @@
 The weights stay int8 and memory-mapped; blocks of rows become float32 as they are multiplied, so the process holds little
 more than the file. Every architecture of `config.ModelConfig` runs. The prompt is cropped from the left, so that what is
 written fits the context behind it; it ends at end of text. `--kernel c` compiles a small kernel first (`int8_kernel.py`),
-which is faster. Of the project, it imports that kernel alone, and only when asked.
+which is faster. Beside these two files it needs `healing.py` of the project, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ if __name__ == "__main__":  # one thread: products of one token with a block are
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
+
+from healing import Healing, take_back, token_texts
 
 FORMAT = 1  # of config.json
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -304,15 +307,19 @@ def draw(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
     return int(rng.choice(tokens, p=probabilities))
 
 
-def stream(model: Model, ids: list[int], sampling: Sampling, eos_id: int) -> Iterator[int]:
+def stream(
+    model: Model, ids: list[int], sampling: Sampling, eos_id: int, healing: Healing | None = None
+) -> Iterator[int]:
     """Yield new tokens after the prompt `ids`, until end of text, the limit, or a full context."""
     model.length = 0
     rng = np.random.default_rng(sampling.seed)
-    logits = model.read(ids)
+    logits, out = model.read(ids), []
     for left in range(min(sampling.max_new_tokens, model.block_size - len(ids)), 0, -1):
-        token = draw(logits, sampling, rng)
+        mask = None if healing is None else healing.allowed(out)
+        token = draw(logits if mask is None else np.where(mask, logits, -np.inf), sampling, rng)
         if token == eos_id:
             return
+        out.append(token)
         yield token
         if left > 1:
             logits = model.read([token])
@@ -342,7 +349,7 @@ class Completer:
         Raises CompletionError for text that the tokenizer cannot hold.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if self.tokenizer.normalizer is None and self.tokenizer.decode(ids, skip_special_tokens=False) != text:
+        if self.tokenizer.normalizer is None and self._decode(ids) != text:
             raise CompletionError(
                 "the text must use only characters that the tokenizer can spell, but some are in no token"
             )
@@ -354,17 +361,37 @@ class Completer:
     def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
         """Yield the text that the model writes behind `text`, in pieces of whole characters."""
         ids, _ = self.prompt_ids(text, sampling.max_new_tokens)
-        written: list[int] = []
-        said = 0
-        for token in stream(self.model, ids, sampling, self.eos_id):
+        kept, healing = take_back(ids, self.spellings)
+        # what was taken back is written again, and not said
+        limit = min(sampling.max_new_tokens, self.model.block_size - len(ids)) + len(ids) - len(kept)
+        said = len(self._decode(kept[-1:])) + len(healing.text)
+        written = kept[-1:]
+        for token in stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.eos_id, healing):
             written.append(token)
-            self.n_written = len(written)
+            self.n_written = len(written) - 1
             # U+FFFD at the end is most likely a character of which bytes are still to come
-            whole = self.tokenizer.decode(written, skip_special_tokens=False).rstrip("\ufffd")
+            whole = self._decode(written).rstrip("\ufffd")
             if len(whole) > said:
                 yield whole[said:]
                 said = len(whole)
-        yield self.tokenizer.decode(written, skip_special_tokens=False)[said:]
+        yield self._decode(written)[said:]
+
+    @cached_property
+    def spellings(self) -> list[str]:
+        """The text of each token."""
+        (*_, before) = self.tokenizer.encode("x", add_special_tokens=False).ids
+        tokens = self.tokenizer.get_vocab(with_added_tokens=True).values()
+        control = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        return token_texts(
+            lambda batch: self.tokenizer.decode_batch(batch, skip_special_tokens=False),
+            before,
+            max(tokens) + 1,
+            self.model.m["vocab_size"],
+            control,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

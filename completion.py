@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from decoding import stream, stream_batch
-from healing import heal
+from healing import take_back, token_texts
 from prompts import Exchange, encode
 from sampling import GenerationError, Sampling
 
@@ -144,6 +144,12 @@ def longest_prompt(block_size: int, max_new_tokens: int) -> int:
     return block_size - min(max_new_tokens, block_size // 2)
 
 
+def spellings_of(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """Return the text of each token for `healing`."""
+    (*_, before) = tokenizer.encode("x")
+    return token_texts(tokenizer.decode_batch, before, tokenizer.vocab_size, vocab_size, tokenizer.cfg.special_tokens)
+
+
 def complete_end(
     model: LanguageModel, tokenizer: Tokenizer, text: str, sampling: Sampling, say: Say | None = None
 ) -> Completion:
@@ -162,7 +168,7 @@ def complete_end(
         )
     ids = ids[-room:]
     limit = min(sampling.max_new_tokens, block_size - len(ids))
-    kept, healing = heal(tokenizer, ids, model.cfg.vocab_size)
+    kept, healing = take_back(ids, spellings_of(tokenizer, model.cfg.vocab_size))
     its_own = replace(sampling, max_new_tokens=limit + len(ids) - len(kept))  # what was taken back is written again
     pieces = TextStream(tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
     new = extend(model, tokenizer, kept, its_own, pieces, say, healing.allowed)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from model import GPT, LanguageModel
@@ -20,7 +21,7 @@ from sampling import Drawer, Sampling, draw
 
 CHECK_EVERY = 8  # tokens between two questions to a caller whether a row is finished
 
-Allowed = Callable[[Sequence[int]], torch.Tensor | None]
+Allowed = Callable[[Sequence[int]], np.ndarray | None]
 """Gets the new tokens so far and returns which may come next, (V,) bool, or None for all."""
 Finished = Callable[[int, list[int]], bool]
 """Gets a prompt's number and its new tokens so far and returns whether they are enough."""
@@ -56,7 +57,7 @@ def stream(
         with _reading():
             logits = gpt.read(torch.tensor([ids[n_read:]], device=device), cache)  # (1, V)
             if allowed is not None and (mask := allowed(ids[n_prompt:])) is not None:
-                logits = logits.masked_fill(~mask.to(device), -torch.inf)
+                logits = logits.masked_fill(torch.from_numpy(~mask).to(device), -torch.inf)
             (token,) = draw(logits, sampling, [drawer])
         if token == eos_id:
             return

@@ -1,7 +1,7 @@
 """Token healing: a prompt that ends in the middle of a word or of an indentation is continued as if it did not.
 
-    kept, healing = heal(tokenizer, ids, vocab_size)
-    stream(model, kept, sampling, eos_id, healing.allowed)      # its text begins with healing.text
+    kept, healing = take_back(ids, spellings)
+    # generate after `kept`, each time from the tokens that healing.allowed(new) leaves: the text begins with healing.text
 
 A tokenizer joins "ret" and "urn", or a line's end and the indentation behind it, so a model has hardly seen text go on where
 an editor's cursor stands. The prompt's last tokens are taken back, and of the next ones only those are allowed whose text
@@ -12,13 +12,9 @@ Limit: tokens that are part of a character are never taken back, so a prompt tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence
 
-import torch
-
-if TYPE_CHECKING:
-    from tokenizer import Tokenizer
+import numpy as np
 
 N_BACK = 3  # tokens; one mends half as many of the cuts inside words, and back to a whole word no more
 
@@ -31,7 +27,7 @@ class Healing:
         self.text = text
         self._spellings = spellings
 
-    def allowed(self, out: Sequence[int]) -> torch.Tensor | None:
+    def allowed(self, out: Sequence[int]) -> np.ndarray | None:
         """Return which tokens may follow the new tokens `out`, (V,) bool, or None for all."""
         left = self.text
         for token in out:
@@ -40,12 +36,11 @@ class Healing:
             left = left[len(self._spellings[token]) :]
         if not left:
             return None
-        return torch.tensor([bool(s) and (s.startswith(left) or left.startswith(s)) for s in self._spellings])
+        return np.array([bool(s) and (s.startswith(left) or left.startswith(s)) for s in self._spellings])
 
 
-def heal(tokenizer: Tokenizer, ids: Sequence[int], vocab_size: int) -> tuple[list[int], Healing]:
+def take_back(ids: Sequence[int], spellings: Sequence[str]) -> tuple[list[int], Healing]:
     """Return what is left of the prompt `ids`, at least one token, and what must come next, if only an empty text."""
-    spellings = token_texts(tokenizer, vocab_size)
     n = 0
     while n < min(N_BACK, len(ids) - 1) and spellings[ids[-n - 1]]:
         n += 1
@@ -53,12 +48,19 @@ def heal(tokenizer: Tokenizer, ids: Sequence[int], vocab_size: int) -> tuple[lis
     return kept, Healing("".join(spellings[token] for token in back), spellings)
 
 
-def token_texts(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """Return the text of each token inside a text; empty for control tokens and for parts of characters."""
-    (*_, before) = tokenizer.encode("x")  # SentencePiece drops the space of a text's first token
-    start = len(tokenizer.decode([before]))
-    texts = tokenizer.decode_batch([[before, token] for token in range(tokenizer.vocab_size)])
-    spellings = [
-        "" if "\ufffd" in text or text[start:] in tokenizer.cfg.special_tokens else text[start:] for text in texts
-    ]
-    return spellings + [""] * (vocab_size - len(spellings))
+def token_texts(
+    decode_batch: Callable[[list[list[int]]], list[str]],
+    before: int,
+    n_tokens: int,
+    vocab_size: int,
+    control: Collection[str],
+) -> list[str]:
+    """Return the text of each of `vocab_size` ids inside a text: empty for the `control` tokens, for parts of characters, and
+    beyond the tokenizer's `n_tokens`.
+
+    `before` is any token of text to decode the others behind: SentencePiece drops the space of a text's first.
+    """
+    first, *texts = decode_batch([[before], *([before, token] for token in range(n_tokens))])
+    spellings = [text[len(first) :] for text in texts]
+    spellings = ["" if "\ufffd" in text or text in control else text for text in spellings]
+    return spellings + [""] * (vocab_size - n_tokens)

@@ -170,7 +170,26 @@ def test_the_pieces_are_whole_characters(exports, monkeypatch):
     ids = completer.tokenizer.encode("é🔥x", add_special_tokens=False).ids
     assert len(ids) > 3
     monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(ids))
-    assert [piece for piece in completer.complete("def", Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
+    assert [piece for piece in completer.complete("d", Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
+
+
+def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
+    completer = Completer(exports["demo"][0])
+    texts = completer.spellings
+    asked = []
+
+    def logits(self, ids):
+        """Prefers the longest token that is allowed, then always the one that was best."""
+        asked.append(list(ids))
+        return np.array([len(text) for text in texts] + [0] * (320 - len(texts)), np.float32)
+
+    monkeypatch.setattr(Model, "read", logits)
+    cut = "class Stack:\n    def __in"
+    ids, _ = completer.prompt_ids(cut, 1)
+    written = "".join(completer.complete(cut, Sampling(0.0, 0, 1, 0)))
+    assert asked[0] == ids[:-3]
+    new = [token for ids in asked[1:] for token in ids]
+    assert len(new) == 3 and (cut + written).startswith(completer.tokenizer.decode(asked[0] + new)) and written
 
 
 def test_neither_torch_nor_pydantic_is_imported(exports):

@@ -9,10 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import CFG, Scripted
 
-from completion import Answer, Completion, TextStream, answer, complete, complete_batch, complete_end, document_ids
+from completion import (
+    Answer,
+    Completion,
+    TextStream,
+    answer,
+    complete,
+    complete_batch,
+    complete_end,
+    document_ids,
+    spellings_of,
+)
 from config import TokenizerConfig
 from decoding import generate, stream
-from healing import heal
+from healing import take_back
 from model import GPT
 from prompts import Exchange, encode
 from sampling import GenerationError, Sampling
@@ -339,7 +349,7 @@ def test_what_is_taken_back_is_written_again_and_not_said_twice(drawn, tokenizer
     if which == 1:
         text = " ".join(text.split())  # it holds no other spaces
     ids = document_ids(tokenizer, text)
-    kept, healing = heal(tokenizer, ids, drawn.cfg.vocab_size)
+    kept, healing = take_back(ids, spellings_of(tokenizer, drawn.cfg.vocab_size))
     assert tokenizer.decode(kept) + healing.text == tokenizer.decode(ids)
     sampling = Sampling(temperature=2.0, top_k=None, max_new_tokens=12, seed=seed)
     out = list(stream(drawn, kept, sampling, tokenizer.eos_id, healing.allowed))

@@ -11,19 +11,18 @@ from conftest import ROOT
 LAYERS = [
     layer.split()
     for layer in (
-        "bpe docstrings errors files int8_kernel intervals modeling_kindling plots prompts sandbox_worker syscall_filter tables "
-        "verbatim",
+        "bpe docstrings errors files healing int8_kernel intervals modeling_kindling plots prompts sandbox_worker syscall_filter "
+        "tables verbatim",
         "autocomplete chat comparison config harness_data html_report metrics pool report sampling sandbox tasks text_plots",
         "compare_runs config_io device duplicates filters loss shards",
         "cli examples extraction ledger model sources",
-        "decoding hf_layout inference judge tokenizer",
-        "checkpoint conversations functional gguf_format harness_model healing heldout hf_format int8_format memorization "
-        "perplexity",
+        "decoding hf_layout inference judge parity tokenizer",
+        "checkpoint conversations functional gguf_format harness_model heldout hf_format int8_format memorization perplexity",
         "audit completion harness model_card trainer workers",
-        "dry_run export generate mixture",
-        "data_pipeline inspection",
-        "evaluate run_page stage",
-        "main sft_train visualize",
+        "dry_run export generate inspection mixture",
+        "data_pipeline run_page",
+        "evaluate stage visualize",
+        "main sft_train",
     )
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
