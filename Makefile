@@ -46,6 +46,7 @@ bench: .venv/.installed-dev ## measure the figures of the README on this machine
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/sft.py
 	@$(BIN)/python benchmarks/evaluation.py
+	@$(BIN)/python benchmarks/generation.py
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -391,7 +391,8 @@ class TrainConfig:
     max_skipped_steps: int = 20
     """End the run after this many steps in a row with a loss or gradient that is not finite."""
     init_from: str | None = None
-    """Start from the weights of this run (a name under runs/, or a folder), with a fresh optimiser."""
+    """Start from the weights of this run (a name under runs/, or a folder), or of a folder in the Hugging Face format, with a
+    fresh optimiser."""
     seed: int = 1337
     """Seeds the weights, dropout and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -43,7 +43,7 @@ COMPLETE_TOKENS = 64  # a few lines, as many as one reads before taking them
 
 # any text, also "None", which would else be no text
 Text = Annotated[
-    str | None,
+    Optional[str],
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="STR",
@@ -58,7 +58,7 @@ Text = Annotated[
 class Flags:
     """The script's command line."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: tyro.conf.Positional[Optional[Path]] = None  # not `Path | None`: tyro would import typeguard, for 0.1 s
     """The run's folder, or its name under runs/. The newest if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
@@ -66,13 +66,13 @@ class Flags:
     """Of the weights. bf16 and int8 (CPU only) are faster and round them, so some texts differ."""
     prompt: Text = None
     """The text to continue. If this and the next three are left out, a new document is started."""
-    prompts: Path | None = None
+    prompts: Optional[Path] = None
     """A file with a prompt a line, or .jsonl with a field `prompt`, to continue together. Prints JSON lines."""
-    complete: Path | None = None
+    complete: Optional[Path] = None
     """A file to go on with at its end; - is stdin. Prints only what is new, by default at most 64 tokens."""
     chat: bool = False
     """Talk to a fine-tuned run: questions from the terminal or a pipe, answers as they are written."""
-    mode: Mode | None = None
+    mode: Optional[Mode] = None
     """autocomplete: temperature 0.2, top-k 10. creative: 0.8, 50. None: autocomplete for --complete, else creative."""
     n: int = 1
     """Samples of each prompt, the first with --seed, the next with the seeds after it."""

@@ -10,14 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Optional
 
-import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from errors import KindlingError
 
 if TYPE_CHECKING:
     import torch
+
+
+# any texts, each an argument; of a plain `tuple`, or tyro would import typeguard, which takes 0.1 s
+Texts = Annotated[
+    tuple,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=tuple,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    ),
+]
 
 
 class GenerationError(KindlingError):
@@ -32,7 +45,7 @@ class Sampling:
     """Stop after this many tokens."""
     temperature: float = 0.8
     """Below 1 sharpens the distribution, above 1 flattens it; 0 is greedy."""
-    top_k: int | None = 50
+    top_k: Optional[int] = 50  # not `int | None`: tyro would import typeguard, for 0.1 s
     """Keep only this many most likely tokens. None: all."""
     top_p: float = 1.0
     """Keep only the most likely tokens that together have this probability (nucleus sampling)."""
@@ -44,8 +57,8 @@ class Sampling:
     """Keep only tokens that are at least this many times as likely as the most likely one; 0 is off."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the text so far become less likely; 1 is off."""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this string, which is not printed. A line end is $'\\n' in most shells."""
+    stop: Texts = ()
+    """End before any of these strings, which is not printed. A line end is $'\\n' in most shells."""
 
     def check(self) -> None:
         """Raise GenerationError for a value that cannot be used."""

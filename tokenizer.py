@@ -184,6 +184,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _token_to_id(self, token: str) -> int | None:
         return self._control_tokens().get(token)
 
+    @cached_property
+    def _spellings(self) -> list[str]:
+        """The control tokens."""
+        return sorted(self._control.values())
+
     def _control_tokens(self) -> dict[str, int]:
         return {token: i for i, token in self._control.items()}
 

@@ -58,7 +58,7 @@ def test_a_person_is_told_how_fast_it_went_and_why_it_ended(ask, monkeypatch):
     for flags, ended in (
         (["1"], "the end of text"),
         (["1", "--max-new-tokens", "2"], "--max-new-tokens 2"),
-        (["1", "--stop", "4", "--stop", "3"], "a stop string"),
+        (["1", "--stop", "4", "3"], "a stop string"),
     ):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         told = ask("--prompt", *flags).err
@@ -82,7 +82,7 @@ def test_any_prompt_is_a_text_and_none_is_a_new_document():
 )
 def test_a_mode_gives_what_is_not_given_explicitly(flags, temperature, top_k, max_new_tokens):
     expected = Sampling(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, seed=3, stop=("a", "b"))
-    assert generate.parse([*flags, "--seed", "3", "--stop", "a", "--stop", "b"]).sampling == expected
+    assert generate.parse([*flags, "--seed", "3", "--stop", "a", "b"]).sampling == expected
 
 
 @pytest.mark.parametrize(
@@ -234,3 +234,10 @@ def test_a_run_that_is_not_there_is_one_clear_line(tmp_path):
     assert_one_clear_line(script("generate.py", "--prompt", "x", cwd=tmp_path), "python main.py")
     assert_one_clear_line(script("evaluate.py", cwd=tmp_path), "python main.py")
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_help_imports_nothing_that_takes_long():
+    code = "import sys, generate\ntry: generate.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert "tyro" in loaded and not loaded & {"torch", "numpy", "pydantic", "typeguard", "tokenizers"}

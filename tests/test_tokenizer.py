@@ -308,3 +308,10 @@ def test_documents_are_held_out_by_their_content_whatever_the_files_are_called(t
         file.rename(file.with_name("x" + file.name))
     assert hold_out(read_documents((tmp_path / "src",), 10**6)[0])[:2] == (learnt, measured)
     assert read_documents((tmp_path / "src",), 300)[2]
+
+
+def test_a_control_token_that_a_text_spells_out_is_found_with_every_kind():
+    for kind in ("bpe", "handwritten", "sentencepiece"):
+        tokenizer = train(CODE, TokenizerConfig(kind=kind), 340)
+        assert tokenizer.spelt_control_token("a <|endoftext|> in a text") == "<|endoftext|>", kind
+        assert tokenizer.spelt_control_token("endoftext") is None
