@@ -11,7 +11,9 @@ deleted. hf and GGUF in f32 must agree to 1e-4; rounded weights may cost at most
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from model import GPT
     from parity import Difference
 
+SAMPLE = 4096  # tokens that an export is compared on
 LARGEST_DIFFERENCE = 1e-4  # of a logit, where the weights are written as they are
 LARGEST_LOSS = 0.005  # of the model's loss, that rounding its weights may add
 
@@ -55,45 +58,63 @@ class Flags:
 
 @contextlib.contextmanager
 def written(out: Path, replace: bool) -> Iterator[Path]:
-    """Give a temporary path beside `out`, which takes its place if all goes well and is deleted if not.
+    """Give a temporary path, which takes the place of `out` if all goes well and is deleted if not.
 
     Raises ExportError if `out` exists and may not be replaced, or cannot be written.
     """
-    if out.exists() and not replace:
-        raise ExportError(f"{out} must not exist yet, but does; choose another --out, or give --replace")
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    require_place(out, replace)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for remains in (partial, old):  # of a process that was killed
-            remove(remains)
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        remove(old)
+        room = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            yield room / out.name
+            allow_reading(room / out.name)
+            require_place(out, replace)  # another process may have been faster
+            if out.exists():
+                out.rename(room / "old")
+            try:
+                (room / out.name).rename(out)
+            except OSError:
+                if (room / "old").exists():
+                    (room / "old").rename(out)
+                raise
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
     except OSError as e:
         raise ExportError(
             f"{out} must be writable, but is not ({e}); free some space or choose another --out"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            remove(partial)
 
 
-def remove(path: Path) -> None:
-    """Delete a file or folder, if there is one."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def require_place(out: Path, replace: bool) -> None:
+    """Raise ExportError unless an export may be put there: nothing is there, or an export that is to be replaced."""
+    if not out.name or out.is_symlink():
+        raise ExportError(f"--out must be the name of a new folder or file, but is {str(out)!r}; choose another")
+    if not out.exists():
+        return
+    if not replace:
+        raise ExportError(f"{out} must not exist yet, but does; choose another --out, or give --replace")
+    is_folder = (out / "config.json").is_file() and not (out / "config.yaml").exists()  # which a run has
+    if not (is_folder or (out.is_file() and out.suffix == ".gguf")):
+        raise ExportError(f"--replace must be of an export, but {out} is none; choose another --out")
+
+
+def allow_reading(path: Path) -> None:
+    """Give files the permissions that new files have here: safetensors makes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def sample(run: RunDirectory) -> Tensor:
-    """Return two rows of tokens (2, T) of the run's held-out text."""
+    """Return rows of tokens (B, T) of the run's held-out text, some 4,096 tokens, at least two rows."""
     import torch
 
-    batch = next(iter(run.heldout("val").in_order(run.config().model, 2)))
-    return torch.from_numpy(batch.idx)  # (2, T)
+    model = run.config().model
+    batch = next(iter(run.heldout("val").in_order(model, max(2, SAMPLE // model.block_size))))
+    return torch.from_numpy(batch.idx)  # (B, T)
 
 
 def require_exact(found: Difference) -> str:

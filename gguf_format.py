@@ -1,7 +1,7 @@
 """Models as GGUF files, which llama.cpp and what builds on it (Ollama, LM Studio, llama-cpp-python) load.
 
     in_f16 = write(Path("model.gguf"), model, tokenizer, "q8_0", name="code-50m")
-    largest, nll = difference(Path("model.gguf"), model, rows)
+    found = difference(Path("model.gguf"), model, rows)
 
 Three of llama.cpp's architectures hold shapes of ours: `gpt2` (learned positions, LayerNorm, gelu_new), `llama` (RoPE,
 RMSNorm, SwiGLU) and `arcee` (as llama, with the squared ReLU and no gate). Every other shape is refused, and so is every

@@ -12,6 +12,7 @@ Limit: tokens that are part of a character are never taken back, so a prompt tha
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -26,17 +27,32 @@ class Healing:
         """`spellings` has the text of each token id, empty for those that are never allowed."""
         self.text = text
         self._spellings = spellings
+        known = sorted(set(spellings))
+
+        def beyond(rest: str) -> bool:
+            """Whether a token begins with this."""
+            at = bisect_left(known, rest)
+            return at < len(known) and known[at].startswith(rest)
+
+        # from which characters on the rest can be spelt: " →" may be a token, and "→" none
+        self._goes_on = [False] * len(text) + [True]
+        short = {s for s in known if s and len(s) <= len(text)}
+        for i in reversed(range(len(text))):
+            inside = (text[i:j] in short and self._goes_on[j] for j in range(i + 1, len(text) + 1))
+            self._goes_on[i] = any(inside) or beyond(text[i:])
 
     def allowed(self, out: Sequence[int]) -> np.ndarray | None:
-        """Return which tokens may follow the new tokens `out`, (V,) bool, or None for all."""
-        left = self.text
-        for token in out:
-            if not left:
-                break
-            left = left[len(self._spellings[token]) :]
-        if not left:
+        """Return which tokens may follow the new tokens `out`, (V,) bool, at least one, or None for all."""
+        at = sum(len(self._spellings[token]) for token in out)
+        if at >= len(self.text):
             return None
-        return np.array([bool(s) and (s.startswith(left) or left.startswith(s)) for s in self._spellings])
+        left = self.text[at:]
+        return np.array(
+            [
+                bool(s) and (s.startswith(left) or (left.startswith(s) and self._goes_on[at + len(s)]))
+                for s in self._spellings
+            ]
+        )
 
 
 def take_back(ids: Sequence[int], spellings: Sequence[str]) -> tuple[list[int], Healing]:

@@ -1,6 +1,6 @@
 """A run's report as one HTML file that needs nothing else: pictures and style are inside, and no script.
 
-    text = page("runs/demo", ["3,344,064 parameters"], sections, figures, samples, config_yaml)
+    text = page("runs/demo", facts, sections, pictures, samples, samples_note, config_yaml)
 
 It can be opened from a mail, in light and dark mode, and printed. Whatever comes from outside, such as names and what a model
 wrote, is escaped; the page's own policy lets the browser load nothing from anywhere.

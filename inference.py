@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import KindlingError
@@ -26,12 +27,16 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()  # (N, K)
         scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-30).bfloat16()  # (N,)
-        self.register_buffer("weight", (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+        rounded = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.padding = -weight.size(1) % 16  # the kernel reads columns by sixteen, also beyond the last
+        self.register_buffer("weight", F.pad(rounded, (0, self.padding)))  # (N, K + padding)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)  # (B * T, K)
+        if self.padding:
+            flat = F.pad(flat, (0, self.padding))  # (B * T, K + padding)
         y = torch._weight_int8pack_mm(flat, self.weight, self.scale).view(*x.shape[:-1], -1)  # (B, T, N)
         return y if self.bias is None else y + self.bias
 

@@ -2,7 +2,7 @@
 
     curves = curves_of(read_metrics(run.path / "metrics.jsonl"))
     spectra(matrices(model))["qkv"][0].norm        # the largest singular value of layer 0's
-    units = token_units(model, tokenizer, text, runtime)
+    tokens = units(model, tokenizer, text, runtime)
 
 Limit: singular values come from the Gram matrix of the smaller side, so only those near the largest are exact; the smallest
 are not asked for.
@@ -149,10 +149,10 @@ def spectrum(m: Matrix) -> Spectrum:
     """Return the largest singular value of a matrix, and its stable rank ||W||_F² / ||W||₂² (Rudelson and Vershynin 2007)."""
     w = m.weight if m.weight.size(0) >= m.weight.size(1) else m.weight.T  # (long, short)
     scale = w.abs().max().item() or 1.0  # squares of small weights must not vanish
-    gram = (w / scale).T @ (w / scale)  # (short, short)
-    largest = math.sqrt(max(0.0, torch.linalg.eigvalsh(gram.cpu().double())[-1].item()))
+    gram = ((w / scale).T @ (w / scale)).cpu().double()  # (short, short), where there is float64
+    largest = math.sqrt(max(0.0, torch.linalg.eigvalsh(gram)[-1].item()))
     norm = scale * largest
-    stable = math.nan if largest == 0 else gram.diagonal().double().sum().item() / largest**2
+    stable = math.nan if largest == 0 else gram.diagonal().sum().item() / largest**2
     return Spectrum(m.layer, norm if largest else math.nan, stable, w.size(1))
 
 

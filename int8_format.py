@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autocomplete import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Completer
 from errors import KindlingError
 from files import sha256_file, write_json
+from int8_model import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Model
 from model import GPT
 from parity import Difference, compare
 from tokenizer import SentencePieceTokenizer, Tokenizer
@@ -71,5 +71,5 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
 
 def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
     """Compare the model with its export as NumPy computes it, on rows (B, T) of at least 2 tokens."""
-    exported = Completer(folder).model
+    exported = Model(folder)
     return compare(model, lambda row: torch.from_numpy(exported.logits(row.tolist())), rows)

@@ -1,4 +1,4 @@
-/* One token through a model of int8 weights: what autocomplete.Model does in NumPy, for int8_kernel.py to compile.
+/* One token through a model of int8 weights: what int8_model.Model does in NumPy, for int8_kernel.py to compile.
  *
  * A vector is rounded to integers for each product with a matrix, of as many bits as the sums leave room for (at least 13
  * up to 4,096 columns), so that products and sums are of integers, which a processor does faster than of floats.
@@ -26,7 +26,7 @@ typedef struct {
     int16_t *rounded;
 } Model;
 
-/* e to the x, to 2e-7 of it, which unlike expf a compiler can vectorise: 2 to a whole number, times a polynomial (Cephes) */
+/* e to the x, to 4e-6 of it, which unlike expf a compiler can vectorise: 2 to a whole number, times a polynomial (Cephes) */
 static inline float exponential(float x) {
     x = fminf(fmaxf(x, -87), 88);
     const float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -36,7 +36,7 @@ static inline float exponential(float x) {
     return (p * r * r + r + 1) * two.power;
 }
 
-/* the error function, to 1.5e-7 (Abramowitz and Stegun, 7.1.26) */
+/* the error function, to 5e-7 (Abramowitz and Stegun, 7.1.26) */
 static inline float error_function(float x) {
     const float a = fabsf(x), t = 1 / (1 + 0.3275911f * a);
     const float series = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));

@@ -1,6 +1,6 @@
 """One token through an int8 model in C, compiled for this machine when it is first asked for.
 
-    step = build(model)         # of an autocomplete.Model
+    step = build(model)         # of an int8_model.Model
     step(token, position)       # logits (V,), its keys and values are in the model's cache
 
     python autocomplete.py runs/demo --prompt "def " --kernel c
@@ -109,7 +109,7 @@ def _norm(norm: Any) -> _Norm:
 def build(model: Any) -> Step:
     """Return a function of a token and its position that gives its logits (V,), valid until the next call.
 
-    `model` is an `autocomplete.Model`, whose cache it reads and extends. Raises KernelError where nothing can be compiled.
+    `model` is an `int8_model.Model`, whose cache it reads and extends. Raises KernelError where nothing can be compiled.
     """
     function = _library().step
     function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _pointer], None

@@ -165,6 +165,10 @@ def draw(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Drawer]) ->
         tokens = logits.argmax(-1).tolist()
     else:
         up_to = next_token_probabilities(logits, sampling, seen).double().cumsum(-1)  # (B, V)
+        if not up_to[:, -1].isfinite().all():
+            raise GenerationError(
+                "a model's logits must be numbers, but are not; fall back to an older checkpoint, or use --precision fp32"
+            )
         drawn = torch.stack([torch.rand(1, generator=d.generator, dtype=torch.float64) for d in drawers])  # (B, 1)
         tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True).squeeze(1).tolist()
     for drawer, token in zip(drawers, tokens):

@@ -10,6 +10,7 @@ may be as long as the model's context, and heatmaps show its first 48 tokens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -112,7 +113,7 @@ def draw(subject: Subject, text: Text) -> dict[str, bytes]:
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files into a folder, all or none: each beside its place first, then renamed.
+    """Write files into a folder, each whole or not at all: all beside their places first, then renamed.
 
     Raises VisualizationError if they cannot be written.
     """
@@ -126,12 +127,13 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
         for path, written in partial.items():
             written.replace(path)
     except OSError as e:
-        for written in partial.values():
-            if written.parent.is_dir():
-                written.unlink(missing_ok=True)
         raise VisualizationError(
             f"{folder} must be writable for the plots, but is not ({e}); free some space or mend its permissions"
         ) from None
+    finally:
+        for written in partial.values():
+            with contextlib.suppress(OSError):
+                written.unlink(missing_ok=True)
 
 
 def compare(paths: list[Path]) -> None:

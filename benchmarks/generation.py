@@ -58,11 +58,12 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], list[int]]]:
     """Return every way to write the new tokens, by name."""
     import torch
 
-    from autocomplete import Model, Sampling, stream
+    from autocomplete import Sampling, stream
     from config import preset
     from decoding import generate
     from inference import ready
     from int8_format import write
+    from int8_model import Model
     from model import TransformersGPT2
     from sampling import Sampling as TorchSampling
     from tokenizer import train_bpe

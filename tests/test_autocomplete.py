@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import autocomplete
 import int8_kernel
-from autocomplete import Completer, CompletionError, Model, Sampling, draw, erf, main, stream
+from autocomplete import Completer, Sampling, draw, main, stream
 from config import PRESETS, ModelConfig, TokenizerConfig
 from int8_format import difference, quantize, write
+from int8_model import CompletionError, Model, erf
 from model import GPT
 from tokenizer import train_bpe
 
@@ -52,6 +53,11 @@ def exported(folder: Path, cfg: ModelConfig, tokenizer=None) -> GPT:
                 q, scale = quantize(p)
                 p.copy_(q * scale[:, None])
     return model
+
+
+def written(completer: Completer, text: str, sampling: Sampling) -> str:
+    """What the model writes behind a text."""
+    return "".join(completer.complete(completer.prompt_ids(text, sampling.max_new_tokens)[0], sampling))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def test_the_same_seed_gives_the_same_text(exports):
     completer = Completer(exports["demo"][0])
 
     def text(seed: int) -> str:
-        return "".join(completer.complete("def ", Sampling(1.5, 0, 20, seed)))
+        return written(completer, "def ", Sampling(1.5, 0, 20, seed))
 
     assert text(3) == text(3) != text(4)
 
@@ -146,9 +152,10 @@ def test_it_ends_at_end_of_text_and_where_the_context_is_full(exports):
 def test_the_prompt_is_cropped_from_the_left_to_leave_room(exports):
     completer = Completer(exports["autocomplete"][0])
     ids = completer.tokenizer.encode(TEXT, add_special_tokens=False).ids
-    assert completer.prompt_ids(TEXT, 10) == (ids[-22:], len(ids) - 22)
-    assert completer.prompt_ids(TEXT, 1000) == (ids[-16:], len(ids) - 16)  # half of the context at least stays
-    assert completer.prompt_ids("def", 10)[1] == 0
+    assert completer.prompt_ids(TEXT, 10) == (ids[-22:], True)
+    assert completer.prompt_ids(TEXT, 1000) == (ids[-16:], True)  # half of the context at least stays
+    assert completer.prompt_ids(TEXT * 500, 10) == (ids[-22:], True)  # of which most is never encoded
+    assert completer.prompt_ids("def", 10)[1] is False
 
 
 def test_a_token_that_begins_documents_is_put_where_the_beginning_is_seen(tmp_path):
@@ -170,7 +177,8 @@ def test_the_pieces_are_whole_characters(exports, monkeypatch):
     ids = completer.tokenizer.encode("é🔥x", add_special_tokens=False).ids
     assert len(ids) > 3
     monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(ids))
-    assert [piece for piece in completer.complete("d", Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
+    d = completer.prompt_ids("d", 20)[0]
+    assert [piece for piece in completer.complete(d, Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
 
 
 def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
@@ -186,10 +194,10 @@ def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
     monkeypatch.setattr(Model, "read", logits)
     cut = "class Stack:\n    def __in"
     ids, _ = completer.prompt_ids(cut, 1)
-    written = "".join(completer.complete(cut, Sampling(0.0, 0, 1, 0)))
+    text = written(completer, cut, Sampling(0.0, 0, 1, 0))
     assert asked[0] == ids[:-3]
     new = [token for ids in asked[1:] for token in ids]
-    assert len(new) == 3 and (cut + written).startswith(completer.tokenizer.decode(asked[0] + new)) and written
+    assert len(new) == 3 and (cut + text).startswith(completer.tokenizer.decode(asked[0] + new)) and text
 
 
 def test_neither_torch_nor_pydantic_is_imported(exports):
@@ -224,18 +232,26 @@ def damage(folder: Path, what: str) -> None:
         (folder / "model.safetensors").unlink()
     elif what == "no tokenizer":
         (folder / "tokenizer.json").unlink()
-    elif what == "another format":
+    elif what in ("another format", "another shape", "no heads"):
         meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps({**meta, "format": 99}), encoding="utf-8")
+        if what == "no heads":
+            del meta["model"]["n_head"]
+        elif what == "another shape":
+            meta["model"]["n_layer"] = 3
+        else:
+            meta["format"] = 99
+        (folder / "config.json").write_text(json.dumps(meta), encoding="utf-8")
     else:
         (folder / "config.json").write_text("{", encoding="utf-8")
 
 
-@pytest.mark.parametrize("what", ["a flipped byte", "no weights", "no tokenizer", "another format", "no json"])
+@pytest.mark.parametrize(
+    "what", ["a flipped byte", "no weights", "no tokenizer", "another format", "another shape", "no heads", "no json"]
+)
 def test_a_damaged_export_is_refused(exports, tmp_path, what):
     shutil.copytree(exports["demo"][0], tmp_path / "x")
     damage(tmp_path / "x", what)
-    with pytest.raises(CompletionError, match=r"must be .* export"):
+    with pytest.raises(CompletionError, match=r"must be .*export"):
         Completer(tmp_path / "x")
 
 

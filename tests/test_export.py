@@ -50,19 +50,47 @@ def test_a_run_is_exported_into_its_own_folder_and_checked(run, tmp_path, capsys
 
 def test_the_int8_export_completes_a_text(run, tmp_path):
     assert main([str(run.path), "--to", "int8", "--out", str(tmp_path / "x")]) == 0
-    pieces = list(Completer(tmp_path / "x").complete("import ", Sampling(0.0, 0, 5, 0)))
-    assert "".join(pieces)
+    completer = Completer(tmp_path / "x")
+    assert "".join(completer.complete(completer.prompt_ids("import ", 5)[0], Sampling(0.0, 0, 5, 0)))
 
 
 def test_an_export_that_is_there_is_replaced_only_when_asked(run, tmp_path):
     out = tmp_path / "x"
-    out.mkdir()
+    assert main([str(run.path), "--to", "int8", "--out", str(out)]) == 0
     (out / "mine.txt").write_text("kept", encoding="utf-8")
     with pytest.raises(ExportError, match="--replace"):
         main([str(run.path), "--to", "int8", "--out", str(out)])
-    assert leftovers(out) == ["mine.txt"]
+    assert "mine.txt" in leftovers(out)
     assert main([str(run.path), "--to", "int8", "--out", str(out), "--replace"]) == 0
     assert "mine.txt" not in leftovers(out) and leftovers(tmp_path) == ["x"]
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+@pytest.mark.parametrize("what", ["a run", "a folder", "a file", "a link", "."])
+def test_nothing_but_an_export_is_ever_replaced(run, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "x"
+    if what == "a run":
+        shutil.copytree(run.path, out)
+    elif what in ("a folder", "a link"):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "mine.txt").write_text("mine", encoding="utf-8")
+        out = tmp_path / "real" if what == "a folder" else out
+        if what == "a link":
+            out.symlink_to(tmp_path / "real")
+    elif what == "a file":
+        out.write_text("mine", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ExportError, match=r"--replace must be of an export|--out must be"):
+        main([str(run.path), "--to", "int8", "--out", "." if what == "." else str(out), "--replace"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_exports_to_one_place_the_first_stays(tmp_path):
+    with pytest.raises(ExportError, match="must not exist yet"), written(tmp_path / "x", False) as partial:
+        partial.write_text("slow", encoding="utf-8")
+        (tmp_path / "x").write_text("fast", encoding="utf-8")
+    assert leftovers(tmp_path) == ["x"] and (tmp_path / "x").read_text(encoding="utf-8") == "fast"
 
 
 @pytest.mark.parametrize("to", ["hf", "int8", "gguf"])
@@ -75,18 +103,12 @@ def test_an_export_that_computes_something_else_is_deleted(run, tmp_path, monkey
 
 
 def test_an_interrupted_export_leaves_nothing_and_what_was_there(tmp_path):
-    (tmp_path / "x").write_text("old", encoding="utf-8")
-    with pytest.raises(KeyboardInterrupt), written(tmp_path / "x", replace=True) as partial:
+    old = tmp_path / "x.gguf"
+    old.write_text("old", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), written(old, replace=True) as partial:
         partial.write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
-    assert leftovers(tmp_path) == ["x"] and (tmp_path / "x").read_text(encoding="utf-8") == "old"
-
-
-def test_what_a_killed_export_left_is_no_hindrance(run, tmp_path):
-    (tmp_path / ".x.partial").mkdir()
-    (tmp_path / ".x.partial" / "half").write_text("", encoding="utf-8")
-    assert main([str(run.path), "--to", "int8", "--out", str(tmp_path / "x")]) == 0
-    assert leftovers(tmp_path) == ["x"]
+    assert leftovers(tmp_path) == ["x.gguf"] and old.read_text(encoding="utf-8") == "old"
 
 
 def test_a_difference_that_is_no_number_is_never_small():

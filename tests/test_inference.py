@@ -89,6 +89,15 @@ def test_an_int8_layer_multiplies_by_the_rounded_weights():
     assert (layer(x).float() - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+@pytest.mark.parametrize("width", [36, 40, 50, 100])
+def test_an_int8_layer_of_any_width_is_right(width):
+    linear = torch.nn.Linear(width, 33)
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = Int8Linear(linear)
+    expected = linear(x.float())
+    assert (layer(x).float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 def test_int8_on_another_device_is_refused():
     with pytest.raises(KindlingError, match=r"int8 must run on the CPU"):
         ready(model_of(CFG).to("meta"), "int8")
