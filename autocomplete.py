@@ -4,9 +4,9 @@
     python autocomplete.py runs/demo --file main.c          # completes at the end of the file; - reads stdin
     python autocomplete.py runs/demo --prompt "def add(a, b):" --mode creative
 
-The process holds little more than the file: its weights stay int8 (`int8_model.py`). The prompt is cropped from the left, so that what is
-written fits the context behind it; it ends at end of text. `--kernel c` compiles a small kernel first (`int8_kernel.py`),
-which is faster. Of the project it needs `int8_model.py`, `healing.py` and those for the kernel, and nothing else.
+The process holds little more than the file: its weights stay int8 (`int8_model.py`). The prompt is cropped from the left, so
+that what is written fits the context behind it; it ends at end of text. `--kernel c` compiles a small kernel first
+(`int8_kernel.py`), which is faster. Of the project it needs `int8_model.py`, `healing.py` and those for the kernel, no more.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def read_text(args: argparse.Namespace) -> str:
     """Return the text to complete; raises CompletionError if there is none."""
-    where = "--prompt" if args.file is None else args.file
+    where = "--prompt" if args.file is None else "stdin" if args.file == "-" else args.file
     try:
         if args.file is None:
             text = os.fsencode(args.prompt).decode("utf-8")

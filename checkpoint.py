@@ -291,7 +291,7 @@ def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
         if (candidate / "config.yaml").is_file():
             return RunDirectory(candidate)
     names = ", ".join(sorted(str(p.parent) for p in RUNS.glob("*/config.yaml"))) or "none"
-    raise CheckpointError(f"{path} must be the folder of a run, but holds no config.yaml; there are: {names}")
+    raise CheckpointError(f"{path} must be the folder of a run, with a config.yaml, but is not; there are: {names}")
 
 
 def _is_pretrained(folder: Path) -> bool:

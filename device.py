@@ -58,7 +58,7 @@ def resolve(cfg: TrainConfig) -> Runtime:
     if not available[kind]:
         there = ", ".join(k for k, yes in available.items() if yes)
         raise DeviceError(
-            f"train.device must be a device of this machine ({there}), but is {kind!r}; set --train.device auto"
+            f"the device must be one of this machine ({there}), but is {kind!r}; set --device auto, or --train.device auto"
         )
     if kind == "cuda" and cfg.precision != "fp32":  # TensorFloat-32 for what stays float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -48,8 +48,8 @@ class Flags:
     """The run's folder, or its name under runs/. The newest if left out."""
     to: Literal["hf", "gguf", "int8"] = "hf"
     """hf: a folder for transformers, with a model card; gguf: one file for llama.cpp; int8: a folder for autocomplete.py."""
-    type: Literal["f32", "f16", "q8_0"] = "f16"
-    """For gguf: how the matrices are held."""
+    type: Literal["f32", "f16", "q8_0"] | None = None
+    """For gguf: how the matrices are held. None: f16."""
     out: Path | None = None
     """Where to write. None: export/ in the run."""
     replace: bool = False
@@ -64,6 +64,7 @@ def written(out: Path, replace: bool) -> Iterator[Path]:
     """
     require_place(out, replace)
     try:
+        is_new = not out.parent.exists()
         out.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
@@ -80,6 +81,9 @@ def written(out: Path, replace: bool) -> Iterator[Path]:
                 raise
         finally:
             shutil.rmtree(room, ignore_errors=True)
+            if is_new and not out.exists():
+                with contextlib.suppress(OSError):
+                    out.parent.rmdir()
     except OSError as e:
         raise ExportError(
             f"{out} must be writable, but is not ({e}); free some space or choose another --out"
@@ -182,16 +186,19 @@ def main(argv: list[str] | None = None) -> int:
 
     from checkpoint import find_run, load_model
 
-    run = find_run(flags.run)
-    name = f"{run.path.resolve().name}-{flags.type}.gguf" if flags.to == "gguf" else flags.to
+    if flags.type is not None and flags.to != "gguf":
+        raise ExportError(f"--type must be left out with --to {flags.to}, but is {flags.type}; it is for --to gguf")
+    run, kind = find_run(flags.run), flags.type or "f16"
+    name = f"{run.path.resolve().name}-{kind}.gguf" if flags.to == "gguf" else flags.to
     out = run.path / "export" / name if flags.out is None else flags.out
+    require_place(out, flags.replace)
+    loaded, checkpoint = load_model(run, torch.device("cpu"))
+    model = loaded.for_generation()
     with written(out, flags.replace) as partial:
-        loaded, checkpoint = load_model(run, torch.device("cpu"))
-        model = loaded.for_generation()
         if flags.to == "hf":
             said = to_hf(run, model, checkpoint, partial)
         elif flags.to == "gguf":
-            said = to_gguf(run, model, flags.type, partial)
+            said = to_gguf(run, model, kind, partial)
         else:
             said = to_int8(run, model, checkpoint, partial)
     size = sum(f.stat().st_size for f in (out.rglob("*") if out.is_dir() else [out]) if f.is_file())

@@ -94,7 +94,11 @@ def parse(argv: list[str] | None = None) -> Flags:
 
 
 def _utf8(argument: str) -> str:
-    return os.fsencode(argument).decode("utf-8", "replace")  # whatever the locale says
+    """Return an argument as UTF-8, whatever the locale says; raises GenerationError if it is not."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise GenerationError(f"a text must be in UTF-8, but {argument[:40]!r} is not; convert it") from None
 
 
 def _check(flags: Flags) -> None:

@@ -87,12 +87,15 @@ def architecture(cfg: ModelConfig) -> Architecture:
     return "kindling" if obstacles(cfg, "llama") else "llama"
 
 
+MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
+"""The properties that say what a setting of None derives."""
+
+
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
     """Return the settings in which two shapes differ; "derive" and the value that it gives are the same."""
-    meaning = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
     unused = {*TRAINING} | (set() if "rope" in (a.position, b.position) else {"rope_theta"})
     names = [f.name for f in fields(ModelConfig) if f.name not in unused]
-    return [f for f in names if getattr(a, meaning.get(f, f)) != getattr(b, meaning.get(f, f))]
+    return [f for f in names if getattr(a, MEANING.get(f, f)) != getattr(b, MEANING.get(f, f))]
 
 
 def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig:

@@ -196,5 +196,5 @@ def _compile(compiler: str, path: Path) -> None:
                 library.replace(path)
                 return
     raise KernelError(
-        f"--kernel c must be able to compile, but {compiler} says: {' '.join(done.stderr.split())[:200]}; use numpy"
+        f"--kernel c must be able to compile, but {compiler} says: {' '.join(done.stderr.split())[:200] or 'nothing'}; use numpy"
     )

@@ -256,7 +256,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             return meta
         problem = f"it has format {meta['format']}, and this is for format {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError) as e:
-        problem = f"{type(e).__name__}: {e}"
+        problem = f"{CONFIG} is missing" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
     raise CompletionError(
         f"{folder} must be a run's export to int8, but is not ({problem}); make one with `python export.py RUN --to int8`"
     )

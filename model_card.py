@@ -54,7 +54,7 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
         _front_matter(cfg, ledger),
         f"# {name}\n",
         _introduction(cfg, run, step),
-        _use(cfg, name, files),
+        _use(cfg, files),
         _tables([_shape(cfg.model), _training(cfg, run, checkpoint, step)]),
         _tables(public([_sources(cfg), _ledger(ledger, cfg), _splits(manifest, cfg)])),
         *(_evaluation(run, checkpoint, split, public) for split in ("val", "test")),
@@ -134,7 +134,7 @@ def _introduction(cfg: Config, run: RunDirectory, step: int) -> str:
     )
 
 
-def _use(cfg: Config, name: str, files: Sequence[str] | None) -> str:
+def _use(cfg: Config, files: Sequence[str] | None) -> str:
     kind = architecture(cfg.model)
     own = ", trust_remote_code=True" if kind == "kindling" else ""
     prompt = "def fib(n):\n"
@@ -142,7 +142,7 @@ def _use(cfg: Config, name: str, files: Sequence[str] | None) -> str:
         prompt = prompt_text(cfg.data.template, Exchange("Write a Python function that adds two numbers."))
     code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = {name!r}  # this folder, or its name on the hub
+name = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name{own})
 model = AutoModelForCausalLM.from_pretrained(name{own})
 inputs = tokenizer({prompt!r}, return_tensors="pt")

@@ -49,8 +49,8 @@ def pictures_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> list[P
         "spectral_norms.png": "Two panels of lines over the layers, one line for each kind of matrix.",
     }
     of = {
-        "token_loss.png": f" {text.what}.",
-        "attention.png": f" {text.what}. Each layer is larger in plots/attention/.",
+        "token_loss.png": f" The text is {text.what}.",
+        "attention.png": f" The text is {text.what}. Each layer is larger in plots/attention/.",
     }
     return [Picture(plots[name], CAPTIONS[name] + of.get(name, ""), alts[name]) for name in CAPTIONS if name in plots]
 
@@ -207,7 +207,7 @@ def _graded(row: dict[str, Any]) -> Sample:
     verdict = ", ".join(
         filter(
             None,
-            (_text(row, "verdict"), _text(row, "reason"), "compiles" if row.get("compiles") else "does not compile"),
+            (_text(row, "verdict"), _text(row, "reason"), "" if row.get("compiles") else "no statement of its own"),
         )
     )
     program, text = _text(row, "program"), _text(row, "text")

@@ -21,7 +21,7 @@ from data_pipeline import DATA, prepare
 from device import Runtime
 from errors import KindlingError
 from examples import ExampleRows, Examples, open_split
-from hf_layout import differing, load_into
+from hf_layout import MEANING, differing, load_into
 from model import LanguageModel, build_model
 from shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
 from tokenizer import Tokenizer, load_json, load_pretrained
@@ -148,8 +148,9 @@ def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
     if "learned" not in (shape.position, cfg.position):  # then no weight depends on the length of the context
         names = [name for name in names if name != "block_size"]
     if names:
-        said = ", ".join(f"{name} {getattr(shape, name)} for {getattr(cfg, name)}" for name in names)
-        flags = " ".join(f"--model.{name.replace('_', '-')} {getattr(shape, name)}" for name in names)
+        its, ours = ([getattr(c, MEANING.get(name, name)) for name in names] for c in (shape, cfg))
+        said = ", ".join(f"{name} {value} for {own}" for name, value, own in zip(names, its, ours))
+        flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in zip(names, its))
         raise CheckpointError(
             f"train.init_from must name weights of the run's shape, but {folder} has {said}; set {flags}"
         )

@@ -64,7 +64,7 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
                 f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
             ) from None
     else:
-        text = None if flags.text is None else os.fsencode(flags.text).decode("utf-8", "replace")
+        text = None if flags.text is None else _utf8(flags.text)
     if text == "":
         name = "--text" if flags.file is None else f"the file {str(flags.file)!r}"
         raise VisualizationError(f"{name} must hold some text, but is empty; leave it out for held-out text")
@@ -112,6 +112,14 @@ def draw(subject: Subject, text: Text) -> dict[str, bytes]:
     return out
 
 
+def _utf8(argument: str) -> str:
+    """Return an argument as UTF-8, whatever the locale says; raises VisualizationError if it is not."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise VisualizationError(f"--text must be in UTF-8, but {argument[:40]!r} is not; convert it") from None
+
+
 def write_all(folder: Path, files: dict[str, bytes]) -> None:
     """Write files into a folder, each whole or not at all: all beside their places first, then renamed.
 
@@ -121,6 +129,8 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
     try:
         for name, content in files.items():
             path = folder / name
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial[path] = path.with_name(f".{path.name}.partial")
             partial[path].write_bytes(content)

@@ -13,15 +13,16 @@ LAYERS = [
     for layer in (
         "bpe docstrings errors files healing int8_kernel intervals modeling_kindling plots prompts sandbox_worker syscall_filter "
         "tables verbatim",
-        "autocomplete chat comparison config harness_data html_report metrics pool report sampling sandbox tasks text_plots",
-        "compare_runs config_io device duplicates filters loss shards",
+        "chat comparison config harness_data html_report int8_model metrics pool report sampling sandbox tasks text_plots",
+        "autocomplete compare_runs config_io device duplicates filters loss shards",
         "cli examples extraction ledger model sources",
         "decoding hf_layout inference judge parity tokenizer",
-        "checkpoint conversations functional gguf_format harness_model heldout hf_format int8_format memorization perplexity",
-        "audit completion harness model_card trainer workers",
-        "dry_run export generate inspection mixture",
-        "data_pipeline run_page",
-        "evaluate stage visualize",
+        "checkpoint completion conversations functional gguf_format harness_model heldout hf_format int8_format memorization "
+        "perplexity",
+        "audit generate harness inspection model_card trainer workers",
+        "dry_run export mixture run_page",
+        "data_pipeline visualize",
+        "evaluate stage",
         "main sft_train",
     )
 ]

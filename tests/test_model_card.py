@@ -180,6 +180,6 @@ def test_the_code_in_the_card_runs_as_it_stands(made, monkeypatch, capsys, own):
     hf_format.write(folder, model, run.tokenizer(), text)
     assert ("trust_remote_code=True" in text) == own
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    monkeypatch.chdir(folder.parent)
+    monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("def fib(n):\n")
