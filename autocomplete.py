@@ -239,12 +239,22 @@ def main(argv: list[str] | None = None) -> int:
 def stats(n_more: int, first_s: float, more_s: float) -> str:
     """Return one line about speed and memory."""
     speed = f", then {n_more / more_s:,.0f} tokens/s" if n_more else ""
+    peak = peak_memory_bytes()
+    return f"first token after {first_s:.2f} s{speed}" + (f"; {peak / 1e6:,.0f} MB of memory at most" if peak else "")
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that was resident in this process, 0 if unknown."""
+    try:  # Linux; getrusage would count the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # Windows
-        return f"first token after {first_s:.2f} s{speed}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"first token after {first_s:.2f} s{speed}; {peak / 1e6:,.0f} MB of memory at most"
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
