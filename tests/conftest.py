@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 if TYPE_CHECKING:
@@ -131,6 +130,7 @@ def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> N
 
 def make_run(path: Path, corpus: Path, model: ModelConfig | None = None, n_files: int = 6) -> "RunDirectory":
     """Write a run of an untrained model: config, tokenizer, held-out shards and one checkpoint, in a tenth of a second."""
+    import numpy as np
     import torch
 
     from checkpoint import RunDirectory

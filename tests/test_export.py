@@ -3,7 +3,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import assert_one_clear_line, make_run, script
+from conftest import make_run, script
 
 from autocomplete import Completer, Sampling
 from checkpoint import CheckpointError, RunDirectory
@@ -149,4 +149,3 @@ def test_the_script_says_what_comes_next(run, tmp_path):
     result = script("export.py", str(run.path), "--to", "int8", "--out", "x", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == 'results in x; next: python autocomplete.py x --prompt "def "'
-    assert_one_clear_line(script("export.py", str(run.path), "--to", "int8", "--out", "x", cwd=tmp_path), "--replace")

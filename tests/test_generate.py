@@ -12,6 +12,7 @@ from conftest import ROOT, assert_one_clear_line, script
 from tiny_runs import bigram_model, make_run
 
 import generate
+from checkpoint import CheckpointError
 from config import TokenizerConfig
 from sampling import GenerationError, Sampling
 from tokenizer import Tokenizer, train_bpe
@@ -227,13 +228,14 @@ def test_text_reaches_a_pipe_as_it_is_sampled_and_ctrl_c_ends_it_on_a_new_line(r
     assert re.fullmatch(rb"x+\n", begun + rest)
 
 
-def test_a_run_that_is_not_there_is_one_clear_line(tmp_path):
+def test_a_run_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
     assert_one_clear_line(
         script("generate.py", "runs/none", "--prompt", "x", cwd=tmp_path), "runs/none", "there are: none"
     )
-    assert_one_clear_line(script("generate.py", "--prompt", "x", cwd=tmp_path), "python main.py")
-    assert_one_clear_line(script("evaluate.py", cwd=tmp_path), "python main.py")
-    assert not list(Path(tmp_path).iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"python main\.py"):
+        generate.main(["--prompt", "x"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_imports_nothing_that_takes_long():

@@ -355,7 +355,10 @@ def test_the_sandbox_holds_for_an_ordinary_user_too():
 
 
 def in_site(module) -> bool:
-    return "site-packages" in Path(getattr(module, "__file__", None) or "").parts
+    """Whether a module is of the site's packages, without the large ones, which other tests import and this needs not."""
+    parts = Path(getattr(module, "__file__", None) or "").parts
+    large = {"torch", "transformers", "numpy", "matplotlib", "datasets", "pyarrow", "pandas", "sympy", "PIL"}
+    return "site-packages" in parts and not large.intersection(parts)
 
 
 def same_python(command: list[str], environment: dict[str, str]) -> bool:
