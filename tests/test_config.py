@@ -85,7 +85,7 @@ def configs(cls):
     return draw_config()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
 @given(configs(Config))
 def test_yaml_round_trip_keeps_every_field(cfg):
     assert config_io.from_yaml(config_io.to_yaml(cfg)) == cfg

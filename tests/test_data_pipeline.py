@@ -196,6 +196,7 @@ def test_the_table_of_documents_is_what_the_log_says(corpus):
         assert set(table["languages"]) == {"python", "text", "c"} and len(table["sources"]) == 2
 
 
+@pytest.mark.slow
 def test_builds_with_one_and_two_workers_and_after_a_kill_are_the_same_bytes(corpus):
     shutil.copytree(corpus, "repo")
     for i in range(8):

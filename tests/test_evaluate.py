@@ -85,6 +85,7 @@ def test_every_sample_is_kept_and_the_figures_are_counts_of_them(work, name):
     assert found["memorisation"]["longest"] == max(s["overlap"] for s in kept)
 
 
+@pytest.mark.slow
 @needs_bwrap
 def test_the_same_evaluation_gives_the_same_samples_with_another_batch_and_other_workers(work, tmp_path):
     shutil.copytree(work / "runs/base", tmp_path / "runs/base")
@@ -106,6 +107,7 @@ def test_runs_are_compared_side_by_side(work):
     assert_one_clear_line(script("evaluate.py", "--compare", "base", cwd=work), "two")
 
 
+@pytest.mark.slow
 def test_texts_of_the_user_are_predicted_with_the_same_figures_for_any_stride_that_is_whole(work, corpus):
     flags = ["--eval.benchmarks", "none", "--eval.signatures", "0", "--text", str(corpus / "json/decoder.py")]
     shutil.copytree(work / "runs/base", work / "runs/texts")
@@ -133,6 +135,7 @@ def test_without_bubblewrap_losses_are_saved_and_no_code_is_run(work, tmp_path):
     assert {s["benchmark"] for s in samples(tmp_path / "runs/base")} == {"held-out functions"}
 
 
+@pytest.mark.slow
 def test_without_a_sandbox_it_says_so_and_the_results_carry_it(work, tmp_path):
     shutil.copytree(work / "runs/base", tmp_path / "runs/base")
     flags = [*LITTLE, "--eval.benchmarks", "problems:1", "--sandbox", "none"]

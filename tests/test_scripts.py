@@ -201,6 +201,7 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, corpus):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_with_the_document_mask_is_evaluated_with_it_and_not_resumed_without(work, corpus):
     flags = [*tiny_flags(corpus), "--name", "masked", "--model.document-mask"]
     result = script("main.py", *flags, "True", cwd=work)
@@ -220,6 +221,7 @@ def test_a_run_with_the_document_mask_is_evaluated_with_it_and_not_resumed_witho
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_weights_of_another_run_start_a_new_one(work, corpus):
     result = script(
         "main.py",
@@ -313,6 +315,7 @@ def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpu
         assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), *words)
 
 
+@pytest.mark.slow
 def test_sources_that_changed_since_a_run_began_are_refused_once_its_shards_are_gone(work, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "repo")
     flags = tiny_flags(Path("repo"))
@@ -400,6 +403,7 @@ def test_damaged_heldout_data_of_a_run_says_where_it_can_be_had_again(work):
     assert script("evaluate.py", "heldout", *LOSSES_ONLY, cwd=work).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small filesystem")
 def test_a_disk_that_is_really_full_loses_nothing(work, corpus, tmp_path):
     """A run on a filesystem with room for its start, but not for another checkpoint."""

@@ -315,6 +315,7 @@ def test_a_file_without_one_good_row_is_one_clear_line_that_says_why(work, tmp_p
     assert not (work / "runs/none").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_template_is_noticed_wherever_it_would_be_used(work, corpus):
     folder = work / "runs/base-sft/data"
     saved = (folder / "manifest.json").read_text(encoding="utf-8")
