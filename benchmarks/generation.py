@@ -5,8 +5,8 @@
 Decoding: the `code-50m` shape with random weights, a prompt of 128 tokens, 128 new ones, greedy, batch 1, without end of text;
 all ways in turn, in one process, in rounds. The rate is that of the 127 tokens after the first; medians, the best round, and
 the median ratio within rounds. Completion: the `autocomplete` shape in processes of its own, from the start to the first
-token, then tokens a second, and peak memory; so are autocomplete.py's ways of decoding. Random weights cost the same time as
-trained ones. Writes `results/generation.json`.
+token, then tokens a second, and peak memory. Random weights cost the same time as trained ones. Writes
+`results/generation.json`.
 """
 
 from __future__ import annotations
@@ -92,34 +92,35 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
     """Return every way to write the new tokens, by name."""
     import torch
 
+    from autocomplete import Sampling, stream
     from config import preset
-    from decoding import stream
+    from decoding import stream as torch_stream
     from inference import ready
     from int8_format import write
+    from int8_model import Model
     from model import TransformersGPT2
-    from sampling import Sampling
+    from sampling import Sampling as TorchSampling
     from tokenizer import train_bpe
 
     torch.manual_seed(0)
     cfg = preset("code-50m")
     backbone = TransformersGPT2(replace(cfg.model, backbone="transformers")).eval()
     ids = torch.randint(cfg.model.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
-    greedy = Sampling(max_new_tokens=NEW, greedy=True)
+    greedy, int8_greedy = TorchSampling(max_new_tokens=NEW, greedy=True), Sampling(0.0, 0, NEW, 0)
     ways = {
         f"transformers, {name}": transformers_way(backbone, dtype, ids)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     for precision in ("fp32", "bf16", "int8"):
         gpt = ready(backbone, precision)
-        ways[f"generate.py, {precision}"] = timed(lambda gpt=gpt: stream(gpt, ids, greedy, -1))
+        ways[f"generate.py, {precision}"] = timed(lambda gpt=gpt: torch_stream(gpt, ids, greedy, -1))
     (folder / "code-50m").mkdir()
     write(folder / "code-50m", backbone.for_generation(), train_bpe(["def"], cfg.tokenizer, 300), "random weights")
-    (folder / "code-50m" / "prompt.txt").write_text(json.dumps(ids), encoding="utf-8")
-    for kernel in (
-        "numpy",
-        "c",
-    ):  # each in a process of its own, as it is used: torch's threads would stand in their way
-        ways[f"autocomplete.py, int8, {kernel}"] = lambda kernel=kernel: own_way(folder / "code-50m", kernel)
+    for kernel in ("numpy", "c"):
+        exported = Model(folder / "code-50m")
+        if kernel == "c":
+            exported.compile()
+        ways[f"autocomplete.py, int8, {kernel}"] = timed(lambda model=exported: stream(model, ids, int8_greedy, -1))
     return ways
 
 
@@ -158,10 +159,12 @@ def exported_autocomplete(folder: Path) -> None:
     torch.manual_seed(0)
     folder.mkdir()
     write(folder, GPT(cfg.model).eval(), train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size), "random weights")
-    (folder / "prompt.txt").write_text(texts[0][:3000], encoding="utf-8")
+    (folder / "prompt.py").write_text(texts[0][:3000], encoding="utf-8")
 
 
-CHILD = """
+def completion(folder: Path, kernel: str) -> dict[str, float]:
+    """Return the figures of processes that complete a text: seconds to the first token, tokens a second, peak memory."""
+    code = """
 import sys, time
 started = float(sys.argv.pop())
 sys.path.insert(0, sys.argv.pop())
@@ -170,50 +173,31 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import json
 from pathlib import Path
 import autocomplete
-folder, n_new = Path(sys.argv[1]), int(sys.argv[3])
+folder = Path(sys.argv[1])
 completer = autocomplete.Completer(folder)
 if sys.argv[2] == "c":
     completer.model.compile()
-text = (folder / "prompt.txt").read_text(encoding="utf-8")
-if text.startswith("["):
-    ids = json.loads(text)
-else:
-    ids, _ = completer.prompt_ids(text, n_new)
-tokens = autocomplete.stream(completer.model, ids, autocomplete.Sampling(0.0, 0, n_new, 0), -1)
-out = [next(tokens)]
+text = (folder / "prompt.py").read_text(encoding="utf-8")
+sampling = autocomplete.Sampling(0.2, 10, 128, 0)
+ids, _ = completer.prompt_ids(text, 128)
+assert len(ids) == 128, len(ids)
+tokens = autocomplete.stream(completer.model, ids, sampling, -1)
+next(tokens)
 first = time.time()
-out += tokens
-print(json.dumps([first - started, time.time() - first, autocomplete.peak_memory_bytes(), len(ids), out]))
+n = sum(1 for _ in tokens)
+rate = n / (time.time() - first)
+print(json.dumps([first - started, rate, autocomplete.peak_memory_bytes()]))
 """
-
-
-def in_a_process(folder: Path, kernel: str) -> tuple[float, float, float, int, list[int]]:
-    """Write NEW tokens after the prompt in `folder` by a new process, as autocomplete.py does.
-
-    Returns the seconds from its start to the first token, those after it, its peak memory in bytes, and both texts' tokens.
-    """
-    command = [sys.executable, "-c", CHILD, str(folder), kernel, str(NEW), str(ROOT), str(time.time())]
-    return tuple(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-
-
-def own_way(folder: Path, kernel: str) -> tuple[float, list[int]]:
-    """Return the seconds after the first token, and the text, of a process."""
-    _, seconds, _, _, out = in_a_process(folder, kernel)
-    return seconds, out
-
-
-def completion(folder: Path, kernel: str) -> dict[str, float]:
-    """Return the figures of processes that complete a text: seconds to the first token, tokens a second, peak memory."""
-    first, rest, memory = [], [], []
+    runs = []
     for _ in range(ROUNDS):
-        started, seconds, peak, n_prompt, out = in_a_process(folder, kernel)
-        assert (n_prompt, len(out)) == (PROMPT, NEW)
-        first.append(started), rest.append(seconds), memory.append(peak)
+        command = [sys.executable, "-c", code, str(folder), kernel, str(ROOT), str(time.time())]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        runs.append(json.loads(out))
+    first, rate, memory = (statistics.median(column) for column in zip(*runs))
     return {
-        f"{kernel}, first token after the start of the process, s": statistics.median(first),
-        f"{kernel}, tokens/s": (NEW - 1) / statistics.median(rest),
-        f"{kernel}, tokens/s, best": (NEW - 1) / min(rest),
-        f"{kernel}, peak memory, MB": statistics.median(memory) / 1e6,
+        f"{kernel}, first token after the start of the process, s": first,
+        f"{kernel}, tokens/s": rate,
+        f"{kernel}, peak memory, MB": memory / 1e6,
     }
 
 

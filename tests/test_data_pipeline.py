@@ -469,6 +469,7 @@ def kill_on_poison(batch: list[Document], tokenizer_file: Path | None) -> list[E
     return [Examined(d.key, d.language, d.size, text=d.text) for d in batch]
 
 
+@pytest.mark.slow
 def test_a_document_that_kills_its_worker_is_dropped_and_only_that_one():
     poisoned = {100, 101, 333}
     stream = [Document(str(i), "python", text="poison" if i in poisoned else "fine", size=9000) for i in range(400)]
@@ -550,6 +551,7 @@ def test_a_source_that_cannot_be_used_is_one_line_with_a_way_out(source, words):
     assert not list(Path("data").glob("*")) if Path("data").exists() else True
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(corpus):
     result = limited("data_pipeline.py", 20_000, *tiny_flags(corpus))
     assert_one_clear_line(result, "data/", "room for the shards")

@@ -200,6 +200,7 @@ def test_samples_are_counted_by_benchmark():
     assert EvalConfig(benchmarks=("problems:3",), temperature=0.0).n_samples == {"problems": 1}
 
 
+@pytest.mark.slow
 @needs_bwrap
 def test_only_the_losses_again_keep_what_was_measured_before(work, tmp_path):
     shutil.copytree(work / "runs/base", tmp_path / "runs/base")

@@ -116,6 +116,7 @@ def test_a_second_start_says_that_the_run_is_complete(work, corpus):
     assert (work / "runs/base/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_with_a_finished_run(work, corpus):
     copy_of(work, "longer")
     result = script("main.py", *tiny_flags(corpus), "--name", "longer", "--train.max-steps", "15", cwd=work)
@@ -299,6 +300,7 @@ def test_a_damaged_training_shard_stops_the_run_before_it_starts(work, corpus, t
     assert not list(tmp_path.glob("runs/[!.]*"))
 
 
+@pytest.mark.slow
 def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpus, tmp_path):
     for content, words in (
         ({"tokenizer_sha256": "0" * 64}, ["tokenizer"]),
@@ -375,6 +377,7 @@ def test_a_run_that_lost_its_config_is_not_taken_for_a_new_one(work, corpus):
     assert_one_clear_line(result, "must have its config.yaml", "--fresh")
 
 
+@pytest.mark.slow
 def test_a_foreign_or_missing_tokenizer_in_a_run_is_found(work):
     run = copy_of(work, "foreign")
     other = train_bpe(["another text"], TokenizerConfig(), 300)

@@ -339,6 +339,7 @@ def test_what_became_of_a_function_can_be_asked(work, corpus):
     assert "json/decoder.py:JSONDecoder." in result.stdout and "dropped by the rule 'prompt too long'" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_sample_instruction_that_does_not_fit_loses_nothing(work, corpus):
     flags = [*mined(corpus), "--train.sample-prompts", "why " * 300]
     result = script("sft_train.py", *flags, cwd=work)

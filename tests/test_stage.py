@@ -46,6 +46,7 @@ def test_examples_are_packed_or_padded_as_the_config_says(tmp_path, packing):
     assert (rows.rows(0, 2).positions is not None) == packing
 
 
+@pytest.mark.slow
 def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its_shards_are_gone(
     corpus, tmp_path, monkeypatch
 ):
