@@ -264,10 +264,13 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             p.copy_(weights[name])
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """Return a verified checkpoint's training state; nothing in it is executed. Raises CheckpointError if it is no state."""
+def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
+    """Return a verified checkpoint's training state; nothing in it is executed. Raises CheckpointError if it is no state.
+
+    `mapped`: tensors, which are twice the size of the weights, are read from the file when they are used, if they are.
+    """
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
         raise CheckpointError(
             f"{folder / STATE} must hold tensors and plain values only, but does not ({' '.join(str(e).split())[:120]}); "

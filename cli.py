@@ -7,6 +7,7 @@ Heavy libraries are imported where they are used, so that `--help` answers at on
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,6 +36,14 @@ def parse_cli(
     else:
         default = flags()
     return tyro.cli(flags, default=default, args=argv, description=description.strip())
+
+
+def utf8(argument: str, flag: str) -> str:
+    """Return a text of the command line as UTF-8, whatever the locale says; raises KindlingError if it is not."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise KindlingError(f"{flag} must be a text in UTF-8, but {argument[:40]!r} is not; convert it") from None
 
 
 def run_script(main: Callable[[], int | None]) -> None:

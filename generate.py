@@ -13,7 +13,6 @@ from the left; a conversation never is: it loses its oldest exchanges, and an an
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from cli import parse_cli, run_script
+from cli import parse_cli, run_script, utf8
 from prompts import Exchange
 from sampling import GenerationError, Sampling
 
@@ -86,19 +85,11 @@ def parse(argv: list[str] | None = None) -> Flags:
     own = MODES[mode] if flags.complete is None else replace(MODES[mode], max_new_tokens=COMPLETE_TOKENS)
     if own != Flags.sampling:  # once more, with other defaults, so that explicit values win
         flags = tyro.cli(Flags, default=Flags(sampling=own), args=argv)
-    flags.prompt = None if flags.prompt is None else _utf8(flags.prompt)
-    flags.sampling = replace(flags.sampling, stop=tuple(map(_utf8, flags.sampling.stop)))
+    flags.prompt = None if flags.prompt is None else utf8(flags.prompt, "--prompt")
+    flags.sampling = replace(flags.sampling, stop=tuple(utf8(text, "--stop") for text in flags.sampling.stop))
     flags.sampling.check()
     _check(flags)
     return flags
-
-
-def _utf8(argument: str) -> str:
-    """Return an argument as UTF-8, whatever the locale says; raises GenerationError if it is not."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeError:
-        raise GenerationError(f"a text must be in UTF-8, but {argument[:40]!r} is not; convert it") from None
 
 
 def _check(flags: Flags) -> None:

@@ -81,14 +81,17 @@ class Ledger:
         found = dict.fromkeys(name for r in self.rows.values() for name in r[column])
         return sorted(found, key=lambda name: (-self.total(column, name)[0], name))
 
+    def totals(self) -> list[tuple[str, tuple[int, int]]]:
+        """Return what was read, dropped, changed, kept and, if anything was, repeated, in the order of an account."""
+        out = [("read", self.total("read"))]
+        out += [(f"dropped: {rule}", self.total("dropped", rule)) for rule in self.names("dropped")]
+        out += [(change, self.total("changed", change)) for change in self.names("changed")]
+        out.append(("kept", self.total("kept")))
+        return out + ([("repeated", self.total("repeated"))] if self.total("repeated")[0] else [])
+
     def table(self) -> str:
         """Return the counts over all, then by source and language where there is more than one of them."""
-        lines = [("read", *self.total("read"))]
-        lines += [(f"  dropped: {rule}", *self.total("dropped", rule)) for rule in self.names("dropped")]
-        lines += [(f"  {change}", *self.total("changed", change)) for change in self.names("changed")]
-        lines.append(("kept", *self.total("kept")))
-        if self.total("repeated")[0]:
-            lines.append(("  repeated", *self.total("repeated")))
+        lines = [(label if label in ("read", "kept") else f"  {label}", n, b) for label, (n, b) in self.totals()]
         out = [f"{'':<32}{'documents':>12}{'MB':>10}"]
         out += [f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines]
         return "\n".join(out + (self._by_source() if len(self.rows) > 1 else []) + self.notes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -18,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import report
-from checkpoint import STATE, CheckpointError, RunDirectory, weights_sha256
+from checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
 from config import Config, ModelConfig, SourceConfig
 from config_io import to_yaml
 from errors import one_line
@@ -223,9 +221,8 @@ def _training(cfg: Config, run: RunDirectory, checkpoint: Path, step: int) -> Se
 def _environment(checkpoint: Path) -> dict[str, Any]:
     """Return device, precision and torch's version of the run; nothing if the training state is gone."""
     try:
-        # mapped: the optimiser's part of the file is never read
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)["environment"]
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError):
+        return load_state(checkpoint, mapped=True)["environment"]
+    except (CheckpointError, KeyError):
         return {}
 
 
@@ -245,11 +242,8 @@ def _sources(cfg: Config) -> Section:
 
 
 def _ledger(ledger: Ledger, cfg: Config) -> Section:
-    rows = [("read", ledger.total("read"))]
-    rows += [(f"dropped: {rule}", ledger.total("dropped", rule)) for rule in ledger.names("dropped")]
-    rows += [(f"changed: {change}", ledger.total("changed", change)) for change in ledger.names("changed")]
-    rows += [("kept", ledger.total("kept"))]
-    rows += [("repeated", ledger.total("repeated"))] if ledger.total("repeated")[0] else []
+    changes = ledger.names("changed")
+    rows = [(f"changed: {label}" if label in changes else label, counts) for label, counts in ledger.totals()]
     if len(ledger.rows) > 1:
         rows += [(f"kept: {r['source']}, {r['language']}", (r["kept"][0], r["kept"][1])) for r in ledger.rows.values()]
     cells = [[label, f"{n:,}", f"{size / 1e6:,.2f}"] for label, (n, size) in rows]

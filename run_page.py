@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from checkpoint import STATE, weights_sha256
+from checkpoint import load_state, weights_sha256
 from completion import answer, complete
 from config_io import to_yaml
 from html_report import Picture, Sample, page
@@ -76,8 +74,7 @@ VALIDATION = (
 def facts_of(subject: Subject) -> list[tuple[str, str]]:
     """Return what the run is, by name and value."""
     cfg, model, folder = subject.run.config(), subject.model, subject.checkpoint
-    # mapped, not read: optimiser states are twice the size of the weights
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    state = load_state(folder, mapped=True)
     environment = state.get("environment", {})
     elapsed = state.get("elapsed_s", 0.0)
     spent = f"{elapsed / 3600:.1f} h" if elapsed >= 5400 else f"{elapsed / 60:.1f} min"
@@ -105,13 +102,7 @@ def ledger_sections(folder: Path) -> list[Section]:
     """Return the data's ledger as a table: what was read, dropped, changed and kept."""
     try:
         ledger = Ledger.read(folder)
-        rows = [["read", *ledger.total("read")]]
-        rows += [[f"dropped: {rule}", *ledger.total("dropped", rule)] for rule in ledger.names("dropped")]
-        rows += [[change, *ledger.total("changed", change)] for change in ledger.names("changed")]
-        rows.append(["kept", *ledger.total("kept")])
-        if ledger.total("repeated")[0]:
-            rows.append(["repeated", *ledger.total("repeated")])
-        cells = [[name, f"{n:,}", f"{n_bytes / 1e6:,.2f}"] for name, n, n_bytes in rows]
+        cells = [[label, f"{n:,}", f"{n_bytes / 1e6:,.2f}"] for label, (n, n_bytes) in ledger.totals()]
         found = [Section("Data", ["", "documents", "MB"], cells, list(map(str, ledger.notes)))]
         if len(ledger.rows) > 1:
             kinds = [

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from cli import parse_cli, run_script
+from cli import parse_cli, run_script, utf8
 from errors import KindlingError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
                 f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
             ) from None
     else:
-        text = None if flags.text is None else _utf8(flags.text)
+        text = None if flags.text is None else utf8(flags.text, "--text")
     if text == "":
         name = "--text" if flags.file is None else f"the file {str(flags.file)!r}"
         raise VisualizationError(f"{name} must hold some text, but is empty; leave it out for held-out text")
@@ -110,14 +110,6 @@ def draw(subject: Subject, text: Text) -> dict[str, bytes]:
     guess = math.log(subject.model.cfg.vocab_size)
     out["token_loss.png"] = png(text_plots.token_losses(losses, guess, name, text.what))
     return out
-
-
-def _utf8(argument: str) -> str:
-    """Return an argument as UTF-8, whatever the locale says; raises VisualizationError if it is not."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeError:
-        raise VisualizationError(f"--text must be in UTF-8, but {argument[:40]!r} is not; convert it") from None
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:
