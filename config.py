@@ -362,6 +362,10 @@ class TrainConfig:
     """Optimiser steps of the whole run. None: as many as `epochs` take."""
     epochs: float = 1.0
     """Passes over the training data, where max_steps is None."""
+    max_minutes: float | None = None
+    """Train for this long, whatever max_steps and epochs say: warmup apart, the schedule follows the elapsed share, so that the
+    run ends annealed on any machine. Compiling counts, evaluating and saving do not. The clock is no seed: a run by steps can
+    be had again bit for bit, a run by minutes cannot."""
     batch_size: int = 32
     """Sequences per optimiser step, over all micro-batches and ranks."""
     micro_batch_size: int | None = None
@@ -374,6 +378,8 @@ class TrainConfig:
     """Peak learning rate of Muon (its update has spectral norm 1)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate decays after the warmup."""
+    decay_share: float = 1.0
+    """The share of the run, after the warmup, in which the learning rate decays; before that it stays at its peak."""
     warmup_steps: int = 100
     """Steps of linear warmup from zero."""
     min_lr_ratio: float = 0.1
@@ -428,7 +434,8 @@ class TrainConfig:
     def _check(self) -> TrainConfig:
         _require_range("train", self, 1, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps", "threads",
                        "eval_every", "save_every", "keep_checkpoints", "log_every")
-        _require_range("train", self, 0, "epochs", open_low=True)
+        _require_range("train", self, 0, "epochs", "max_minutes", open_low=True)
+        _require_range("train", self, 0, "decay_share", high=1, open_low=True)
         _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
         _require_range("train", self, 0, "seed", high=2**63 - 1)
         _require_range("train", self, 0, "lr", "muon_lr", "eps", open_low=True)
@@ -464,12 +471,17 @@ class Config:
     @property
     def tokens(self) -> int:
         """Tokens that the whole run trains on. Raises ConfigError where the steps depend on the data (`with_steps`)."""
-        require(self.train.max_steps is not None, "train.max_steps", "a number to tell the tokens of the run before it begins",
-                None, "set --train.max-steps")
+        require(self.train.max_steps is not None and self.train.max_minutes is None, "train.max_steps",
+                "a number, and train.max_minutes None, to tell the tokens of the run before it begins",
+                (self.train.max_steps, self.train.max_minutes), "set --train.max-steps and --train.max-minutes None")
         return self.train.max_steps * self.train.batch_size * self.model.block_size
 
     def with_steps(self, n_rows: int) -> Config:
-        """Return the config with `train.max_steps` set: where it is None, to what the epochs take over `n_rows` rows."""
+        """Return the config with `train.max_steps` set: where it is None, to what the epochs take over `n_rows` rows; and None
+        where the run goes by minutes.
+        """
+        if self.train.max_minutes is not None:
+            return replace(self, train=replace(self.train, max_steps=None))
         if self.train.max_steps is not None:
             return self
         steps = max(1, round(self.train.epochs * n_rows / self.train.batch_size))

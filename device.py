@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import TrainConfig
@@ -41,6 +42,16 @@ class Runtime:
         """Return the loss scaler, which does nothing unless the precision is fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type of products outside autocast that bear a low precision: bfloat16 where that is the precision, or float32."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether work is queued, so that reading a result waits for the device."""
+        return self.device.type != "cpu"
+
     def describe(self) -> dict[str, Any]:
         """Return what a run's bits depend on besides its config."""
         return {
@@ -49,6 +60,14 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }
+
+
+def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
+    """Copy rows of token ids to the device; to a GPU without waiting for the copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(rows))
+    if runtime.device.type == "cuda":
+        return tensor.pin_memory().to(runtime.device, non_blocking=True)
+    return tensor.to(runtime.device)
 
 
 def resolve(cfg: TrainConfig) -> Runtime:

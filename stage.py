@@ -42,7 +42,7 @@ HARMLESS = {"data.workers"} | {
 }
 ALLOWED = HARMLESS | {
     f"train.{field}"
-    for field in ("max_steps", "epochs", "threads", "device", "precision", "compile", "micro_batch_size")
+    for field in ("max_steps", "epochs", "max_minutes", "threads", "device", "precision", "compile", "micro_batch_size")
 }
 
 
@@ -218,8 +218,9 @@ def take_up(
 
 def run_to_end(trainer: Trainer) -> int:
     """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
-    if trainer.step >= trainer.train.max_steps:
-        print(f"the run is complete at step {trainer.step}; --train.max-steps N goes on, --fresh starts over")
+    if trainer.share() >= 1:
+        more = "max-steps" if trainer.train.max_minutes is None else "max-minutes"
+        print(f"the run is complete at step {trainer.step}; --train.{more} N goes on, --fresh starts over")
     else:
         if trainer.step:
             print(f"resuming at step {trainer.step}")

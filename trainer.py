@@ -15,25 +15,30 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import device
 from checkpoint import CheckpointError, RunDirectory, load_weights, state_digest
-from config import IGNORE, Config, TrainConfig
+from config import IGNORE, Config
 from device import Runtime
 from errors import KindlingError
 from metrics import MetricsLog
 from model import LanguageModel
+from optim import make_optimizers
+from schedule import learning_rate_scale, share_done
 from shards import Batch, TokenDataset, rows_of_rank
 
-COMPILE_FLOPS = 2e13  # about a minute of a small CPU: a shorter run ends before compiling has paid
+COMPILE_FLOPS = 2e13  # about a minute and a half of a small CPU: a shorter run ends before compiling has paid
+COMPILE_MINUTES = 1.5
 VALIDATION_ROWS = 16
 
 
@@ -51,55 +56,51 @@ class Batches(Protocol):
         ...
 
 
-def learning_rate_scale(step: int, cfg: TrainConfig) -> float:
-    """Return the factor on the peak learning rate at `step` (from 0): linear warmup, then decay to `min_lr_ratio`."""
-    if step < cfg.warmup_steps:
-        return (step + 1) / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps + 1) / max(1, cfg.max_steps - cfg.warmup_steps))
-    if cfg.schedule == "cosine":
-        decay = 0.5 * (1 + math.cos(math.pi * progress))
-    elif cfg.schedule == "linear":
-        decay = 1 - progress
-    else:
-        return 1.0
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * decay
+class Prefetch:
+    """Reads the rows of the next step on a thread while this step is computed.
 
-
-def make_optimizers(model: LanguageModel, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest.
-
-    Weight decay touches matrices only. Each group keeps its peak rate as `peak_lr`. Muon: Jordan et al. 2024.
+    Rows are a function of their position alone, so nothing depends on when they are read.
     """
-    inside = {id(p) for part in model.compilable() for p in part.parameters()}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in parameters if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2]
-    taken = {id(p) for p in hidden}
-    rest = [p for p in parameters if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
-        )
-    ]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self._thread = ThreadPoolExecutor(1)
+        self._next: tuple[range, Future[Batch]] | None = None
+
+    def take(self, rows: range, then: range) -> Batch:
+        """Return the rows at these positions, and begin to read those that are wanted `then`."""
+        if self._next is not None and self._next[0] == rows:
+            batch = self._next[1].result()
+        else:
+            batch = self._thread.submit(self._batches.rows, rows.start, len(rows)).result()
+        self._next = then, self._thread.submit(self._batches.rows, then.start, len(then))
+        return batch
 
 
-def to_device(rows: np.ndarray, runtime: Runtime) -> Tensor:
-    """Copy rows of token ids to the device as int64."""
-    return torch.from_numpy(np.ascontiguousarray(rows)).to(runtime.device)
+class Step(NamedTuple):
+    """What a step came to, still on the device: reading it waits for the device."""
+
+    loss: Tensor  # mean over the step's supervised tokens
+    norm: Tensor  # of the gradient
+    n_targets: int
+
+
+@dataclass
+class Window:
+    """The steps since the last line of the log: those not yet read, and sums over those that are."""
+
+    launched: deque[Step] = field(default_factory=deque)
+    loss: float = 0.0  # nats
+    n_targets: int = 0
+    seconds: float = 0.0
+    norm: float = 0.0  # of the newest
 
 
 def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch, and its number of supervised tokens; all of training and validation comes here."""
-    idx, targets, positions = (None if rows is None else to_device(rows, runtime) for rows in batch)  # (B, T) each
+    idx, targets, positions = (
+        None if rows is None else device.to_device(rows, runtime) for rows in batch
+    )  # (B, T) each
     with runtime.autocast():
         return model(idx, targets, positions)
 
@@ -132,7 +133,11 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime) -> bool:
     """Return whether compiling pays for this run, or is asked for."""
     if cfg.train.compile != "auto":
         return cfg.train.compile == "on"
-    if 6 * model.n_parameters() * cfg.tokens < COMPILE_FLOPS:
+    if cfg.train.max_minutes is not None:
+        long = cfg.train.max_minutes >= COMPILE_MINUTES
+    else:
+        long = 6 * model.n_parameters() * cfg.tokens >= COMPILE_FLOPS
+    if not long:
         return False
     if not device.has_compiler(runtime.device.type):
         print(
@@ -185,13 +190,14 @@ class Trainer:
         """`cfg` has its number of steps; where `train.epochs` says how many they are, `cfg.with_steps` gives it."""
         self.cfg, self.train, self.run, self.runtime = cfg, cfg.train, run, runtime
         self.model, self.batches, self.evaluate = model, batches, evaluate
-        self.optimizers = make_optimizers(model, cfg.train)
+        self.optimizers = make_optimizers(model, cfg.train, runtime.product_dtype)
+        self.prefetch = Prefetch(batches)
         self.scaler = runtime.grad_scaler()
         self.step = 0  # optimiser steps done, skipped ones included
         self.position = 0  # rows consumed
         self.skipped = 0  # steps whose loss or gradient was not finite
         self.skipped_in_a_row = 0
-        self.elapsed_s = 0.0  # time in steps, over all sessions of the run
+        self.elapsed_s = 0.0  # time in steps and in compiling, over all sessions of the run
         self.best: dict[str, float] | None = None
         self.first_eval: dict[str, float] = {}  # of the weights that it starts from, where those are another run's
         self.last_eval: dict[str, float] = {}
@@ -256,13 +262,17 @@ class Trainer:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
+    def share(self) -> float:
+        """Return which share of the run is done, 0 to 1."""
+        return share_done(self.step, self.elapsed_s, self.train)
+
     def forward_backward(self) -> tuple[Tensor, int]:
         """Accumulate the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens."""
-        rows = rows_of_rank(self.position, self.train.batch_size)
-        batch = self.batches.rows(rows.start, len(rows))
+        size = self.train.batch_size
+        batch = self.prefetch.take(rows_of_rank(self.position, size), rows_of_rank(self.position + size, size))
         n_targets = int((batch.targets != IGNORE).sum())
         total = torch.zeros((), device=self.runtime.device)
-        for start in range(0, len(rows), self.train.micro_batch):
+        for start in range(0, size, self.train.micro_batch):
             micro = batch.part(slice(start, start + self.train.micro_batch))
             loss, _ = summed_loss(self.model, micro, self.runtime)
             loss = loss / max(1, n_targets)
@@ -270,31 +280,48 @@ class Trainer:
             total += loss.detach()
         return total, n_targets
 
-    def train_step(self) -> tuple[float, float, int]:
-        """Do one optimiser step; return its loss, gradient norm and tokens. A loss or norm that is not finite skips it."""
-        scale = learning_rate_scale(self.step, self.train)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
+    def launch_step(self) -> Step:
+        """Do one optimiser step without waiting for the device; `read` says how it went.
+
+        A loss or gradient norm that is not finite leaves weights and optimisers as they are, which the device decides.
+        """
+        scale = learning_rate_scale(self.step, self.elapsed_s, self.train)
         loss, n_targets = self.forward_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        if finite:
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()  # also after a skip: it lowers the scale, and the next unscale_ needs it
+        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            # what GradScaler.step does for optimisers that support it, but one word for both of them, and in every precision
+            optimizer.found_inf = bad
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.skipped += not finite
+        self.scaler.update()  # also after a skip: it lowers the scale, and the next unscale_ needs it
         self.step += 1
         self.position += self.train.batch_size
-        return float(loss), float(norm), n_targets
+        return Step(loss, norm, n_targets)
+
+    def read(self, step: Step) -> tuple[float, float]:
+        """Return loss and gradient norm of a launched step, waiting for it; count it if it was skipped."""
+        loss, norm = torch.stack((step.loss, step.norm)).tolist()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped += not finite
+        return loss, norm
+
+    def train_step(self) -> tuple[float, float, int]:
+        """Do one optimiser step and wait for it; return its loss, gradient norm and supervised tokens."""
+        started = time.perf_counter()
+        step = self.launch_step()
+        loss, norm = self.read(step)
+        self.elapsed_s += time.perf_counter() - started
+        return loss, norm, step.n_targets
 
     def compile(self) -> bool:
         """Compile the model and run one batch through it, leaving no trace in the run; on failure warn and stay eager."""
+        started = time.perf_counter()
         rng = device.rng_state(self.runtime)
         self.model.compile_parts()
         try:
@@ -307,13 +334,14 @@ class Trainer:
         finally:
             self.model.zero_grad(set_to_none=True)
             device.set_rng_state(rng)
+            self.elapsed_s += time.perf_counter() - started
         self.compiled = True
         return True
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
-        """Train to `max_steps`; return 0, or 130 / 143 after a signal. The run is saved in each case.
+        """Train to `max_steps`, or for `max_minutes`; return 0, or 130 / 143 after a signal. The run is saved in each case.
 
         Raises TrainingError after `max_skipped_steps` bad steps in a row, CheckpointError if the last save fails.
         """
@@ -329,13 +357,7 @@ class Trainer:
                 )
         with StopRequest() as stop:
             log = MetricsLog(self.run.path, self.step)
-            bar = tqdm(
-                total=self.train.max_steps,
-                initial=self.step,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 15,
-            )
+            bar = self._progress_bar()
             try:
                 self._loop(stop, log, bar)
             finally:
@@ -343,46 +365,44 @@ class Trainer:
                 log.close()
         return stop.exit_code
 
+    def _progress_bar(self) -> tqdm:
+        how = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
+        if self.train.max_minutes is None:
+            return tqdm(total=self.train.max_steps, initial=self.step, unit="step", **how)
+        form = "{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}"
+        return tqdm(total=60 * self.train.max_minutes, initial=self.elapsed_s, bar_format=form, **how)
+
     def _loop(self, stop: StopRequest, log: MetricsLog, bar: tqdm) -> None:
         if self.step == 0 and self.train.init_from is not None:
             self.first_eval = self._evaluate(log, bar)
-        window_loss, window_tokens, window_s = 0.0, 0, 0.0
+        window = Window()
         saved_step = self.step or None  # at step 0 nothing is saved yet
-        while self.step < self.train.max_steps and stop.signal is None:
+        while self.share() < 1 and stop.signal is None:
             started = time.perf_counter()
-            loss, norm, tokens = self.train_step()
+            window.launched.append(self.launch_step())
+            self._read_all(window, but=1 if self.runtime.asynchronous else 0)
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
-            bar.update(1)
-            if math.isfinite(loss) and math.isfinite(norm):
-                window_loss += loss * tokens
-                window_tokens += tokens
-                window_s += seconds
-            else:
-                tqdm.write(f"warning: step {self.step} skipped: loss {loss}, gradient norm {norm}", file=sys.stderr)
-            last = self.step == self.train.max_steps
-            if window_tokens and (self.step % self.train.log_every == 0 or last):
-                rate = window_tokens / window_s
-                log.write(
-                    self.step,
-                    tokens=self.position * self.cfg.model.block_size,
-                    loss=window_loss / window_tokens,
-                    lr=self.optimizers[0].param_groups[0]["lr"],
-                    grad_norm=norm,
-                    tokens_per_s=rate,
-                    elapsed_s=self.elapsed_s,
-                    skipped_steps=self.skipped,
-                )
-                bar.set_postfix_str(f"loss {window_loss / window_tokens:.3f}, {rate:,.0f} tokens/s", refresh=False)
-                window_loss, window_tokens, window_s = 0.0, 0, 0.0
+            window.seconds += seconds
+            bar.update(1 if self.train.max_minutes is None else seconds)
+            last = self.share() >= 1
+            log_due, eval_due, save_due = (
+                last or self.step % every == 0
+                for every in (self.train.log_every, self.train.eval_every, self.train.save_every)
+            )
+            if log_due or eval_due or save_due or stop.signal is not None:
+                self._read_all(window)
+            if log_due and window.n_targets:
+                self._log(window, log, bar)
+                window = Window()
             improved, best_on_disk = False, self.best
-            if self.step % self.train.eval_every == 0 or last:
+            if eval_due:
                 self.last_eval = self._evaluate(log, bar)
                 loss = self.last_eval["val_loss"]
                 improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
                 if improved:
                     self.best = {"step": self.step, "val_loss": loss}
-            if self.step % self.train.save_every == 0 or improved or last:
+            if save_due or improved:
                 if self.save(required=last):
                     saved_step = self.step
                 else:
@@ -395,6 +415,33 @@ class Trainer:
                 )
         if stop.signal is not None and saved_step != self.step:
             self.save(required=True)
+
+    def _read_all(self, window: Window, but: int = 0) -> None:
+        """Read the launched steps, save for the newest `but`; say which were skipped."""
+        while len(window.launched) > but:
+            step = window.launched.popleft()
+            loss, window.norm = self.read(step)
+            if math.isfinite(loss) and math.isfinite(window.norm):
+                window.loss += loss * step.n_targets
+                window.n_targets += step.n_targets
+            else:
+                number = self.step - len(window.launched)
+                tqdm.write(f"warning: step {number} skipped: loss {loss}, gradient norm {window.norm}", file=sys.stderr)
+
+    def _log(self, window: Window, log: MetricsLog, bar: tqdm) -> None:
+        mean, rate = window.loss / window.n_targets, window.n_targets / window.seconds
+        log.write(
+            self.step,
+            tokens=self.position * self.cfg.model.block_size,
+            loss=mean,
+            lr=self.optimizers[0].param_groups[0]["lr"],
+            grad_norm=window.norm,
+            tokens_per_s=rate,
+            elapsed_s=self.elapsed_s,
+            skipped_steps=self.skipped,
+        )
+        step = "" if self.train.max_minutes is None else f"step {self.step:,}, "
+        bar.set_postfix_str(f"{step}loss {mean:.3f}, {rate:,.0f} tokens/s", refresh=False)
 
     def _evaluate(self, log: MetricsLog, bar: tqdm) -> dict[str, float]:
         """Evaluate, log, say and return what came out."""

@@ -16,8 +16,10 @@ from checkpoint import RunDirectory, load_state
 from config import IGNORE, TrainConfig
 from metrics import read_metrics
 from model import build_model
+from optim import make_optimizers
+from schedule import learning_rate_scale
 from shards import SPLITS, Batch, PackedBlocks, ShardWriter, TokenDataset, write_manifest
-from trainer import Trainer, TrainingError, learning_rate_scale, make_optimizers, mean_loss, validate
+from trainer import Trainer, TrainingError, mean_loss, validate
 
 EOS = 5  # end of text, of which only the document mask takes notice
 
@@ -39,7 +41,9 @@ class Numbers:
 
 
 class StopAt:
-    """Batches that ask for the end of the run, by the real signal, while a given step is under way."""
+    """Batches that ask for the end of the run, by the real signal, while the step before `position` is under way: that is when
+    they are read.
+    """
 
     def __init__(self, batches, position, number=signal.SIGTERM):
         self.batches, self.position, self.number = batches, position, number
@@ -65,7 +69,7 @@ def make_trainer(path, cfg, batches=None, model_seed=0):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_learning_rate_warms_up_from_zero_and_ends_at_its_floor(schedule):
     cfg = TrainConfig(max_steps=100, warmup_steps=10, schedule=schedule, min_lr_ratio=0.1)
-    rates = [learning_rate_scale(s, cfg) for s in range(100)]
+    rates = [learning_rate_scale(s, 0.0, cfg) for s in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
@@ -75,7 +79,7 @@ def test_the_learning_rate_warms_up_from_zero_and_ends_at_its_floor(schedule):
 
 def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
     model = build_model(tiny_config(corpus).model)
-    adamw, muon = make_optimizers(model, TrainConfig(optimizer="muon"))
+    adamw, muon = make_optimizers(model, TrainConfig(optimizer="muon"), torch.float32)
     names = {id(p): n for n, p in model.named_parameters()}
     assert {names[id(p)].split(".")[-2] for g in muon.param_groups for p in g["params"]} == {
         "qkv",
@@ -83,7 +87,7 @@ def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
         "up",
         "down",
     }
-    for optimizer in (adamw, *make_optimizers(model, TrainConfig())):
+    for optimizer in (adamw, *make_optimizers(model, TrainConfig(), torch.float32)):
         for group in optimizer.param_groups:
             assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
     counted = [id(p) for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
@@ -96,7 +100,7 @@ def test_muon_gives_an_orthogonal_update(corpus):
     weight = model.blocks[0].mlp.up.weight
     before = weight.detach().clone()
     weight.grad = torch.randn_like(weight)
-    make_optimizers(model, cfg.train)[1].step()
+    make_optimizers(model, cfg.train, torch.float32)[1].step()
     singular = torch.linalg.svdvals(weight.detach() - before) / (cfg.train.muon_lr * math.sqrt(4))
     assert singular.min() > 0.5 and singular.max() < 1.5  # Newton-Schulz stops near 1, not at it
 
@@ -147,7 +151,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(corpus, tmp_pa
     lr_only = trainer.digest()
     for optimizer in trainer.optimizers:  # the rate of the step is set before it is known to be bad
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_scale(0, trainer.train)
+            group["lr"] = group["peak_lr"] * learning_rate_scale(0, 0.0, trainer.train)
     assert trainer.digest() == before != lr_only
     assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 2)
     monkeypatch.undo()
@@ -224,7 +228,7 @@ RESUME = dict(max_steps=30, batch_size=4, micro_batch_size=2, optimizer="muon", 
 def interrupted(path, cfg, stop_step, number=signal.SIGTERM):
     """Train until a signal arrives during `stop_step`, then return a trainer with other weights that took the run up."""
     blocks = PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
-    first = make_trainer(path, cfg, StopAt(blocks, stop_step * cfg.train.batch_size, number))
+    first = make_trainer(path, cfg, StopAt(blocks, (stop_step + 1) * cfg.train.batch_size, number))
     assert first.fit() == 128 + number
     assert first.step == stop_step + 1  # the step was finished
     second = make_trainer(path, cfg, blocks, model_seed=99)
@@ -325,7 +329,7 @@ def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_pa
     blocks = PackedBlocks(Documents(), 32, cfg.train.seed, document_mask=True)
     whole = make_trainer(tmp_path / "whole", cfg, blocks)
     assert whole.fit() == 0
-    first = make_trainer(tmp_path / "r", cfg, StopAt(blocks, 3 * cfg.train.batch_size))
+    first = make_trainer(tmp_path / "r", cfg, StopAt(blocks, 4 * cfg.train.batch_size))
     assert first.fit() == 128 + signal.SIGTERM
     second = make_trainer(tmp_path / "r", cfg, blocks, model_seed=99)
     second.resume(second.run.newest(), load_state(second.run.newest()))

@@ -1,0 +1,113 @@
+"""The optimisers: Muon for the matrices inside the blocks, AdamW for everything else.
+
+    for optimizer in make_optimizers(model, cfg.train, torch.float32): optimizer.step()
+
+Both can be told on the device, by `found_inf`, to leave everything as it is, as `torch.amp.GradScaler` tells them: so a bad step
+is skipped without the host waiting for the device to say that it was bad.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from config import TrainConfig
+from model import LanguageModel
+
+# (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X; Jordan et al. 2024: a slope at zero as steep as it can be, so that five
+# iterations bring singular values from 0.01 to 1 near to 1, without converging to it
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrices x (N, rows, columns), each with all its singular values brought near to 1, computed in `dtype`.
+
+    The polar factor by a Newton-Schulz iteration (Jordan et al. 2024); values of under a hundredth of the norm stay smaller.
+    """
+    tall = x.size(-2) > x.size(-1)
+    y = (x.mT if tall else x).to(dtype)  # (N, short, long)
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = y @ y.mT  # (N, short, short)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)  # (N, short, long)
+    return (y.mT if tall else y).to(x.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each matrix is orthogonalised (Jordan et al. 2024), with decoupled weight decay.
+
+    An update has spectral norm `lr` * sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised together, so a
+    step is a few large products instead of many small ones; torch.optim.Muon computes them one by one, and in bfloat16 also
+    where the hardware has to emulate it.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves `found_inf` to us, rather than waiting for it
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+    ):
+        """`params` are matrices; `dtype` is that of the orthogonalisation."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix; do nothing if `found_inf` holds anything but 0."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                self._step_shape(group, shape, params)
+
+    def _step_shape(self, group: dict, shape: torch.Size, params: list[Tensor]) -> None:
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        grads = [p.grad for p in params]
+        good = None if self.found_inf is None else self.found_inf == 0
+        if good is not None:  # a multiplication would keep NaN
+            grads = [torch.where(good, g, b) for g, b in zip(grads, buffers, strict=True)]  # the buffer stays as it is
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (N, rows, columns)
+        lr = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+        update = orthogonalize(nesterov, self.dtype) * -lr  # (N, rows, columns)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if good is None:
+            torch._foreach_mul_(params, decay)
+        else:
+            update = torch.where(good, update, 0.0)
+            torch._foreach_mul_(params, torch.where(good, decay, 1.0))
+        torch._foreach_add_(params, list(update.unbind()))
+
+
+def make_optimizers(model: LanguageModel, cfg: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Return AdamW over all parameters, or AdamW over the rest and Muon over the blocks' matrices, in this order.
+
+    Weight decay touches matrices only. Each group keeps its peak rate as `peak_lr`. `dtype` is that of Muon's products.
+    """
+    inside = {id(p) for part in model.compilable() for p in part.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in parameters if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2]
+    taken = {id(p) for p in hidden}
+    rest = [p for p in parameters if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+        )
+    ]
+    if hidden:
+        optimizers.append(Muon(hidden, cfg.muon_lr, cfg.weight_decay, dtype))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
