@@ -772,8 +772,12 @@ def list_presets() -> str:
         several = len(cfg.data.sources) > 1
         source = " + ".join((f"{s.weight / weights:.0%} " if several else "") + s.label for s in cfg.data.sources)
         any_base = cfg.data.instructions and cfg.train.init_from is None
-        length = f"{cfg.train.epochs:g} epochs" if cfg.train.max_steps is None else (
-            f"{cfg.tokens / 1e6:,.{0 if cfg.tokens > 1e8 else 1}f}M")
+        if cfg.train.max_minutes is not None:
+            length = f"{cfg.train.max_minutes:g} minutes"
+        elif cfg.train.max_steps is None:
+            length = f"{cfg.train.epochs:g} epochs"
+        else:
+            length = f"{cfg.tokens / 1e6:,.{0 if cfg.tokens > 1e8 else 1}f}M"
         rows.append((name, "its base's" if any_base else f"{cfg.model.n_parameters:,}", length, source))
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     return "\n".join(f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}" for r in rows)

@@ -36,7 +36,7 @@ class Flags:
 def pretrain(cfg: Config, fresh: bool) -> int:
     """Train or resume the run of `cfg`; return the exit code."""
     from checkpoint import RUNS, RunDirectory
-    from stage import is_begun, run_to_end, take_up, training_data, training_rows
+    from stage import is_begun, length, run_to_end, take_up, training_data, training_rows
 
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
@@ -47,7 +47,7 @@ def pretrain(cfg: Config, fresh: bool) -> int:
         trainer = take_up(cfg, run, begun, dataset, rows)
         print(
             f"{run.path}: {trainer.model.n_parameters():,} parameters on {trainer.runtime.device.type} in "
-            f"{trainer.runtime.precision}, {trainer.cfg.tokens:,} tokens in {trainer.train.max_steps:,} steps, "
+            f"{trainer.runtime.precision}, {length(trainer.cfg)}, "
             f"{rows.n_rows * cfg.model.block_size:,} tokens an epoch"
         )
         if code := run_to_end(trainer):

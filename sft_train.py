@@ -118,7 +118,7 @@ def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows
 def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
     """Audit, train or resume the run of `cfg`; return the exit code."""
     from checkpoint import RUNS, RunDirectory
-    from stage import is_begun, run_to_end, take_up, training_data
+    from stage import is_begun, length, run_to_end, take_up, training_data
 
     started = time.perf_counter()
     tokenizer = base.tokenizer()
@@ -130,7 +130,7 @@ def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
         trainer = take_up(cfg, run, begun, dataset, rows)
         print(
             f"{run.path}: {trainer.model.n_parameters():,} parameters of {base.path} on {trainer.runtime.device.type} in "
-            f"{trainer.runtime.precision}, {trainer.train.max_steps:,} steps of {cfg.train.batch_size} rows, "
+            f"{trainer.runtime.precision}, {length(trainer.cfg)}, "
             f"{rows.n_rows:,} rows an epoch"
         )
         if code := run_to_end(trainer):

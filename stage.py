@@ -216,6 +216,15 @@ def take_up(
     return trainer
 
 
+def length(cfg: Config) -> str:
+    """Return how long a run is, for a person to read; of fine-tuning without tokens, as a row need not be full."""
+    train = cfg.train
+    if train.max_minutes is not None:
+        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
+    tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
+    return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
+
+
 def run_to_end(trainer: Trainer) -> int:
     """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
     if trainer.share() >= 1:

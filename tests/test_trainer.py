@@ -3,6 +3,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +15,12 @@ from conftest import tiny_config
 import device
 import trainer as trainer_module
 from checkpoint import RunDirectory, load_state
-from config import IGNORE, TrainConfig
+from config import IGNORE
 from metrics import read_metrics
 from model import build_model
-from optim import make_optimizers
 from schedule import learning_rate_scale
 from shards import SPLITS, Batch, PackedBlocks, ShardWriter, TokenDataset, write_manifest
-from trainer import Trainer, TrainingError, mean_loss, validate
+from trainer import Prefetch, Trainer, TrainingError, mean_loss, validate
 
 EOS = 5  # end of text, of which only the document mask takes notice
 
@@ -61,48 +62,6 @@ def make_trainer(path, cfg, batches=None, model_seed=0):
     path.mkdir(parents=True, exist_ok=True)
     batches = batches or PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
     return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime)
-
-
-# -- schedule and optimisers ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_learning_rate_warms_up_from_zero_and_ends_at_its_floor(schedule):
-    cfg = TrainConfig(max_steps=100, warmup_steps=10, schedule=schedule, min_lr_ratio=0.1)
-    rates = [learning_rate_scale(s, 0.0, cfg) for s in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
-    middle = 0.1 + 0.9 * (0.5 * (1 + math.cos(math.pi * 45 / 90)) if schedule == "cosine" else 0.5)
-    assert rates[10 + 44] == pytest.approx(middle)
-
-
-def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
-    model = build_model(tiny_config(corpus).model)
-    adamw, muon = make_optimizers(model, TrainConfig(optimizer="muon"), torch.float32)
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for g in muon.param_groups for p in g["params"]} == {
-        "qkv",
-        "proj",
-        "up",
-        "down",
-    }
-    for optimizer in (adamw, *make_optimizers(model, TrainConfig(), torch.float32)):
-        for group in optimizer.param_groups:
-            assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
-    counted = [id(p) for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
-    assert sorted(counted) == sorted(names)
-
-
-def test_muon_gives_an_orthogonal_update(corpus):
-    cfg = tiny_config(corpus, optimizer="muon", warmup_steps=0, weight_decay=0.0, schedule="constant")
-    model = build_model(cfg.model)
-    weight = model.blocks[0].mlp.up.weight
-    before = weight.detach().clone()
-    weight.grad = torch.randn_like(weight)
-    make_optimizers(model, cfg.train, torch.float32)[1].step()
-    singular = torch.linalg.svdvals(weight.detach() - before) / (cfg.train.muon_lr * math.sqrt(4))
-    assert singular.min() > 0.5 and singular.max() < 1.5  # Newton-Schulz stops near 1, not at it
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -549,3 +508,65 @@ def test_a_save_that_fails_midway_is_a_warning_and_the_last_one_an_error(corpus,
         trainer.fit()
     assert calls == [6, 12] and "warning: disk full; the run goes on" in capsys.readouterr().err
     monkeypatch.setattr(trainer_module.RunDirectory, "save", real)
+
+
+# -- the clock, and a device that is not waited for -------------------------------------------------------------------
+
+
+def test_a_run_by_minutes_ends_on_time_annealed_and_goes_on_when_given_more(corpus, tmp_path, monkeypatch):
+    cfg = tiny_config(corpus, max_minutes=0.05, eval_every=10**6, save_every=10**6, log_every=1, warmup_steps=1)
+    trainer = make_trainer(tmp_path / "r", cfg.with_steps(1))
+    assert trainer.fit() == 0
+    lines = [line for line in read_metrics(trainer.run.path / "metrics.jsonl") if "lr" in line]
+    longest = max(b["elapsed_s"] - a["elapsed_s"] for a, b in itertools.pairwise(lines))
+    assert 3 <= trainer.elapsed_s <= 3 + 2 * longest and trainer.share() == 1
+    assert lines[-1]["lr"] < 0.2 * lines[1]["lr"] + cfg.train.lr * cfg.train.min_lr_ratio
+    folder = trainer.run.newest()
+    longer = make_trainer(tmp_path / "r", replace(cfg, train=replace(cfg.train, max_minutes=0.1)).with_steps(1))
+    longer.resume(folder, load_state(folder))
+    assert 0.4 < longer.share() < 1 and longer.fit() == 0 and longer.step > trainer.step
+
+
+def test_compiling_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
+    monkeypatch.setattr(trainer.model, "compile_parts", lambda: time.sleep(0.3))
+    assert trainer.compile() and trainer.elapsed_s > 0.3
+
+
+def test_reading_each_step_while_the_next_one_runs_changes_no_bit_and_no_count(corpus, tmp_path, monkeypatch):
+    digests, metrics = [], []
+    for late in (False, True):
+        monkeypatch.setattr(device.Runtime, "asynchronous", property(lambda self, late=late: late))
+        trainer = make_trainer(tmp_path / str(late), tiny_config(corpus, max_steps=12, log_every=4, eval_every=6))
+
+        def poison(grad, trainer=trainer):
+            return grad * math.inf if trainer.step in (3, 4, 10) else grad
+
+        hook = trainer.model.wte.weight.register_hook(poison)
+        assert trainer.fit() == 0
+        hook.remove()
+        digests.append(trainer.digest())
+        lines = read_metrics(trainer.run.path / "metrics.jsonl")
+        timed = {"elapsed_s", "tokens_per_s"}
+        metrics.append([{k: v for k, v in line.items() if k not in timed} for line in lines])
+        assert trainer.skipped == 3
+    assert digests[0] == digests[1] and metrics[0] == metrics[1]
+
+
+def test_rows_are_read_ahead_and_are_the_same_when_the_position_jumps(corpus, tmp_path):
+    read = []
+
+    class Recorded(PackedBlocks):
+        def rows(self, first, count):
+            read.append((first, threading.current_thread() is threading.main_thread()))
+            return super().rows(first, count)
+
+    blocks = Recorded(Numbers(), 32, 7)
+    prefetch = Prefetch(blocks)
+    taken = [prefetch.take(range(p, p + 2), range(p + 2, p + 4)) for p in (0, 2, 10)]
+    plain = PackedBlocks(Numbers(), 32, 7)
+    for batch, first in zip(taken, (0, 2, 10), strict=True):
+        assert np.array_equal(batch.idx, plain.rows(first, 2).idx)
+    prefetch.take(range(12, 14), range(14, 16))
+    prefetch._thread.shutdown(wait=True)
+    assert [first for first, _ in read] == [0, 2, 4, 10, 12, 14] and not any(main for _, main in read)
