@@ -80,6 +80,8 @@ class ModelConfig:
     """The attention output projection W_O. False: concatenated heads go straight into the residual stream."""
     qk_norm: bool = False
     """RMS-normalise queries and keys of each head before attention (no parameters)."""
+    pair_rows: int = 0
+    """Rows of a second embedding table, added to the first: a token and the one before it pick a row by a hash. 0: none."""
     tie_embeddings: bool = True
     """The head shares the token embedding's matrix."""
     dropout: float = 0.0
@@ -120,7 +122,8 @@ class ModelConfig:
         linears += [(C, ff), (C, ff), (ff, C)] if self.activation == "swiglu" else [(C, ff), (ff, C)]
         block = 2 * norm + sum(i * o + (o if self.bias else 0) for i, o in linears)
         head = 0 if self.tie_embeddings else self.vocab_size * C + (self.vocab_size if self.head_bias else 0)
-        return self.vocab_size * C + self.n_position_parameters + self.n_layer * block + (norm if self.final_norm else 0) + head
+        outside = (self.vocab_size + self.pair_rows) * C + self.n_position_parameters + (norm if self.final_norm else 0) + head
+        return outside + self.n_layer * block
 
     @property
     def n_position_parameters(self) -> int:
@@ -135,6 +138,8 @@ class ModelConfig:
         lower, upper = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
         require(self.n_embd % self.n_head == 0, "model.n_embd", f"a multiple of n_head={self.n_head}", self.n_embd,
                 f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
+        require(self.pair_rows == 0 or self.pair_rows >= 2, "model.pair_rows", "at least 2, or 0 for none", self.pair_rows,
+                "set --model.pair-rows")
         require(self.n_head % self.kv_heads == 0, "model.n_kv_head", f"a divisor of n_head={self.n_head}", self.n_kv_head,
                 "choose one, or None for plain multi-head attention")
         require(self.position != "rope" or self.head_dim % 2 == 0, "model.n_embd / n_head", "even for rotary positions",
@@ -145,8 +150,8 @@ class ModelConfig:
                 "set --model.tie-embeddings False or --model.head-bias False")
         if self.backbone == "transformers":
             gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
-                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "tie_embeddings": True,
-                    "residual_init": "scaled", "document_mask": False}
+                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "pair_rows": 0,
+                    "tie_embeddings": True, "residual_init": "scaled", "document_mask": False}
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
                         getattr(self, field), "set it so, or --model.backbone kindling")
