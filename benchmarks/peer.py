@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import device
 from config import IGNORE, ModelConfig
 from device import Runtime
 from shards import Batch
@@ -84,25 +85,29 @@ class Peer:
         """Do one optimiser step on rows (B, T) on the device; return its loss, a tensor that nothing has waited for."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * learning_rate_scale(share)
-        with self.runtime.autocast():
-            loss = self._loss(idx, targets)
-        loss.backward()
+        loss = self.backward(idx, targets)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def backward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradients of the mean loss of rows (B, T) on the device; return the loss."""
+        with self.runtime.autocast():
+            loss = self._loss(idx, targets)
+        loss.backward()
         return loss.detach()
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Copy a batch's rows and targets, (B, T) each, to the device."""
-        return tuple(torch.from_numpy(rows).to(self.runtime.device) for rows in (batch.idx, batch.targets))
+        idx, targets = (device.to_device(rows, self.runtime) for rows in (batch.idx, batch.targets))
+        return idx, targets
 
     @torch.no_grad()
     def summed_loss(self, batch: Batch) -> tuple[float, int]:
         """Return the summed loss of a batch in nats, without training on it, and its supervised tokens."""
         idx, targets = self.on_device(batch)  # (B, T) each
-        self.model.eval()
         with self.runtime.autocast():
-            mean = self.loss(idx, targets)  # not the compiled one, which is for training
-        self.model.train()
+            mean = self.loss(idx, targets)  # not the compiled one, which is for training; there is no dropout
         count = int((targets != IGNORE).sum())
         return float(mean) * count, count
