@@ -26,6 +26,10 @@ from errors import ConfigError
 from model import GPT
 
 EXACT = {
+    "demo": 6_489_792,
+    "modern-5m": 4_867_392,
+    "modern-50m": 50_340_352,
+    "modern-150m": 141_576_960,
     "code-50m": 50_910_208,
     "code-150m": 123_591_168,
     "code-225m": 225_317_760,
