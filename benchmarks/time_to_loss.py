@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -90,8 +91,9 @@ def race(base: Spec, rates: tuple[float, ...], thorough: bool, way: str | None, 
 
 
 def last(training: dict[str, Any]) -> float:
-    """Return the last point of a training's curve, in bits per byte."""
-    return training["points"][-1]["bits_per_byte"]
+    """Return the last point of a training's curve, in bits per byte; infinity if it is no number."""
+    bits = training["points"][-1]["bits_per_byte"]
+    return bits if math.isfinite(bits) else math.inf
 
 
 def reached_s(points: list[dict[str, float]], loss: float) -> float | None:
