@@ -264,6 +264,11 @@ class LanguageModel(nn.Module):
         """Count the trainable parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def n_multiplied(self) -> int:
+        """Count the parameters that every token is multiplied with: all but the tables of which it takes a row."""
+        tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} - {self.head.weight}
+        return self.n_parameters() - sum(table.numel() for table in tables)
+
 
 class GPT(LanguageModel):
     """A decoder-only transformer of any of the shapes of `ModelConfig`, randomly initialised from torch's global seed."""

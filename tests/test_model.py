@@ -547,3 +547,13 @@ def test_rmsnorm_and_layernorm_equal_the_float64_formula():
             0 if norm.bias is None else norm.bias
         )
         assert torch.allclose(norm(x).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["demo", "code-50m"])
+def test_the_parameters_that_multiply_are_those_of_the_linear_layers_and_norms(name):
+    cfg = preset(name).model
+    with torch.device("meta"):
+        model = GPT(cfg)
+    tables = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.n_embd
+    positions = cfg.block_size * cfg.n_embd if cfg.position == "learned" else 0
+    assert model.n_multiplied() == model.n_parameters() - tables - positions - cfg.pair_rows * cfg.n_embd
