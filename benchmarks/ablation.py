@@ -37,7 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "the recipe, another seed": {"train.seed": 7},
     "no embedding of pairs": {"model.pair_rows": 0},
-    "four times the rows of pairs": {"model.pair_rows": 65_536},
+    "an eighth of the rows of pairs": {"model.pair_rows": 4_096},
     "one rate for embeddings and head too": {"train.embd_lr": None, "train.head_lr": None},
     "AdamW in place of Muon, rate 3e-3": {"train.optimizer": "adamw"},
     "AdamW in place of Muon, rate 1e-3": {"train.optimizer": "adamw", "train.lr": 1e-3},
@@ -47,7 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "4 rows a step": {"train.batch_size": 4},
     "no QK-norm": {"model.qk_norm": False},
     "GELU": {"model.activation": "gelu_new"},
-    "SwiGLU, d_ff 512": {"model.activation": "swiglu", "model.d_ff": 512},
+    "SwiGLU, d_ff 341": {"model.activation": "swiglu", "model.d_ff": 341},
     "LayerNorm": {"model.norm": "layernorm"},
     "learned positions": {"model.position": "learned"},
     "projections not from zero": {"model.residual_init": "scaled"},
@@ -58,8 +58,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "context 512, 4 rows a step": {"model.block_size": 512, "train.batch_size": 4},
     "3 layers": {"model.n_layer": 3},
     "6 layers": {"model.n_layer": 6},
-    "128 wide": {"model.n_embd": 128, "model.n_head": 2},
-    "256 wide": {"model.n_embd": 256, "model.n_head": 4},
+    "96 wide": {"model.n_embd": 96},
+    "192 wide": {"model.n_embd": 192, "model.n_head": 3},
 }
 
 
