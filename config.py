@@ -374,6 +374,10 @@ class TrainConfig:
     """muon: Muon on the hidden matrices, AdamW on embeddings, head and vectors."""
     lr: float = 6e-4
     """Peak learning rate of AdamW."""
+    embd_lr: float | None = None
+    """Peak learning rate of the embeddings, a tied head among them. None: lr."""
+    head_lr: float | None = None
+    """Peak learning rate of a head that is not tied. None: lr."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon (its update has spectral norm 1)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -438,7 +442,7 @@ class TrainConfig:
         _require_range("train", self, 0, "decay_share", high=1, open_low=True)
         _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
         _require_range("train", self, 0, "seed", high=2**63 - 1)
-        _require_range("train", self, 0, "lr", "muon_lr", "eps", open_low=True)
+        _require_range("train", self, 0, "lr", "embd_lr", "head_lr", "muon_lr", "eps", open_low=True)
         _require_range("train", self, 0, "min_lr_ratio", high=1)
         _require_range("train", self, 0, "beta1", "beta2", high=0.999999)
         require(self.batch_size % self.micro_batch == 0, "train.micro_batch_size",

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import TrainConfig
 from model import LanguageModel
@@ -89,22 +89,30 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: LanguageModel, cfg: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Return AdamW over all parameters, or AdamW over the rest and Muon over the blocks' matrices, in this order.
 
-    Weight decay touches matrices only. Each group keeps its peak rate as `peak_lr`. `dtype` is that of Muon's products.
+    Embeddings and head may have rates of their own; a head that is tied is an embedding. Weight decay touches matrices only.
+    Each group keeps its peak rate as `peak_lr`. `dtype` is that of Muon's products.
     """
     inside = {id(p) for part in model.compilable() for p in part.parameters()}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in parameters if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2]
-    taken = {id(p) for p in hidden}
-    rest = [p for p in parameters if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
-        )
-    ]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)  # by rate and decay
+    hidden: list[Tensor] = []
+    for p in model.parameters():
+        rate, decay = cfg.lr, cfg.weight_decay if p.ndim >= 2 else 0.0
+        if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2:
+            hidden.append(p)
+            continue
+        if id(p) in tables:
+            rate = cfg.lr if cfg.embd_lr is None else cfg.embd_lr
+        elif p is model.head.weight:
+            rate = cfg.lr if cfg.head_lr is None else cfg.head_lr
+        groups[rate, decay].append(p)
+    adamw = torch.optim.AdamW(
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.eps,
+        fused=True,
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         optimizers.append(Muon(hidden, cfg.muon_lr, cfg.weight_decay, dtype))
     for optimizer in optimizers:

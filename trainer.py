@@ -197,6 +197,7 @@ class Trainer:
         self.position = 0  # rows consumed
         self.skipped = 0  # steps whose loss or gradient was not finite
         self.skipped_in_a_row = 0
+        self.rate_scale = 0.0  # of the newest step, on the peak learning rates
         self.elapsed_s = 0.0  # time in steps and in compiling, over all sessions of the run
         self.best: dict[str, float] | None = None
         self.first_eval: dict[str, float] = {}  # of the weights that it starts from, where those are another run's
@@ -285,7 +286,7 @@ class Trainer:
 
         A loss or gradient norm that is not finite leaves weights and optimisers as they are, which the device decides.
         """
-        scale = learning_rate_scale(self.step, self.elapsed_s, self.train)
+        self.rate_scale = learning_rate_scale(self.step, self.elapsed_s, self.train)
         loss, n_targets = self.forward_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -293,7 +294,7 @@ class Trainer:
         bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
+                group["lr"] = group["peak_lr"] * self.rate_scale
             # what GradScaler.step does for optimisers that support it, but one word for both of them, and in every precision
             optimizer.found_inf = bad
             optimizer.step()
@@ -384,7 +385,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
             window.seconds += seconds
-            bar.update(1 if self.train.max_minutes is None else seconds)
+            bar.update(1 if self.train.max_minutes is None else min(seconds, bar.total - bar.n))
             last = self.share() >= 1
             log_due, eval_due, save_due = (
                 last or self.step % every == 0
@@ -434,7 +435,7 @@ class Trainer:
             self.step,
             tokens=self.position * self.cfg.model.block_size,
             loss=mean,
-            lr=self.optimizers[0].param_groups[0]["lr"],
+            lr=self.train.lr * self.rate_scale,
             grad_norm=window.norm,
             tokens_per_s=rate,
             elapsed_s=self.elapsed_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,24 @@ def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
             assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
     counted = [id(p) for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
     assert sorted(counted) == sorted(names)
+
+
+def test_embeddings_and_head_have_rates_of_their_own_and_without_them_the_groups_of_before(corpus):
+    model = build_model(replace(tiny_config(corpus).model, tie_embeddings=False))
+    adamw, _ = make_optimizers(model, TrainConfig(optimizer="muon", lr=1e-3, embd_lr=0.3, head_lr=0.02), torch.float32)
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = {names[id(p)]: g["peak_lr"] for g in adamw.param_groups for p in g["params"]}
+    assert (rates.pop("wte.weight"), rates.pop("wpe.weight"), rates.pop("head.weight")) == (0.3, 0.3, 0.02)
+    assert set(rates.values()) == {1e-3}
+    (adamw,) = make_optimizers(model, TrainConfig(), torch.float32)
+    assert [len(g["params"]) for g in adamw.param_groups] == [
+        sum(p.ndim == n for p in model.parameters()) for n in (2, 1)
+    ]
+
+
+def test_a_tied_head_is_an_embedding(corpus):
+    (adamw,) = make_optimizers(build_model(tiny_config(corpus).model), TrainConfig(head_lr=9.0), torch.float32)
+    assert {g["peak_lr"] for g in adamw.param_groups} == {TrainConfig().lr}
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 32, 32)])
