@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow test-harness lint bench clean
+.PHONY: help install run test test-slow test-harness lint bench bench-all clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -41,12 +41,21 @@ test-harness: .venv/.installed-dev ## run the tests of lm-eval's tasks, which in
 lint: .venv/.installed-dev ## check the style
 	@$(BIN)/ruff check .
 
-bench: .venv/.installed-dev ## measure the figures of the README on this machine
-	@$(BIN)/python benchmarks/pipeline.py
+bench: .venv/.installed-dev ## measure speed beside other ways on this machine, side by side (under 30 minutes)
+	@$(BIN)/python benchmarks/train_throughput.py
+	@$(BIN)/python benchmarks/time_to_loss.py --minutes 3
+	@$(BIN)/python benchmarks/data.py --repeats 1
+	@$(BIN)/python benchmarks/generation.py
+	@$(BIN)/python benchmarks/summary.py
+
+bench-all: bench ## measure the other figures of the README too, and the five minutes in full (over an hour more)
+	@$(BIN)/python benchmarks/time_to_loss.py
+	@$(BIN)/python benchmarks/ablation.py
 	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/pipeline.py
 	@$(BIN)/python benchmarks/sft.py
 	@$(BIN)/python benchmarks/evaluation.py
-	@$(BIN)/python benchmarks/generation.py
+	@$(BIN)/python benchmarks/summary.py
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -80,6 +80,8 @@ class ModelConfig:
     """The attention output projection W_O. False: concatenated heads go straight into the residual stream."""
     qk_norm: bool = False
     """RMS-normalise queries and keys of each head before attention (no parameters)."""
+    pair_rows: int = 0
+    """Rows of a second embedding table, added to the first: a token and the one before it pick a row by a hash. 0: none."""
     tie_embeddings: bool = True
     """The head shares the token embedding's matrix."""
     dropout: float = 0.0
@@ -120,7 +122,8 @@ class ModelConfig:
         linears += [(C, ff), (C, ff), (ff, C)] if self.activation == "swiglu" else [(C, ff), (ff, C)]
         block = 2 * norm + sum(i * o + (o if self.bias else 0) for i, o in linears)
         head = 0 if self.tie_embeddings else self.vocab_size * C + (self.vocab_size if self.head_bias else 0)
-        return self.vocab_size * C + self.n_position_parameters + self.n_layer * block + (norm if self.final_norm else 0) + head
+        outside = (self.vocab_size + self.pair_rows) * C + self.n_position_parameters + (norm if self.final_norm else 0) + head
+        return outside + self.n_layer * block
 
     @property
     def n_position_parameters(self) -> int:
@@ -135,6 +138,8 @@ class ModelConfig:
         lower, upper = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
         require(self.n_embd % self.n_head == 0, "model.n_embd", f"a multiple of n_head={self.n_head}", self.n_embd,
                 f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
+        require(self.pair_rows == 0 or self.pair_rows >= 2, "model.pair_rows", "at least 2, or 0 for none", self.pair_rows,
+                "set --model.pair-rows")
         require(self.n_head % self.kv_heads == 0, "model.n_kv_head", f"a divisor of n_head={self.n_head}", self.n_kv_head,
                 "choose one, or None for plain multi-head attention")
         require(self.position != "rope" or self.head_dim % 2 == 0, "model.n_embd / n_head", "even for rotary positions",
@@ -145,8 +150,8 @@ class ModelConfig:
                 "set --model.tie-embeddings False or --model.head-bias False")
         if self.backbone == "transformers":
             gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
-                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "tie_embeddings": True,
-                    "residual_init": "scaled", "document_mask": False}
+                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "pair_rows": 0,
+                    "tie_embeddings": True, "residual_init": "scaled", "document_mask": False}
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
                         getattr(self, field), "set it so, or --model.backbone kindling")
@@ -578,28 +583,67 @@ COMPARED = {  # what `python tokenizer.py compare` compares
 CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000, "min_alphanumeric": 0.25}
 
 
-def demo() -> Config:
-    """Minutes on two CPU cores, offline: the Python source that is on this machine."""
+def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
+    """Our own recipe, from one dial: every ingredient is one that benchmarks/ablation.py shows to pay.
+
+    By `depth`, as a shape that suits one depth suits the others: 64 * depth wide, a head for each 64, 1,024 * depth tokens of
+    vocabulary, four rows of pairs for each of these. AdamW's rates fall as 1 / width, but not that of embeddings, which are in no
+    product; Muon's does not either, as its update has spectral norm 1 at any width.
+    """
+    vocab_size = 1024 * depth
     return Config(
-        preset="demo",
-        model=ModelConfig(block_size=256, vocab_size=4096, n_layer=4, n_head=3, n_embd=192, position="rope", norm="rmsnorm",
-                          activation="relu2", bias=False, qk_norm=True, tie_embeddings=False, residual_init="zero"),
-        data=DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=30_000_000),), min_chars=100, min_lines=3,
-                        max_line_chars=1000, min_alphanumeric=0.25, drop_generated=True, val_fraction=0.04,
-                        test_fraction=0.04),
-        train=TrainConfig(max_steps=1100, batch_size=16, optimizer="muon", lr=3e-3, muon_lr=0.02, schedule="linear",
-                          warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.01, eval_every=550, save_every=200),
+        preset=preset, data=data,
+        model=ModelConfig(block_size=block_size, vocab_size=vocab_size, n_layer=depth, n_head=depth, n_embd=64 * depth,
+                          position="rope", norm="rmsnorm", activation="relu2", bias=False, qk_norm=True, tie_embeddings=False,
+                          residual_init="zero", pair_rows=4 * vocab_size),
+        train=TrainConfig(**{"optimizer": "muon", "lr": 9e-3 / depth, "embd_lr": 0.1, "head_lr": 0.03 / depth, "muon_lr": 0.02,
+                             "schedule": "linear", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.01, **train}),
     )
+
+
+def demo() -> Config:
+    """Five minutes on two CPU cores, offline: the Python source that is on this machine.
+
+    The recipe of `modern`, with the depth and the vocabulary that measured best for five minutes.
+    """
+    cfg = _modern("demo", 3, 256, _local_python(), max_steps=1100, batch_size=8, eval_every=550, save_every=200)
+    return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, pair_rows=16_384))
+
+
+def _local_python() -> DataConfig:
+    return DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=30_000_000),), min_chars=100, min_lines=3,
+                      max_line_chars=1000, min_alphanumeric=0.25, drop_generated=True, val_fraction=0.04, test_fraction=0.04)
+
+
+def modern_5m() -> Config:
+    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens of the Python source that is on it."""
+    return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, eval_every=500, save_every=500)
+
+
+def modern_50m() -> Config:
+    """Our recipe at depth 8: 587M tokens of The Stack's Python, 20 for each parameter of blocks and head."""
+    return _modern("modern-50m", 8, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
+                   eval_every=1000, save_every=1000)
+
+
+def modern_150m() -> Config:
+    """Our recipe at depth 12: 1.9B tokens of The Stack's Python, 20 for each parameter of blocks and head."""
+    return _modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
+                   eval_every=1000, save_every=1000)
+
+
+def _stack(max_tokens: int) -> DataConfig:
+    stack = SourceConfig(kind="datasets", path="bigcode/the-stack-dedup", data_dir="data/python", language="python")
+    return DataConfig(sources=(stack,), max_tokens=max_tokens, val_fraction=0.001, test_fraction=0.001, **CODE_FILTERS)
 
 
 def _gpt2_code(preset: str, n_layer: int, n_embd: int, n_head: int, lr: float, batch_size: int, max_steps: int) -> Config:
     """Seed 000: GPT-2's architecture on The Stack's Python, in blocks of 1,024 of StarCoder2's tokens."""
-    stack = SourceConfig(kind="datasets", path="bigcode/the-stack-dedup", data_dir="data/python", language="python")
     model = ModelConfig(block_size=1024, vocab_size=49_152, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     tokens = max_steps * batch_size * model.block_size
     return Config(
         preset=preset, model=model, tokenizer=STARCODER2,
-        data=DataConfig(sources=(stack,), max_tokens=tokens, val_fraction=0.001, test_fraction=0.001, **CODE_FILTERS),
+        data=_stack(tokens),
         train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=4, lr=lr, warmup_steps=1000,
                           eval_every=1000, save_every=1000),
     )
@@ -754,10 +798,11 @@ def alpaca() -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     f.__name__.replace("_", "-"): f
-    for f in (demo, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
+    for f in (demo, modern_5m, modern_50m, modern_150m, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
               smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4, docstrings, alpaca)
 }
-FINE_TUNING = {"code-50m": "alpaca", "code-150m": "alpaca", "code-225m": "alpaca", "smallcoder-3": "smallcoder-4"}
+FINE_TUNING = {"smallcoder-3": "smallcoder-4"} | dict.fromkeys(
+    ("modern-50m", "modern-150m", "code-50m", "code-150m", "code-225m"), "alpaca")
 
 
 def preset(name: str) -> Config:

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 Architecture = Literal["gpt2", "llama", "arcee"]
 Kind = Literal["f32", "f16", "q8_0"]
 
-_EVERY: dict[str, Any] = {"final_norm": True, "head_bias": False, "attn_out_proj": True, "qk_norm": False}
+_EVERY: dict[str, Any] = {
+    "final_norm": True,
+    "head_bias": False,
+    "attn_out_proj": True,
+    "qk_norm": False,
+    "pair_rows": 0,
+}
 _ROPE = {"position": "rope", "norm": "rmsnorm"}
 HOLDS: dict[Architecture, dict[str, Any]] = {
     "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_new", **_EVERY},

@@ -33,7 +33,8 @@ STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # what the stock classes hold,
     "llama": {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)},
 }
 for _settings in STOCK.values():
-    _settings |= {"final_norm": (True,), "head_bias": (False,), "attn_out_proj": (True,), "qk_norm": (False,)}
+    _settings |= {"final_norm": (True,), "attn_out_proj": (True,)}
+    _settings |= {"head_bias": (False,), "qk_norm": (False,), "pair_rows": (0,)}
 # settings that training alone uses, or that say where it runs; weights fit whatever they are
 TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"} | {a: a for a in STOCK["gpt2"]["activation"]}
@@ -232,6 +233,7 @@ def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
     if name == "llama":
         return _of_llama(LlamaConfig.from_dict(content))
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
+    content = {"pair_rows": 0} | content  # which older folders do not have
     return ModelConfig(**{f: content[f] for f in shape}, tie_embeddings=content["tie_word_embeddings"])
 
 

@@ -110,6 +110,8 @@ def matrices(model: LanguageModel) -> dict[str, list[Matrix]]:
     tied = gpt.head.weight is gpt.wte.weight
     embedding = "token embedding, tied to the head" if tied else "token embedding"
     found = {embedding: [Matrix(embedding, None, gpt.wte.weight)]}
+    if gpt.wtp is not None:
+        found["pair embedding"] = [Matrix("pair embedding", None, gpt.wtp.weight)]
     if gpt.wpe is not None:
         found["position embedding"] = [Matrix("position embedding", None, gpt.wpe.weight)]
     for kind, owner in (("qkv", "attn"), ("proj", "attn"), ("up", "mlp"), ("gate", "mlp"), ("down", "mlp")):

@@ -18,7 +18,7 @@ typedef struct {
     int64_t n_layer, n_head, n_kv, head_dim, n_embd, d_ff, block_size, activation, rms, qk_norm;
     double eps;
     const Block *blocks;
-    Matrix wte, head;
+    Matrix wte, wtp, head;        /* wtp: of pairs of tokens */
     Norm norm_f;                  /* weight NULL: none */
     const float *wpe, *cos, *sin; /* (block_size, n_embd), (block_size, head_dim); NULL: none */
     float *keys, *values;         /* (n_layer, n_kv, block_size, head_dim) */
@@ -154,12 +154,14 @@ static void activate(const Model *model, float *restrict h, const float *restric
     }
 }
 
-/* the logits after one more token */
-void step(const Model *model, int64_t token, int64_t position, float *logits) {
+/* the logits after one more token, whose row of the table of pairs is `pair` */
+void step(const Model *model, int64_t token, int64_t pair, int64_t position, float *logits) {
     const int64_t C = model->n_embd;
     float *x = model->x, *y = model->y, *h = model->h;
     for (int64_t j = 0; j < C; j++)
         x[j] = model->wte.q[token * C + j] * model->wte.scale[token] + (model->wpe ? model->wpe[position * C + j] : 0);
+    if (model->wtp.q)
+        for (int64_t j = 0; j < C; j++) x[j] += model->wtp.q[pair * C + j] * model->wtp.scale[pair];
     for (int64_t layer = 0; layer < model->n_layer; layer++) {
         const Block *block = model->blocks + layer;
         normalise(model, &block->norm_1, x, y);

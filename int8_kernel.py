@@ -1,7 +1,7 @@
 """One token through an int8 model in C, compiled for this machine when it is first asked for.
 
-    step = build(model)         # of an int8_model.Model
-    step(token, position)       # logits (V,), its keys and values are in the model's cache
+    step = build(model)             # of an int8_model.Model
+    step(token, pair, position)     # logits (V,), its keys and values are in the model's cache
 
     python autocomplete.py runs/demo --prompt "def " --kernel c
 
@@ -42,7 +42,7 @@ COMMON = [
 FLAGS = [[*COMMON, *threads] for threads in (["-fopenmp"], [])]
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "relu2", "swiglu")  # the order of the enum in C
 
-Step = Callable[[int, int], np.ndarray]
+Step = Callable[[int, int, int], np.ndarray]
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -83,6 +83,7 @@ class _Model(ctypes.Structure):
         ("eps", ctypes.c_double),
         ("blocks", ctypes.POINTER(_Block)),
         ("wte", _Matrix),
+        ("wtp", _Matrix),
         ("head", _Matrix),
         ("norm_f", _Norm),
         *((name, _pointer) for name in (*_TABLES, *_ROOMS)),
@@ -107,12 +108,13 @@ def _norm(norm: Any) -> _Norm:
 
 
 def build(model: Any) -> Step:
-    """Return a function of a token and its position that gives its logits (V,), valid until the next call.
+    """Return a function that gives the logits (V,) after a token, valid until the next call.
 
-    `model` is an `int8_model.Model`, whose cache it reads and extends. Raises KernelError where nothing can be compiled.
+    It takes the token, its row of the table of pairs (0 where there is no table) and its position. `model` is an
+    `int8_model.Model`, whose cache it reads and extends. Raises KernelError where nothing can be compiled.
     """
     function = _library().step
-    function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _pointer], None
+    function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _integer, _pointer], None
     m = model.m
     n_ff = model.blocks[0]["mlp.up"].q.shape[0]
     qkv = model.blocks[0]["attn.qkv"].q.shape[0]
@@ -131,14 +133,16 @@ def build(model: Any) -> Step:
     lengths = (m["n_embd"], m["n_embd"], qkv, widest, widest, model.n_head * m["block_size"])
     rooms = [np.empty(n, np.float32) for n in lengths] + [np.empty(widest, np.int16)]
     tables = [model.wpe, model.cos, model.sin, model.keys, model.values]
-    struct = _Model(*sizes, m["norm_eps"], blocks, _matrix(model.wte), _matrix(model.head), _norm(model.norm_f),
-                    *map(_address, (*tables, *rooms)))  # fmt: skip
+    struct = _Model(*sizes, m["norm_eps"], blocks, _matrix(model.wte), _matrix(model.wtp), _matrix(model.head),
+                    _norm(model.norm_f), *map(_address, (*tables, *rooms)))  # fmt: skip
     logits = np.empty(len(model.head.q), np.float32)
+    n_pairs = 1 if model.wtp is None else len(model.wtp.q)
 
-    def step(token: int, position: int) -> np.ndarray:
+    def step(token: int, pair: int, position: int) -> np.ndarray:
         # the struct holds addresses only: the arrays behind them live as long as this function
-        assert len(rooms) == len(_ROOMS) and 0 <= position < m["block_size"] and 0 <= token < len(model.wte.q)
-        function(struct, token, position, logits.ctypes.data)
+        assert len(rooms) == len(_ROOMS) and 0 <= position < m["block_size"]
+        assert 0 <= token < len(model.wte.q) and 0 <= pair < n_pairs
+        function(struct, token, pair, position, logits.ctypes.data)
         return logits
 
     return step

@@ -63,7 +63,7 @@ class Matrix:
             y += self.bias
         return y
 
-    def rows(self, ids: list[int]) -> Array:
+    def rows(self, ids: list[int] | Array) -> Array:
         """Return these rows in float32, (T, K)."""
         return self.q[ids].astype(np.float32) * self.scale[ids, None]
 
@@ -101,6 +101,11 @@ def erf(x: Array) -> Array:
     np.square(a, out=a)
     series *= np.exp(np.negative(a, out=a), out=a)
     return np.copysign(1 - series, x)
+
+
+def pair_ids(idx: Array, previous: Array, n_rows: int) -> Array:
+    """Return the row of the table of pairs for each token and the one before it, -1 where none is, as `model.pair_ids` does."""
+    return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
 
 
 def softmax(x: Array) -> Array:
@@ -146,7 +151,7 @@ class Model:
 
     def _build(self, m: dict[str, Any], tensors: dict[str, Array]) -> None:
         self.m = m
-        self.length = 0
+        self.length = self.last = 0  # tokens read, and the last of them, anything where there are none
         self.n_head, self.kv_heads = m["n_head"], m["n_kv_head"] or m["n_head"]
         self.head_dim = m["n_embd"] // m["n_head"]
         block = np.empty(max([BLOCK, *(t.shape[1] for t in tensors.values() if t.dtype == np.int8)]), np.float32)
@@ -160,6 +165,7 @@ class Model:
             return Norm(m["norm"] == "rmsnorm", m["norm_eps"], weight, bias)
 
         self.wte, self.wpe = matrix("wte"), tensors.get("wpe")
+        self.wtp = matrix("wtp") if m.get("pair_rows") else None  # older exports do not say
         self.norm_f = norm("norm_f") if m["final_norm"] else None
         self.head = self.wte if m["tie_embeddings"] else matrix("head")
         names = ["attn.qkv", "mlp.up", "mlp.down"]
@@ -198,8 +204,9 @@ class Model:
     def read(self, ids: list[int]) -> Array:
         """Take in the next tokens; return the logits (V,) after the last. There must be room for them in the context."""
         if self.step is not None and len(ids) == 1 and self.length < self.block_size:
-            self.length += 1
-            return self.step(ids[0], self.length - 1)
+            pair = 0 if self.wtp is None else int(self._pairs(ids)[0])
+            self.length, self.last = self.length + 1, ids[0]
+            return self.step(ids[0], pair, self.length - 1)
         return self.head(self._hidden(ids)[-1:])[0]
 
     def logits(self, ids: list[int]) -> Array:
@@ -207,11 +214,18 @@ class Model:
         self.length = 0
         return self.head(self._hidden(ids))
 
+    def _pairs(self, ids: list[int]) -> Array:
+        """Return the rows (T,) of the table of pairs for the next tokens."""
+        idx = np.array([self.last if self.length else -1, *ids], np.int64)
+        return pair_ids(idx[1:], idx[:-1], len(self.wtp.q))
+
     def _hidden(self, ids: list[int]) -> Array:
         """Return the features (T, C) of the next tokens, and remember their keys and values."""
         start, stop = self.length, self.length + len(ids)
         assert 0 < len(ids) <= self.block_size - start, "the caller crops"
         x = self.wte.rows(ids)  # (T, C)
+        if self.wtp is not None:
+            x += self.wtp.rows(self._pairs(ids))
         if self.wpe is not None:
             x += self.wpe[start:stop]
         for layer, block in enumerate(self.blocks):
@@ -220,7 +234,7 @@ class Model:
             y = block["norm_2"](x)
             gate = None if block["mlp.gate"] is None else block["mlp.gate"](y)
             x += block["mlp.down"](activate(self.m["activation"], block["mlp.up"](y), gate))
-        self.length = stop
+        self.length, self.last = stop, ids[-1]
         return x if self.norm_f is None else self.norm_f(x)
 
     def _attention(self, layer: int, qkv: Array, start: int, stop: int) -> Array:

@@ -4,9 +4,10 @@
     loss_sum, n_targets = model(idx, targets)
 
 The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
-with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`.
-Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees another document.
-For generation, a `Cache` keeps keys and values, so that a new token costs one token's work.
+with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the
+table of token pairs. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token
+sees another document.
+For generation, a `Cache` keeps keys and values (cache.py).
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache import Cache
 from config import IGNORE, ModelConfig
 from loss import linear_cross_entropy, nll_and_grad
 
+PAIR_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
 # takes keys and values of new tokens, gives those of all tokens so far
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -43,6 +46,16 @@ def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor,
     return angle.cos(), angle.sin()
 
 
+def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
+    """Return the row of the table of pairs for each token of idx and the one before it in `previous`, -1 where none is.
+
+    Row 0 is for a token with nothing before it, and a hash picks one of the others (modded-nanogpt's bigram hash embedding).
+    Exact in int64 for any vocabulary up to 2^30.
+    """
+    hashed = previous * PAIR_PRIMES[0] + idx * PAIR_PRIMES[1]
+    return (1 + hashed % (n_rows - 1)) * (previous >= 0)
+
+
 def document_mask(positions: Tensor) -> Tensor:
     """Return which key each query may see, (B, 1, T, T) bool: itself and what precedes it in its document.
 
@@ -58,52 +71,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x.float() * cos + turned * sin).to(x.dtype)
-
-
-class Cache:
-    """The keys and values of what each row has read so far, (n_layer, B, n_kv_head, S, D), and how many tokens that is.
-
-    Rows are independent: each has its own `lengths`, and its next token is at that position, whatever the others do.
-    """
-
-    def __init__(self, cfg: ModelConfig, n_rows: int, like: Tensor):
-        """Make room for `block_size` tokens of each row, of the device and type of `like`."""
-        shape = (cfg.n_layer, n_rows, cfg.kv_heads, cfg.block_size, cfg.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2))
-        self.lengths = torch.zeros(n_rows, device=like.device, dtype=torch.int64)  # (B,)
-
-    def positions(self, T: int) -> Tensor:
-        """Return the positions of the next T tokens of each row, (B, T)."""
-        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
-
-    def mask(self, positions: Tensor, S: int) -> Tensor | None:
-        """Return which of S keys each of the tokens at `positions` (B, T) may see, (B, 1, T, S) bool; None if it is plain:
-        causal where T = S, and every key for one token.
-        """
-        B, T = positions.shape
-        if B == 1 and T in (1, S):
-            return None
-        seen = torch.arange(S, device=positions.device)  # (S,)
-        return (seen <= positions[:, :, None])[:, None]  # (B, 1, T, S)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, S: int) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, n_kv_head, T, D) of tokens at `positions`; return the layer's, (B, n_kv_head, S, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        if k.size(0) == 1:  # faster than by index
-            start = S - k.size(2)
-            keys[:, :, start:S], values[:, :, start:S] = k, v
-        else:
-            rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
-            for store, new in ((keys, k), (values, v)):
-                store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
-        return keys[:, :, :S], values[:, :, :S]
-
-    def copy_row(self, row: int, other: Cache, source: int = 0) -> None:
-        """Take over a row of another cache."""
-        n = int(other.lengths[source])
-        self.keys[:, row, :, :n] = other.keys[:, source, :, :n]
-        self.values[:, row, :, :n] = other.values[:, source, :, :n]
-        self.lengths[row] = n
 
 
 class Norm(nn.Module):
@@ -297,6 +264,11 @@ class LanguageModel(nn.Module):
         """Count the trainable parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def n_multiplied(self) -> int:
+        """Count the parameters that every token is multiplied with: all but the tables of which it takes a row."""
+        tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} - {self.head.weight}
+        return self.n_parameters() - sum(table.numel() for table in tables)
+
 
 class GPT(LanguageModel):
     """A decoder-only transformer of any of the shapes of `ModelConfig`, randomly initialised from torch's global seed."""
@@ -306,6 +278,7 @@ class GPT(LanguageModel):
         self.cfg = cfg
         self.cache_dtype: torch.dtype | None = None  # of keys and values in generation
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wtp = nn.Embedding(cfg.pair_rows, cfg.n_embd) if cfg.pair_rows else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -321,6 +294,8 @@ class GPT(LanguageModel):
             self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(partial(self._init, std=cfg.init_std))
         nn.init.normal_(self.wte.weight, std=cfg.init_std if cfg.embd_init_std is None else cfg.embd_init_std)
+        if self.wtp is not None:  # each pair begins as its token alone
+            nn.init.zeros_(self.wtp.weight)
         for block in self.blocks:
             for proj in (block.attn.proj, block.mlp.down):
                 if proj is not None and cfg.residual_init == "zero":
@@ -337,12 +312,26 @@ class GPT(LanguageModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def embed(self, idx: Tensor, positions: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def pairs(self, idx: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
+        """Return what the table of pairs adds to each token, (B, T, C); see `embed`."""
+        first = idx.new_full((idx.size(0),), -1) if before is None else before  # (B,)
+        previous = torch.cat((first[:, None], idx[:, :-1]), dim=1)  # (B, T)
+        if positions is not None:
+            previous = previous.masked_fill(positions == 0, -1)  # what precedes a document is none of it
+        return self.wtp(pair_ids(idx, previous, self.cfg.pair_rows))
+
+    def embed(
+        self, idx: Tensor, positions: Tensor | None = None, before: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return the first block's input (B, T, C) and, where positions are rotary, cos and sin of each place:
         (T, D), or with positions (B, T) each row's own, (B, 1, T, D).
+
+        `before` (B,) is the token before each row's first, which counts where that is not at position 0.
         """
         T = idx.size(1)
         x = self.wte(idx)  # (B, T, C)
+        if self.wtp is not None:
+            x = x + self.pairs(idx, positions, before)
         if self.cfg.position == "learned":
             x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         elif self.cfg.position == "sinusoidal":
@@ -372,13 +361,14 @@ class GPT(LanguageModel):
         No row may come to more than block_size tokens.
         """
         positions = cache.positions(idx.size(1))  # (B, T)
-        x, rope = self.embed(idx, positions)  # (B, T, C)
+        x, rope = self.embed(idx, positions, cache.last)  # (B, T, C)
         S = int(cache.lengths.max()) + idx.size(1)
         mask = cache.mask(positions, S)  # (B, 1, T, S)
         for layer, block in enumerate(self.blocks):
             extend = partial(cache.extend, layer, positions=positions, S=S)
             x = block(x, rope, mask, extend)
         cache.lengths += idx.size(1)
+        cache.last.copy_(idx[:, -1])
         x = x[:, -1]  # (B, C)
         return self.head(x if self.norm_f is None else self.norm_f(x))
 

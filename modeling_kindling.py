@@ -4,7 +4,9 @@
 
 An exported folder holds a copy of this file, so it needs torch and transformers (version 5) and nothing else. Parameter
 names and logits are those of Kindling's own `GPT`. A batch is padded on the left or the right, by `attention_mask`.
-Limits: no text beyond the context, which raises; no attention weights as output; no documents packed into one row.
+With a table of token pairs, a call with a cache needs the token before, `previous_ids`, which `generate` passes by itself.
+Limits: no text beyond the context, which raises; no attention weights as output; no documents packed into one row; no
+`prefill_chunk_size` with a table of pairs, which raises.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class KindlingConfig(PretrainedConfig):
         head_bias: bool = False,
         attn_out_proj: bool = True,
         qk_norm: bool = False,
+        pair_rows: int = 0,
         tie_word_embeddings: bool = True,
         dropout: float = 0.0,
         initializer_range: float = 0.02,
@@ -64,7 +67,7 @@ class KindlingConfig(PretrainedConfig):
         self.position, self.rope_theta = position, rope_theta
         self.norm, self.norm_eps, self.final_norm = norm, norm_eps, final_norm
         self.activation, self.bias, self.head_bias = activation, bias, head_bias
-        self.attn_out_proj, self.qk_norm = attn_out_proj, qk_norm
+        self.attn_out_proj, self.qk_norm, self.pair_rows = attn_out_proj, qk_norm, pair_rows
         self.dropout, self.initializer_range, self.use_cache = dropout, initializer_range, use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -80,6 +83,11 @@ def norm_of(cfg: KindlingConfig) -> nn.Module:
     if cfg.norm == "rmsnorm":
         return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+
+
+def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
+    """Return the row of the table of pairs for each token of idx and the one before it in `previous`, -1 where none is."""
+    return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
 
 
 def rotary_table(cfg: KindlingConfig) -> Tensor:
@@ -183,6 +191,7 @@ class KindlingForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: KindlingConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wtp = nn.Embedding(config.pair_rows, config.n_embd) if config.pair_rows else None
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -208,9 +217,27 @@ class KindlingForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.head = value
 
-    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+        """Return what `forward` gets, of all tokens so far: those that the cache has not, and which came before them."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        n_cached = input_ids.size(1) - inputs["input_ids"].size(1)
+        if self.wtp is not None and n_cached:
+            inputs["previous_ids"] = input_ids[:, n_cached - 1]  # (B,)
+        return inputs
+
+    def _pairs(self, input_ids: Tensor, position_ids: Tensor, previous_ids: Tensor | None) -> Tensor:
+        """Return what the table of pairs adds to each token, (B, T, C); the token at position 0 has none before it."""
+        first = input_ids.new_full(input_ids.shape[:1], -1) if previous_ids is None else previous_ids  # (B,)
+        previous = torch.cat((first[:, None], input_ids[:, :-1]), dim=1).masked_fill(position_ids == 0, -1)  # (B, T)
+        return self.wtp(pair_ids(input_ids, previous, self.config.pair_rows))
+
+    def _embed(
+        self, input_ids: Tensor, position_ids: Tensor, previous_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the first block's input (B, T, C) and, where positions are rotary, cos and sin (B, T, 2, D)."""
         x = self.wte(input_ids)  # (B, T, C)
+        if self.wtp is not None:
+            x = x + self._pairs(input_ids, position_ids, previous_ids)
         if self.wpe is not None:
             return self.dropout(x + self.wpe(position_ids)), None
         if self._table is None or self._table.device != x.device:
@@ -231,11 +258,14 @@ class KindlingForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        previous_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Return logits (B, T, V) or of the last `logits_to_keep` tokens, the cache, and with labels the mean loss.
 
         input_ids (B, T); attention_mask (B, S), 0 for padding, S with the tokens in the cache; labels (B, T), -100
-        where nothing is supervised, shifted here. Raises ValueError for a text longer than the context.
+        where nothing is supervised, shifted here; previous_ids (B,) the tokens before input_ids, which a model with a
+        table of pairs needs where the cache holds some. Raises ValueError without them, and for a text longer than the
+        context.
         """
         T = input_ids.size(1)
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -243,6 +273,11 @@ class KindlingForCausalLM(PreTrainedModel, GenerationMixin):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past + T > self.config.block_size:
             raise ValueError(f"a text must be at most {self.config.block_size} tokens, but has {past + T}; crop it")
+        if self.wtp is not None and past and previous_ids is None:
+            raise ValueError(
+                f"previous_ids must be the {input_ids.size(0)} tokens before input_ids where a cache holds text and the model "
+                f"has a table of pairs (pair_rows={self.config.pair_rows}), but is None; pass them, or no cache"
+            )
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
         elif position_ids is None:
@@ -255,7 +290,7 @@ class KindlingForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:  # padding sees itself: a softmax over nothing would not be a number
             itself = mask & ~mask.tril(past - 1)
             mask = mask & attention_mask[:, None, None, :].bool() | itself  # (B, 1, T, S)
-        x, rope = self._embed(input_ids, position_ids)
+        x, rope = self._embed(input_ids, position_ids, previous_ids)
         for block in self.blocks:
             x = block(x, rope, mask, past_key_values)
         x = x[:, -logits_to_keep:] if logits_to_keep else x  # (B, T or fewer, C)

@@ -136,7 +136,7 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime) -> bool:
     if cfg.train.max_minutes is not None:
         long = cfg.train.max_minutes >= COMPILE_MINUTES
     else:
-        long = 6 * model.n_parameters() * cfg.tokens >= COMPILE_FLOPS
+        long = 6 * model.n_multiplied() * cfg.tokens >= COMPILE_FLOPS
     if not long:
         return False
     if not device.has_compiler(runtime.device.type):

@@ -161,7 +161,7 @@ def measure(*arguments: str) -> tuple[float, float, list[int]]:
     return seconds, peak / 2**30, json.loads(found[-1])
 
 
-def speed(corpus: str, tokenizer: str) -> dict[str, Any]:
+def speed(corpus: str, tokenizer: str, repeats: int) -> dict[str, Any]:
     """Measure the ways in turn on one corpus."""
     ways = {
         "datasets, filter in one process": ("theirs", corpus, tokenizer, "1"),
@@ -171,7 +171,7 @@ def speed(corpus: str, tokenizer: str) -> dict[str, Any]:
         "ours, with near-duplicates and benchmarks": ("ours", corpus, tokenizer, "{}"),
     }
     runs: dict[str, list[tuple[float, float, list[int]]]] = {way: [] for way in ways}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for way, arguments in ways.items():
             runs[way].append(measure(*arguments))
             print(corpus, way, runs[way][-1], flush=True)
@@ -282,7 +282,7 @@ def near_duplicates() -> dict[str, Any]:
     return out
 
 
-def handwritten() -> dict[str, Any]:
+def handwritten(repeats: int) -> dict[str, Any]:
     """Return how long bpe.py takes to learn 2,048 tokens from 5 MB of Python and how fast it encodes the next 2 MB."""
     from bpe import ByteLevelBPE
     from config import TokenizerConfig
@@ -297,7 +297,7 @@ def handwritten() -> dict[str, Any]:
     learnt, new = texts[:cut], texts[cut:]
     megabytes = sum(len(t.encode("utf-8")) for t in new) / 1e6
     out: dict[str, list[float]] = collections.defaultdict(list)
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         ours = ByteLevelBPE.train(learnt, 2048, ["<|endoftext|>"])
         out["bpe.py, training, s"].append(time.perf_counter() - started)
@@ -319,20 +319,22 @@ def handwritten() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("way", nargs="*", help=argparse.SUPPRESS)
-    way = parser.parse_args().way
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="measurements of which medians are taken")
+    flags = parser.parse_args()
+    way, repeats = flags.way, flags.repeats
     if way:
         return ours(*way[1:3], json.loads(way[3])) if way[0] == "ours" else theirs(*way[1:3], int(way[3]))
     figures: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, Python {platform.python_version()}"}
     figures["near-duplicates"] = near_duplicates()
-    figures["2,048 tokens from 5 MB of Python"] = handwritten()
+    figures["2,048 tokens from 5 MB of Python"] = handwritten(repeats)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = str(STARCODER2)
         if not STARCODER2.exists():
             tokenizer = f"{folder}/tokenizer.json"
             _train_tokenizer(Path(tokenizer))
         if CORPUS.exists():
-            figures["three languages, 27 MB of JSON lines"] = speed("three languages", tokenizer)
-        figures["this machine's Python, 28 MB in files"] = speed("this machine's Python", tokenizer)
+            figures["three languages, 27 MB of JSON lines"] = speed("three languages", tokenizer, repeats)
+        figures["this machine's Python, 28 MB in files"] = speed("this machine's Python", tokenizer, repeats)
         figures["memory as the corpus grows"] = memory(tokenizer)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "data.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

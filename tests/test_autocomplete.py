@@ -28,7 +28,8 @@ SHAPES = {
     for name, make in PRESETS.items()
     if not make().data.instructions
 } | {
-    "grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope")
+    "grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope"),
+    "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, pair_rows=101),
 }
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 
@@ -93,11 +94,23 @@ def test_a_text_read_in_pieces_gives_the_logits_of_the_whole(exports, name):
 def test_the_kernel_in_c_computes_what_numpy_does(exports, name):
     by_numpy, by_c = Model(exports[name][0]), Model(exports[name][0])
     by_c.compile()
-    by_numpy.read([5, 6, 7])
-    by_c.read([5, 6, 7])
-    for token in range(100, 110):
+    for token in (*range(100, 110), 100):
+        if token == 100:  # a new text, whose first token has none before it
+            by_numpy.length = by_c.length = 0
+        if token == 105:
+            by_numpy.read([5, 6, 7])
+            by_c.read([5, 6, 7])
         expected = by_numpy.read([token])
         assert np.abs(by_c.read([token]) - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+def test_an_export_of_before_the_table_of_pairs_is_read(exports, tmp_path):
+    shutil.copytree(exports["demo"][0], tmp_path / "x")
+    meta = json.loads((tmp_path / "x" / "config.json").read_text(encoding="utf-8"))
+    del meta["model"]["pair_rows"]
+    (tmp_path / "x" / "config.json").write_text(json.dumps(meta), encoding="utf-8")
+    ids = list(range(9))
+    assert np.array_equal(Model(tmp_path / "x").logits(ids), Model(exports["demo"][0]).logits(ids))
 
 
 def test_a_quantized_weight_is_within_half_a_step():

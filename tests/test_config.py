@@ -26,6 +26,10 @@ from errors import ConfigError
 from model import GPT
 
 EXACT = {
+    "demo": 6_489_792,
+    "modern-5m": 4_867_392,
+    "modern-50m": 50_340_352,
+    "modern-150m": 141_576_960,
     "code-50m": 50_910_208,
     "code-150m": 123_591_168,
     "code-225m": 225_317_760,
@@ -107,6 +111,8 @@ def test_configs_cannot_be_changed():
         (lambda: ModelConfig(n_embd=100, n_head=8), ["model.n_embd", "multiple of n_head=8", "100", "96 or 104"]),
         (lambda: ModelConfig(n_head=4, n_kv_head=3), ["model.n_kv_head", "divisor of n_head=4", "3"]),
         (lambda: ModelConfig(head_bias=True), ["model.head_bias", "tied"]),
+        (lambda: ModelConfig(pair_rows=1), ["model.pair_rows", "at least 2, or 0", "1"]),
+        (lambda: ModelConfig(pair_rows=2, backbone="transformers"), ["model.pair_rows", "0 on transformers' GPT-2"]),
         (lambda: ModelConfig(dropout=1.5), ["model.dropout", "at most 0.99", "1.5"]),
         (lambda: ModelConfig(norm_eps=float("nan")), ["model.norm_eps", "nan"]),
         (

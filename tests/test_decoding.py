@@ -94,21 +94,31 @@ def test_the_stream_gives_a_token_before_the_next_is_sampled():
 SHAPES = {
     "learned positions": CFG,
     "rotary, grouped": replace(CFG, position="rope", n_head=4, n_kv_head=2, qk_norm=True, norm="rmsnorm", bias=False),
+    "rotary, pairs of tokens": replace(CFG, position="rope", pair_rows=97),
     "sinusoidal, no final norm": replace(CFG, position="sinusoidal", final_norm=False, attn_out_proj=False),
     "transformers": replace(CFG, backbone="transformers", init_std=0.2),
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_reading_token_by_token_gives_the_logits_of_the_whole(shape):
+def random_model(cfg):
+    """A model whose table of pairs, which starts at zero, counts too."""
     torch.manual_seed(1)
-    model = build_model(SHAPES[shape]).eval()
+    model = build_model(cfg).eval()
+    if cfg.pair_rows:
+        torch.nn.init.normal_(model.wtp.weight, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_in_pieces_and_token_by_token_gives_the_logits_of_the_whole(shape):
+    model = random_model(SHAPES[shape])
     idx = torch.randint(300, (3, 16))
     with torch.no_grad():
         whole = model(idx)
     gpt = model.for_generation()
     cache = gpt.new_cache(3)
-    assert torch.allclose(gpt.read(idx[:, :5], cache), whole[:, 4], atol=1e-4)
+    for start, stop in ((0, 3), (3, 5)):
+        assert torch.allclose(gpt.read(idx[:, start:stop], cache), whole[:, stop - 1], atol=1e-4)
     for t in range(5, 16):
         assert torch.allclose(gpt.read(idx[:, t : t + 1], cache), whole[:, t], atol=1e-4)
 
@@ -116,8 +126,7 @@ def test_reading_token_by_token_gives_the_logits_of_the_whole(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n_rows", [1, 3, 8])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows):
-    torch.manual_seed(1)
-    model = build_model(SHAPES[shape]).eval()
+    model = random_model(SHAPES[shape])
     prompts = [[5], [6, 7, 8], [9] * 10, [9] * 10, [1, 2], [3] * 15, [4] * 4]
     greedy = Sampling(greedy=True, max_new_tokens=6)
     drawn = Sampling(temperature=1.5, max_new_tokens=6)

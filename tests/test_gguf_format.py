@@ -85,6 +85,11 @@ def test_each_architecture_holds_its_shapes(shape):
     assert architecture(SHAPES[shape]) == shape.split()[0]
 
 
+def test_a_model_with_a_table_of_pairs_is_refused_by_its_name():
+    with pytest.raises(GGUFError, match=r"model\.pair_rows=0 \(is 64\); export it with --to hf or --to int8"):
+        architecture(replace(GPT2, pair_rows=64))
+
+
 @pytest.mark.parametrize(
     "name, named",
     [

@@ -100,6 +100,8 @@ VARIANTS = {
                                         rope_theta=500_000.0)),
     "ours-grouped-swiglu": small(replace(preset("demo").model, n_head=4, n_kv_head=2, activation="swiglu", bias=True)),
     "ours-learned-without-bias": small(replace(preset("tinystories").model, qk_norm=True, bias=False)),
+    "ours-pairs": small(replace(preset("demo").model, pair_rows=101)),
+    "ours-pairs-sinusoidal": small(replace(preset("code-50m").model, pair_rows=100, position="sinusoidal")),
 }  # fmt: skip
 
 
@@ -140,7 +142,17 @@ def test_what_was_written_is_read_back_to_the_bit(folders, name):
     assert all(torch.equal(weights[n], ours[n]) for n in ours)
 
 
-@pytest.mark.parametrize("name", ["demo", "tinystories", "smallcoder-1", "fineweb-nano"])
+def test_a_folder_of_before_the_table_of_pairs_is_read(tmp_path):
+    model = written(tmp_path / "hub", VARIANTS["demo"])
+    path = tmp_path / "hub" / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["pair_rows"], content["kindling"]["pair_rows"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read(tmp_path / "hub")[0] == model.cfg
+    assert difference(tmp_path / "hub", model, random_rows(model.cfg)).largest <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["demo", "tinystories", "smallcoder-1", "fineweb-nano", "ours-pairs"])
 def test_greedy_text_is_what_transformers_generates(folders, name):
     folder, model = folders(name)
     their = theirs(folder)
@@ -153,7 +165,7 @@ def test_greedy_text_is_what_transformers_generates(folders, name):
 
 
 def test_a_batch_padded_on_the_left_continues_as_each_prompt_alone(folders):
-    for name in ("demo", "fineweb-nano", "autocomplete"):
+    for name in ("demo", "fineweb-nano", "autocomplete", "ours-pairs"):
         folder, _ = folders(name)
         their = theirs(folder)
         prompts = [torch.arange(3, 3 + n) for n in (9, 2, 5)]
@@ -167,7 +179,7 @@ def test_a_batch_padded_on_the_left_continues_as_each_prompt_alone(folders):
         assert torch.isfinite(their(ids, attention_mask=mask).logits).all()
 
 
-@pytest.mark.parametrize("name", ["demo", "autocomplete"])
+@pytest.mark.parametrize("name", ["demo", "autocomplete", "ours-pairs", "ours-pairs-sinusoidal"])
 def test_a_padded_batch_has_the_logits_of_each_text_alone(folders, monkeypatch, name):
     their, text = theirs(folders(name)[0]), torch.arange(3, 12)[None]
     alone = their(text).logits
@@ -183,6 +195,29 @@ def test_a_padded_batch_has_the_logits_of_each_text_alone(folders, monkeypatch, 
         logits = their(ids, attention_mask=mask).logits[:, left : left + 9]
         assert torch.allclose(logits, alone, atol=1e-5, rtol=0)
     assert all(mask.any(-1).all() for mask in masks)  # where a query sees nothing, older torch gives NaN
+
+
+def test_beams_know_the_token_before(folders):
+    their, prompt = theirs(folders("ours-pairs")[0]), torch.arange(3, 12)[None].repeat(2, 1)
+    prompt[1, 4:] += 50
+    settings = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+    }
+    cached, whole = (their.generate(prompt, **settings, num_beams=3, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, whole)
+
+
+def test_a_cache_without_the_token_before_is_refused(folders):
+    their, text = theirs(folders("ours-pairs")[0]), torch.arange(3, 12)[None]
+    whole = their(text).logits
+    read = their(text[:, :5])
+    with pytest.raises(ValueError, match="previous_ids must be the 1 tokens before input_ids"):
+        their(text[:, 5:], past_key_values=read.past_key_values)
+    rest = their(text[:, 5:], past_key_values=read.past_key_values, previous_ids=text[:, 4])
+    assert torch.allclose(torch.cat((read.logits, rest.logits), 1), whole, atol=1e-5)
 
 
 def test_our_class_gives_the_mean_loss_of_shifted_labels_and_its_gradient(folders):

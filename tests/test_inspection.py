@@ -72,11 +72,13 @@ def test_weights_that_are_not_finite_are_refused():
 
 def test_every_weight_matrix_is_found_once_and_a_tied_head_is_its_embedding():
     cfg = ModelConfig(
-        block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, tie_embeddings=True, position="learned"
+        block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, tie_embeddings=True, position="learned", pair_rows=6
     )
     built = build_model(cfg)
     found = matrices(built)
-    assert list(found) == ["token embedding, tied to the head", "position embedding", "qkv", "proj", "up", "down"]
+    assert list(found) == [
+        "token embedding, tied to the head", "pair embedding", "position embedding", "qkv", "proj", "up", "down"
+    ]  # fmt: skip
     total = sum(m.weight.numel() for own in found.values() for m in own)
     assert total == sum(p.numel() for p in built.parameters() if p.dim() == 2)
 

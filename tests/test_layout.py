@@ -14,7 +14,7 @@ LAYERS = [
         "bpe docstrings errors files healing int8_kernel intervals modeling_kindling plots prompts sandbox_worker syscall_filter "
         "tables verbatim",
         "chat comparison config harness_data html_report int8_model metrics pool report sampling sandbox tasks text_plots",
-        "autocomplete compare_runs config_io device duplicates filters loss schedule shards",
+        "autocomplete cache compare_runs config_io device duplicates filters loss schedule shards",
         "cli examples extraction ledger model sources",
         "decoding hf_layout inference judge optim parity tokenizer",
         "checkpoint completion conversations functional gguf_format harness_model heldout hf_format int8_format memorization "

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from config import IGNORE, ModelConfig, preset
 from device import has_compiler
 from errors import ConfigError
-from model import GPT, Norm, TransformersGPT2, build_model, document_mask, rotary_tables, sinusoidal_positions
+from int8_model import pair_ids as numpy_pair_ids
+from model import (
+    GPT,
+    PAIR_PRIMES,
+    Norm,
+    TransformersGPT2,
+    build_model,
+    document_mask,
+    pair_ids,
+    rotary_tables,
+    sinusoidal_positions,
+)
 from shards import document_positions
 
 
@@ -19,10 +30,11 @@ def positions_of(idx, eos_id):
 
 
 SMALL = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
-SEEDS = {  # the five systems' architectures at toy size, and the demo's
+SEEDS = {  # the five systems' architectures at toy size, and the demo's, also with a table of pairs
     name: replace(preset(name).model, **SMALL, n_kv_head=None, d_ff=64)
     for name in ("demo", "code-50m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-1")
 }
+SEEDS["pairs"] = replace(SEEDS["demo"], pair_rows=211)
 shapes = st.builds(
     dict,
     n_layer=st.integers(1, 3),
@@ -36,6 +48,7 @@ shapes = st.builds(
     attn_out_proj=st.booleans(),
     qk_norm=st.booleans(),
     tie_embeddings=st.booleans(),
+    pair_rows=st.sampled_from([0, 2, 50]),
 )
 
 
@@ -276,6 +289,33 @@ def test_the_transformers_backbone_keeps_the_contract():
     assert torch.allclose(ours(idx), theirs(idx), atol=1e-4)  # and the fused kernel is back
 
 
+# -- pairs of tokens --------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(-1, 2**20 - 1), min_size=2, max_size=30), st.integers(2, 10**7))
+def test_the_row_of_a_pair_is_that_of_exact_integers_also_in_numpy(ids, n_rows):
+    idx = torch.tensor(ids).clamp(min=0)
+    previous = torch.tensor(ids).roll(1)
+    rows = pair_ids(idx, previous, n_rows)
+    first, second = PAIR_PRIMES
+    expected = [
+        0 if p < 0 else 1 + (p * first + i * second) % (n_rows - 1) for i, p in zip(idx.tolist(), previous.tolist())
+    ]
+    assert rows.tolist() == expected == numpy_pair_ids(idx.numpy(), previous.numpy(), n_rows).tolist()
+
+
+def test_a_token_has_the_row_of_it_and_the_one_before_and_the_first_has_row_0():
+    cfg = SEEDS["pairs"]
+    model = GPT(cfg).eval()
+    idx = tokens(cfg)
+    plain = model.wte(idx)
+    assert torch.equal(model.embed(idx)[0], plain)  # the table starts at zero
+    added = randomise(model).embed(idx)[0] - model.wte(idx)
+    assert torch.allclose(added[:, 0], model.wtp.weight[0].expand(2, -1), atol=1e-6)
+    rows = pair_ids(idx[:, 1:], idx[:, :-1], cfg.pair_rows)
+    assert torch.allclose(added[:, 1:], model.wtp.weight[rows], atol=1e-6)
+
+
 # -- masking across the documents of a packed block -------------------------------------------------------------------
 
 EOS = 7
@@ -285,6 +325,7 @@ MASKED = {  # a name per way of giving positions, and per number of key / value 
     for name, position in (("code-50m", "learned"), ("fineweb-nano", "sinusoidal"), ("smallcoder-1", "rope"))
     for n_kv_head in (None, 2, 1)
 }
+MASKED["pairs"] = SEEDS["pairs"]
 
 
 def packed(cfg, ends=ENDS):
@@ -506,3 +547,13 @@ def test_rmsnorm_and_layernorm_equal_the_float64_formula():
             0 if norm.bias is None else norm.bias
         )
         assert torch.allclose(norm(x).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["demo", "code-50m"])
+def test_the_parameters_that_multiply_are_those_of_the_linear_layers_and_norms(name):
+    cfg = preset(name).model
+    with torch.device("meta"):
+        model = GPT(cfg)
+    tables = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.n_embd
+    positions = cfg.block_size * cfg.n_embd if cfg.position == "learned" else 0
+    assert model.n_multiplied() == model.n_parameters() - tables - positions - cfg.pair_rows * cfg.n_embd

@@ -169,7 +169,7 @@ def test_the_code_in_the_card_runs_as_it_stands(made, monkeypatch, capsys, own):
     run, _ = made
     if own:
         cfg = run.config()
-        cfg = replace(cfg, model=replace(cfg.model, qk_norm=True))
+        cfg = replace(cfg, model=replace(cfg.model, qk_norm=True, pair_rows=50))
         write_atomic(run.path / "config.yaml", to_yaml(cfg))
     torch.manual_seed(0)
     model = build_model(run.config().model).eval()
@@ -178,7 +178,7 @@ def test_the_code_in_the_card_runs_as_it_stands(made, monkeypatch, capsys, own):
     folder.mkdir()
     text = card(run, folder.name, checkpoint)
     hf_format.write(folder, model, run.tokenizer(), text)
-    assert ("trust_remote_code=True" in text) == own
+    assert ("trust_remote_code=True" in text) == ("| pair embedding | 50 rows |" in text) == own
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})

@@ -1,0 +1,190 @@
+"""Put what the benchmarks measured beside what is asked, in one Markdown table.
+
+    python benchmarks/summary.py            # reads benchmarks/results/*.json, writes benchmarks/results/summary.md
+
+Measures nothing itself. A figure whose benchmark has not run, or whose result lacks it, has a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from machine import phrase
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT)]
+
+GIB = 2**30
+SPEED_FP32, SPEED_BF16, OF_PEAK, STEP_GIB = 1.6, 1.15, 0.7, 4.0
+EIGHTH_NOTE = "ours, its whole schedule in an eighth of the peer's time, on test files"
+BITS, COMPILING = 1.55, 0.5
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    figure: str
+    asked: str
+    measured: str
+    machine: str
+
+
+def verdict(measured: str, reached: bool) -> str:
+    """Return a measured figure with what it is worth."""
+    return f"{measured}: {'reached' if reached else 'NOT reached'}"
+
+
+def throughput(results: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows on training speed and memory."""
+    machine = phrase(results["machine"])
+    for shape, found in results["shapes"].items():
+        for precision, least in (("fp32", SPEED_FP32), ("bf16", SPEED_BF16)):
+            asked = f"at least {least}"
+            figure = f"training at `{shape}` shape, times the best {precision} peer"
+            ratio = found["ratios"].get(precision)
+            if ratio is None:
+                yield Row(figure, asked, missing_precision(results, precision), machine)
+                continue
+            speeds = " against ".join(f"{found['ways'][ratio[side]]['tokens_per_s']:,.0f}" for side in ("ours", "peer"))
+            how = f"{ratio['times']:.2f} ({speeds} tokens/s; {ratio['ours']} against {ratio['peer']})"
+            yield Row(figure, asked, verdict(how, ratio["times"] >= least), machine)
+    yield from share_of_peak(results, machine)
+    yield from memory(results, machine)
+
+
+def missing_precision(results: dict[str, Any], precision: str) -> str:
+    """Return why a precision was not measured."""
+    if precision == "bf16" and results["device"] == "cpu":
+        return "not measured: this machine has no bfloat16 instructions"
+    return f"not measured: on {results['device']} ours runs in another precision"
+
+
+def share_of_peak(results: dict[str, Any], machine: str) -> Iterator[Row]:
+    """Yield the row on the share of the machine's peak at `autocomplete` shape; of every shape where that is not there."""
+    shapes = results["shapes"]
+    for shape in ["autocomplete"] if "autocomplete" in shapes else shapes:
+        ours = [way for way in shapes[shape]["ways"].values() if way["side"] == "ours"]
+        best = max(ours, key=lambda way: way["tokens_per_s"])
+        peak = shapes[shape]["peak"][best["precision"]]["flops"] / 1e9
+        how = f"{best['share_of_peak']:.0%} of {peak:,.0f} GFLOP/s in {best['precision']}"
+        if best["precision"] == "bf16" and shape == "autocomplete":
+            how = verdict(how, best["share_of_peak"] >= OF_PEAK)
+        figure = f"model FLOP/s at `{shape}` shape, share of the matrix-product peak"
+        asked = f"at least {OF_PEAK:.0%} in bfloat16" if shape == "autocomplete" else "-"
+        yield Row(figure, asked, how, machine)
+
+
+def memory(results: dict[str, Any], machine: str) -> Iterator[Row]:
+    """Yield the row on the memory of a step of `code-50m`, which is asked of the CPU."""
+    figure, asked = "`code-50m`, a step of 4 x 1024, peak process memory", f"at most {STEP_GIB:g} GiB"
+    if "code-50m" not in results["shapes"]:
+        yield Row(figure, asked, "not measured: `python benchmarks/train_throughput.py --shapes code-50m`", machine)
+        return
+    found = results["shapes"]["code-50m"]
+    ways = {side: [w for w in found["ways"].values() if w["side"] == side] for side in ("ours", "peer")}
+    most, of_peer = max(w["peak_bytes"] for w in ways["ours"]) / GIB, min(w["peak_bytes"] for w in ways["peer"]) / GIB
+    how = f"{most:.2f} GiB (the leanest peer {of_peer:.2f})"
+    if results["device"] != "cpu":
+        yield Row("`code-50m`, a step of 4 x 1024, peak memory of the GPU", "-", how, machine)
+        return
+    yield Row(figure, asked, verdict(how, most <= STEP_GIB), machine)
+
+
+def learning(results: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows on the time to a loss."""
+    machine, found = phrase(results["machine"]), results["figures"]
+    peer_s, minutes = found["peer_seconds"], results["minutes"]
+    ours, peer = found["eighth_bits_per_byte"]["test"], found["peer_bits_per_byte"]["test"]
+    how = f"{ours:.3f} after {found['eighth_seconds']:.0f} s, the peer {peer:.3f} after {peer_s:.0f} s"
+    reached = found["eighth_reaches_the_peer"]["test"]
+    yield Row(f"bits per byte: {EIGHTH_NOTE}", "at most the peer's", verdict(how, reached), machine)
+    if found["reached_s"] is None:
+        how = f"never in {minutes:g} minutes"
+    else:
+        how = f"{found['reached_s']:.0f} s of {peer_s:.0f} s, {found['times_sooner']:.1f} times sooner"
+    yield Row("time to the peer's last loss, by the curve of the whole run", "-", how, machine)
+    bits, whole = found["ours_bits_per_byte"]["test"], minutes == 5
+    how = f"{bits:.3f} (validation {found['ours_bits_per_byte']['val']:.3f}) after {minutes:g} minutes"
+    asked = f"at most {BITS} after 5 minutes"
+    yield Row("`demo`, bits per byte on test files", asked, verdict(how, bits <= BITS) if whole else how, machine)
+    functions = found["functions"]["test"]
+    share = functions["passes"] / max(1, functions["samples"])
+    how = f"{functions['passes']} of {functions['samples']}, {share:.0%}"
+    figure = "`demo`, functions that parse, from signatures of test files"
+    yield Row(figure, f"at least {COMPILING:.0%}", verdict(how, share >= COMPILING), machine)
+
+
+def data(results: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows on preparing data."""
+    for corpus in ("three languages, 27 MB of JSON lines", "this machine's Python, 28 MB in files"):
+        if corpus in results:
+            times = f"{results[corpus]['times as fast as datasets']:.2f}"
+            yield Row(f"{corpus}: to shards, times `datasets`", "-", times, phrase(results["machine"]))
+
+
+def decode(results: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows on writing text."""
+    machine = f"{results['cores']} cores, Python {results['python']}"
+    for way, other in (
+        ("generate.py, fp32", "fp32"),
+        ("generate.py, bf16", "bf16"),
+        ("autocomplete.py, int8, c", "fp32"),
+    ):
+        times = results.get(f"decoding: {way}, times transformers, {other}")
+        if times is not None:
+            yield Row(f"decoding `code-50m`: {way}, times transformers in {other}", "-", f"{times:.2f}", machine)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
+    "train_throughput": throughput,
+    "time_to_loss": learning,
+    "data": data,
+    "generation": decode,
+}
+
+
+def rows(folder: Path) -> list[Row]:
+    """Return the rows of all results in a folder; raises KindlingError if one cannot be read."""
+    from errors import KindlingError
+
+    out = []
+    for name, section in SECTIONS.items():
+        path, again = folder / f"{name}.json", f"run `python benchmarks/{name}.py`"
+        if not path.is_file():
+            out.append(Row(f"`{name}`", "-", f"not measured: {again}", "-"))
+            continue
+        try:
+            found = list(section(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise KindlingError(f"{path} must be a result of {name}.py, but is not ({e!r}); {again}") from None
+        out += found or [Row(f"`{name}`", "-", f"not measured: {path.name} has none of its figures; {again}", "-")]
+    return out
+
+
+def markdown(lines: list[Row]) -> str:
+    """Return the table."""
+    cells = [f"| {' | '.join(row)} |" for row in lines]
+    return "\n".join(["| figure | asked | measured | machine |", "| --- | --- | --- | --- |", *cells]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder with the results")
+    flags = parser.parse_args()
+    from files import write_atomic
+
+    table = markdown(rows(flags.results))
+    write_atomic(flags.results / "summary.md", table)
+    print(f"{table}\nwritten to {flags.results / 'summary.md'}")
+
+
+if __name__ == "__main__":
+    from cli import run_script
+
+    run_script(main)
