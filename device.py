@@ -5,11 +5,15 @@ Nothing else of the project asks which device it runs on.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import re
 import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,13 +153,84 @@ def synchronize(runtime: Runtime) -> None:
         torch.mps.synchronize()
 
 
+def reset_peak_memory(runtime: Runtime) -> bool:
+    """Give back the memory that is free within the process, and count its peak anew; return whether the system can.
+
+    Linux only, on the CPU: elsewhere the peak of a process never falls.
+    """
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        trim = ctypes.CDLL(None).malloc_trim  # glibc's: what it keeps of earlier work would hide what later work takes
+        trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError, TypeError):
+        return False
+    return True
+
+
 def peak_memory_bytes(runtime: Runtime) -> int:
-    """Return the most memory used so far: allocated on the GPU, or resident in this process on the CPU; 0 if unknown."""
+    """Return the most memory used since the start or `reset_peak_memory`; 0 if unknown.
+
+    Allocated on the GPU, or resident in this process on the CPU.
+    """
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:  # no Linux
+        status = ""
+    if mark := re.search(r"VmHWM:\s+(\d+) kB", status):
+        return int(mark[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes(runtime: Runtime) -> float | None:
+    """Return how much more this process may take without swapping or being killed; None if unknown.
+
+    On Linux, of what the machine and each control group of the process have left. Infinite on CUDA, which refuses what does
+    not fit by an error that can be caught.
+    """
+    if runtime.device.type == "cuda":
+        return math.inf
+    try:
+        machine = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return None if machine is None else min(int(machine[1]) * 1024, *cgroup_rooms(Path("/proc/self/cgroup")))
+
+
+def cgroup_rooms(groups: Path, mount: Path = Path("/sys/fs/cgroup")) -> list[float]:
+    """Return what each control group that `groups` names, and each above it, has left of its limit on memory, in bytes.
+
+    Infinity comes first, for a process without any. The page cache counts as left: the kernel gives it up first.
+    """
+    rooms = [math.inf]
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, limit, usage, cache = (
+            (mount, "memory.max", "memory.current", "inactive_file")
+            if controllers == ""
+            else (mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        inside = root / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+                stat = (folder / "memory.stat").read_text(encoding="ascii")
+            except (OSError, ValueError):  # no such group from in here, or its limit is "max"
+                continue
+            reclaimable = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
+            rooms.append(most - used + (int(reclaimable[1]) if reclaimable else 0))
+    return rooms

@@ -1,0 +1,52 @@
+import sys
+
+import numpy as np
+import pytest
+
+import device
+from config import TrainConfig
+
+CPU = device.resolve(TrainConfig(device="cpu"))
+MB = 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux only")
+def test_the_peak_of_memory_can_be_counted_anew():
+    assert device.reset_peak_memory(CPU)
+    before = device.peak_memory_bytes(CPU)
+    held = np.ones(200 * MB, dtype=np.uint8)
+    assert device.peak_memory_bytes(CPU) > before + 150 * MB
+    del held
+    assert device.peak_memory_bytes(CPU) > before + 150 * MB
+    assert device.reset_peak_memory(CPU)
+    assert device.peak_memory_bytes(CPU) < before + 50 * MB
+
+
+def group(folder, files: dict[str, str]) -> None:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="ascii")
+
+
+def test_a_control_group_leaves_what_is_below_its_limit_or_cached(tmp_path):
+    (tmp_path / "cgroup").write_text("0::/slice/job\n", encoding="ascii")
+    stat = "anon 60\ninactive_file 30\nactive_file 10\n"
+    group(tmp_path / "fs/slice", {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": stat})
+    group(tmp_path / "fs/slice/job", {"memory.max": "max\n", "memory.current": "100\n", "memory.stat": stat})
+    assert min(device.cgroup_rooms(tmp_path / "cgroup", tmp_path / "fs")) == 630
+
+
+def test_a_control_group_of_the_first_version_counts_too(tmp_path):
+    (tmp_path / "cgroup").write_text("9:name=systemd:/\n4:memory:/docker/1\n3:cpuset:/\n", encoding="ascii")
+    files = {
+        "memory.limit_in_bytes": "1000\n",
+        "memory.usage_in_bytes": "400\n",
+        "memory.stat": "total_inactive_file 5\n",
+    }
+    group(tmp_path / "fs/memory", files)  # a container sees its own group as the root, whatever it is called outside
+    assert min(device.cgroup_rooms(tmp_path / "cgroup", tmp_path / "fs")) == 605
+
+
+def test_without_control_groups_memory_is_what_the_machine_has_left(tmp_path):
+    assert device.cgroup_rooms(tmp_path / "cgroup") == [float("inf")]
+    assert device.available_memory_bytes(CPU) is None or device.available_memory_bytes(CPU) > MB
