@@ -39,7 +39,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no embedding of pairs": {"model.pair_rows": 0},
     "an eighth of the rows of pairs": {"model.pair_rows": 4_096},
     "one rate for embeddings and head too": {"train.embd_lr": None, "train.head_lr": None},
-    "AdamW in place of Muon, rate 3e-3": {"train.optimizer": "adamw"},
+    "AdamW in place of Muon, rate 3e-3": {"train.optimizer": "adamw", "train.lr": 3e-3},
     "AdamW in place of Muon, rate 1e-3": {"train.optimizer": "adamw", "train.lr": 1e-3},
     "Muon's rate halved": {"train.muon_lr": 0.01},
     "Muon's rate doubled": {"train.muon_lr": 0.04},

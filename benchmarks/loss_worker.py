@@ -49,7 +49,7 @@ class Spec:
     functions: bool = False
     """Ours writes functions at the end."""
     lr: float = 0.0
-    batch: int = 16
+    batch: int = 8
     precision: str = "fp32"
     compiled: bool = False
     layers: int = 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from device import Runtime
     from shards import Batch
 
-BATCHES = {"demo": 16, "tinystories": 16, "autocomplete": 8}  # rows a step; of any other shape 4
+BATCHES = {"demo": 8, "tinystories": 16, "autocomplete": 8}  # rows a step; of any other shape 4
 PEAK_S = 0.1  # for each product of the peak
 
 

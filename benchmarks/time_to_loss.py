@@ -5,8 +5,9 @@
     python benchmarks/time_to_loss.py --data data/demo-0123456789ab --thorough
 
 Ours is the `demo` preset's recipe with a time budget. The peer is `peer.Peer`, of the same layers, width, heads, context and
-vocabulary (or of --peer-shape) and 16 rows a step, run in the way (precision, compiled or not) that takes the most steps in
-the time; of three learning rates, each tried for a fifth of the time with its whole schedule, the best one gets the whole
+vocabulary (or of --peer-shape) and as many rows a step (or --peer-batch), run in the way (precision, compiled or not) that takes
+the most steps in the time; of three learning rates, each tried uncompiled for a fifth of the time with its whole schedule, the
+best one gets the whole
 time (--thorough gives each the whole). Same data, same tokenizer, same clock: compiling and training steps count, evaluating
 does not. Each training is a process of its own, one at a time.
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORKER = ROOT / "benchmarks" / "loss_worker.py"
-RATES = (6e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 6e-3)
 TRIAL = 1 / 5  # of the time, for each learning rate
 EIGHTH = 1 / 8
 PEER_SHARES = [n / 10 for n in range(1, 11)]
@@ -80,7 +81,7 @@ def race(base: Spec, rates: tuple[float, ...], thorough: bool, way: str | None, 
         precision, how = way.split("-")
         peer = replace(peer, precision=precision, compiled=how == "compiled")
     whole = replace(peer, shares=PEER_SHARES, final=True)
-    trial = whole if thorough else replace(peer, minutes=base.minutes * TRIAL)
+    trial = whole if thorough else replace(peer, minutes=base.minutes * TRIAL, compiled=False)
     out["trials"] = [train(replace(trial, lr=rate), folder) for rate in rates]
     best = min(out["trials"], key=last)
     out["peer"] = best if thorough else train(replace(whole, lr=best["lr"]), folder)
@@ -220,7 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--thorough", action="store_true", help="each learning rate gets the whole time")
     parser.add_argument("--rates", type=float, nargs="+", help=f"of the peer; by default {', '.join(map(str, RATES))}")
     parser.add_argument("--peer-shape", default="", help="layers x width of the peer, such as 6x256; else ours")
-    parser.add_argument("--peer-batch", type=int, default=16, help="rows in a step of the peer")
+    parser.add_argument("--peer-batch", type=int, default=8, help="rows in a step of the peer")
     parser.add_argument("--peer-way", help="fp32-eager, fp32-compiled, bf16-eager or bf16-compiled; else the fastest")
     parser.add_argument("--data", type=Path, help="a folder of shards; else built from this machine's Python")
     parser.add_argument(
