@@ -450,6 +450,8 @@ class TrainConfig:
         _require_range("train", self, 0, "lr", "embd_lr", "head_lr", "muon_lr", "eps", open_low=True)
         _require_range("train", self, 0, "min_lr_ratio", high=1)
         _require_range("train", self, 0, "beta1", "beta2", high=0.999999)
+        require(self.decay_share == 1 or self.schedule != "constant", "train.decay_share", "1 where the schedule is constant",
+                self.decay_share, "set --train.schedule linear")
         require(self.batch_size % self.micro_batch == 0, "train.micro_batch_size",
                 f"a divisor of batch_size={self.batch_size}", self.micro_batch_size, "choose one, or None")
         return self
@@ -501,6 +503,9 @@ class Config:
         bad = self.name is not None and (not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"))
         require(not (self.data.instructions and self.train.packing and self.model.backbone == "transformers"), "train.packing",
                 "False on transformers' GPT-2, which has no mask across examples", True, "set --train.packing False")
+        require(self.train.head_lr is None or not self.model.tie_embeddings, "train.head_lr",
+                "None where the head is tied, as it then has the rate of the embeddings", self.train.head_lr,
+                "set --train.embd-lr, or --model.tie-embeddings False")
         require(not bad, "name", "the plain name of a folder under runs/", self.name, "leave out slashes")
         return self
 
@@ -584,7 +589,7 @@ CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lin
 
 
 def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
-    """Our own recipe, from one dial: every ingredient is one that benchmarks/ablation.py shows to pay.
+    """Our own recipe, from one dial; benchmarks/ablation.py measures what each ingredient buys.
 
     By `depth`, as a shape that suits one depth suits the others: 64 * depth wide, a head for each 64, 1,024 * depth tokens of
     vocabulary, four rows of pairs for each of these. AdamW's rates fall as 1 / width, but not that of embeddings, which are in no
@@ -616,7 +621,7 @@ def _local_python() -> DataConfig:
 
 
 def modern_5m() -> Config:
-    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens of the Python source that is on it."""
+    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens, some five passes over the Python that is on it."""
     return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, eval_every=500, save_every=500)
 
 

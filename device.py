@@ -56,6 +56,11 @@ class Runtime:
         """Whether work is queued, so that reading a result waits for the device."""
         return self.device.type != "cpu"
 
+    @property
+    def skips_steps(self) -> bool:
+        """Whether fused AdamW heeds `found_inf` here, by which a step that is not finite is left out without being read."""
+        return self.device.type in ("cpu", "cuda")
+
     def describe(self) -> dict[str, Any]:
         """Return what a run's bits depend on besides its config."""
         return {

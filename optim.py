@@ -68,7 +68,10 @@ class Muon(torch.optim.Optimizer):
                 self._step_shape(group, shape, params)
 
     def _step_shape(self, group: dict, shape: torch.Size, params: list[Tensor]) -> None:
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         grads = [p.grad for p in params]
         good = None if self.found_inf is None else self.found_inf == 0
         if good is not None:  # a multiplication would keep NaN
@@ -94,10 +97,10 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig, dtype: torch.dtype) 
     """
     inside = {id(p) for part in model.compilable() for p in part.parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)  # by rate and decay
+    groups: dict[tuple[float, bool], list[Tensor]] = defaultdict(list)  # by rate, and whether it is a matrix
     hidden: list[Tensor] = []
     for p in model.parameters():
-        rate, decay = cfg.lr, cfg.weight_decay if p.ndim >= 2 else 0.0
+        rate = cfg.lr
         if cfg.optimizer == "muon" and id(p) in inside and p.ndim == 2:
             hidden.append(p)
             continue
@@ -105,9 +108,12 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig, dtype: torch.dtype) 
             rate = cfg.lr if cfg.embd_lr is None else cfg.embd_lr
         elif p is model.head.weight:
             rate = cfg.lr if cfg.head_lr is None else cfg.head_lr
-        groups[rate, decay].append(p)
+        groups[rate, p.ndim >= 2].append(p)
     adamw = torch.optim.AdamW(
-        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        [
+            {"params": params, "lr": rate, "weight_decay": cfg.weight_decay if matrix else 0.0}
+            for (rate, matrix), params in groups.items()
+        ],
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.eps,
         fused=True,

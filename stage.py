@@ -236,8 +236,8 @@ def run_to_end(trainer: Trainer) -> int:
         if code := trainer.fit():
             print(f"stopped and saved at step {trainer.step}; the same command resumes")
             return code
-    if not trainer.last_eval:
-        trainer.last_eval = trainer.evaluate(trainer.model)
+    if not trainer.last_eval or trainer.last_eval_step != trainer.step:  # such as after a lower max_steps
+        trainer.last_eval, trainer.last_eval_step = trainer.evaluate(trainer.model), trainer.step
     return 0
 
 

@@ -129,12 +129,12 @@ def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> d
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
 
 
-def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime) -> bool:
-    """Return whether compiling pays for this run, or is asked for."""
+def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s: float = 0.0) -> bool:
+    """Return whether compiling pays for this run, of which `elapsed_s` are over, or is asked for."""
     if cfg.train.compile != "auto":
         return cfg.train.compile == "on"
     if cfg.train.max_minutes is not None:
-        long = cfg.train.max_minutes >= COMPILE_MINUTES
+        long = cfg.train.max_minutes - elapsed_s / 60 >= COMPILE_MINUTES
     else:
         long = 6 * model.n_multiplied() * cfg.tokens >= COMPILE_FLOPS
     if not long:
@@ -202,6 +202,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.first_eval: dict[str, float] = {}  # of the weights that it starts from, where those are another run's
         self.last_eval: dict[str, float] = {}
+        self.last_eval_step: int | None = None
         self.initial_sha256: str | None = None  # of those weights
         self.compiled = False
         self.resumed_environment: dict[str, Any] = {}
@@ -219,6 +220,7 @@ class Trainer:
             "best": self.best,
             "first_eval": self.first_eval,
             "last_eval": self.last_eval,
+            "last_eval_step": self.last_eval_step,
             "initial_sha256": self.initial_sha256,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
@@ -236,6 +238,7 @@ class Trainer:
         self.step, self.position = state["step"], state["position"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.elapsed_s, self.best, self.last_eval = state["elapsed_s"], state["best"], state["last_eval"]
+        self.last_eval_step = state.get("last_eval_step", self.step)
         self.first_eval, self.initial_sha256 = state.get("first_eval", {}), state.get("initial_sha256")
         device.set_rng_state(state["rng"])
         self.resumed_environment = state["environment"]
@@ -297,7 +300,8 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * self.rate_scale
             # what GradScaler.step does for optimisers that support it, but one word for both of them, and in every precision
             optimizer.found_inf = bad
-            optimizer.step()
+            if self.runtime.skips_steps or not bad.item():
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()  # also after a skip: it lowers the scale, and the next unscale_ needs it
         self.step += 1
@@ -347,7 +351,7 @@ class Trainer:
         Raises TrainingError after `max_skipped_steps` bad steps in a row, CheckpointError if the last save fails.
         """
         self.model.train()
-        if wants_compile(self.cfg, self.model, self.runtime):
+        if wants_compile(self.cfg, self.model, self.runtime, self.elapsed_s):
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
         for name, was in self.resumed_environment.items():
@@ -377,28 +381,29 @@ class Trainer:
         if self.step == 0 and self.train.init_from is not None:
             self.first_eval = self._evaluate(log, bar)
         window = Window()
-        saved_step = self.step or None  # at step 0 nothing is saved yet
-        while self.share() < 1 and stop.signal is None:
+        began, saved_step = self.step, self.step or None  # at step 0 nothing is saved yet
+        # a run by the clock does a step all the same if compiling took what was left: it then ends annealed, and saved
+        overdue = self.train.max_minutes is not None
+        while (self.share() < 1 or (overdue and self.step == began)) and stop.signal is None:
             started = time.perf_counter()
             window.launched.append(self.launch_step())
-            self._read_all(window, but=1 if self.runtime.asynchronous else 0)
+            every = self.train.log_every, self.train.eval_every, self.train.save_every
+            due = stop.signal is not None or self.step == self.train.max_steps or any(self.step % n == 0 for n in every)
+            self._read_all(window, but=1 if self.runtime.asynchronous and not due else 0)
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
             window.seconds += seconds
             bar.update(1 if self.train.max_minutes is None else min(seconds, bar.total - bar.n))
             last = self.share() >= 1
-            log_due, eval_due, save_due = (
-                last or self.step % every == 0
-                for every in (self.train.log_every, self.train.eval_every, self.train.save_every)
-            )
-            if log_due or eval_due or save_due or stop.signal is not None:
+            log_due, eval_due, save_due = (last or self.step % n == 0 for n in every)
+            if last or stop.signal is not None:
                 self._read_all(window)
             if log_due and window.n_targets:
                 self._log(window, log, bar)
                 window = Window()
             improved, best_on_disk = False, self.best
             if eval_due:
-                self.last_eval = self._evaluate(log, bar)
+                self.last_eval, self.last_eval_step = self._evaluate(log, bar), self.step
                 loss = self.last_eval["val_loss"]
                 improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
                 if improved:
@@ -414,6 +419,7 @@ class Trainer:
                     f"that is not finite, but {self.skipped_in_a_row} were; go on with --train.precision fp32, or start over "
                     f"with --fresh and a lower --train.lr or --train.eps 1e-5"
                 )
+        self._read_all(window)  # of a signal that came since
         if stop.signal is not None and saved_step != self.step:
             self.save(required=True)
 

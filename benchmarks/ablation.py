@@ -1,6 +1,6 @@
 """Measure what each ingredient of the `demo` recipe buys: the recipe with one thing changed at a time, at equal tokens.
 
-    python benchmarks/ablation.py                      # about 25 minutes; see that nothing else runs
+    python benchmarks/ablation.py                      # about 15 minutes; see that nothing else runs
     python benchmarks/ablation.py --tokens 20000 --only "AdamW" --results /tmp/try
 
 Every run has the same tokens in the same order (of rows of its own length), its whole schedule in them, the same seed and the
@@ -16,7 +16,6 @@ only late, such as depth, looks worse than it is.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -155,7 +154,7 @@ def main() -> None:
     from shards import read_manifest
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=400_000, help="tokens of each training")
+    parser.add_argument("--tokens", type=int, default=300_000, help="tokens of each training")
     parser.add_argument(
         "--only", nargs="+", default=[], help="changes whose names hold one of these, beside the recipe"
     )
@@ -178,9 +177,11 @@ def main() -> None:
         found[name] = measure(changed(base, change, flags.tokens), data, beside)
         print(f"{name}: {found[name]}", flush=True)
         out = {"machine": watch.describe(), "tokens": flags.tokens, "found": found}
-        (flags.results / "ablation.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
-        (flags.results / "ablation.md").write_text(table(found, flags.tokens), encoding="utf-8")
+        write_json(flags.results / "ablation.json", out)
+        write_atomic(flags.results / "ablation.md", table(found, flags.tokens))
 
 
 if __name__ == "__main__":
-    main()
+    from cli import run_script
+
+    run_script(main)

@@ -105,12 +105,12 @@ def test_the_kernel_in_c_computes_what_numpy_does(exports, name):
 
 
 def test_an_export_of_before_the_table_of_pairs_is_read(exports, tmp_path):
-    shutil.copytree(exports["demo"][0], tmp_path / "x")
+    shutil.copytree(exports["autocomplete"][0], tmp_path / "x")
     meta = json.loads((tmp_path / "x" / "config.json").read_text(encoding="utf-8"))
     del meta["model"]["pair_rows"]
     (tmp_path / "x" / "config.json").write_text(json.dumps(meta), encoding="utf-8")
     ids = list(range(9))
-    assert np.array_equal(Model(tmp_path / "x").logits(ids), Model(exports["demo"][0]).logits(ids))
+    assert np.array_equal(Model(tmp_path / "x").logits(ids), Model(exports["autocomplete"][0]).logits(ids))
 
 
 def test_a_quantized_weight_is_within_half_a_step():

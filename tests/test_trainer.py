@@ -41,20 +41,6 @@ class Numbers:
         return self.tokens[start : start + count]
 
 
-class StopAt:
-    """Batches that ask for the end of the run, by the real signal, while the step before `position` is under way: that is when
-    they are read.
-    """
-
-    def __init__(self, batches, position, number=signal.SIGTERM):
-        self.batches, self.position, self.number = batches, position, number
-
-    def rows(self, first, count):
-        if first == self.position:
-            os.kill(os.getpid(), self.number)
-        return self.batches.rows(first, count)
-
-
 def make_trainer(path, cfg, batches=None, model_seed=0):
     device.seed_all(model_seed)
     model = build_model(cfg.model)
@@ -184,10 +170,23 @@ def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_
 RESUME = dict(max_steps=30, batch_size=4, micro_batch_size=2, optimizer="muon", eval_every=1000, save_every=1000)
 
 
+def stop_during(trainer, step, number=signal.SIGTERM):
+    """Have the real signal arrive while a step of the trainer is under way."""
+    launch = trainer.launch_step
+
+    def launch_and_stop():
+        if trainer.step == step:
+            os.kill(os.getpid(), number)
+        return launch()
+
+    trainer.launch_step = launch_and_stop
+
+
 def interrupted(path, cfg, stop_step, number=signal.SIGTERM):
     """Train until a signal arrives during `stop_step`, then return a trainer with other weights that took the run up."""
     blocks = PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
-    first = make_trainer(path, cfg, StopAt(blocks, (stop_step + 1) * cfg.train.batch_size, number))
+    first = make_trainer(path, cfg, blocks)
+    stop_during(first, stop_step, number)
     assert first.fit() == 128 + number
     assert first.step == stop_step + 1  # the step was finished
     second = make_trainer(path, cfg, blocks, model_seed=99)
@@ -288,7 +287,8 @@ def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_pa
     blocks = PackedBlocks(Documents(), 32, cfg.train.seed, document_mask=True)
     whole = make_trainer(tmp_path / "whole", cfg, blocks)
     assert whole.fit() == 0
-    first = make_trainer(tmp_path / "r", cfg, StopAt(blocks, 4 * cfg.train.batch_size))
+    first = make_trainer(tmp_path / "r", cfg, blocks)
+    stop_during(first, 3)
     assert first.fit() == 128 + signal.SIGTERM
     second = make_trainer(tmp_path / "r", cfg, blocks, model_seed=99)
     second.resume(second.run.newest(), load_state(second.run.newest()))
@@ -513,18 +513,87 @@ def test_a_save_that_fails_midway_is_a_warning_and_the_last_one_an_error(corpus,
 # -- the clock, and a device that is not waited for -------------------------------------------------------------------
 
 
+class Clock:
+    """A clock that a test moves: each step and each reading of its result take their time."""
+
+    def __init__(self, trainer, monkeypatch, step_s, read_s=0.0):
+        self.now, launch, read = 0.0, trainer.launch_step, trainer.read
+        monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: self.now)
+        trainer.launch_step = lambda: (self.pass_by(step_s), launch())[1]
+        trainer.read = lambda step: (self.pass_by(read_s), read(step))[1]
+
+    def pass_by(self, seconds):
+        self.now += seconds
+
+
+def timed(corpus, minutes, **train):
+    return tiny_config(
+        corpus, max_minutes=minutes, eval_every=10**6, save_every=10**6, log_every=1, **train
+    ).with_steps(1)
+
+
+def rates_of(trainer):
+    return [line["lr"] for line in read_metrics(trainer.run.path / "metrics.jsonl") if "lr" in line]
+
+
 def test_a_run_by_minutes_ends_on_time_annealed_and_goes_on_when_given_more(corpus, tmp_path, monkeypatch):
-    cfg = tiny_config(corpus, max_minutes=0.05, eval_every=10**6, save_every=10**6, log_every=1, warmup_steps=1)
-    trainer = make_trainer(tmp_path / "r", cfg.with_steps(1))
+    cfg = timed(corpus, 0.5, warmup_steps=1, schedule="linear", min_lr_ratio=0.0)
+    trainer = make_trainer(tmp_path / "r", cfg)
+    Clock(trainer, monkeypatch, step_s=1.5)
     assert trainer.fit() == 0
-    lines = [line for line in read_metrics(trainer.run.path / "metrics.jsonl") if "lr" in line]
-    longest = max(b["elapsed_s"] - a["elapsed_s"] for a, b in itertools.pairwise(lines))
-    assert 3 <= trainer.elapsed_s <= 3 + 2 * longest and trainer.share() == 1
-    assert lines[-1]["lr"] < 0.2 * lines[1]["lr"] + cfg.train.lr * cfg.train.min_lr_ratio
+    assert (trainer.step, trainer.elapsed_s, trainer.share()) == (20, 30, 1)
+    assert rates_of(trainer)[3:] == pytest.approx([cfg.train.lr * (1 - n / 20) for n in range(3, 20)])
+    assert trainer.last_eval_step == 20
     folder = trainer.run.newest()
-    longer = make_trainer(tmp_path / "r", replace(cfg, train=replace(cfg.train, max_minutes=0.1)).with_steps(1))
+    longer = make_trainer(tmp_path / "r", timed(corpus, 1.0))
     longer.resume(folder, load_state(folder))
-    assert 0.4 < longer.share() < 1 and longer.fit() == 0 and longer.step > trainer.step
+    Clock(longer, monkeypatch, step_s=1.5)
+    assert longer.share() == 0.5 and longer.fit() == 0 and longer.step == 40
+
+
+def test_a_run_by_minutes_too_short_for_its_warmup_ends_annealed_all_the_same(corpus, tmp_path, monkeypatch):
+    cfg = timed(corpus, 0.1, warmup_steps=1000, schedule="linear", min_lr_ratio=0.0)
+    trainer = make_trainer(tmp_path / "r", cfg)
+    Clock(trainer, monkeypatch, step_s=0.25)
+    trainer.fit()
+    rates = rates_of(trainer)
+    assert max(rates) > 0.85 * cfg.train.lr and rates[-1] < 0.05 * cfg.train.lr
+
+
+def test_what_is_left_of_a_run_by_minutes_is_a_step_at_least(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, compile="on"))
+    monkeypatch.setattr(trainer.model, "compile_parts", lambda: clock.pass_by(60))
+    clock = Clock(trainer, monkeypatch, step_s=1)
+    assert trainer.fit() == 0
+    assert trainer.step == 1 and trainer.run.newest() is not None and trainer.last_eval_step == 1
+
+
+def test_whether_compiling_pays_is_asked_of_the_minutes_that_are_left(corpus):
+    cfg = timed(corpus, 5, compile="auto")
+    runtime, model = device.resolve(cfg.train), build_model(cfg.model)
+    pays = [trainer_module.wants_compile(cfg, model, runtime, elapsed_s) for elapsed_s in (0.0, 280.0)]
+    assert pays == [device.has_compiler("cpu"), False]
+
+
+def test_waiting_for_a_step_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(device.Runtime, "asynchronous", True)
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=6, log_every=3))
+    Clock(trainer, monkeypatch, step_s=0.0, read_s=1.0)
+    trainer.fit()
+    assert trainer.elapsed_s == 6
+    assert [n["tokens_per_s"] for n in read_metrics(trainer.run.path / "metrics.jsonl") if "lr" in n] == [
+        trainer.train.batch_size * trainer.cfg.model.block_size
+    ] * 2
+
+
+def test_where_the_optimiser_does_not_heed_it_a_bad_step_is_left_out_by_the_host(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(device.Runtime, "skips_steps", False)
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
+    for optimizer in trainer.optimizers:
+        monkeypatch.setattr(optimizer, "step", lambda: pytest.fail("a step was done"))
+    trainer.model.wte.weight.register_hook(lambda g: g * math.inf)
+    trainer.train_step()
+    assert trainer.skipped == 1
 
 
 def test_compiling_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatch):
