@@ -621,7 +621,7 @@ def _local_python() -> DataConfig:
 
 
 def modern_5m() -> Config:
-    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens, some five passes over the Python that is on it."""
+    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens, some five passes over the Python on it."""
     return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, eval_every=500, save_every=500)
 
 

@@ -151,6 +151,7 @@ def main() -> None:
 
     from config import preset
     from data_pipeline import prepare
+    from files import write_atomic, write_json
     from shards import read_manifest
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
