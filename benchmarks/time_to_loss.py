@@ -193,9 +193,8 @@ def drawing(results: dict[str, Any]) -> Figure:
         if found["reached_s"] is not None:
             look = {"arrowstyle": "-|>", "color": "0.25", "linewidth": 1.4, "shrinkA": 6, "shrinkB": 0}
             ax.annotate("", (found["reached_s"], level), (end, level), arrowprops=look)
-            middle = (found["reached_s"] * end) ** 0.5
             text = f"the peer's last loss {found['times_sooner']:.1f} times sooner, after {found['reached_s']:.0f} s"
-            ax.annotate(text, (middle, level), (0, 5), textcoords="offset points", ha="center", va="bottom")
+            ax.annotate(text, (end, level), (0, -5), textcoords="offset points", ha="right", va="top")
         ax.set_xscale("log")
         first = min(results[key]["points"][0]["seconds"] for key in names)
         ax.set_xlim(0.85 * first, 1.15 * end)
