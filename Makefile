@@ -24,10 +24,10 @@ help: ## show this list
 
 install: .venv/.installed ## set up .venv with the pinned requirements
 
-run: .venv/.installed ## train the demo model on this machine's Python source (5 to 15 minutes)
+run: .venv/.installed ## train the demo model on this machine's Python source (3 to 10 minutes)
 	@$(BIN)/python main.py
 
-test: .venv/.installed-dev ## lint, then run the test suite (3 to 9 minutes, offline)
+test: .venv/.installed-dev ## lint, then run the test suite (3 to 10 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 
