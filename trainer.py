@@ -375,7 +375,8 @@ class Trainer:
         if self.train.max_minutes is None:
             return tqdm(total=self.train.max_steps, initial=self.step, unit="step", **how)
         form = "{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}"
-        return tqdm(total=60 * self.train.max_minutes, initial=self.elapsed_s, bar_format=form, **how)
+        total = 60 * self.train.max_minutes
+        return tqdm(total=total, initial=min(self.elapsed_s, total), bar_format=form, **how)  # past its total it shows none
 
     def _loop(self, stop: StopRequest, log: MetricsLog, bar: tqdm) -> None:
         if self.step == 0 and self.train.init_from is not None:

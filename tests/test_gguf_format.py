@@ -95,7 +95,7 @@ def test_a_model_with_a_table_of_pairs_is_refused_by_its_name():
     [
         ("code-50m", "gpt2"),
         ("smallcoder-1", "llama"),
-        ("demo", ["arcee", "qk_norm=False (is True)"]),
+        ("demo", ["arcee", "qk_norm=False (is True)", "pair_rows=0 (is 32768)"]),
         ("tinystories", ["gpt2", "activation=gelu_new (is gelu)"]),
         ("autocomplete", ["gpt2", "activation=gelu_new (is gelu)", "head_bias=False (is True)"]),
         ("fineweb-nano", ["position=learned (is sinusoidal)", "(is relu)", "head_bias", "attn_out_proj", "final_norm"]),
