@@ -376,7 +376,8 @@ class Trainer:
             return tqdm(total=self.train.max_steps, initial=self.step, unit="step", **how)
         form = "{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}"
         total = 60 * self.train.max_minutes
-        return tqdm(total=total, initial=min(self.elapsed_s, total), bar_format=form, **how)  # past its total it shows none
+        done = min(self.elapsed_s, total)  # tqdm forgets a total that it is past
+        return tqdm(total=total, initial=done, bar_format=form, **how)
 
     def _loop(self, stop: StopRequest, log: MetricsLog, bar: tqdm) -> None:
         if self.step == 0 and self.train.init_from is not None:

@@ -83,11 +83,9 @@ def trainer_of(cfg: Config, data: Path) -> Trainer:
 
 def measure(cfg: Config, data: Path, beside: Trainer) -> dict[str, Any]:
     """Train `cfg` to its end; return what it comes to, and the time of its tokens over those of `beside`, in turn with it."""
-    import torch
-    from loss_worker import bits_per_byte, sparse
+    from loss_worker import bits_per_byte, sparse, summed_loss_of
 
     from shards import TokenDataset
-    from trainer import summed_loss
 
     trainer = trainer_of(cfg, data)
     ratios = []
@@ -97,13 +95,8 @@ def measure(cfg: Config, data: Path, beside: Trainer) -> dict[str, Any]:
         seconds = timed(trainer.train_step) / tokens
         if trainer.step % 20 == 5:
             ratios.append(seconds / (timed(beside.train_step) / other))
-    model, val = trainer.model.eval(), TokenDataset(data, "val")
-
-    @torch.no_grad()
-    def loss_of(batch: Any) -> tuple[float, int]:
-        loss, n = summed_loss(model, batch, trainer.runtime)
-        return float(loss), int(n)
-
+    model, val = trainer.model, TokenDataset(data, "val")
+    loss_of = summed_loss_of(model, trainer.runtime)
     return {
         "bits_per_byte": bits_per_byte(loss_of, val, cfg.model, sparse(val)),
         "time": statistics.median(ratios) if ratios else None,

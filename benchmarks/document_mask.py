@@ -17,8 +17,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
@@ -35,8 +33,8 @@ def main() -> None:
     import device
     from checkpoint import RunDirectory
     from config import preset
+    from dry_run import Noise
     from model import build_model
-    from shards import Batch, document_positions
     from trainer import Trainer
 
     cfg = preset(flags.preset)
@@ -44,24 +42,12 @@ def main() -> None:
     train = replace(cfg.train, batch_size=batch, micro_batch_size=None, precision=flags.precision)
     runtime = device.resolve(train)
 
-    class Noise:
-        n_rows = 1
-
-        def __init__(self, mask: bool):
-            self.mask = mask
-
-        def rows(self, first: int, count: int) -> Batch:
-            rows = np.random.default_rng(first).integers(1, cfg.model.vocab_size, (count, cfg.model.block_size + 1))
-            rows[:, ::100] = 0  # the end of text; the cost does not depend on where documents end
-            idx = rows[:, :-1]
-            return Batch(idx, rows[:, 1:], document_positions(idx, 0) if self.mask else None)
-
     trainers = []
     for mask in (False, True):
         device.seed_all(0)
         c = replace(cfg, train=train, model=replace(cfg.model, document_mask=mask))
         model = build_model(c.model).to(runtime.device)
-        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, Noise(mask), lambda _: {}, runtime))
+        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, Noise(c.model), lambda _: {}, runtime))
         trainers[-1].compile()
         for _ in range(3):
             trainers[-1].train_step()

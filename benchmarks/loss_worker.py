@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 if TYPE_CHECKING:
     from config import Config, ModelConfig
     from device import Runtime
+    from model import LanguageModel
     from shards import Batch, TokenDataset
 
 CURVE_TOKENS = 65_536  # of the validation split, for a point of the curve
@@ -128,22 +129,11 @@ def whole_splits(summed_loss: SummedLoss, data: Path, cfg: ModelConfig) -> dict[
 # -- the two trainings ------------------------------------------------------------------------------------------------
 
 
-def train_ours(spec: Spec) -> dict[str, Any]:
-    """Train the demo preset's recipe for the time."""
+def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
+    """Return what evaluates our model, which trains on afterwards."""
     import torch
 
-    import device
-    from checkpoint import RunDirectory
-    from shards import TokenDataset
-    from stage import new_model, training_rows
-    from trainer import Trainer, summed_loss, wants_compile
-
-    data = Path(spec.data)
-    cfg = configured(data)
-    cfg = replace(cfg, train=replace(cfg.train, max_minutes=spec.minutes, max_steps=None))
-    device.set_threads(cfg.train.threads)
-    runtime = device.resolve(cfg.train)
-    model, rows = new_model(cfg, runtime), training_rows(cfg, TokenDataset(data, "train"))
+    from trainer import summed_loss
 
     @torch.no_grad()
     def loss_of(batch: Batch) -> tuple[float, int]:
@@ -152,6 +142,25 @@ def train_ours(spec: Spec) -> dict[str, Any]:
         model.train()
         return float(loss), int(n)
 
+    return loss_of
+
+
+def train_ours(spec: Spec) -> dict[str, Any]:
+    """Train the demo preset's recipe for the time."""
+    import device
+    from checkpoint import RunDirectory
+    from shards import TokenDataset
+    from stage import new_model, training_rows
+    from trainer import Trainer, wants_compile
+
+    data = Path(spec.data)
+    cfg = configured(data)
+    cfg = replace(cfg, train=replace(cfg.train, max_minutes=spec.minutes, max_steps=None))
+    device.set_threads(cfg.train.threads)
+    runtime = device.resolve(cfg.train)
+    model, rows = new_model(cfg, runtime), training_rows(cfg, TokenDataset(data, "train"))
+
+    loss_of = summed_loss_of(model, runtime)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(cfg, RunDirectory(Path(folder, "run")), model, rows, lambda _: {}, runtime)
         curve = Curve(spec, loss_of, cfg.model)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from config import Config, ModelConfig
     from device import Runtime
-    from shards import Batch
 
 BATCHES = {"demo": 8, "tinystories": 16, "autocomplete": 8}  # rows a step; of any other shape 4
 PEAK_S = 0.1  # for each product of the peak
@@ -80,27 +79,6 @@ def configured(shape: str, precision: str) -> Config:
 # -- a worker: one way of one shape -----------------------------------------------------------------------------------
 
 
-class Noise:
-    """Random tokens as training rows."""
-
-    n_rows = 1 << 20
-
-    def __init__(self, cfg: ModelConfig):
-        self.cfg = cfg
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Return the rows at positions first, first + 1, ..."""
-        import numpy as np
-
-        from shards import Batch, document_positions
-
-        size = (count, self.cfg.block_size + 1)
-        rows = np.random.default_rng(first).integers(0, self.cfg.vocab_size, size)
-        idx = rows[:, :-1]
-        # any token for the end of text: a mask across documents costs the same wherever they end
-        return Batch(idx, rows[:, 1:], document_positions(idx, 0) if self.cfg.document_mask else None)
-
-
 class Training(NamedTuple):
     """A way that is ready: what does a step and returns its tokens, and what compiling took."""
 
@@ -113,6 +91,7 @@ def our_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
     """Return our trainer; exits if it must compile and cannot."""
     import device
     from checkpoint import RunDirectory
+    from dry_run import Noise
     from model import build_model
     from trainer import Trainer
 
@@ -142,6 +121,7 @@ def peer_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
     from peer import Peer
 
     import device
+    from dry_run import Noise
 
     peer, noise, rows = Peer(cfg.model, runtime, 1e-3), Noise(cfg.model), cfg.train.batch_size
     first = itertools.count(0, rows)
