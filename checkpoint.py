@@ -196,12 +196,14 @@ class RunDirectory:
                     old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def newest(self) -> Path | None:
+    def newest(self, before: int | None = None) -> Path | None:
         """Return the newest checkpoint whose files are as they were written, saying which were passed over; None if none.
+
+        With `before`, of those of earlier steps alone.
 
         Raises CheckpointError if there are checkpoints but all are damaged.
         """
-        folders = self.checkpoints()
+        folders = [p for p in self.checkpoints() if before is None or int(p.name.removeprefix("step_")) < before]
         problems = []
         for folder in reversed(folders):
             try:

@@ -374,7 +374,9 @@ class TrainConfig:
     batch_size: int = 32
     """Sequences per optimiser step, over all micro-batches and ranks."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; must divide batch_size. None: batch_size."""
+    """Sequences per forward pass; must divide batch_size. None: batch_size. Each rank takes at most as many."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block, and compute the rest again in the backward pass: less memory, a third more work."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the hidden matrices, AdamW on embeddings, head and vectors."""
     lr: float = 6e-4
@@ -403,8 +405,11 @@ class TrainConfig:
     """Decoupled weight decay, on matrices only."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
+    spike_ratio: float = 10.0
+    """Skip a step whose gradient norm is above this many times the median of the steps before. 0: none is an outlier."""
     max_skipped_steps: int = 20
-    """End the run after this many steps in a row with a loss or gradient that is not finite."""
+    """After this many steps in a row with a loss or gradient that is not finite or an outlier, go back to the checkpoint before
+    them and leave out their rows; end the run if that happens again and again."""
     init_from: str | None = None
     """Start from the weights of this run (a name under runs/, or a folder), or of a folder in the Hugging Face format, with a
     fresh optimiser."""
@@ -446,6 +451,8 @@ class TrainConfig:
         _require_range("train", self, 0, "epochs", "max_minutes", open_low=True)
         _require_range("train", self, 0, "decay_share", high=1, open_low=True)
         _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
+        require(self.spike_ratio == 0 or self.spike_ratio > 1, "train.spike_ratio", "above 1, or 0 for none", self.spike_ratio,
+                "set --train.spike-ratio")
         _require_range("train", self, 0, "seed", high=2**63 - 1)
         _require_range("train", self, 0, "lr", "embd_lr", "head_lr", "muon_lr", "eps", open_low=True)
         _require_range("train", self, 0, "min_lr_ratio", high=1)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from config import TrainConfig
+from distributed import ALONE, World
 from errors import KindlingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,10 +32,11 @@ class DeviceError(KindlingError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision a model runs."""
+    """Where and in which precision a model runs, and with which other processes."""
 
     device: torch.device
     precision: str
+    world: World = ALONE
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forward passes run: weights stay float32, products run in `precision`."""
@@ -67,6 +69,7 @@ class Runtime:
             "device": self.device.type,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
+            "world_size": self.world.size,
             "torch": str(torch.__version__),
         }
 
@@ -79,8 +82,11 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
     return tensor.to(runtime.device)
 
 
-def resolve(cfg: TrainConfig) -> Runtime:
-    """Choose device and precision by `cfg` and the hardware; raises DeviceError for what is not there."""
+def resolve(cfg: TrainConfig, world: World = ALONE) -> Runtime:
+    """Choose device and precision by `cfg` and the hardware; raises DeviceError for what is not there.
+
+    With several ranks on GPUs, each has the one of its number on its machine.
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if cfg.device == "auto" else cfg.device
     if not available[kind]:
@@ -93,7 +99,15 @@ def resolve(cfg: TrainConfig) -> Runtime:
     precision = cfg.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(kind) else "fp16" if kind == "cuda" else "fp32"
-    return Runtime(torch.device(kind), precision)
+    if world.size > 1 and kind == "mps":
+        raise DeviceError(
+            "several ranks must run on the cpu or on cuda, but the device is mps, of which there is one; leave torchrun out"
+        )
+    return Runtime(
+        torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind),
+        precision,
+        world,
+    )
 
 
 def has_bf16(kind: str) -> bool:
@@ -129,6 +143,11 @@ def set_threads(threads: int | None) -> None:
 def seed_all(seed: int) -> None:
     """Seed torch's generators on every device."""
     torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one rank from `step` on, otherwise than those of any other rank or step."""
+    seed_all(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
     python main.py                                            # what config.RUN names
     python main.py --preset code-50m --train.max-steps 200
+    torchrun --nproc-per-node 2 main.py                       # in several processes (docs/SCALE.md)
 
 Starting the same run again resumes it from its newest checkpoint, bit for bit, and says so when it is complete.
 `--fresh` starts over and keeps the old run under another name. `--dry-run` measures a few steps and stops.
@@ -36,24 +37,24 @@ class Flags:
 def pretrain(cfg: Config, fresh: bool) -> int:
     """Train or resume the run of `cfg`; return the exit code."""
     from checkpoint import RUNS, RunDirectory
-    from stage import is_begun, length, run_to_end, take_up, training_data, training_rows
+    from distributed import joined
+    from stage import begin, length, run_to_end, take_up, training_data, training_rows, where
 
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
-    with run.lock():
-        begun = is_begun(cfg, run, fresh)
-        dataset = training_data(cfg, run if begun else None)
+    with joined() as world, begin(cfg, run, fresh, world) as begun:
+        dataset = world.main_first(lambda: training_data(cfg, run if begun else None))
         rows = training_rows(cfg, dataset)
-        trainer = take_up(cfg, run, begun, dataset, rows)
+        trainer = take_up(cfg, run, begun, dataset, rows, world)
         print(
-            f"{run.path}: {trainer.model.n_parameters():,} parameters on {trainer.runtime.device.type} in "
-            f"{trainer.runtime.precision}, {length(trainer.cfg)}, "
+            f"{run.path}: {trainer.model.n_parameters():,} parameters on {where(trainer)}, {length(trainer.cfg)}, "
             f"{rows.n_rows * cfg.model.block_size:,} tokens an epoch"
         )
         if code := run_to_end(trainer):
             return code
-    print(f"\n{samples(trainer)}")
-    report(trainer, time.perf_counter() - started)
+        if world.main:
+            print(f"\n{samples(trainer)}")
+            report(trainer, time.perf_counter() - started)
     return 0
 
 
@@ -92,9 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     if flags.dry_run:
         import device
         from checkpoint import RUNS, RunDirectory
+        from distributed import require_one
         from dry_run import dry_run
         from stage import new_model
 
+        require_one("--dry-run")
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
         saved = [] if flags.fresh else RunDirectory(RUNS / flags.config.run_name).checkpoints()

@@ -21,21 +21,25 @@ class MetricsLog:
 
         Raises KindlingError if the folder cannot be written.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "metrics.jsonl"
         self._warned = False
+        self._hook = threading.excepthook
+        self.rewind(step)
+        # TensorBoard writes in a thread, whose traceback would be shown beside the error that we are told of anyway
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._hook(args)
+
+    def rewind(self, step: int) -> None:
+        """Remove the lines past `step`, from where the run goes on. Raises KindlingError if the folder cannot be written."""
+        from torch.utils.tensorboard import SummaryWriter
+
         try:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step > 0]
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
         except OSError as e:
             raise KindlingError(
                 f"{self.path} must be writable, but is not ({e}); free some space or mend its permissions"
             ) from None
-        self._hook = threading.excepthook
-        # TensorBoard writes in a thread, whose traceback would be shown beside the error that we are told of anyway
-        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._hook(args)
 
     def write(self, step: int, **values: float) -> None:
         """Append one line, and the same values to TensorBoard; a number that is not finite becomes null."""
@@ -60,6 +64,19 @@ class MetricsLog:
         if not self._warned:
             print(f"warning: metrics cannot be written ({error}); the run goes on without them", file=sys.stderr)
         self._warned = True
+
+
+class NoLog:
+    """The log of a rank that does not log."""
+
+    def rewind(self, step: int) -> None:
+        """Do nothing."""
+
+    def write(self, step: int, **values: float) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _append(path: Path, line: bytes) -> None:

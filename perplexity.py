@@ -4,7 +4,7 @@
     losses.summary()["bits_per_byte"], losses.by_language()["python"]["perplexity"]
     text_losses(model, run.tokenizer(), Path("book.txt"), runtime).summary()
 
-A held-out split is predicted in the rows that `trainer.validate` has, and its total is the same figure. Rows cut documents,
+A held-out split is predicted in the rows that `validation.validate` has, and its total is the same figure. Rows cut documents,
 so the first tokens of a row are predicted from little. A `stride` below the context overlaps the rows, so that every token is
 predicted from at least context - stride tokens where there are so many; it costs context / stride times the computation.
 

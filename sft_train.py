@@ -118,26 +118,26 @@ def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows
 def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
     """Audit, train or resume the run of `cfg`; return the exit code."""
     from checkpoint import RUNS, RunDirectory
-    from stage import is_begun, length, run_to_end, take_up, training_data
+    from distributed import joined
+    from stage import begin, length, run_to_end, take_up, training_data, where
 
     started = time.perf_counter()
     tokenizer = base.tokenizer()
     run = RunDirectory(RUNS / cfg.run_name)
-    with run.lock():
-        begun = is_begun(cfg, run, fresh)
-        dataset = training_data(cfg, run if begun else None, tokenizer)
+    with joined() as world, begin(cfg, run, fresh, world) as begun:
+        dataset = world.main_first(lambda: training_data(cfg, run if begun else None, tokenizer))
         rows = audited(cfg, dataset, tokenizer)
-        trainer = take_up(cfg, run, begun, dataset, rows)
+        trainer = take_up(cfg, run, begun, dataset, rows, world)
         print(
-            f"{run.path}: {trainer.model.n_parameters():,} parameters of {base.path} on {trainer.runtime.device.type} in "
-            f"{trainer.runtime.precision}, {length(trainer.cfg)}, "
-            f"{rows.n_rows:,} rows an epoch"
+            f"{run.path}: {trainer.model.n_parameters():,} parameters of {base.path} on {where(trainer)}, "
+            f"{length(trainer.cfg)}, {rows.n_rows:,} rows an epoch"
         )
         if code := run_to_end(trainer):
             return code
-    print(f"\n{samples(trainer)}")
-    stopped = answer_held_out(trainer)
-    report(trainer, stopped, time.perf_counter() - started)
+        if world.main:
+            print(f"\n{samples(trainer)}")
+            stopped = answer_held_out(trainer)
+            report(trainer, stopped, time.perf_counter() - started)
     return 0
 
 

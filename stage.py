@@ -6,9 +6,12 @@ of it to the one training loop. What may differ between a run and its resumption
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,13 +22,15 @@ from config import Config, ModelConfig
 from config_io import changed_fields
 from data_pipeline import DATA, prepare
 from device import Runtime
+from distributed import ALONE, World
 from errors import KindlingError
 from examples import ExampleRows, Examples, open_split
 from hf_layout import MEANING, differing, load_into
 from model import LanguageModel, build_model
 from shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
 from tokenizer import Tokenizer, load_json, load_pretrained
-from trainer import Trainer, validate
+from trainer import Trainer
+from validation import validate
 
 # settings that a resumed run may change: without any effect on its bits, and with one that is said
 HARMLESS = {"data.workers"} | {
@@ -82,6 +87,18 @@ def is_begun(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
         else:
             find_run(source)
     return begun
+
+
+@contextlib.contextmanager
+def begin(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
+    """Hold the run for this process and the other ranks; give whether it is begun, as `is_begun` says, which may raise."""
+    with contextlib.ExitStack() as stack:
+
+        def locked() -> bool:
+            stack.enter_context(run.lock())
+            return is_begun(cfg, run, fresh)
+
+        yield world.on_main(locked)
 
 
 def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | None = None) -> TokenDataset:
@@ -181,16 +198,21 @@ def require_same_start(run: RunDirectory, source: str | None, began_with: str | 
 
 
 def take_up(
-    cfg: Config, run: RunDirectory, begun: bool, dataset: TokenDataset, rows: PackedBlocks | ExampleRows
+    cfg: Config,
+    run: RunDirectory,
+    begun: bool,
+    dataset: TokenDataset,
+    rows: PackedBlocks | ExampleRows,
+    world: World = ALONE,
 ) -> Trainer:
-    """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates."""
-    folder = run.newest() if begun else None
+    """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates.
+
+    Every rank of `world` must call it.
+    """
+    folder = world.on_main(run.newest) if begun else None
     state = None if folder is None else load_state(folder)
-    # by default the run's own number, as far as this machine has the cores; the trainer names a difference
-    device.set_threads(
-        cfg.train.threads or (min(state["environment"]["threads"], os.cpu_count() or 1) if state else None)
-    )
-    runtime = device.resolve(cfg.train)
+    device.set_threads(cfg.train.threads or (None if state is None else _threads_of(state["environment"], world)))
+    runtime = device.resolve(cfg.train, world)
     source = cfg.train.init_from
     if state is not None:
         require_same_start(run, source, state.get("initial_sha256"))
@@ -201,9 +223,7 @@ def take_up(
             model, source, load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
         )
     if not begun:
-        if run.exists() or run.checkpoints():  # only now that nothing is left which could refuse the new run
-            print(f"the old run is kept as {run.set_aside()}")
-        run.create(cfg, dataset.folder)
+        world.on_main(lambda: _create(cfg, run, dataset))
     heldout = run.heldout("val")
     tokenizer_sha256 = run.tokenizer().sha256
     for split in (dataset, heldout):
@@ -213,7 +233,29 @@ def take_up(
     trainer.initial_sha256 = initial_sha256
     if folder is not None and state is not None:
         trainer.resume(folder, state)
+    elif world.rank:  # the weights are the same on every rank, but not what is dropped out
+        device.seed_rank(cfg.train.seed, 0, world.rank)
     return trainer
+
+
+def _threads_of(environment: dict[str, Any], world: World) -> int | None:
+    """Return the run's own number of threads, as far as this machine has the cores; None for another number of ranks."""
+    if environment.get("world_size", 1) != world.size:
+        return None
+    return min(environment["threads"], os.cpu_count() or 1)
+
+
+def _create(cfg: Config, run: RunDirectory, dataset: TokenDataset) -> None:
+    if run.exists() or run.checkpoints():  # only now that nothing is left which could refuse the new run
+        print(f"the old run is kept as {run.set_aside()}")
+    run.create(cfg, dataset.folder)
+
+
+def where(trainer: Trainer) -> str:
+    """Return on what, in what precision and in how many processes a run is trained, for a person to read."""
+    runtime = trainer.runtime
+    ranks = f", on {runtime.world.size} ranks" if runtime.world.size > 1 else ""
+    return f"{runtime.device.type} in {runtime.precision}{ranks}"
 
 
 def length(cfg: Config) -> str:

@@ -1,80 +1,52 @@
-"""The one training loop, used by every script that trains.
+"""The one training loop, used by every script that trains, in one process or in several (`distributed.py`).
 
 A run is a pure function of its config and data: the learning rate of the step, the batch of the position in the data
 (one integer), dropout of a random state that is saved. So on a CPU a run that was stopped and resumed ends in the same
-bits as one that was not, with the same number of threads (a GPU's kernels may add in another order). Losses are sums
-and are divided once, by the supervised tokens of the whole step, so that accumulation changes nothing but the rounding.
-
-Limit: one process.
+bits as one that was not, with the same number of threads and of ranks (a GPU's kernels may add in another order). Losses are
+sums and are divided once, by the supervised tokens of the whole step over all ranks, so that neither accumulation nor the number
+of ranks changes anything but the rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+from recorder import FlightRecorder
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import device
-from checkpoint import CheckpointError, RunDirectory, load_weights, state_digest
+from checkpoint import CheckpointError, RunDirectory, load_state, load_weights, state_digest
 from config import IGNORE, Config
 from device import Runtime
-from errors import KindlingError
-from metrics import MetricsLog
+from distributed import replicated
+from errors import KindlingError, require
+from guard import SpikeGuard
+from metrics import MetricsLog, NoLog
 from model import LanguageModel
 from optim import make_optimizers
+from prefetch import Batches, Prefetch
 from schedule import learning_rate_scale, share_done
-from shards import Batch, TokenDataset, rows_of_rank
+from shards import rows_of_rank
+from stopping import StopRequest
+from validation import summed_loss
 
 COMPILE_FLOPS = 2e13  # about a minute and a half of a small CPU: a shorter run ends before compiling has paid
 COMPILE_MINUTES = 1.5
-VALIDATION_ROWS = 16
+MAX_ROLLBACKS = 3
 
 
 class TrainingError(KindlingError):
     """A run that cannot go on."""
-
-
-class Batches(Protocol):
-    """Training rows, addressed by their position in the run. `n_rows` are an epoch."""
-
-    n_rows: int
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Return the rows at positions first, first + 1, ..."""
-        ...
-
-
-class Prefetch:
-    """Reads the rows of the next step on a thread while this step is computed.
-
-    Rows are a function of their position alone, so nothing depends on when they are read.
-    """
-
-    def __init__(self, batches: Batches):
-        self._batches = batches
-        self._thread = ThreadPoolExecutor(1)
-        self._next: tuple[range, Future[Batch]] | None = None
-
-    def take(self, rows: range, then: range) -> Batch:
-        """Return the rows at these positions, and begin to read those that are wanted `then`."""
-        if self._next is not None and self._next[0] == rows:
-            batch = self._next[1].result()
-        else:
-            batch = self._thread.submit(self._batches.rows, rows.start, len(rows)).result()
-        self._next = then, self._thread.submit(self._batches.rows, then.start, len(then))
-        return batch
 
 
 class Step(NamedTuple):
@@ -83,6 +55,9 @@ class Step(NamedTuple):
     loss: Tensor  # mean over the step's supervised tokens
     norm: Tensor  # of the gradient
     n_targets: int
+    number: int  # from 1
+    first_row: int
+    limit: float  # a norm above it is an outlier
 
 
 @dataclass
@@ -94,39 +69,6 @@ class Window:
     n_targets: int = 0
     seconds: float = 0.0
     norm: float = 0.0  # of the newest
-
-
-def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of a batch, and its number of supervised tokens; all of training and validation comes here."""
-    idx, targets, positions = (
-        None if rows is None else device.to_device(rows, runtime) for rows in batch
-    )  # (B, T) each
-    with runtime.autocast():
-        return model(idx, targets, positions)
-
-
-@torch.no_grad()
-def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) -> tuple[float, int]:
-    """Return the mean loss in nats over all supervised tokens of `batches`, and their number."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
-        loss, n = summed_loss(model, batch, runtime)
-        total, count = total + float(loss), count + int(n)
-    model.train(was_training)
-    return total / max(1, count), count
-
-
-def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
-    """Return loss (nats a token), perplexity and bits per byte over the whole of one split.
-
-    Bits per byte counts every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of examples: of the
-    responses), and so compares across tokenizers.
-    """
-    loss, count = mean_loss(model, dataset.in_order(model.cfg, VALIDATION_ROWS), runtime)
-    bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
-    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
 
 
 def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s: float = 0.0) -> bool:
@@ -149,32 +91,6 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s
     return True
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for s, handler in self._previous.items():
-            signal.signal(s, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        os.write(2, b"\nstopping after this step, then saving; once more to stop at once, without saving\n")
-
-    @property
-    def exit_code(self) -> int:
-        """128 and the signal's number, as a shell would report it; 0 without a signal."""
-        return 0 if self.signal is None else 128 + self.signal
-
-
 class Trainer:
     """A run in progress: model, optimisers, position in the data, and the folder that they are saved to."""
 
@@ -187,16 +103,36 @@ class Trainer:
         evaluate: Callable[[LanguageModel], dict[str, float]],
         runtime: Runtime,
     ):
-        """`cfg` has its number of steps; where `train.epochs` says how many they are, `cfg.with_steps` gives it."""
-        self.cfg, self.train, self.run, self.runtime = cfg, cfg.train, run, runtime
+        """`cfg` has its number of steps; where `train.epochs` says how many they are, `cfg.with_steps` gives it.
+
+        Raises ConfigError for a batch that cannot be shared out over the ranks.
+        """
+        self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.evaluate = model, batches, evaluate
+        ranks = self.world.size
+        require(
+            cfg.train.batch_size % ranks == 0,
+            "train.batch_size",
+            f"a multiple of the {ranks} ranks",
+            cfg.train.batch_size,
+            "set --train.batch-size, or start another number of ranks",
+        )
+        self.rows = cfg.train.batch_size // ranks  # of a step, on each rank
+        self.micro_batch = max(n for n in range(1, min(cfg.train.micro_batch, self.rows) + 1) if self.rows % n == 0)
+        model.checkpoint_activations = cfg.train.activation_checkpointing
         self.optimizers = make_optimizers(model, cfg.train, runtime.product_dtype)
+        self.engine = model if ranks == 1 else replicated(model, runtime.device)  # what is called for the gradients
         self.prefetch = Prefetch(batches)
         self.scaler = runtime.grad_scaler()
+        self.guard = SpikeGuard(cfg.train.spike_ratio)
+        self.recorder = FlightRecorder(run.path, batches)
         self.step = 0  # optimiser steps done, skipped ones included
         self.position = 0  # rows consumed
-        self.skipped = 0  # steps whose loss or gradient was not finite
+        self.avoided: list[tuple[int, int]] = []  # positions from, to: rows that are passed over after a roll-back
+        self.rollbacks = 0
+        self.skipped = 0  # steps whose loss or gradient was not finite, or whose gradient was an outlier
         self.skipped_in_a_row = 0
+        self.streak = 0, 0  # the first of these steps, and its first row
         self.rate_scale = 0.0  # of the newest step, on the peak learning rates
         self.elapsed_s = 0.0  # time in steps and in compiling, over all sessions of the run
         self.best: dict[str, float] | None = None
@@ -210,12 +146,16 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return all that the rest of the run depends on besides weights, config and data."""
+        """Return all that the rest of the run depends on besides weights, config and data; every rank must call it."""
         return {
             "step": self.step,
             "position": self.position,
+            "avoided": self.avoided,
+            "rollbacks": self.rollbacks,
+            "guard": self.guard.state_dict(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "streak": self.streak,
             "elapsed_s": self.elapsed_s,
             "best": self.best,
             "first_eval": self.first_eval,
@@ -224,7 +164,7 @@ class Trainer:
             "initial_sha256": self.initial_sha256,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "rng": device.rng_state(self.runtime),
+            "rng": self.world.gather(device.rng_state(self.runtime)),
             "environment": self.environment(),
         }
 
@@ -236,11 +176,18 @@ class Trainer:
         if state["scaler"]:  # empty unless the run was in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.position = state["step"], state["position"]
+        self.avoided, self.rollbacks = state.get("avoided", []), state.get("rollbacks", 0)
+        self.guard.load_state_dict(state.get("guard", {"steps": [], "norms": []}))
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.streak = tuple(state.get("streak", (0, 0)))
         self.elapsed_s, self.best, self.last_eval = state["elapsed_s"], state["best"], state["last_eval"]
         self.last_eval_step = state.get("last_eval_step", self.step)
         self.first_eval, self.initial_sha256 = state.get("first_eval", {}), state.get("initial_sha256")
-        device.set_rng_state(state["rng"])
+        rngs = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if self.world.rank < len(rngs):
+            device.set_rng_state(rngs[self.world.rank])
+        else:
+            device.seed_rank(self.train.seed, self.step, self.world.rank)
         self.resumed_environment = state["environment"]
 
     def environment(self) -> dict[str, Any]:
@@ -248,17 +195,30 @@ class Trainer:
         return {**self.runtime.describe(), "compiled": self.compiled}
 
     def save(self, required: bool = False) -> bool:
-        """Save a checkpoint, prune the old ones, return True. A failure is a warning and False, unless `required`."""
-        try:
-            self.run.save(self.step, self.model, self.state())
-        except CheckpointError as e:
+        """Save a checkpoint, prune the old ones, return True. A failure is a warning and False, unless `required`.
+
+        Every rank must call it; the main one writes.
+        """
+        state, failure = self.state(), None
+        if self.world.main:
+            try:
+                self.run.save(self.step, self.model, state)
+            except CheckpointError as e:
+                failure = e
+        if self.world.max([float(failure is not None)])[0]:
             if required:
-                raise
-            tqdm.write(f"warning: {e}; the run goes on and tries again at the next checkpoint", file=sys.stderr)
+                raise failure or SystemExit(1)
+            self._say(f"warning: {failure}; the run goes on and tries again at the next checkpoint")
             return False
-        best_step = None if self.best is None else int(self.best["step"])
-        self.run.prune(self.train.keep_checkpoints, best_step, self.step)
+        if self.world.main:
+            best_step = None if self.best is None else int(self.best["step"])
+            self.run.prune(self.train.keep_checkpoints, best_step, self.step)
         return True
+
+    def _say(self, text: str) -> None:
+        """Write a line for the user, once for all ranks."""
+        if self.world.main:
+            tqdm.write(text, file=sys.stderr)
 
     def digest(self) -> str:
         """Return the sha256 of weights and optimiser state."""
@@ -270,31 +230,55 @@ class Trainer:
         """Return which share of the run is done, 0 to 1."""
         return share_done(self.step, self.elapsed_s, self.train)
 
-    def forward_backward(self) -> tuple[Tensor, int]:
-        """Accumulate the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens."""
-        size = self.train.batch_size
-        batch = self.prefetch.take(rows_of_rank(self.position, size), rows_of_rank(self.position + size, size))
-        n_targets = int((batch.targets != IGNORE).sum())
+    def positions_of(self, position: int) -> range:
+        """Return this rank's rows of the step whose batch begins at `position`."""
+        return rows_of_rank(position, self.train.batch_size, self.world.rank, self.world.size)
+
+    def after(self, position: int) -> int:
+        """Return where the next step's batch begins, after one at `position`: past the rows that are avoided."""
+        position += self.train.batch_size
+        for start, stop in sorted(self.avoided):
+            if start <= position < stop:
+                position = stop
+        return position
+
+    def forward_backward(self, synchronized: bool = True) -> tuple[Tensor, int]:
+        """Accumulate the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens, of all ranks.
+
+        The ranks exchange gradients once, in the backward pass of the last micro-batch; without `synchronized` they do not.
+        """
+        batch = self.prefetch.take(self.positions_of(self.position), self.positions_of(self.after(self.position)))
+        n_targets = int(self.world.sum([int((batch.targets != IGNORE).sum())])[0])
         total = torch.zeros((), device=self.runtime.device)
-        for start in range(0, size, self.train.micro_batch):
-            micro = batch.part(slice(start, start + self.train.micro_batch))
-            loss, _ = summed_loss(self.model, micro, self.runtime)
-            loss = loss / max(1, n_targets)
-            self.scaler.scale(loss).backward()
+        for start in range(0, self.rows, self.micro_batch):
+            micro = batch.part(slice(start, start + self.micro_batch))
+            last = start + self.micro_batch >= self.rows
+            with self._exchange(last and synchronized):
+                loss, _ = summed_loss(self.engine, micro, self.runtime)
+                loss = loss / max(1, n_targets)
+                # the engine averages gradients over the ranks, but those of a sum are to be added up
+                self.scaler.scale(loss * self.world.size).backward()
             total += loss.detach()
+        self.world.add_up(total)
         return total, n_targets
+
+    def _exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a pass after which the ranks exchange gradients, or of one that only accumulates them."""
+        return contextlib.nullcontext() if wanted or self.world.size == 1 else self.engine.no_sync()
 
     def launch_step(self) -> Step:
         """Do one optimiser step without waiting for the device; `read` says how it went.
 
-        A loss or gradient norm that is not finite leaves weights and optimisers as they are, which the device decides.
+        A loss or gradient norm that is not finite, and a norm that is an outlier, leave weights and optimisers as they are,
+        which the device decides.
         """
         self.rate_scale = learning_rate_scale(self.step, self.elapsed_s, self.train)
         loss, n_targets = self.forward_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
-        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+        limit = self.guard.limit(self.step + 1)
+        bad = (~(torch.isfinite(loss) & torch.isfinite(norm) & (norm <= limit))).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self.rate_scale
@@ -305,41 +289,54 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()  # also after a skip: it lowers the scale, and the next unscale_ needs it
         self.step += 1
-        self.position += self.train.batch_size
-        return Step(loss, norm, n_targets)
+        step = Step(loss, norm, n_targets, self.step, self.position, limit)
+        self.position = self.after(self.position)
+        return step
 
-    def read(self, step: Step) -> tuple[float, float]:
-        """Return loss and gradient norm of a launched step, waiting for it; count it if it was skipped."""
+    def read(self, step: Step) -> tuple[float, float, bool]:
+        """Wait for a launched step; return its loss and gradient norm, and whether it was done. Count it if it was skipped."""
         loss, norm = torch.stack((step.loss, step.norm)).tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.skipped += not finite
-        return loss, norm
+        good = math.isfinite(loss) and math.isfinite(norm) and norm <= step.limit
+        self.guard.add(step.number, norm, good)
+        if not good and self.skipped_in_a_row == 0:
+            self.streak = step.number, step.first_row
+        self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+        self.skipped += not good
+        return loss, norm, good
 
     def train_step(self) -> tuple[float, float, int]:
         """Do one optimiser step and wait for it; return its loss, gradient norm and supervised tokens."""
         started = time.perf_counter()
         step = self.launch_step()
-        loss, norm = self.read(step)
+        loss, norm, _ = self.read(step)
         self.elapsed_s += time.perf_counter() - started
         return loss, norm, step.n_targets
 
-    def compile(self) -> bool:
-        """Compile the model and run one batch through it, leaving no trace in the run; on failure warn and stay eager."""
-        started = time.perf_counter()
-        rng = device.rng_state(self.runtime)
-        self.model.compile_parts()
+    @contextlib.contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """Let what happens within leave no trace in the run but the time that it takes."""
+        started, rng = time.perf_counter(), device.rng_state(self.runtime)
         try:
-            self.forward_backward()
-        except Exception as e:  # a compiler's failures have no common class
-            self.model.decompile_parts()
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-            print(f"warning: torch.compile failed ({reason}); training goes on uncompiled", file=sys.stderr)
-            return False
+            yield
         finally:
             self.model.zero_grad(set_to_none=True)
             device.set_rng_state(rng)
             self.elapsed_s += time.perf_counter() - started
+
+    def compile(self) -> bool:
+        """Compile the model and run one batch through it, leaving no trace in the run; on failure warn and stay eager."""
+        reason = ""
+        with self._rehearsal():
+            try:
+                self.model.compile_parts()
+                self.forward_backward(synchronized=False)  # so that a rank that fails does not leave the others waiting
+            except Exception as e:  # a compiler's failures have no common class
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        reasons = [said for said in self.world.gather(reason) if said]
+        if reasons:
+            self.model.decompile_parts()
+            self._say(f"warning: torch.compile failed ({reasons[0]}); training goes on uncompiled")
+            return False
         self.compiled = True
         return True
 
@@ -348,30 +345,33 @@ class Trainer:
     def fit(self) -> int:
         """Train to `max_steps`, or for `max_minutes`; return 0, or 130 / 143 after a signal. The run is saved in each case.
 
-        Raises TrainingError after `max_skipped_steps` bad steps in a row, CheckpointError if the last save fails.
+        Raises TrainingError where `max_skipped_steps` bad steps in a row come again and again, CheckpointError if the last save
+        fails.
         """
         self.model.train()
         if wants_compile(self.cfg, self.model, self.runtime, self.elapsed_s):
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
+        if self.world.size > 1:
+            with (
+                self._rehearsal()
+            ):  # it is after its first pass that DDP fixes the order in which gradients are exchanged
+                self.forward_backward()
+        now = self.environment()
         for name, was in self.resumed_environment.items():
-            if (now := self.environment()[name]) != was:
-                print(
-                    f"note: {name} was {was} and is {now}: the run goes on, but not bit for bit as it would have",
-                    file=sys.stderr,
+            if now[name] != was:
+                self._say(
+                    f"note: {name} was {was} and is {now[name]}: the run goes on, but not bit for bit as it would have"
                 )
-        with StopRequest() as stop:
-            log = MetricsLog(self.run.path, self.step)
-            bar = self._progress_bar()
-            try:
-                self._loop(stop, log, bar)
-            finally:
-                bar.close()
-                log.close()
+        with StopRequest() as stop, contextlib.closing(self._open_log()) as log, self._progress_bar() as bar:
+            self._loop(stop, log, bar)
         return stop.exit_code
 
+    def _open_log(self) -> MetricsLog | NoLog:
+        return MetricsLog(self.run.path, self.step) if self.world.main else NoLog()
+
     def _progress_bar(self) -> tqdm:
-        how = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
+        how = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15, disable=not self.world.main)
         if self.train.max_minutes is None:
             return tqdm(total=self.train.max_steps, initial=self.step, unit="step", **how)
         form = "{l_bar}{bar}| {n:.0f} of {total:.0f} s{postfix}"
@@ -379,14 +379,14 @@ class Trainer:
         done = min(self.elapsed_s, total)  # tqdm forgets a total that it is past
         return tqdm(total=total, initial=done, bar_format=form, **how)
 
-    def _loop(self, stop: StopRequest, log: MetricsLog, bar: tqdm) -> None:
+    def _loop(self, stop: StopRequest, log: MetricsLog | NoLog, bar: tqdm) -> None:
         if self.step == 0 and self.train.init_from is not None:
             self.first_eval = self._evaluate(log, bar)
         window = Window()
-        began, saved_step = self.step, self.step or None  # at step 0 nothing is saved yet
+        began, saved_step, stopped = self.step, self.step or None, 0  # at step 0 nothing is saved yet
         # a run by the clock does a step all the same if compiling took what was left: it then ends annealed, and saved
         overdue = self.train.max_minutes is not None
-        while (self.share() < 1 or (overdue and self.step == began)) and stop.signal is None:
+        while (self.share() < 1 or (overdue and self.step == began)) and not stopped:
             started = time.perf_counter()
             window.launched.append(self.launch_step())
             every = self.train.log_every, self.train.eval_every, self.train.save_every
@@ -395,11 +395,19 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
             window.seconds += seconds
-            bar.update(1 if self.train.max_minutes is None else min(seconds, bar.total - bar.n))
+            stopped = self._agree(stop)
+            bar.update(1 if self.train.max_minutes is None else max(0.0, min(seconds, bar.total - bar.n)))
             last = self.share() >= 1
             log_due, eval_due, save_due = (last or self.step % n == 0 for n in every)
-            if last or stop.signal is not None:
+            if last or stopped:
                 self._read_all(window)
+            if self.skipped_in_a_row >= self.train.max_skipped_steps:
+                self._read_all(window)
+                self.roll_back()
+                log.rewind(self.step)
+                bar.update(min(0, self.step - bar.n) if self.train.max_minutes is None else 0)
+                window, saved_step = Window(), self.step
+                continue
             if log_due and window.n_targets:
                 self._log(window, log, bar)
                 window = Window()
@@ -410,44 +418,81 @@ class Trainer:
                 improved = math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"])
                 if improved:
                     self.best = {"step": self.step, "val_loss": loss}
-            if save_due or improved:
+            # between steps that are skipped in a row nothing is saved: it is what `roll_back` must get behind
+            if last or ((save_due or improved) and not self.skipped_in_a_row):
                 if self.save(required=last):
                     saved_step = self.step
                 else:
                     self.best = best_on_disk  # or the next save would delete it in favour of one that is not there
-            if self.skipped_in_a_row >= self.train.max_skipped_steps:
-                raise TrainingError(
-                    f"fewer than {self.train.max_skipped_steps} steps in a row may be skipped for a loss or gradient "
-                    f"that is not finite, but {self.skipped_in_a_row} were; go on with --train.precision fp32, or start over "
-                    f"with --fresh and a lower --train.lr or --train.eps 1e-5"
-                )
-        self._read_all(window)  # of a signal that came since
-        if stop.signal is not None and saved_step != self.step:
-            self.save(required=True)
+        if stopped:
+            stop.signal = stopped
+            if saved_step != self.step:
+                self.save(required=True)
+
+    def _agree(self, stop: StopRequest) -> int:
+        """Return the signal that any rank has got, or 0, and take over the main rank's clock."""
+        number, elapsed_s = self.world.max([stop.signal or 0, self.elapsed_s if self.world.main else 0.0])
+        self.elapsed_s = elapsed_s
+        return int(number)
+
+    def roll_back(self) -> None:
+        """Go back to the newest checkpoint from before the steps that were skipped in a row; their rows are left out from now on.
+
+        Raises TrainingError if that was done too often, or there is no such checkpoint.
+        """
+        n, (step, row) = self.skipped_in_a_row, self.streak
+        folder = None if self.rollbacks >= MAX_ROLLBACKS else self.world.on_main(lambda: self.run.newest(before=step))
+        if folder is None:
+            again = f" after {self.rollbacks} roll-backs" if self.rollbacks else ""
+            raise TrainingError(
+                f"fewer than {self.train.max_skipped_steps} steps in a row may be skipped for a loss or gradient that is not "
+                f"finite or an outlier, but {n} were{again}; go on with --train.precision fp32, or start over with --fresh and "
+                f"a lower --train.lr or --train.eps 1e-5"
+            )
+        kept = {name: getattr(self, name) for name in ("skipped", "elapsed_s", "resumed_environment")}
+        avoided, rollbacks = [*self.avoided, (row, self.position)], self.rollbacks + 1
+        self.resume(folder, load_state(folder))
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.avoided, self.rollbacks, self.skipped_in_a_row = avoided, rollbacks, 0
+        rows = avoided[-1][1] - row
+        self._say(
+            f"warning: {n} steps in a row were skipped: back to step {self.step}, and without the {rows:,} rows of those steps"
+        )
 
     def _read_all(self, window: Window, but: int = 0) -> None:
-        """Read the launched steps, save for the newest `but`; say which were skipped."""
+        """Read the launched steps, save for the newest `but`; say which were skipped, and record what was in them."""
         while len(window.launched) > but:
             step = window.launched.popleft()
-            loss, window.norm = self.read(step)
-            if math.isfinite(loss) and math.isfinite(window.norm):
+            loss, window.norm, good = self.read(step)
+            if good:
                 window.loss += loss * step.n_targets
                 window.n_targets += step.n_targets
-            else:
-                number = self.step - len(window.launched)
-                tqdm.write(f"warning: step {number} skipped: loss {loss}, gradient norm {window.norm}", file=sys.stderr)
+                continue
+            outlier = f", over {step.limit:.3g}" if window.norm > step.limit else ""
+            self._say(f"warning: step {step.number} skipped: loss {loss}, gradient norm {window.norm}{outlier}")
+            if self.world.main:
+                self.recorder.record(
+                    step=step.number,
+                    first_row=step.first_row,
+                    n_rows=self.train.batch_size,
+                    loss=loss,
+                    grad_norm=window.norm,
+                    limit=step.limit,
+                )
 
     def _log(self, window: Window, log: MetricsLog, bar: tqdm) -> None:
         mean, rate = window.loss / window.n_targets, window.n_targets / window.seconds
         log.write(
             self.step,
-            tokens=self.position * self.cfg.model.block_size,
+            tokens=self.step * self.train.batch_size * self.cfg.model.block_size,
             loss=mean,
             lr=self.train.lr * self.rate_scale,
             grad_norm=window.norm,
             tokens_per_s=rate,
             elapsed_s=self.elapsed_s,
             skipped_steps=self.skipped,
+            rollbacks=self.rollbacks,
         )
         step = "" if self.train.max_minutes is None else f"step {self.step:,}, "
         bar.set_postfix_str(f"{step}loss {mean:.3f}, {rate:,.0f} tokens/s", refresh=False)

@@ -80,8 +80,8 @@ def configured(data: Path) -> Config:
 def bits_per_byte(summed_loss: SummedLoss, dataset: TokenDataset, cfg: ModelConfig, every: int = 1) -> float:
     """Return bits per byte over one of `every` batches of a split, in its order.
 
-    Of the whole split this is `trainer.validate`'s figure; of a part, the mean loss of its tokens and the split's own number of
-    tokens a byte.
+    Of the whole split this is `validation.validate`'s figure; of a part, the mean loss of its tokens and the split's own
+    number of tokens a byte.
     """
     nats, count = 0.0, 0
     for batch in itertools.islice(dataset.in_order(cfg, ROWS), 0, None, every):
@@ -133,7 +133,7 @@ def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
     """Return what evaluates our model, which trains on afterwards."""
     import torch
 
-    from trainer import summed_loss
+    from validation import summed_loss
 
     @torch.no_grad()
     def loss_of(batch: Batch) -> tuple[float, int]:

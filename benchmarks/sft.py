@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from config import Config
     from device import Runtime
     from examples import Examples
+    from prefetch import Batches
     from shards import Batch
     from tokenizer import Tokenizer
-    from trainer import Batches, Trainer
+    from trainer import Trainer
 
 DEMO = Path("runs/demo")
 WARM_UP = 3  # steps of each variant at least

@@ -16,7 +16,7 @@ from device import Runtime
 from errors import KindlingError
 from model import build_model
 from shards import Batch, ShardWriter, TokenDataset, write_manifest
-from trainer import validate
+from validation import validate
 
 sys.path.append(str(ROOT / "benchmarks"))
 

@@ -18,7 +18,7 @@ from model import build_model
 from prompts import Exchange, prompt_text
 from shards import SPLITS, DataError, SplitInfo, write_manifest
 from tokenizer import Tokenizer, train_bpe
-from trainer import mean_loss
+from validation import mean_loss
 
 PAIRS = DataConfig(sources=(SourceConfig(kind="jsonl", path="x", response_field="r"),))
 TASKS = [

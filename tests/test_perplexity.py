@@ -22,7 +22,8 @@ from model import build_model
 from perplexity import document_losses, text_losses
 from shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, write_manifest
 from tokenizer import train_bpe
-from trainer import Trainer, validate
+from trainer import Trainer
+from validation import validate
 
 EOS, T = 3, 16
 RUNTIME = device.resolve(TrainConfig(device="cpu", precision="fp32"))

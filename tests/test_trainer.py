@@ -18,9 +18,11 @@ from checkpoint import RunDirectory, load_state
 from config import IGNORE
 from metrics import read_metrics
 from model import build_model
+from prefetch import Prefetch
 from schedule import learning_rate_scale
 from shards import SPLITS, Batch, PackedBlocks, ShardWriter, TokenDataset, write_manifest
-from trainer import Prefetch, Trainer, TrainingError, mean_loss, validate
+from trainer import Trainer, TrainingError
+from validation import mean_loss, validate
 
 EOS = 5  # end of text, of which only the document mask takes notice
 
@@ -639,3 +641,91 @@ def test_rows_are_read_ahead_and_are_the_same_when_the_position_jumps(corpus, tm
     prefetch.take(range(12, 14), range(14, 16))
     prefetch._thread.shutdown(wait=True)
     assert [first for first, _ in read] == [0, 2, 4, 10, 12, 14] and not any(main for _, main in read)
+
+
+# -- spikes -----------------------------------------------------------------------------------------------------------
+
+
+def spoil(trainer, factor, rows):
+    """Multiply the loss of the steps whose first row is one of `rows` by a factor, which their gradients then have too."""
+
+    def hook(module, args, output):
+        return (output[0] * factor, output[1]) if trainer.position in rows else output
+
+    trainer.model.register_forward_hook(hook)
+
+
+def test_a_gradient_far_above_those_before_is_one_skipped_step(corpus, tmp_path):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=60))
+    spoil(trainer, 1e4, {4 * 50})
+    for _ in range(50):
+        trainer.train_step()
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train_step()
+    assert trainer.skipped == trainer.skipped_in_a_row == 1
+    assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
+    trainer.train_step()
+    assert trainer.skipped == 1 and trainer.skipped_in_a_row == 0
+    assert not all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
+
+
+def test_outliers_are_left_alone_where_the_ratio_is_zero(corpus, tmp_path):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=60, spike_ratio=0))
+    spoil(trainer, 1e4, {4 * 50})
+    for _ in range(51):
+        trainer.train_step()
+    assert trainer.skipped == 0
+
+
+def spoiled(path, corpus, steps=range(12, 15), **train):
+    train = {"max_steps": 24, "save_every": 5, "eval_every": 100, "max_skipped_steps": 3, **train}
+    trainer = make_trainer(path, tiny_config(corpus, **train))
+    spoil(trainer, math.nan, {4 * step for step in steps})
+    return trainer
+
+
+def test_after_some_skipped_steps_the_run_goes_back_and_leaves_out_their_rows(corpus, tmp_path, capsys):
+    trainer = spoiled(tmp_path / "r", corpus)
+    assert trainer.fit() == 0
+    assert trainer.step == 24 and trainer.skipped == 3 and trainer.rollbacks == 1
+    assert trainer.avoided == [(48, 60)] and trainer.position == 4 * 24 + 12
+    assert "3 steps in a row were skipped: back to step 10, and without the 12 rows of those steps" in capsys.readouterr().err
+    logged = [line["step"] for line in read_metrics(tmp_path / "r" / "metrics.jsonl") if "loss" in line]
+    assert logged == sorted(set(logged)) and logged[-1] == 24
+    skipped = [json.loads(line)["step"] for line in (tmp_path / "r" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped == [13, 14, 15]
+
+
+def test_a_run_that_went_back_is_the_run_that_never_had_those_rows(corpus, tmp_path):
+    went_back = spoiled(tmp_path / "a", corpus)
+    went_back.fit()
+    never = make_trainer(tmp_path / "b", went_back.cfg)
+    never.avoided = [(48, 60)]
+    never.fit()
+    assert went_back.digest() == never.digest()
+
+
+def test_a_run_that_went_back_resumes_bit_for_bit(corpus, tmp_path):
+    whole = spoiled(tmp_path / "whole", corpus)
+    whole.fit()
+    again = spoiled(tmp_path / "whole", corpus)
+    folder = again.run.newest(before=24)
+    again.resume(folder, load_state(folder))
+    assert again.step == 20 and again.avoided == [(48, 60)] and again.rollbacks == 1
+    again.fit()
+    assert again.digest() == whole.digest()
+
+
+def test_nothing_is_saved_between_skipped_steps_so_that_there_is_something_to_go_back_to(corpus, tmp_path):
+    trainer = spoiled(tmp_path / "r", corpus, steps=range(13, 16), save_every=7, keep_checkpoints=9)
+    trainer.fit()
+    assert trainer.rollbacks == 1 and trainer.avoided == [(52, 64)]
+    saved = [folder.name for folder in trainer.run.checkpoints()]
+    assert saved == ["step_000007", "step_000014", "step_000021", "step_000024"]
+
+
+def test_a_run_that_goes_back_again_and_again_ends_with_a_way_out(corpus, tmp_path):
+    trainer = spoiled(tmp_path / "r", corpus, steps=range(12, 1000))
+    with pytest.raises(TrainingError, match="3 were after 3 roll-backs; go on with --train.precision fp32"):
+        trainer.fit()
+    assert trainer.run.newest().name == "step_000010"

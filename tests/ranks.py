@@ -1,0 +1,162 @@
+"""What two ranks do in test_distributed.py: run by torchrun, writes what each of them saw to the file that is its argument."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import RunDirectory, load_state
+from config import IGNORE, Config, ModelConfig, TrainConfig
+from device import Runtime, seed_all, seed_rank
+from distributed import ALONE, World, joined
+from metrics import read_metrics
+from model import build_model
+from shards import Batch
+from trainer import Trainer
+from validation import mean_loss
+
+STEPS = 50
+
+
+class Rows:
+    """Pseudo-random rows, each a function of its position, of which some targets are not supervised."""
+
+    n_rows = 1000
+
+    def rows(self, first, count):
+        rows = np.stack([np.random.default_rng(first + i).integers(0, 64, 17) for i in range(count)])
+        targets = rows[:, 1:].copy()
+        targets[np.arange(count), (first + np.arange(count)) % 16] = IGNORE
+        targets[(first + np.arange(count)) % 5 == 0, :9] = IGNORE  # so that ranks have different numbers of targets
+        return Batch(rows[:, :-1], targets)
+
+
+def config(**train) -> Config:
+    model = ModelConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+    return Config(
+        model=model,
+        train=TrainConfig(
+            **{
+                "max_steps": STEPS,
+                "batch_size": 8,
+                "micro_batch_size": 2,
+                "optimizer": "muon",
+                "lr": 3e-3,
+                "warmup_steps": 5,
+                "eval_every": 1000,
+                "save_every": 1000,
+                "log_every": 1,
+                "compile": "off",
+                "precision": "fp32",
+                "device": "cpu",
+                **train,
+            }
+        ),
+    )
+
+
+def trainer_of(cfg: Config, folder: Path, world: World = ALONE) -> Trainer:
+    seed_all(0)
+    model = build_model(cfg.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed_rank(0, 0, world.rank)
+    runtime = Runtime(torch.device("cpu"), "fp32", world)
+    return Trainer(cfg, RunDirectory(folder), model, Rows(), lambda _: {"val_loss": 1.0}, runtime)
+
+
+def curve(folder: Path, world: World = ALONE) -> list[float]:
+    """Return the loss of each step of a whole run."""
+    trainer_of(config(), folder, world).fit()
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def validation(world: World = ALONE) -> tuple[float, int]:
+    """Return loss and targets over five batches, which two ranks cannot share out evenly."""
+    trainer = trainer_of(config(), Path(os.devnull).parent / "shm", world)
+    return mean_loss(trainer.model, [Rows().rows(4 * i, 4) for i in range(5)], trainer.runtime)
+
+
+def resumed(folder: Path, world: World) -> list[str]:
+    """Return the digests of a run of six steps, and of one that was taken up after three."""
+    cfg = config(max_steps=6)
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.2))
+    whole = trainer_of(cfg, folder / "whole", world)
+    whole.fit()
+    first = trainer_of(cfg, folder / "parts", world)
+    for _ in range(3):
+        first.train_step()
+    first.save(required=True)
+    again = trainer_of(cfg, folder / "parts", world)
+    saved = world.on_main(again.run.newest)
+    again.resume(saved, load_state(saved))
+    again.fit()
+    return [whole.digest(), again.digest()]
+
+
+def learned(trainer: Trainer) -> list[bytes]:
+    """Return all that a step may change but the learning rates."""
+    state = [t for o in trainer.optimizers for s in o.state.values() for t in s.values()]
+    return [t.detach().numpy().tobytes() for t in (*trainer.model.parameters(), *state)]
+
+
+def poisoned(folder: Path, world: World) -> dict:
+    """Return what came of a NaN in the loss of the last rank alone, in one micro-batch of the third step."""
+    trainer, calls = trainer_of(config(max_steps=5), folder, world), []
+
+    def poison(module, args, output):
+        calls.append(0)
+        bad = world.rank == world.size - 1 and len(calls) == 2 * 2 + 2  # two micro-batches a step
+        return (output[0] * float("nan"), output[1]) if bad else output
+
+    trainer.model.register_forward_hook(poison)
+    unchanged = []
+    for _ in range(5):
+        before = learned(trainer)
+        trainer.train_step()
+        unchanged.append(learned(trainer) == before)
+    return {"unchanged": unchanged, "skipped": trainer.skipped, "digest": trainer.digest()}
+
+
+def signalled(folder: Path, world: World) -> dict:
+    """Return where each rank stopped, and how it ends, after the last one alone got a SIGTERM in its fourth step."""
+    trainer, calls = trainer_of(config(), folder, world), []
+
+    def kill(module, args):
+        calls.append(0)
+        if world.rank == world.size - 1 and len(calls) == 2 + 3 * 2 + 1:  # the first two are the rehearsal's
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.model.register_forward_pre_hook(kill)
+    code = trainer.fit()
+    saved = [p.name for p in trainer.run.checkpoints()]
+    return {"code": code, "step": trainer.step, "saved": saved}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    with joined() as world:
+        seen = {
+            "rank": world.rank,
+            "sum": world.sum([world.rank + 1.0, 10.0]),
+            "max": world.max([float(world.rank)]),
+            "gathered": world.gather(f"rank {world.rank}"),
+            "from main": world.on_main(lambda: f"by {world.rank}"),
+            "curve": curve(folder / "curve", world),
+            "validation": validation(world),
+            "resumed": resumed(folder / "resumed", world),
+            "poisoned": poisoned(folder / "poisoned", world),
+            "signalled": signalled(folder / "signalled", world),
+        }
+        everyone = world.gather(seen)
+        if world.main:
+            (folder / "seen.json").write_text(json.dumps(everyone), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ranks
+import torch
+from conftest import ROOT, script, tiny_flags
+
+import trainer
+from distributed import World
+from errors import ConfigError
+from validation import share_of_rank
+
+
+def torchrun(*args, cwd, n=2, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    return subprocess.Popen(
+        [*command, *map(str, args)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> list[dict]:
+    """What each of two ranks saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    process = torchrun(ROOT / "tests" / "ranks.py", folder, cwd=folder)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    return json.loads((folder / "seen.json").read_text(encoding="utf-8"))
+
+
+def test_ranks_agree_on_sums_and_on_what_the_main_one_does(seen):
+    for rank, saw in enumerate(seen):
+        assert saw["rank"] == rank
+        assert saw["sum"] == [3.0, 20.0]
+        assert saw["max"] == [1.0]
+        assert saw["gathered"] == ["rank 0", "rank 1"]
+        assert saw["from main"] == "by 0"
+
+
+def test_two_ranks_have_the_loss_curve_of_one(seen, tmp_path):
+    torch.set_num_threads(1)
+    alone = ranks.curve(tmp_path)
+    assert len(alone) == len(seen[0]["curve"]) == ranks.STEPS
+    assert max(abs(a - b) for a, b in zip(alone, seen[0]["curve"])) < 1e-5
+
+
+def test_ranks_share_out_the_validation_split(seen):
+    loss, n = ranks.validation()
+    assert seen[0]["validation"] == seen[1]["validation"]
+    assert seen[0]["validation"] == [pytest.approx(loss, rel=1e-6), n]
+
+
+def test_two_ranks_resume_bit_for_bit_with_dropout(seen):
+    for saw in seen:
+        assert saw["resumed"][0] == saw["resumed"][1] == seen[0]["resumed"][0]
+
+
+def test_a_nan_on_one_rank_is_one_skipped_step_on_all(seen):
+    for saw in seen:
+        assert saw["poisoned"] == seen[0]["poisoned"]
+        assert saw["poisoned"]["skipped"] == 1
+        assert saw["poisoned"]["unchanged"] == [False, False, True, False, False]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(seen):
+    for saw in seen:
+        assert saw["signalled"] == {"code": 143, "step": 4, "saved": ["step_000004"]}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_every_batch_counts_on_one_rank_and_each_rank_has_as_many(size):
+    batches = list(range(7))
+    shares = [list(share_of_rank(batches, World(rank, size))) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(batch for share in shares for batch, counts in share if counts) == batches
+
+
+def digest_of(out: str) -> str:
+    return re.search(r"state sha256 (\w+)", out)[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """The folder, the output and the command of a run of two ranks."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    flags = [*tiny_flags(corpus), "--train.max-steps", "30", "--train.save-every", "5", "--model.dropout", "0.1"]
+    process = torchrun(ROOT / "main.py", *flags, "--name", "whole", cwd=folder)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    return folder, out, flags
+
+
+def test_torchrun_trains_main_py_and_one_rank_reports(undisturbed):
+    _, out, _ = undisturbed
+    assert "on 2 ranks" in out
+    assert out.count("state sha256") == out.count("validation over the whole") == 1
+
+
+def test_a_run_of_two_ranks_that_is_stopped_goes_on_bit_for_bit(undisturbed):
+    folder, out, flags = undisturbed
+    process = torchrun(ROOT / "main.py", *flags, "--name", "parts", cwd=folder)
+    while not list((folder / "runs").glob("parts/step_*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)
+    assert "stopped and saved at step" in said[0], said
+    process = torchrun(ROOT / "main.py", *flags, "--name", "parts", cwd=folder)
+    resumed, err = process.communicate(timeout=120)
+    assert "resuming at step" in resumed, resumed + err
+    assert digest_of(resumed) == digest_of(out)
+
+
+def test_another_number_of_ranks_goes_on_and_says_that_bits_may_differ(undisturbed):
+    folder, _, flags = undisturbed
+    result = script("main.py", *flags, "--name", "whole", "--train.max-steps", "32", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step 30" in result.stdout
+    assert "world_size was 2 and is 1: the run goes on, but not bit for bit" in result.stderr
+
+
+def test_a_batch_that_ranks_cannot_share_out_is_refused_in_a_line(tmp_path):
+    with pytest.raises(ConfigError, match="must be a multiple of the 3 ranks, but is 8"):
+        ranks.trainer_of(ranks.config(), tmp_path, World(0, 3))
+
+
+def test_micro_batches_follow_from_the_number_of_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "replicated", lambda model, device: model)
+    cfg = ranks.config(batch_size=24, micro_batch_size=8)
+    shapes = [(t.rows, t.micro_batch) for t in (ranks.trainer_of(cfg, tmp_path, World(0, n)) for n in (1, 2, 4, 8))]
+    assert shapes == [(24, 8), (12, 6), (6, 6), (3, 3)]
