@@ -227,6 +227,22 @@ def completed(script: str, argv: list[str], work: Path, harm: Callable[[int], No
     return child
 
 
+def stopping_at(step: int) -> Callable[[int], None]:
+    """Return what sends a process SIGTERM while the step with this number, from 1, is under way."""
+
+    def harm(pipe: int) -> None:
+        launch = trainer.Trainer.launch_step
+
+        def launched(self):
+            if self.step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return launch(self)
+
+        trainer.Trainer.launch_step = launched
+
+    return harm
+
+
 def unloadable(run: RunDirectory) -> list[str]:
     """Return what is wrong with the checkpoints that stand under a final name: all of them must verify and load."""
     problems = []
