@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow test-harness lint bench bench-all clean
+.PHONY: help install run test test-slow test-faults test-harness lint bench bench-all clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -33,6 +33,9 @@ test: .venv/.installed-dev ## lint, then run the test suite (3 to 10 minutes, of
 
 test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, hostile programs again
 	@$(BIN)/python -m pytest -m slow
+
+test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred, and put what became of them in a table (15 minutes)
+	@$(BIN)/python -m pytest -n 0 -m faults tests/faults
 
 test-harness: .venv/.installed-dev ## run the tests of lm-eval's tasks, which installs lm-eval
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0

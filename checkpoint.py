@@ -29,11 +29,12 @@ from errors import KindlingError
 from examples import open_split
 from files import sha256_file, sync, write_atomic, write_json
 from model import LanguageModel, build_model
-from shards import SplitInfo, TokenDataset, read_manifest
+from shards import SplitInfo, TokenDataset, is_as_written, read_manifest, sealed
 from tokenizer import Tokenizer, load_json
 
 RUNS = Path("runs")
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+SEAL = "# sha256 of the lines below: "  # the first line of a config.yaml
 
 
 class CheckpointError(KindlingError):
@@ -65,7 +66,9 @@ class RunDirectory:
             shutil.copyfile(data_folder / "tokenizer.json", self.path / "tokenizer.json")
             shutil.copyfile(data_folder / "ledger.json", self.data / "ledger.json")
             write_json(self.data / MANIFEST, manifest)
-            write_atomic(self.path / "config.yaml", to_yaml(cfg))  # last: a folder with a config is a run
+            text = to_yaml(cfg)
+            text = f"{SEAL}{hashlib.sha256(text.encode('utf-8')).hexdigest()}\n{text}"
+            write_atomic(self.path / "config.yaml", text)  # last: a folder with a config is a run
         except OSError as e:
             raise CheckpointError(
                 f"{self.path} must be writable, but writing gave: {e}; free space or choose another --name"
@@ -76,7 +79,10 @@ class RunDirectory:
         return (self.path / "config.yaml").is_file()
 
     def config(self) -> Config:
-        """Return the config that the run was started with."""
+        """Return the config that the run was started with; raises CheckpointError if the file is not as it was written.
+
+        A changed digit would be no error but another model: a base of the rotary frequencies is not in the weights' shapes.
+        """
         try:
             text = (self.path / "config.yaml").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
@@ -84,6 +90,12 @@ class RunDirectory:
                 f"{self.path} must be a run with a readable config.yaml, but is not ({e}); "
                 f"train one with `python main.py`"
             ) from None
+        first, _, rest = text.partition("\n")
+        if first.startswith(SEAL) and first != SEAL + hashlib.sha256(rest.encode("utf-8")).hexdigest():
+            raise CheckpointError(
+                f"{self.path / 'config.yaml'} must be as it was written, but has changed; take the change back, "
+                f"or delete the first line if it is meant"
+            )
         return from_yaml(text, str(self.path / "config.yaml"))
 
     def tokenizer(self) -> Tokenizer:
@@ -161,7 +173,7 @@ class RunDirectory:
             for name in (WEIGHTS, STATE):
                 sync(partial / name)
                 files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
-            write_json(partial / MANIFEST, {"step": step, "best": state.get("best"), "files": files})
+            write_json(partial / MANIFEST, sealed({"step": step, "best": state.get("best"), "files": files}))
             sync(partial / MANIFEST)
             sync(partial)
             if final.exists():  # the same step again, after a fall-back to an older checkpoint
@@ -232,6 +244,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {folder} must be whole, but cannot be read ({type(e).__name__}: {e})"
         ) from None
+    if not is_as_written(manifest):
+        raise CheckpointError(f"checkpoint {folder} must be as it was written, but its {MANIFEST} has changed")
     if set(expected) != {WEIGHTS, STATE} or f"step_{step:06d}" != folder.name:
         raise CheckpointError(f"checkpoint {folder} must have a manifest of its own files, but has another's")
     for name in expected:
@@ -247,9 +261,16 @@ def weights_sha256(folder: Path) -> str:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
+    try:
+        weights, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} must be a whole safetensors file, but is not ({' '.join(str(e).split())[:120]}); "
+            f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
+        ) from None
     if weights.keys() != parameters.keys():
         differing = sorted(weights.keys() ^ parameters.keys())
         raise CheckpointError(

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import platform
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -170,7 +171,7 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
         with gzip.open(path, "rt", encoding="utf-8") as f:
             for line in f:
                 yield json.loads(line)
-    except (OSError, EOFError, ValueError) as e:
+    except (OSError, EOFError, ValueError, zlib.error) as e:
         raise DataError(f"{path} must be a whole log of documents, but is not ({e}); {way_out(folder)}") from None
 
 

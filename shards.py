@@ -3,7 +3,8 @@
 A data folder holds `train-00000.npy`, ... (flat little-endian token ids in NumPy's own headered format), the same for
 `val` and `test`, `tokenizer.json`, `ledger.json`, and `manifest.json` with each shard's length, dtype and sha256.
 A folder is whole or absent: it is written under another name and renamed when complete, and opening it checks every
-hash, so a truncated or damaged shard is found before the first step and not as a strange loss.
+hash, so a truncated or damaged shard is found before the first step and not as a strange loss. The manifest has a hash of
+its own content, since a changed number of tokens in it would be another order of the data, and no error.
 
 Beside the shards, `SPLIT-documents.npy` says of each document how long it is and what it is, for figures by language and
 source. Training does not read it, and folders built before there was one have none.
@@ -11,6 +12,7 @@ source. Training does not read it, and folders built before there was one have n
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -135,8 +137,20 @@ def way_out(folder: Path, fingerprint: str = "") -> str:
     return f"delete {folder} and run again to rebuild it"
 
 
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` with the sha256 of all that it says, by which `is_as_written` knows it again."""
+    said = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(said, sort_keys=True, ensure_ascii=True)
+    return {**said, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
+
+
+def is_as_written(content: dict[str, Any]) -> bool:
+    """Return whether `content` says what it did when it was sealed; one of before there were seals is taken as it is."""
+    return "sha256" not in content or sealed(content)["sha256"] == content["sha256"]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a data folder's manifest; raises DataError where there is none or it is not whole."""
+    """Return a data folder's manifest; raises DataError where there is none, or it is not whole or not as it was written."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -145,6 +159,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     keys = {"format", "fingerprint", "dtype", "tokenizer_sha256", "vocab_size", "eos_id", "splits"}
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not keys <= manifest.keys():
         raise DataError(f"{path} must be a whole manifest of format {FORMAT}, but is not; {way_out(folder)}")
+    if not is_as_written(manifest):
+        raise DataError(f"{path} must be as it was written, but has changed; {way_out(folder)}")
     return manifest
 
 
@@ -187,12 +203,13 @@ class TokenDataset:
         """Return a table that lies beside the shards, if it is as it was written."""
         path, advice = self.folder / entry["file"], way_out(self.folder, self.manifest["fingerprint"])
         try:
-            whole = sha256_file(path) == entry["sha256"]
-        except OSError as e:
-            raise DataError(f"{path} must be readable, but is not ({e}); {advice}") from None
+            if whole := sha256_file(path) == entry["sha256"]:
+                table = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:  # ValueError: a pickle
+            raise DataError(f"{path} must be a readable table, but is not ({e}); {advice}") from None
         if not whole:
             raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return table
 
     def __len__(self) -> int:
         return self.info.tokens
@@ -321,4 +338,4 @@ def blocks_in_order(
 def write_manifest(folder: Path, **content: Any) -> None:
     """Write the manifest, the last file of a data folder; `splits` are SplitInfo."""
     content["splits"] = {name: asdict(info) for name, info in content["splits"].items()}
-    write_json(folder / "manifest.json", {"format": FORMAT, **content})
+    write_json(folder / "manifest.json", sealed({"format": FORMAT, **content}))

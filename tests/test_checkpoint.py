@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_run
 from safetensors import SafetensorError
 from torch import nn
 
@@ -212,3 +213,14 @@ def test_the_digest_sees_every_bit_of_weights_and_optimiser(run):
     with torch.no_grad():
         model.bias[3] = torch.nextafter(model.bias[3], torch.tensor(9.0))
     assert state_digest(model, [optimizer]) != after
+
+
+def test_a_changed_digit_in_the_config_of_a_run_is_refused_unless_its_first_line_is_gone(corpus, tmp_path):
+    run = make_run(tmp_path / "run", corpus)
+    path = run.path / "config.yaml"
+    text = path.read_text(encoding="utf-8").replace("rope_theta: 10000.0", "rope_theta: 90000.0")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="must be as it was written, but has changed"):
+        run.config()
+    path.write_text(text.partition("\n")[2], encoding="utf-8")
+    assert run.config().model.rope_theta == 90_000

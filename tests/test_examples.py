@@ -14,9 +14,10 @@ import device
 from config import IGNORE, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
 from conversations import EncodedExample, example_of
 from examples import PROMPT, RESPONSE, ExampleRows, Examples, ExampleWriter, pack
+from files import write_json
 from model import build_model
 from prompts import Exchange, prompt_text
-from shards import SPLITS, DataError, SplitInfo, write_manifest
+from shards import SPLITS, DataError, SplitInfo, sealed, write_manifest
 from tokenizer import Tokenizer, train_bpe
 from validation import mean_loss
 
@@ -339,7 +340,7 @@ def test_documents_are_no_examples(folder, tmp_path):
     other.mkdir()
     for name in SplitInfo(**manifest["splits"]["train"]).files:
         (other / name).write_bytes((folder / name).read_bytes())
-    (other / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(other / "manifest.json", sealed(manifest))
     with pytest.raises(DataError, match="must hold conversations, but holds documents"):
         Examples(other, "train")
 

@@ -18,9 +18,10 @@ from config import ModelConfig, TokenizerConfig, TrainConfig
 from data_pipeline import prepare
 from errors import ConfigError
 from examples import Examples
+from files import write_json
 from model import build_model
 from perplexity import document_losses, text_losses
-from shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, write_manifest
+from shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, sealed, write_manifest
 from tokenizer import train_bpe
 from trainer import Trainer
 from validation import validate
@@ -160,7 +161,7 @@ def test_a_mask_without_tokens_has_no_loss_and_no_division_by_nothing(dataset):
 def test_a_split_without_the_table_has_the_same_losses_but_no_languages(folder, dataset, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     del manifest["splits"]["val"]["table"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(tmp_path / "manifest.json", sealed(manifest))
     (tmp_path / "val-00000.npy").write_bytes((folder / "val-00000.npy").read_bytes())
     model, _ = model_of()
     new, old = (document_losses(model, d, RUNTIME) for d in (dataset, TokenDataset(tmp_path, "val")))

@@ -19,7 +19,8 @@ from test_data_pipeline import limited
 
 from checkpoint import RunDirectory, load_model
 from config import TokenizerConfig
-from shards import TokenDataset
+from files import write_json
+from shards import TokenDataset, sealed
 from tokenizer import train_bpe
 
 
@@ -312,7 +313,7 @@ def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpu
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest.update({k: v for k, v in content.items() if k in manifest})
         manifest["splits"]["train"].update({k: v for k, v in content.items() if k not in manifest})
-        path.write_text(json.dumps(manifest), encoding="utf-8")
+        write_json(path, sealed(manifest))
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), *words)
 

@@ -18,7 +18,9 @@ import prompts
 from checkpoint import RunDirectory
 from config import preset
 from data_pipeline import fingerprint
+from files import write_json
 from metrics import read_metrics
+from shards import sealed
 
 SMALL = ["--data.workers", "1", "--train.batch-size", "4", "--train.compile", "off", "--train.device", "cpu"]
 SMALL += ["--data.val-fraction", "0.2", "--data.test-fraction", "0.2", "--data.template", "user-assistant"]
@@ -323,10 +325,10 @@ def test_a_changed_template_is_noticed_wherever_it_would_be_used(work, corpus):
     before = dict(manifest)
     manifest["template"] = manifest["template"].replace("Assistant:", "Assistant: ")  # as if prompts.py had been edited
     try:
-        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        write_json(folder / "manifest.json", sealed(manifest))
         assert_one_clear_line(script("generate.py", "runs/base-sft", "--chat", cwd=work), "user-assistant", "--fresh")
         shards = work / "data" / manifest["fingerprint"] / "manifest.json"
-        shards.write_text(json.dumps(manifest), encoding="utf-8")
+        write_json(shards, sealed(manifest))
         assert_one_clear_line(script("sft_train.py", *mined(corpus), cwd=work), "user-assistant", "--fresh")
     finally:
         for path in (folder / "manifest.json", shards):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import shards
 from config import IGNORE, ModelConfig
+from files import write_json
 from shards import (
     DataError,
     PackedBlocks,
@@ -16,6 +17,7 @@ from shards import (
     TokenDataset,
     blocks_in_order,
     rows_of_rank,
+    sealed,
     write_manifest,
 )
 
@@ -68,7 +70,7 @@ def without_tables(folder: Path) -> None:
     for split, info in manifest["splits"].items():
         del info["table"]
         (folder / f"{split}-documents.npy").unlink()
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(folder / "manifest.json", sealed(manifest))
 
 
 def test_a_folder_without_the_table_opens_and_its_documents_end_with_their_end_tokens(tmp_path, monkeypatch):
@@ -254,3 +256,10 @@ def test_shards_of_another_tokenizer_or_past_the_vocabulary_are_refused(folder):
 def test_the_manifest_is_plain_json(folder):
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert sum(s["tokens"] for s in manifest["splits"]["train"]["shards"]) == 1003
+
+
+def test_a_number_that_changed_in_the_manifest_is_refused(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"tokens": 1003', '"tokens": 1002'), encoding="utf-8")
+    with pytest.raises(DataError, match="must be as it was written, but has changed; delete"):
+        TokenDataset(folder, "train")

@@ -16,9 +16,9 @@ from checkpoint import CheckpointError, RunDirectory
 from config import TokenizerConfig, preset
 from data_pipeline import prepare
 from examples import ExampleRows, Examples
-from files import sha256_file
+from files import sha256_file, write_json
 from model import GPT
-from shards import TokenDataset
+from shards import TokenDataset, sealed
 from stage import is_begun, take_up, training_data, training_rows
 from tokenizer import load_pretrained, train_bpe
 
@@ -58,7 +58,7 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     for split, info in manifest["splits"].items():
         del info["table"]
         (old / f"{split}-documents.npy").unlink()
-    (old / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(old / "manifest.json", sealed(manifest))
     run = RunDirectory(tmp_path / "runs" / "old")
     run.create(cfg, old)
     assert run.heldout("val").documents is None

@@ -13,7 +13,9 @@ import visualize
 from checkpoint import RunDirectory, weights_sha256
 from config import ModelConfig
 from errors import KindlingError
+from files import write_json
 from inspection import given_text
+from shards import sealed
 from visualize import main, write_all
 
 PLOTS = {"training_curves", "attention", "weights", "spectral_norms", "token_loss", "layer_0", "layer_1"}
@@ -190,7 +192,7 @@ def test_a_comparison_says_when_tokenizers_and_texts_differ(run, original, capsy
     manifest = json.loads((run.data / "manifest.json").read_text(encoding="utf-8"))
     manifest["tokenizer_sha256"] = "0" * 64
     manifest["splits"]["val"]["bytes"] += 1
-    (run.data / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(run.data / "manifest.json", sealed(manifest))
     assert main([str(run.path), "--compare", str(original.path)]) == 0
     said = capsys.readouterr().err
     assert "different tokenizers" in said and "different texts" in said

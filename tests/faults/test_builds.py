@@ -1,0 +1,62 @@
+"""kill -9 at random points of a build of the data: the next start builds the same bytes, and takes nothing half for whole."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.runs import Forked, completed, flags
+
+pytestmark = pytest.mark.faults
+KILLS = 10  # with each number of workers
+
+
+def built(data: Path) -> dict[str, bytes]:
+    """All files of the one whole build in a `data` folder; none if there is no such folder."""
+    folders = [p for p in data.iterdir() if not p.name.startswith(".")] if data.is_dir() else []
+    return {p.name: p.read_bytes() for folder in folders for p in sorted(folder.iterdir())}
+
+
+def survivors(group: int, wait_s: float = 10) -> bool:
+    """Return whether processes of a killed one's group are still there after a while; they are killed then."""
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        time.sleep(0.02)
+    os.killpg(group, signal.SIGKILL)
+    return True
+
+
+def test_killed_builds_leave_nothing_and_are_built_again_to_the_same_bytes(work, corpus, tmp_path, record):
+    began, rng, wanted = time.perf_counter(), random.Random(9), built(work / "data")
+    kills, half, different, alive, late = 0, 0, 0, 0, 0
+    for workers in ("1", "2"):
+        place = tmp_path / f"workers-{workers}"
+        place.mkdir()
+        argv = [*flags(corpus, "none"), "--data.workers", workers]
+        started = time.perf_counter()
+        completed("data_pipeline.py", argv, place)
+        whole_s = time.perf_counter() - started
+        different += built(place / "data") != wanted
+        for n in range(KILLS):
+            for folder in (place / "data").glob("[!.]*"):
+                folder.rename(place / f"done-{n}")
+            child = Forked("data_pipeline.py", argv, place)
+            killed = child.kill_after(rng.uniform(0.1, 1.0) * whole_s)
+            kills += killed
+            late += not killed
+            left = built(place / "data")
+            half += bool(left) and left != wanted  # it may have been killed after the folder had its name
+            alive += survivors(child.pid)
+        completed("data_pipeline.py", argv, place)
+        different += built(place / "data") != wanted or bool(list((place / "data").glob(".*")))
+    note = f"{KILLS} with one worker and {KILLS} with two, {late} of them just after the end; no worker outlived its parent"
+    tried = 2 * KILLS
+    record("kill -9 in the build", tried, tried - half - alive, half + different, time.perf_counter() - began, note)
+    assert not half and not different and not alive and kills >= tried // 2
