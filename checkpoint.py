@@ -2,6 +2,7 @@
 
     runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  tensorboard/  data/ (held-out shards and the manifest)
     runs/NAME/step_001000/model.safetensors  state.pt  manifest.json
+    runs/NAME/step_001000/sharded/  state.pt  manifest.json   (with --train.parallel fsdp: every rank writes its part)
 
 A checkpoint is written to a temporary directory, synced to disk, and renamed: under its own name it is whole. Its
 manifest holds size and sha256 of each file, since neither torch.load nor safetensors notices a flipped byte. Loading
@@ -23,17 +24,21 @@ from typing import Any
 import torch
 from torch import nn
 
+import sharded
 from config import Config
 from config_io import from_yaml, to_yaml
-from errors import KindlingError
+from distributed import ALONE, MainFailed, World
+from errors import KindlingError, one_line
 from examples import open_split
 from files import sha256_file, sync, write_atomic, write_json
 from model import LanguageModel, build_model
+from sharded import ShardedError
 from shards import SplitInfo, TokenDataset, is_as_written, read_manifest, sealed
 from tokenizer import Tokenizer, load_json
 
 RUNS = Path("runs")
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+SHARDED = "sharded"  # the folder that holds weights and optimiser state of a run with `train.parallel` fsdp
 SEAL = "# sha256 of the lines below: "  # the first line of a config.yaml
 
 
@@ -157,42 +162,80 @@ class RunDirectory:
 
         `state` must load with `weights_only=True`. Raises CheckpointError, for example on a full disk.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        final, partial = self.path / f"step_{step:06d}", self.path / f".partial-step_{step:06d}"
-        try:
-            for remains in (*self.path.glob(".partial-step_*"), *self.path.glob(".deleted-step_*")):
-                shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed
-            self._require_space()
-            partial.mkdir(parents=True)
+        with self._writing(step) as partial:
+            self._begin(partial)
             # named_parameters lists a tied matrix once; there are no persistent buffers
             save_file({k: p.detach().cpu().contiguous() for k, p in model.named_parameters()}, partial / WEIGHTS)
-            torch.save(state, partial / STATE)
-            files = {}
-            for name in (WEIGHTS, STATE):
-                sync(partial / name)
-                files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
-            write_json(partial / MANIFEST, sealed({"step": step, "best": state.get("best"), "files": files}))
-            sync(partial / MANIFEST)
-            sync(partial)
-            if final.exists():  # the same step again, after a fall-back to an older checkpoint
-                shutil.rmtree(final)
-            partial.rename(final)
-            sync(self.path)
-        except (OSError, RuntimeError, SafetensorError) as e:  # a full disk shows as any of the three
-            shutil.rmtree(partial, ignore_errors=True)
+            sync(partial / WEIGHTS)
+            return self._finish(partial, step, state)
+
+    def save_sharded(
+        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], world: World
+    ) -> Path:
+        """Write the checkpoint of a model of which each rank may have a part, as `save` does; every rank must call it.
+
+        `optimizers` are saved with the weights, so `state` need not have them. Raises CheckpointError on every rank.
+        """
+        with self._writing(step, world) as partial:
+            world.on_main(lambda: self._begin(partial))
+            sharded.save(partial / SHARDED, model, optimizers)
+            world.on_main(lambda: sync(partial / SHARDED))
+            return world.on_main(lambda: self._finish(partial, step, state))
+
+    @contextlib.contextmanager
+    def _writing(self, step: int, world: World = ALONE) -> Iterator[Path]:
+        """Give the folder to write the checkpoint of `step` to, and turn whatever fails into a CheckpointError."""
+        from safetensors import SafetensorError
+
+        partial = self.path / f".partial-step_{step:06d}"
+        try:
+            yield partial
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            ShardedError,
+            MainFailed,
+        ) as e:  # a full disk shows as any of them
+            if world.main:
+                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it gave: "
-                f"{' '.join(str(e).split())[:200]}; free some space, the older checkpoints are untouched"
+                f"{one_line(e)}; free some space, the older checkpoints are untouched"
             ) from None
+
+    def _begin(self, partial: Path) -> None:
+        for remains in (*self.path.glob(".partial-step_*"), *self.path.glob(".deleted-step_*")):
+            shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed
+        self._require_space()
+        partial.mkdir(parents=True)
+
+    def _finish(self, partial: Path, step: int, state: dict[str, Any]) -> Path:
+        """Add the training state and the manifest of all files, and give the folder its own name, under which it is whole."""
+        torch.save(state, partial / STATE)
+        sync(partial / STATE)
+        files = {
+            path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        }
+        write_json(partial / MANIFEST, sealed({"step": step, "best": state.get("best"), "files": files}))
+        sync(partial / MANIFEST)
+        sync(partial)
+        final = self.path / f"step_{step:06d}"
+        if final.exists():  # the same step again, after a fall-back to an older checkpoint
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(self.path)
         return final
 
     def _require_space(self) -> None:
         older = self.checkpoints()
         if not older:
             return
-        needed = int(1.5 * sum(f.stat().st_size for f in older[-1].iterdir()))
+        needed = int(1.5 * sum(f.stat().st_size for f in older[-1].rglob("*")))
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are wanted")
@@ -246,7 +289,8 @@ def verify(folder: Path) -> dict[str, Any]:
         ) from None
     if not is_as_written(manifest):
         raise CheckpointError(f"checkpoint {folder} must be as it was written, but its {MANIFEST} has changed")
-    if set(expected) != {WEIGHTS, STATE} or f"step_{step:06d}" != folder.name:
+    weights = {WEIGHTS} if WEIGHTS in expected else {name for name in expected if name.startswith(f"{SHARDED}/")}
+    if not weights or set(expected) != weights | {STATE} or f"step_{step:06d}" != folder.name:
         raise CheckpointError(f"checkpoint {folder} must have a manifest of its own files, but has another's")
     for name in expected:
         if expected[name] != found[name]:
@@ -255,12 +299,27 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return what a verified checkpoint's manifest says of its weights: the same for the same weights."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"]
+    """Return what a verified checkpoint's manifest says of its weights: the same for the same weights.
+
+    Of a sharded one, of its parts, which differ with the number of ranks.
+    """
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    if WEIGHTS in files:
+        return files[WEIGHTS]["sha256"]
+    parts = [files[name]["sha256"] for name in sorted(files) if name.startswith(f"{SHARDED}/")]
+    return hashlib.sha256("".join(parts).encode("ascii")).hexdigest()
+
+
+def in_parts(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights and optimiser state in parts."""
+    return (folder / SHARDED).is_dir()
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
+    if in_parts(folder):
+        load_sharded(folder, model)
+        return
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -285,6 +344,17 @@ def load_weights(folder: Path, model: nn.Module) -> None:
                     f"and not {tuple(p.shape)}; use the run's own config.yaml"
                 )
             p.copy_(weights[name])
+
+
+def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Load a verified sharded checkpoint's weights in place, and the state of optimisers, into a model that is sharded or not.
+
+    Every rank of a sharded model must call it. Raises CheckpointError as `load_weights` does.
+    """
+    try:
+        sharded.load(folder / SHARDED, model, optimizers)
+    except ShardedError as e:
+        raise CheckpointError(str(e)) from None
 
 
 def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
@@ -342,27 +412,3 @@ def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, 
     model = build_model(run.config().model)
     load_weights(folder, model)
     return model.to(device).eval(), folder
-
-
-def state_digest(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> str:
-    """Return the sha256 over every bit of weights and optimiser state: equal runs have equal digests."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(str((value.dtype, tuple(value.shape))).encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in value:
-                digest.update(str(key).encode())
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    add(dict(model.named_parameters()))
-    for optimizer in optimizers:
-        add(optimizer.state_dict())
-    return digest.hexdigest()

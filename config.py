@@ -421,6 +421,9 @@ class TrainConfig:
     """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: where a compiler exists and the run is long enough to pay for it."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How torchrun's ranks share a run. ddp: each holds all of the model; fsdp: its share of weights, gradients and optimiser
+    state, for models that are too large for one GPU, and checkpoints are written in parts."""
     threads: int | None = None
     """CPU threads. None: torch's choice, and on resuming the number that the run began with."""
     eval_every: int = 250

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +28,16 @@ PATIENCE = timedelta(days=7)  # of hosts; a rank that died is noticed at once, b
 
 class WorldError(KindlingError):
     """Ranks that cannot work together, or no longer do."""
+
+
+class MainFailed(SystemExit):
+    """Ends a rank quietly, as the main one says what went wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def __str__(self) -> str:
+        return "the main rank says what went wrong"
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class World:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Return what `work` gives on the main rank, on each; the others wait, and end if it raises there."""
+        """Return what `work` gives on the main rank, on each; if it raises there, the others raise MainFailed."""
         if self.size == 1:
             return work()
         import torch.distributed as dist
@@ -95,7 +104,7 @@ class World:
         finally:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         if not box[0]:  # only the others come here, as the main rank raised
-            sys.exit(1)
+            raise MainFailed
         return box[1]
 
     def main_first(self, work: Callable[[], T]) -> T:
@@ -115,9 +124,7 @@ class World:
                 except BaseException as e:  # raised below, once the others know
                     failed = e
             if self.max([float(failed is not None)])[0]:
-                if failed is not None:
-                    raise failed
-                sys.exit(1)
+                raise MainFailed if failed is None else failed
         return result
 
 

@@ -5,6 +5,7 @@
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
     python evaluate.py --compare runs/demo runs/demo-sft
+    torchrun --nproc-per-node 2 evaluate.py runs/demo             # held-out files and samples are shared out
 
 Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was fixed
 by content hash before training and lies in the run's folder with its sha256, so the losses are those of files that the
@@ -105,11 +106,15 @@ class Subject:
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """Show a progress bar; give what adds to it, and what sets it."""
+def _bar(
+    what: str, total: int, unit: str, shown: bool = True
+) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Show a progress bar, if it is to be `shown`; give what adds to it, and what sets it."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=unit, unit_scale=True, desc=f"{what:<16}", mininterval=0.5, leave=False) as bar:
+    with tqdm(
+        total=total, unit=unit, unit_scale=True, desc=f"{what:<16}", mininterval=0.5, leave=False, disable=not shown
+    ) as bar:
 
         def set_to(n: int) -> None:
             bar.update(n - bar.n)
@@ -142,7 +147,7 @@ def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
     dataset = subject.heldout
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     stride = subject.flags.eval.stride
-    with _bar("held-out losses", len(dataset), "token") as (_, progress):
+    with _bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as (_, progress):
         losses = document_losses(subject.model, dataset, subject.runtime, stride, progress=progress)
     figures = {"by_language": losses.by_language(), "by_source": losses.by_source(), "stride": stride}
     return losses, {"all": losses.summary(), **figures}
@@ -189,16 +194,21 @@ def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Prob
 
 
 def code(subject: Subject, benchmarks: dict[str, int]) -> tuple[list[Written], list[Graded]]:
-    """Write samples and grade them; those of benchmarks are run."""
+    """Write samples, which the ranks share, and grade them on the main one; those of benchmarks are run."""
     from functional import grade_all, write
 
-    problems = problems_of(subject, benchmarks)
+    world = subject.runtime.world
+    problems = world.on_main(lambda: problems_of(subject, benchmarks))
     total = sum(count for _, count in problems)
     if not problems:
         return [], []
     cfg, chat = subject.flags.eval, subject.chat
-    with _bar("writing samples", total, "sample") as (progress, _):
-        written = write(subject.model, subject.tokenizer, problems, chat, cfg, progress)
+    own = problems[world.rank :: world.size]
+    with _bar("writing samples", sum(count for _, count in own), "sample", world.main) as (progress, _):
+        parts = [iter(part) for part in world.gather(write(subject.model, subject.tokenizer, own, chat, cfg, progress))]
+    written = [next(parts[i % world.size]) for i, (_, count) in enumerate(problems) for _ in range(count)]
+    if not world.main:
+        return written, []
     with _bar("running samples", total, "sample") as (progress, _):
         graded = grade_all(written, chat, subject.flags.sandbox, cfg, progress)
     return written, graded
@@ -334,20 +344,29 @@ def evaluate(subject: Subject, checkpoint: Path) -> int:
     from sandbox import SandboxError, self_test
 
     started, flags, run = time.perf_counter(), subject.flags, subject.run
-    benchmarks, refusal = flags.eval.n_samples, None
-    try:
-        if benchmarks:
-            self_test(flags.sandbox, limits_of(flags.eval))
-    except SandboxError as e:
-        refusal, benchmarks = str(e), {}
-    if flags.sandbox == "none" and benchmarks:
+    world, benchmarks = subject.runtime.world, flags.eval.n_samples
+
+    def tested() -> str | None:
+        """Return why no code can be run, if so."""
+        try:
+            if benchmarks:
+                self_test(flags.sandbox, limits_of(flags.eval))
+        except SandboxError as e:
+            return str(e)
+        return None
+
+    refusal = world.on_main(tested)
+    benchmarks = benchmarks if refusal is None else {}
+    if flags.sandbox == "none" and benchmarks and world.main:
         print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
     results = header(subject, checkpoint)
     losses, results["language_modelling"] = language_modelling(subject)
+    written, graded = code(subject, benchmarks)
+    if not world.main:  # which has nothing more to share out
+        return 0
     lines = lines_of(losses)
     if flags.text:
         results["texts"] = texts(subject)
-    written, graded = code(subject, benchmarks)
     results |= code_figures(subject, benchmarks, written, graded)
     if refusal is not None:
         results["functional"] = {"skipped": refusal}
@@ -415,12 +434,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from checkpoint import find_run, load_model
     from device import resolve
+    from distributed import joined
 
-    run = find_run(flags.run)
-    require(flags, run)
-    runtime = resolve(replace(run.config().train, device=flags.device))
-    model, checkpoint = load_model(run, runtime.device)
-    return evaluate(Subject(run, model, run.tokenizer(), runtime, flags), checkpoint)
+    with joined() as world:
+        run = find_run(flags.run)
+        require(flags, run)
+        runtime = resolve(replace(run.config().train, device=flags.device), world)
+        model, checkpoint = load_model(run, runtime.device)
+        return evaluate(Subject(run, model, run.tokenizer(), runtime, flags), checkpoint)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,10 @@ def pretrain(cfg: Config, fresh: bool) -> int:
         )
         if code := run_to_end(trainer):
             return code
+        digest = trainer.digest()
         if world.main:
             print(f"\n{samples(trainer)}")
-            report(trainer, time.perf_counter() - started)
+            report(trainer, digest, time.perf_counter() - started)
     return 0
 
 
@@ -63,7 +64,7 @@ def samples(trainer: Trainer) -> str:
     from completion import complete
     from sampling import Sampling
 
-    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
+    tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
     out = []
     for seed, prompt in enumerate(trainer.train.sample_prompts):
         text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
@@ -71,7 +72,7 @@ def samples(trainer: Trainer) -> str:
     return "\n".join(out)
 
 
-def report(trainer: Trainer, seconds: float) -> None:
+def report(trainer: Trainer, digest: str, seconds: float) -> None:
     """Print what the run reached, where it lies, and what comes next."""
     from stage import effort
 
@@ -80,7 +81,7 @@ def report(trainer: Trainer, seconds: float) -> None:
         f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
-    print(effort(trainer, seconds))
+    print(effort(trainer, digest, seconds))
     print(f"results in {run.path}; next: python evaluate.py {run.path}")
     print(f'        or: python generate.py {run.path} --prompt "def "')
     print(f"        or: python sft_train.py {run.path}")

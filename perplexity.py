@@ -11,7 +11,7 @@ predicted from at least context - stride tokens where there are so many; it cost
 Bits per byte count every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of conversations: of the
 responses), and so compare across tokenizers. Loss and perplexity are by token, and do not.
 
-Limits: one device; a text is held in memory whole.
+Limit: a text is held in memory whole.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def document_losses(
 ) -> Losses:
     """Return the losses of a split, whose first token is nobody's target; of conversations, those of the responses.
 
+    Several ranks share the batches, and each returns all.
+
     `stride` as above. Raises ConfigError for one that cannot be: of conversations any, since each has its whole context.
     """
     cfg = model.cfg
@@ -148,15 +150,18 @@ def document_losses(
     numbers, counts = dataset.targets_in_order(cfg)
     nll, tokens = np.zeros(len(numbers)), np.zeros(len(numbers), dtype=np.int64)
     tokens[numbers] = counts
-    ends, done = counts.cumsum(), 0
+    ends, done, world = counts.cumsum(), 0, runtime.world
     with _evaluating(model):
-        for batch in batches:
-            losses = token_losses(model, batch, runtime)
-            places = np.searchsorted(ends, np.arange(done, done + len(losses)), side="right")
-            np.add.at(nll, numbers[places], losses)
-            done += len(losses)
+        for i, batch in enumerate(batches):
+            n = int((batch.targets != IGNORE).sum())
+            if i % world.size == world.rank:
+                losses = token_losses(model, batch, runtime)
+                places = np.searchsorted(ends, np.arange(done, done + n), side="right")
+                np.add.at(nll, numbers[places], losses)
+            done += n
             if progress is not None:
                 progress(done)
+    nll = np.array(world.sum(nll))
     table, info = dataset.documents, dataset.info
     if table is None or info.table is None:
         return Losses(nll, tokens, info.bytes)

@@ -134,10 +134,11 @@ def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
         )
         if code := run_to_end(trainer):
             return code
+        digest = trainer.digest()
         if world.main:
             print(f"\n{samples(trainer)}")
             stopped = answer_held_out(trainer)
-            report(trainer, stopped, time.perf_counter() - started)
+            report(trainer, stopped, digest, time.perf_counter() - started)
     return 0
 
 
@@ -147,7 +148,7 @@ def samples(trainer: Trainer) -> str:
     from prompts import Exchange
     from sampling import GenerationError, Sampling
 
-    tokenizer, model, out = trainer.run.tokenizer(), trainer.model.eval(), []
+    tokenizer, model, out = trainer.run.tokenizer(), trainer.whole_model().eval(), []
     for seed, instruction in enumerate(trainer.train.sample_prompts):
         sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
         try:
@@ -172,7 +173,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
 
     heldout = trainer.run.heldout("val")
     assert isinstance(heldout, Examples)
-    tokenizer, model = trainer.run.tokenizer(), trainer.model.eval()
+    tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
     n = min(trainer.train.held_out_answers, heldout.n_examples)
     lines, stopped = [], 0
     for seed in tqdm(range(n), desc="answering held-out instructions", unit="answer", leave=False):
@@ -188,7 +189,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
     return stopped, n
 
 
-def report(trainer: Trainer, stopped: tuple[int, int], seconds: float) -> None:
+def report(trainer: Trainer, stopped: tuple[int, int], digest: str, seconds: float) -> None:
     """Print what the fine-tuning changed, where the run lies, and what comes next."""
     from stage import effort
 
@@ -203,7 +204,7 @@ def report(trainer: Trainer, stopped: tuple[int, int], seconds: float) -> None:
             f"{stopped[0]} of {stopped[1]} answers to held-out instructions stopped by themselves within the context "
             f"(all are in {run.path / ANSWERS})"
         )
-    print(effort(trainer, seconds))
+    print(effort(trainer, digest, seconds))
     print(f"results in {run.path}; next: python generate.py {run.path} --chat")
 
 

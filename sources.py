@@ -9,11 +9,14 @@ connection broke.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import gzip
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -91,8 +94,8 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
         if root.is_dir():
             files += _walk(root, prefix, source.file_globs)
         elif root.is_file():
-            stat = root.stat()
-            files.append(LocalFile(root.name, root, stat.st_size, stat.st_mtime_ns))
+            found = root.stat()
+            files.append(LocalFile(root.name, root, found.st_size, found.st_mtime_ns))
         else:
             raise DataError(
                 f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
@@ -121,18 +124,29 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
     """Yield the regular files under `root` that match a glob; hidden folders, caches and nested site-packages are left out."""
     # fnmatch's * crosses slashes, so **/*.py also has to match at the top level, as pathlib's does
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
+    wanted = re.compile("|".join(fnmatch.translate(p) for p in patterns)).match
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = [
             d
             for d in subfolders
             if not d.startswith(".") and d not in ("__pycache__", "site-packages", "dist-packages")
         ]
+        above = Path(folder).relative_to(root).as_posix()
         for name in names:
-            path = Path(folder, name)
-            inner = path.relative_to(root).as_posix()
-            if any(fnmatch.fnmatchcase(inner, p) for p in patterns) and path.is_file():
-                stat = path.stat()
-                yield LocalFile(prefix + inner, path, stat.st_size, stat.st_mtime_ns)
+            inner = name if above == "." else f"{above}/{name}"
+            if wanted(inner) and (found := _regular(os.path.join(folder, name))) is not None:
+                yield LocalFile(prefix + inner, Path(folder, name), found.st_size, found.st_mtime_ns)
+
+
+def _regular(path: str) -> os.stat_result | None:
+    """Return what the system says of a regular file; None of anything else, such as a link to nothing."""
+    try:
+        found = os.stat(path)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
+            return None
+        raise
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 def _cannot_list(error: OSError) -> None:

@@ -283,8 +283,8 @@ def run_to_end(trainer: Trainer) -> int:
     return 0
 
 
-def effort(trainer: Trainer, seconds: float) -> str:
+def effort(trainer: Trainer, digest: str, seconds: float) -> str:
     """Return how long it took, `seconds` in all, what was skipped, and by what the state of the run is known again."""
     skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
     took = f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start"
-    return f"{took}{skipped}; state sha256 {trainer.digest()[:16]}"
+    return f"{took}{skipped}; state sha256 {digest[:16]}"

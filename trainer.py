@@ -20,22 +20,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from recorder import FlightRecorder
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import device
-from checkpoint import CheckpointError, RunDirectory, load_state, load_weights, state_digest
+from checkpoint import CheckpointError, RunDirectory, in_parts, load_model, load_sharded, load_state, load_weights
 from config import IGNORE, Config
 from device import Runtime
-from distributed import replicated
+from distributed import MainFailed, replicated
 from errors import KindlingError, require
 from guard import SpikeGuard
 from metrics import MetricsLog, NoLog
 from model import LanguageModel
 from optim import make_optimizers
 from prefetch import Batches, Prefetch
+from recorder import FlightRecorder
 from schedule import learning_rate_scale, share_done
+from sharded import is_sharded, shard, state_digest, synchronize_gradients, whole
 from shards import rows_of_rank
 from stopping import StopRequest
 from validation import summed_loss
@@ -120,8 +121,19 @@ class Trainer:
         self.rows = cfg.train.batch_size // ranks  # of a step, on each rank
         self.micro_batch = max(n for n in range(1, min(cfg.train.micro_batch, self.rows) + 1) if self.rows % n == 0)
         model.checkpoint_activations = cfg.train.activation_checkpointing
+        if sharded := ranks > 1 and cfg.train.parallel == "fsdp":
+            require(
+                runtime.precision != "fp16",
+                "train.precision",
+                "bf16 or fp32 with --train.parallel fsdp",
+                "fp16",
+                "set --train.precision",
+            )
+            shard(model, ranks, torch.bfloat16 if runtime.precision == "bf16" else None)
         self.optimizers = make_optimizers(model, cfg.train, runtime.product_dtype)
-        self.engine = model if ranks == 1 else replicated(model, runtime.device)  # what is called for the gradients
+        # what is called for the gradients: DDP averages them over the ranks, FSDP adds them up
+        self.engine = model if ranks == 1 or sharded else replicated(model, runtime.device)
+        self.loss_scale = 1 if ranks == 1 or sharded else ranks
         self.prefetch = Prefetch(batches)
         self.scaler = runtime.grad_scaler()
         self.guard = SpikeGuard(cfg.train.spike_ratio)
@@ -162,7 +174,8 @@ class Trainer:
             "last_eval": self.last_eval,
             "last_eval_step": self.last_eval_step,
             "initial_sha256": self.initial_sha256,
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            # with fsdp they are saved beside the weights, each rank's part
+            "optimizers": [] if self.train.parallel == "fsdp" else [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": self.world.gather(device.rng_state(self.runtime)),
             "environment": self.environment(),
@@ -170,9 +183,12 @@ class Trainer:
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take up the run where a verified checkpoint left it."""
-        load_weights(folder, self.model)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if in_parts(folder):
+            load_sharded(folder, self.model, self.optimizers)
+        else:
+            load_weights(folder, self.model)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         if state["scaler"]:  # empty unless the run was in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.position = state["step"], state["position"]
@@ -200,14 +216,16 @@ class Trainer:
         Every rank must call it; the main one writes.
         """
         state, failure = self.state(), None
-        if self.world.main:
-            try:
+        try:
+            if self.train.parallel == "fsdp":
+                self.run.save_sharded(self.step, self.model, self.optimizers, state, self.world)
+            elif self.world.main:
                 self.run.save(self.step, self.model, state)
-            except CheckpointError as e:
-                failure = e
+        except CheckpointError as e:
+            failure = e
         if self.world.max([float(failure is not None)])[0]:
             if required:
-                raise failure or SystemExit(1)
+                raise failure or MainFailed
             self._say(f"warning: {failure}; the run goes on and tries again at the next checkpoint")
             return False
         if self.world.main:
@@ -215,13 +233,17 @@ class Trainer:
             self.run.prune(self.train.keep_checkpoints, best_step, self.step)
         return True
 
+    def whole_model(self) -> LanguageModel:
+        """Return the model for all that is not training: itself, or if it is in parts a copy from the newest checkpoint."""
+        return load_model(self.run, self.runtime.device)[0] if is_sharded(self.model) else self.model
+
     def _say(self, text: str) -> None:
         """Write a line for the user, once for all ranks."""
         if self.world.main:
             tqdm.write(text, file=sys.stderr)
 
     def digest(self) -> str:
-        """Return the sha256 of weights and optimiser state."""
+        """Return the sha256 of weights and optimiser state; every rank must call it."""
         return state_digest(self.model, self.optimizers)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -256,15 +278,16 @@ class Trainer:
             with self._exchange(last and synchronized):
                 loss, _ = summed_loss(self.engine, micro, self.runtime)
                 loss = loss / max(1, n_targets)
-                # the engine averages gradients over the ranks, but those of a sum are to be added up
-                self.scaler.scale(loss * self.world.size).backward()
+                self.scaler.scale(loss * self.loss_scale).backward()
             total += loss.detach()
         self.world.add_up(total)
         return total, n_targets
 
     def _exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a pass after which the ranks exchange gradients, or of one that only accumulates them."""
-        return contextlib.nullcontext() if wanted or self.world.size == 1 else self.engine.no_sync()
+        synchronize_gradients(self.model, wanted)  # where it is sharded
+        replicas = self.engine is not self.model
+        return self.engine.no_sync() if replicas and not wanted else contextlib.nullcontext()
 
     def launch_step(self) -> Step:
         """Do one optimiser step without waiting for the device; `read` says how it went.
@@ -276,7 +299,7 @@ class Trainer:
         loss, n_targets = self.forward_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf))
         limit = self.guard.limit(self.step + 1)
         bad = (~(torch.isfinite(loss) & torch.isfinite(norm) & (norm <= limit))).float()
         for optimizer in self.optimizers:
