@@ -3,7 +3,8 @@
     for optimizer in make_optimizers(model, cfg.train, torch.float32): optimizer.step()
 
 Both can be told on the device, by `found_inf`, to leave everything as it is, as `torch.amp.GradScaler` tells them: so a bad step
-is skipped without the host waiting for the device to say that it was bad.
+is skipped without the host waiting for the device to say that it was bad. Both take parameters that are divided over processes
+(sharded.py), and then update the part that is theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from config import TrainConfig
 from model import LanguageModel
@@ -36,6 +39,27 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
         gram = y @ y.mT  # (N, short, short)
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)  # (N, short, long)
     return (y.mT if tall else y).to(x.dtype)
+
+
+def orthogonalize_rows(x: Tensor, n_rows: int, group: ProcessGroup, dtype: torch.dtype) -> Tensor:
+    """Do what `orthogonalize` does to matrices whose `n_rows` rows are divided over the processes of `group`.
+
+    x (N, own rows, columns), divided as `torch.chunk` divides. The matrices are shared out: each process is sent the whole of
+    its N / size, orthogonalises them, and sends every other process its rows, so no product is computed twice.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    N, _, C = x.shape
+    most = -(-n_rows // size)
+    rows = [max(0, min(most, n_rows - r * most)) for r in range(size)]  # that each process holds
+    share = [N * (r + 1) // size - N * r // size for r in range(size)]  # matrices that each orthogonalises
+    out = [n * rows[rank] * C for n in share]
+    back = [share[rank] * n * C for n in rows]
+    own, whole = x.to(dtype).flatten(), x.new_empty(sum(back), dtype=dtype)
+    dist.all_to_all_single(whole, own, back, out, group)
+    parts = [part.view(share[rank], n, C) for part, n in zip(whole.split(back), rows, strict=True)]
+    y = orthogonalize(torch.cat(parts, dim=1), dtype)  # (N / size, n_rows, C)
+    dist.all_to_all_single(own, torch.cat([part.flatten() for part in y.split(rows, dim=1)]), out, back, group)
+    return own.view_as(x).to(x.dtype)  # (N, own rows, C)
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,13 +97,19 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         grads = [p.grad for p in params]
+        mesh = getattr(params[0], "device_mesh", None)
+        if mesh is not None:  # DTensors: of each matrix, this process has and updates some rows
+            params, buffers, grads = ([t.to_local() for t in tensors] for tensors in (params, buffers, grads))
         good = None if self.found_inf is None else self.found_inf == 0
         if good is not None:  # a multiplication would keep NaN
             grads = [torch.where(good, g, b) for g, b in zip(grads, buffers, strict=True)]  # the buffer stays as it is
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (N, rows, columns)
-        lr = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-        update = orthogonalize(nesterov, self.dtype) * -lr  # (N, rows, columns)
+        if mesh is None:
+            update = orthogonalize(nesterov, self.dtype)  # (N, rows, columns)
+        else:
+            update = orthogonalize_rows(nesterov, shape[0], mesh.get_group(), self.dtype)  # (N, own rows, columns)
+        update *= -group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
         decay = 1 - group["lr"] * group["weight_decay"]
         if good is None:
             torch._foreach_mul_(params, decay)
