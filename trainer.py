@@ -36,7 +36,7 @@ from optim import make_optimizers
 from prefetch import Batches, Prefetch
 from recorder import FlightRecorder
 from schedule import learning_rate_scale, share_done
-from sharded import is_sharded, shard, state_digest, synchronize_gradients, whole
+from sharded import digest, is_sharded, shard, synchronize_gradients, whole
 from shards import rows_of_rank
 from stopping import StopRequest
 from validation import summed_loss
@@ -244,7 +244,7 @@ class Trainer:
 
     def digest(self) -> str:
         """Return the sha256 of weights and optimiser state; every rank must call it."""
-        return state_digest(self.model, self.optimizers)
+        return digest(self.model, self.optimizers)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

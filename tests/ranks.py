@@ -16,6 +16,7 @@ from device import Runtime, seed_all, seed_rank
 from distributed import ALONE, World, joined
 from metrics import read_metrics
 from model import build_model
+from sharded import whole
 from shards import Batch
 from trainer import Trainer
 from validation import mean_loss
@@ -69,9 +70,9 @@ def trainer_of(cfg: Config, folder: Path, world: World = ALONE) -> Trainer:
     return Trainer(cfg, RunDirectory(folder), model, Rows(), lambda _: {"val_loss": 1.0}, runtime)
 
 
-def curve(folder: Path, world: World = ALONE) -> list[float]:
+def curve(folder: Path, world: World = ALONE, **train) -> list[float]:
     """Return the loss of each step of a whole run."""
-    trainer_of(config(), folder, world).fit()
+    trainer_of(config(**train), folder, world).fit()
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
@@ -81,9 +82,9 @@ def validation(world: World = ALONE) -> tuple[float, int]:
     return mean_loss(trainer.model, [Rows().rows(4 * i, 4) for i in range(5)], trainer.runtime)
 
 
-def resumed(folder: Path, world: World) -> list[str]:
+def resumed(folder: Path, world: World, **train) -> list[str]:
     """Return the digests of a run of six steps, and of one that was taken up after three."""
-    cfg = config(max_steps=6)
+    cfg = config(max_steps=6, **train)
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.2))
     whole = trainer_of(cfg, folder / "whole", world)
     whole.fit()
@@ -101,12 +102,12 @@ def resumed(folder: Path, world: World) -> list[str]:
 def learned(trainer: Trainer) -> list[bytes]:
     """Return all that a step may change but the learning rates."""
     state = [t for o in trainer.optimizers for s in o.state.values() for t in s.values()]
-    return [t.detach().numpy().tobytes() for t in (*trainer.model.parameters(), *state)]
+    return [whole(t.detach()).numpy().tobytes() for t in (*trainer.model.parameters(), *state)]
 
 
-def poisoned(folder: Path, world: World) -> dict:
+def poisoned(folder: Path, world: World, **train) -> dict:
     """Return what came of a NaN in the loss of the last rank alone, in one micro-batch of the third step."""
-    trainer, calls = trainer_of(config(max_steps=5), folder, world), []
+    trainer, calls = trainer_of(config(max_steps=5, **train), folder, world), []
 
     def poison(module, args, output):
         calls.append(0)
@@ -151,6 +152,9 @@ def main() -> None:
             "validation": validation(world),
             "resumed": resumed(folder / "resumed", world),
             "poisoned": poisoned(folder / "poisoned", world),
+            "fsdp curve": curve(folder / "fsdp", world, parallel="fsdp"),
+            "fsdp resumed": resumed(folder / "fsdp-resumed", world, parallel="fsdp"),
+            "fsdp poisoned": poisoned(folder / "fsdp-poisoned", world, parallel="fsdp"),
             "signalled": signalled(folder / "signalled", world),
         }
         everyone = world.gather(seen)

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 import checkpoint
-from checkpoint import CheckpointError, RunDirectory, load_state, load_weights, state_digest, verify
+from checkpoint import CheckpointError, RunDirectory, load_state, load_weights, verify
+from sharded import digest as state_digest
 
 
 def model_of(value: float) -> nn.Module:

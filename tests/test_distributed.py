@@ -49,11 +49,12 @@ def test_ranks_agree_on_sums_and_on_what_the_main_one_does(seen):
         assert saw["from main"] == "by 0"
 
 
-def test_two_ranks_have_the_loss_curve_of_one(seen, tmp_path):
+@pytest.mark.parametrize("how", ["", "fsdp "])
+def test_two_ranks_have_the_loss_curve_of_one(seen, tmp_path, how):
     torch.set_num_threads(1)
     alone = ranks.curve(tmp_path)
-    assert len(alone) == len(seen[0]["curve"]) == ranks.STEPS
-    assert max(abs(a - b) for a, b in zip(alone, seen[0]["curve"])) < 1e-5
+    assert len(alone) == len(seen[0][f"{how}curve"]) == ranks.STEPS
+    assert max(abs(a - b) for a, b in zip(alone, seen[0][f"{how}curve"])) < 1e-5
 
 
 def test_ranks_share_out_the_validation_split(seen):
@@ -62,16 +63,18 @@ def test_ranks_share_out_the_validation_split(seen):
     assert seen[0]["validation"] == [pytest.approx(loss, rel=1e-6), n]
 
 
-def test_two_ranks_resume_bit_for_bit_with_dropout(seen):
+@pytest.mark.parametrize("how", ["", "fsdp "])
+def test_two_ranks_resume_bit_for_bit_with_dropout(seen, how):
     for saw in seen:
-        assert saw["resumed"][0] == saw["resumed"][1] == seen[0]["resumed"][0]
+        assert saw[f"{how}resumed"][0] == saw[f"{how}resumed"][1] == seen[0][f"{how}resumed"][0]
 
 
-def test_a_nan_on_one_rank_is_one_skipped_step_on_all(seen):
+@pytest.mark.parametrize("how", ["", "fsdp "])
+def test_a_nan_on_one_rank_is_one_skipped_step_on_all(seen, how):
     for saw in seen:
-        assert saw["poisoned"] == seen[0]["poisoned"]
-        assert saw["poisoned"]["skipped"] == 1
-        assert saw["poisoned"]["unchanged"] == [False, False, True, False, False]
+        assert saw[f"{how}poisoned"] == seen[0][f"{how}poisoned"]
+        assert saw[f"{how}poisoned"]["skipped"] == 1
+        assert saw[f"{how}poisoned"]["unchanged"] == [False, False, True, False, False]
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(seen):
@@ -120,6 +123,25 @@ def test_a_run_of_two_ranks_that_is_stopped_goes_on_bit_for_bit(undisturbed):
     resumed, err = process.communicate(timeout=120)
     assert "resuming at step" in resumed, resumed + err
     assert digest_of(resumed) == digest_of(out)
+
+
+def test_ranks_share_out_an_evaluation(undisturbed):
+    folder, _, _ = undisturbed
+    flags = ["runs/whole", "--eval.benchmarks", "none", "--eval.signatures", "4", "--eval.max-new-tokens", "8"]
+
+    def results() -> tuple[dict, list]:
+        losses = json.loads((folder / "runs/whole/eval.json").read_text(encoding="utf-8"))["language_modelling"]["all"]
+        lines = (folder / "runs/whole/samples.jsonl").read_text(encoding="utf-8").splitlines()
+        return losses, [json.loads(line)["text"] for line in lines]
+
+    assert script("evaluate.py", *flags, cwd=folder).returncode == 0
+    losses, samples = results()
+    process = torchrun(ROOT / "evaluate.py", *flags, cwd=folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    shared, same = results()
+    assert shared == {name: pytest.approx(value, rel=1e-6) for name, value in losses.items()}
+    assert same == samples and len(samples) == 4
 
 
 def test_another_number_of_ranks_goes_on_and_says_that_bits_may_differ(undisturbed):

@@ -20,9 +20,9 @@ from conftest import ROOT
 from sharded_worker import ARCHITECTURES, SAVED_AT, STEPS, WORLD, Run
 
 import sharded
-from checkpoint import state_digest
 from model import build_model
 from sharded import ShardedError, full_weights
+from sharded import digest as state_digest
 
 NAMES = list(ARCHITECTURES)
 

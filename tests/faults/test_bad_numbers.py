@@ -6,9 +6,10 @@ import time
 import pytest
 
 import trainer as trainer_module
-from checkpoint import RunDirectory, state_digest
+from checkpoint import RunDirectory
 from faults.runs import Forked, completed, flags, say
 from metrics import read_metrics
+from sharded import digest as state_digest
 
 pytestmark = pytest.mark.faults
 BAD_STEP, BAD_MICRO, STEPS = 5, 2, 10
