@@ -20,6 +20,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cache import Cache
 from config import IGNORE, ModelConfig
@@ -203,6 +204,9 @@ class LanguageModel(nn.Module):
 
     cfg: ModelConfig
     head: nn.Linear
+    checkpoint_activations = False
+    """Whether the training forward pass keeps only the input of each block, and the backward pass computes the rest again
+    (Chen et al. 2016, arXiv:1604.06174): less memory, a third more work, the same bits."""
 
     def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the features (B, T, C) that the head turns into logits."""
@@ -346,8 +350,10 @@ class GPT(LanguageModel):
     def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         x, rope = self.embed(idx, positions)  # (B, T, C)
         mask = None if positions is None else document_mask(positions)  # (B, 1, T, T), once for all blocks
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, rope, mask)
+            # computed again with the random state of the first time, so that dropout is the same
+            x = checkpoint(block, x, rope, mask, use_reentrant=False) if recompute else block(x, rope, mask)
         return x if self.norm_f is None else self.norm_f(x)
 
     def new_cache(self, n_rows: int) -> Cache:
@@ -428,6 +434,17 @@ class TransformersGPT2(LanguageModel):
     @property
     def head(self) -> nn.Linear:
         return self.gpt2.lm_head
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        return self.gpt2.is_activation_checkpointing
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, wanted: bool) -> None:
+        if wanted:
+            self.gpt2.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.gpt2.activation_checkpointing_disable()
 
     @staticmethod
     def _refuse(positions: Tensor | None) -> None:
