@@ -186,8 +186,8 @@ class TokenDataset:
         path, advice = self.folder / shard["file"], way_out(self.folder, self.manifest["fingerprint"])
         try:
             found = sha256_file(path)
-            if found == shard["sha256"]:  # only then is the header worth parsing
-                tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            if found == shard["sha256"]:  # only then is the header worth parsing; a pickle or an archive is refused
+                tokens = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as e:
             raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {advice}") from None
         if found != shard["sha256"]:
@@ -204,7 +204,7 @@ class TokenDataset:
         path, advice = self.folder / entry["file"], way_out(self.folder, self.manifest["fingerprint"])
         try:
             if whole := sha256_file(path) == entry["sha256"]:
-                table = np.load(path, mmap_mode="r", allow_pickle=False)
+                table = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as e:  # ValueError: a pickle
             raise DataError(f"{path} must be a readable table, but is not ({e}); {advice}") from None
         if not whole:

@@ -25,7 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.utils.tensorboard  # noqa: F401  # here, so that no fork has to
+import torch._dynamo  # noqa: F401  # here, so that no fork has to: an optimiser's first step imports it
+import torch.utils.tensorboard  # noqa: F401
 from conftest import ROOT, tiny_flags
 
 import cli

@@ -15,7 +15,7 @@ import pytest
 
 import stage
 from checkpoint import RunDirectory
-from config import Config
+from config import Config, ModelConfig
 from config_io import changed_fields
 from errors import KindlingError
 from faults.runs import Forked, completed, flags, stopping_at
@@ -75,9 +75,10 @@ def settings(cfg: Config) -> list[tuple[str, str]]:
 
 def starts(cfg: Config) -> list[Config]:
     """Return the config of a run, and those with what some settings need to be anything but their default."""
-    model = replace(cfg.model, tie_embeddings=False)
-    rows = replace(cfg.data.sources[0], kind="jsonl", response_field="answer")
-    return [cfg, replace(cfg, model=model), replace(cfg, data=replace(cfg.data, sources=(rows,)))]
+    source = cfg.data.sources[0]
+    rows = [replace(source, kind="jsonl", response_field=name) for name in (None, "answer")]
+    gpt2 = replace(cfg, model=ModelConfig(vocab_size=512), train=replace(cfg.train, head_lr=None))
+    return [cfg, gpt2, *(replace(cfg, data=replace(cfg.data, sources=(row,))) for row in rows)]
 
 
 def test_every_changed_setting_is_refused_by_name_or_said(work, record, capsys):
