@@ -118,6 +118,27 @@ def script(name: str, *args: str, cwd: Path, timeout_s: float = 120, **kwargs) -
     )
 
 
+def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """Start one of the project's scripts on `n` ranks."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(n),
+        f"--max-restarts={restarts}",
+    ]
+    return subprocess.Popen(
+        [*command, *map(str, args)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
 def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> None:
     """Assert that a script failed with one `error:` line that has the given words, and no traceback."""
     assert result.returncode not in (0, None), result.stdout

@@ -1,33 +1,14 @@
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import ranks
 import torch
-from conftest import ROOT, script, tiny_flags
+from conftest import ROOT, script, tiny_flags, torchrun
 
 import trainer
 from distributed import World
 from errors import ConfigError
 from validation import share_of_rank
-
-
-def torchrun(*args, cwd, n=2, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    return subprocess.Popen(
-        [*command, *map(str, args)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **kwargs,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +71,6 @@ def test_every_batch_counts_on_one_rank_and_each_rank_has_as_many(size):
     assert sorted(batch for share in shares for batch, counts in share if counts) == batches
 
 
-def digest_of(out: str) -> str:
-    return re.search(r"state sha256 (\w+)", out)[1]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     """The folder, the output and the command of a run of two ranks."""
@@ -109,20 +86,6 @@ def test_torchrun_trains_main_py_and_one_rank_reports(undisturbed):
     _, out, _ = undisturbed
     assert "on 2 ranks" in out
     assert out.count("state sha256") == out.count("validation over the whole") == 1
-
-
-def test_a_run_of_two_ranks_that_is_stopped_goes_on_bit_for_bit(undisturbed):
-    folder, out, flags = undisturbed
-    process = torchrun(ROOT / "main.py", *flags, "--name", "parts", cwd=folder)
-    while not list((folder / "runs").glob("parts/step_*")) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)
-    assert "stopped and saved at step" in said[0], said
-    process = torchrun(ROOT / "main.py", *flags, "--name", "parts", cwd=folder)
-    resumed, err = process.communicate(timeout=120)
-    assert "resuming at step" in resumed, resumed + err
-    assert digest_of(resumed) == digest_of(out)
 
 
 def test_ranks_share_out_an_evaluation(undisturbed):
