@@ -142,6 +142,8 @@ def joined() -> Iterator[World]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     local_rank, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if cuda:
@@ -152,13 +154,17 @@ def joined() -> Iterator[World]:
             )
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone
+        attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
         hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as e:
         raise WorldError(
             f"the ranks must reach each other, but did not ({_first_line(e)}); see docs/SCALE.md"
         ) from None
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, hosts)
+    world = World(rank, size, local_rank, hosts)
     with contextlib.ExitStack() as stack:
         if not world.main:
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

@@ -117,10 +117,14 @@ class Examples(TokenDataset):
         """Return the rows of the table that are of one conversation."""
         return self.segments[slice(*self._first_segment[number : number + 2])]
 
+    def tokens_of(self, number: int) -> range:
+        """Return which tokens of the split one conversation has."""
+        return range(*self._starts[number : number + 2].tolist())
+
     def example(self, number: int) -> Example:
         """Return one conversation."""
-        start, stop = self._starts[number : number + 2].tolist()
-        return Example(self.read(start, stop - start), self.segments_of(number))
+        tokens = self.tokens_of(number)
+        return Example(self.read(tokens.start, len(tokens)), self.segments_of(number))
 
     def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
         rows = self._rows_in_order(cfg, batch_size)
@@ -188,7 +192,8 @@ class ExampleRows:
 
     def __init__(self, examples: Examples, block_size: int, seed: int, packing: bool = True, batch_size: int = 1):
         """`batch_size` matters without packing only: so many rows are padded to the same length."""
-        self.examples, self.block_size, self.seed = examples, block_size, seed
+        self.dataset = self.examples = examples
+        self.block_size, self.seed = block_size, seed
         self.packing, self.batch_size = packing, batch_size
         lengths = examples.lengths - 1  # the last token is a target only
         self.bins = pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))]
@@ -201,7 +206,8 @@ class ExampleRows:
 
     def _order_of(self, epoch: int) -> np.ndarray:
         """Return the bins in the order of an epoch."""
-        if self._order[0] != epoch:
+        known = self._order  # read once: another thread may be at another epoch
+        if known[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(self.n_rows)
             if not self.packing:
@@ -212,8 +218,16 @@ class ExampleRows:
                 stop = begun + max(0, len(order) - begun) // self.batch_size * self.batch_size
                 batches = order[begun:stop].reshape(-1, self.batch_size)
                 order = np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
-            self._order = epoch, order
-        return self._order[1]
+            known = self._order = epoch, order
+        return known[1]
+
+    def _bin(self, position: int) -> int:
+        epoch, place = divmod(position, self.n_rows)
+        return int(self._order_of(epoch)[place])
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return which tokens of the split the row at a position holds: those of each of its examples."""
+        return [self.examples.tokens_of(number) for number in self.bins[self._bin(position)]]
 
     def _width(self, items: np.ndarray) -> int:
         """Return the width of padded rows of these examples."""
@@ -223,8 +237,7 @@ class ExampleRows:
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""
-        places = (divmod(first + i, self.n_rows) for i in range(count))
-        return self.of_bins([int(self._order_of(epoch)[place]) for epoch, place in places], count)
+        return self.of_bins([self._bin(first + i) for i in range(count)], count)
 
     def of_bins(self, bins: range | list[int], n_rows: int) -> Batch:
         """Return these bins as the rows of a batch, with rows of padding after them to make `n_rows`."""

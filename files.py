@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,18 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, all of it or nothing."""
+    with open(path, "ab", buffering=0) as f:
+        size, content = f.seek(0, 2), line.encode("utf-8") + b"\n"
+        try:
+            if f.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            f.truncate(size)
+            raise
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -282,15 +282,20 @@ class PackedBlocks:
 
     def _block(self, position: int) -> int:
         epoch, place = divmod(position, self.n_rows)
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-        return int(self._order[1][place])
+        order = self._order  # read once: another thread may be at another epoch
+        if order[0] != epoch:
+            order = self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+        return int(order[1][place])
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return which tokens of the split the row at a position is cut from; the last of them is a target only."""
+        start = self._block(position) * self.block_size
+        return [range(start, start + self.block_size + 1)]
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..., each of block_size tokens."""
-        rows = np.stack(
-            [self.dataset.read(self._block(first + i) * self.block_size, self.block_size + 1) for i in range(count)]
-        )
+        tokens = [t for i in range(count) for t in self.tokens_of(first + i)]
+        rows = np.stack([self.dataset.read(t.start, len(t)) for t in tokens])  # (B, T + 1)
         return packed(self.dataset, rows[:, :-1], rows[:, 1:], self.document_mask)
 
 
