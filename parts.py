@@ -1,6 +1,6 @@
 """A data build in parts: the plan, the parts that can be made anywhere, and the gathering into one data folder.
 
-    plan = make_plan(cfg, list_files(cfg), name, n_parts=8)
+    plan = make_plan(cfg, list_files(cfg), name, 8, pool)
     for number in plan.missing():
         run_part(plan, number, pool)      # on any machine
     folder = gather(plan)
@@ -98,12 +98,12 @@ def require_splittable(cfg: Config) -> None:
             )
 
 
-def make_plan(cfg: Config, files: list[list[LocalFile]], name: str, n_parts: int) -> Plan:
+def make_plan(cfg: Config, files: list[list[LocalFile]], name: str, n_parts: int, pool: WorkerPool) -> Plan:
     """Return the plan of a build, which is made where it is not there yet; raises DataError for another number of parts."""
     folder = (DATA / f"parts-{name}").absolute()
     if not folder.is_dir():
         data = dataclasses.replace(cfg.data, workers=None)  # which is each machine's own affair
-        with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer) as pool:
+        with whole_or_absent(folder) as partial:
             tokenizer, notes = begin(cfg, [*files], pool)
             (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
             rows = [[(f.key, str(f.path.absolute()), f.size, f.mtime_ns) for f in fs] for fs in files]

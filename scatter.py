@@ -9,7 +9,7 @@ First the plan: the list of files, and the tokenizer, which a fixed number of by
 and tokenises a run of the files, by the functions of the single build, into a folder of its own, and is done once. Then
 the gathering: what needs all documents (duplicates, mixture, splits) is decided in the single build's order, and the
 shards are written; so `data/PRESET-FINGERPRINT/` has the bytes that `data_pipeline.py` gives it, whatever the number of
-parts. A call that was cut short is made again, and does what is missing.
+parts. data.max_tokens ends the gathering, not the parts. A call that was cut short is made again, and does what is missing.
 
 Limits: every machine must see this folder and the source's files at the same paths, and have the same versions of Python
 and the libraries. A file is never split. Sources on the hub and of instructions are left to the single build. The
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli import parse_cli, run_script
-from config import Config
 from config_io import ConfigFlags
 from data_pipeline import DATA, exit_on_terminate, fingerprint, list_files
 from errors import KindlingError, require
@@ -65,13 +64,6 @@ class Flags:
     gather_memory_gb: int = 16
     """Of slurm: memory of the gathering."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
-
-
-def run_inline(plan: Plan, cfg: Config) -> None:
-    """Make the parts that are missing, one after another."""
-    with WorkerPool(cfg.data, cfg.tokenizer) as pool:
-        for number in plan.missing():
-            run_part(plan, number, pool)
 
 
 def part_step(folder: Path, cwd: Path, n_workers: int, data: object, rank: int, world_size: int) -> None:
@@ -181,11 +173,13 @@ def main(argv: list[str] | None = None) -> int:
     if folder.is_dir():
         shutil.rmtree(DATA / f"parts-{name}", ignore_errors=True)  # of a gathering that was killed at its end
     else:
-        plan = make_plan(cfg, files, name, flags.parts)
-        print(f"{plan.n_parts - len(plan.missing())} of {plan.n_parts} parts are done, in {plan.folder}", flush=True)
-        if flags.executor == "inline":
-            run_inline(plan, cfg)
-        else:
+        with WorkerPool(cfg.data, cfg.tokenizer) as pool:
+            plan = make_plan(cfg, files, name, flags.parts, pool)
+            missing = plan.missing()
+            print(f"{plan.n_parts - len(missing)} of {plan.n_parts} parts are done, in {plan.folder}", flush=True)
+            for number in missing if flags.executor == "inline" else ():
+                run_part(plan, number, pool)
+        if flags.executor != "inline":
             run_executor(plan, flags)
         if flags.executor == "slurm":
             print(f"submitted; the shards will be in {folder}, and the logs are in {plan.logs}")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,13 +93,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def plan_of(cfg: Config, n_parts: int) -> parts.Plan:
+@pytest.fixture(scope="module")
+def pool(repo) -> Iterator[WorkerPool]:
+    """The workers of `config(repo)`."""
+    cfg = config(repo)
+    with WorkerPool(cfg.data, cfg.tokenizer) as workers:
+        yield workers
+
+
+def plan_of(cfg: Config, n_parts: int, pool: WorkerPool) -> parts.Plan:
     files = list_files(cfg)
-    return make_plan(cfg, files, f"{cfg.preset}-{fingerprint(cfg, files)}", n_parts)
-
-
-def pool_of(cfg: Config) -> WorkerPool:
-    return WorkerPool(cfg.data, cfg.tokenizer)
+    return make_plan(cfg, files, f"{cfg.preset}-{fingerprint(cfg, files)}", n_parts, pool)
 
 
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 12))
@@ -111,12 +116,10 @@ def test_parts_hold_every_file_once_in_order_and_share_the_bytes(sizes, n):
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
-def test_the_union_of_parts_is_the_single_build_byte_for_byte(repo, single, in_tmp, n):
-    cfg = config(repo)
-    plan = plan_of(cfg, n)
-    with pool_of(cfg) as pool:
-        for number in reversed(range(n)):  # whichever comes first
-            run_part(plan, number, pool)
+def test_the_union_of_parts_is_the_single_build_byte_for_byte(repo, single, pool, in_tmp, n):
+    plan = plan_of(config(repo), n, pool)
+    for number in reversed(range(n)):  # whichever comes first
+        run_part(plan, number, pool)
     where = {e.key: k for k in range(n) for i in range(2) for e in read_part(plan.part(k), i, np.dtype("<u2"))}
     folder = gather(plan)
     found = contents(folder)
@@ -174,39 +177,39 @@ def test_a_killed_call_is_made_again_and_does_only_what_is_missing(repo, in_tmp,
     assert [p.name for p in Path("data").iterdir()] == [built.name]
 
 
-def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part(repo, in_tmp, monkeypatch):
+def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part(repo, pool, in_tmp, monkeypatch):
     shutil.copytree(repo, "repo")
-    cfg = tiny_config(Path("repo"))
-    plan = plan_of(cfg, 3)
+    cfg = config(repo)
+    cfg = replace(cfg, data=replace(cfg.data, sources=tiny_config(Path("repo")).data.sources))
+    plan = plan_of(cfg, 3, pool)
     with pytest.raises(DataError, match="--parts must be 3, with which this build was begun, but is 4"):
-        plan_of(cfg, 4)
+        plan_of(cfg, 4, pool)
     with pytest.raises(DataError, match="all 3 parts must be done, but 3 are not"):
         gather(plan)
     last = Path("repo", cut(plan.files[0], 3)[2][-1].key)
     text, stat = last.read_bytes(), last.stat()
-    with pool_of(cfg) as pool:
-        run_part(plan, 0, pool)
-        run_part(plan, 1, pool)
-        last.write_bytes(text + b"# more\n")
-        with pytest.raises(DataError, match="must stay as it was when the build was planned") as error:
-            run_part(plan, 2, pool)
-        assert "\n" not in str(error.value)
-        last.unlink()
-        with pytest.raises(DataError, match=r"has changed \(No such file"):
-            run_part(plan, 2, pool)
-        last.write_bytes(text)
-        os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-        def read_while_it_changes(*args):
-            os.utime(last)
-            return lambda i: iter(())
-
-        with monkeypatch.context() as patch, pytest.raises(DataError, match="must stay as it was"):
-            patch.setattr(parts, "examined_by", read_while_it_changes)
-            run_part(plan, 2, pool)
-        assert plan.missing() == [2] and not list(plan.folder.glob(".building-*"))
-        os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    run_part(plan, 0, pool)
+    run_part(plan, 1, pool)
+    last.write_bytes(text + b"# more\n")
+    with pytest.raises(DataError, match="must stay as it was when the build was planned") as error:
         run_part(plan, 2, pool)
+    assert "\n" not in str(error.value)
+    last.unlink()
+    with pytest.raises(DataError, match=r"has changed \(No such file"):
+        run_part(plan, 2, pool)
+    last.write_bytes(text)
+    os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def read_while_it_changes(*args):
+        os.utime(last)
+        return lambda i: iter(())
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="must stay as it was"):
+        patch.setattr(parts, "examined_by", read_while_it_changes)
+        run_part(plan, 2, pool)
+    assert plan.missing() == [2] and not list(plan.folder.glob(".building-*"))
+    os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    run_part(plan, 2, pool)
     ids = plan.part(1) / "0.ids"
     whole = ids.read_bytes()
     ids.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
