@@ -260,5 +260,5 @@ def gather(plan: Plan) -> Path:
         ledger = fill(cfg, files, partial, plan.name, tokenizer, read, plan.notes)
     seconds = time.perf_counter() - started
     print(f"gathered in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s of source")
-    shutil.rmtree(plan.folder)
+    shutil.rmtree(plan.folder, ignore_errors=True)  # what is left of it, the next call deletes
     return folder
