@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -98,17 +97,18 @@ def require_splittable(cfg: Config) -> None:
             )
 
 
-def make_plan(cfg: Config, files: list[list[LocalFile]], name: str, n_parts: int, pool: WorkerPool) -> Plan:
+def make_plan(cfg: Config, files: list[list[LocalFile] | None], name: str, n_parts: int, pool: WorkerPool) -> Plan:
     """Return the plan of a build, which is made where it is not there yet; raises DataError for another number of parts."""
     folder = (DATA / f"parts-{name}").absolute()
     if not folder.is_dir():
         data = dataclasses.replace(cfg.data, workers=None)  # which is each machine's own affair
         with whole_or_absent(folder) as partial:
-            tokenizer, notes = begin(cfg, [*files], pool)
+            tokenizer, notes = begin(cfg, files, pool)
             (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-            rows = [[(f.key, str(f.path.absolute()), f.size, f.mtime_ns) for f in fs] for fs in files]
-            content = {"format": PLAN_FORMAT, "parts": n_parts, "folder": os.getcwd(), "notes": notes, "files": rows}
+            rows = [[(f.key, str(f.path.absolute()), f.size, f.mtime_ns) for f in fs or ()] for fs in files]
+            content = {"format": PLAN_FORMAT, "parts": n_parts, "notes": notes, "files": rows}
             content["config"] = to_yaml(dataclasses.replace(cfg, data=data))
+            content["tokenizer_sha256"] = sha256_file(partial / "tokenizer.json")
             # names that are no UTF-8 hold surrogates, so this file is ASCII
             (partial / "plan.json").write_text(json.dumps(content), encoding="ascii")
     plan = read_plan(folder)
@@ -127,6 +127,8 @@ def read_plan(folder: Path) -> Plan:
         content = json.loads(path.read_text(encoding="ascii"))
         if content["format"] != PLAN_FORMAT:
             raise ValueError(f"its format is {content['format']}")
+        if content["tokenizer_sha256"] != sha256_file(folder / "tokenizer.json"):
+            raise ValueError("the tokenizer beside it is another")
         files = [[LocalFile(key, Path(file), *stat) for key, file, *stat in rows] for rows in content["files"]]
         plan = Plan(folder, from_yaml(content["config"], str(path)), files, content["parts"], content["notes"])
     except (OSError, ValueError, KeyError, TypeError) as e:

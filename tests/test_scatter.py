@@ -223,8 +223,11 @@ def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part
     with monkeypatch.context() as patch, pytest.raises(DataError, match="every machine must have the Python"):
         patch.setattr(data_pipeline, "RECIPE", 0)
         read_plan(plan.folder)
+    plan.tokenizer_file.write_text(plan.tokenizer_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(DataError, match=r"must be a whole plan, but is not \(the tokenizer beside it is another"):
+        read_plan(plan.folder)
     (plan.folder / "plan.json").write_text('{"format": 1}', encoding="ascii")
-    with pytest.raises(DataError, match="must be a whole plan"):
+    with pytest.raises(DataError, match=r"must be a whole plan, but is not \('tokenizer_sha256'"):
         read_plan(plan.folder)
 
 
