@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -21,7 +22,7 @@ import data_pipeline
 import parts
 import scatter
 from config import Config, SourceConfig
-from data_pipeline import fingerprint, list_files, prepare
+from data_pipeline import fingerprint, list_files, prepare, whole_or_absent
 from errors import KindlingError
 from filters import Drop
 from ledger import Ledger, read_documents
@@ -132,6 +133,16 @@ def test_the_union_of_parts_is_the_single_build_byte_for_byte(repo, single, pool
     assert any("repeated" in x for x in lines)
     straddling = {x["dropped"] for x in lines if "of" in x and where[x["key"]] != where[lines[x["of"]]["key"]]}
     assert straddling == ({"duplicate", "near-duplicate"} if n > 1 else set())
+
+
+def test_what_a_dead_process_left_is_cleared_away_but_not_what_another_machine_is_at(in_tmp):
+    here, elsewhere = (Path("data", f".building-a@{host}@999999999") for host in (platform.node(), "elsewhere"))
+    mine = Path("data", f".building-b@{platform.node()}@{os.getppid()}")
+    for folder in (here, elsewhere, mine):
+        folder.mkdir(parents=True)
+    with whole_or_absent(Path("data/c")):
+        assert not here.exists() and elsewhere.exists() and mine.exists()
+    assert Path("data/c").is_dir()
 
 
 @settings(max_examples=30)
