@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -36,7 +37,7 @@ from config_io import ConfigFlags
 from duplicates import benchmark_files
 from examples import ExampleWriter, open_split
 from ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
-from mixture import Mixture
+from mixture import Mixture, Reader, examined_by
 from prompts import rendered
 from shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
 from sources import WHOLE_FILES, LocalFile, local_files, source_roots
@@ -54,7 +55,7 @@ def _tokenizer_sample(
     total = 0
     # what a tokenizer gains from the same text once more is nothing
     once = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
-    mixture = Mixture(once, files, pool, None)
+    mixture = Mixture(once, examined_by(pool, once, files), silent=True)
     with contextlib.closing(iter(mixture)) as stream:
         for document in stream:
             if document.split == "train" and document.examined.text is not None:
@@ -71,6 +72,27 @@ def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: Worke
         return load_pretrained(cfg.tokenizer)
     print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
     return train(_tokenizer_sample(cfg, files, pool, notes), cfg.tokenizer, cfg.model.vocab_size)
+
+
+def begin(
+    cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer of a build, `tokenizer` itself if given, and what the ledger is to note of the beginning."""
+    notes: list[str] = []
+    if pool.unrecognisable:
+        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
+    tokenizer = tokenizer or make_tokenizer(cfg, files, pool, notes)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise TokenizerError(
+            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
+            f"set --model.vocab-size"
+        )
+    return tokenizer, notes
+
+
+def id_type(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type that token ids are stored as."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def fingerprint(cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None = None) -> str:
@@ -129,25 +151,24 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
             f"examples must be made with the tokenizer of the run that is fine-tuned on them, but preset {cfg.preset} "
             f"names none; build and look at them with `python sft_train.py --preset {cfg.preset} --audit`"
         )
-    files = [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
+    files = list_files(cfg)
     folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
     if folder.is_dir():
         for broken in read_manifest(folder).get("broken", []):
             print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
         return folder
-    try:
-        return build(cfg, files, folder, tokenizer)
-    except OSError as e:
-        raise DataError(
-            f"{DATA}/ must be writable and have room for the shards, but writing gave: {e}; "
-            f"free some space, or run from a folder on another disk"
-        ) from None
+    return build(cfg, files, folder, tokenizer)
+
+
+def list_files(cfg: Config) -> list[list[LocalFile] | None]:
+    """Return the files of each source, None for one on the hub."""
+    return [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
 
 
 def _stale(folder: Path) -> bool:
     """Return whether the process that was building this folder is gone."""
-    pid = folder.name.rpartition("-")[2]
-    if not pid.isdigit():
+    _, host, pid = folder.name.rsplit("@", 2) if folder.name.count("@") > 1 else ("", "", "")
+    if host != platform.node() or not pid.isdigit():  # of another machine's processes nothing is known
         return False
     try:
         os.kill(int(pid), 0)
@@ -158,52 +179,66 @@ def _stale(folder: Path) -> bool:
     return False
 
 
-def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Build `folder`: under another name, renamed when whole, so that a killed build leaves nothing that looks done."""
-    DATA.mkdir(parents=True, exist_ok=True)
-    for old in DATA.glob(".building-*"):
-        if _stale(old):
-            shutil.rmtree(old, ignore_errors=True)
-    partial = DATA / f".building-{folder.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+@contextlib.contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which is named `folder` when it is whole: a killed process leaves nothing that looks done.
+
+    Where another process was faster its folder stays. Raises DataError for a disk that is full or not writable.
+    """
+    partial = folder.with_name(f".building-{folder.name}@{platform.node()}@{os.getpid()}")
     try:
-        with WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
-            _fill(cfg, files, pool, partial, folder.name, tokenizer)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(".building-*"):
+            if _stale(old):
+                shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process built the same shards meanwhile
+            if not folder.is_dir():
                 raise
+    except OSError as e:
+        raise DataError(
+            f"{folder.parent}/ must be writable and have room for the shards, but writing gave: {e}; "
+            f"free some space, or run from a folder on another disk"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Build `folder` on this machine."""
+    with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
+        started = time.perf_counter()
+        tokenizer, notes = begin(cfg, files, pool, tokenizer)
+        path = (partial / "tokenizer.json").absolute()
+        ledger = fill(cfg, files, partial, folder.name, tokenizer, examined_by(pool, cfg.data, files, path), notes)
+        seconds = time.perf_counter() - started
+        print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
     return folder
 
 
-def _fill(
+def fill(
     cfg: Config,
     files: list[list[LocalFile] | None],
-    pool: WorkerPool,
     partial: Path,
     name: str,
-    tokenizer: Tokenizer | None,
-) -> None:
-    started = time.perf_counter()
-    notes: list[str] = []
-    if pool.unrecognisable:
-        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
-    tokenizer = tokenizer or make_tokenizer(cfg, files, pool, notes)
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise TokenizerError(
-            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
-            f"set --model.vocab-size"
-        )
+    tokenizer: Tokenizer,
+    read: Reader,
+    notes: list[str],
+) -> Ledger:
+    """Write everything of the data folder `name` to `partial`, from the examined documents that `read` gives.
+
+    They may have been examined here or by other machines. Raises DataError for splits with nothing in them.
+    """
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    dtype = id_type(tokenizer)
     writer_of = ExampleWriter if cfg.data.instructions else ShardWriter
     writers = {split: writer_of(partial, split, dtype) for split in SPLITS}
     ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
-    mixture = Mixture(cfg.data, files, pool, (partial / "tokenizer.json").absolute())
+    mixture = Mixture(cfg.data, read)
     examples = _write_documents(cfg, files, mixture, partial, writers, ledger)
     for writer in writers.values():
         writer.close()
@@ -213,7 +248,6 @@ def _fill(
         notes.append(f"the sources held {found:,} of the {wanted:,} training tokens wanted (data.max_tokens)")
     ledger.notes += notes + mixture.notes + [f"without {b}" for b in broken]
     ledger.notes += [f"source {s.label} was begun {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
-    seconds = time.perf_counter() - started
     if not cfg.data.instructions:  # which the audit shows
         print(ledger.table())
     for split, writer in writers.items():
@@ -222,7 +256,6 @@ def _fill(
     for split, writer in writers.items():
         if not writer.info.tokens:
             raise DataError(_empty_split(split, ledger, examples))
-    print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
     ledger.write(partial)
     of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
     how: dict[str, Any] = {}  # conversations were made
@@ -239,6 +272,7 @@ def _fill(
         broken=broken,
         splits={split: writer.info for split, writer in writers.items()},
     )
+    return ledger
 
 
 def _write_documents(

@@ -1,9 +1,9 @@
 """Which document comes next, and whether it is worth having: weights, duplicates, splits.
 
-    for document in Mixture(cfg, files, pool, tokenizer_file): ...
+    for document in Mixture(cfg, examined_by(pool, cfg, files, tokenizer_file)): ...
 
 Everything here is decided in the one process that builds, in the order of the documents, and depends on nothing else: the
-same inputs give the same mixture with any number of workers.
+same inputs give the same mixture with any number of workers or machines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import DataConfig
@@ -40,6 +40,16 @@ class Drawn:
     split: str = ""
     original: int | None = None  # the number of the document that it duplicates
     repeated: bool = False
+
+
+Reader = Callable[[int], Iterator[Examined]]  # of a source, by its number, in its order
+
+
+def examined_by(
+    pool: WorkerPool, cfg: DataConfig, files: list[list[LocalFile] | None], tokenizer_file: Path | None = None
+) -> Reader:
+    """Return what reads the sources' files by the workers of `pool`: to token ids with a tokenizer's file, else to text."""
+    return lambda i: pool.map(documents(cfg.sources[i], files[i]), tokenizer_file)
 
 
 class Originals:
@@ -71,20 +81,18 @@ class Mixture:
     there is a tokenizer), which depends on nothing but the documents so far.
     """
 
-    def __init__(
-        self, cfg: DataConfig, files: list[list[LocalFile] | None], pool: WorkerPool, tokenizer_file: Path | None
-    ):
-        """With a tokenizer's file the documents have token ids; without one text, and this is silent about the sources."""
-        self.data, self.files, self.pool, self.tokenizer_file = cfg, files, pool, tokenizer_file
-        self.reads = [0] * len(files)  # how often each source was begun
+    def __init__(self, cfg: DataConfig, read: Reader, silent: bool = False):
+        """`read` reads a source from its beginning; `silent` keeps it from saying that a source ran dry."""
+        self.data, self.read, self.silent = cfg, read, silent
+        self.reads = [0] * len(cfg.sources)  # how often each source was begun
         self.broken: dict[int, str] = {}  # the sources that ended before they should have, and how
         self.notes: list[str] = []
         self._dry: set[int] = set()  # the sources that were read whole
-        self._in_train = [bytearray() for _ in files]  # for each document of a source, whether training has it
+        self._in_train = [bytearray() for _ in cfg.sources]  # for each document of a source, whether training has it
 
     def __iter__(self) -> Iterator[Drawn]:
         originals, number = Originals(self.data), 0
-        streams = {i: self._read(i) for i in range(len(self.files))}
+        streams = {i: self._read(i) for i in range(len(self.reads))}
         drawn = dict.fromkeys(streams, 0)
         while streams:
             i = min(streams, key=lambda i: drawn[i] / self.data.sources[i].weight)
@@ -107,10 +115,9 @@ class Mixture:
         """Yield the documents of a source; in a repetition only those that training has."""
         label, again = self.data.sources[i].label, self.reads[i] > 0
         self.reads[i] += 1
-        stream = documents(self.data.sources[i], self.files[i])
         found = False
         try:
-            for n, examined in enumerate(self.pool.map(stream, self.tokenizer_file)):
+            for n, examined in enumerate(self.read(i)):
                 if examined.broken is not None:
                     self.broken[i] = f"{label}: {examined.broken}"
                 if not again:
@@ -143,5 +150,5 @@ class Mixture:
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
-        if self.tokenizer_file is not None:
+        if not self.silent:
             print(text, file=sys.stderr)

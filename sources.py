@@ -19,10 +19,10 @@ import re
 import stat
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
 from errors import one_line
@@ -71,6 +71,14 @@ class Document:
     broken: bool = False  # not one bad row, but the end of a stream that should have gone on
     exchanges: tuple[Exchange, ...] = ()  # of a conversation, in place of the text
     mined: bool = False  # the path is that of a file whose documented functions are such conversations
+
+
+class _HasSize(Protocol):
+    @property
+    def size(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=_HasSize)  # a document, or what came of it
 
 
 def source_roots(source: SourceConfig) -> dict[str, Path]:
@@ -171,12 +179,17 @@ def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[D
             yield Document(f.key, language, path=f.path, size=f.size, inner=f.key, mined=mined)
         return
     rows = _hub_documents(source) if files is None else (d for f in files for d in _file_documents(source, f))
+    yield from within_limits(source, rows)
+
+
+def within_limits(source: SourceConfig, rows: Iterable[Sized]) -> Iterator[Sized]:
+    """Yield the rows of a source of rows until there are its `max_documents` or `max_bytes` of them."""
     seen_bytes = 0
-    for number, document in enumerate(rows):
+    for number, row in enumerate(rows):
         if number == source.max_documents or (source.max_bytes is not None and seen_bytes >= source.max_bytes):
             return
-        seen_bytes += document.size
-        yield document
+        seen_bytes += row.size
+        yield row
 
 
 def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
