@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,8 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
     """Load a checkpoint in place: of any number of processes, into a model that is sharded over any number, or whole.
 
     Every process of a sharded model calls it; a whole one needs no process group. Without optimisers only weights are read.
-    Raises ShardedError unless the parts are complete and of the model's names and shapes; the model may then be half loaded.
+    Raises ShardedError unless the parts are complete and of the model's names and shapes; model and optimisers are
+    then half loaded.
     """
     reshard(model)
     with _refusing(
@@ -179,8 +181,11 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
         states = []
         optimizers = list(optimizers)
         descriptions = json.loads((folder / OPTIMIZERS).read_text(encoding="utf-8")) if optimizers else []
+        if len(descriptions) != len(optimizers):
+            raise ValueError(f"it has {len(descriptions)} optimisers and not {len(optimizers)}")
         for number, (optimizer, description) in enumerate(zip(optimizers, descriptions, strict=True)):
             _check_groups(model, optimizer, description["groups"])
+            optimizer.state.clear()  # before the new one takes as much memory again
             tensors, state = _room(number, parameters, description["state"], saved)
             wanted |= tensors
             states.append(state)
@@ -189,7 +194,6 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
                 raise ValueError(f"{name} is {tuple(saved[name].size)} and not {tuple(tensor.shape)}")
         _read(folder, wanted, distributed=is_sharded(model))
         for optimizer, description, state in zip(optimizers, descriptions, states, strict=True):
-            optimizer.state.clear()
             optimizer.state.update(state)
             for group, values in zip(optimizer.param_groups, description["groups"], strict=True):
                 group.update({key: _like(group[key], value) for key, value in values.items() if key != "params"})
@@ -297,7 +301,9 @@ def _refusing(must: str, mend: str) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception: it only is a BaseException
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant, in one process
+            yield
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
         raise ShardedError(f"{must}, but is not ({one_line(error)}); {mend}") from None

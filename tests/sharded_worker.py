@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from model import LanguageModel, build_model
 from optim import make_optimizers
 
 WORLD, STEPS, SAVED_AT = 2, 5, 3
+READY = "ready"  # this file says that the checkpoints of one process are there
 ROWS = 4  # a step, over all processes
 # odd numbers of rows, which two processes cannot share evenly
 SIZE = dict(block_size=16, vocab_size=257, n_layer=2, n_head=3, n_embd=36, d_ff=99)
@@ -66,6 +68,15 @@ class Run:
         return [self._train_step() for _ in range(steps)]
 
     def _train_step(self) -> float:
+        total = self.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def backward(self) -> float:
+        """Leave the clipped gradients of the step; return its loss over all processes."""
         idx, targets, positions = self.batch()
         n_targets, total = (targets != IGNORE).sum(), torch.zeros(())
         mine = range(self.rank * ROWS // self.world, (self.rank + 1) * ROWS // self.world)
@@ -76,10 +87,6 @@ class Run:
             (loss / n_targets).backward()
             total += loss.detach() / n_targets
         self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         if self.world > 1:
             dist.all_reduce(total)
         return float(total)
@@ -138,6 +145,23 @@ def roll_back(rank: int, folder: Path) -> dict:
     return {"losses": run.train(STEPS - SAVED_AT)}
 
 
+def bad_step(rank: int) -> dict:
+    """Tell the optimisers of a step that is not finite."""
+    run = Run("modern", WORLD, rank)
+    run.train(2)
+    before = run.digest()
+    run.backward()
+    for p in run.model.parameters():
+        p.grad.to_local().fill_(torch.nan)
+    after = []
+    for bad in (1.0, 0.0):
+        for optimizer in run.optimizers:
+            optimizer.found_inf = torch.tensor(bad)
+            optimizer.step()
+        after.append(run.digest() == before)
+    return {"skipped_is_unchanged": after[0], "done_is_unchanged": after[1]}
+
+
 def in_bfloat16(rank: int) -> dict:
     """Train with the blocks' parameters gathered in bfloat16."""
     run = Run("llama", WORLD, rank, torch.bfloat16)
@@ -168,8 +192,16 @@ def main(folder: Path, rank: int) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
+    deadline = time.monotonic() + 60
+    while not (folder / READY).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     results = {name: of_architecture(name, rank, folder) for name in ARCHITECTURES}
-    results |= {"roll_back": roll_back(rank, folder), "bf16": in_bfloat16(rank), "refusals": refusals(rank, folder)}
+    results |= {
+        "roll_back": roll_back(rank, folder),
+        "bf16": in_bfloat16(rank),
+        "bad_step": bad_step(rank),
+        "refusals": refusals(rank, folder),
+    }
     (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
 

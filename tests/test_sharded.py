@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import ROOT
-from sharded_worker import ARCHITECTURES, SAVED_AT, STEPS, WORLD, Run
+from sharded_worker import ARCHITECTURES, READY, SAVED_AT, STEPS, WORLD, Run
 
 import sharded
 from model import build_model
@@ -38,15 +38,16 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
     folder = tmp_path_factory.mktemp("sharded")
-    one, runs = {}, {}
-    for name in NAMES:
-        runs[name] = run = Run(name)
-        one[name] = {"losses": run.train(SAVED_AT), "validation_loss": run.validate(), "norm": run.norm}
-        run.save(folder / f"{name}-by-1")
-        one[name]["saved_digest"] = run.digest()
     worker = ROOT / "tests" / "sharded_worker.py"
     started = [subprocess.Popen([sys.executable, str(worker), str(folder), str(rank)]) for rank in range(WORLD)]
+    one, runs = {}, {}
     try:
+        for name in NAMES:  # while they import
+            runs[name] = run = Run(name)
+            one[name] = {"losses": run.train(SAVED_AT), "validation_loss": run.validate(), "norm": run.norm}
+            run.save(folder / f"{name}-by-1")
+            one[name]["saved_digest"] = run.digest()
+        (folder / READY).touch()
         for name, run in runs.items():
             one[name]["losses"] += run.train(STEPS - SAVED_AT)
             one[name]["digest"], one[name]["state_digest"] = run.digest(), state_digest(run.model, run.optimizers)
@@ -110,6 +111,16 @@ def test_weights_come_whole_out_of_the_parts(outcome, name):
     assert {n: torch.equal(w, gathered[n]) for n, w in weights.items()} == dict.fromkeys(gathered, True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_have_the_weights_of_one_to_rounding(outcome, name):
+    two, one = (full_weights(outcome.folder / f"{name}-by-{number}") for number in (2, 1))
+    torch.manual_seed(0)
+    start = dict(build_model(ARCHITECTURES[name][0]).named_parameters())
+    for n, weight in one.items():
+        moved, apart = (weight - start[n]).norm(), (weight - two[n]).norm()
+        assert apart < 1e-3 * moved, n
+
+
 def test_a_state_loaded_after_validation_is_the_one_that_trains_on(outcome):
     for result in outcome.two:
         assert result["roll_back"]["losses"] == result["gpt2"]["losses"][SAVED_AT:]
@@ -122,6 +133,11 @@ def test_bfloat16_keeps_float32_weights_and_has_the_losses_of_autocast_in_one_pr
     for result in (result["bf16"] for result in outcome.two):
         assert result["losses"] == pytest.approx(losses, abs=2e-3)
         assert result["dtypes"] == ["torch.float32"]
+
+
+def test_sharded_optimisers_told_of_a_bad_step_change_neither_weights_nor_state(outcome):
+    for result in outcome.two:
+        assert result["bad_step"] == {"skipped_is_unchanged": True, "done_is_unchanged": False}
 
 
 def test_trouble_of_one_process_is_one_line_in_all(outcome):
@@ -196,7 +212,7 @@ def test_another_model_is_refused_with_the_name_of_what_differs(outcome):
 
 def test_other_optimisers_are_refused(outcome):
     modern, folder = Run("modern"), outcome.folder / "modern-by-2"
-    with pytest.raises(ShardedError, match="shorter"):
+    with pytest.raises(ShardedError, match="2 optimisers and not 1"):
         sharded.load(folder, modern.model, modern.optimizers[:1])
     with pytest.raises(ShardedError, match="other parameters or settings"):
         sharded.load(folder, modern.model, modern.optimizers[::-1])
