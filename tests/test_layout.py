@@ -11,19 +11,20 @@ from conftest import ROOT
 LAYERS = [
     layer.split()
     for layer in (
-        "bpe docstrings errors files healing int8_kernel intervals modeling_kindling plots prompts sandbox_worker syscall_filter "
-        "tables verbatim",
-        "chat comparison config harness_data html_report int8_model metrics pool report sampling sandbox tasks text_plots",
+        "bpe docstrings errors files guard healing int8_kernel intervals modeling_kindling plots prompts sandbox_worker "
+        "stopping syscall_filter tables verbatim",
+        "chat comparison config distributed harness_data html_report int8_model metrics pool report sampling sandbox tasks "
+        "text_plots",
         "autocomplete cache compare_runs config_io device duplicates filters loss schedule shards",
-        "cli examples extraction ledger model sources",
-        "decoding hf_layout inference judge optim parity tokenizer",
+        "cli examples extraction ledger model prefetch sources",
+        "decoding hf_layout inference judge optim parity recorder sharded tokenizer validation",
         "checkpoint completion conversations functional gguf_format harness_model heldout hf_format int8_format memorization "
         "perplexity",
         "audit generate harness inspection model_card trainer workers",
         "dry_run export mixture run_page",
         "data_pipeline visualize",
-        "evaluate stage",
-        "main sft_train",
+        "evaluate parts stage",
+        "main scatter sft_train",
     )
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -22,7 +22,6 @@ from sharded_worker import ARCHITECTURES, READY, SAVED_AT, STEPS, WORLD, Run
 import sharded
 from model import build_model
 from sharded import ShardedError, full_weights
-from sharded import digest as state_digest
 
 NAMES = list(ARCHITECTURES)
 
@@ -50,7 +49,7 @@ def outcome(tmp_path_factory) -> Outcome:
         (folder / READY).touch()
         for name, run in runs.items():
             one[name]["losses"] += run.train(STEPS - SAVED_AT)
-            one[name]["digest"], one[name]["state_digest"] = run.digest(), state_digest(run.model, run.optimizers)
+            one[name]["digest"] = run.digest()
         for process in started:
             assert process.wait(120) == 0
     finally:
@@ -89,7 +88,7 @@ def test_one_process_loads_the_bits_that_two_have_saved_and_continues_to_roundin
     run.load(outcome.folder / f"{name}-by-2")
     gathered = torch.load(outcome.folder / f"{name}-gathered.pt", weights_only=True)
     assert {n: torch.equal(p, gathered[n]) for n, p in run.model.named_parameters()} == dict.fromkeys(gathered, True)
-    assert run.digest() == state_digest(run.model, run.optimizers) == outcome.two[0][name]["saved_digest"]
+    assert run.digest() == outcome.two[0][name]["saved_digest"]
     assert run.train(STEPS - SAVED_AT) == pytest.approx(outcome.one[name]["losses"][SAVED_AT:], abs=1e-5)
 
 
@@ -98,10 +97,6 @@ def test_two_processes_load_the_bits_that_one_has_saved_and_continue_to_rounding
     for result in (result[name] for result in outcome.two):
         assert result["loaded_digest_of_1"] == outcome.one[name]["saved_digest"]
         assert result["resumed_losses_of_1"] == pytest.approx(outcome.one[name]["losses"][SAVED_AT:], abs=1e-5)
-
-
-def test_the_digest_of_a_whole_model_is_the_checkpoints(outcome):
-    assert all(of["digest"] == of["state_digest"] for of in outcome.one.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
