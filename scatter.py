@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
 import shutil
 import sys
@@ -105,7 +106,8 @@ def executor_of(kind: str) -> Any:
 
 def run_executor(plan: Plan, flags: Flags) -> None:
     """Make the parts that are missing by datatrove: wait for them, or on Slurm submit them and the gathering."""
-    import scatter  # a step of the script itself, __main__, could not be found again by other processes
+    # a step of the script itself, __main__, could not be found again by other processes
+    scatter = importlib.import_module(Path(__file__).stem)
 
     executor, n_workers = executor_of(flags.executor), flags.config.data.workers or 1
     logs, cwd = plan.logs, Path.cwd()

@@ -104,7 +104,7 @@ def test_a_nan_or_a_signal_on_one_rank_is_the_business_of_all(tmp_path, record):
     good = sum(s["skipped"] == 1 and s["unchanged"] == [False, False, True, False, False] for s in skipped) // 2
     alike = skipped[0] == skipped[1] and skipped[2] == skipped[3]
     stopped = seen[0]["signalled"] == seen[1]["signalled"] == {"code": 143, "step": 4, "saved": ["step_000004"]}
-    note = "a NaN in one micro-batch (DDP, FSDP): one step skipped on both, weights and moments as they were; a SIGTERM: both stop"
+    note = "a NaN in one micro-batch (DDP, FSDP): one step skipped on both, all else as it was; a SIGTERM: both stop"
     record("a NaN or a signal on one rank alone", 3, good + stopped, int(not alike), time.perf_counter() - began, note)
     assert good == 2 and alike and stopped
 
