@@ -50,6 +50,10 @@ def append_line(path: Path, line: str) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small file as a whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except OSError:  # such as a full disk, where what was written would take up room for nothing
+        partial.unlink(missing_ok=True)
+        raise

@@ -29,8 +29,9 @@ from config import ModelConfig
 from examples import Examples
 from faults.runs import Forked, flags
 from files import sha256_file, write_json
-from ledger import Ledger, read_documents
+from ledger import read_documents
 from metrics import read_metrics
+from model_card import _read_ledger
 from shards import DataError, sealed
 
 pytestmark = pytest.mark.faults
@@ -190,7 +191,7 @@ def test_no_loader_runs_anything_in_any_wrapping(corpus, tmp_path, attacks, reco
     for path in sorted(run.data.iterdir()):
         for name in attacks.on(path):
             attacks.load(name, lambda: [run.heldout(split) for split in ("val", "test")])
-            attacks.load(name, Ledger.read, run.data)
+            attacks.load(name, _read_ledger, run)
     for path in (run.path / "config.yaml", run.path / "tokenizer.json"):
         for name in attacks.on(path):
             attacks.load(name, run.tokenizer)
