@@ -1,5 +1,6 @@
 """What the tests share: small real inputs, and the scripts run as a user would run them."""
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -129,7 +130,7 @@ def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Pope
         str(n),
         f"--max-restarts={restarts}",
     ]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, *map(str, args)],
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -137,6 +138,8 @@ def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Pope
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+    atexit.register(process.terminate)  # of a test that failed; it ends its ranks
+    return process
 
 
 def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> None:
