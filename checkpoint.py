@@ -1,6 +1,6 @@
 """Run directories: everything that a later stage needs of a run, written so that nothing saved can be lost.
 
-    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  tensorboard/  data/ (held-out shards and the manifest)
+    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  skipped.jsonl  tensorboard/  data/ (held-out shards, the manifest)
     runs/NAME/step_001000/model.safetensors  state.pt  manifest.json
     runs/NAME/step_001000/sharded/  state.pt  manifest.json   (with --train.parallel fsdp: every rank writes its part)
 

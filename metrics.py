@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import KindlingError
-from files import write_atomic
+from files import append_line, write_atomic
 
 
 class MetricsLog:
@@ -45,7 +45,7 @@ class MetricsLog:
         """Append one line, and the same values to TensorBoard; a number that is not finite becomes null."""
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            _append(self.path, json.dumps(line).encode("utf-8") + b"\n")
+            append_line(self.path, json.dumps(line))
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         except OSError as e:
@@ -77,18 +77,6 @@ class NoLog:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a whole line or nothing."""
-    with open(path, "ab", buffering=0) as f:
-        size = f.seek(0, 2)
-        try:
-            if f.write(line) != len(line):
-                raise OSError(28, "No space left on device", str(path))
-        except OSError:
-            f.truncate(size)
-            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

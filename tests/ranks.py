@@ -152,7 +152,7 @@ def main() -> None:
             "validation": validation(world),
             "resumed": resumed(folder / "resumed", world),
             "poisoned": poisoned(folder / "poisoned", world),
-            "fsdp curve": curve(folder / "fsdp", world, parallel="fsdp"),
+            "fsdp curve": curve(folder / "fsdp", world, parallel="fsdp", activation_checkpointing=True),
             "fsdp resumed": resumed(folder / "fsdp-resumed", world, parallel="fsdp"),
             "fsdp poisoned": poisoned(folder / "fsdp-poisoned", world, parallel="fsdp"),
             "signalled": signalled(folder / "signalled", world),
