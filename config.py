@@ -376,7 +376,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Sequences per forward pass; must divide batch_size. None: batch_size. Each rank takes at most as many."""
     activation_checkpointing: bool = False
-    """Keep only what goes into each block and compute the rest again in the backward pass: less memory, up to a third more work."""
+    """Keep of each block only its input, and compute the rest anew in the backward pass: less memory, up to a third more work."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the hidden matrices, AdamW on embeddings, head and vectors."""
     lr: float = 6e-4

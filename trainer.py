@@ -406,14 +406,15 @@ class Trainer:
         if self.step == 0 and self.train.init_from is not None:
             self.first_eval = self._evaluate(log, bar)
         window = Window()
-        began, saved_step, stopped = self.step, self.step or None, 0  # at step 0 nothing is saved yet
+        began, saved_step = self.step, self.step or None  # at step 0 nothing is saved yet
+        stopped = self._agree(stop)  # compiling takes each rank its own time
         # a run by the clock does a step all the same if compiling took what was left: it then ends annealed, and saved
         overdue = self.train.max_minutes is not None
         while (self.share() < 1 or (overdue and self.step == began)) and not stopped:
             started = time.perf_counter()
             window.launched.append(self.launch_step())
             every = self.train.log_every, self.train.eval_every, self.train.save_every
-            due = stop.signal is not None or self.step == self.train.max_steps or any(self.step % n == 0 for n in every)
+            due = self.step == self.train.max_steps or any(self.step % n == 0 for n in every)
             self._read_all(window, but=1 if self.runtime.asynchronous and not due else 0)
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
@@ -422,10 +423,9 @@ class Trainer:
             bar.update(1 if self.train.max_minutes is None else max(0.0, min(seconds, bar.total - bar.n)))
             last = self.share() >= 1
             log_due, eval_due, save_due = (last or self.step % n == 0 for n in every)
-            if last or stopped:
+            if last or stopped or self.skipped_in_a_row >= self.train.max_skipped_steps:
                 self._read_all(window)
             if self.skipped_in_a_row >= self.train.max_skipped_steps:
-                self._read_all(window)
                 self.roll_back()
                 log.rewind(self.step)
                 bar.update(min(0, self.step - bar.n) if self.train.max_minutes is None else 0)
