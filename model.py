@@ -84,9 +84,10 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)  # bfloat16 where FSDP gathers it; the residual stream is float32
         if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):

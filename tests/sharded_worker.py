@@ -162,9 +162,9 @@ def bad_step(rank: int) -> dict:
     return {"skipped_is_unchanged": after[0], "done_is_unchanged": after[1]}
 
 
-def in_bfloat16(rank: int) -> dict:
+def in_bfloat16(rank: int, name: str) -> dict:
     """Train with the blocks' parameters gathered in bfloat16."""
-    run = Run("llama", WORLD, rank, torch.bfloat16)
+    run = Run(name, WORLD, rank, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         losses = run.train(STEPS)
     return {"losses": losses, "dtypes": sorted({str(p.dtype) for p in run.model.parameters()})}
@@ -198,7 +198,7 @@ def main(folder: Path, rank: int) -> None:
     results = {name: of_architecture(name, rank, folder) for name in ARCHITECTURES}
     results |= {
         "roll_back": roll_back(rank, folder),
-        "bf16": in_bfloat16(rank),
+        "bf16": {name: in_bfloat16(rank, name) for name in ("gpt2", "llama")},
         "bad_step": bad_step(rank),
         "refusals": refusals(rank, folder),
     }

@@ -121,11 +121,12 @@ def test_a_state_loaded_after_validation_is_the_one_that_trains_on(outcome):
         assert result["roll_back"]["losses"] == result["gpt2"]["losses"][SAVED_AT:]
 
 
-def test_bfloat16_keeps_float32_weights_and_has_the_losses_of_autocast_in_one_process(outcome):
-    run = Run("llama")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bfloat16_keeps_float32_weights_and_has_the_losses_of_autocast_in_one_process(outcome, name):
+    run = Run(name)
     with torch.autocast("cpu", torch.bfloat16):
         losses = run.train(STEPS)
-    for result in (result["bf16"] for result in outcome.two):
+    for result in (result["bf16"][name] for result in outcome.two):
         assert result["losses"] == pytest.approx(losses, abs=2e-3)
         assert result["dtypes"] == ["torch.float32"]
 
