@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow test-faults test-harness lint bench bench-all clean
+.PHONY: help install run test test-slow test-faults test-harness test-scatter test-faults lint bench bench-all clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -40,6 +40,10 @@ test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred
 test-harness: .venv/.installed-dev ## run the tests of lm-eval's tasks, which installs lm-eval
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
 	@$(BIN)/python -m pytest tests/test_harness_data.py tests/test_harness_model.py tests/test_harness.py
+
+test-scatter: .venv/.installed-dev ## run the tests of the data build's executors, which installs datatrove
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-scatter.txt
+	@$(BIN)/python -m pytest tests/test_scatter.py
 
 lint: .venv/.installed-dev ## check the style
 	@$(BIN)/ruff check .

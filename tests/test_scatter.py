@@ -201,6 +201,9 @@ def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part
     text, stat = last.read_bytes(), last.stat()
     run_part(plan, 0, pool)
     run_part(plan, 1, pool)
+    done = (plan.part(1) / "done.json").stat().st_mtime_ns
+    run_part(plan, 1, pool)  # which is not done again
+    assert (plan.part(1) / "done.json").stat().st_mtime_ns == done
     last.write_bytes(text + b"# more\n")
     with pytest.raises(DataError, match="must stay as it was when the build was planned") as error:
         run_part(plan, 2, pool)
@@ -212,8 +215,11 @@ def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     def read_while_it_changes(*args):
-        os.utime(last)
-        return lambda i: iter(())
+        def read(i: int):
+            os.utime(last)
+            return iter(())
+
+        return read
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="must stay as it was"):
         patch.setattr(parts, "examined_by", read_while_it_changes)
