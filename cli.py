@@ -53,7 +53,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except KindlingError as e:
-        print(f"error: {e}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several that torchrun started, which mostly fail for the same reason
+        print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

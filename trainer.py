@@ -83,11 +83,12 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s
     if not long:
         return False
     if not device.has_compiler(runtime.device.type):
-        print(
-            f"warning: no compiler for {runtime.device.type} was found, so training goes on uncompiled, which is slower"
-            + ("; install g++" if runtime.device.type == "cpu" else ""),
-            file=sys.stderr,
-        )
+        if runtime.world.main:
+            print(
+                f"warning: no compiler for {runtime.device.type} was found, so training goes on uncompiled, which is slower"
+                + ("; install g++" if runtime.device.type == "cpu" else ""),
+                file=sys.stderr,
+            )
         return False
     return True
 
