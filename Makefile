@@ -60,6 +60,8 @@ bench-all: bench ## measure the other figures of the README too, and the five mi
 	@$(BIN)/python benchmarks/ablation.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/pipeline.py
+	@$(BIN)/python benchmarks/ranks.py
+	@$(BIN)/python benchmarks/fsdp_smallcoder.py
 	@$(BIN)/python benchmarks/sft.py
 	@$(BIN)/python benchmarks/evaluation.py
 	@$(BIN)/python benchmarks/summary.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT)]
 
 GIB = 2**30
-SPEED_FP32, SPEED_BF16, OF_PEAK, STEP_GIB = 1.6, 1.15, 0.7, 4.0
+SPEED_FP32, SPEED_BF16, OF_PEAK, STEP_GIB, OF_ONE = 1.6, 1.15, 0.7, 4.0, 0.9
 EIGHTH_NOTE = "ours, its whole schedule in an eighth of the peer's time, on test files"
 BITS, COMPILING = 1.55, 0.5
 
@@ -143,11 +144,32 @@ def decode(results: dict[str, Any]) -> Iterator[Row]:
             yield Row(f"decoding `code-50m`: {way}, times transformers in {other}", "-", f"{times:.2f}", machine)
 
 
+def ranks(results: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows on several ranks of one machine."""
+    for shape, found in results["shapes"].items():
+        two, one = (statistics.median(found[side]) for side in ("two", "one"))
+        figure = f"two ranks with a thread each, training `{shape}`, times one process with two threads"
+        how = verdict(f"{found['ratio']:.2f} ({two:,.0f} against {one:,.0f} tokens/s)", found["ratio"] >= OF_ONE)
+        yield Row(figure, f"at least {OF_ONE}", how, phrase(results["machine"]))
+
+
+def sharded(results: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows on a model that is divided over two ranks."""
+    for case, found in results.items():
+        peak = max(stage for rank in found["ranks"] for stage in rank["peak_gib"].values())
+        seconds = max(rank["seconds"]["step 2"] for rank in found["ranks"])
+        figure = f"`smallcoder-1`, two FSDP2 steps on two ranks, {case}"
+        how = f"done: at most {peak:.1f} GiB in each rank, {seconds:.0f} s for the second step"
+        yield Row(figure, "in this machine's memory", how, phrase(found["machine"]))
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "train_throughput": throughput,
     "time_to_loss": learning,
     "data": data,
     "generation": decode,
+    "ranks": ranks,
+    "fsdp_smallcoder": sharded,
 }
 
 
