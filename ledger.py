@@ -169,6 +169,8 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a folder's document log; raises DataError if it is missing or damaged."""
     path = folder / DOCUMENTS
     try:
+        if not path.stat().st_size:  # which gzip takes for nothing at all
+            raise EOFError("it is empty")
         with gzip.open(path, "rt", encoding="utf-8") as f:
             for line in f:
                 yield json.loads(line)

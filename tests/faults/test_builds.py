@@ -1,5 +1,6 @@
 """kill -9 at random points of a build of the data: the next start builds the same bytes, and takes nothing half for whole."""
 
+import contextlib
 import os
 import random
 import signal
@@ -26,17 +27,25 @@ def set_aside(place: Path) -> None:
         folder.rename(place / f"done-{time.monotonic_ns()}")
 
 
-def survivors(group: int, wait_s: float = 10) -> bool:
-    """Return whether processes of a killed one's group are still there after a while; they are killed then."""
+def survivors(group: int, wait_s: float = 10) -> list[int]:
+    """Return the processes of a killed one's group that are still running after a while; they are killed then."""
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except (ProcessLookupError, PermissionError):
-            return False
+    while (found := running(group)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(group, signal.SIGKILL)
-    return True
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return found
+
+
+def running(group: int) -> list[int]:
+    """Return the processes of a group, without those that have ended and that nobody has asked about, by /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
+            found += [int(path.parent.name)] if int(its_group) == group and state != "Z" else []
+    return found
 
 
 def test_killed_builds_leave_nothing_and_are_built_again_to_the_same_bytes(work, corpus, tmp_path, record):
@@ -58,7 +67,7 @@ def test_killed_builds_leave_nothing_and_are_built_again_to_the_same_bytes(work,
             late += not killed
             left = built(place / "data")
             half += bool(left) and left != wanted  # it may have been killed after the folder had its name
-            alive += survivors(child.pid)
+            alive += bool(survivors(child.pid))
         set_aside(place)
         completed("data_pipeline.py", argv, place)
         different += built(place / "data") != wanted or bool(list((place / "data").glob(".*")))
