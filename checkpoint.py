@@ -179,7 +179,12 @@ class RunDirectory:
         `optimizers` are saved with the weights, so `state` need not have them. Raises CheckpointError on every rank.
         """
         with self._writing(step, world) as partial:
-            world.on_main(lambda: self._begin(partial))
+
+            def begin() -> None:
+                self._begin(partial)
+                sharded.begin(partial / SHARDED, model, optimizers)
+
+            world.on_main(begin)
             sharded.save(partial / SHARDED, model, optimizers)
             world.on_main(lambda: sync(partial / SHARDED))
             return world.on_main(lambda: self._finish(partial, step, state))
@@ -274,6 +279,19 @@ class RunDirectory:
                 f"{problems[0]}; no older checkpoint is whole either: start over with --fresh, which keeps this folder"
             )
         return None
+
+    def back_to(self, before: int) -> Path | None:
+        """Return the newest whole checkpoint of a step before `before`, and rename the later ones, so that no start finds them."""
+        folder = self.newest(before)
+        for later in self.checkpoints() if folder is not None else []:
+            if int(later.name.removeprefix("step_")) >= before:
+                target = later.with_name(f"abandoned-{later.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                later.rename(target)
+                print(
+                    f"note: {later.name} is of the steps that are left, and is kept as {target.name}", file=sys.stderr
+                )
+        return folder
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -399,8 +417,8 @@ def _is_pretrained(folder: Path) -> bool:
         return False
 
 
-def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, Path]:
-    """Return the model of a run's newest whole checkpoint, ready for inference, and the checkpoint's folder."""
+def require_checkpoint(run: RunDirectory) -> Path:
+    """Return the folder of a run's newest whole checkpoint; raises CheckpointError if there is none."""
     folder = run.newest()
     if folder is None:
         cfg = run.config()
@@ -409,6 +427,12 @@ def load_model(run: RunDirectory, device: torch.device) -> tuple[LanguageModel, 
             f"{run.path} must have a checkpoint, but has none yet; "
             f"train on with `python {command} --preset {cfg.preset} --name {run.path.name}`"
         )
+    return folder
+
+
+def load_model(run: RunDirectory, device: torch.device, folder: Path | None = None) -> tuple[LanguageModel, Path]:
+    """Return the model of a verified checkpoint, by default of the run's newest whole one, for inference; and its folder."""
+    folder = folder or require_checkpoint(run)
     model = build_model(run.config().model)
     load_weights(folder, model)
     return model.to(device).eval(), folder

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of hosts; a rank that died is noticed at once, by its closed connection
+# a rank that died is noticed at once, by its closed connection; a machine that is gone only by this
+STEP_LIMIT, PATIENCE = timedelta(minutes=30), timedelta(days=7)
 
 
 class WorldError(KindlingError):
@@ -49,7 +50,9 @@ class World:
     local_rank: int = 0
     """Among the ranks of its own machine."""
     hosts: Any = None
-    """The group in which the hosts agree; None where there is one rank."""
+    """The group in which the hosts agree on each step; None where there is one rank."""
+    patient: Any = None
+    """The group in which they wait for what takes long, such as the data being built."""
 
     @property
     def main(self) -> bool:
@@ -64,14 +67,14 @@ class World:
         """Return the greatest of the ranks' values, in float64."""
         return self._reduced(values, "MAX")
 
-    def _reduced(self, values: Sequence[float], how: str) -> list[float]:
+    def _reduced(self, values: Sequence[float], how: str, patient: bool = False) -> list[float]:
         if self.size == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=self.hosts)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=self.patient if patient else self.hosts)
         return tensor.tolist()
 
     def add_up(self, tensor: Tensor) -> None:
@@ -102,7 +105,7 @@ class World:
             if self.main:
                 box = [True, work()]
         finally:
-            dist.broadcast_object_list(box, src=0, group=self.hosts)
+            dist.broadcast_object_list(box, src=0, group=self.patient)
         if not box[0]:  # only the others come here, as the main rank raised
             raise MainFailed
         return box[1]
@@ -123,7 +126,7 @@ class World:
                     result = work()
                 except BaseException as e:  # raised below, once the others know
                     failed = e
-            if self.max([float(failed is not None)])[0]:
+            if self._reduced([float(failed is not None)], "MAX", patient=True)[0]:
                 raise MainFailed if failed is None else failed
         return result
 
@@ -132,8 +135,10 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
+def joined(device: str = "auto") -> Iterator[World]:
     """Join the ranks that torchrun started, if it did, and leave them at the end; only the main rank's output is shown.
+
+    `device` as in `train.device`: unless it is the CPU, each rank takes a GPU of its machine, where there are any.
 
     Raises WorldError if another rank is lost meanwhile.
     """
@@ -145,12 +150,12 @@ def joined() -> Iterator[World]:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    local_rank, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    local_rank, cuda = int(os.environ["LOCAL_RANK"]), device != "cpu" and torch.cuda.is_available()
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise WorldError(
                 f"each rank must have a GPU of its own, but this machine has {torch.cuda.device_count()} and rank "
-                f"{local_rank} on it wants another; lower --nproc-per-node"
+                f"{local_rank} on it wants another; lower --nproc-per-node, or set the device to cpu"
             )
         torch.cuda.set_device(local_rank)
     try:
@@ -159,12 +164,12 @@ def joined() -> Iterator[World]:
         attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
-        hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+        hosts, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (STEP_LIMIT, PATIENCE))
     except (RuntimeError, ValueError) as e:
         raise WorldError(
             f"the ranks must reach each other, but did not ({_first_line(e)}); see docs/SCALE.md"
         ) from None
-    world = World(rank, size, local_rank, hosts)
+    world = World(rank, size, local_rank, hosts, patient)
     with contextlib.ExitStack() as stack:
         if not world.main:
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

@@ -135,6 +135,15 @@ def require(flags: Flags, run: RunDirectory) -> None:
         require_harness(tasks_of(flags), flags.harness_data, flags.harness_limit)
 
 
+def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
+    """Return the run that the flags name and its newest checkpoint; raises what can be known before anything is measured."""
+    from checkpoint import find_run, require_checkpoint
+
+    run = find_run(flags.run)
+    require(flags, run)
+    return run, require_checkpoint(run)
+
+
 def tasks_of(flags: Flags) -> list[str]:
     """Return the tasks that --harness names."""
     return [task.strip() for task in (flags.harness or "").split(",") if task.strip()]
@@ -430,17 +439,19 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare runs that were."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.compare:
+        from distributed import require_one
+
+        require_one("--compare")
         side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
-    from checkpoint import find_run, load_model
+    from checkpoint import load_model
     from device import resolve
     from distributed import joined
 
-    with joined() as world:
-        run = find_run(flags.run)
-        require(flags, run)
+    with joined(flags.device) as world:
+        run, checkpoint = world.on_main(lambda: chosen(flags))
         runtime = resolve(replace(run.config().train, device=flags.device), world)
-        model, checkpoint = load_model(run, runtime.device)
+        model, _ = load_model(run, runtime.device, checkpoint)
         return evaluate(Subject(run, model, run.tokenizer(), runtime, flags), checkpoint)
 
 

@@ -42,7 +42,7 @@ def pretrain(cfg: Config, fresh: bool) -> int:
 
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
-    with joined() as world, begin(cfg, run, fresh, world) as begun:
+    with joined(cfg.train.device) as world, begin(cfg, run, fresh, world) as begun:
         dataset = world.main_first(lambda: training_data(cfg, run if begun else None))
         rows = training_rows(cfg, dataset)
         trainer = take_up(cfg, run, begun, dataset, rows, world)

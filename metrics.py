@@ -24,22 +24,29 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self._warned = False
         self._hook = threading.excepthook
-        self.rewind(step)
-        # TensorBoard writes in a thread, whose traceback would be shown beside the error that we are told of anyway
-        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._hook(args)
-
-    def rewind(self, step: int) -> None:
-        """Remove the lines past `step`, from where the run goes on. Raises KindlingError if the folder cannot be written."""
-        from torch.utils.tensorboard import SummaryWriter
-
         try:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step > 0]
-            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+            self._open(step)
         except OSError as e:
             raise KindlingError(
                 f"{self.path} must be writable, but is not ({e}); free some space or mend its permissions"
             ) from None
+        # TensorBoard writes in a thread, whose traceback would be shown beside the error that we are told of anyway
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._hook(args)
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step > 0]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Remove the lines past `step`, from where the run goes on."""
+        try:
+            self._board.close()
+            self._open(step)
+        except OSError as e:
+            self._warn(e)
 
     def write(self, step: int, **values: float) -> None:
         """Append one line, and the same values to TensorBoard; a number that is not finite becomes null."""

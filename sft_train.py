@@ -124,7 +124,7 @@ def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
     started = time.perf_counter()
     tokenizer = base.tokenizer()
     run = RunDirectory(RUNS / cfg.run_name)
-    with joined() as world, begin(cfg, run, fresh, world) as begun:
+    with joined(cfg.train.device) as world, begin(cfg, run, fresh, world) as begun:
         dataset = world.main_first(lambda: training_data(cfg, run if begun else None, tokenizer))
         rows = audited(cfg, dataset, tokenizer)
         trainer = take_up(cfg, run, begun, dataset, rows, world)
@@ -211,6 +211,7 @@ def report(trainer: Trainer, stopped: tuple[int, int], digest: str, seconds: flo
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
     from checkpoint import CheckpointError
+    from distributed import require_one
     from stage import training_data
 
     flags, base = parse(argv)
@@ -221,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if flags.explain is None and not flags.audit:
         return fine_tune(cfg, base, flags.fresh)
+    require_one("--audit" if flags.explain is None else "--explain")
     tokenizer = base.tokenizer()
     dataset = training_data(cfg, None, tokenizer)
     if flags.explain is not None:

@@ -1,7 +1,8 @@
 """Models too large for one process: weights, gradients and optimiser state divided over processes, and their checkpoints.
 
     shard(model, mesh_size, torch.bfloat16)             # in every process; then make_optimizers(model, ...)
-    save(folder, model, optimizers)                     # in every process; each writes its own part
+    begin(folder, model, optimizers)                    # in one process
+    save(folder, model, optimizers)                     # then in every process; each writes its own part
     load(folder, model, optimizers)                     # at any number of processes, or with a whole model in one
     save_file(full_weights(folder), "model.safetensors")
 
@@ -134,30 +135,35 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
+    """Make the folder of a checkpoint, with what is no tensor; one process calls it, before all of them call `save`.
+
+    On its own, because a process that fails in here would leave the others waiting in there. Raises ShardedError.
+    """
+    descriptions = [_describe(number, model, optimizer)[1] for number, optimizer in enumerate(optimizers)]
+    with _refusing(f"{folder} must be writable", "free some space, or choose another disk"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / OPTIMIZERS, descriptions)
+        sync(folder / OPTIMIZERS)
+
+
 def save(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Write weights and optimiser state into `folder`, new or empty; every process calls it and writes its own part.
+    """Write weights and optimiser state into a folder that `begin` made; every process calls it and writes its own part.
 
     The files are synced to disk when it returns, the folder is not. Raises ShardedError, in every process, if one of them
     cannot write its part.
     """
-    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     reshard(model)
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     files = dict.fromkeys(tensors, WEIGHTS_FILE)
-    descriptions = []
     for number, optimizer in enumerate(optimizers):
-        state, description = _describe(number, model, optimizer)
+        state, _ = _describe(number, model, optimizer)
         tensors |= state
         files |= dict.fromkeys(state, STATE_FILE)
-        descriptions.append(description)
     distributed = is_sharded(model)
     with _refusing(f"{folder} must be writable", "free some space, or choose another disk"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not distributed or dist.get_rank() == 0:
-            write_json(folder / OPTIMIZERS, descriptions)
-            sync(folder / OPTIMIZERS)
         writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
 

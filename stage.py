@@ -29,7 +29,7 @@ from hf_layout import MEANING, differing, load_into
 from model import LanguageModel, build_model
 from shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
 from tokenizer import Tokenizer, load_json, load_pretrained
-from trainer import Trainer
+from trainer import Trainer, require_shareable
 from validation import validate
 
 # settings that a resumed run may change: without any effect on its bits, and with one that is said
@@ -42,12 +42,15 @@ HARMLESS = {"data.workers"} | {
         "eval_every",
         "save_every",
         "keep_checkpoints",
-        "max_skipped_steps",
+        "activation_checkpointing",
     )
 }
 ALLOWED = HARMLESS | {
     f"train.{field}"
-    for field in ("max_steps", "epochs", "max_minutes", "threads", "device", "precision", "compile", "micro_batch_size")
+    for field in (
+        *("max_steps", "epochs", "max_minutes", "threads", "device", "precision", "compile", "micro_batch_size"),
+        *("spike_ratio", "max_skipped_steps"),
+    )
 }
 
 
@@ -213,6 +216,7 @@ def take_up(
     state = None if folder is None else load_state(folder)
     device.set_threads(cfg.train.threads or (None if state is None else _threads_of(state["environment"], world)))
     runtime = device.resolve(cfg.train, world)
+    require_shareable(cfg, runtime)
     source = cfg.train.init_from
     if state is not None:
         require_same_start(run, source, state.get("initial_sha256"))

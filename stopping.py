@@ -7,7 +7,10 @@ import signal
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once.
+
+    Not so under torchrun, which gives its ranks a time to end (--shutdown-timeout).
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -22,6 +25,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: object) -> None:
         if self.signal is not None:
+            if (
+                "TORCHELASTIC_RUN_ID" in os.environ
+            ):  # torchrun passes on what a scheduler may have sent to all, and kills later
+                return
             os._exit(128 + number)
         self.signal = number
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once, without saving\n")

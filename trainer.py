@@ -93,6 +93,16 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s
     return True
 
 
+def require_shareable(cfg: Config, runtime: Runtime) -> None:
+    """Raise ConfigError for a run that the ranks cannot share: one whose batch they do not divide, or fp16 in parts."""
+    ranks, train = runtime.world.size, cfg.train
+    must = f"a multiple of the {ranks} ranks"
+    mend = "set --train.batch-size, or start another number of ranks"
+    require(train.batch_size % ranks == 0, "train.batch_size", must, train.batch_size, mend)
+    halves = ranks > 1 and train.parallel == "fsdp" and runtime.precision == "fp16"
+    require(not halves, "train.precision", "bf16 or fp32 with --train.parallel fsdp", "fp16", "set --train.precision")
+
+
 class Trainer:
     """A run in progress: model, optimisers, position in the data, and the folder that they are saved to."""
 
@@ -107,29 +117,16 @@ class Trainer:
     ):
         """`cfg` has its number of steps; where `train.epochs` says how many they are, `cfg.with_steps` gives it.
 
-        Raises ConfigError for a batch that cannot be shared out over the ranks.
+        Raises ConfigError for what `require_shareable` refuses.
         """
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.evaluate = model, batches, evaluate
+        require_shareable(cfg, runtime)
         ranks = self.world.size
-        require(
-            cfg.train.batch_size % ranks == 0,
-            "train.batch_size",
-            f"a multiple of the {ranks} ranks",
-            cfg.train.batch_size,
-            "set --train.batch-size, or start another number of ranks",
-        )
         self.rows = cfg.train.batch_size // ranks  # of a step, on each rank
         self.micro_batch = max(n for n in range(1, min(cfg.train.micro_batch, self.rows) + 1) if self.rows % n == 0)
         model.checkpoint_activations = cfg.train.activation_checkpointing
         if sharded := ranks > 1 and cfg.train.parallel == "fsdp":
-            require(
-                runtime.precision != "fp16",
-                "train.precision",
-                "bf16 or fp32 with --train.parallel fsdp",
-                "fp16",
-                "set --train.precision",
-            )
             shard(model, ranks, torch.bfloat16 if runtime.precision == "bf16" else None)
         self.optimizers = make_optimizers(model, cfg.train, runtime.product_dtype)
         # what is called for the gradients: DDP averages them over the ranks, FSDP adds them up
@@ -146,6 +143,9 @@ class Trainer:
         self.skipped = 0  # steps whose loss or gradient was not finite, or whose gradient was an outlier
         self.skipped_in_a_row = 0
         self.streak = 0, 0  # the first of these steps, and its first row
+        # steps, the first of them, and their rows from, to: too many in a row, so that the run is to go back; what was launched
+        # before that was read does not matter
+        self.lost: tuple[int, int, int, int] | None = None
         self.rate_scale = 0.0  # of the newest step, on the peak learning rates
         self.elapsed_s = 0.0  # time in steps and in compiling, over all sessions of the run
         self.best: dict[str, float] | None = None
@@ -194,7 +194,12 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.position = state["step"], state["position"]
         self.avoided, self.rollbacks = state.get("avoided", []), state.get("rollbacks", 0)
-        self.guard.load_state_dict(state.get("guard", {"steps": [], "norms": []}))
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
+        elif self.train.spike_ratio:
+            self._say(
+                f"note: from here on a gradient of {self.train.spike_ratio:g} times the median of those before is skipped"
+            )
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.streak = tuple(state.get("streak", (0, 0)))
         self.elapsed_s, self.best, self.last_eval = state["elapsed_s"], state["best"], state["last_eval"]
@@ -268,10 +273,13 @@ class Trainer:
     def forward_backward(self, synchronized: bool = True) -> tuple[Tensor, int]:
         """Accumulate the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens, of all ranks.
 
-        The ranks exchange gradients once, in the backward pass of the last micro-batch; without `synchronized` they do not.
+        The ranks exchange gradients once, in the backward pass of the last micro-batch. Without `synchronized` each is on its
+        own, unless the model is sharded.
         """
         batch = self.prefetch.take(self.positions_of(self.position), self.positions_of(self.after(self.position)))
-        n_targets = int(self.world.sum([int((batch.targets != IGNORE).sum())])[0])
+        n_targets = int((batch.targets != IGNORE).sum())
+        if synchronized:
+            n_targets = int(self.world.sum([n_targets])[0])
         total = torch.zeros((), device=self.runtime.device)
         for start in range(0, self.rows, self.micro_batch):
             micro = batch.part(slice(start, start + self.micro_batch))
@@ -281,7 +289,8 @@ class Trainer:
                 loss = loss / max(1, n_targets)
                 self.scaler.scale(loss * self.loss_scale).backward()
             total += loss.detach()
-        self.world.add_up(total)
+        if synchronized:
+            self.world.add_up(total)
         return total, n_targets
 
     def _exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -325,6 +334,8 @@ class Trainer:
         if not good and self.skipped_in_a_row == 0:
             self.streak = step.number, step.first_row
         self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
+        if self.lost is None and self.skipped_in_a_row >= self.train.max_skipped_steps:
+            self.lost = (self.skipped_in_a_row, *self.streak, self.after(step.first_row))
         self.skipped += not good
         return loss, norm, good
 
@@ -373,7 +384,8 @@ class Trainer:
         fails.
         """
         self.model.train()
-        if wants_compile(self.cfg, self.model, self.runtime, self.elapsed_s):
+        wanted = wants_compile(self.cfg, self.model, self.runtime, self.elapsed_s)
+        if not self.world.max([float(not wanted)])[0]:  # not all machines need have a compiler
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
         if self.world.size > 1:
@@ -424,9 +436,10 @@ class Trainer:
             bar.update(1 if self.train.max_minutes is None else max(0.0, min(seconds, bar.total - bar.n)))
             last = self.share() >= 1
             log_due, eval_due, save_due = (last or self.step % n == 0 for n in every)
-            if last or stopped or self.skipped_in_a_row >= self.train.max_skipped_steps:
+            if last or stopped or self.lost is not None:
                 self._read_all(window)
-            if self.skipped_in_a_row >= self.train.max_skipped_steps:
+            # when the time is over there is none to do the steps again; the weights are those of before the skipped ones
+            if self.lost is not None and not (last and self.train.max_minutes is not None):
                 self.roll_back()
                 log.rewind(self.step)
                 bar.update(min(0, self.step - bar.n) if self.train.max_minutes is None else 0)
@@ -443,15 +456,12 @@ class Trainer:
                 if improved:
                     self.best = {"step": self.step, "val_loss": loss}
             # between steps that are skipped in a row nothing is saved: it is what `roll_back` must get behind
-            if last or ((save_due or improved) and not self.skipped_in_a_row):
-                if self.save(required=last):
-                    saved_step = self.step
-                else:
-                    self.best = best_on_disk  # or the next save would delete it in favour of one that is not there
-        if stopped:
-            stop.signal = stopped
-            if saved_step != self.step:
-                self.save(required=True)
+            if (last or ((save_due or improved) and not self.skipped_in_a_row)) and self.save(required=last):
+                saved_step, best_on_disk = self.step, self.best
+            self.best = best_on_disk  # or the next save would delete it in favour of one that is not there
+        if stopped and saved_step != self.step:
+            self.save(required=True)
+        stop.signal = self._agree(stop) or None  # of one that came to some rank since, too
 
     def _agree(self, stop: StopRequest) -> int:
         """Return the signal that any rank has got, or 0, and take over the main rank's clock."""
@@ -464,24 +474,25 @@ class Trainer:
 
         Raises TrainingError if that was done too often, or there is no such checkpoint.
         """
-        n, (step, row) = self.skipped_in_a_row, self.streak
-        folder = None if self.rollbacks >= MAX_ROLLBACKS else self.world.on_main(lambda: self.run.newest(before=step))
+        assert self.lost is not None
+        n, step, row, stop = self.lost
+        folder = None if self.rollbacks >= MAX_ROLLBACKS else self.world.on_main(lambda: self.run.back_to(step))
         if folder is None:
             again = f" after {self.rollbacks} roll-backs" if self.rollbacks else ""
             raise TrainingError(
                 f"fewer than {self.train.max_skipped_steps} steps in a row may be skipped for a loss or gradient that is not "
-                f"finite or an outlier, but {n} were{again}; go on with --train.precision fp32, or start over with --fresh and "
-                f"a lower --train.lr or --train.eps 1e-5"
+                f"finite or an outlier, but {n} were{again}; go on with --train.precision fp32 or --train.spike-ratio 0, or "
+                f"start over with --fresh and a lower --train.lr or --train.eps 1e-5"
             )
         kept = {name: getattr(self, name) for name in ("skipped", "elapsed_s", "resumed_environment")}
-        avoided, rollbacks = [*self.avoided, (row, self.position)], self.rollbacks + 1
+        avoided, rollbacks = [*self.avoided, (row, stop)], self.rollbacks + 1
         self.resume(folder, load_state(folder))
         for name, value in kept.items():
             setattr(self, name, value)
-        self.avoided, self.rollbacks, self.skipped_in_a_row = avoided, rollbacks, 0
-        rows = avoided[-1][1] - row
+        self.avoided, self.rollbacks, self.skipped_in_a_row, self.lost = avoided, rollbacks, 0, None
+        self.position = self.after(self.position - self.train.batch_size)  # which the avoided rows may begin at
         self._say(
-            f"warning: {n} steps in a row were skipped: back to step {self.step}, and without the {rows:,} rows of those steps"
+            f"warning: {n} steps in a row were skipped: back to step {self.step}, without the {stop - row:,} rows of those steps"
         )
 
     def _read_all(self, window: Window, but: int = 0) -> None:

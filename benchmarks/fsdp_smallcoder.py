@@ -76,6 +76,9 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
         dist.all_reduce(total := loss.detach())
         losses.append({"loss": float(total), "gradient_norm": float(norm)})
         end(f"step {step + 1}")
+    if rank == 0:
+        sharded.begin(folder / "saved", model, optimizers)
+    dist.barrier()
     sharded.save(folder / "saved", model, optimizers)
     end("save")
     digest = sharded.digest(model, optimizers)

@@ -123,6 +123,48 @@ def poisoned(folder: Path, world: World, **train) -> dict:
     return {"unchanged": unchanged, "skipped": trainer.skipped, "digest": trainer.digest()}
 
 
+def by_the_clock(folder: Path, world: World) -> str:
+    """Return the digest of a run of a second, of which the last rank's clock is ahead."""
+    trainer = trainer_of(config(max_minutes=0.02, warmup_steps=0, save_every=1000), folder, world)
+    trainer.elapsed_s = 0.3 * world.rank
+    trainer.fit()
+    return trainer.digest()
+
+
+def unsaved(folder: Path, world: World, **train) -> list[bool]:
+    """Return whether a checkpoint was saved when the main rank's disk was full, and when it was not."""
+    trainer = trainer_of(config(**train), folder, world)
+    trainer.train_step()
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    if world.main:
+        trainer.run._require_space = full
+    first = trainer.save()
+    trainer.run.__dict__.pop("_require_space", None)
+    return [first, trainer.save()]
+
+
+def gone_back(folder: Path, world: World, **train) -> dict:
+    """Return what became of a run whose last rank has three bad steps in a row."""
+    cfg = config(max_steps=12, save_every=4, max_skipped_steps=3, micro_batch_size=4, **train)
+    trainer = trainer_of(cfg, folder, world)
+
+    def poison(module, args, output):
+        bad = world.rank == world.size - 1 and trainer.position in (48, 56, 64)
+        return (output[0] * float("nan"), output[1]) if bad else output
+
+    trainer.model.register_forward_hook(poison)
+    trainer.fit()
+    return {
+        "step": trainer.step,
+        "avoided": trainer.avoided,
+        "rollbacks": trainer.rollbacks,
+        "digest": trainer.digest(),
+    }
+
+
 def signalled(folder: Path, world: World) -> dict:
     """Return where each rank stopped, and how it ends, after the last one alone got a SIGTERM in its fourth step."""
     trainer, calls = trainer_of(config(), folder, world), []
@@ -155,6 +197,11 @@ def main() -> None:
             "fsdp curve": curve(folder / "fsdp", world, parallel="fsdp", activation_checkpointing=True),
             "fsdp resumed": resumed(folder / "fsdp-resumed", world, parallel="fsdp"),
             "fsdp poisoned": poisoned(folder / "fsdp-poisoned", world, parallel="fsdp"),
+            "by the clock": by_the_clock(folder / "clock", world),
+            "unsaved": unsaved(folder / "unsaved", world),
+            "fsdp unsaved": unsaved(folder / "fsdp-unsaved", world, parallel="fsdp"),
+            "gone back": gone_back(folder / "back", world),
+            "fsdp gone back": gone_back(folder / "fsdp-back", world, parallel="fsdp"),
             "signalled": signalled(folder / "signalled", world),
         }
         everyone = world.gather(seen)

@@ -103,6 +103,10 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Save."""
+        if self.rank == 0:
+            sharded.begin(folder, self.model, self.optimizers)
+        if self.world > 1:
+            dist.barrier()
         sharded.save(folder, self.model, self.optimizers)
 
     def load(self, folder: Path) -> None:

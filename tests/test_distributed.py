@@ -58,6 +58,26 @@ def test_a_nan_on_one_rank_is_one_skipped_step_on_all(seen, how):
         assert saw[f"{how}poisoned"]["unchanged"] == [False, False, True, False, False]
 
 
+def test_ranks_whose_clocks_differ_have_the_same_learning_rates(seen):
+    assert seen[0]["by the clock"] == seen[1]["by the clock"]
+
+
+@pytest.mark.parametrize("how", ["", "fsdp "])
+def test_a_full_disk_of_the_main_rank_is_a_warning_on_all_and_the_next_save_succeeds(seen, how):
+    assert [saw[f"{how}unsaved"] for saw in seen] == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize("how", ["", "fsdp "])
+def test_ranks_go_back_together(seen, how):
+    assert seen[0][f"{how}gone back"] == seen[1][f"{how}gone back"]
+    assert seen[0][f"{how}gone back"] | {"digest": ""} == {
+        "step": 12,
+        "avoided": [[48, 72]],
+        "rollbacks": 1,
+        "digest": "",
+    }
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(seen):
     for saw in seen:
         assert saw["signalled"] == {"code": 143, "step": 4, "saved": ["step_000004"]}

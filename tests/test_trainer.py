@@ -690,8 +690,7 @@ def test_after_some_skipped_steps_the_run_goes_back_and_leaves_out_their_rows(co
     assert trainer.step == 24 and trainer.skipped == 3 and trainer.rollbacks == 1
     assert trainer.avoided == [(48, 60)] and trainer.position == 4 * 24 + 12
     assert (
-        "3 steps in a row were skipped: back to step 10, and without the 12 rows of those steps"
-        in capsys.readouterr().err
+        "3 steps in a row were skipped: back to step 10, without the 12 rows of those steps" in capsys.readouterr().err
     )
     logged = [line["step"] for line in read_metrics(tmp_path / "r" / "metrics.jsonl") if "loss" in line]
     assert logged == sorted(set(logged)) and logged[-1] == 24
@@ -699,13 +698,57 @@ def test_after_some_skipped_steps_the_run_goes_back_and_leaves_out_their_rows(co
     assert skipped == [13, 14, 15]
 
 
-def test_a_run_that_went_back_is_the_run_that_never_had_those_rows(corpus, tmp_path):
-    went_back = spoiled(tmp_path / "a", corpus)
+@pytest.mark.parametrize("first", [10, 12])  # the checkpoint is that of step 10: right before the bad rows, or not
+def test_a_run_that_went_back_is_the_run_that_never_had_those_rows(corpus, tmp_path, first):
+    went_back = spoiled(tmp_path / "a", corpus, steps=range(first, first + 3))
     went_back.fit()
+    assert went_back.skipped == 3 and went_back.rollbacks == 1
     never = make_trainer(tmp_path / "b", went_back.cfg)
-    never.avoided = [(48, 60)]
+    never.avoided = [(4 * first, 4 * first + 12)]
+    never.position = never.after(-4)
     never.fit()
     assert went_back.digest() == never.digest()
+
+
+def test_rows_to_avoid_and_the_norms_of_the_guard_are_restored(corpus, tmp_path):
+    trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=60))
+    trainer.avoided = [(200, 208)]
+    for _ in range(45):
+        trainer.train_step()
+    trainer.save(required=True)
+    again = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=60))
+    folder = again.run.newest()
+    again.resume(folder, load_state(folder))
+    spoil(again, 1e4, {4 * 46})
+    for _ in range(5):
+        again.train_step()
+    assert again.skipped == 1 and again.position == 208
+
+
+def test_a_better_loss_on_a_skipped_step_does_not_cost_the_best_checkpoint(corpus, tmp_path):
+    trainer = spoiled(tmp_path / "r", corpus, steps=range(11, 12), save_every=10, eval_every=1, keep_checkpoints=1)
+    losses = iter([5.0 - n if n <= 11 else 9.0 for n in range(24)])
+    trainer.evaluate = lambda model: {"val_loss": next(losses)}
+    trainer.fit()
+    assert trainer.best["step"] == 11 and (tmp_path / "r" / "step_000011").is_dir()
+
+
+def test_going_back_puts_later_checkpoints_out_of_the_way(corpus, tmp_path, capsys):
+    trainer = spoiled(tmp_path / "r", corpus)
+    later = trainer.run.save(14, trainer.model, trainer.state())  # as a signal between the skipped steps leaves one
+    trainer.fit()
+    assert trainer.rollbacks == 1 and not later.exists()
+    assert (tmp_path / "r" / "abandoned-step_000014").is_dir()
+    assert "is kept as abandoned-step_000014" in capsys.readouterr().err
+
+
+def test_a_run_by_minutes_whose_time_is_over_is_saved_and_does_not_go_back(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, max_skipped_steps=2, save_every=2))
+    Clock(trainer, monkeypatch, step_s=1)
+    spoil(trainer, math.nan, {4 * 4, 4 * 5})
+    assert trainer.fit() == 0
+    assert trainer.step == 6 and trainer.rollbacks == 0
+    assert trainer.run.newest().name == "step_000006"
 
 
 def test_a_run_that_went_back_resumes_bit_for_bit(corpus, tmp_path):
