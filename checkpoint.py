@@ -281,7 +281,7 @@ class RunDirectory:
         return None
 
     def back_to(self, before: int) -> Path | None:
-        """Return the newest whole checkpoint of a step before `before`, and rename the later ones, so that no start finds them."""
+        """Return the newest whole checkpoint of a step before `before`; rename the later ones, so that no start finds them."""
         folder = self.newest(before)
         for later in self.checkpoints() if folder is not None else []:
             if int(later.name.removeprefix("step_")) >= before:
