@@ -389,10 +389,8 @@ class Trainer:
             print("compiling the model (once; a quarter of a minute) ...", flush=True)
             self.compile()
         if self.world.size > 1:
-            with (
-                self._rehearsal()
-            ):  # it is after its first pass that DDP fixes the order in which gradients are exchanged
-                self.forward_backward()
+            with self._rehearsal():
+                self.forward_backward()  # after its first pass DDP fixes the order in which gradients are exchanged
         now = self.environment()
         for name, was in self.resumed_environment.items():
             if now[name] != was:
