@@ -140,6 +140,7 @@ def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
 
     On its own, because a process that fails in here would leave the others waiting in there. Raises ShardedError.
     """
+    reshard(model)
     descriptions = [_describe(number, model, optimizer)[1] for number, optimizer in enumerate(optimizers)]
     with _refusing(f"{folder} must be writable", "free some space, or choose another disk"):
         folder.mkdir(parents=True, exist_ok=True)

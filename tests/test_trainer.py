@@ -114,7 +114,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, m
         trainer.model, "forward", lambda *a: (trainer.model.head.weight.sum() * math.nan, torch.tensor(1))
     )
     with pytest.raises(
-        TrainingError, match=r"but 3 were; go on with --train.precision fp32, or start over with --fresh"
+        TrainingError, match=r"but 3 were; go on with --train.precision fp32 or --train.spike-ratio 0, or start over"
     ):
         trainer.fit()
     assert trainer.step == 3
@@ -462,7 +462,7 @@ def test_metrics_that_cannot_be_written_cost_a_warning_and_not_the_run(corpus, t
     def no_space(path, line):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("metrics._append", no_space)
+    monkeypatch.setattr("metrics.append_line", no_space)
     assert trainer.fit() == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "metrics cannot be written" in line]
     assert len(warnings) == 1 and trainer.run.newest().name == "step_000012"
@@ -743,7 +743,7 @@ def test_going_back_puts_later_checkpoints_out_of_the_way(corpus, tmp_path, caps
 
 
 def test_a_run_by_minutes_whose_time_is_over_is_saved_and_does_not_go_back(corpus, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, max_skipped_steps=2, save_every=2))
+    trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, max_skipped_steps=2))
     Clock(trainer, monkeypatch, step_s=1)
     spoil(trainer, math.nan, {4 * 4, 4 * 5})
     assert trainer.fit() == 0
