@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -127,6 +128,25 @@ def has_compiler(kind: str) -> bool:
         return has_triton()
     names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
     return kind == "cpu" and any(shutil.which(name) for name in names if name)
+
+
+def trust_compiler() -> None:
+    """Spare torch.compile its trials of the CPU's vector instructions, where the compiler is known to know them all.
+
+    They cost six seconds at first, and one at each start. What the CPU has is asked of the CPU either way; an older or another
+    compiler than GCC 12 is still tried out, and TORCHINDUCTOR_VEC_ISA_OK is heeded. Without effect once torch.compile was used.
+    """
+    command = [os.environ.get("CXX", "g++"), "-dumpfullversion"]  # which clang does not know
+    try:
+        version = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) >= 12:
+        import torch._inductor.config as inductor
+
+        if inductor.cpp.vec_isa_ok is None:
+            inductor.cpp.vec_isa_ok = True
 
 
 def set_threads(threads: int | None) -> None:

@@ -363,6 +363,7 @@ class Trainer:
         reason = ""
         with self._rehearsal():
             try:
+                device.trust_compiler()
                 self.model.compile_parts()
                 self.forward_backward(synchronized=False)  # so that a rank that fails does not leave the others waiting
             except Exception as e:  # a compiler's failures have no common class

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import numpy as np
@@ -50,3 +51,15 @@ def test_a_control_group_of_the_first_version_counts_too(tmp_path):
 def test_without_control_groups_memory_is_what_the_machine_has_left(tmp_path):
     assert device.cgroup_rooms(tmp_path / "cgroup") == [float("inf")]
     assert device.available_memory_bytes(CPU) is None or device.available_memory_bytes(CPU) > MB
+
+
+@pytest.mark.parametrize("given", [None, False])  # by TORCHINDUCTOR_VEC_ISA_OK
+@pytest.mark.parametrize(("version", "trusted"), [("12.2.0", True), ("11.4.0", None), ("", None)])
+def test_a_compiler_that_knows_all_vector_instructions_is_not_tried_out(monkeypatch, version, trusted, given):
+    import torch._inductor.config as inductor
+
+    answer = subprocess.CompletedProcess([], 0, stdout=f"{version}\n")
+    monkeypatch.setattr(subprocess, "run", lambda *given, **named: answer)
+    with inductor.patch({"cpp.vec_isa_ok": given}):
+        device.trust_compiler()
+        assert inductor.cpp.vec_isa_ok is (trusted if given is None else given)

@@ -121,7 +121,9 @@ def test_a_state_loaded_after_validation_is_the_one_that_trains_on(outcome):
         assert result["roll_back"]["losses"] == result["gpt2"]["losses"][SAVED_AT:]
 
 
-@pytest.mark.parametrize(("name", "within"), [("gpt2", 3e-2), ("llama", 2e-3)])  # biases are rounded here, not in autocast
+@pytest.mark.parametrize(
+    ("name", "within"), [("gpt2", 3e-2), ("llama", 2e-3)]
+)  # biases are rounded here, not in autocast
 def test_bfloat16_keeps_float32_weights_and_has_about_the_losses_of_autocast_in_one_process(outcome, name, within):
     run = Run(name)
     with torch.autocast("cpu", torch.bfloat16):
