@@ -51,7 +51,6 @@ lint: .venv/.installed-dev ## check the style
 bench: .venv/.installed-dev ## measure speed beside other ways on this machine, side by side (under 30 minutes)
 	@$(BIN)/python benchmarks/train_throughput.py
 	@$(BIN)/python benchmarks/time_to_loss.py --minutes 2
-	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/data.py --repeats 1
 	@$(BIN)/python benchmarks/generation.py
 	@$(BIN)/python benchmarks/summary.py
@@ -61,6 +60,7 @@ bench-all: bench ## measure the other figures of the README too, and the five mi
 	@$(BIN)/python benchmarks/ablation.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/pipeline.py
+	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/ranks.py
 	@$(BIN)/python benchmarks/fsdp_smallcoder.py
 	@$(BIN)/python benchmarks/sft.py
