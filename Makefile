@@ -50,7 +50,7 @@ lint: .venv/.installed-dev ## check the style
 
 bench: .venv/.installed-dev ## measure speed beside other ways on this machine, side by side (under 30 minutes)
 	@$(BIN)/python benchmarks/train_throughput.py
-	@$(BIN)/python benchmarks/time_to_loss.py --minutes 2
+	@$(BIN)/python benchmarks/time_to_loss.py --minutes 1
 	@$(BIN)/python benchmarks/data.py --repeats 1
 	@$(BIN)/python benchmarks/generation.py
 	@$(BIN)/python benchmarks/summary.py
