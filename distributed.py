@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 main.py --preset code-50m
 
 torchrun tells each process its rank by environment variables; without them there is one rank, and nothing here costs anything.
-Two groups connect the ranks: NCCL or gloo for gradients, and gloo for what the hosts agree on, which waits for as long as
-a file is prepared or written. A rank that is lost ends the others, and torchrun starts all of them again.
+Three groups connect the ranks: NCCL or gloo for gradients, gloo for what the hosts agree on at each step, and gloo for what
+they wait for, such as the data being built. A rank that is lost ends the others; torchrun can start all of them again.
 """
 
 from __future__ import annotations
