@@ -4,9 +4,9 @@
     python autocomplete.py runs/demo --file main.c          # completes at the end of the file; - reads stdin
     python autocomplete.py runs/demo --prompt "def add(a, b):" --mode creative
 
-The process holds little more than the file: its weights stay int8 (`int8_model.py`). The prompt is cropped from the left, so
-that what is written fits the context behind it; it ends at end of text. `--kernel c` compiles a small kernel first
-(`int8_kernel.py`), which is faster. Of the project it needs `int8_model.py`, `healing.py` and those for the kernel, no more.
+The process holds little more than the file: its weights stay int8 (`kindling/int8/model.py`). The prompt is cropped from
+the left, so that what is written fits the context behind it; it ends at end of text. `--kernel c` compiles a small kernel
+first, which is faster. Of the project it needs the folder `kindling/int8` and `kindling/generation/healing.py`, no more.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if __name__ == "__main__":  # one thread: products of one token with a block are
 
 import numpy as np
 
-from healing import Healing, take_back, token_texts
-from int8_model import CONFIG, TOKENIZER, CompletionError, Model, softmax
+from kindling.generation.healing import Healing, take_back, token_texts
+from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
 
 CHARACTERS = 64  # for each token of the context, of a text's end, are encoded: far more than any text needs
 MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as seed 002 has them

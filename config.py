@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
-from errors import ConfigError, did_you_mean, require
+from kindling.errors import ConfigError, did_you_mean, require
 
 RUN = "demo"  # the preset that a bare `python main.py` trains
 BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
@@ -589,7 +589,7 @@ class EvalConfig:
 # Presets: each a function that returns a whole Config
 
 STARCODER2 = TokenizerConfig(kind="pretrained", path="bigcode/starcoder2-3b")
-COMPARED = {  # what `python tokenizer.py compare` compares
+COMPARED = {  # what `python -m kindling.tokenization.compare` compares
     "tokenizers' BPE": TokenizerConfig(),
     "bpe.py": TokenizerConfig(kind="handwritten"),
     "SentencePiece": TokenizerConfig(kind="sentencepiece"),

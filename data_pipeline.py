@@ -31,18 +31,18 @@ from typing import Any
 
 import numpy as np
 
-from cli import parse_cli, run_script
 from config import Config
-from config_io import ConfigFlags
-from duplicates import benchmark_files
-from examples import ExampleWriter, open_split
-from ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
-from mixture import Mixture, Reader, examined_by
-from prompts import rendered
-from shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
-from sources import WHOLE_FILES, LocalFile, local_files, source_roots
-from tokenizer import Tokenizer, TokenizerError, load_pretrained, train
-from workers import WorkerPool
+from kindling.cli import parse_cli, run_script
+from kindling.config_io import ConfigFlags
+from kindling.data.duplicates import benchmark_files
+from kindling.data.examples import ExampleWriter, open_split
+from kindling.data.ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
+from kindling.data.mixture import Mixture, Reader, examined_by
+from kindling.data.prompts import rendered
+from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
+from kindling.data.sources import WHOLE_FILES, LocalFile, local_files, source_roots
+from kindling.data.workers import WorkerPool
+from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, train
 
 DATA = Path("data")
 RECIPE = 3  # raise it when the same settings and inputs come to give other shards

@@ -9,8 +9,8 @@
 
 Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was fixed
 by content hash before training and lies in the run's folder with its sha256, so the losses are those of files that the
-model has not seen; `--split test` is for final tables only. Generated code is really run, in a sandbox (sandbox.py): on Linux
-this needs bubblewrap.
+model has not seen; `--split test` is for final tables only. Generated code is really run, in a sandbox
+(kindling/sandbox): on Linux this needs bubblewrap.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from cli import parse_cli, run_script
 from config import EvalConfig
-from errors import KindlingError
+from kindling.cli import parse_cli, run_script
+from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
-    from checkpoint import RunDirectory
-    from device import Runtime
-    from functional import Chat, Written
-    from judge import Graded
+    from kindling.data.shards import TokenDataset
+    from kindling.device import Runtime
+    from kindling.evaluation.check_correctness import Graded
+    from kindling.evaluation.code_eval import Chat, Written
+    from kindling.evaluation.perplexity import Losses
+    from kindling.evaluation.tasks import Problem
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
-    from perplexity import Losses
-    from shards import TokenDataset
-    from tasks import Problem
-    from tokenizer import Tokenizer
 
 SAMPLES = "samples.jsonl"
 DEFAULTS = EvalConfig()
@@ -98,7 +98,7 @@ class Subject:
     @cached_property
     def chat(self) -> Chat | None:
         """How the model is asked, if it was fine-tuned."""
-        from functional import Chat
+        from kindling.evaluation.code_eval import Chat
 
         data = self.run.config().data
         mined = all(source.kind == "docstrings" for source in data.sources)
@@ -130,14 +130,14 @@ def require(flags: Flags, run: RunDirectory) -> None:
         if not path.expanduser().is_file():
             raise EvaluationError(f"--text must name files that exist, but {path} does not; check the path")
     if flags.harness is not None:
-        from harness import require as require_harness
+        from kindling.evaluation.harness import require as require_harness
 
         require_harness(tasks_of(flags), flags.harness_data, flags.harness_limit)
 
 
 def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
     """Return the run that the flags name and its newest checkpoint; raises what can be known before anything is measured."""
-    from checkpoint import find_run, require_checkpoint
+    from kindling.runs.checkpoint import find_run, require_checkpoint
 
     run = find_run(flags.run)
     require(flags, run)
@@ -151,7 +151,7 @@ def tasks_of(flags: Flags) -> list[str]:
 
 def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
     """Return the losses of the held-out split, and their figures."""
-    from perplexity import document_losses
+    from kindling.evaluation.perplexity import document_losses
 
     dataset = subject.heldout
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
@@ -164,7 +164,7 @@ def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
 
 def texts(subject: Subject) -> dict[str, Any]:
     """Return the figures of the files that --text names."""
-    from perplexity import text_losses
+    from kindling.evaluation.perplexity import text_losses
 
     out = {}
     for path in subject.flags.text:
@@ -184,9 +184,9 @@ def texts(subject: Subject) -> dict[str, Any]:
 
 def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Problem, int]]:
     """Return what the model is to write code for, and how many samples of each."""
-    from examples import Examples
-    from heldout import from_conversations, from_documents
-    from tasks import load
+    from kindling.data.examples import Examples
+    from kindling.evaluation.heldout import from_conversations, from_documents
+    from kindling.evaluation.tasks import load
 
     cfg, dataset = subject.flags.eval, subject.heldout
     if isinstance(dataset, Examples):
@@ -204,7 +204,7 @@ def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Prob
 
 def code(subject: Subject, benchmarks: dict[str, int]) -> tuple[list[Written], list[Graded]]:
     """Write samples, which the ranks share, and grade them on the main one; those of benchmarks are run."""
-    from functional import grade_all, write
+    from kindling.evaluation.code_eval import grade_all, write
 
     world = subject.runtime.world
     problems = world.on_main(lambda: problems_of(subject, benchmarks))
@@ -227,8 +227,8 @@ def code_figures(
     subject: Subject, benchmarks: dict[str, int], written: list[Written], graded: list[Graded]
 ) -> dict[str, Any]:
     """Return the figures on syntax and on functional correctness; nothing where nothing was written."""
-    from functional import summary, syntax
-    from heldout import FUNCTIONS, INSTRUCTIONS
+    from kindling.evaluation.code_eval import summary, syntax
+    from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS
 
     out: dict[str, Any] = {}
     if written:
@@ -249,8 +249,8 @@ def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written
     import numpy as np
 
     from data_pipeline import DATA
-    from memorization import benchmark_hits, longest_overlaps, summary, training_split
-    from shards import DataError, read_manifest
+    from kindling.data.shards import DataError, read_manifest
+    from kindling.evaluation.memorization import benchmark_hits, longest_overlaps, summary, training_split
 
     manifest, cfg = read_manifest(subject.run.data), subject.flags.eval
     if not written:
@@ -301,7 +301,7 @@ def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written
 
 def write_samples(path: Path, written: list[Written], graded: list[Graded], lengths: list[int]) -> None:
     """Write every sample with its verdict, one a line."""
-    from files import write_atomic
+    from kindling.files import write_atomic
 
     lines = []
     for i, (w, g) in enumerate(zip(written, graded)):
@@ -325,9 +325,9 @@ def lines_of(losses: Losses) -> list[dict[str, Any]]:
 
 def header(subject: Subject, checkpoint: Path) -> dict[str, Any]:
     """Return what is evaluated, on what, and how."""
-    from checkpoint import weights_sha256
-    from report import FORMAT
-    from shards import read_manifest
+    from kindling.data.shards import read_manifest
+    from kindling.evaluation.report import FORMAT
+    from kindling.runs.checkpoint import weights_sha256
 
     run, runtime, cfg = subject.run, subject.runtime, subject.run.config()
     return {
@@ -348,9 +348,9 @@ def header(subject: Subject, checkpoint: Path) -> dict[str, Any]:
 
 def evaluate(subject: Subject, checkpoint: Path) -> int:
     """Measure everything that the flags ask for, save it and print it; return the exit code."""
-    import report
-    from functional import limits_of
-    from sandbox import SandboxError, self_test
+    from kindling.evaluation import report
+    from kindling.evaluation.code_eval import limits_of
+    from kindling.sandbox.process import SandboxError, self_test
 
     started, flags, run = time.perf_counter(), subject.flags, subject.run
     world, benchmarks = subject.runtime.world, flags.eval.n_samples
@@ -401,7 +401,7 @@ def evaluate(subject: Subject, checkpoint: Path) -> int:
 
 def harness(subject: Subject) -> dict[str, Any]:
     """Return what lm-evaluation-harness says."""
-    from harness import run
+    from kindling.evaluation.harness import run
 
     flags = subject.flags
     data, limit = flags.harness_data, flags.harness_limit
@@ -410,7 +410,7 @@ def harness(subject: Subject) -> dict[str, Any]:
 
 def file_of(benchmark: str, cfg: EvalConfig) -> str:
     """Return the file with a benchmark's problems: of a data set on the hub, the same problems as they lie here."""
-    from tasks import FILES, PROBLEMS
+    from kindling.evaluation.tasks import FILES, PROBLEMS
 
     given = {"humaneval": cfg.humaneval, "mbpp": cfg.mbpp}.get(benchmark)
     is_file = given is not None and Path(given).expanduser().is_file()
@@ -419,9 +419,9 @@ def file_of(benchmark: str, cfg: EvalConfig) -> str:
 
 def side_by_side(runs: tuple[Path, ...]) -> None:
     """Print runs side by side, and write the same as Markdown into the first."""
-    from checkpoint import find_run
-    from compare_runs import compare
-    from files import write_atomic
+    from kindling.evaluation.compare_runs import compare
+    from kindling.files import write_atomic
+    from kindling.runs.checkpoint import find_run
 
     paths = [find_run(path).path for path in runs]
     text, markdown = compare(paths)
@@ -439,14 +439,14 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare runs that were."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.compare:
-        from distributed import require_one
+        from kindling.distributed import require_one
 
         require_one("--compare")
         side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
-    from checkpoint import load_model
-    from device import resolve
-    from distributed import joined
+    from kindling.device import resolve
+    from kindling.distributed import joined
+    from kindling.runs.checkpoint import load_model
 
     with joined(flags.device) as world:
         run, checkpoint = world.on_main(lambda: chosen(flags))

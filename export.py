@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from cli import parse_cli, run_script
-from errors import KindlingError
+from kindling.cli import parse_cli, run_script
+from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from checkpoint import RunDirectory
+    from kindling.formats.parity import Difference
+    from kindling.runs.checkpoint import RunDirectory
     from model import GPT
-    from parity import Difference
 
 SAMPLE = 4096  # tokens that an export is compared on
 LARGEST_DIFFERENCE = 1e-4  # of a logit, where the weights are written as they are
@@ -144,9 +144,9 @@ def require_close(found: Difference) -> str:
 
 def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
     """Write the folder that transformers loads."""
-    from hf_format import difference, write
-    from hf_layout import architecture
-    from model_card import card
+    from kindling.formats.hf_format import difference, write
+    from kindling.formats.hf_layout import architecture
+    from kindling.formats.model_card import card
 
     out.mkdir()
     write(out, model, run.tokenizer(), card(run, run.path.resolve().name, checkpoint))
@@ -160,7 +160,7 @@ def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[st
 
 def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], out: Path) -> list[str]:
     """Write the file that llama.cpp loads."""
-    from gguf_format import architecture, difference, write
+    from kindling.formats.gguf_format import architecture, difference, write
 
     said = [f"as {architecture(model.cfg)} in {kind}"]
     wider = write(out, model, run.tokenizer(), kind, run.path.resolve().name)
@@ -172,7 +172,7 @@ def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], 
 
 def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
     """Write the folder that autocomplete.py loads."""
-    from int8_format import difference, write
+    from kindling.formats.int8_format import difference, write
 
     out.mkdir()
     write(out, model, run.tokenizer(), f"{run.path.resolve().name}, {checkpoint.name}")
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_cli(Flags, __doc__ or "", argv)
     import torch
 
-    from checkpoint import find_run, load_model
+    from kindling.runs.checkpoint import find_run, load_model
 
     if flags.type is not None and flags.to != "gguf":
         raise ExportError(f"--type must be left out with --to {flags.to}, but is {flags.type}; it is for --to gguf")

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from cli import parse_cli, run_script, utf8
-from prompts import Exchange
-from sampling import GenerationError, Sampling
+from kindling.cli import parse_cli, run_script, utf8
+from kindling.data.prompts import Exchange
+from kindling.generation.sampling import GenerationError, Sampling
 
 if TYPE_CHECKING:
-    from checkpoint import RunDirectory
-    from completion import Completion
+    from kindling.generation.completion import Completion
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
-    from tokenizer import Tokenizer
 
 Mode = Literal["autocomplete", "creative"]
 MODES: dict[Mode, Sampling] = {
@@ -158,7 +158,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _print_streams(flags: Flags, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Print the prompt and its continuation as it is sampled, as often as asked."""
-    from completion import complete
+    from kindling.generation.completion import complete
 
     prompt = flags.prompt or ""
     for number in range(flags.n):
@@ -191,7 +191,7 @@ def _report(new: Completion, seconds: float, sampling: Sampling) -> None:
 
 def _print_end(text: str, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling) -> None:
     """Print only what comes after the text, byte by byte what is to be appended to its file."""
-    from completion import complete_end
+    from kindling.generation.completion import complete_end
 
     _print_bytes()
     started = time.perf_counter()
@@ -212,8 +212,8 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
     """Print a JSON line for each sample of each prompt, in order, as soon as it and all before it are done."""
     from tqdm import tqdm
 
-    from completion import complete_batch, document_ids, longest_prompt
-    from tokenizer import TokenizerError
+    from kindling.generation.completion import complete_batch, document_ids, longest_prompt
+    from kindling.tokenization.tokenizer import TokenizerError
 
     block_size, ids = model.cfg.block_size, []
     for number, prompt in enumerate(prompts, 1):
@@ -259,11 +259,11 @@ def _require_chat(run: RunDirectory) -> None:
 
 def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
     """Talk to the user with the template of the run, and with a memory if it was fine-tuned on conversations."""
-    from chat import chat
-    from completion import answer
-    from decoding import generate
-    from examples import require_template
-    from shards import read_manifest
+    from kindling.data.examples import require_template
+    from kindling.data.shards import read_manifest
+    from kindling.generation.chat import chat
+    from kindling.generation.completion import answer
+    from kindling.generation.decoding import generate
 
     template, tokenizer, manifest = run.config().data.template, run.tokenizer(), read_manifest(run.data)
     require_template(manifest, template)
@@ -283,9 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse(argv)
     text = None if flags.complete is None else read_text(flags.complete, "--complete")
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
-    from checkpoint import find_run, load_model
-    from device import resolve
-    from inference import ready
+    from kindling.device import resolve
+    from kindling.generation.inference import ready
+    from kindling.runs.checkpoint import find_run, load_model
 
     run = find_run(flags.run)
     if flags.chat:

@@ -14,13 +14,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cli import parse_cli, run_script
 from config import Config
-from config_io import ConfigFlags
 from data_pipeline import exit_on_terminate, require_documents
+from kindling.cli import parse_cli, run_script
+from kindling.config_io import ConfigFlags
 
 if TYPE_CHECKING:
-    from trainer import Trainer
+    from kindling.training.trainer import Trainer
 
 
 @dataclass
@@ -36,9 +36,17 @@ class Flags:
 
 def pretrain(cfg: Config, fresh: bool) -> int:
     """Train or resume the run of `cfg`; return the exit code."""
-    from checkpoint import RUNS, RunDirectory
-    from distributed import joined
-    from stage import begin, length, run_to_end, take_up, training_data, training_rows, where
+    from kindling.distributed import joined
+    from kindling.runs.checkpoint import RUNS, RunDirectory
+    from kindling.training.start_or_resume import (
+        begin,
+        length,
+        run_to_end,
+        take_up,
+        training_data,
+        training_rows,
+        where,
+    )
 
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
@@ -61,8 +69,8 @@ def pretrain(cfg: Config, fresh: bool) -> int:
 
 def samples(trainer: Trainer) -> str:
     """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
-    from completion import complete
-    from sampling import Sampling
+    from kindling.generation.completion import complete
+    from kindling.generation.sampling import Sampling
 
     tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
     out = []
@@ -74,7 +82,7 @@ def samples(trainer: Trainer) -> str:
 
 def report(trainer: Trainer, digest: str, seconds: float) -> None:
     """Print what the run reached, where it lies, and what comes next."""
-    from stage import effort
+    from kindling.training.start_or_resume import effort
 
     run, result = trainer.run, trainer.last_eval
     print(
@@ -92,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_documents(flags.config)
     if flags.dry_run:
-        import device
-        from checkpoint import RUNS, RunDirectory
-        from distributed import require_one
-        from dry_run import dry_run
-        from stage import new_model
+        from kindling import device
+        from kindling.distributed import require_one
+        from kindling.runs.checkpoint import RUNS, RunDirectory
+        from kindling.training.dry_run import dry_run
+        from kindling.training.start_or_resume import new_model
 
         require_one("--dry-run")
         device.set_threads(flags.config.train.threads)

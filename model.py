@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cache import Cache
 from config import IGNORE, ModelConfig
-from loss import linear_cross_entropy, nll_and_grad
+from kindling.cache import Cache
+from kindling.loss import linear_cross_entropy, nll_and_grad
 
 PAIR_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
 # takes keys and values of new tokens, gives those of all tokens so far

@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from cli import parse_cli, run_script
 from config import FINE_TUNING, Config, preset
-from config_io import ConfigFlags, changed_fields
 from data_pipeline import exit_on_terminate, explain_path
-from errors import ConfigError
+from kindling.cli import parse_cli, run_script
+from kindling.config_io import ConfigFlags, changed_fields
+from kindling.errors import ConfigError
 
 if TYPE_CHECKING:
-    from checkpoint import RunDirectory
-    from examples import ExampleRows, Examples
-    from tokenizer import Tokenizer
-    from trainer import Trainer
+    from kindling.data.examples import ExampleRows, Examples
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.tokenization.tokenizer import Tokenizer
+    from kindling.training.trainer import Trainer
 
 OFFLINE = "docstrings"  # the preset for a base that has none of its own
 ANSWERS = "answers.jsonl"
@@ -56,7 +56,7 @@ class Flags:
 
 def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     """Return the command line, over the preset that suits the base, and the base."""
-    from checkpoint import find_run
+    from kindling.runs.checkpoint import find_run
 
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
     named = flags.base or flags.config.train.init_from
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
 
 def configured(flags: Flags, base: RunDirectory) -> Config:
     """Return the config of the fine-tuning: the flags, with model and tokenizer of the base."""
-    from checkpoint import RUNS
+    from kindling.runs.checkpoint import RUNS
 
     given, own = flags.config, base.config()
     changed = changed_fields(preset(given.preset), given)
@@ -100,9 +100,9 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
 
 def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows:
     """Show what the examples are made of, check every one, and return the rows to train on. Raises AuditError."""
-    from audit import audit, picture, table, wants_color
-    from examples import Examples, require_template
-    from stage import training_rows
+    from kindling.data.audit import audit, picture, table, wants_color
+    from kindling.data.examples import Examples, require_template
+    from kindling.training.start_or_resume import training_rows
 
     require_template(dataset.manifest, cfg.data.template)
     splits = {"train": training_rows(cfg, dataset)}
@@ -117,9 +117,9 @@ def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows
 
 def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
     """Audit, train or resume the run of `cfg`; return the exit code."""
-    from checkpoint import RUNS, RunDirectory
-    from distributed import joined
-    from stage import begin, length, run_to_end, take_up, training_data, where
+    from kindling.distributed import joined
+    from kindling.runs.checkpoint import RUNS, RunDirectory
+    from kindling.training.start_or_resume import begin, length, run_to_end, take_up, training_data, where
 
     started = time.perf_counter()
     tokenizer = base.tokenizer()
@@ -144,9 +144,9 @@ def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
 
 def samples(trainer: Trainer) -> str:
     """Return an answer to each of the config's sample instructions."""
-    from completion import answer
-    from prompts import Exchange
-    from sampling import GenerationError, Sampling
+    from kindling.data.prompts import Exchange
+    from kindling.generation.completion import answer
+    from kindling.generation.sampling import GenerationError, Sampling
 
     tokenizer, model, out = trainer.run.tokenizer(), trainer.whole_model().eval(), []
     for seed, instruction in enumerate(trainer.train.sample_prompts):
@@ -167,9 +167,9 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
     """
     from tqdm import tqdm
 
-    from decoding import generate
-    from examples import PROMPT, Examples
-    from sampling import Sampling
+    from kindling.data.examples import PROMPT, Examples
+    from kindling.generation.decoding import generate
+    from kindling.generation.sampling import Sampling
 
     heldout = trainer.run.heldout("val")
     assert isinstance(heldout, Examples)
@@ -191,7 +191,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
 
 def report(trainer: Trainer, stopped: tuple[int, int], digest: str, seconds: float) -> None:
     """Print what the fine-tuning changed, where the run lies, and what comes next."""
-    from stage import effort
+    from kindling.training.start_or_resume import effort
 
     run, before, after = trainer.run, trainer.first_eval, trainer.last_eval
     print("on the responses of the held-out examples:")
@@ -210,9 +210,9 @@ def report(trainer: Trainer, stopped: tuple[int, int], digest: str, seconds: flo
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
-    from checkpoint import CheckpointError
-    from distributed import require_one
-    from stage import training_data
+    from kindling.distributed import require_one
+    from kindling.runs.checkpoint import CheckpointError
+    from kindling.training.start_or_resume import training_data
 
     flags, base = parse(argv)
     cfg = configured(flags, base)

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from cli import parse_cli, run_script, utf8
-from errors import KindlingError
+from kindling.cli import parse_cli, run_script, utf8
+from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
-    from checkpoint import RunDirectory
-    from inspection import Subject, Text
+    from kindling.plots.inspection import Subject, Text
+    from kindling.runs.checkpoint import RunDirectory
 
 PLOTS, REPORT, CURVES = "plots", "report.html", "compare_curves.png"
 
@@ -73,7 +73,7 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
 
 def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
     """Return the text that attention and losses are drawn of."""
-    from inspection import given_text, held_out_text
+    from kindling.plots.inspection import given_text, held_out_text
 
     tokenizer, block_size = subject.tokenizer, subject.model.cfg.block_size
     if given is None:
@@ -87,9 +87,9 @@ def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
 
 def draw(subject: Subject, text: Text) -> dict[str, bytes]:
     """Return all plots as PNGs, by their paths inside the folder of plots."""
-    import text_plots
-    from inspection import attention, curves_of, histograms, matrices, spectra, units
-    from plots import png, spectral_norms, training_curves, weight_histograms
+    from kindling.plots import text_plots
+    from kindling.plots.figures import png, spectral_norms, training_curves, weight_histograms
+    from kindling.plots.inspection import attention, curves_of, histograms, matrices, spectra, units
 
     name, out = subject.name, {}
     if subject.metrics:
@@ -140,11 +140,11 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
 
 def compare(paths: list[Path]) -> None:
     """Draw the curves of several runs in one plot, into the folder of the first."""
-    from checkpoint import find_run
-    from inspection import curves_of
-    from metrics import read_metrics
-    from plots import compare_curves, png
-    from shards import read_manifest
+    from kindling.data.shards import read_manifest
+    from kindling.plots.figures import compare_curves, png
+    from kindling.plots.inspection import curves_of
+    from kindling.runs.checkpoint import find_run
+    from kindling.runs.metrics import read_metrics
 
     runs = [find_run(path) for path in paths]
     if len({run.path.resolve() for run in runs}) < max(2, len(runs)):
@@ -179,10 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     if flags.compare:
         compare([*([] if flags.run is None else [flags.run]), *flags.compare])
         return 0
-    from checkpoint import find_run, load_model
-    from device import resolve
-    from inspection import Subject
-    from run_page import report_of
+    from kindling.device import resolve
+    from kindling.plots.inspection import Subject
+    from kindling.plots.run_report import report_of
+    from kindling.runs.checkpoint import find_run, load_model
 
     run = find_run(flags.run)
     given = require(flags, run)

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 if TYPE_CHECKING:
     from config import Config
-    from trainer import Trainer
+    from kindling.training.trainer import Trainer
 
 CHANGES: dict[str, dict[str, Any]] = {
     "the recipe": {},
@@ -69,11 +69,11 @@ def trainer_of(cfg: Config, data: Path) -> Trainer:
     """Return a trainer at its first step, which writes nothing."""
     import os
 
-    import device
-    from checkpoint import RunDirectory
-    from shards import TokenDataset
-    from stage import new_model, training_rows
-    from trainer import Trainer
+    from kindling import device
+    from kindling.data.shards import TokenDataset
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.training.start_or_resume import new_model, training_rows
+    from kindling.training.trainer import Trainer
 
     runtime = device.resolve(cfg.train)
     model, rows = new_model(cfg, runtime), training_rows(cfg, TokenDataset(data, "train"))
@@ -85,7 +85,7 @@ def measure(cfg: Config, data: Path, beside: Trainer) -> dict[str, Any]:
     """Train `cfg` to its end; return what it comes to, and the time of its tokens over those of `beside`, in turn with it."""
     from loss_worker import bits_per_byte, sparse, summed_loss_of
 
-    from shards import TokenDataset
+    from kindling.data.shards import TokenDataset
 
     trainer = trainer_of(cfg, data)
     ratios = []
@@ -136,8 +136,8 @@ def main() -> None:
 
     from config import preset
     from data_pipeline import prepare
-    from files import write_atomic, write_json
-    from shards import read_manifest
+    from kindling.data.shards import read_manifest
+    from kindling.files import write_atomic, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=250_000, help="tokens of each training")
@@ -168,6 +168,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import run_script
+    from kindling.cli import run_script
 
     run_script(main)

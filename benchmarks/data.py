@@ -70,7 +70,7 @@ PLAIN: dict[str, Any] = {"near_dedup": None, "decontaminate": ()}  # what both w
 def ours(corpus: str, tokenizer: str, options: dict[str, Any]) -> None:
     """Build the shards; print documents and tokens."""
     from data_pipeline import prepare
-    from shards import SPLITS, read_manifest
+    from kindling.data.shards import SPLITS, read_manifest
 
     if "decontaminate" in options:
         options["decontaminate"] = tuple(options["decontaminate"])
@@ -84,8 +84,8 @@ def theirs(corpus: str, tokenizer: str, filter_processes: int) -> None:
     from datasets import load_dataset
     from tokenizers import Tokenizer
 
-    from filters import first_refusal
-    from sources import local_files
+    from kindling.data.filters import first_refusal
+    from kindling.data.sources import local_files
 
     cfg = config(corpus, tokenizer, **PLAIN)
     if corpus == "three languages":
@@ -240,8 +240,8 @@ def near_duplicates() -> dict[str, Any]:
     Of two halves of the files only the first is in the index. A copy is found if it is matched at all. A file of the
     other half that is matched is a mistake if the exact similarity of the pair is below the threshold.
     """
-    from duplicates import NearDuplicates, signature, word_hashes
-    from sources import local_files
+    from kindling.data.duplicates import NearDuplicates, signature, word_hashes
+    from kindling.data.sources import local_files
 
     if CORPUS.exists():
         with gzip.open(CORPUS, "rt", encoding="utf-8") as f:
@@ -284,10 +284,10 @@ def near_duplicates() -> dict[str, Any]:
 
 def handwritten(repeats: int) -> dict[str, Any]:
     """Return how long bpe.py takes to learn 2,048 tokens from 5 MB of Python and how fast it encodes the next 2 MB."""
-    from bpe import ByteLevelBPE
     from config import TokenizerConfig
-    from sources import local_files
-    from tokenizer import train_bpe
+    from kindling.data.sources import local_files
+    from kindling.tokenization.bpe import ByteLevelBPE
+    from kindling.tokenization.tokenizer import train_bpe
 
     texts: list[str] = []
     for f in local_files(config("this machine's Python", "-").data.sources[0]):
@@ -346,8 +346,8 @@ def main() -> None:
 
 def _train_tokenizer(path: Path) -> None:
     from config import TokenizerConfig
-    from sources import local_files
-    from tokenizer import train_bpe
+    from kindling.data.sources import local_files
+    from kindling.tokenization.tokenizer import train_bpe
 
     files = local_files(config("this machine's Python", "-").data.sources[0])[:400]
     texts = (f.path.read_text(encoding="utf-8", errors="replace") for f in files)

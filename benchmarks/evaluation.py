@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from judge import Verdict, judge
-from pool import map_jobs
-from tasks import Problem, load
+from kindling.evaluation.check_correctness import Verdict, judge
+from kindling.evaluation.tasks import Problem, load
+from kindling.pool import map_jobs
 
 ROUNDS, NEW_TOKENS, BATCH = 3, 64, 32
 
@@ -41,11 +41,11 @@ def generation(path: str | None) -> dict[str, float]:
     """Return tokens a second, by one prompt at a time and in batches, medians of alternating rounds."""
     import torch
 
-    from checkpoint import find_run, load_model
     from config import preset
-    from decoding import generate_batch
+    from kindling.generation.decoding import generate_batch
+    from kindling.generation.sampling import Sampling
+    from kindling.runs.checkpoint import find_run, load_model
     from model import build_model
-    from sampling import Sampling
 
     torch.manual_seed(0)
     if path is None:

@@ -30,11 +30,11 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
     import torch.distributed as dist
     from torch import nn
 
-    import device
-    import sharded
     from config import preset
+    from kindling import device
+    from kindling.runs import fsdp
+    from kindling.training.optim import make_optimizers
     from model import build_model
-    from optim import make_optimizers
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -58,7 +58,7 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
     if recompute:
         model.checkpoint_activations = True
     end("build")
-    sharded.shard(model, WORLD, None)
+    fsdp.shard(model, WORLD, None)
     optimizers = make_optimizers(model, cfg.train, torch.float32)
     end("shard")
     rows = torch.randint(
@@ -69,7 +69,7 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
         loss, _ = model(row[:, :-1], row[:, 1:])
         loss = loss / (WORLD * cfg.model.block_size)
         loss.backward()
-        norm = sharded.whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.train.grad_clip))
+        norm = fsdp.whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.train.grad_clip))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -77,15 +77,15 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
         losses.append({"loss": float(total), "gradient_norm": float(norm)})
         end(f"step {step + 1}")
     if rank == 0:
-        sharded.begin(folder / "saved", model, optimizers)
+        fsdp.begin(folder / "saved", model, optimizers)
     dist.barrier()
-    sharded.save(folder / "saved", model, optimizers)
+    fsdp.save(folder / "saved", model, optimizers)
     end("save")
-    digest = sharded.digest(model, optimizers)
+    digest = fsdp.digest(model, optimizers)
     end("digest")
-    sharded.load(folder / "saved", model, optimizers)
+    fsdp.load(folder / "saved", model, optimizers)
     end("load")
-    same = sharded.digest(model, optimizers) == digest
+    same = fsdp.digest(model, optimizers) == digest
     size = sum(part.stat().st_size for part in (folder / "saved").iterdir())
     dist.destroy_process_group()
     return {"peak_gib": peaks, "seconds": seconds, "steps": losses, "loads_its_bits": same, "saved_gib": size / 2**30}

@@ -94,13 +94,13 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
 
     from autocomplete import Sampling, stream
     from config import preset
-    from decoding import stream as torch_stream
-    from inference import ready
-    from int8_format import write
-    from int8_model import Model
+    from kindling.formats.int8_format import write
+    from kindling.generation.decoding import stream as torch_stream
+    from kindling.generation.inference import ready
+    from kindling.generation.sampling import Sampling as TorchSampling
+    from kindling.int8.model import Model
+    from kindling.tokenization.tokenizer import train_bpe
     from model import TransformersGPT2
-    from sampling import Sampling as TorchSampling
-    from tokenizer import train_bpe
 
     torch.manual_seed(0)
     cfg = preset("code-50m")
@@ -149,9 +149,9 @@ def exported_autocomplete(folder: Path) -> None:
     import torch
 
     from config import preset
-    from int8_format import write
+    from kindling.formats.int8_format import write
+    from kindling.tokenization.tokenizer import train_bpe
     from model import GPT
-    from tokenizer import train_bpe
 
     cfg = preset("autocomplete")
     library = Path(sysconfig.get_path("stdlib"))

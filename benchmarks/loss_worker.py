@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 if TYPE_CHECKING:
     from config import Config, ModelConfig
-    from device import Runtime
+    from kindling.data.shards import Batch, TokenDataset
+    from kindling.device import Runtime
     from model import LanguageModel
-    from shards import Batch, TokenDataset
 
 CURVE_TOKENS = 65_536  # of the validation split, for a point of the curve
 ROWS = 16  # in an evaluation's batch
@@ -71,7 +71,7 @@ class Way(NamedTuple):
 def configured(data: Path) -> Config:
     """Return the demo preset, with the vocabulary of the shards."""
     from config import preset
-    from shards import read_manifest
+    from kindling.data.shards import read_manifest
 
     cfg = preset("demo")
     return replace(cfg, model=replace(cfg.model, vocab_size=read_manifest(data)["vocab_size"]))
@@ -99,7 +99,7 @@ class Curve:
     """The points of a training: evaluates whenever a share of the time is over."""
 
     def __init__(self, spec: Spec, summed_loss: SummedLoss, cfg: ModelConfig):
-        from shards import TokenDataset
+        from kindling.data.shards import TokenDataset
 
         self.val = TokenDataset(Path(spec.data), "val")
         self._evaluate = lambda: bits_per_byte(summed_loss, self.val, cfg, sparse(self.val))
@@ -121,7 +121,7 @@ class Curve:
 
 def whole_splits(summed_loss: SummedLoss, data: Path, cfg: ModelConfig) -> dict[str, float]:
     """Return bits per byte over the validation and the test split."""
-    from shards import TokenDataset
+    from kindling.data.shards import TokenDataset
 
     return {split: bits_per_byte(summed_loss, TokenDataset(data, split), cfg) for split in ("val", "test")}
 
@@ -133,7 +133,7 @@ def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
     """Return what evaluates our model, which trains on afterwards."""
     import torch
 
-    from validation import summed_loss
+    from kindling.training.validation import summed_loss
 
     @torch.no_grad()
     def loss_of(batch: Batch) -> tuple[float, int]:
@@ -147,11 +147,11 @@ def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
 
 def train_ours(spec: Spec) -> dict[str, Any]:
     """Train the demo preset's recipe for the time."""
-    import device
-    from checkpoint import RunDirectory
-    from shards import TokenDataset
-    from stage import new_model, training_rows
-    from trainer import Trainer, wants_compile
+    from kindling import device
+    from kindling.data.shards import TokenDataset
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.training.start_or_resume import new_model, training_rows
+    from kindling.training.trainer import Trainer, wants_compile
 
     data = Path(spec.data)
     cfg = configured(data)
@@ -182,10 +182,10 @@ def train_ours(spec: Spec) -> dict[str, Any]:
 def functions(model: Any, data: Path, cfg: Config) -> dict[str, dict[str, int]]:
     """Return of each held-out split how many signatures of functions the model continued, and how many of these compile."""
     from config import EvalConfig
-    from functional import grade_all, syntax, write
-    from heldout import from_documents
-    from shards import TokenDataset
-    from tokenizer import load_json
+    from kindling.data.shards import TokenDataset
+    from kindling.evaluation.code_eval import grade_all, syntax, write
+    from kindling.evaluation.heldout import from_documents
+    from kindling.tokenization.tokenizer import load_json
 
     tokenizer, how, out = load_json(data / "tokenizer.json", cfg.tokenizer), EvalConfig(), {}
     for split in ("val", "test"):
@@ -216,8 +216,8 @@ def peer_shape(spec: Spec, cfg: ModelConfig) -> ModelConfig:
 
 def runtime_of(precision: str) -> Runtime:
     """Return where the peer runs: what our own would choose, in that precision."""
-    import device
     from config import TrainConfig
+    from kindling import device
 
     return device.resolve(TrainConfig(precision=precision))
 
@@ -226,8 +226,8 @@ def train_peer(spec: Spec) -> dict[str, Any]:
     """Train a GPT-2 for the time; its schedule is that of the time after compiling."""
     from peer import Peer
 
-    import device
-    from shards import PackedBlocks, TokenDataset
+    from kindling import device
+    from kindling.data.shards import PackedBlocks, TokenDataset
 
     data = Path(spec.data)
     cfg = peer_shape(spec, configured(data).model)
@@ -273,7 +273,7 @@ def probe(spec: Spec) -> dict[str, Any]:
 
 def ways() -> Iterator[Way]:
     """Yield the ways that this machine has."""
-    import device
+    from kindling import device
 
     kind = runtime_of("fp32").device.type
     for precision in ["fp32"] + ["bf16"] * device.has_bf16(kind):
@@ -288,8 +288,8 @@ def timed(spec: Spec, way: Way) -> dict[str, Any]:
 
     from peer import Peer
 
-    import device
-    from shards import PackedBlocks, TokenDataset
+    from kindling import device
+    from kindling.data.shards import PackedBlocks, TokenDataset
 
     data = Path(spec.data)
     cfg, runtime = peer_shape(spec, configured(data).model), runtime_of(way.precision)

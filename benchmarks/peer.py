@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import device
 from config import IGNORE, ModelConfig
-from device import Runtime
-from shards import Batch
+from kindling import device
+from kindling.data.shards import Batch
+from kindling.device import Runtime
 
 WARMUP = 0.03  # of the run
 MIN_LR_RATIO = 0.1

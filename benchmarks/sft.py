@@ -39,12 +39,12 @@ sys.path[:0] = [str(ROOT)]
 
 if TYPE_CHECKING:
     from config import Config
-    from device import Runtime
-    from examples import Examples
-    from prefetch import Batches
-    from shards import Batch
-    from tokenizer import Tokenizer
-    from trainer import Trainer
+    from kindling.data.examples import Examples
+    from kindling.data.shards import Batch
+    from kindling.device import Runtime
+    from kindling.tokenization.tokenizer import Tokenizer
+    from kindling.training.prefetch import Batches
+    from kindling.training.trainer import Trainer
 
 DEMO = Path("runs/demo")
 WARM_UP = 3  # steps of each variant at least
@@ -70,7 +70,7 @@ class PaddedToLongest:
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""
         from config import IGNORE
-        from shards import Batch
+        from kindling.data.shards import Batch
 
         idx = np.full((count, self.width), self.pad_id, dtype=np.int64)
         targets = np.full_like(idx, IGNORE)
@@ -109,7 +109,7 @@ class Variant:
 
     def round(self, n_steps: int) -> None:
         """Take the next steps against the clock."""
-        import device
+        from kindling import device
 
         device.synchronize(self.trainer.runtime)
         started = time.perf_counter()
@@ -126,9 +126,9 @@ class Variant:
 
 def configured(flags: argparse.Namespace) -> tuple[Config, Tokenizer]:
     """Return the config of the fine-tuning that is measured, and the tokenizer of its base."""
-    from checkpoint import find_run
     from config import FINE_TUNING, TokenizerConfig, preset
-    from tokenizer import load_pretrained
+    from kindling.runs.checkpoint import find_run
+    from kindling.tokenization.tokenizer import load_pretrained
 
     if flags.preset:
         given = TokenizerConfig(kind="pretrained", path=str(flags.tokenizer.resolve()))
@@ -156,11 +156,11 @@ def configured(flags: argparse.Namespace) -> tuple[Config, Tokenizer]:
 
 def variants(cfg: Config, examples: Examples, n_packed: int, runtime: Runtime) -> list[Variant]:
     """Return the three ways, each with a model and a trainer of its own."""
-    import device
-    from checkpoint import RunDirectory
-    from examples import ExampleRows
+    from kindling import device
+    from kindling.data.examples import ExampleRows
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.training.trainer import Trainer
     from model import build_model
-    from trainer import Trainer
 
     block_size, seed = cfg.model.block_size, cfg.train.seed
     packed = ExampleRows(examples, block_size, seed)
@@ -197,9 +197,9 @@ def measure(cfg: Config, tokenizer: Tokenizer, flags: argparse.Namespace) -> dic
     """Build the examples in the current folder, take the rounds in turn, and return the figures of the case."""
     import torch
 
-    import device
     from data_pipeline import prepare
-    from examples import Examples
+    from kindling import device
+    from kindling.data.examples import Examples
 
     examples = Examples(prepare(cfg, tokenizer), "train")
     runtime = device.resolve(cfg.train)
@@ -342,6 +342,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import run_script
+    from kindling.cli import run_script
 
     run_script(main)

@@ -186,7 +186,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
 
 def rows(folder: Path) -> list[Row]:
     """Return the rows of all results in a folder; raises KindlingError if one cannot be read."""
-    from errors import KindlingError
+    from kindling.errors import KindlingError
 
     out = []
     for name, section in SECTIONS.items():
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder with the results")
     flags = parser.parse_args()
-    from files import write_atomic
+    from kindling.files import write_atomic
 
     table = markdown(rows(flags.results))
     write_atomic(flags.results / "summary.md", table)
@@ -220,6 +220,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import run_script
+    from kindling.cli import run_script
 
     run_script(main)

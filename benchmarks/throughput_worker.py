@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from config import Config, ModelConfig
-    from device import Runtime
+    from kindling.device import Runtime
 
 BATCHES = {"demo": 8, "tinystories": 16, "autocomplete": 8}  # rows a step; of any other shape 4
 PEAK_S = 0.1  # for each product of the peak
@@ -89,11 +89,11 @@ class Training(NamedTuple):
 
 def our_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
     """Return our trainer; exits if it must compile and cannot."""
-    import device
-    from checkpoint import RunDirectory
-    from dry_run import Noise
+    from kindling import device
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.training.dry_run import Noise
+    from kindling.training.trainer import Trainer
     from model import build_model
-    from trainer import Trainer
 
     device.seed_all(0)
     model = build_model(cfg.model).to(runtime.device)
@@ -120,8 +120,8 @@ def peer_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
     """Return the peer's loop."""
     from peer import Peer
 
-    import device
-    from dry_run import Noise
+    from kindling import device
+    from kindling.training.dry_run import Noise
 
     peer, noise, rows = Peer(cfg.model, runtime, 1e-3), Noise(cfg.model), cfg.train.batch_size
     first = itertools.count(0, rows)
@@ -148,7 +148,7 @@ def products(cfg: Config, runtime: Runtime) -> list[tuple[Tensor, Tensor, Tensor
     """Return the products of which the fastest is the machine's peak: square ones, and those of the model's layers."""
     import torch
 
-    from device import DTYPES
+    from kindling.device import DTYPES
 
     C, V, rows = cfg.model.n_embd, cfg.model.vocab_size, cfg.train.batch_size * cfg.model.block_size
     squares = (1024, 2048, 4096, 8192) if runtime.device.type == "cuda" else (512, 1024, 2048)
@@ -162,7 +162,7 @@ def best_product(pairs: list[tuple[Tensor, Tensor, Tensor]], runtime: Runtime) -
     """Return the FLOP/s of the fastest product and its sizes."""
     import torch
 
-    import device
+    from kindling import device
 
     best: dict[str, Any] = {"flops": 0.0}
     for a, b, out in pairs:
@@ -182,7 +182,7 @@ def best_product(pairs: list[tuple[Tensor, Tensor, Tensor]], runtime: Runtime) -
 
 def peak_bytes(runtime: Runtime) -> int:
     """Return the most memory of this process: its own pages, not those of the process that started it, as ru_maxrss has."""
-    import device
+    from kindling import device
 
     if runtime.device.type == "cpu":
         with contextlib.suppress(OSError):
@@ -196,7 +196,7 @@ def work(shape: str, way: Way) -> None:
     """Get ready, say so, and take a turn for every line of standard input, which says how long it may take."""
     import torch
 
-    import device
+    from kindling import device
 
     cfg = configured(shape, way.precision)
     runtime = device.resolve(cfg.train)

@@ -171,7 +171,7 @@ def drawing(results: dict[str, Any]) -> Figure:
     from machine import phrase
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-    from plots import line_style, new_figure, style
+    from kindling.plots.figures import line_style, new_figure, style
 
     peer, found = results["peer"], results["figures"]
     end, level = peer["points"][-1]["seconds"], last(peer)
@@ -249,7 +249,7 @@ def main() -> None:
 
     from config import preset
     from data_pipeline import prepare
-    from files import write_atomic, write_json
+    from kindling.files import write_atomic, write_json
 
     began, watch = time.perf_counter(), Watch()
     with tempfile.TemporaryDirectory() as temporary:
@@ -268,7 +268,7 @@ def main() -> None:
     if flags.results is None:
         print("nothing is written: give --results FOLDER to keep what --quick finds")
         return
-    from plots import png
+    from kindling.plots.figures import png
 
     flags.results.mkdir(parents=True, exist_ok=True)
     write_json(flags.results / "time_to_loss.json", results)
@@ -280,6 +280,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import run_script
+    from kindling.cli import run_script
 
     run_script(main)

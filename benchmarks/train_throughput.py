@@ -93,7 +93,7 @@ class Worker:
 
 def ways_of(kind: str) -> list[Way]:
     """Return the ways to measure on a device: ours in its best precision and float32, the peer in each."""
-    import device
+    from kindling import device
 
     bf16, compiles = device.has_bf16(kind), device.has_compiler(kind)
     precisions = (["fp32"] if kind == "cpu" or not bf16 else []) + (["bf16"] if bf16 else [])
@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that the results are written to")
     flags = parser.parse_args()
     from config import PRESETS
-    from errors import did_you_mean
+    from kindling.errors import did_you_mean
 
     for shape in flags.shapes or ():
         if shape not in PRESETS:
@@ -220,7 +220,7 @@ def main() -> None:
     import torch
     from machine import Watch
 
-    from files import write_atomic, write_json
+    from kindling.files import write_atomic, write_json
 
     kind, watch = "cuda" if torch.cuda.is_available() else "cpu", Watch()
     shapes = flags.shapes or (ON_CUDA if kind == "cuda" else ON_CPU)
@@ -244,6 +244,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import run_script
+    from kindling.cli import run_script
 
     run_script(main)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from checkpoint import RunDirectory
+    from kindling.runs.checkpoint import RunDirectory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # what asks the hub fails at once instead of retrying
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
@@ -107,9 +107,11 @@ def tiny_flags(corpus: Path) -> list[str]:
 
 
 def script(name: str, *args: str, cwd: Path, timeout_s: float = 120, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts in `cwd` and return what it printed."""
+    """Run one of the project's scripts, or a module of kindling by its dotted name, in `cwd`; return what it printed."""
+    program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+    kwargs["env"] = {**kwargs.get("env", os.environ), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -157,11 +159,11 @@ def make_run(path: Path, corpus: Path, model: ModelConfig | None = None, n_files
     import numpy as np
     import torch
 
-    from checkpoint import RunDirectory
-    from ledger import Ledger
+    from kindling.data.ledger import Ledger
+    from kindling.data.shards import ShardWriter, write_manifest
+    from kindling.runs.checkpoint import RunDirectory
+    from kindling.tokenization.tokenizer import train_bpe
     from model import build_model
-    from shards import ShardWriter, write_manifest
-    from tokenizer import train_bpe
 
     cfg = tiny_config(corpus)
     cfg = replace(cfg, model=model or cfg.model)

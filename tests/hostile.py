@@ -20,9 +20,9 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from judge import judge
-from sandbox import Limits
-from tasks import load
+from kindling.evaluation.check_correctness import judge
+from kindling.evaluation.tasks import load
+from kindling.sandbox.process import Limits
 
 
 @dataclass(frozen=True)

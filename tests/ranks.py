@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import RunDirectory, load_state
 from config import IGNORE, Config, ModelConfig, TrainConfig
-from device import Runtime, seed_all, seed_rank
-from distributed import ALONE, World, joined
-from metrics import read_metrics
+from kindling.data.shards import Batch
+from kindling.device import Runtime, seed_all, seed_rank
+from kindling.distributed import ALONE, World, joined
+from kindling.runs.checkpoint import RunDirectory, load_state
+from kindling.runs.fsdp import whole
+from kindling.runs.metrics import read_metrics
+from kindling.training.trainer import Trainer
+from kindling.training.validation import mean_loss
 from model import build_model
-from sharded import whole
-from shards import Batch
-from trainer import Trainer
-from validation import mean_loss
 
 STEPS = 50
 

@@ -14,10 +14,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sharded
 from config import IGNORE, ModelConfig, TrainConfig
+from kindling.runs import fsdp
+from kindling.training.optim import make_optimizers
 from model import LanguageModel, build_model
-from optim import make_optimizers
 
 WORLD, STEPS, SAVED_AT = 2, 5, 3
 READY = "ready"  # this file says that the checkpoints of one process are there
@@ -51,7 +51,7 @@ class Run:
         self.model: LanguageModel = build_model(cfg)
         self.world, self.rank, self.step, self.masked = world, rank, 0, cfg.document_mask
         if world > 1:
-            sharded.shard(self.model, world, param_dtype)
+            fsdp.shard(self.model, world, param_dtype)
         self.optimizers = make_optimizers(self.model, train, torch.float32)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -81,12 +81,12 @@ class Run:
         n_targets, total = (targets != IGNORE).sum(), torch.zeros(())
         mine = range(self.rank * ROWS // self.world, (self.rank + 1) * ROWS // self.world)
         for row in mine:
-            sharded.synchronize_gradients(self.model, last=row == mine[-1])
+            fsdp.synchronize_gradients(self.model, last=row == mine[-1])
             part = slice(row, row + 1)
             loss, _ = self.model(idx[part], targets[part], None if positions is None else positions[part])
             (loss / n_targets).backward()
             total += loss.detach() / n_targets
-        self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
+        self.norm = float(fsdp.whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
         if self.world > 1:
             dist.all_reduce(total)
         return float(total)
@@ -99,33 +99,33 @@ class Run:
 
     def digest(self) -> str:
         """Of weights and optimisers."""
-        return sharded.digest(self.model, self.optimizers)
+        return fsdp.digest(self.model, self.optimizers)
 
     def save(self, folder: Path) -> None:
         """Save."""
         if self.rank == 0:
-            sharded.begin(folder, self.model, self.optimizers)
+            fsdp.begin(folder, self.model, self.optimizers)
         if self.world > 1:
             dist.barrier()
-        sharded.save(folder, self.model, self.optimizers)
+        fsdp.save(folder, self.model, self.optimizers)
 
     def load(self, folder: Path) -> None:
         """Take up the run where `folder` has it."""
-        sharded.load(folder, self.model, self.optimizers)
+        fsdp.load(folder, self.model, self.optimizers)
         self.step = SAVED_AT
 
 
 def of_architecture(name: str, rank: int, folder: Path) -> dict:
     """Train, validate, save, go on; go on from what was saved by two processes, and by one."""
     run, out = Run(name, WORLD, rank), {}
-    out["is_sharded"] = sharded.is_sharded(run.model)
+    out["is_sharded"] = fsdp.is_sharded(run.model)
     out["local_share"] = sum(p.to_local().numel() for p in run.model.parameters()) / run.model.n_parameters()
     losses = run.train(SAVED_AT)
     out["norm"] = run.norm
     out["validation_loss"] = run.validate()  # leaves the root's parameters gathered
     run.save(folder / f"{name}-by-2")
     out["saved_digest"] = run.digest()
-    gathered = {n: sharded.whole(p.detach()) for n, p in run.model.named_parameters()}
+    gathered = {n: fsdp.whole(p.detach()) for n, p in run.model.named_parameters()}
     if rank == 0:
         torch.save(gathered, folder / f"{name}-gathered.pt")
     out["losses"] = losses + run.train(STEPS - SAVED_AT)
@@ -181,11 +181,11 @@ def refusals(rank: int, folder: Path) -> dict:
     if rank == 1:  # a folder where this process's file is to be
         (taken / "shard-00002-model-00001-of-00001.safetensors").mkdir(parents=True)
     dist.barrier()
-    for what, call in (("save", lambda: sharded.save(taken, run.model, [])), ("load", lambda: run.load(taken))):
+    for what, call in (("save", lambda: fsdp.save(taken, run.model, [])), ("load", lambda: run.load(taken))):
         try:
             call()
             out[what] = ""
-        except sharded.ShardedError as e:
+        except fsdp.ShardedError as e:
             out[what] = str(e)
     return out
 

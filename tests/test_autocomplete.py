@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import autocomplete
-import int8_kernel
 from autocomplete import Completer, Sampling, draw, main, stream
 from config import PRESETS, ModelConfig, TokenizerConfig
-from int8_format import difference, quantize, write
-from int8_model import CompletionError, Model, erf
+from kindling.formats.int8_format import difference, quantize, write
+from kindling.int8 import kernel as int8_kernel
+from kindling.int8.model import CompletionError, Model, erf
+from kindling.tokenization.tokenizer import train_bpe
 from model import GPT
-from tokenizer import train_bpe
 
 TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n" * 3
 SHAPES = {

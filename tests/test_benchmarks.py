@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from config import ModelConfig
-from device import Runtime
-from errors import KindlingError
+from kindling.data.shards import Batch, ShardWriter, TokenDataset, write_manifest
+from kindling.device import Runtime
+from kindling.errors import KindlingError
+from kindling.training.validation import validate
 from model import build_model
-from shards import Batch, ShardWriter, TokenDataset, write_manifest
-from validation import validate
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -282,7 +282,7 @@ def test_the_summary_reads_the_results_that_are_committed():
 
 
 def test_the_drawing_shows_both_curves_and_the_table_every_training():
-    from plots import png
+    from kindling.plots.figures import png
 
     def training(ends: float, *bits: float, **more) -> dict:
         points = [{"seconds": ends * (n + 1) / len(bits), "bits_per_byte": b} for n, b in enumerate(bits)]

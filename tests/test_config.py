@@ -9,8 +9,6 @@ from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import cli
-import config_io
 from config import (
     FINE_TUNING,
     PRESETS,
@@ -22,7 +20,8 @@ from config import (
     list_presets,
     preset,
 )
-from errors import ConfigError
+from kindling import cli, config_io
+from kindling.errors import ConfigError
 from model import GPT
 
 EXACT = {

@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-import device
 from config import TrainConfig
+from kindling import device
 
 CPU = device.resolve(TrainConfig(device="cpu"))
 MB = 2**20

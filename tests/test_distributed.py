@@ -5,10 +5,10 @@ import ranks
 import torch
 from conftest import ROOT, script, tiny_flags, torchrun
 
-import trainer
-from distributed import World
-from errors import ConfigError
-from validation import share_of_rank
+from kindling.distributed import World
+from kindling.errors import ConfigError
+from kindling.training import trainer
+from kindling.training.validation import share_of_rank
 
 
 @pytest.fixture(scope="module")

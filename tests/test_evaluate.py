@@ -15,7 +15,7 @@ from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_sft_train import mined
 
 from config import EvalConfig
-from errors import ConfigError
+from kindling.errors import ConfigError
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap, which is not on this machine")
 LITTLE = ["--eval.limit", "3", "--eval.signatures", "5", "--eval.max-new-tokens", "16", "--eval.workers", "2"]

@@ -6,11 +6,11 @@ import pytest
 from conftest import make_run, script
 
 from autocomplete import Completer, Sampling
-from checkpoint import CheckpointError, RunDirectory
 from config import ModelConfig
-from errors import KindlingError
 from export import ExportError, main, require_close, require_exact, written
-from parity import Difference
+from kindling.errors import KindlingError
+from kindling.formats.parity import Difference
+from kindling.runs.checkpoint import CheckpointError, RunDirectory
 
 STOCK = ModelConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32)
 

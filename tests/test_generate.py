@@ -12,10 +12,10 @@ from conftest import ROOT, assert_one_clear_line, script
 from tiny_runs import bigram_model, make_run
 
 import generate
-from checkpoint import CheckpointError
 from config import TokenizerConfig
-from sampling import GenerationError, Sampling
-from tokenizer import Tokenizer, train_bpe
+from kindling.generation.sampling import GenerationError, Sampling
+from kindling.runs.checkpoint import CheckpointError
+from kindling.tokenization.tokenizer import Tokenizer, train_bpe
 
 COUNTS = {"1": "2", "2": "3", "3": None, "x": "x", "\n": "\r", "\r": "1"}
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import loss
 from config import IGNORE
+from kindling import loss
 
 
 def case(n=300, c=16, v=50, bias=True, seed=0):

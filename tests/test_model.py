@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import IGNORE, ModelConfig, preset
-from device import has_compiler
-from errors import ConfigError
-from int8_model import pair_ids as numpy_pair_ids
+from kindling.data.shards import document_positions
+from kindling.device import has_compiler
+from kindling.errors import ConfigError
+from kindling.int8.model import pair_ids as numpy_pair_ids
 from model import (
     GPT,
     PAIR_PRIMES,
@@ -22,7 +23,6 @@ from model import (
     rotary_tables,
     sinusoidal_positions,
 )
-from shards import document_positions
 
 
 def positions_of(idx, eos_id):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import pool
-from pool import Lost, PoolError, map_jobs
+from kindling import pool
+from kindling.pool import Lost, PoolError, map_jobs
 
 LIMIT_S = 30
 
@@ -199,7 +199,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_pool
-from pool import map_jobs
+from kindling.pool import map_jobs
 
 if __name__ == "__main__":
     jobs = [(Path({folder!r}), name) for name in ("quick", "slow", "slow", "never")]

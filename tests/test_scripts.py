@@ -17,11 +17,11 @@ import torch
 from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_data_pipeline import limited
 
-from checkpoint import RunDirectory, load_model
 from config import TokenizerConfig
-from files import write_json
-from shards import TokenDataset, sealed
-from tokenizer import train_bpe
+from kindling.data.shards import TokenDataset, sealed
+from kindling.files import write_json
+from kindling.runs.checkpoint import RunDirectory, load_model
+from kindling.tokenization.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")

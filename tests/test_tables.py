@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tables import WIDTH, Section, as_html, as_markdown, as_text
+from kindling.tables import WIDTH, Section, as_html, as_markdown, as_text
 
 CELLS = [
     ["demo", "0.872 [0.843, 0.901]", "1,116,156"],

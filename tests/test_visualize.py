@@ -8,14 +8,14 @@ import shutil
 import pytest
 from conftest import assert_one_clear_line, make_run, script
 
-import run_page
 import visualize
-from checkpoint import RunDirectory, weights_sha256
 from config import ModelConfig
-from errors import KindlingError
-from files import write_json
-from inspection import given_text
-from shards import sealed
+from kindling.data.shards import sealed
+from kindling.errors import KindlingError
+from kindling.files import write_json
+from kindling.plots import run_report
+from kindling.plots.inspection import given_text
+from kindling.runs.checkpoint import RunDirectory, weights_sha256
 from visualize import main, write_all
 
 PLOTS = {"training_curves", "attention", "weights", "spectral_norms", "token_loss", "layer_0", "layer_1"}
@@ -52,7 +52,7 @@ def run(original, tmp_path) -> RunDirectory:
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes seconds, where the test is of something else."""
     monkeypatch.setattr(visualize, "draw", lambda subject, text: {})
-    monkeypatch.setattr(run_page, "NEW_TOKENS", 2)
+    monkeypatch.setattr(run_report, "NEW_TOKENS", 2)
 
 
 def drawn(run: RunDirectory) -> set:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import RunDirectory
 from config import Config, DataConfig, ModelConfig, SourceConfig
-from files import write_json
+from kindling.data.prompts import rendered
+from kindling.data.shards import FORMAT
+from kindling.files import write_json
+from kindling.runs.checkpoint import RunDirectory
+from kindling.tokenization.tokenizer import Tokenizer
 from model import GPT
-from prompts import rendered
-from shards import FORMAT
-from tokenizer import Tokenizer
 
 
 def bigram_model(tokenizer: Tokenizer, follows: dict[str, str | None], block_size: int) -> GPT:

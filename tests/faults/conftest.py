@@ -79,7 +79,7 @@ class Table:
         if not any(self.lines.values()):
             return
         sys.path.insert(0, str(ROOT))
-        from tables import Section, as_text
+        from kindling.tables import Section, as_text
 
         lines = [line for file in sorted(self.lines) for line in self.lines[file]]
         section = Section("Faults", COLUMNS, [cells(line) for line in lines], notes(lines))
@@ -108,7 +108,7 @@ def write(lines: list[dict]) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from machine import Watch, phrase
 
-    from tables import Section, as_markdown
+    from kindling.tables import Section, as_markdown
 
     machine = Watch().describe()
     content = {"machine": machine, "faults": lines}

@@ -29,12 +29,14 @@ import torch._dynamo  # noqa: F401  # here, so that no fork has to: an optimiser
 import torch.utils.tensorboard  # noqa: F401
 from conftest import ROOT, tiny_flags
 
-import cli
 import main  # noqa: F401
-import stage  # noqa: F401
-import trainer
-from checkpoint import RunDirectory, load_state, load_weights, verify, weights_sha256
 from data_pipeline import exit_on_terminate
+from kindling import cli
+from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, verify, weights_sha256
+from kindling.training import (
+    start_or_resume,  # noqa: F401
+    trainer,
+)
 from model import build_model
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork

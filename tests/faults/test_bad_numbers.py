@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-import trainer as trainer_module
-from checkpoint import RunDirectory
 from faults.runs import Forked, completed, flags, say
-from metrics import read_metrics
-from sharded import digest as state_digest
+from kindling.runs.checkpoint import RunDirectory
+from kindling.runs.fsdp import digest as state_digest
+from kindling.runs.metrics import read_metrics
+from kindling.training import trainer as trainer_module
 
 pytestmark = pytest.mark.faults
 BAD_STEP, BAD_MICRO, STEPS = 5, 2, 10

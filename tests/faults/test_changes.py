@@ -13,14 +13,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-import stage
-from checkpoint import RunDirectory
 from config import Config, ModelConfig
-from config_io import changed_fields
-from errors import KindlingError
 from faults.runs import Forked, completed, flags, stopping_at
-from files import write_json
-from shards import sealed
+from kindling.config_io import changed_fields
+from kindling.data.shards import sealed
+from kindling.errors import KindlingError
+from kindling.files import write_json
+from kindling.runs.checkpoint import RunDirectory
+from kindling.training import start_or_resume
 
 pytestmark = pytest.mark.faults
 
@@ -91,13 +91,13 @@ def test_every_changed_setting_is_refused_by_name_or_said(work, record, capsys):
             (field,) = changed_fields(start, new)
             capsys.readouterr()
             try:
-                stage.reconcile(start, new, run)
+                start_or_resume.reconcile(start, new, run)
             except KindlingError as e:
                 outcome["refused"] += field in str(e) and "\n" not in str(e)
                 silent += [] if field in str(e) else [field]
             else:
                 out = capsys.readouterr().out
-                says = f"note: {field} " in out and ("differs" in out or field in stage.HARMLESS)
+                says = f"note: {field} " in out and ("differs" in out or field in start_or_resume.HARMLESS)
                 outcome["said"] += says
                 silent += [] if says or field == "name" else [field]
                 outcome["another run"] += field == "name"
@@ -125,7 +125,7 @@ def words(field: str, value: Any) -> list[str]:
 def test_settings_that_are_called_harmless_change_no_bit(work, corpus, stopped, record):
     began, cfg, different = time.perf_counter(), RunDirectory(stopped).config(), []
     wanted = (work / "base.digest").read_text(encoding="utf-8")
-    for field in sorted(stage.HARMLESS):
+    for field in sorted(start_or_resume.HARMLESS):
         section, name = field.split(".")
         (_, value) = changed_fields(cfg, next(changed(cfg, section, name)))[field]
         copy = f"harmless-{name.replace('_', '-')}"
@@ -134,7 +134,7 @@ def test_settings_that_are_called_harmless_change_no_bit(work, corpus, stopped, 
         end = completed("main.py", [*given, *words(field, value)], work)
         assert f"note: {field} " in end.text and "resuming at step 7" in end.text, end.text
         different += [field] if end.digest != wanted else []
-    tried, note = len(stage.HARMLESS), ", ".join(sorted(stage.HARMLESS))
+    tried, note = len(start_or_resume.HARMLESS), ", ".join(sorted(start_or_resume.HARMLESS))
     record(
         "harmless setting on resume", tried, tried - len(different), len(different), time.perf_counter() - began, note
     )

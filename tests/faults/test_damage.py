@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import RunDirectory, find_run, load_model
 from config import Config
-from errors import KindlingError
 from faults.runs import completed, damage, final_weights, flags, same_json
-from ledger import Ledger, read_documents
-from metrics import read_metrics
-from shards import SPLITS, TokenDataset
-from tokenizer import load_json
+from kindling.data.ledger import Ledger, read_documents
+from kindling.data.shards import SPLITS, TokenDataset
+from kindling.errors import KindlingError
+from kindling.runs.checkpoint import RunDirectory, find_run, load_model
+from kindling.runs.metrics import read_metrics
+from kindling.tokenization.tokenizer import load_json
 
 pytestmark = pytest.mark.faults
 TRIALS = 500

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-from checkpoint import RunDirectory
 from faults.runs import Forked, completed, flags, newest_step, unloadable
+from kindling.runs import checkpoint
+from kindling.runs.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.faults
 OFFSETS = 20

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from checkpoint import RunDirectory
 from faults.runs import Forked, completed, final_weights, flags, newest_step, unloadable
+from kindling.runs.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.faults
 KILLS, WHOLE = 200, 4

@@ -22,17 +22,16 @@ from test_examples import TOKENIZER, conversations, write_examples
 
 import autocomplete
 import export
-import gguf_format
-import hf_format
-from checkpoint import SEAL, RunDirectory
 from config import ModelConfig
-from examples import Examples
 from faults.runs import Forked, flags
-from files import sha256_file, write_json
-from ledger import read_documents
-from metrics import read_metrics
-from model_card import _read_ledger
-from shards import DataError, sealed
+from kindling.data.examples import Examples
+from kindling.data.ledger import read_documents
+from kindling.data.shards import DataError, sealed
+from kindling.files import sha256_file, write_json
+from kindling.formats import gguf_format, hf_format
+from kindling.formats.model_card import _read_ledger
+from kindling.runs.checkpoint import SEAL, RunDirectory
+from kindling.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.faults
 STOCK = ModelConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32)
@@ -218,7 +217,7 @@ def test_no_loader_runs_anything_in_any_wrapping(corpus, tmp_path, attacks, reco
 
 def load_checkpoint(run: RunDirectory, folder: Path) -> None:
     """Load a checkpoint as resuming does; nothing may come of it."""
-    from checkpoint import load_state, load_weights
+    from kindling.runs.checkpoint import load_state, load_weights
     from model import build_model
 
     run.newest()

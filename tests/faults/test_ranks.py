@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, torchrun
 
-from checkpoint import CheckpointError, RunDirectory, verify
 from faults.runs import completed, flags
+from kindling.runs.checkpoint import CheckpointError, RunDirectory, verify
 
 pytestmark = pytest.mark.faults
 KILLS, STOPS, DAMAGES = 3, 3, 100

@@ -10,12 +10,12 @@ import torch
 from conftest import tiny_config
 from test_trainer import Numbers, interrupted, make_trainer
 
-import device
-from checkpoint import RunDirectory
 from config import Config
-from errors import KindlingError
 from faults.runs import Forked, completed, final_weights, flags, stopping_at
-from shards import PackedBlocks
+from kindling import device
+from kindling.data.shards import PackedBlocks
+from kindling.errors import KindlingError
+from kindling.runs.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.faults
 STEPS = {"fp32": 20, "bf16": 20, "fp16": 4}  # products in fp16 are slow on a CPU

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-import trainer
-from checkpoint import RunDirectory
 from faults.runs import Forked, completed, final_weights, flags, newest_step, say
+from kindling.runs.checkpoint import RunDirectory
+from kindling.training import trainer
 
 pytestmark = pytest.mark.faults
 SIGNALS, WHOLE = 20, 4

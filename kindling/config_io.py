@@ -1,0 +1,91 @@
+"""Configs as YAML, as flags, and beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+from pydantic import ValidationError
+
+from config import RUN, Config, SourceConfig, preset
+from kindling.errors import ConfigError, did_you_mean
+
+# a Config as flags without a prefix, booleans as `--model.bias False`
+ConfigFlags = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
+def to_yaml(cfg: Config) -> str:
+    """Write `cfg` as YAML, every field in the order of its class."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(cfg)), sort_keys=False)
+
+
+def from_yaml(text: str, where: str = "config") -> Config:
+    """Read what `to_yaml` wrote; raises `ConfigError` naming each unknown key or impossible value."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); mend it") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend it")
+    try:
+        return Config(**data)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
+    except (ValidationError, TypeError) as e:
+        raise ConfigError(f"{where}: {_one_line(e)}") from None
+
+
+def _one_line(error: ValidationError | TypeError) -> str:
+    """Return pydantic's findings as one line: each with its place, and for an unknown key the nearest that exist."""
+    if isinstance(error, TypeError):
+        return str(error)
+    parts = []
+    for item in error.errors():
+        *section, key = [str(place) for place in item["loc"]]
+        place = ".".join([*section, key])
+        if item["type"] == "unexpected_keyword_argument":
+            cls = SourceConfig if "sources" in section else get_type_hints(Config)[section[0]] if section else Config
+            parts.append(f"{place} is no setting; {did_you_mean(key, [f.name for f in dataclasses.fields(cls)])}")
+        else:
+            parts.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, but is {item['input']!r}")
+    return "; ".join(parts)
+
+
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return {"section.field": (old, new)} for every field in which two configs differ."""
+
+    def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(cfg):
+            value = getattr(cfg, f.name)
+            if dataclasses.is_dataclass(value):
+                out |= flat(value, f"{prefix}{f.name}.")
+            elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+                for i, item in enumerate(value):
+                    out |= flat(item, f"{prefix}{f.name}.{i}.")
+            else:
+                out[prefix + f.name] = value
+        return out
+
+    a, b = flat(old), flat(new)
+    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)}
+
+
+def preset_from_argv(argv: list[str], name: str | None = None) -> Config:
+    """Return the preset that `--preset NAME` names, or `name`, or `RUN`; the other arguments are left to tyro."""
+    for i, arg in enumerate(argv):
+        if arg == "--preset" and i + 1 < len(argv):
+            name = argv[i + 1]
+        elif arg.startswith("--preset="):
+            name = arg.removeprefix("--preset=")
+    return preset(name or RUN)

@@ -1,0 +1,136 @@
+"""The audit before fine-tuning: what the rows hold, one of them to look at, and a check of every one.
+
+The check goes the way back: from the rows as the model will get them to texts, and compares these with the hashes of the
+texts that the rows were made from. So it would notice a mask that is off by one, an end-of-text token that is lost or
+masked, examples that see each other, or padding that is supervised, wherever on the way that happened.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+from config import IGNORE, Config
+from kindling.data.conversations import CUT
+from kindling.data.examples import PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, ExampleRows, text_hash
+from kindling.data.ledger import Ledger
+from kindling.errors import KindlingError
+from kindling.tokenization.tokenizer import Tokenizer
+
+DIM, GREEN, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+
+
+class AuditError(KindlingError):
+    """A row that would teach something else than its response."""
+
+
+def audit(splits: dict[str, ExampleRows], tokenizer: Tokenizer) -> None:
+    """Check every row of every split; raises AuditError at the first that is not as it must be."""
+    for split, rows in splits.items():
+        with tqdm(total=rows.examples.n_examples, desc=f"auditing {split}", unit=" examples", leave=False) as bar:
+            for number in range(rows.n_rows):
+                bar.update(_check_row(rows, number, tokenizer))
+
+
+def _check_row(rows: ExampleRows, number: int, tokenizer: Tokenizer) -> int:
+    """Check one row; return its number of examples."""
+    batch = rows.of_bins([number], 1)
+    idx, targets = batch.idx[0], batch.targets[0]
+    at = 0
+    for item in rows.bins[number]:
+        segments = rows.examples.segments_of(item)
+        stop = at + int(segments[:, [PROMPT, RESPONSE]].sum()) - 1
+        places = None if batch.positions is None else batch.positions[0, at:stop]
+        if wrong := _wrong_with(idx[at:stop], targets[at:stop], places, segments, tokenizer):
+            raise AuditError(_violation(rows, f"example {item}", wrong))
+        at = stop
+    if (targets[at:] != IGNORE).any() or (idx[at:] == tokenizer.eos_id).any():
+        raise AuditError(_violation(rows, f"row {number}", "the padding must be neither supervised nor end-of-text"))
+    return len(rows.bins[number])
+
+
+def _violation(rows: ExampleRows, what: str, wrong: str) -> str:
+    folder = rows.examples.folder
+    return f"{what} of the {rows.examples.split} split in {folder} is not fit to train on: {wrong}; delete {folder} and run again"
+
+
+def _wrong_with(
+    idx: np.ndarray, targets: np.ndarray, positions: np.ndarray | None, segments: np.ndarray, tokenizer: Tokenizer
+) -> str | None:
+    """Return what is wrong with an example as it lies in a row: idx, targets and positions (n,), or None."""
+    if positions is not None and not np.array_equal(positions, np.arange(len(idx))):
+        return "its positions must count from 0"
+    if not (targets != IGNORE).any():
+        return "it must have at least one supervised token"
+    ids = np.append(idx, targets[-1])  # of the last token there is only the target
+    aims = np.concatenate(([IGNORE], targets))  # what is expected at the place of each id
+    at = 0
+    for segment in segments:
+        middle, stop = at + int(segment[PROMPT]), at + int(segment[PROMPT] + segment[RESPONSE])
+        prompt, response = ids[at:middle], ids[middle:stop]
+        if (aims[at:middle] != IGNORE).any():
+            return "nothing of a prompt may be supervised"
+        if not np.array_equal(aims[middle:stop], response):
+            return "all of a response must be supervised"
+        if response[-1] != tokenizer.eos_id or (response[:-1] == tokenizer.eos_id).any():
+            return "a response must end with end-of-text, and hold it nowhere else"
+        if text_hash(tokenizer.decode(response[:-1])) != segment[RESPONSE_HASH]:
+            return f"what is supervised must be the response, but is {tokenizer.decode(response[:-1])[:60]!r}"
+        control = int(at == 0 and tokenizer.bos_id is not None)
+        if (prompt == tokenizer.eos_id).any() or text_hash(tokenizer.decode(prompt[control:])) != segment[PROMPT_HASH]:
+            return f"what is masked must be the prompt, but is {tokenizer.decode(prompt)[:60]!r}"
+        at = stop
+    return None if at == len(ids) else "its segments must cover it"
+
+
+def table(cfg: Config, splits: dict[str, ExampleRows]) -> str:
+    """Return what was read, dropped and kept, and what the rows of each split are made of."""
+    ledger = Ledger.read(next(iter(splits.values())).examples.folder)
+    out = [f"{'':<32}{'examples':>12}", f"{'read':<32}{ledger.total('read')[0]:>12,}"]
+    out += [f"{f'  dropped: {rule}':<32}{ledger.total('dropped', rule)[0]:>12,}" for rule in ledger.names("dropped")]
+    changes = dict.fromkeys([CUT, *ledger.names("changed")])
+    out += [f"{f'  {change}':<32}{ledger.total('changed', change)[0]:>12,}" for change in changes]
+    out += [f"{'kept':<32}{ledger.total('kept')[0]:>12,}", *ledger.notes, ""]
+    lines: list[tuple[str, Callable[[ExampleRows], str]]] = [
+        ("examples", lambda r: f"{r.examples.n_examples:,}"),
+        ("tokens supervised", lambda r: f"{r.examples.n_supervised:,}"),
+        ("tokens masked", lambda r: f"{len(r.examples) - r.examples.n_supervised:,}"),
+        ("longest, in tokens", lambda r: f"{r.examples.lengths.max():,}"),
+        ("rows of the model", lambda r: f"{r.n_rows:,}"),
+        ("of them wasted on padding", lambda r: f"{r.wasted:.1%}"),
+    ]
+    out.append(f"{'':<32}" + "".join(f"{split:>12}" for split in splits))
+    out += [f"{name:<32}" + "".join(f"{of(rows):>12}" for rows in splits.values()) for name, of in lines]
+    packing = "packed, none seeing another" if cfg.train.packing else "one a row, padded"
+    out.append(f"template {cfg.data.template}, context {cfg.model.block_size:,}, examples {packing}")
+    return "\n".join(out)
+
+
+def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
+    """Return an example from the middle as a text that shows what is supervised of it: in green, or in [[brackets]]."""
+    number = rows.n_rows // 2  # the first ones are the longest
+    batch = rows.of_bins([number], 1)
+    n = int(rows.examples.lengths[rows.bins[number][0]]) - 1
+    ids = np.append(batch.idx[0, :n], batch.targets[0, n - 1])
+    supervised = np.concatenate(([False], batch.targets[0, :n] != IGNORE))
+    cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
+    before, after = (GREEN, PLAIN) if color else ("[[", "]]")
+    dim, undim = (DIM, PLAIN) if color else ("", "")
+    parts = []
+    for start, stop in itertools.pairwise(cuts):
+        # a terminal would obey control characters
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in tokenizer.decode(ids[start:stop])
+        )
+        parts.append(f"{before}{text}{after}" if supervised[start] else f"{dim}{text}{undim}")
+    legend = f"what is supervised is {before}{'green' if color else 'in brackets'}{after}"
+    return f"--- one example; {legend}\n{''.join(parts)}\n---"
+
+
+def wants_color(is_terminal: bool) -> bool:
+    """Return whether colour is welcome: on a terminal, unless NO_COLOR is set."""
+    return is_terminal and not os.environ.get("NO_COLOR")

@@ -1,0 +1,257 @@
+"""Near-duplicates by MinHash, and documents that hold a benchmark's problems.
+
+Both look at a document as its sequence of words (runs of letters, digits and underscores, in lower case), so that
+layout and punctuation do not count. Signatures are made by worker processes; the index lives in the one that builds.
+
+    index = NearDuplicates(threshold=0.6)
+    if index.find(mark) is None:
+        index.add(mark)
+
+Limits: similarity is estimated (standard error 0.04 at 128 slots), and a pair right at the threshold can go either way;
+a band that more than 64 documents share is searched for the newest of them; texts of fewer than two words are never
+near-duplicates.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import DataConfig
+from kindling.errors import KindlingError
+
+SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
+SHINGLE = 2  # words: pairs survive changed names and comments better than triples, and unrelated files stay apart
+CHAIN = 64  # documents that are compared for each band, the newest: what very many share says little
+NGRAM = 13  # words in a row that give a benchmark away (Brown et al. 2020, appendix C)
+NGRAM_LETTERS = 7  # of them with two letters at least, or loops over ranges and tables of digits would count
+FILTER_BITS = 20  # 1 MB, of which the project's own benchmarks set a twentieth
+PROBLEMS = Path(__file__).resolve().parents[2] / "problems"
+BENCHMARKS = {"humaneval": PROBLEMS / "HumanEval.jsonl.gz", "mbpp": PROBLEMS / "mbpp.jsonl.gz"}
+_WORD = re.compile(r"\w+")
+
+
+class BenchmarkError(KindlingError):
+    """A file of `data.decontaminate` that cannot be used."""
+
+
+class _WordHashes(dict[str, int]):
+    """The 64-bit hash of each word, remembered; the interpreter's own hash differs between processes."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 2**18:  # bounds the memory; most words are met once
+            self.clear()
+        raw = word.encode("utf-8", "surrogatepass")
+        value = self[word] = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+        return value
+
+
+_hash_of = _WordHashes()
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """Return the hashes of the words of `text` in order, uint64 (n_words,)."""
+    return np.array(list(map(_hash_of.__getitem__, _WORD.findall(text.lower()))), dtype=np.uint64)
+
+
+def window_hashes(words: np.ndarray, length: int) -> np.ndarray:
+    """Return one hash for each run of `length` words, uint64 (n_words - length + 1,); empty if there are fewer words."""
+    n = max(0, len(words) - length + 1)
+    out = np.zeros(n, dtype=np.uint64)
+    for i in range(length):
+        out = out * np.uint64(0x9E3779B97F4A7C15) + words[i : i + n]
+    return out
+
+
+def signature(words: np.ndarray) -> bytes:
+    """Return the MinHash signature of a document's word pairs, one byte a slot (b-bit minwise hashing, Li and König
+    2010), or nothing for fewer than two words. `words` are `word_hashes`."""
+    from rensa import RMinHash
+
+    shingles = window_hashes(words, SHINGLE)
+    if not len(shingles):
+        return b""
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, [0, len(shingles)], num_perm=SLOTS, seed=1)
+    slots = np.array(matrix.to_rows()[0], dtype=np.uint32)
+    # the highest byte of a product: the slots themselves are not uniform in their low bits
+    return ((slots * np.uint32(2654435769)) >> np.uint32(24)).astype(np.uint8).tobytes()
+
+
+class NearDuplicates:
+    """The signatures of the documents kept so far, found again by locality-sensitive hashing; about half a kB each.
+
+    `rensa`'s own index holds 1.6 to 3.5 kB for each document, which at a million documents is the machine's memory.
+    Here the four bytes of each band are a key into that band's hash table, whose chains run through `_next`.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self._n = 0
+        self._signatures = np.zeros((1024, SLOTS), dtype=np.uint8)
+        self._next = np.zeros((1024, BANDS), dtype=np.int32)
+        self._heads = np.full((BANDS, 1024), -1, dtype=np.int32)  # -1 ends a chain
+
+    def __len__(self) -> int:
+        return self._n
+
+    def _places(self, signatures: np.ndarray) -> np.ndarray:
+        """Return the place of each band in its hash table, (n, BANDS), for signatures (n, SLOTS)."""
+        keys = np.ascontiguousarray(signatures).view("<u4") * np.uint32(2654435769)
+        return keys >> np.uint32(32 - int(self._heads.shape[1]).bit_length() + 1)
+
+    def find(self, mark: bytes) -> tuple[int, float] | None:
+        """Return the number and similarity of the most similar document, if it reaches the threshold; else None."""
+        if not mark:
+            return None
+        wanted = np.frombuffer(mark, dtype=np.uint8)
+        bands = np.arange(BANDS)
+        found: list[np.ndarray] = []
+        at = self._heads[bands, self._places(wanted[None])[0]]
+        for _ in range(CHAIN):
+            alive = at >= 0
+            if not alive.any():
+                break
+            bands, at = bands[alive], at[alive]
+            found.append(at)
+            at = self._next[at, bands]
+        if not found:
+            return None
+        numbers = np.unique(np.concatenate(found))
+        equal = (self._signatures[numbers] == wanted).mean(axis=1)
+        similarity = (equal - 1 / 256) / (1 - 1 / 256)  # slots agree by chance once in 256
+        best = int(similarity.argmax())
+        return (int(numbers[best]), float(similarity[best])) if similarity[best] >= self.threshold else None
+
+    def add(self, mark: bytes) -> int:
+        """Add a document; return its number. They count from 0."""
+        if self._n == len(self._signatures):
+            self._grow()
+        number, self._n = self._n, self._n + 1
+        if mark:
+            self._signatures[number] = np.frombuffer(mark, dtype=np.uint8)
+            self._link(number, number + 1)
+        return number
+
+    def _link(self, start: int, stop: int) -> None:
+        bands = np.arange(BANDS)
+        for number, places in zip(range(start, stop), self._places(self._signatures[start:stop])):
+            self._next[number] = self._heads[bands, places]
+            self._heads[bands, places] = number
+
+    def _grow(self) -> None:
+        self._signatures = np.concatenate([self._signatures, np.zeros_like(self._signatures)])
+        self._next = np.zeros((len(self._signatures), BANDS), dtype=np.int32)
+        self._heads = np.full((BANDS, len(self._signatures)), -1, dtype=np.int32)
+        self._link(0, self._n)
+
+
+class Benchmarks:
+    """The word sequences of benchmarks, to keep documents that hold them out of training."""
+
+    def __init__(self, names: tuple[str, ...]):
+        """Read the benchmarks: `humaneval`, `mbpp`, or files; raises BenchmarkError for one that cannot be read."""
+        hashes: dict[int, list[str]] = {}
+        self.n_problems = 0
+        self.lost: list[str] = []  # problems that are too short or plain to be recognised
+        for name in names:
+            for problem, text in _problems(benchmark_path(name)):
+                words = _WORD.findall(text.lower())
+                telling = np.array([len(w) > 1 and not w.isdigit() for w in words], dtype=np.int64)
+                grams = window_hashes(word_hashes(text), NGRAM)
+                if len(grams):
+                    letters = np.convolve(telling, np.ones(NGRAM, dtype=np.int64), mode="valid")
+                    grams = grams[letters >= NGRAM_LETTERS]
+                for gram in np.unique(grams).tolist():
+                    hashes.setdefault(gram, []).append(problem)
+                self.n_problems += 1
+                if not len(grams):
+                    self.lost.append(problem)
+        self._hashes = np.array(sorted(hashes), dtype=np.uint64)
+        self._problems = [hashes[h] for h in self._hashes.tolist()]
+        self._filter = np.zeros(2**FILTER_BITS, dtype=bool)  # of their high bits: most searches end there
+        self._filter[self._hashes >> np.uint64(64 - FILTER_BITS)] = True
+
+    def _hits(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which runs of 13 words of a document a problem holds too, and their places among the hashes."""
+        grams = window_hashes(words, NGRAM)
+        hits = np.flatnonzero(self._filter.take(grams >> np.uint64(64 - FILTER_BITS)))
+        if not len(hits):  # always so where there are no hashes
+            return hits, hits
+        places = np.minimum(np.searchsorted(self._hashes, grams[hits]), len(self._hashes) - 1)
+        equal = self._hashes[places] == grams[hits]
+        return hits[equal], places[equal]
+
+    def find(self, text: str, words: np.ndarray) -> str | None:
+        """Return the problem that a document holds 13 words of, with those words, or None; `words` are its `word_hashes`."""
+        hits, places = self._hits(words)
+        if not len(hits):
+            return None
+        shared = " ".join(_WORD.findall(text.lower())[hits[0] : hits[0] + NGRAM])
+        return f"{self._problems[places[0]][0]}: {shared!r}"
+
+    def find_all(self, text: str, words: np.ndarray) -> dict[str, str]:
+        """Return every problem that a document holds 13 words of, each with the first such words; `words` as in `find`."""
+        hits, places = self._hits(words)
+        spelt = _WORD.findall(text.lower()) if len(hits) else []
+        found: dict[str, str] = {}
+        for hit, place in zip(hits.tolist(), places.tolist()):
+            for problem in self._problems[place]:
+                found.setdefault(problem, " ".join(spelt[hit : hit + NGRAM]))
+        return found
+
+
+def benchmark_path(name: str) -> Path:
+    """Return the file of a benchmark: one of the project's own by name, else a path."""
+    return BENCHMARKS.get(name.lower()) or Path(name).expanduser()
+
+
+def benchmark_files(cfg: DataConfig) -> dict[str, str]:
+    """Return the sha256 of each file of `data.decontaminate`, by name; raises BenchmarkError if one cannot be read."""
+    out = {}
+    for name in cfg.decontaminate:
+        try:
+            out[name] = hashlib.sha256(benchmark_path(name).read_bytes()).hexdigest()
+        except OSError as e:
+            raise BenchmarkError(_unreadable(name, str(e))) from None
+    return out
+
+
+def _unreadable(name: object, why: str) -> str:
+    return (
+        f"data.decontaminate must name {', '.join(BENCHMARKS)}, or text or JSONL files that can be read, but {str(name)!r} "
+        f"cannot ({why}); correct --data.decontaminate"
+    )
+
+
+def _problems(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and text of each problem: of the rows of a JSONL file all strings in order, of a text file all."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    stem = path.name.split(".")[0]
+    try:
+        with opener(path, "rt", encoding="utf-8") as f:
+            if ".json" not in path.suffixes[-2:] and ".jsonl" not in path.suffixes[-2:]:
+                yield stem, f.read()
+                return
+            for number, line in enumerate(f):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                name = str(row.pop("task_id", number)) if isinstance(row, dict) else str(number)
+                yield name if "/" in name else f"{stem}/{name}", " ".join(_strings(row))
+    except (OSError, EOFError, ValueError) as e:
+        raise BenchmarkError(_unreadable(path, " ".join(str(e).split()))) from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)

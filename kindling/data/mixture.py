@@ -1,0 +1,154 @@
+"""Which document comes next, and whether it is worth having: weights, duplicates, splits.
+
+    for document in Mixture(cfg, examined_by(pool, cfg, files, tokenizer_file)): ...
+
+Everything here is decided in the one process that builds, in the order of the documents, and depends on nothing else: the
+same inputs give the same mixture with any number of workers or machines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from config import DataConfig
+from kindling.data.duplicates import NearDuplicates
+from kindling.data.filters import Drop
+from kindling.data.shards import DataError
+from kindling.data.sources import LocalFile, documents
+from kindling.data.workers import Examined, WorkerPool
+
+
+def split_of(digest: bytes, cfg: DataConfig) -> str:
+    """Return the split of a document by its content's hash, so that it stays there whatever is added beside it."""
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < cfg.val_fraction:
+        return "val"
+    return "test" if place < cfg.val_fraction + cfg.test_fraction else "train"
+
+
+@dataclasses.dataclass
+class Drawn:
+    """One document as the mixture drew it: dropped, or kept in a split. They are numbered in the order of drawing."""
+
+    source: int
+    examined: Examined
+    drop: Drop | None = None
+    split: str = ""
+    original: int | None = None  # the number of the document that it duplicates
+    repeated: bool = False
+
+
+Reader = Callable[[int], Iterator[Examined]]  # of a source, by its number, in its order
+
+
+def examined_by(
+    pool: WorkerPool, cfg: DataConfig, files: list[list[LocalFile] | None], tokenizer_file: Path | None = None
+) -> Reader:
+    """Return what reads the sources' files by the workers of `pool`: to token ids with a tokenizer's file, else to text."""
+    return lambda i: pool.map(documents(cfg.sources[i], files[i]), tokenizer_file)
+
+
+class Originals:
+    """The content of the documents kept so far, so that no duplicate follows. About 0.7 kB a document."""
+
+    def __init__(self, cfg: DataConfig):
+        self._exact: dict[bytes, int] | None = {} if cfg.dedup else None
+        self._near = None if cfg.near_dedup is None else NearDuplicates(cfg.near_dedup)
+        self._numbers = array("q")  # of the documents in `_near`
+
+    def check(self, examined: Examined, number: int) -> tuple[Drop | None, int | None]:
+        """Return why document `number` is dropped and the number of its original; or remember it, and return None twice."""
+        if self._exact is not None:
+            original = self._exact.setdefault(examined.digest, number)
+            if original != number:
+                return Drop("duplicate", "the same content as"), original
+        if self._near is not None:
+            if similar := self._near.find(examined.signature):
+                return Drop("near-duplicate", f"similarity {similar[1]:.2f} to"), self._numbers[similar[0]]
+            self._near.add(examined.signature)
+            self._numbers.append(number)
+        return None, None
+
+
+class Mixture:
+    """Draws documents from the sources by weight, and drops those that another document makes superfluous.
+
+    The next document comes from the source that is furthest behind its share of the tokens (of the bytes, before
+    there is a tokenizer), which depends on nothing but the documents so far.
+    """
+
+    def __init__(self, cfg: DataConfig, read: Reader, silent: bool = False):
+        """`read` reads a source from its beginning; `silent` keeps it from saying that a source ran dry."""
+        self.data, self.read, self.silent = cfg, read, silent
+        self.reads = [0] * len(cfg.sources)  # how often each source was begun
+        self.broken: dict[int, str] = {}  # the sources that ended before they should have, and how
+        self.notes: list[str] = []
+        self._dry: set[int] = set()  # the sources that were read whole
+        self._in_train = [bytearray() for _ in cfg.sources]  # for each document of a source, whether training has it
+
+    def __iter__(self) -> Iterator[Drawn]:
+        originals, number = Originals(self.data), 0
+        streams = {i: self._read(i) for i in range(len(self.reads))}
+        drawn = dict.fromkeys(streams, 0)
+        while streams:
+            i = min(streams, key=lambda i: drawn[i] / self.data.sources[i].weight)
+            document = next(streams[i], None)
+            if document is None:
+                streams = self._went_dry(i, streams)
+                continue
+            examined = document.examined
+            if document.drop is None and not document.repeated:
+                document.drop, document.original = originals.check(examined, number)
+                document.split = split_of(examined.group or examined.digest, self.data) if document.drop is None else ""
+            if self.reads[i] == 1:
+                self._in_train[i].append(document.split == "train")
+            if document.drop is None:
+                drawn[i] += examined.size if examined.ids is None else len(examined.ids)
+            number += 1
+            yield document
+
+    def _read(self, i: int) -> Iterator[Drawn]:
+        """Yield the documents of a source; in a repetition only those that training has."""
+        label, again = self.data.sources[i].label, self.reads[i] > 0
+        self.reads[i] += 1
+        found = False
+        try:
+            for n, examined in enumerate(self.read(i)):
+                if examined.broken is not None:
+                    self.broken[i] = f"{label}: {examined.broken}"
+                if not again:
+                    yield Drawn(i, examined, examined.drop)
+                elif n < len(self._in_train[i]) and self._in_train[i][n] and examined.drop is None:
+                    found = True
+                    yield Drawn(i, examined, split="train", repeated=True)
+        except DataError as e:
+            if not again:
+                raise
+            self.broken[i] = f"{label}: {e}"  # what there is stays
+        if again and not found:  # or it would be begun for ever
+            self.broken.setdefault(i, f"{label}: in its repetition nothing of it was there any more")
+
+    def _went_dry(self, i: int, streams: dict[int, Iterator[Drawn]]) -> dict[int, Iterator[Drawn]]:
+        """Return the streams to go on with, now that source `i` has no more documents, and say so the first time."""
+        label, first = self.data.sources[i].label, i not in self._dry
+        self._dry.add(i)
+        others = {j: stream for j, stream in streams.items() if j != i}
+        if not others or all(j in self._dry for j in others):
+            return {}  # every source was read whole
+        if self.data.when_dry == "stop":
+            self._note(f"source {label} ran dry: the build stops here, as data.when_dry says")
+            return {}
+        # what broke is not repeated in place of what is missing
+        repeat = self.data.when_dry == "repeat" and any(self._in_train[i]) and i not in self.broken
+        if first:
+            self._note(f"source {label} ran dry: " + ("it is repeated" if repeat else "the others go on without it"))
+        return {**others, i: self._read(i)} if repeat else others
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        if not self.silent:
+            print(text, file=sys.stderr)

@@ -1,0 +1,346 @@
+"""Token shards: the files between the data pipeline and training.
+
+A data folder holds `train-00000.npy`, ... (flat little-endian token ids in NumPy's own headered format), the same for
+`val` and `test`, `tokenizer.json`, `ledger.json`, and `manifest.json` with each shard's length, dtype and sha256.
+A folder is whole or absent: it is written under another name and renamed when complete, and opening it checks every
+hash, so a truncated or damaged shard is found before the first step and not as a strange loss. The manifest has a hash of
+its own content, since a changed number of tokens in it would be another order of the data, and no error.
+
+Beside the shards, `SPLIT-documents.npy` says of each document how long it is and what it is, for figures by language and
+source. Training does not read it, and folders built before there was one have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from config import IGNORE, ModelConfig
+from kindling.errors import KindlingError
+from kindling.files import sha256_file, write_json
+
+FORMAT = 1
+SHARD_TOKENS = 2**23  # what a writer holds in memory for each split
+SPLITS = ("train", "val", "test")
+TOKENS, BYTES, LANGUAGE, SOURCE = range(4)  # columns of the table of documents
+
+
+class DataError(KindlingError):
+    """Data that cannot be read, built or used."""
+
+
+class Batch(NamedTuple):
+    """Rows to train on or to evaluate, all int64 (B, T)."""
+
+    idx: np.ndarray
+    targets: np.ndarray  # IGNORE where nothing is supervised
+    positions: np.ndarray | None = None  # places in documents that do not see each other; None: each row is one
+
+    def part(self, rows: slice) -> Batch:
+        """Return some of the rows."""
+        return Batch(*(None if array is None else array[rows] for array in self))
+
+
+def document_positions(idx: np.ndarray, eos_id: int) -> np.ndarray:
+    """Return each token's position in its own document, (B, T) int64, of packed rows idx (B, T) int64.
+
+    An end-of-text token is position 0 of the document after it: generation from nothing starts with that token, so in
+    training too the document's first token is predicted from it alone. So is the first token of a row, whatever it is.
+    """
+    place = np.arange(idx.shape[1])  # (T,)
+    return place - np.maximum.accumulate(np.where(idx == eos_id, place, 0), axis=1)  # (B, T)
+
+
+@dataclass
+class SplitInfo:
+    """What the manifest says of one split. `bytes` is UTF-8 source, for bits per byte: of examples, of their responses."""
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    max_id: int = -1
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    segments: dict[str, Any] | None = None  # of examples, the file that says where prompts and responses begin
+    table: dict[str, Any] | None = None  # the file with a row for each document, and the names that its columns number
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all its files."""
+        return [entry["file"] for entry in (*self.shards, self.segments, self.table) if entry is not None]
+
+
+class ShardWriter:
+    """Collects the documents of one split and writes them as shards of at most SHARD_TOKENS tokens."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.info = SplitInfo()
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._documents = array("q")  # the table, row by row
+        self._names: tuple[dict[str, int], dict[str, int]] = {}, {}  # languages and sources, numbered as they are met
+
+    @property
+    def position(self) -> int:
+        """Where in the split the next document will begin, in tokens."""
+        return self.info.tokens + self._pending_tokens
+
+    def add(self, ids: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown") -> None:
+        """Append one document, whose ids already end with the end-of-text token. Raises DataError for ids that do not fit."""
+        self.info.documents += 1
+        self.info.bytes += n_bytes
+        self.info.max_id = max(self.info.max_id, int(ids.max()))
+        if self.info.max_id > np.iinfo(self.dtype).max:
+            raise DataError(
+                f"a token id must fit in {self.dtype}, but {self.info.max_id} does not; the tokenizer's vocab_size is wrong"
+            )
+        numbers = (known.setdefault(name, len(known)) for known, name in zip(self._names, (language, source)))
+        self._documents.extend((len(ids), n_bytes, *numbers))
+        self._pending.append(ids.astype(self.dtype))
+        self._pending_tokens += len(ids)
+        if self._pending_tokens >= SHARD_TOKENS:
+            self.flush()
+
+    def close(self) -> None:
+        """Write what is left, and the table of documents."""
+        self.flush()
+        path = self.folder / f"{self.split}-documents.npy"
+        np.save(path, np.array(self._documents, dtype=np.int64).reshape(-1, 4))  # (D, 4)
+        languages, sources = map(list, self._names)
+        self.info.table = {"file": path.name, "sha256": sha256_file(path), "languages": languages, "sources": sources}
+
+    def flush(self) -> None:
+        """Write what is pending as the next shard."""
+        if not self._pending_tokens:
+            return
+        tokens = np.concatenate(self._pending)
+        self._pending, self._pending_tokens = [], 0
+        path = self.folder / f"{self.split}-{len(self.info.shards):05d}.npy"
+        np.save(path, tokens)
+        self.info.tokens += len(tokens)
+        self.info.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
+
+
+def way_out(folder: Path, fingerprint: str = "") -> str:
+    """Return what to do about a data folder that cannot be used."""
+    if (folder.parent / "config.yaml").is_file():  # a run's own copy, which no build restores
+        source = f"data/{fingerprint}" if fingerprint else "the folder under data/ that the run was trained on"
+        return f"copy the files of the same names from {source}, or start the run over with --fresh"
+    return f"delete {folder} and run again to rebuild it"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` with the sha256 of all that it says, by which `is_as_written` knows it again."""
+    said = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(said, sort_keys=True, ensure_ascii=True)
+    return {**said, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
+
+
+def is_as_written(content: dict[str, Any]) -> bool:
+    """Return whether `content` says what it did when it was sealed; one of before there were seals is taken as it is."""
+    return "sha256" not in content or sealed(content)["sha256"] == content["sha256"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a data folder's manifest; raises DataError where there is none, or it is not whole or not as it was written."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path} must be readable JSON, but is not ({e}); {way_out(folder)}") from None
+    keys = {"format", "fingerprint", "dtype", "tokenizer_sha256", "vocab_size", "eos_id", "splits"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not keys <= manifest.keys():
+        raise DataError(f"{path} must be a whole manifest of format {FORMAT}, but is not; {way_out(folder)}")
+    if not is_as_written(manifest):
+        raise DataError(f"{path} must be as it was written, but has changed; {way_out(folder)}")
+    return manifest
+
+
+class TokenDataset:
+    """One split of a data folder, memory-mapped as one long sequence of token ids."""
+
+    def __init__(self, folder: Path, split: str):
+        """Open and verify every shard of the split; raises DataError naming the first that is damaged."""
+        self.folder, self.split = folder, split
+        self.manifest = read_manifest(folder)
+        try:
+            self.info = SplitInfo(**self.manifest["splits"][split])
+            self._maps = [self._open(shard) for shard in self.info.shards]
+            self.documents = None if self.info.table is None else self._open_table(self.info.table)  # (D, 4)
+        except (KeyError, TypeError) as e:
+            raise DataError(
+                f"{folder / 'manifest.json'} must list the shards of the {split} split, but does not ({e!r}); "
+                f"{way_out(folder, self.manifest['fingerprint'])}"
+            ) from None
+        self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
+
+    def _open(self, shard: dict[str, Any]) -> np.ndarray:
+        path, advice = self.folder / shard["file"], way_out(self.folder, self.manifest["fingerprint"])
+        try:
+            found = sha256_file(path)
+            if found == shard["sha256"]:  # only then is the header worth parsing; a pickle or an archive is refused
+                tokens = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError, EOFError) as e:
+            raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {advice}") from None
+        if found != shard["sha256"]:
+            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
+        if tokens.dtype != self.manifest["dtype"] or tokens.shape != (shard["tokens"],):
+            raise DataError(
+                f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
+                f"{tokens.size} of {tokens.dtype}; {advice}"
+            )
+        return tokens
+
+    def _open_table(self, entry: dict[str, Any]) -> np.ndarray:
+        """Return a table that lies beside the shards, if it is as it was written."""
+        path, advice = self.folder / entry["file"], way_out(self.folder, self.manifest["fingerprint"])
+        try:
+            if whole := sha256_file(path) == entry["sha256"]:
+                table = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError, EOFError) as e:  # ValueError: a pickle
+            raise DataError(f"{path} must be a readable table, but is not ({e}); {advice}") from None
+        if not whole:
+            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
+        return table
+
+    def __len__(self) -> int:
+        return self.info.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` token ids from position `start` as int64 (count,), across shards."""
+        out = np.empty(count, dtype=np.int64)
+        filled, shard = 0, int(np.searchsorted(self._ends, start, side="right"))
+        while filled < count:
+            base = 0 if shard == 0 else int(self._ends[shard - 1])
+            piece = self._maps[shard][start + filled - base : start + count - base]
+            out[filled : filled + len(piece)] = piece
+            filled, shard = filled + len(piece), shard + 1
+        return out
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, (D,): by the table, or where there is none by the end-of-text tokens."""
+        if self.documents is not None:
+            return self.documents[:, TOKENS]
+        ends = [0, len(self)]
+        for start in range(0, len(self), SHARD_TOKENS):
+            ids = self.read(start, min(SHARD_TOKENS, len(self) - start))
+            ends += (np.flatnonzero(ids == self.manifest["eos_id"]) + start + 1).tolist()
+        return np.diff(np.unique(ends))
+
+    def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
+        """Yield the whole split once, in the rows that a model of `cfg` is evaluated on."""
+        return blocks_in_order(self, cfg.block_size, batch_size, cfg.document_mask)
+
+    def targets_in_order(self, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Return which documents the supervised targets of `in_order` are of, one after the other, and how many are of
+        each, (D,) int64 both."""
+        counts = np.array(self.lengths)
+        counts[:1] -= 1  # nothing comes before the first token of the split
+        return np.arange(len(counts)), counts
+
+    def require_fits(self, vocab_size: int, tokenizer_sha256: str) -> None:
+        """Raise DataError unless these shards are of that tokenizer and every id is below `vocab_size`."""
+        if self.manifest["tokenizer_sha256"] != tokenizer_sha256:
+            raise DataError(
+                f"the shards of {self.folder} must be of the run's tokenizer, but are of another; "
+                f"delete the folder and run again to rebuild it, or start over with --fresh"
+            )
+        if self.info.max_id >= vocab_size:
+            raise DataError(
+                f"every token id must be below model.vocab_size={vocab_size}, but {self.folder} holds {self.info.max_id}; "
+                f"set --model.vocab-size to at least {self.manifest['vocab_size']}"
+            )
+
+
+class PackedBlocks:
+    """The training order: blocks of `block_size` tokens without padding, each once an epoch, shuffled by (seed, epoch).
+
+    A row is addressed by one integer, its position in the run, so a batch is a pure function of the step and a resumed
+    run sees exactly the rows that it would have seen.
+    """
+
+    def __init__(self, dataset: TokenDataset, block_size: int, seed: int, document_mask: bool = False):
+        """With `document_mask` the rows come with positions, so that no document of a block sees another."""
+        self.dataset, self.block_size, self.seed = dataset, block_size, seed
+        self.document_mask = document_mask
+        self.n_rows = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
+        if self.n_rows < 1:
+            raise DataError(
+                f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
+                f"{len(dataset)}; add files, or lower --model.block-size"
+            )
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def _block(self, position: int) -> int:
+        epoch, place = divmod(position, self.n_rows)
+        order = self._order  # read once: another thread may be at another epoch
+        if order[0] != epoch:
+            order = self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+        return int(order[1][place])
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return which tokens of the split the row at a position is cut from; the last of them is a target only."""
+        start = self._block(position) * self.block_size
+        return [range(start, start + self.block_size + 1)]
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return the rows at positions first, first + 1, ..., each of block_size tokens."""
+        tokens = [t for i in range(count) for t in self.tokens_of(first + i)]
+        rows = np.stack([self.dataset.read(t.start, len(t)) for t in tokens])  # (B, T + 1)
+        return packed(self.dataset, rows[:, :-1], rows[:, 1:], self.document_mask)
+
+
+def packed(dataset: TokenDataset, idx: np.ndarray, targets: np.ndarray, document_mask: bool) -> Batch:
+    """Return packed rows as a batch, with their documents' positions if those are to be masked from each other."""
+    return Batch(idx, targets, document_positions(idx, dataset.manifest["eos_id"]) if document_mask else None)
+
+
+def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+    """Return the positions of one rank's rows in the batch that begins at `position`; the ranks together cover it once."""
+    share = batch_size // world_size
+    return range(position + rank * share, position + (rank + 1) * share)
+
+
+def row_starts(n_targets: int, block_size: int, stride: int) -> range:
+    """Return where the rows begin that have each of `n_targets` tokens as a target: one every `stride` tokens.
+
+    The first row supervises all its targets, each later one the last `stride`: those that the row before did not reach.
+    """
+    return range(0, max(n_targets - block_size, 0) + stride if n_targets > 0 else 0, stride)
+
+
+def blocks_in_order(
+    dataset: TokenDataset, block_size: int, batch_size: int, document_mask: bool = False, stride: int | None = None
+) -> Iterator[Batch]:
+    """Yield the whole split once, in rows of block_size tokens: every token but the first is a target once.
+
+    With a `stride` of 1 to block_size the rows overlap, and every target has at least block_size - stride + 1 tokens before
+    it in its row, where the split has them. Every batch has `batch_size` rows (one shape, so that compiled code serves them
+    all); what is left over in the last is id 0 with targets of -100.
+    """
+    stride = block_size if stride is None else stride
+    starts = row_starts(len(dataset) - 1, block_size, stride)
+    for i in range(0, len(starts), batch_size):
+        idx = np.zeros((batch_size, block_size), dtype=np.int64)
+        targets = np.full_like(idx, IGNORE)
+        for row, start in enumerate(starts[i : i + batch_size]):
+            tokens = dataset.read(start, min(block_size + 1, len(dataset) - start))
+            idx[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
+            targets[row, : block_size - stride if start else 0] = IGNORE  # the row before has them
+        yield packed(dataset, idx, targets, document_mask)
+
+
+def write_manifest(folder: Path, **content: Any) -> None:
+    """Write the manifest, the last file of a data folder; `splits` are SplitInfo."""
+    content["splits"] = {name: asdict(info) for name, info in content["splits"].items()}
+    write_json(folder / "manifest.json", sealed({"format": FORMAT, **content}))

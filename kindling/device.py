@@ -1,0 +1,280 @@
+"""Device, precision, compilation and random state: all that depends on the hardware is in this file.
+
+Nothing else of the project asks which device it runs on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import TrainConfig
+from kindling.distributed import ALONE, World
+from kindling.errors import KindlingError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeviceError(KindlingError):
+    """A device or precision that this machine does not have."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision a model runs, and with which other processes."""
+
+    device: torch.device
+    precision: str
+    world: World = ALONE
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes run: weights stay float32, products run in `precision`."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Return the loss scaler, which does nothing unless the precision is fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type of products outside autocast that bear a low precision: bfloat16 where that is the precision, or float32."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether work is queued, so that reading a result waits for the device."""
+        return self.device.type != "cpu"
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether fused AdamW heeds `found_inf` here, by which a step that is not finite is left out without being read."""
+        return self.device.type in ("cpu", "cuda")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run's bits depend on besides its config."""
+        return {
+            "device": self.device.type,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "world_size": self.world.size,
+            "torch": str(torch.__version__),
+        }
+
+
+def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
+    """Copy rows of token ids to the device; to a GPU without waiting for the copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(rows))
+    if runtime.device.type == "cuda":
+        return tensor.pin_memory().to(runtime.device, non_blocking=True)
+    return tensor.to(runtime.device)
+
+
+def resolve(cfg: TrainConfig, world: World = ALONE) -> Runtime:
+    """Choose device and precision by `cfg` and the hardware; raises DeviceError for what is not there.
+
+    With several ranks on GPUs, each has the one of its number on its machine.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if cfg.device == "auto" else cfg.device
+    if not available[kind]:
+        there = ", ".join(k for k, yes in available.items() if yes)
+        raise DeviceError(
+            f"the device must be one of this machine ({there}), but is {kind!r}; set --device auto, or --train.device auto"
+        )
+    if kind == "cuda" and cfg.precision != "fp32":  # TensorFloat-32 for what stays float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(kind) else "fp16" if kind == "cuda" else "fp32"
+    if world.size > 1 and kind == "mps":
+        raise DeviceError(
+            "several ranks must run on the cpu or on cuda, but the device is mps, of which there is one; leave torchrun out"
+        )
+    return Runtime(
+        torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind),
+        precision,
+        world,
+    )
+
+
+def has_bf16(kind: str) -> bool:
+    """Return whether the hardware, and not an emulation, multiplies bfloat16."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def has_compiler(kind: str) -> bool:
+    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    if kind == "cuda":
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    return kind == "cpu" and any(shutil.which(name) for name in names if name)
+
+
+def trust_compiler() -> None:
+    """Spare torch.compile its trials of the CPU's vector instructions, where the compiler is known to know them all.
+
+    They cost six seconds at first, and one at each start. What the CPU has is asked of the CPU either way; an older or another
+    compiler than GCC 12 is still tried out, and TORCHINDUCTOR_VEC_ISA_OK is heeded. Without effect once torch.compile was used.
+    """
+    command = [os.environ.get("CXX", "g++"), "-dumpfullversion"]  # which clang does not know
+    try:
+        version = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) >= 12:
+        import torch._inductor.config as inductor
+
+        if inductor.cpp.vec_isa_ok is None:
+            inductor.cpp.vec_isa_ok = True
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's choice. Raises DeviceError for more than there are cores."""
+    if threads is not None:
+        cores = os.cpu_count() or 1
+        if threads > cores:
+            raise DeviceError(
+                f"train.threads must be at most this machine's {cores} cores, but is {threads}; lower it, or use None"
+            )
+        torch.set_num_threads(threads)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch's generators on every device."""
+    torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one rank from `step` on, otherwise than those of any other rank or step."""
+    seed_all(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:
+    """Return the state of every generator that training draws from (dropout); data order needs none."""
+    state = {"cpu": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    elif runtime.device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Restore what `rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def synchronize(runtime: Runtime) -> None:
+    """Wait until the device has done what it was given, so that a clock reading means something."""
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    elif runtime.device.type == "mps":
+        torch.mps.synchronize()
+
+
+def reset_peak_memory(runtime: Runtime) -> bool:
+    """Give back the memory that is free within the process, and count its peak anew; return whether the system can.
+
+    Linux only, on the CPU: elsewhere the peak of a process never falls.
+    """
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        trim = ctypes.CDLL(None).malloc_trim  # glibc's: what it keeps of earlier work would hide what later work takes
+        trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Return the most memory used since the start or `reset_peak_memory`; 0 if unknown.
+
+    Allocated on the GPU, or resident in this process on the CPU.
+    """
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:  # no Linux
+        status = ""
+    if mark := re.search(r"VmHWM:\s+(\d+) kB", status):
+        return int(mark[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes(runtime: Runtime) -> float | None:
+    """Return how much more this process may take without swapping or being killed; None if unknown.
+
+    On Linux, of what the machine and each control group of the process have left. Infinite on CUDA, which refuses what does
+    not fit by an error that can be caught.
+    """
+    if runtime.device.type == "cuda":
+        return math.inf
+    try:
+        machine = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return None if machine is None else min(int(machine[1]) * 1024, *cgroup_rooms(Path("/proc/self/cgroup")))
+
+
+def cgroup_rooms(groups: Path, mount: Path = Path("/sys/fs/cgroup")) -> list[float]:
+    """Return what each control group that `groups` names, and each above it, has left of its limit on memory, in bytes.
+
+    Infinity comes first, for a process without any. The page cache counts as left: the kernel gives it up first.
+    """
+    rooms = [math.inf]
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, limit, usage, cache = (
+            (mount, "memory.max", "memory.current", "inactive_file")
+            if controllers == ""
+            else (mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        inside = root / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+                stat = (folder / "memory.stat").read_text(encoding="ascii")
+            except (OSError, ValueError):  # no such group from in here, or its limit is "max"
+                continue
+            reclaimable = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
+            rooms.append(most - used + (int(reclaimable[1]) if reclaimable else 0))
+    return rooms

@@ -1,0 +1,244 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2021), on a model in memory and with data of this machine or the hub.
+
+    python evaluate.py runs/demo --harness wikitext,hellaswag,arc_easy,arc_challenge,gsm8k --harness-data data/eval
+
+Any task, group or tag of lm-eval goes. Its settings are lm-eval's own, so the figures are those of published tables as far
+as the data are the same; what is not, each result says. lm-eval is optional: `pip install -r requirements-harness.txt`.
+Limits: no chat template; nothing that runs code a model wrote (lm-eval has no sandbox); one device, float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kindling.errors import did_you_mean, one_line
+from kindling.evaluation.harness_data import TASKS, HarnessError, Local, load, wanted
+
+if TYPE_CHECKING:
+    import torch
+    from lm_eval.tasks import TaskManager
+
+    from kindling.evaluation.harness_model import KindlingLM
+    from kindling.tokenization.tokenizer import Tokenizer
+    from model import LanguageModel
+
+# which of a task's metrics published tables show, the first that it has
+HEADLINES = ("word_perplexity", "acc_norm", "exact_match,strict-match", "acc", "exact_match")
+SEED = 1234  # of the draw of few-shot examples; lm-eval's own default
+
+
+def run(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    device: torch.device,
+    data: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Return for each task its headline metric, and under "all" every metric, ready for JSON.
+
+    `data` is a folder of local files (see harness_data.py); a task that has none there is read from the hub. `limit` is
+    the number of questions of each task. A result has metric, value, stderr (or None), n (questions), shots, task_version,
+    lm_eval (its version), data (a path, or "hub"), requests, cropped (of them, those whose context was cut on the left),
+    all, and notes: sentences on what makes the figures differ from published ones.
+    Raises HarnessError, before anything runs, if lm-eval, a task or its data cannot be had.
+    """
+    require(tasks, data, limit)
+    with _quiet():
+        manager = _manager(tuple(tasks))
+        for task in tasks:
+            if task not in manager.task_index:
+                raise HarnessError(f"lm-eval has no task called {task!r}; {did_you_mean(task, manager.all_tasks)}")
+        single = set(manager.all_subtasks)  # a group or a tag has no data of its own
+        local = {task: load(data, task) if data and task in single else None for task in tasks}
+        with _hub(needed=None in local.values()) as answers:
+            loaded = {task: _load(manager, task, local[task], answers) for task in tasks}
+        from kindling.evaluation.harness_model import KindlingLM
+
+        was_training = model.training
+        model.eval()  # without dropout
+        try:
+            results = {}
+            for task in tasks:
+                lm = KindlingLM(model, tokenizer, device, batch_size, progress)
+                results |= _evaluate(lm, task, loaded[task], local[task], limit)
+        finally:
+            model.train(was_training)
+    return results
+
+
+def require(tasks: Sequence[str], data: Path | None, limit: int | None) -> None:
+    """Raise HarnessError unless lm-eval is installed and the rest can be used."""
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise HarnessError(
+            "--harness must find lm-eval, but it is not installed; run `pip install -r requirements-harness.txt`"
+        )
+    if not tasks:
+        raise HarnessError(f"--harness must name a task, but is empty; try {','.join(TASKS)}")
+    if data is not None and not data.is_dir():
+        raise HarnessError(
+            f"--harness-data must be a folder with the tasks' data, but {data} is none; correct the path"
+        )
+    if limit is not None and limit < 1:
+        raise HarnessError(f"--harness-limit must be at least 1, but is {limit}; leave it out for all questions")
+
+
+@functools.lru_cache
+def _manager(tasks: tuple[str, ...]) -> TaskManager:
+    """Return lm-eval's index of its tasks: of all 14,000, which takes ten seconds, only where a task is not known here."""
+    import lm_eval.tasks
+
+    if not all(task in TASKS for task in tasks):
+        return _full_manager()
+    folders = {Path(lm_eval.tasks.__file__).parent / TASKS[task].folder for task in tasks}
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=sorted(folders))
+
+
+@functools.lru_cache
+def _full_manager() -> TaskManager:
+    import lm_eval.tasks
+
+    return lm_eval.tasks.TaskManager()
+
+
+def _load(manager: TaskManager, task: str, local: Local | None, hub_answers: bool) -> dict[str, Any]:
+    """Return lm-eval's task with its data, in the form that `evaluate` takes."""
+    spec: str | dict[str, Any] = task
+    if local is not None:
+        # inside a group, settings given here are laid over the task's own
+        settings = {"task": task, "custom_dataset": lambda **_: local.splits, **local.overrides}
+        spec = {"group": "local", "task": [settings]}
+    try:
+        loaded = manager.load([spec])
+    except Exception as e:  # connection, authorisation and format errors, and those of a task's own code, share no base
+        if local is not None:
+            raise HarnessError(
+                f"{local.path} must have the data of {task}, but gave {one_line(e)}; fetch it again"
+            ) from None
+        put = f"put {wanted(task)} into a folder and name it with --harness-data"
+        if task not in manager.all_subtasks:
+            put = "name the tasks in it, whose data may be local, one by one"
+        offline = isinstance(e, OSError) and not hub_answers  # else it may be a package that the task's own code lacks
+        why = "the hub cannot be reached and its cache lacks them" if offline else f"loading them gave {one_line(e)}"
+        raise HarnessError(f"the task {task} must have its data, but {why}; check the network, or {put}") from None
+    for one in loaded["tasks"].values():
+        one.set_fewshot_seed(SEED)
+    return {"tasks": loaded["tasks"], "groups": loaded.get("groups", {}) if local is None else {}}
+
+
+def _evaluate(
+    lm: KindlingLM, task: str, loaded: dict[str, Any], local: Local | None, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """Return the result of a task; of a group, that of each of its tasks and of the whole if it has one."""
+    from importlib.metadata import version
+
+    from lm_eval.evaluator import evaluate
+
+    try:
+        answer = evaluate(lm, loaded, limit=limit, log_samples=False)
+    except ValueError as e:  # a task that lm-eval refuses, such as one that runs code
+        raise HarnessError(f"the task {task} must be one that lm-eval can run on its data, but {one_line(e)}") from None
+    results = {}
+    for name, metrics in answer["results"].items():
+        if not (numbers := _numbers(metrics)):
+            continue  # a group without a figure of its own
+        headline = next((metric for metric in HEADLINES if metric in numbers), next(iter(numbers)))
+        at, comma, kind = headline.partition(",")
+        shots = answer["n-shot"].get(name, 0)
+        results[name] = {
+            "metric": headline,
+            "value": numbers[headline],
+            "stderr": numbers.get(f"{at}_stderr{comma}{kind}"),
+            "n": answer["n-samples"].get(name, {}).get("effective"),
+            "shots": shots,
+            "task_version": answer["versions"].get(name),
+            "lm_eval": version("lm-eval"),
+            "data": "hub" if local is None else str(local.path),
+            "requests": lm.n_requests,
+            "cropped": lm.n_cropped,
+            "all": numbers,
+            "notes": _notes(lm, local, shots, limit),
+        }
+    return results
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Return the metrics by name ("acc", "exact_match,strict-match"); what is no finite number becomes None."""
+    found = {}
+    for name, value in metrics.items():
+        if "," in name:
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            found[name.removesuffix(",none")] = float(value) if number else None
+    return found
+
+
+def _notes(lm: KindlingLM, local: Local | None, shots: int, limit: int | None) -> list[str]:
+    """Return what makes the figures differ from published ones, a sentence each."""
+    notes = [local.note] if local and local.note else []
+    if local and shots and local.overrides.get("fewshot_split") == local.overrides.get("test_split", ""):
+        notes.append(f"the {shots} shots are other rows of the split that is scored, for no training split is local")
+    if lm.n_cropped:
+        notes.append(
+            f"{lm.n_cropped:,} of {lm.n_requests:,} requests lost the beginning of their context, which must fit "
+            f"{lm.block_size} tokens"
+        )
+    if lm.n_apart:
+        notes.append(
+            f"{lm.n_apart:,} continuations were encoded on their own, for they lie in the context's last token"
+        )
+    if limit is not None:
+        notes.append(f"only the first {limit:,} questions")
+    return notes
+
+
+@contextmanager
+def _hub(needed: bool) -> Iterator[bool]:
+    """Yield whether the hub answers, if it is needed; where it does not, its libraries read only their cache meanwhile.
+
+    They would try again for half a minute, and say so each time.
+    """
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    saved, answers = (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE), needed
+    try:
+        if needed:
+            get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no connection, a proxy's refusal, offline mode: they share no base class
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        answers = False
+    try:
+        yield answers
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's log and its progress bars, which are not to be switched off, from the terminal."""
+    import datasets
+    import lm_eval.api.task
+    from tqdm import tqdm
+
+    log, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
+    level, bar = log.level, lm_eval.api.task.tqdm
+    log.setLevel(logging.ERROR)  # a warning about each local data set, and on shots and cropping what `notes` say
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        lm_eval.api.task.tqdm = bar
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,263 @@
+"""Local files of lm-eval's tasks, as the rows that lm-eval would get from the hub.
+
+    local = load(Path("data/eval"), "gsm8k")
+    local.splits["test"][0]["question"]
+
+A file is named by its task. It holds the columns of the hub's data set: a folder `TASK/` that `save_to_disk` wrote, or
+`TASK.jsonl`, `TASK.jsonl.gz` or `TASK.parquet` with the rows that are scored. Or it is one of four plain forms that these
+data sets are also handed around in, from which the same columns are made:
+
+- wikitext: `wikitext.txt` or `wikitext-2/test.txt`, also with .gz: the lines of WikiText-2, cut here into its pages;
+- hellaswag: `hellaswag.txt` or `hellaswag_val_full.txt`, also with .gz: six lines a task;
+- arc_easy and arc_challenge: JSON lines of query, choices and gold;
+- gsm8k: also under the name `gsm8k_test`.
+
+Limit: HellaSwag's plain form is already cleaned, so where its context ends and the first words of the ending begin is told
+from its punctuation.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kindling.errors import KindlingError, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+PLAIN_SUFFIXES = (".txt", ".txt.gz")
+
+
+class HarnessError(KindlingError):
+    """lm-eval, one of its tasks or a task's data that cannot be had."""
+
+
+class Task(NamedTuple):
+    """What is known here of one of lm-eval's tasks."""
+
+    folder: str
+    """Of its settings, among lm-eval's tasks."""
+    hub: str
+    """Its data set there."""
+    split: str
+    """The split that lm-eval scores."""
+    columns: tuple[str, ...]
+    """What a row must have."""
+    plain_name: str | None = None
+    """Another name that its file may have."""
+
+
+TASKS = {
+    "wikitext": Task("wikitext", "EleutherAI/wikitext_document_level", "test", ("page",), "wikitext-2/test"),
+    "hellaswag": Task(
+        "hellaswag",
+        "Rowan/hellaswag",
+        "validation",
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        "hellaswag_val_full",
+    ),
+    "arc_easy": Task("arc", "allenai/ai2_arc, ARC-Easy", "test", ("question", "choices", "answerKey")),
+    "arc_challenge": Task("arc", "allenai/ai2_arc, ARC-Challenge", "test", ("question", "choices", "answerKey")),
+    "gsm8k": Task("gsm8k", "openai/gsm8k, main", "test", ("question", "answer"), "gsm8k_test"),
+}
+
+
+class Local(NamedTuple):
+    """The data of a task that were found on this machine."""
+
+    path: Path
+    splits: dict[str, Dataset]
+    overrides: dict[str, str]
+    """The settings of the task that say which split is for what."""
+    note: str = ""
+    """What makes its figures differ from published ones."""
+
+
+def find(folder: Path, task: str) -> Path | None:
+    """Return the file or folder with the data of a task, or None; a file with the hub's columns comes first."""
+    known = TASKS.get(task)
+    if (folder / task).is_dir():
+        return folder / task
+    for name in (task, known and known.plain_name):
+        for suffix in (*SUFFIXES, *PLAIN_SUFFIXES):
+            if name and (path := folder / f"{name}{suffix}").is_file():
+                return path
+    return None
+
+
+def wanted(task: str) -> str:
+    """Return which file holds the data of a task, in words for an error."""
+    if (known := TASKS.get(task)) is None:
+        return f"{task}/ (written by save_to_disk) or {task}.jsonl"
+    return f"{task}/ (written by save_to_disk) or {task}.jsonl with {', '.join(known.columns)} ({known.hub})"
+
+
+def load(folder: Path, task: str) -> Local | None:
+    """Return the data of a task in a folder, or None if there are none.
+
+    A data set saved whole has the hub's splits. A single file is the split that is scored; few-shot examples then come
+    from its other rows. Raises HarnessError for data that cannot be read or that are another task's.
+    """
+    if (path := find(folder, task)) is None:
+        return None
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    known, note = TASKS.get(task), ""
+    if path.is_dir():
+        try:
+            content = load_from_disk(str(path))
+        except Exception as e:  # its errors share no base class
+            raise HarnessError(
+                f"{path} must be a data set written by save_to_disk, but cannot be read ({one_line(e)}); save it again"
+            ) from None
+    else:
+        rows, note = _rows(path, task)
+        if not rows:
+            raise HarnessError(f"{path} must have the rows of {task}, but is empty; fetch it again")
+        content = Dataset.from_list(rows)
+    if not isinstance(content, DatasetDict):
+        content = DatasetDict({known.split if known else "test": content})
+    elif known is None:
+        return Local(path, dict(content), {})  # all its splits are there, as its settings name them
+    scored = known.split if known else "test"
+    if scored not in content:
+        raise HarnessError(
+            f"{path} must have the split {scored}, but has {', '.join(content)}; save the whole data set"
+        )
+    _require_columns(path, known.columns if known else (), content[scored].column_names)
+    # named as such, the scored split gives lm-eval's shots all its rows but the one that is asked
+    splits = {"test_split": scored, "fewshot_split": "train" if "train" in content else scored}
+    return Local(path, dict(content), splits, note)
+
+
+def _require_columns(where: Path | str, columns: Sequence[str], given: Iterable[str]) -> None:
+    if missing := [name for name in columns if name not in (given := list(given))]:
+        raise HarnessError(
+            f"{where} must have {', '.join(columns)}, but lacks {', '.join(missing)} among {', '.join(given) or 'nothing'}; "
+            f"rename the columns as the hub's data set has them"
+        )
+
+
+def _rows(path: Path, task: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a file with the hub's columns, and a note if it is not just the hub's data."""
+    if path.suffix == ".parquet":
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+
+        try:
+            return read_table(path).to_pylist(), ""
+        except (OSError, ArrowException) as e:
+            raise _unreadable(path, e) from None
+    text = _read(path)
+    if path.name.endswith(PLAIN_SUFFIXES):
+        if task == "wikitext":
+            return wikitext_pages(text), _share_of_unk(text)
+        if task == "hellaswag":
+            return hellaswag_rows(text.splitlines(), str(path)), ""
+        raise HarnessError(f"{path} must be JSON lines, but is plain text; put {wanted(task)} there")
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028
+        if not line.strip():
+            continue
+        where = f"{path}, line {number},"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise HarnessError(f"{where} must be JSON, but is not ({one_line(e, 80)}); fetch the file again") from None
+        if not isinstance(row, dict):
+            raise HarnessError(f"{where} must be a JSON object, but is a {type(row).__name__}; fetch the file again")
+        if task.startswith("arc_") and "query" in row:
+            row = arc_row(row, where)
+        _require_columns(where, TASKS[task].columns if task in TASKS else (), row)
+        rows.append(row)
+    return rows, ""
+
+
+def _read(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
+            return f.read()
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise _unreadable(path, e) from None
+
+
+def _unreadable(path: Path, error: Exception) -> HarnessError:
+    return HarnessError(
+        f"{path} must be readable, but is not ({one_line(error)}); fetch it again or mend its permissions"
+    )
+
+
+# a heading of the first level; those of the others are "= = Title = =" and so on
+_TITLE = re.compile(r"\s*= (?!=)(?:.* )?(?<!= )=\s*")
+
+
+def wikitext_pages(text: str) -> list[dict[str, str]]:
+    """Return WikiText cut before each title, the pages of EleutherAI/wikitext_document_level.
+
+    Lines keep their spaces and the pages their order; joined by line ends they are the text, but for blank pages.
+    """
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if _TITLE.fullmatch(line):
+            pages.append([])
+        pages[-1].append(line)
+    return [{"page": page} for page in map("\n".join, pages) if page.strip()]
+
+
+def _share_of_unk(text: str) -> str:
+    words = text.split()
+    if not (unknown := words.count("<unk>")):
+        return ""
+    return (
+        f"{unknown / len(words):.1%} of the words are <unk>, as in the tokenized form of WikiText-2: "
+        f"not to be compared with published figures, which are of the raw form"
+    )
+
+
+def hellaswag_rows(lines: Sequence[str], where: str) -> list[dict[str, Any]]:
+    """Return the rows of HellaSwag's plain form: "activity: context", the number of the right ending, four endings.
+
+    lm-eval capitalises `ctx_b`, the beginning of the sentence that the endings end, as `str.capitalize` does. It is what
+    follows the context's last sentence; WikiHow's contexts ("How to ...") have none. Raises HarnessError, which names the
+    line, for anything else.
+    """
+    if len(lines) % 6:
+        raise HarnessError(f"{where} must have six lines for each task, but has {len(lines)}; fetch it again")
+    rows = []
+    for start in range(0, len(lines), 6):
+        first, label, *endings = lines[start : start + 6]
+        activity, colon, context = first.partition(": ")
+        if not colon or label not in ("0", "1", "2", "3"):
+            raise HarnessError(
+                f"{where}, line {start + 1}, must be an activity, a colon and a context, and the next line a number from "
+                f"0 to 3, but they are {first[:40]!r} and {label[:8]!r}; fetch the file again"
+            )
+        begun = None if context.startswith("How to ") else re.fullmatch(r"(.*[.!?][\"')]*) ([^.!?]*\w)", context)
+        ctx_a, ctx_b = begun.groups() if begun else (context, "")
+        rows.append({"activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "endings": endings, "label": label})
+    return rows
+
+
+def arc_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a row of ARC of one with query ("Question: ..."), choices (texts) and gold (their index)."""
+    _require_columns(where, ("query", "choices", "gold"), row)
+    query, choices, gold = row["query"], row["choices"], row["gold"]
+    if not (isinstance(query, str) and isinstance(choices, list) and gold in range(len(choices))):
+        raise HarnessError(
+            f"{where} must have a text as query, a list as choices and the index of one of them as gold, but gold is "
+            f"{gold!r}; fetch the file again"
+        )
+    labels = list(string.ascii_uppercase[: len(choices)])
+    return {
+        "question": query.removeprefix("Question: "),
+        "choices": {"text": choices, "label": labels},
+        "answerKey": labels[gold],
+    }

@@ -1,0 +1,194 @@
+"""A Kindling model as lm-evaluation-harness asks one: for log-likelihoods and for text.
+
+    lm = KindlingLM(model, tokenizer, device, batch_size=16, progress=True)
+    lm.loglikelihood([instance])                    # [(log-probability in nats, whether it is the greedy continuation)]
+
+Texts are encoded as lm-eval's own `HFLM` encodes them. Nothing else of the project may import this file: lm-eval is
+optional.
+Limits: every choice of a question is run with its whole context; a chat template is not
+applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
+from tqdm import tqdm
+
+from kindling.generation.decoding import generate_batch
+from kindling.generation.sampling import Sampling
+from kindling.loss import CHUNK
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from kindling.tokenization.tokenizer import Tokenizer
+    from model import LanguageModel
+
+
+class Window(NamedTuple):
+    """A piece of a request that the context holds: its last `n_scored` tokens are predicted from those before."""
+
+    request: int
+    ids: list[int]
+    """At most block_size + 1: the last is only predicted."""
+    n_scored: int
+
+
+def windows(request: int, context: list[int], continuation: list[int], block_size: int) -> list[Window]:
+    """Return what to run for a continuation: one window, or several if it is longer than the context.
+
+    Each token of the continuation is predicted once, from as many tokens before it as the window holds. From a single
+    token of context on, these are lm-eval's rolling windows.
+    """
+    ids, pieces = context + continuation, []
+    for start in range(0, len(continuation), block_size):
+        n_scored = min(block_size, len(continuation) - start)
+        end = len(context) + start + n_scored
+        pieces.append(Window(request, ids[max(0, end - block_size - 1) : end], n_scored))
+    return pieces
+
+
+def first_of(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first of the strings that stop it."""
+    return text[: min((found for stop in stops if stop and (found := text.find(stop)) >= 0), default=None)]
+
+
+class KindlingLM(TemplateLM):
+    """Answers lm-eval's requests; counts those whose context was cropped to fit the model."""
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, batch_size: int, progress: bool
+    ):
+        super().__init__()
+        self.model, self.tokenizer, self._device = model, tokenizer, device
+        self.batch_size, self.progress = batch_size, progress
+        self.block_size = model.cfg.block_size
+        self.n_requests = self.n_cropped = self.n_apart = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a document begins after, in training too."""
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Return the ids of a text, after the beginning-of-text token if the tokenizer has one and it is not refused."""
+        bos = [] if self.tokenizer.bos_id is None or add_special_tokens is False else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode both together and cut where the context's own ids end, as lm-eval does.
+
+        Where the continuation's text is wholly in the context's last token nothing would be left to score: then each is
+        encoded on its own, and counted.
+        """
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if continuation and not continuation_ids:
+            self.n_apart += 1
+            return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+        return context_ids, continuation_ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return each continuation's log-probability in nats and whether it is the greedy one."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # the encoding takes no time worth a bar
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[object, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-probability in nats and whether every token of it is the most likely one."""
+        pieces = []
+        for i, (_, context, continuation) in enumerate(requests):
+            context = context or [self.prefix_token_id]  # the context was only spaces, which the continuation now has
+            self.n_requests += 1
+            self.n_cropped += len(context) > 1 and len(context) + len(continuation) > self.block_size + 1
+            pieces += windows(i, context, continuation, self.block_size)
+        totals, greedy = [0.0] * len(requests), [True] * len(requests)
+        pieces.sort(key=lambda piece: -len(piece.ids))  # little padding, and too large a batch shows at once
+        with self._bar(len(pieces), "scoring") as bar:
+            for start in range(0, len(pieces), self.batch_size):
+                batch = pieces[start : start + self.batch_size]
+                for piece, (total, is_greedy) in zip(batch, self._score(batch)):
+                    totals[piece.request] += total
+                    greedy[piece.request] &= is_greedy
+                bar.update(len(batch))
+        return list(zip(totals, greedy))
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[Window]) -> list[tuple[float, bool]]:
+        width = max(len(piece.ids) for piece in batch) - 1
+        idx = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, T); no token sees the padding, on its right
+        scored = torch.zeros(len(batch), width, dtype=torch.bool)  # (B, T)
+        for i, (_, ids, n_scored) in enumerate(batch):
+            idx[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+            scored[i, len(ids) - 1 - n_scored : len(ids) - 1] = True
+        targets = torch.tensor([token for _, ids, n in batch for token in ids[-n:]], device=self._device)  # (N,)
+        x = self.model.hidden(idx.to(self._device))[scored.to(self._device)]  # (N, C)
+        log_p, hit = [], []
+        for rows, wanted in zip(x.split(CHUNK), targets.split(CHUNK)):  # the logits of all at once would be gigabytes
+            logits = self.model.head(rows).float()  # (n, V)
+            log_p.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])  # (n,)
+            hit.append(logits.argmax(-1) == wanted)  # (n,)
+        lengths = [piece.n_scored for piece in batch]
+        sums = _sums(torch.cat(log_p), lengths)
+        return [(total, bool(hits.all())) for total, hits in zip(sums, torch.cat(hit).cpu().split(lengths))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability in nats of each whole text, its first token predicted as a document's first."""
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        return [total for total, _ in self._loglikelihood_tokens([("", [self.prefix_token_id], ids) for ids in texts])]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes after each context, up to a stop string, end of text or the limit of tokens.
+
+        The context keeps what leaves room for the answer, or half of the block if the answer may be longer than that.
+        """
+        texts = [""] * len(requests)
+        same: dict[str, list[int]] = {}  # requests of a task have the same settings, those of a group of tasks may not
+        for i, request in enumerate(requests):
+            same.setdefault(repr(request.args[1]), []).append(i)
+        for indices in same.values():
+            asked = normalize_gen_kwargs(requests[indices[0]].args[1])
+            sampling = Sampling(
+                max_new_tokens=asked["max_gen_toks"],
+                temperature=asked.get("temperature", 0.0),  # greedy
+                top_k=asked.get("top_k"),
+                top_p=asked.get("top_p", 1.0),
+            )
+            sampling.check()
+            room = self.block_size - min(sampling.max_new_tokens, self.block_size // 2)
+            prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices]
+            self.n_requests += len(prompts)
+            self.n_cropped += sum(len(prompt) > room for prompt in prompts)
+            answers = self._generate([prompt[-room:] for prompt in prompts], sampling, asked["until"])
+            for i, answer in zip(indices, answers):
+                texts[i] = first_of(self.tokenizer.decode(answer), asked["until"])
+        return texts
+
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, until: Sequence[str]) -> list[list[int]]:
+        """Return the new token ids after each prompt, without end of text; what follows a stop string may be left out."""
+
+        def finished(number: int, ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids)
+            return any(stop in text for stop in until)
+
+        with self._bar(len(prompts), "generating") as bar:
+            seeds = range(len(prompts))  # sampled ones differ though a task repeats a prompt
+            eos_id = self.tokenizer.eos_id
+            return generate_batch(self.model, prompts, sampling, eos_id, seeds, self.batch_size, finished, bar.update)
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit=" requests", leave=False, disable=None if self.progress else True)
+
+
+def _sums(values: Tensor, lengths: list[int]) -> list[float]:
+    """Return the sum of each piece of values (N,), in float64: a document's total has thousands of terms."""
+    return [piece.sum().item() for piece in values.double().cpu().split(lengths)]

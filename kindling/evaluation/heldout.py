@@ -1,0 +1,133 @@
+"""Held-out functions and instructions as problems without tests: what a model writes for them can only be compiled.
+
+    problems = from_documents(run.heldout("val"), tokenizer, 100, 2, bar.update)
+    problems = from_conversations(run.heldout("val"), tokenizer, 100, mined=True, n_workers=2)
+
+A base model is given a signature out of a file that it has not seen; a fine-tuned one an instruction that it has not seen, in
+the tokens that it would have been trained on.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from kindling.data.docstrings import pairs_of
+from kindling.data.examples import PROMPT, RESPONSE, Examples
+from kindling.data.shards import LANGUAGE, TokenDataset
+from kindling.evaluation.extraction import ERRORS, from_answer, parsed
+from kindling.evaluation.tasks import Problem
+from kindling.pool import Lost, map_jobs
+
+if TYPE_CHECKING:
+    from kindling.tokenization.tokenizer import Tokenizer
+
+FUNCTIONS, INSTRUCTIONS = "held-out functions", "held-out instructions"
+LIMIT_S = 10.0  # for parsing one document
+PER_DOCUMENT = 3  # functions, so that no file dominates
+_SIGNATURE = re.compile(r"^(?:async )?def (\w+)\(.*:$", re.MULTILINE)
+
+
+def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
+    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()  # the same in every run that has the same prompt
+    return Problem(
+        benchmark=kind,
+        task_id=digest[:12],
+        entry_point=name,
+        prompt=prompt,
+        head=head,
+        instruction="",
+        trusted="",
+        tests="",
+        solution="",
+        remote=(),
+        answer_head=head,
+        ids=ids,
+    )
+
+
+def _signatures(text: str, slot: int) -> list[tuple[str, str]]:
+    """Return the names and signatures of documented functions of a text that is Python."""
+    try:
+        pairs = pairs_of(text)
+    except ERRORS:
+        return []
+    # no methods: what follows one is further to the left, and still inside its class
+    lines = [pair.instruction.rpartition("\n")[2] for pair in pairs if "." not in pair.name]
+    found = [(m[1], line) for line in lines if (m := _SIGNATURE.fullmatch(line))]
+    return found[:PER_DOCUMENT]
+
+
+def _documents(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the texts of a split's documents that may be Python."""
+    table, info = dataset.documents, dataset.info.table
+    start = 0
+    for number, length in enumerate(dataset.lengths.tolist()):
+        start, begin = start + length, start
+        if table is None or info is None or info["languages"][table[number, LANGUAGE]] == "python":
+            ids = dataset.read(begin, length - 1).tolist()  # without end of text
+            yield tokenizer.decode([i for i in ids if i != tokenizer.bos_id])
+
+
+def from_documents(
+    dataset: TokenDataset, tokenizer: Tokenizer, n: int, n_workers: int, progress: Callable[[int], object]
+) -> list[Problem]:
+    """Return up to `n` signatures of documented Python functions of a split, at most 3 a document, in its order.
+
+    `progress` is told how many more were found.
+    """
+    problems: dict[str, Problem] = {}  # by task: methods apart, many files have a main()
+    found = map_jobs(_signatures, _documents(dataset, tokenizer), n_workers, LIMIT_S)
+    try:
+        for signatures in found if n else ():
+            for name, line in [] if isinstance(signatures, Lost) else signatures:
+                problem = _problem(FUNCTIONS, name, f"{line}\n", f"{line}\n")
+                if problem.task_id not in problems and len(problems) < n:
+                    problems[problem.task_id] = problem
+                    progress(1)
+            if len(problems) >= n:
+                break
+    finally:
+        found.close()
+    return list(problems.values())
+
+
+def _is_code(text: str, slot: int) -> bool:
+    """Return whether a response is Python that does something, alone or in its code block."""
+    tree = parsed(from_answer("", text, ""))
+    nodes = [] if tree is None else tree.body
+    return any(not isinstance(n, ast.Expr) or isinstance(n.value, ast.Call) for n in nodes)
+
+
+def from_conversations(dataset: Examples, tokenizer: Tokenizer, n: int, mined: bool, n_workers: int) -> list[Problem]:
+    """Return the first instruction of up to `n` conversations of a split whose response is Python, in its order.
+
+    `mined`: they were made from docstrings, and end with the signature whose body is the answer.
+    """
+
+    def first(number: int) -> tuple[list[int], list[int]]:
+        """Return the tokens of a conversation's first prompt and of its response, without end of text."""
+        example = dataset.example(number)
+        prompt, response = example.segments[0, [PROMPT, RESPONSE]].tolist()
+        return example.ids[:prompt].tolist(), example.ids[prompt : prompt + response - 1].tolist()
+
+    problems: list[Problem] = []
+    numbers = range(dataset.n_examples if n else 0)
+    are_code = map_jobs(_is_code, (tokenizer.decode(first(i)[1]) for i in numbers), n_workers, LIMIT_S)
+    try:
+        for number, is_code in zip(numbers, itertools.repeat(True) if mined else are_code):
+            if is_code is True:
+                ids, _ = first(number)
+                text = tokenizer.decode(ids)
+                signature = list(_SIGNATURE.finditer(text))[-1:] if mined else []
+                name, head = (signature[0][1], signature[0][0] + "\n") if signature else ("", "")
+                problems.append(_problem(INSTRUCTIONS, name, text, head, tuple(ids)))
+            if len(problems) >= n:
+                break
+    finally:
+        are_code.close()
+    return problems

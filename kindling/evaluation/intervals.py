@@ -1,0 +1,196 @@
+"""How sure a measured figure is: pass@k without bias, and 95% intervals of proportions, means, ratios and differences.
+
+    from kindling.evaluation.intervals import pass_at_k, wilson
+    pass_at_k(n=5, c=1, k=1)        # 0.2
+    wilson(61, 100)                 # Interval(low=0.512, high=0.700)
+
+What is resampled is the unit that was drawn: a problem or a document, never a token. Intervals say how much a figure
+would move with other units of the same kind, not with another training seed. Samples of one prompt are alike, so that
+prompts are resampled and not samples. Where no interval can be given, both its ends are nan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
+# the whole range of 5 values holds a distribution's median with 1 - 2 * 0.5**5 = 93.75%, that of 6 with 96.9%: from fewer
+# than 6 units no resampling makes a 95% interval
+FEWEST = 6
+_CHUNK = 1 << 20  # numbers drawn at a time, so that memory is bounded
+
+Numbers = Sequence[float] | np.ndarray
+
+
+class Interval(NamedTuple):
+    """The two ends of a 95% interval; both nan where none can be given."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A difference, the ends of its 95% interval, and whether this excludes 0 (False where there is no interval).
+
+    A paired difference is significant only if at least 6 units differ besides: the bootstrap of four problems that only one
+    model solves, and 160 that none does, excludes 0, but four heads of four coins are nothing rare.
+    """
+
+    difference: float
+    low: float
+    high: float
+    significant: bool
+
+
+NONE = Interval(math.nan, math.nan)
+
+
+def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:
+    """Return the unbiased estimate of the chance that one of `k` samples passes, of `n` taken and `c` passed.
+
+    n and c are integers or arrays of them, one a problem; of two integers the result is a float, else an array of
+    float64. The estimate is 1 - C(n - c, k) / C(n, k), as a product of ratios that neither overflows nor cancels
+    (Chen et al. 2021, arXiv:2107.03374, eq. 1). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    n_array, c_array = np.broadcast_arrays(np.asarray(n), np.asarray(c))
+    for name, array in (("n", n_array), ("c", c_array), ("k", np.asarray(k))):
+        if array.size and array.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be whole numbers, but is of type {array.dtype}")
+    total, correct = n_array.astype(np.int64), c_array.astype(np.int64)
+    if (correct < 0).any() or (correct > total).any():
+        raise ValueError(f"0 <= c <= n must hold, but n is {n} and c is {c}")
+    if k < 1 or (k > total).any():
+        raise ValueError(f"1 <= k <= n must hold, but k is {k} and n is {n}")
+    missed = np.ones(total.shape)
+    for i in range(k):  # times the chance that one more fails, once i have; 0 from the first 0 on
+        missed = missed * (total - correct - i) / (total - i)
+    return 1.0 - missed if missed.shape else float(1.0 - missed)
+
+
+def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0) -> Interval:
+    """Return the 95% interval of the mean pass@k over problems, by the bootstrap.
+
+    Where every problem has the same pass@k of 0 or of 1, resampling finds no spread and would claim certainty; the
+    interval is then Wilson's, of that many problems. Raises what pass_at_k raises.
+    """
+    values = np.atleast_1d(pass_at_k(n, c, k))
+    if len(values) and (values == values[0]).all() and values[0] in (0, 1):
+        return wilson(len(values) * int(values[0]), len(values))
+    return bootstrap_mean(values, seed)
+
+
+def rate_interval(successes: Numbers, n: Numbers, seed: int = 0) -> Interval:
+    """Return the 95% interval of sum(successes) / sum(n), units resampled; Wilson's over units where there is no spread.
+
+    A unit is a prompt with n samples. Of one sample each it is Wilson's.
+    """
+    successes, n = np.asarray(successes, dtype=np.int64), np.asarray(n, dtype=np.int64)
+    if (n == 1).all() or successes.sum() in (0, n.sum()):
+        return wilson(int((successes > 0).sum()), len(n))
+    return bootstrap_ratio(successes, n, seed)
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Return Wilson's 95% interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22); of n = 0 there is none.
+
+    Raises ValueError unless 0 <= successes <= n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"0 <= successes <= n must hold, but they are {successes} of {n}")
+    if n == 0:
+        return NONE
+    middle = (successes + Z**2 / 2) / (n + Z**2)
+    half = Z / (n + Z**2) * math.sqrt(successes * (n - successes) / n + Z**2 / 4)
+    return Interval(0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half)
+
+
+def bootstrap_mean(values: Numbers, seed: int = 0, n: int = 10_000) -> Interval:
+    """Return the 95% percentile interval of the mean of `values`, by `n` resamples.
+
+    There is none of fewer than 6 values (see FEWEST). The same seed gives the same interval.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < FEWEST:
+        return NONE
+    return _percentiles(_resampled_sums(values[None], seed, n)[0] / len(values))
+
+
+def bootstrap_ratio(numerators: Numbers, denominators: Numbers, seed: int = 0, n: int = 10_000) -> Interval:
+    """Return the 95% percentile interval of sum(numerators) / sum(denominators), pairs resampled together.
+
+    Of bits per byte, numerators are the documents' bits and denominators their bytes. There is none of fewer than 6 pairs,
+    or where the denominators are all 0. Raises ValueError unless both are as long and no denominator is negative.
+    """
+    pairs = np.stack(_same_length(numerators, denominators))  # (2, units)
+    if (pairs[1] < 0).any():
+        raise ValueError("no denominator may be negative")
+    if pairs.shape[1] < FEWEST or not pairs[1].any():
+        return NONE
+    sums = _resampled_sums(pairs, seed, n)  # (2, n)
+    drawn = sums[1] > 0  # all but those that drew nothing but zeros
+    return _percentiles(sums[0, drawn] / sums[1, drawn])
+
+
+def paired_difference(a: Numbers, b: Numbers, seed: int = 0, n: int = 10_000) -> Difference:
+    """Return mean(a) - mean(b) of two measurements of the same units, which are resampled together.
+
+    Of no units all is nan; of fewer than 6, or where none differs, the ends are nan. Raises ValueError unless both are as long.
+    """
+    first, second = _same_length(a, b)
+    if not len(first):
+        return Difference(math.nan, *NONE, False)
+    differences = first - second
+    return _paired(float(np.mean(differences)), bootstrap_mean(differences, seed, n), differences)
+
+
+def paired_ratio_difference(
+    a: Numbers, b: Numbers, denominators: Numbers, seed: int = 0, n: int = 10_000
+) -> Difference:
+    """Return sum(a) / sum(denominators) - sum(b) / sum(denominators), units resampled together.
+
+    Of two models' bits per byte, a and b are their bits on each of the same documents, denominators the documents' bytes.
+    Where the denominators are all 0, or there are none, all is nan; of fewer than 6 pairs, or where none differs, the ends
+    are. Raises what bootstrap_ratio raises.
+    """
+    first, second = _same_length(a, b)
+    differences = first - second
+    interval = bootstrap_ratio(differences, denominators, seed, n)
+    total = float(np.sum(denominators))
+    difference = float(np.sum(differences)) / total if total else math.nan
+    return _paired(difference, interval, differences)
+
+
+def _same_length(a: Numbers, b: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"both must be as long, but are {len(first)} and {len(second)}")
+    return first, second
+
+
+def _resampled_sums(columns: np.ndarray, seed: int, n: int) -> np.ndarray:
+    """Return the sums of `n` resamples of columns (m, units), each as large as the original: (m, n)."""
+    rng = np.random.default_rng(seed)
+    m, units = columns.shape
+    sums = np.empty((m, n))
+    at_once = max(1, _CHUNK // units)
+    for start in range(0, n, at_once):
+        drawn = rng.integers(units, size=(min(at_once, n - start), units))
+        for column, out in zip(columns, sums):
+            out[start : start + len(drawn)] = column[drawn].sum(axis=1)  # (resamples, units) -> (resamples,)
+    return sums
+
+
+def _percentiles(means: np.ndarray) -> Interval:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(low), float(high))
+
+
+def _paired(difference: float, interval: Interval, differences: np.ndarray) -> Difference:
+    """Return a paired difference; where no unit differs, resampling finds no spread and would claim certainty."""
+    differ = np.count_nonzero(differences)
+    low, high = interval if differ else NONE
+    return Difference(difference, low, high, bool(differ >= FEWEST and (low > 0 or high < 0)))

@@ -1,0 +1,319 @@
+"""How well a model predicts text: loss, perplexity and bits per byte, document by document.
+
+    losses = document_losses(model, run.heldout("val"), runtime)
+    losses.summary()["bits_per_byte"], losses.by_language()["python"]["perplexity"]
+    text_losses(model, run.tokenizer(), Path("book.txt"), runtime).summary()
+
+A held-out split is predicted in the rows that `validation.validate` has, and its total is the same figure. Rows cut documents,
+so the first tokens of a row are predicted from little. A `stride` below the context overlaps the rows, so that every token is
+predicted from at least context - stride tokens where there are so many; it costs context / stride times the computation.
+
+Bits per byte count every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of conversations: of the
+responses), and so compare across tokenizers. Loss and perplexity are by token, and do not.
+
+Limit: a text is held in memory whole.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import IGNORE, ModelConfig, SourceConfig
+from kindling.data.examples import Examples
+from kindling.data.shards import BYTES, LANGUAGE, SOURCE, Batch, DataError, TokenDataset, blocks_in_order, row_starts
+from kindling.data.sources import Document, LocalFile, documents, language_of, open_text
+from kindling.device import Runtime
+from kindling.errors import one_line, require
+from kindling.loss import linear_nll
+from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
+from model import LanguageModel
+
+POOL = 32  # batches of texts whose rows are sorted by length together
+PROBED_ROWS = 100  # of a file, in which a column with text is looked for
+BOM = "\ufeff"
+
+Progress = Callable[[int], None]  # is told after each batch how many tokens have been predicted so far
+Summary = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What each document costs the model: arrays (D,), `nll` in nats and float64, `tokens` those that are supervised.
+
+    Of a split from before there was a table of documents, the documents' bytes, languages and sources are None.
+    `notes` counts what was left out or cut off before.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    total_bytes: int
+    bytes: np.ndarray | None = None
+    languages: np.ndarray | None = None
+    sources: np.ndarray | None = None
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def summary(self, mask: np.ndarray | None = None) -> Summary:
+        """Return loss (nats a token), perplexity, bits per byte, tokens, bytes and documents, of all or of `mask` (D,) bool.
+
+        None stands for what is not known, or would be a division by nothing.
+        """
+        chosen = slice(None) if mask is None else mask
+        nll, tokens = float(self.nll[chosen].sum()), int(self.tokens[chosen].sum())
+        n_bytes = self.total_bytes if mask is None else None if self.bytes is None else int(self.bytes[chosen].sum())
+        loss = nll / tokens if tokens else None
+        return {
+            "loss": loss,
+            "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+            "bits_per_byte": nll / math.log(2) / n_bytes if n_bytes else None,
+            "tokens": tokens,
+            "bytes": n_bytes,
+            "documents": len(self.nll[chosen]),
+        }
+
+    def by_language(self) -> dict[str, Summary]:
+        """Return the summary of each language, the one with the most tokens first; nothing if they are not known."""
+        return self._by(self.languages)
+
+    def by_source(self) -> dict[str, Summary]:
+        """Return the summary of each source, the one with the most tokens first; nothing if they are not known."""
+        return self._by(self.sources)
+
+    def _by(self, names: np.ndarray | None) -> dict[str, Summary]:
+        if names is None:
+            return {}
+        found = {name: self.summary(names == name) for name in sorted(set(names))}
+        return dict(sorted(found.items(), key=lambda item: -(item[1]["tokens"] or 0)))
+
+
+@contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def token_losses(model: LanguageModel, batch: Batch, runtime: Runtime) -> np.ndarray:
+    """Return the loss in nats of each supervised token of a batch, row after row, (n,) float64."""
+    idx, targets, positions = (
+        None if rows is None else torch.from_numpy(rows).to(runtime.device) for rows in batch
+    )  # (B, T) each
+    supervised = targets != IGNORE  # (B, T)
+    with runtime.autocast():
+        x = model.hidden(idx, positions)[supervised]  # (n, C)
+        nll = linear_nll(x, model.head.weight, model.head.bias, targets[supervised])  # (n,)
+    return nll.cpu().numpy().astype(np.float64)
+
+
+def _require_stride(stride: int | None, cfg: ModelConfig) -> None:
+    must = f"at least 1 and below the model's context of {cfg.block_size} tokens"
+    require(stride is None or 1 <= stride < cfg.block_size, "eval.stride", must, stride, "choose one, or leave it out")
+
+
+def document_losses(
+    model: LanguageModel,
+    dataset: TokenDataset,
+    runtime: Runtime,
+    stride: int | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Losses:
+    """Return the losses of a split, whose first token is nobody's target; of conversations, those of the responses.
+
+    Several ranks share the batches, and each returns all.
+
+    `stride` as above. Raises ConfigError for one that cannot be: of conversations any, since each has its whole context.
+    """
+    cfg = model.cfg
+    _require_stride(stride, cfg)
+    of_examples = isinstance(dataset, Examples)
+    must = "None for conversations, each of which is predicted from its whole context"
+    require(stride is None or not of_examples, "eval.stride", must, stride, "leave it out")
+    batches = dataset.in_order(cfg, batch_size)
+    if stride is not None:
+        batches = blocks_in_order(dataset, cfg.block_size, batch_size, cfg.document_mask, stride)
+    numbers, counts = dataset.targets_in_order(cfg)
+    nll, tokens = np.zeros(len(numbers)), np.zeros(len(numbers), dtype=np.int64)
+    tokens[numbers] = counts
+    ends, done, world = counts.cumsum(), 0, runtime.world
+    with _evaluating(model):
+        for i, batch in enumerate(batches):
+            n = int((batch.targets != IGNORE).sum())
+            if i % world.size == world.rank:
+                losses = token_losses(model, batch, runtime)
+                places = np.searchsorted(ends, np.arange(done, done + n), side="right")
+                np.add.at(nll, numbers[places], losses)
+            done += n
+            if progress is not None:
+                progress(done)
+    nll = np.array(world.sum(nll))
+    table, info = dataset.documents, dataset.info
+    if table is None or info.table is None:
+        return Losses(nll, tokens, info.bytes)
+    languages, sources = (np.array(info.table[names], dtype=object) for names in ("languages", "sources"))
+    return Losses(nll, tokens, info.bytes, table[:, BYTES], languages[table[:, LANGUAGE]], sources[table[:, SOURCE]])
+
+
+# -- any text ---------------------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """A part of a text to predict: its document, its tokens (n,) and how many of the last of them are targets."""
+
+    document: int
+    tokens: np.ndarray
+    n_targets: int
+
+
+class _Texts:
+    """The documents of one file, one after the other, with what is known of those that came by so far."""
+
+    def __init__(self, path: Path, field: str, tokenizer: Tokenizer):
+        self.path, self.tokenizer = path, tokenizer
+        self.rows = ".jsonl" in path.suffixes[-2:] or ".json" in path.suffixes[-2:]
+        self.field = self._column(field) if self.rows else field
+        self.notes: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # of what is left out, by why
+        self.tokens: list[int] = []
+        self.bytes: list[int] = []
+        self.languages: list[str] = []
+
+    def _column(self, field: str) -> str:
+        """Return the first of the columns that may hold the text which does in one of the file's first rows."""
+        for name in dict.fromkeys((field, "content", "text")):
+            if any(d.text is not None for d in islice(self._documents(name), PROBED_ROWS)):
+                if name != field:
+                    print(f"note: {self.path} has no column {field!r}: the text is {name!r}", file=sys.stderr)
+                return name
+        return field
+
+    def _documents(self, field: str) -> Iterator[Document]:
+        path = self.path
+        source = SourceConfig(kind="jsonl" if self.rows else "text", path=str(path), field=field)
+        if self.rows:
+            stat = path.stat()
+            yield from documents(source, [LocalFile(path.name, path, stat.st_size, stat.st_mtime_ns)])
+            return
+        try:  # as it is: a source of texts cuts off the newlines around them
+            with open_text(path) as f:
+                yield Document(path.name, language_of(source, path), text=f.read())
+        except (OSError, EOFError, zlib.error) as e:
+            yield Document(path.name, "", unreadable=one_line(e))
+
+    def _leave_out(self, document: Document, rule: str, why: str) -> None:
+        self.notes[rule] += 1
+        self.examples.setdefault(rule, f"{document.key}: {why}")
+
+    def left_out(self) -> str:
+        """Return how many documents were left out and why, with an example of each kind."""
+        return ", ".join(f"{rule} {self.notes[rule]:,} (such as {said})" for rule, said in self.examples.items())
+
+    def encoded(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of each document, with what comes before and after it in training, (n,) int64."""
+        start = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        for document in self._documents(self.field):
+            if document.text is None:
+                self._leave_out(document, "unreadable", document.unreadable or "no text")
+                continue
+            text = document.text.removeprefix(BOM)
+            try:
+                n_bytes = len(text.encode("utf-8"))
+                ids = self.tokenizer.encode(text)
+            except UnicodeEncodeError as e:
+                self._leave_out(document, "not UTF-8", f"character {e.start:,}")
+            except TokenizerError as e:
+                self._leave_out(document, "not in the vocabulary", str(e).split(";")[0])
+            else:
+                if not ids:
+                    self._leave_out(document, "empty", "no characters")
+                    continue
+                if len(text) < len(document.text):
+                    self.notes["byte-order mark cut off"] += 1
+                self.tokens.append(len(ids) + 1)
+                self.bytes.append(n_bytes)
+                self.languages.append(document.language)
+                yield np.array([start, *ids, self.tokenizer.eos_id], dtype=np.int64)
+
+
+def _rows(texts: _Texts, block_size: int, stride: int) -> Iterator[_Row]:
+    """Yield the rows that have each token of each document as a target once."""
+    for number, tokens in enumerate(texts.encoded()):
+        for start in row_starts(len(tokens) - 1, block_size, stride):
+            part = tokens[start : start + block_size + 1]
+            yield _Row(number, part, len(part) - 1 - (block_size - stride if start else 0))
+
+
+def _padded(rows: list[_Row]) -> Batch:
+    """Return rows as a batch as wide as the longest of them; nothing sees what comes after it, so padding does not count."""
+    idx = np.zeros((len(rows), max(len(row.tokens) for row in rows) - 1), dtype=np.int64)
+    targets = np.full_like(idx, IGNORE)
+    for i, (_, tokens, n_targets) in enumerate(rows):
+        stop = len(tokens) - 1
+        idx[i, :stop], targets[i, stop - n_targets : stop] = tokens[:-1], tokens[len(tokens) - n_targets :]
+    return Batch(idx, targets)
+
+
+def text_losses(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    path: Path,
+    runtime: Runtime,
+    field: str = "text",
+    stride: int | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Losses:
+    """Return the losses of a file: of a .jsonl or .json (.gz too) those of its rows, each a document, else that of its text.
+
+    A row's text is in `field`, else in `content` or `text`; its language in `language` or `lang`. Each document is predicted
+    on its own, from the token that begins it in training (the end-of-text token where there is no other), and so is the
+    end-of-text token after it. Raises DataError if there is no text in the file, ConfigError for a stride that cannot be.
+    """
+    path = path.expanduser()
+    _require_stride(stride, model.cfg)
+    if not path.is_file():
+        raise DataError(f"the text to predict must be a file that exists, but {str(path)!r} is not; check the path")
+    texts = _Texts(path, field, tokenizer)
+    rows = _rows(texts, model.cfg.block_size, model.cfg.block_size if stride is None else stride)
+    nll: list[float] = []
+    done = 0
+    with _evaluating(model):
+        while pool := sorted(islice(rows, POOL * batch_size), key=lambda row: len(row.tokens)):
+            nll += [0.0] * (len(texts.tokens) - len(nll))
+            for i in range(0, len(pool), batch_size):
+                batch = pool[i : i + batch_size]
+                losses = token_losses(model, _padded(batch), runtime)
+                edges = np.cumsum([0, *(row.n_targets for row in batch)])
+                for row, start, stop in zip(batch, edges, edges[1:]):
+                    nll[row.document] += float(losses[start:stop].sum())
+                done += len(losses)
+                if progress is not None:
+                    progress(done)
+    why = texts.left_out()
+    if nll and why:
+        print(f"warning: of {path} are left out: {why}", file=sys.stderr)
+    if not nll:
+        raise DataError(
+            f"{path} must hold a text to predict, but holds none ({why or 'it is empty'}); check the file"
+            + (f" and the column {field!r}" if texts.rows else "")
+        )
+    n_bytes = np.array(texts.bytes)
+    languages, sources = np.array(texts.languages, dtype=object), np.array([path.name] * len(nll), dtype=object)
+    return Losses(
+        np.array(nll), np.array(texts.tokens), int(n_bytes.sum()), n_bytes, languages, sources, notes=texts.notes
+    )

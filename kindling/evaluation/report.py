@@ -1,0 +1,357 @@
+"""What an evaluation found, as tables with 95% intervals, and as files in the run.
+
+    print(table(results, losses))        # for the terminal
+    save(Path("runs/demo"), results, losses)
+
+`results` is what eval.json holds; every part of it may be absent, or be {"skipped": "the reason"}, which is shown.
+`losses` are the lines of losses.jsonl, one a held-out document: {"document": 3, "language": "python", "source":
+"local-python", "tokens": 512, "bytes": 1700, "nll": 690.1}, nll in nats. Without them there are figures but no intervals
+of losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from kindling.errors import KindlingError
+from kindling.evaluation.intervals import FEWEST, NONE, Interval, Z, bootstrap_ratio, pass_interval, rate_interval
+from kindling.files import write_atomic
+from kindling.tables import Section, as_markdown, as_text
+
+FORMAT = 2  # of eval.json
+READING = "figures in brackets are 95% intervals; a - stands for what is not known"
+EXAMPLES = 5  # contaminated problems that are named
+
+Results = dict[str, Any]
+Losses = list[dict[str, Any]]
+
+
+class ReportError(KindlingError):
+    """Results that cannot be written, read or compared."""
+
+
+def table(results: Results, losses: Losses | None = None, color: bool = False) -> str:
+    """Return all results for a terminal of 100 columns."""
+    return as_text([title(results), *facts(results), READING], sections(results, losses or []), color)
+
+
+def markdown(results: Results, losses: Losses | None = None) -> str:
+    """Return the same as a Markdown document."""
+    return as_markdown(title(results), [*facts(results), READING], sections(results, losses or []))
+
+
+def file_name(name: str, split: str) -> str:
+    """Return what a file of results is called: those of the validation split plainly, others with the split's name."""
+    stem, _, suffix = name.partition(".")
+    return name if split == "val" else f"{stem}-{split}.{suffix}"
+
+
+def save(run_path: Path, results: Results, losses: Losses | None = None) -> list[str]:
+    """Write eval.json, eval.md and losses.jsonl into a run, each as a whole or not at all; return their names.
+
+    eval.json comes last and has the hash of losses.jsonl, so that the two are known to belong together. Without losses,
+    the losses.jsonl of an earlier evaluation is removed. What is not finite becomes null. Results of another split than
+    the validation split have files of their own. Raises ReportError if the folder cannot be written.
+    """
+    split = results.get("split", "val")
+    names = [file_name(name, split) for name in ("losses.jsonl", "eval.md", "eval.json")]
+    name = names[0]
+    lines = "".join(_json(line) + "\n" for line in losses or [])
+    try:
+        if lines:
+            write_atomic(run_path / name, lines)
+            results = {**results, "losses_sha256": hashlib.sha256(lines.encode("utf-8")).hexdigest()}
+        else:
+            (run_path / name).unlink(missing_ok=True)
+        name = names[1]
+        write_atomic(run_path / name, markdown(results, losses))
+        name = names[2]
+        write_atomic(run_path / name, _json(results, indent=1) + "\n")
+    except OSError as e:
+        raise ReportError(
+            f"{run_path} must be writable for {name}, but is not ({e}); free some space or mend its permissions"
+        ) from None
+    return names[::-1] if lines else names[:0:-1]
+
+
+def with_earlier(results: Results, run_path: Path) -> Results:
+    """Return the results with what an earlier evaluation of the same weights measured and this one was not asked for."""
+    try:
+        path = run_path / file_name("eval.json", results["split"])
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        same = all(earlier[key] == results[key] for key in ("format", "weights_sha256", "split"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return results
+    kept = [name for name in HEADINGS if name in earlier and name not in results] if same else []
+    return results | {name: earlier[name] for name in kept} | ({"kept": kept} if kept else {})
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent, allow_nan=False)
+
+
+def title(results: Results) -> str:
+    """Return the heading of a run's results."""
+    return f"Evaluation of {results.get('run', 'a run')}"
+
+
+def facts(results: Results) -> list[str]:
+    """Return what was evaluated, and how, in up to three lines."""
+    labels = {
+        "checkpoint": "{}",
+        "preset": "preset {}",
+        "parameters": "{:,} parameters",
+        "weights_sha256": "weights {:.12}",
+    }
+    measured = {"split": "{} split", "data": "of {}", "device": "on {}", "precision": "{}", "python": "Python {}",
+                "seconds": "{:,.0f} s"}  # fmt: skip
+    lines = []
+    for wanted in (labels, measured):
+        parts = [form.format(results[key]) for key, form in wanted.items() if results.get(key) is not None]
+        lines.append(", ".join(parts))
+    lines.append(", ".join(f"{key} {value}" for key, value in results.get("settings", {}).items() if value is not None))
+    if results.get("kept"):
+        lines.append(f"kept from an earlier evaluation of the same weights: {', '.join(results['kept'])}")
+    return [line for line in lines if line]
+
+
+def sections(results: Results, losses: Losses) -> list[Section]:
+    """Return a section for each part that there is."""
+    found: list[Section] = []
+    for name, heading in HEADINGS.items():
+        part = results.get(name)
+        if not part:
+            continue
+        if "skipped" in part:
+            found.append(Section(heading, notes=[f"not computed: {part['skipped']}"]))
+        elif name == "language_modelling":
+            found.append(_language_modelling(part, losses))
+        elif name == "texts":
+            found.append(_texts(part))
+        elif name == "syntax":
+            found.append(_syntax(part))
+        elif name == "functional":
+            found += _functional(part)
+        elif name == "memorisation":
+            found.append(_memorisation(part))
+        elif name == "contamination":
+            found.append(_contamination(part))
+        elif name == "harness":
+            found.append(_harness(part))
+    return found or [Section("Nothing was evaluated")]
+
+
+HEADINGS = {
+    "language_modelling": "Language modelling, held-out documents",
+    "texts": "Language modelling, texts",
+    "syntax": "Syntax of samples",
+    "functional": "Functional correctness",
+    "memorisation": "Memorisation",
+    "contamination": "Benchmark problems in the training data",
+    "harness": "lm-evaluation-harness",
+}
+
+
+def count(value: int | None) -> str:
+    """Return a count with separators, or "-" for None."""
+    return "-" if value is None else f"{value:,}"
+
+
+def number(value: float | None, interval: Interval = NONE, form: str = ",.4f") -> str:
+    """Return a figure, with its interval in brackets if it has one."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + ("" if math.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]")
+
+
+def percent(value: float | None, interval: Interval = NONE) -> str:
+    """Return a share as per cent, with its interval in brackets if it has one."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.1%}" + (
+        "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    )
+
+
+def bits_interval(losses: Losses) -> Interval:
+    """Return the interval of bits per byte over documents; none if a loss is not finite."""
+    if not _all_finite(losses):
+        return NONE
+    return bootstrap_ratio([line["nll"] / math.log(2) for line in losses], [line["bytes"] for line in losses])
+
+
+def _all_finite(losses: Losses) -> bool:
+    return all(line["nll"] is not None and math.isfinite(line["nll"]) for line in losses)
+
+
+def _perplexity_interval(losses: Losses) -> Interval:
+    if not _all_finite(losses):
+        return NONE
+    low, high = bootstrap_ratio([line["nll"] for line in losses], [line["tokens"] for line in losses])
+    return Interval(math.exp(low), math.exp(high))
+
+
+_LM_COLUMNS = ["loss", "perplexity", "bits per byte", "docs", "tokens", "bytes"]
+
+
+def _lm_row(name: str, figures: dict[str, Any], losses: Losses) -> list[str]:
+    return [
+        name,
+        number(figures.get("loss")),
+        number(figures.get("perplexity"), _perplexity_interval(losses), ",.2f"),
+        number(figures.get("bits_per_byte"), bits_interval(losses), ".3f"),
+        *(count(figures.get(key)) for key in ("documents", "tokens", "bytes")),
+    ]
+
+
+def _language_modelling(part: dict[str, Any], losses: Losses) -> Section:
+    section = Section(HEADINGS["language_modelling"], ["", *_LM_COLUMNS])
+    if "all" in part:
+        section.rows.append(_lm_row("all", part["all"], losses))
+    for key, field, label in (("by_language", "language", "{}"), ("by_source", "source", "from {}")):
+        groups = part.get(key, {})
+        if len(groups) == 1 and "all" in part:
+            section.notes.append(f"all of one {field}: {next(iter(groups))}")
+            continue
+        for name, figures in groups.items():
+            own = [line for line in losses if line[field] == name]
+            section.rows.append(_lm_row(label.format(name), figures, own))
+            if losses and len(own) < FEWEST:
+                section.notes.append(f"{label.format(name)}: no interval, of fewer than {FEWEST} documents")
+    if losses:
+        section.notes.append("intervals: documents resampled, 10,000 times")
+    else:
+        section.notes.append("no intervals: the losses of single documents are missing")
+    if not _all_finite(losses):
+        section.notes.append("no intervals where the loss of a document is not finite")
+    if part.get("stride"):
+        section.notes.append(f"read through a window that moves on by {part['stride']:,} tokens")
+    return section
+
+
+def _texts(part: dict[str, Any]) -> Section:
+    rows = [_lm_row(name, text.get("all", {}), []) for name, text in part.items()]
+    return Section(HEADINGS["texts"], ["", *_LM_COLUMNS], rows, ["no intervals: a text is not many documents"])
+
+
+def rate_cell(group: dict[str, Any], key: str) -> str:
+    """Return the rate of samples that have `key`, with its interval over prompts; "-" of no samples."""
+    if not group.get("samples"):
+        return "-"
+    columns = {"passes": 2, "non_trivial": 3}
+    counts = group.get("counts") or [row for part in group.get("by_prompt", {}).values() for row in part["counts"]]
+    interval = rate_interval([row[columns[key]] for row in counts], [row[1] for row in counts]) if counts else NONE
+    return percent(group[key] / group["samples"], interval)
+
+
+def _syntax(part: dict[str, Any]) -> Section:
+    columns = ["prompts", "samples", "pass", "and are not trivial"]
+    groups = {"all": part, **part.get("by_prompt", {})}
+    rows = [
+        [name, count(group.get("samples")), *(rate_cell(group, key) for key in ("passes", "non_trivial"))]
+        for name, group in groups.items()
+    ]
+    section = Section(HEADINGS["syntax"], columns, rows, list(part.get("notes", [])))
+    if "python" in part:
+        section.notes.append(f"by the syntax of Python {part['python']}; intervals: prompts resampled")
+    if not part.get("samples"):
+        section.notes.append("no samples were taken")
+    return section
+
+
+def pass_cell(benchmark: dict[str, Any], k: str) -> str:
+    """Return a benchmark's pass@k with its interval over problems, "-" where k samples were not taken."""
+    value, counts = benchmark.get("pass_at", {}).get(k), benchmark.get("counts", [])
+    if value is None or any(n < int(k) for _, n, _ in counts):
+        return "-"
+    return percent(
+        value, pass_interval([n for _, n, _ in counts], [c for _, _, c in counts], int(k)) if counts else NONE
+    )
+
+
+def _functional(part: dict[str, Any]) -> list[Section]:
+    ks = sorted({k for benchmark in part.values() for k in benchmark.get("pass_at", {})}, key=int)
+    solved = Section(HEADINGS["functional"], ["benchmark", *(f"pass@{k}" for k in ks), "problems", "samples each"])
+    for name, benchmark in part.items():
+        each = benchmark.get("samples_per_problem")
+        cells = [pass_cell(benchmark, k) for k in ks]
+        solved.rows.append([name, *cells, count(benchmark.get("problems")), count(each)])
+        for level, group in benchmark.get("by_level", {}).items():
+            cells = [percent(group.get("pass_at", {}).get(k)) for k in ks]
+            solved.rows.append([f"level {level}", *cells, count(group.get("problems")), count(each)])
+        if each and any(int(k) > each for k in benchmark.get("pass_at", {})):
+            solved.notes.append(f"{name}: pass@k needs at least k samples of each problem, and {each} were taken")
+        if benchmark.get("cropped"):
+            solved.notes.append(f"{name}: {benchmark['cropped']:,} prompts cropped to the model's context")
+        if benchmark.get("sandbox") == "none":
+            solved.warnings.append(f"{name}: NOT SANDBOXED, the samples could do what the user can")
+    modes = dict.fromkeys(b["sandbox"] for b in part.values() if b.get("sandbox", "none") != "none")
+    solved.notes += [f"sandbox: {', '.join(modes)}"] * bool(modes)
+    solved.notes.append(
+        f"intervals: problems resampled, 10,000 times, if there are {FEWEST}; of none or all solved, Wilson's"
+    )
+    found = [name for name, benchmark in part.items() if benchmark.get("verdicts")]
+    kinds = list(dict.fromkeys(kind for name in found for kind in part[name]["verdicts"]))
+    rows = [[name, *(count(part[name]["verdicts"].get(kind, 0)) for kind in kinds)] for name in found]
+    return [solved, *([Section("Verdicts on the samples", ["benchmark", *kinds], rows)] if rows else [])]
+
+
+def _memorisation(part: dict[str, Any]) -> Section:
+    samples, over = part.get("samples"), part.get("over_50")
+    rows = [
+        ["samples", count(samples)],
+        ["longest run of a sample that the training data holds, in tokens", count(part.get("longest"))],
+        ["median of these runs, in tokens", number(part.get("median"), form=",g")],
+        ["samples with a run of over 50 tokens", count(over)],
+        ["their share", percent(over / samples if samples and over is not None else None)],
+    ]
+    notes = [f"looked for in {part['training_tokens']:,} tokens of training"] if part.get("training_tokens") else []
+    return Section(HEADINGS["memorisation"], ["", ""], rows, notes)
+
+
+def _contamination(part: dict[str, Any]) -> Section:
+    section = Section(HEADINGS["contamination"], ["benchmark", "problems", "found", "share"])
+    for name, found in part.items():
+        if not isinstance(found, dict):
+            continue
+        problems, hit = found.get("problems"), found.get("hit")
+        part_of = None if hit is None or not problems else hit / problems
+        section.rows.append([name, count(problems), count(hit), percent(part_of)])
+        if found.get("examples"):
+            named = ", ".join(str(example) for example in found["examples"][:EXAMPLES])
+            more = len(found["examples"]) - EXAMPLES
+            section.notes.append(f"{name}: {named}" + (f" and {more:,} more" if more > 0 else ""))
+        if found.get("too_short"):
+            section.notes.append(f"{name}: {found['too_short']:,} problems are too short to be recognised in any data")
+    read, of = part.get("read_tokens"), part.get("of_tokens")
+    if read is not None and of is not None:
+        section.notes.append(
+            f"{'all' if read >= of else f'ONLY {read:,} of'} {of:,} tokens of the training data were read"
+        )
+    return section
+
+
+def _harness(part: dict[str, Any]) -> Section:
+    rows = [
+        [name, task.get("metric", "-"), harness_cell(task), count(task.get("n")), count(task.get("shots"))]
+        for name, task in part.items()
+    ]
+    notes = [f"{name}: {note}" for name, task in part.items() for note in task.get("notes", [])]
+    return Section(HEADINGS["harness"], ["task", "metric", "value", "questions", "shots"], rows, notes, names=2)
+
+
+def harness_cell(task: dict[str, Any]) -> str:
+    """Return a task's value with its interval of 1.96 standard errors."""
+    value, stderr = task.get("value"), task.get("stderr")
+    return number(value, NONE if value is None or stderr is None else Interval(value - Z * stderr, value + Z * stderr))

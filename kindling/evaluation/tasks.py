@@ -1,0 +1,246 @@
+"""Programming problems with tests: HumanEval, MBPP and the project's own, in one form.
+
+    for problem in load("humaneval"):
+        print(problem.prompt)
+
+Each is read from its original format: the file that lies in `problems/`, another file, or a data set on the hub. A problem
+says what a base model is to continue (`prompt`), what a fine-tuned one is asked (`instruction`), and how an answer is tested.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import gzip
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kindling.errors import KindlingError, did_you_mean
+
+PROBLEMS = Path(__file__).resolve().parents[2] / "problems"
+FILES = {
+    "problems": "graded.jsonl",
+    "humaneval": "HumanEval.jsonl.gz",
+    "mbpp": "mbpp.jsonl.gz",
+    "mbpp-3shot": "mbpp.jsonl.gz",
+}
+MBPP_TEST = range(11, 511)  # the split that is reported (Austin et al. 2021, section 2.1)
+MBPP_SHOTS = (2, 3, 4)  # the examples of their prompts
+STOP = "[DONE]"  # what closes an example there
+
+
+class TaskError(KindlingError):
+    """Problems that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. Everything in it is trusted; only what a model writes is not."""
+
+    benchmark: str
+    task_id: str
+    entry_point: str
+    """The function that is asked for."""
+    prompt: str
+    """What a base model continues."""
+    head: str
+    """The code that a continuation stands behind; empty where the prompt is no part of the program."""
+    instruction: str
+    """What a fine-tuned model is asked."""
+    trusted: str
+    """Code that the tests lean on."""
+    tests: str
+    """Statements that raise AssertionError unless the program is right."""
+    solution: str
+    """The whole reference program."""
+    remote: tuple[str, ...]
+    """Names in the tests that are the program's."""
+    level: int | None = None
+    mined_instruction: str = ""
+    """What one is asked that was fine-tuned on docstrings: a task and a signature, which `answer_head` has too."""
+    answer_head: str = ""
+    """The code before a body, where an answer is that."""
+    shots: tuple[tuple[str, str], ...] = ()
+    """Instructions and programs that a fine-tuned model is shown before."""
+    ids: tuple[int, ...] = ()
+    """What a model is given, where that is already encoded."""
+
+
+def load(name: str, source: str | None = None) -> list[Problem]:
+    """Return the problems of a benchmark: from `source`, a file or a name on the hub, or as they lie in `problems/`.
+
+    Of MBPP these are the ones of its test split. Raises TaskError if there are none, or if they cannot be read.
+    """
+    if name not in FILES:
+        raise TaskError(f"no benchmark is called {name!r}; {did_you_mean(name, FILES)}")
+    origin = source or str(PROBLEMS / FILES[name])
+    rows = list(_rows(name, origin))
+    try:
+        if name in ("humaneval", "problems"):
+            problems = [_to_complete(name, row) for row in rows]
+        else:
+            own = _rows(name, str(PROBLEMS / FILES[name])) if name == "mbpp-3shot" else ()
+            shots = [row for row in own if row["task_id"] in MBPP_SHOTS]
+            problems = [_mbpp(name, row, shots) for row in rows if int(row["task_id"]) in MBPP_TEST]
+    except (AttributeError, LookupError, StopIteration, SyntaxError, TypeError, ValueError) as e:
+        raise TaskError(
+            f"{origin} must hold problems in the format of {name}, but does not ({type(e).__name__}: {e}); "
+            f"correct --eval.{name.partition('-')[0]}"
+        ) from None
+    if not problems:
+        ids = f" with a task_id from {MBPP_TEST[0]} to {MBPP_TEST[-1]}" if name.startswith("mbpp") else ""
+        raise TaskError(
+            f"{origin} must hold problems{ids}, but has none in {len(rows)} rows; correct --eval.{name.partition('-')[0]}"
+        )
+    return problems
+
+
+def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        yield _row(line, number)
+            return
+        import datasets
+
+        for split in ("train", "test", "validation", "prompt") if name.startswith("mbpp") else ("test",):
+            yield from datasets.load_dataset(source, split=split)
+    except Exception as e:  # datasets raises what its dependencies raise
+        raise TaskError(
+            f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "
+            f"({' '.join(str(e).split())[:200]}); correct --eval.{name.partition('-')[0]}"
+        ) from None
+
+
+def _row(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"line {number}: {e.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number}: a {type(row).__name__}, not an object")
+    return row
+
+
+def _to_complete(benchmark: str, row: dict[str, Any]) -> Problem:
+    """Return a problem of HumanEval or of the project's own, whose prompt is the head of a function."""
+    prompt, name = row["prompt"], row["entry_point"]
+    of_humaneval = benchmark == "humaneval"
+    return Problem(
+        benchmark=benchmark,
+        task_id=row["task_id"],
+        entry_point=name,
+        prompt=prompt,
+        head=prompt,
+        instruction=f"Complete this Python function.\n\n{prompt}",
+        mined_instruction=_mined(prompt, name),
+        answer_head=prompt,
+        # HumanEval's tests call other functions of the prompt; the one that is asked for is empty there
+        trusted=prompt if of_humaneval else "",
+        tests=f"{row['test']}\ncheck({name})\n" if of_humaneval else "\n".join(row["test_list"]),
+        solution=prompt + row["canonical_solution"],
+        remote=(name,),
+        level=None if of_humaneval else row["level"],
+    )
+
+
+def _mbpp(name: str, row: dict[str, Any], shots: list[dict[str, Any]]) -> Problem:
+    text, asserts = _text(row), [test.strip() for test in row["test_list"]]
+    # imports of the tests' own; the classes that two problems set their trees up with are the program's
+    tests = _unix("\n".join([*row.get("test_imports", []), row.get("test_setup_code") or "", *asserts]))
+    modules = _modules(tests)
+    tests = "".join(f"import {module}\n" for module in modules) + tests
+    entry_point = _called(asserts[0])
+    signature = f"def {entry_point}({', '.join(_parameters(asserts[0], entry_point))}):"
+    quoted = "\n".join([text, *asserts]).replace('"""', "'''")
+    prompt = f'"""\n{quoted}\n"""\n'
+    if shots:  # Austin et al. 2021, figure 1
+        prompt = "".join(_shot(shot) + _unix(shot["code"]) + f"\n{STOP}\n\n" for shot in shots) + _shot(row)
+    return Problem(
+        benchmark=name,
+        task_id=f"MBPP/{row['task_id']}",
+        entry_point=entry_point,
+        prompt=prompt,
+        head="",
+        instruction=_asked(row),
+        mined_instruction=f"{text}\n{signature}",
+        answer_head=signature + "\n",
+        shots=tuple((_asked(shot), _unix(shot["code"]).rstrip()) for shot in shots),
+        trusted="",
+        tests=tests,
+        solution=_unix(row["code"]),
+        remote=tuple(dict.fromkeys([entry_point, *_unknown(tests)])),
+    )
+
+
+def _text(row: dict[str, Any]) -> str:
+    return (row["text"] if "text" in row else row["prompt"]).strip()
+
+
+def _unix(code: str) -> str:
+    return code.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _asked(row: dict[str, Any]) -> str:
+    return f"{_text(row)}\nThe code must pass this test:\n{row['test_list'][0].strip()}"
+
+
+def _shot(row: dict[str, Any]) -> str:
+    tests = "\n".join(row["test_list"])
+    return (
+        f"You are an expert Python programmer, and here is your task: {_text(row)} "
+        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+    )
+
+
+def _called(test: str) -> str:
+    """Return the function that an assert tests: the first that it calls which is no builtin, else the first."""
+    calls = [n.func.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return next((name for name in calls if not hasattr(builtins, name)), calls[0])
+
+
+def _modules(tests: str) -> list[str]:
+    """Return the standard modules whose functions a test uses without importing them, as if the program did."""
+    bases = [
+        n.value.id for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    ]
+    return sorted(set(bases) & sys.stdlib_module_names & set(_unknown(tests)))
+
+
+def _unknown(tests: str) -> tuple[str, ...]:
+    """Return the names that a test uses and neither makes nor imports."""
+    names = [n for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)]
+    made = {n.id for n in names if isinstance(n.ctx, ast.Store)} | set(dir(builtins))
+    for node in ast.walk(ast.parse(tests)):
+        if isinstance(node, ast.arg):
+            made.add(node.arg)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            made |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return tuple(dict.fromkeys(n.id for n in names if n.id not in made))
+
+
+def _parameters(test: str, name: str) -> list[str]:
+    """Return names for the arguments that an assert calls a function with."""
+    calls = [n for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    call = next(n for n in calls if n.func.id == name)
+    return list("abcdefghij"[: len(call.args)])
+
+
+def _mined(head: str, name: str) -> str:
+    """Return a task as docstrings.py words it: the first paragraph of the docstring, then the signature."""
+    node = next(n for n in ast.parse(head).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    texts = (s.value.value for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+    docstring = inspect.cleandoc(str(next(texts, "")))  # HumanEval/115 has an import before its own
+    paragraph = " ".join(docstring.split("\n\n")[0].split(">>>")[0].split())
+    empty = ast.FunctionDef(
+        name=node.name, args=node.args, body=[], decorator_list=[], returns=node.returns, lineno=node.lineno
+    )
+    return f"{paragraph}\n{ast.unparse(empty)}"

@@ -1,0 +1,264 @@
+"""The format of the Hugging Face hub, both ways: a folder that transformers loads, and the weights of such a folder.
+
+    write(folder, model, tokenizer, card)               # config, weights, tokenizer, generation config, README.md
+    difference(folder, model, rows)                     # of the logits, with the model as transformers loads it
+    cfg, weights = read(Path("models/gpt2"))            # of GPT-2, Llama or our own
+
+Shapes that `GPT2LMHeadModel` or `LlamaForCausalLM` compute are written as these (hf_layout.py); all others with the file
+modeling_kindling.py beside them. config.json holds our `ModelConfig` under the key "kindling", so that a folder of ours
+comes back as it was. Limits: weights in safetensors only, written in float32; no SentencePiece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import ModelConfig
+from kindling.errors import KindlingError, one_line
+from kindling.files import sha256_file, write_json
+from kindling.formats.hf_layout import (
+    CODE,
+    OWN,
+    HubFormatError,
+    architecture,
+    as_it_was,
+    hub_config,
+    hub_weights,
+    our_config,
+    our_weights,
+)
+from kindling.formats.parity import Difference, compare
+from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
+from model import GPT
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def require_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raise HubFormatError if the format cannot hold the tokenizer."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        raise HubFormatError(
+            "the tokenizer must be of the `tokenizers` library to give the same ids in transformers, but the run has "
+            "tokenizer.kind=sentencepiece; train a run with --tokenizer.kind bpe"
+        )
+
+
+def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
+    """Write all files of the format into an existing empty folder; `card` becomes README.md.
+
+    Raises HubFormatError for a SentencePiece tokenizer, and if the folder cannot be written; it then holds no whole model.
+    """
+    from safetensors import SafetensorError
+
+    require_tokenizer(tokenizer)
+    try:
+        _write_model(folder, model, tokenizer)
+        _write_tokenizer(folder, tokenizer, model.cfg.block_size)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as e:
+        raise HubFormatError(
+            f"{folder} must be writable and have room for the model, but writing gave: {one_line(e)}; free some space or "
+            f"choose another folder"
+        ) from None
+
+
+def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Write config, code and weights, and which control tokens begin and end a text."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    hub_config(model.cfg, ids).save_pretrained(folder)
+    if architecture(model.cfg) == "llama":
+        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta)  # where transformers 4 looks for it
+    if architecture(model.cfg) == "kindling":
+        shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+    # named_parameters lists a tied matrix once
+    weights = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+    save_file(hub_weights(weights, model.cfg), folder / WEIGHTS, metadata={"format": "pt"})
+    GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
+    """Write the tokenizer so that AutoTokenizer gives the ids of ours: all text is text, and only a set bos is added."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    cfg = tokenizer.cfg
+    backend = Backend.from_str(tokenizer.to_json())
+    bos = cfg.bos_token
+    before = "" if bos is None else f"{bos}:0 "
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A:0",
+        pair=f"{before}$A:0 $B:1",
+        special_tokens=[] if bos is None else [(bos, tokenizer.bos_id)],
+    )
+    named = {"bos_token": bos, "eos_token": cfg.eos_token, "pad_token": cfg.pad_token, "unk_token": cfg.unk_token}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=block_size,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "<|endoftext|>" in a document is 13 characters, not the end of it
+        padding_side="left",  # what follows a prompt must stand beside it
+        **{name: token for name, token in named.items() if token is not None},
+    )
+    try:
+        fast.save_pretrained(folder)
+    except Exception as e:  # the library raises plain Exception of a full disk
+        raise e if isinstance(e, OSError) else OSError(str(e)) from None
+    # a name that transformers 4 knows
+    _add(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def _add(path: Path, **values: Any) -> None:
+    """Set entries of a JSON file."""
+    write_json(path, _read_json(path) | values)
+
+
+def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
+    """Compare the model with the folder's as transformers loads it, in float32, on rows (B, T) of at least 2 tokens.
+
+    Loading one of our own class runs the code in the folder.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it is over before it can be read
+    own = _read_json(folder / CONFIG).get("model_type") == "kindling"
+    device = model.head.weight.device
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32).to(device).eval()
+    return compare(model, lambda row: theirs(row[None], use_cache=False).logits[0], rows)
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder is laid out as the hub serves models, and is no run of ours."""
+    return (folder / CONFIG).is_file() and not (folder / "config.yaml").is_file()
+
+
+def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the shape and the weights of a folder as the hub serves it, in float32, under the names of our `GPT`.
+
+    What training alone uses is as in the folder's "kindling" key, or as `ModelConfig` has it. Raises HubFormatError for
+    other architectures, for settings that ours does not have, and for files that are missing, damaged or do not fit.
+    """
+    path = folder / CONFIG
+    content = _read_json(path)
+    name = content.get("model_type")
+    if name not in ("gpt2", "llama", "kindling"):
+        raise HubFormatError(
+            f"{path} must be of model_type gpt2, llama or kindling, but is of {name!r}; choose such a model"
+        )
+    try:
+        cfg = our_config(content, name)
+    except KindlingError as e:
+        raise HubFormatError(f"{path}: {e}") from None
+    except Exception as e:  # transformers and pydantic check types, each with errors of its own
+        raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
+    try:
+        weights = our_weights(_read_weights(folder), cfg, name)
+    except (HubFormatError, RuntimeError) as e:  # torch's own, of sizes that no computer has
+        raise HubFormatError(f"{folder}: {e if isinstance(e, HubFormatError) else one_line(e)}") from None
+    if OWN not in content:
+        return cfg, weights
+    try:
+        return as_it_was(cfg, content[OWN], weights)
+    except Exception as e:  # of types, of unknown names, of values
+        raise HubFormatError(
+            f'{path} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise HubFormatError(
+            f"{path} must be a readable JSON file of a model of the hub, but is not ({one_line(e)}); fetch it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise HubFormatError(f"{path} must hold a JSON object, but holds a {type(content).__name__}; fetch it again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that the weights are in; raises HubFormatError if there are none in safetensors."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = _read_json(folder / INDEX).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        # only files of the folder itself
+        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+            raise HubFormatError(f"{folder / INDEX} must name the files of the weights, but does not; fetch it again")
+        if missing := sorted(n for n in names if not (folder / n).is_file()):
+            raise HubFormatError(f"{folder} must hold all files of {INDEX}, but {missing[0]} is missing; fetch it too")
+        return [folder / n for n in sorted(names)]
+    pickled = next((p.name for p in sorted(folder.glob("pytorch_model*.bin"))), None)
+    raise HubFormatError(
+        f"{folder} must hold {WEIGHTS} or {INDEX}, but "
+        + (f"holds {pickled}, which could run code; have transformers load it and call save_pretrained, which writes "
+           f"safetensors" if pickled else "holds neither; fetch the weights too")
+    )  # fmt: skip
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the sha256 of the weights' file, or of the hashes of its parts in the order of their names."""
+    hashes = [sha256_file(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode("ascii")).hexdigest()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError) as e:
+            raise HubFormatError(
+                f"{path.name} must be a whole safetensors file, but is not ({one_line(e)}); fetch it again"
+            ) from None
+    return tensors
+
+
+def require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise HubFormatError unless the folder's tokenizer gives every text the ids that `tokenizer` gives it."""
+    from tokenizers import Tokenizer as Backend
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise HubFormatError(
+            f"{folder} must hold a tokenizer.json, to see that its ids are the run's, but does not; have transformers "
+            f"load the tokenizer and call save_pretrained"
+        )
+    try:
+        theirs = Backend.from_str(path.read_text(encoding="utf-8")).to_str()
+    except Exception as e:  # the library raises plain Exception
+        raise HubFormatError(
+            f"{path} must be of the `tokenizers` library, but is not ({one_line(e)}); fetch it again"
+        ) from None
+    if _what_counts(theirs) != _what_counts(tokenizer.to_json()):
+        raise HubFormatError(
+            f"{path} must give the ids of the run's tokenizer, but is another; use it in the run with "
+            f"--tokenizer.kind pretrained --tokenizer.path {folder}"
+        )
+
+
+def _what_counts(tokenizer_json: str) -> dict[str, Any]:
+    """Return the content of a tokenizer.json without what no id of ours depends on."""
+    content = json.loads(tokenizer_json)
+    for name in ("version", "post_processor", "padding", "truncation"):
+        content.pop(name, None)
+    # special tokens are never looked for in a text, so it does not matter how they would be
+    added = content.get("added_tokens", [])
+    content["added_tokens"] = [{"id": t["id"], "content": t["content"]} if t.get("special") else t for t in added]
+    return content

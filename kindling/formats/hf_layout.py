@@ -1,0 +1,310 @@
+"""What our shapes and weights are called by transformers, both ways; no file is touched here.
+
+    architecture(cfg)                       # "gpt2" or "llama" where the stock class computes the same, else "kindling"
+    hub_config(cfg, ids), hub_weights(weights, cfg)
+    our_config(content), our_weights(tensors, cfg, "llama")
+
+GPT-2's linear layers are stored (in, out) and always have biases; Llama's queries, keys and values are three matrices.
+Limits: dropout is in a folder of Llama's only where that class has it, on the attention weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from config import ModelConfig
+from kindling.errors import KindlingError
+from model import GPT, LanguageModel, TransformersGPT2
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+
+Architecture = Literal["gpt2", "llama", "kindling"]
+CODE = "modeling_kindling.py"  # the class for all other shapes
+OWN = "kindling"  # the key of our ModelConfig in config.json
+STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # what the stock classes hold, besides any number
+    "gpt2": {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2")},
+    "llama": {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)},
+}
+for _settings in STOCK.values():
+    _settings |= {"final_norm": (True,), "attn_out_proj": (True,)}
+    _settings |= {"head_bias": (False,), "qk_norm": (False,), "pair_rows": (0,)}
+# settings that training alone uses, or that say where it runs; weights fit whatever they are
+TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"} | {a: a for a in STOCK["gpt2"]["activation"]}
+# our parameters by the hub's names; ours that are several of the hub's are joined in this order
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "gpt2": {
+        "wte": ("transformer.wte",),
+        "wpe": ("transformer.wpe",),
+        "blocks.{}.norm_1": ("transformer.h.{}.ln_1",),
+        "blocks.{}.attn.qkv": ("transformer.h.{}.attn.c_attn",),
+        "blocks.{}.attn.proj": ("transformer.h.{}.attn.c_proj",),
+        "blocks.{}.norm_2": ("transformer.h.{}.ln_2",),
+        "blocks.{}.mlp.up": ("transformer.h.{}.mlp.c_fc",),
+        "blocks.{}.mlp.down": ("transformer.h.{}.mlp.c_proj",),
+        "norm_f": ("transformer.ln_f",),
+        "head": ("lm_head",),
+    },
+    "llama": {
+        "wte": ("model.embed_tokens",),
+        "blocks.{}.norm_1": ("model.layers.{}.input_layernorm",),
+        "blocks.{}.attn.qkv": tuple(f"model.layers.{{}}.self_attn.{t}_proj" for t in "qkv"),
+        "blocks.{}.attn.proj": ("model.layers.{}.self_attn.o_proj",),
+        "blocks.{}.norm_2": ("model.layers.{}.post_attention_layernorm",),
+        "blocks.{}.mlp.up": ("model.layers.{}.mlp.up_proj",),
+        "blocks.{}.mlp.gate": ("model.layers.{}.mlp.gate_proj",),
+        "blocks.{}.mlp.down": ("model.layers.{}.mlp.down_proj",),
+        "norm_f": ("model.norm",),
+        "head": ("lm_head",),
+    },
+}
+# masks and frequencies that older versions saved with the weights
+NO_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+
+
+class HubFormatError(KindlingError):
+    """A model that the format cannot hold, or a folder that holds no model of ours."""
+
+
+def obstacles(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
+    """Return the settings that the stock class of that name cannot hold, such as "model.head_bias=True"."""
+    found = [f for f, held in STOCK[name].items() if getattr(cfg, f) not in held]
+    if name == "gpt2" and cfg.kv_heads != cfg.n_head:
+        found.append("n_kv_head")
+    return [f"model.{f}={getattr(cfg, f)}" for f in found]
+
+
+def architecture(cfg: ModelConfig) -> Architecture:
+    """Return the stock class that computes exactly what `cfg` says, or "kindling" for the file that holds every shape."""
+    if not obstacles(cfg, "gpt2"):
+        return "gpt2"
+    return "kindling" if obstacles(cfg, "llama") else "llama"
+
+
+MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
+"""The properties that say what a setting of None derives."""
+
+
+def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """Return the settings in which two shapes differ; "derive" and the value that it gives are the same."""
+    unused = {*TRAINING} | (set() if "rope" in (a.position, b.position) else {"rope_theta"})
+    names = [f.name for f in fields(ModelConfig) if f.name not in unused]
+    return [f for f in names if getattr(a, MEANING.get(f, f)) != getattr(b, MEANING.get(f, f))]
+
+
+def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig:
+    """Return the config of the class that `architecture` names, with our own in it; `ids` are the control tokens'."""
+    from transformers import GPT2Config, LlamaConfig
+
+    to = architecture(cfg)
+
+    common = {"tie_word_embeddings": cfg.tie_embeddings, "dtype": "float32", OWN: asdict(cfg), **ids}
+    if to == "gpt2":
+        return GPT2Config(
+            vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
+            n_head=cfg.n_head, n_inner=cfg.ff_width, activation_function=cfg.activation,
+            layer_norm_epsilon=cfg.norm_eps, initializer_range=cfg.init_std, resid_pdrop=cfg.dropout,
+            embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, architectures=["GPT2LMHeadModel"], **common,
+        )  # fmt: skip
+    if to == "llama":
+        return LlamaConfig(
+            vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
+            intermediate_size=cfg.ff_width, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+            num_key_value_heads=cfg.kv_heads, rms_norm_eps=cfg.norm_eps, initializer_range=cfg.init_std,
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, attention_dropout=cfg.dropout,
+            architectures=["LlamaForCausalLM"], **common,
+        )  # fmt: skip
+    from kindling.formats.modeling_kindling import KindlingConfig
+
+    shape = {f: v for f, v in asdict(cfg).items() if f not in (*TRAINING, "tie_embeddings")}
+    module = CODE.removesuffix(".py")
+    classes = {"AutoConfig": f"{module}.KindlingConfig", "AutoModelForCausalLM": f"{module}.KindlingForCausalLM"}
+    return KindlingConfig(
+        **shape, dropout=cfg.dropout, initializer_range=cfg.init_std, architectures=["KindlingForCausalLM"],
+        auto_map=classes, **common,
+    )  # fmt: skip
+
+
+def hub_weights(weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights of our `GPT` under the names of the class that `architecture` names, and in its layout."""
+    to = architecture(cfg)
+    out: dict[str, Tensor] = {}
+    for name, shape in _shapes(cfg, to).items():
+        weight = weights.get(name)
+        if weight is None:
+            weight = torch.zeros(shape)  # a bias that GPT-2 has and we do not
+        names = hub_names(name, to)
+        for theirs, part in zip(names, weight.split(_rows(cfg, shape, len(names)))):
+            out[theirs] = (part.T if _turned(name, shape, to) else part).contiguous()
+    return out
+
+
+def our_weights(tensors: Mapping[str, Tensor], cfg: ModelConfig, to: Architecture) -> dict[str, Tensor]:
+    """Return the weights of our `GPT` of a file of that class; raises HubFormatError unless all are there, and no others."""
+    if to == "gpt2" and not any(name.startswith("transformer.") for name in tensors):  # as OpenAI's are on the hub
+        tensors = {name if name.startswith("lm_head.") else f"transformer.{name}": t for name, t in tensors.items()}
+    if cfg.n_layer > len(tensors):
+        raise HubFormatError(
+            f"the weights must be of {cfg.n_layer} layers, but are {len(tensors)} tensors; fetch them all"
+        )
+    left = {name: t for name, t in tensors.items() if not NO_WEIGHTS.search(name)}
+    if cfg.tie_embeddings:
+        _drop_tied_head(left, to)
+    out: dict[str, Tensor] = {}
+    for name, shape in _shapes(cfg, to).items():
+        names = hub_names(name, to)
+        parts = []
+        for theirs, rows in zip(names, _rows(cfg, shape, len(names))):
+            must = (rows, *shape[1:])[:: -1 if _turned(name, shape, to) else 1]
+            parts.append(_taken(left, theirs, must))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out[name] = (whole.T if _turned(name, shape, to) else whole).float().contiguous()
+    if left:
+        raise HubFormatError(f"the weights must be those of the config, but {next(iter(left))} has no place in it")
+    return out
+
+
+def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Take a tensor out; raises HubFormatError unless it is there, of that shape, and of real numbers."""
+    if name not in tensors:
+        raise HubFormatError(f"the weights must be all that the config asks for, but {name} is missing; fetch them all")
+    tensor = tensors.pop(name)
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise HubFormatError(
+            f"{name} must be {shape} real numbers, as the config says, but is {tuple(tensor.shape)} of {tensor.dtype}; "
+            f"fetch config and weights of the same model"
+        )
+    return tensor
+
+
+def _drop_tied_head(tensors: dict[str, Tensor], to: Architecture) -> None:
+    """Leave out a tied head that was saved once more; raises HubFormatError if it is another matrix."""
+    (embedding,), (head,) = hub_names("wte.weight", to), hub_names("head.weight", to)
+    if head in tensors and not torch.equal(tensors.pop(head), tensors.get(embedding, torch.empty(0))):
+        raise HubFormatError(
+            f"{head} must be {embedding}, as tie_word_embeddings says, but is another matrix; set that to false"
+        )
+
+
+def hub_names(name: str, to: Architecture) -> list[str]:
+    """Return the names under which the class has our parameter: one, or those of queries, keys and values."""
+    if to == "kindling":
+        return [name]
+    stem, _, kind = name.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", name)
+    theirs = NAMES[to][re.sub(r"\.\d+\.", ".{}.", stem)]
+    return [f"{t.format(layer[1] if layer else '')}.{kind}" for t in theirs]
+
+
+def _rows(cfg: ModelConfig, shape: tuple[int, ...], n_parts: int) -> list[int]:
+    """Return the rows of each part of a parameter."""
+    return [shape[0]] if n_parts == 1 else [n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
+
+
+def _turned(name: str, shape: tuple[int, ...], to: Architecture) -> bool:
+    """Return whether the class holds a matrix the other way round."""
+    return to == "gpt2" and len(shape) == 2 and name.startswith("blocks.")
+
+
+def _shapes(cfg: ModelConfig, to: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of our GPT's parameters, with the biases that GPT-2 always has."""
+    with torch.device("meta"):  # no memory is taken
+        gpt = GPT(replace(cfg, backbone="kindling", bias=cfg.bias or to == "gpt2"))
+    return {name: tuple(p.shape) for name, p in gpt.named_parameters()}
+
+
+def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
+    """Return our config of a config.json; what training alone uses is as `ModelConfig` has it.
+
+    Raises HubFormatError for what transformers computes otherwise than we do, ConfigError for other shapes of no sense.
+    """
+    from transformers import GPT2Config, LlamaConfig
+
+    _require({"quantization_config": (content.get("quantization_config"), (None,))})
+    if name == "gpt2":
+        return _of_gpt2(GPT2Config.from_dict(content))
+    if name == "llama":
+        return _of_llama(LlamaConfig.from_dict(content))
+    shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
+    content = {"pair_rows": 0} | content  # which older folders do not have
+    return ModelConfig(**{f: content[f] for f in shape}, tie_embeddings=content["tie_word_embeddings"])
+
+
+def _require(settings: dict[str, tuple[Any, Any]]) -> None:
+    """Raise HubFormatError for the first setting whose value is not the one that ours computes."""
+    for name, (value, must) in settings.items():
+        if value not in must:
+            raise HubFormatError(
+                f"{name} must be {' or '.join(map(repr, must))} to be computed as Kindling does, but is {value!r}; "
+                f"choose another model"
+            )
+
+
+def _of_gpt2(theirs: GPT2Config) -> ModelConfig:
+    _require(
+        {
+            "activation_function": (theirs.activation_function, tuple(ACTIVATIONS)),
+            "scale_attn_weights": (theirs.scale_attn_weights, (True,)),
+            "scale_attn_by_inverse_layer_idx": (theirs.scale_attn_by_inverse_layer_idx, (False,)),
+            "add_cross_attention": (theirs.add_cross_attention, (False,)),
+        }
+    )
+    return ModelConfig(
+        block_size=theirs.n_positions, vocab_size=theirs.vocab_size, n_layer=theirs.n_layer, n_head=theirs.n_head,
+        n_embd=theirs.n_embd, d_ff=theirs.n_inner, norm_eps=theirs.layer_norm_epsilon,
+        activation=ACTIVATIONS[theirs.activation_function], tie_embeddings=theirs.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def _of_llama(theirs: LlamaConfig) -> ModelConfig:
+    rope = theirs.rope_parameters
+    _require(
+        {
+            "hidden_act": (theirs.hidden_act, ("silu", "swish")),
+            "attention_bias": (theirs.attention_bias, (False,)),
+            "mlp_bias": (theirs.mlp_bias, (False,)),
+            "head_dim": (theirs.head_dim, (theirs.hidden_size // theirs.num_attention_heads,)),
+            "rope_type (rope_scaling)": (rope["rope_type"], ("default",)),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        }
+    )
+    return ModelConfig(
+        block_size=theirs.max_position_embeddings, vocab_size=theirs.vocab_size, n_layer=theirs.num_hidden_layers,
+        n_head=theirs.num_attention_heads, n_kv_head=theirs.num_key_value_heads, n_embd=theirs.hidden_size,
+        d_ff=theirs.intermediate_size, position="rope", rope_theta=rope["rope_theta"], norm="rmsnorm",
+        norm_eps=theirs.rms_norm_eps, activation="swiglu", bias=False, tie_embeddings=theirs.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def as_it_was(
+    cfg: ModelConfig, kept: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return shape and weights as they were before they were written, where `kept`, our config of then, still holds.
+
+    What transformers computes decides: a folder that was trained on or given another vocabulary since has its shape of
+    now, and only what training alone uses of then.
+    """
+    then = ModelConfig(**kept)
+    biases = {name for name in weights if name.endswith(".bias")}
+    if cfg.bias and not then.bias and not any(weights[name].any() for name in biases):
+        cfg = replace(cfg, bias=False)
+        weights = {name: w for name, w in weights.items() if name not in biases}
+    if not differing(cfg, then):
+        return then, weights
+    return replace(cfg, **{f: getattr(then, f) for f in TRAINING if f != "backbone"}), weights
+
+
+@torch.no_grad()
+def load_into(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights of our `GPT` into a model of that shape, on whichever backbone it runs."""
+    if isinstance(model, TransformersGPT2):
+        weights = {f"gpt2.{name}": weight for name, weight in hub_weights(weights, model.cfg).items()}
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])

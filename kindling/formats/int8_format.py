@@ -1,0 +1,75 @@
+"""A run's weights as int8, for `autocomplete.py`: written here with torch, read there without.
+
+    write(folder, model, tokenizer, "runs/demo, step 1100")
+
+Each matrix has one scale for each row, its largest absolute value over 127 (symmetric, rounded to nearest); norms, biases
+and positions stay float32. Everything is in one safetensors file under the names of a checkpoint, the scales as
+`NAME.scale`. Limit: byte-level tokenizers only, which `tokenizers` can read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kindling.errors import KindlingError
+from kindling.files import sha256_file, write_json
+from kindling.formats.parity import Difference, compare
+from kindling.int8.model import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Model
+from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
+from model import GPT
+
+
+class Int8Error(KindlingError):
+    """A run that cannot be exported to int8."""
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the int8 matrix and the float32 scale of each row (N,) of a weight (N, K)."""
+    scale = weight.float().abs().amax(dim=1) / 127  # (N,)
+    scale[scale == 0] = 1.0
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def tensors(model: GPT) -> dict[str, Tensor]:
+    """Return everything that the export holds, by name."""
+    out: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and name != "wpe.weight":
+            out[name], out[f"{name}.scale"] = quantize(p.detach())
+        else:
+            out[name.removesuffix(".weight") if name == "wpe.weight" else name] = p.detach().float()
+    if model.cfg.position == "sinusoidal":
+        out["wpe"] = model.positions
+    return {name: t.cpu().contiguous() for name, t in out.items()}
+
+
+def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
+    """Write config, weights and tokenizer into an existing folder; raises Int8Error for a tokenizer that it cannot hold."""
+    from safetensors.torch import save_file
+
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        raise Int8Error(
+            "a run must have a tokenizer that `tokenizers` reads to be exported to int8, but tokenizer.kind is 'sentencepiece'; "
+            "train one with --tokenizer.kind bpe"
+        )
+    save_file(tensors(model), folder / WEIGHTS)
+    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    meta = {
+        "format": FORMAT,
+        "source": source,
+        "model": asdict(model.cfg),
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id,
+        "weights_sha256": sha256_file(folder / WEIGHTS),
+    }
+    write_json(folder / CONFIG, meta)
+
+
+def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
+    """Compare the model with its export as NumPy computes it, on rows (B, T) of at least 2 tokens."""
+    exported = Model(folder)
+    return compare(model, lambda row: torch.from_numpy(exported.logits(row.tolist())), rows)

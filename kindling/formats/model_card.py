@@ -1,0 +1,308 @@
+"""The model card of a run: what it is, what it was trained on and how, how good it is, and how it is loaded.
+
+    text = card(RunDirectory(Path("runs/demo")), "demo", checkpoint, ["model.safetensors", "config.json"])
+
+Markdown with the YAML front matter of the Hugging Face hub. Every figure is read from the run's own files; what is not
+known is left out. The licence is for whoever publishes the model. Absolute paths are shortened to their last part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from config import Config, ModelConfig, SourceConfig
+from kindling.config_io import to_yaml
+from kindling.data.ledger import Ledger
+from kindling.data.prompts import Exchange, prompt_text
+from kindling.data.shards import SplitInfo, read_manifest
+from kindling.data.sources import LANGUAGES
+from kindling.errors import one_line
+from kindling.evaluation import report
+from kindling.formats.hf_layout import architecture
+from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
+from kindling.runs.metrics import read_metrics
+from kindling.tables import Section, as_markdown
+
+NATURAL = {"english": "en"}  # as the hub writes them
+CODE = set(LANGUAGES.values()) - {"markdown", "text"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM"}
+NEW_TOKENS = 64  # of the example
+PATHS = ("path", "init_from", "decontaminate")  # settings that may name a file of this machine
+
+
+def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | None = None) -> str:
+    """Return the card of a run's checkpoint, to be published as `name` (a folder, or a name on the hub), as Markdown.
+
+    `files` are listed where given. Raises KindlingError if config, manifest or ledger of the run cannot be read.
+    """
+    cfg, ledger = run.config(), _read_ledger(run)
+    manifest = read_manifest(run.data)
+    step = int(checkpoint.name.removeprefix("step_"))
+    public = _Shortener(cfg)
+    parts = [
+        _front_matter(cfg, ledger),
+        f"# {name}\n",
+        _introduction(cfg, run, step),
+        _use(cfg, files),
+        _tables([_shape(cfg.model), _training(cfg, run, checkpoint, step)]),
+        _tables(public([_sources(cfg), _ledger(ledger, cfg), _splits(manifest, cfg)])),
+        *(_evaluation(run, checkpoint, split, public) for split in ("val", "test")),
+        _limits(cfg),
+        f"<details>\n<summary>All settings</summary>\n\n```yaml\n{to_yaml(Config(**public(asdict(cfg))))}```\n\n</details>",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+class _Shortener:
+    """Replaces the absolute paths that a config names by their last part, in any text or figures."""
+
+    def __init__(self, cfg: Config):
+        settings = [asdict(s) for s in cfg.data.sources] + [asdict(s) for s in (cfg.data, cfg.train, cfg.tokenizer)]
+        values = [v for s in settings for key in PATHS for v in _listed(s.get(key))]
+        found = {v for v in values if v.startswith("~") or Path(v).is_absolute()}
+        self._paths = sorted(found, key=len, reverse=True)
+
+    def __call__(self, value: Any) -> Any:
+        """Return the same with the paths shortened."""
+        if isinstance(value, str):
+            for path in self._paths:
+                value = value.replace(path, Path(path).name)
+            return value
+        if isinstance(value, Section):
+            return Section(**self(vars(value)))
+        if isinstance(value, dict):
+            return {self(key): self(item) for key, item in value.items()}
+        return type(value)(self(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _read_ledger(run: RunDirectory) -> Ledger:
+    try:
+        return Ledger.read(run.data)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            f"{run.data / 'ledger.json'} must be as the run wrote it, but cannot be read ({one_line(e)}); copy it back "
+            f"from data/"
+        ) from None
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _tables(sections: list[Section]) -> str:
+    return as_markdown("", [], sections).partition("\n")[2].strip("\n")  # without the title
+
+
+def _languages(ledger: Ledger) -> list[str]:
+    return sorted({row["language"] for row in ledger.rows.values() if row["kept"][0]})
+
+
+def _front_matter(cfg: Config, ledger: Ledger) -> str:
+    languages = _languages(ledger)
+    code = [language for language in languages if language in CODE]
+    tags = ["kindling", *(["code"] if code else []), *code]
+    tags += ["instruction-tuned"] if cfg.data.instructions else []
+    hub = [s.path for s in cfg.data.sources if s.kind == "datasets" and s.path and not Path(s.path).is_absolute()]
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    if said := [NATURAL[one] for one in languages if one in NATURAL] + (["code"] if code else []):
+        values["language"] = said
+    if names := [path for path in dict.fromkeys(hub) if re.fullmatch(r"[\w.-]+/[\w.-]+", path)]:
+        values["datasets"] = names
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}# license: choose one before you publish\n---\n"
+
+
+def _introduction(cfg: Config, run: RunDirectory, step: int) -> str:
+    how = "trained from random weights"
+    if cfg.train.init_from is not None:
+        how = f"{'fine-tuned on instructions' if cfg.data.instructions else 'trained'} from the weights of "
+        how += f"`{Path(cfg.train.init_from).name}`"
+    return (
+        f"This is a language model of {cfg.model.n_parameters:,} parameters, {how} with Kindling, "
+        f"preset `{cfg.preset}`, as it was at step {step:,}.\n\n"
+        f"No licence is chosen here. Whoever publishes the model chooses one that the licences of its sources allow.\n"
+    )
+
+
+def _use(cfg: Config, files: Sequence[str] | None) -> str:
+    kind = architecture(cfg.model)
+    own = ", trust_remote_code=True" if kind == "kindling" else ""
+    prompt = "def fib(n):\n"
+    if cfg.data.instructions:
+        prompt = prompt_text(cfg.data.template, Exchange("Write a Python function that adds two numbers."))
+    code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "."  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(name{own})
+model = AutoModelForCausalLM.from_pretrained(name{own})
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+room = {cfg.model.block_size} - inputs.input_ids.size(1)  # the context holds no more
+ids = model.generate(**inputs, max_new_tokens=min({NEW_TOKENS}, room))
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+"""
+    said = "" if kind != "kindling" else (
+        "The architecture is none of transformers' own: `trust_remote_code=True` runs modeling_kindling.py, which is in "
+        "this folder.\n\n"
+    )  # fmt: skip
+    template = (
+        "Instructions are written into the template of the example; what follows it is the answer.\n\n"
+        if cfg.data.instructions
+        else ""
+    )
+    listed = f"Files: {', '.join(f'`{file}`' for file in files)}.\n" if files else ""
+    return f"## Use\n\n{said}{template}```python\n{code}```\n\n{listed}"
+
+
+def _shape(cfg: ModelConfig) -> Section:
+    heads = f"{cfg.n_head}" if cfg.kv_heads == cfg.n_head else f"{cfg.n_head}, {cfg.kv_heads} of keys and values"
+    absent = {
+        "biases": cfg.bias,
+        "a final norm": cfg.final_norm,
+        "an output projection of attention": cfg.attn_out_proj,
+    }
+    present = {"a bias in the head": cfg.head_bias, "normalised queries and keys": cfg.qk_norm}
+    rows = [
+        ["class", CLASSES[architecture(cfg)]],
+        ["parameters", f"{cfg.n_parameters:,}"],
+        ["layers", f"{cfg.n_layer}"],
+        ["heads", heads],
+        ["width", f"{cfg.n_embd:,}"],
+        ["width of the feed-forward layers", f"{cfg.ff_width:,}, {cfg.activation}"],
+        ["context", f"{cfg.block_size:,} tokens"],
+        ["vocabulary", f"{cfg.vocab_size:,} tokens"],
+        ["positions", cfg.position],
+        ["norm", cfg.norm],
+        ["head", "shares the token embedding's matrix" if cfg.tie_embeddings else "a matrix of its own"],
+    ]
+    rows += [["pair embedding", f"{cfg.pair_rows:,} rows"]] if cfg.pair_rows else []
+    rows += [["without", what] for what, there in absent.items() if not there]
+    rows += [["with", what] for what, there in present.items() if there]
+    return Section("Architecture", ["", ""], rows)
+
+
+def _training(cfg: Config, run: RunDirectory, checkpoint: Path, step: int) -> Section:
+    lines = [line for line in read_metrics(run.path / "metrics.jsonl") if line["step"] <= step]
+    last: dict[str, Any] = {}
+    for line in lines:
+        last |= {key: value for key, value in line.items() if value is not None}
+    at = {"val_loss", "val_perplexity", "val_bits_per_byte"} & lines[-1].keys() if lines else set()
+    train, where = cfg.train, _environment(checkpoint)
+    rate = f"{train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
+    rows = [["steps", f"{step:,}"]]
+    if "tokens" in last:
+        rows.append(["tokens", f"{last['tokens']:,}"])
+    if "elapsed_s" in last:
+        rows.append(["seconds of training", f"{last['elapsed_s']:,.0f}"])
+    if where:
+        rows.append(["on", f"{where['device']}, {where['precision']}, torch {where['torch']}"])
+    rows += [
+        ["rows of a step", f"{train.batch_size:,} of {cfg.model.block_size:,} tokens"],
+        ["optimiser", f"{train.optimizer}, weight decay {train.weight_decay:g}"],
+        ["peak learning rate", f"{rate}, {train.schedule} after {train.warmup_steps:,} steps of warmup"],
+    ]
+    if "loss" in last:
+        rows.append(["last training loss", f"{last['loss']:.4f} nats a token"])
+    if "val_loss" in at:
+        rows.append(["validation loss", f"{last['val_loss']:.4f} nats a token"])
+    if "val_bits_per_byte" in at:
+        rows.append(["validation bits per byte", f"{last['val_bits_per_byte']:.4f}"])
+    if last.get("skipped_steps"):
+        rows.append(["steps skipped, their gradient being no number", f"{last['skipped_steps']:,}"])
+    return Section("Training", ["", ""], rows)
+
+
+def _environment(checkpoint: Path) -> dict[str, Any]:
+    """Return device, precision and torch's version of the run; nothing if the training state is gone."""
+    try:
+        return load_state(checkpoint, mapped=True)["environment"]
+    except (CheckpointError, KeyError):
+        return {}
+
+
+def _sources(cfg: Config) -> Section:
+    weights = sum(s.weight for s in cfg.data.sources)
+
+    def row(source: SourceConfig) -> list[str]:
+        limits = [f"first {source.max_documents:,} documents"] if source.max_documents else []
+        limits += [f"up to {source.max_bytes / 1e6:,.0f} MB"] if source.max_bytes else []
+        return [source.label, source.kind, ", ".join(limits) or "-", f"{source.weight / weights:.0%}"]
+
+    columns = ["source", "kind", "limit", "share wanted"]
+    notes = []
+    if any(s.kind in ("local-python", "docstrings") and s.path is None for s in cfg.data.sources):
+        notes = ["local-python and docstrings read the Python source that is installed on the machine of the training"]
+    return Section("Sources", columns, [row(s) for s in cfg.data.sources], notes, names=3)
+
+
+def _ledger(ledger: Ledger, cfg: Config) -> Section:
+    changes = ledger.names("changed")
+    rows = [(f"changed: {label}" if label in changes else label, counts) for label, counts in ledger.totals()]
+    if len(ledger.rows) > 1:
+        rows += [(f"kept: {r['source']}, {r['language']}", (r["kept"][0], r["kept"][1])) for r in ledger.rows.values()]
+    cells = [[label, f"{n:,}", f"{size / 1e6:,.2f}"] for label, (n, size) in rows]
+    what = "examples" if cfg.data.instructions else "documents"
+    return Section("Data", ["", what, "MB"], cells, list(ledger.notes))
+
+
+def _splits(manifest: dict[str, Any], cfg: Config) -> Section:
+    splits = {name: SplitInfo(**info) for name, info in manifest["splits"].items()}
+    rows = [[name, f"{i.documents:,}", f"{i.tokens:,}", f"{i.bytes / 1e6:,.2f}"] for name, i in splits.items()]
+    notes = ["split by a hash of the content"]
+    if cfg.data.near_dedup is not None:
+        notes[0] += "; near-duplicates of held-out documents are not trained on"
+    return Section("Splits", ["", "documents", "tokens", "MB"], rows, notes)
+
+
+def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: _Shortener) -> str:
+    """Return what was evaluated on a split, said to be of other weights if it is; nothing if nothing was."""
+    path = run.path / report.file_name("eval.json", split)
+    if not path.is_file():
+        return ""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["format"] != report.FORMAT:
+            raise ValueError(f"its format is {results['format']} and not {report.FORMAT}")
+        kept = "losses_sha256" in results
+        lines = (run.path / report.file_name("losses.jsonl", split)).read_bytes() if kept else b""
+        if kept and hashlib.sha256(lines).hexdigest() != results["losses_sha256"]:
+            raise ValueError("the losses beside it have changed")
+        if "texts" in results:  # by the paths that were given
+            results["texts"] = {Path(name).name: text for name, text in results["texts"].items()}
+        sections = report.sections(public(results), public([json.loads(line) for line in lines.splitlines()]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        print(
+            f"warning: {path} must be as evaluate.py writes it, but is not ({one_line(e)}); the card has none of it "
+            f"until `python evaluate.py {run.path}` is run again",
+            file=sys.stderr,
+        )
+        return ""
+    said = ""
+    if results.get("weights_sha256") != weights_sha256(checkpoint):
+        said = (
+            f"**These figures are of other weights than those here: of {results.get('checkpoint', 'another step')}, "
+            f"not of {checkpoint.name}.**\n\n"
+        )
+    # one level below the card's own headings
+    tables = re.sub(r"^## ", "### ", _tables(sections), flags=re.MULTILINE)
+    name = {"val": "validation"}.get(split, split)
+    return f"## Evaluation on the {name} split\n\n{said}{report.READING.capitalize()}.\n\n{tables}"
+
+
+def _limits(cfg: Config) -> str:
+    return f"""## Limits
+
+- With {cfg.model.n_parameters:,} parameters it writes text that looks right far more often than it is right. Read what it
+  writes before you run it or rely on it.
+- It sees at most {cfg.model.block_size:,} tokens at once, and knows nothing beyond what it was trained on.
+- Samples can repeat training data word for word, under the licence that this has. Under Memorisation stands how often they
+  did, where it was measured.
+- Nothing was done to keep it from writing what is false, insecure or offensive.
+"""

@@ -1,0 +1,94 @@
+"""The terminal's side of `python generate.py RUN --chat`: questions in, answers out as they are written.
+
+It knows no model, only a function that replies. Piped, each line is a question, and the answers alone go to stdout. Limit:
+a question of several lines needs a backslash at the end of each but the last, also when it is pasted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+from kindling.data.prompts import Exchange
+from kindling.errors import KindlingError
+
+# gets the exchanges, the number of the answer and a function to call with each piece of it; returns what cut it, or ""
+Reply = Callable[[list[Exchange], int, Callable[[str], None]], str]
+
+
+def chat(name: str, reply: Reply, remembers: bool) -> None:
+    """Answer the questions on stdin until they end, with an introduction and a prompt where a person sits there."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says, as for --prompt
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # Windows has no readline
+            import readline  # noqa: F401, gives input() editing and the earlier questions
+        alone = "" if remembers else "; each question stands alone: the run was fine-tuned on single exchanges"
+        print(
+            f"{name}: /new starts over, Ctrl-D ends; a line that ends in a backslash goes on in the next{alone}",
+            flush=True,
+        )
+    converse(lambda prompt: input(prompt if interactive else ""), reply, remembers, interactive)
+
+
+def converse(ask: Callable[[str], str], reply: Reply, remembers: bool, interactive: bool) -> None:
+    """Print a reply to each question that `ask` returns, until it raises EOFError.
+
+    `remembers`: earlier exchanges are part of the next. `interactive`: Ctrl-C stops the answer, or ends a chat that
+    waits for a question; from a pipe it stops all, or nothing would.
+    """
+    history: list[Exchange] = []
+    number = 0
+    try:
+        while True:
+            question = read_question(ask)
+            if question == "/new":
+                history.clear()
+            elif question:
+                said, number = _answer([*history, Exchange(question)], reply, number, interactive)
+                if remembers and said:  # an exchange without a response would not be closed in the template
+                    history.append(Exchange(question, said))
+    except EOFError:
+        pass
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    if interactive:
+        print()
+
+
+def read_question(ask: Callable[[str], str]) -> str:
+    """Return the next question, stripped: lines that end in a backslash go on. Raises EOFError when there are no more."""
+    lines: list[str] = []
+    try:
+        while (line := ask("... " if lines else "> ")).endswith("\\"):
+            lines.append(line[:-1])
+        lines.append(line)
+    except EOFError:
+        if not lines:
+            raise
+    return "\n".join(lines).strip()
+
+
+def _answer(exchanges: list[Exchange], reply: Reply, number: int, interactive: bool) -> tuple[str, int]:
+    """Print the answer and return what was said of it, and the number of the next one."""
+    said: list[str] = []
+
+    def say(piece: str) -> None:
+        said.append(piece)
+        print(piece, end="", flush=True)
+
+    cut_by = ""
+    try:
+        cut_by = reply(exchanges, number, say)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    except KindlingError as e:  # a question that is too long, or that the tokenizer cannot hold, is no reason to leave
+        print(f"error: {e}", file=sys.stderr)
+        return "", number
+    print(flush=True)
+    if cut_by:
+        print(f"note: the answer was cut by {cut_by}", file=sys.stderr)
+    return "".join(said), number + 1

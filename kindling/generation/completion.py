@@ -1,0 +1,258 @@
+"""Text in, text out: what a model writes after a prompt, at the end of a file, or as the answer to a question.
+
+    complete(model, tokenizer, "def fib(n):", Sampling(stop=("\\ndef ",)), say=print).text
+
+Text comes out character by whole character as it is sampled, up to the first stop string, of which no part is ever said.
+Limits: a prompt longer than the context is cropped from the left; a conversation never is: it loses its oldest exchanges,
+and an answer ends where the context does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from kindling.data.prompts import Exchange, encode
+from kindling.generation.decoding import stream, stream_batch
+from kindling.generation.healing import take_back, token_texts
+from kindling.generation.sampling import GenerationError, Sampling
+
+if TYPE_CHECKING:
+    from kindling.generation.decoding import Allowed
+    from kindling.tokenization.tokenizer import Tokenizer
+    from model import LanguageModel
+
+Say = Callable[[str], object]
+"""Is called with each piece of text as it becomes whole."""
+Ending = Literal["end of text", "limit", "stop", "context"]
+
+
+class Completion(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    n_tokens: int
+    """That were sampled, those of a stop string too."""
+    ended_by: Ending
+    """The model's own end of text, `max_new_tokens`, a stop string, or the end of the context."""
+
+
+class TextStream:
+    """Turns token ids into text as they come, character by whole character, up to the first of the strings `stop`.
+
+    A character whose bytes are spread over tokens is held back until the last of them, and so is what may be the beginning
+    of a stop string. The pieces joined are `tokenizer.decode` of all ids, without the text of those `after` which they come
+    and without `skip` characters more. SentencePiece may drop the space of a text's first token, so each token is decoded
+    with all before it, which costs next to nothing beside the model's pass over them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = (), skip: int = 0):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._ids = list(after)
+        self._said = len(tokenizer.decode(after)) + skip  # characters that were returned, or never are
+        self.stopped = False
+        """A stop string was found: nothing more is said."""
+
+    def add(self, token: int) -> str:
+        """Return the text that is whole with this token, often none."""
+        self._ids.append(token)
+        # U+FFFD at the end is most likely a character of which bytes are still to come
+        return self._beyond(self._tokenizer.decode(self._ids).rstrip("\ufffd"), more=True)
+
+    def add_all(self, ids: Sequence[int]) -> str:
+        """Return the text of all the rest at once."""
+        if self._stop:  # found where it would be found in a stream
+            said = "".join(self.add(token) for token in ids if not self.stopped)
+            return said + self.finish()
+        self._ids += ids
+        return self.finish()
+
+    def finish(self) -> str:
+        """Return what was held back: no more tokens will come."""
+        return self._beyond(self._tokenizer.decode(self._ids), more=False)
+
+    def _beyond(self, text: str, more: bool) -> str:
+        if self.stopped:
+            return ""
+        # no stop string begins in what was said: it would have been held back
+        found = [at for s in self._stop if (at := text.find(s, self._said)) >= 0]
+        if found:
+            self.stopped, text = True, text[: min(found)]
+        elif more:
+            text = text[: len(text) - self._n_held(text)]
+        new = text[self._said :]
+        self._said += len(new)
+        return new
+
+    def _n_held(self, text: str) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        longest = min(max(map(len, self._stop), default=1) - 1, max(0, len(text) - self._said))
+        lengths = range(longest, 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+
+
+def extend(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: Sampling,
+    text: TextStream,
+    say: Say | None = None,
+    allowed: Allowed | None = None,
+) -> Completion:
+    """Return what the model writes after the prompt `ids`, made into text by `text`."""
+    pieces, n_tokens = [], 0
+
+    def put(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            if say is not None:
+                say(piece)
+
+    for token in stream(model, ids, sampling, tokenizer.eos_id, allowed):
+        n_tokens += 1
+        put(text.add(token))
+        if text.stopped:
+            break
+    put(text.finish())
+    ended_by = "stop" if text.stopped else "limit" if n_tokens == sampling.max_new_tokens else "end of text"
+    return Completion("".join(pieces), n_tokens, ended_by)
+
+
+def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of the beginning of a document, as in training; an empty one begins after an end of text."""
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text) or [tokenizer.eos_id]
+
+
+def complete(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, say: Say | None = None
+) -> Completion:
+    """Return what the model puts after `prompt`; an empty prompt starts a new document."""
+    ids = document_ids(tokenizer, prompt)
+    if len(ids) > model.cfg.block_size:
+        print(
+            f"note: the prompt has {len(ids)} tokens and the context {model.cfg.block_size}: its beginning is cropped",
+            file=sys.stderr,
+        )
+    return extend(model, tokenizer, ids, sampling, TextStream(tokenizer, sampling.stop, ids[-1:]), say)
+
+
+def longest_prompt(block_size: int, max_new_tokens: int) -> int:
+    """Return how many tokens a prompt may have so that the new ones have room behind it, but at least half the context."""
+    return block_size - min(max_new_tokens, block_size // 2)
+
+
+def spellings_of(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """Return the text of each token for `healing`."""
+    (*_, before) = tokenizer.encode("x")
+    return token_texts(tokenizer.decode_batch, before, tokenizer.vocab_size, vocab_size, tokenizer.cfg.special_tokens)
+
+
+def complete_end(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, sampling: Sampling, say: Say | None = None
+) -> Completion:
+    """Return what the model puts at the end of a document, also where that is in the middle of a token.
+
+    The document is cropped from the left, with a note, so that `sampling.max_new_tokens` fit the context behind it, or
+    half a context; the completion ends where the context does.
+    """
+    block_size = model.cfg.block_size
+    ids = document_ids(tokenizer, text)
+    room = longest_prompt(block_size, sampling.max_new_tokens)
+    if len(ids) > room:
+        print(
+            f"note: of the {len(ids)} tokens of the text, the last {room} are read: the context has {block_size}",
+            file=sys.stderr,
+        )
+    ids = ids[-room:]
+    limit = min(sampling.max_new_tokens, block_size - len(ids))
+    kept, healing = take_back(ids, spellings_of(tokenizer, model.cfg.vocab_size))
+    its_own = replace(sampling, max_new_tokens=limit + len(ids) - len(kept))  # what was taken back is written again
+    pieces = TextStream(tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
+    new = extend(model, tokenizer, kept, its_own, pieces, say, healing.allowed)
+    return new._replace(ended_by="context") if new.ended_by == "limit" and limit < sampling.max_new_tokens else new
+
+
+def complete_batch(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
+) -> Iterator[tuple[int, Completion]]:
+    """Yield the number of each prompt, of token ids, and what the model puts after it, as it ends.
+
+    It is what the prompt gets alone with its seed, up to the end of the context. Each must leave room there.
+    """
+
+    def stops(number: int, out: list[int]) -> bool:
+        text = tokenizer.decode(out)
+        return any(s in text for s in sampling.stop)
+
+    finished = stops if sampling.stop else None
+    for number, out in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds, finished=finished):
+        text = TextStream(tokenizer, sampling.stop, prompts[number][-1:])
+        said = text.add_all(out)
+        limit = min(sampling.max_new_tokens, model.cfg.block_size - len(prompts[number]))
+        ended_by: Ending = "end of text"
+        if text.stopped:
+            ended_by = "stop"
+        elif len(out) == limit:
+            ended_by = "limit" if limit == sampling.max_new_tokens else "context"
+        yield number, Completion(said, len(out), ended_by)
+
+
+class Answer(NamedTuple):
+    """What a model said to a question."""
+
+    text: str
+    stopped: bool
+    """It ended by itself or before a stop string, not by a limit."""
+    cut_by: str = ""
+    """Otherwise, the limit in words."""
+
+
+def answer(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    template: str,
+    exchanges: Sequence[Exchange],
+    sampling: Sampling,
+    say: Say | None = None,
+    room: int = 1,
+) -> Answer:
+    """Return the response to the last of the `exchanges`, which has none yet.
+
+    Prompt and response together are at most block_size tokens. The oldest exchanges are left out, with a note, while the
+    response has room for fewer than `room` tokens. Raises GenerationError if the last one alone leaves no room for any.
+    """
+    block_size = model.cfg.block_size
+    ids = _conversation_ids(tokenizer, template, exchanges, block_size, room)
+    free = block_size - len(ids)
+    limit = min(sampling.max_new_tokens, free)
+    # decoded on its own, as a response is encoded in training
+    text = TextStream(tokenizer, sampling.stop)
+    said = extend(model, tokenizer, ids, replace(sampling, max_new_tokens=limit), text, say)
+    cut_by = ""
+    if said.ended_by == "limit":
+        cut_by = f"the context of {block_size} tokens" if limit == free else f"--max-new-tokens {limit}"
+    return Answer(said.text, not cut_by, cut_by)
+
+
+def _conversation_ids(
+    tokenizer: Tokenizer, template: str, exchanges: Sequence[Exchange], block_size: int, room: int
+) -> list[int]:
+    """Return the ids of as many of the latest exchanges as leave `room`, at least of the last, which must leave some."""
+    assert exchanges and not exchanges[-1].response, "the response is for the model to write"
+    for dropped in range(len(exchanges)):  # whole exchanges: a model was never trained on half a template
+        segments = encode(template, exchanges[dropped:], tokenizer)
+        ids = [token for segment in segments for token in (*segment.prompt, *segment.response)]
+        if len(ids) + room <= block_size:
+            break
+    if len(ids) >= block_size:
+        raise GenerationError(
+            f"a question must leave room for an answer in the context of {block_size} tokens, but has {len(ids)} "
+            f"with its template; shorten it"
+        )
+    if dropped:
+        what = "oldest exchange is" if dropped == 1 else f"{dropped} oldest exchanges are"
+        print(f"note: the {what} left out: the context has {block_size} tokens", file=sys.stderr)
+    return ids

@@ -1,0 +1,72 @@
+"""A model made ready to write text: its weights in the precision, and on a CPU in the layout, that single tokens read fastest.
+
+    gpt = ready(model, "int8")
+
+One token's work is to read every weight once, so bytes are time: bf16 halves them, int8 quarters them. Limits: a model
+that was made ready is not for training; int8 is for the CPU, and multiplies in bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kindling.errors import KindlingError
+from model import GPT, LanguageModel
+
+Precision = Literal["fp32", "bf16", "int8"]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of int8 weights with one scale for each output, symmetric, rounded to nearest."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (N, K)
+        scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-30).bfloat16()  # (N,)
+        rounded = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.padding = -weight.size(1) % 16  # the kernel reads columns by sixteen, also beyond the last
+        self.register_buffer("weight", F.pad(rounded, (0, self.padding)))  # (N, K + padding)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)  # (B * T, K)
+        if self.padding:
+            flat = F.pad(flat, (0, self.padding))  # (B * T, K + padding)
+        y = torch._weight_int8pack_mm(flat, self.weight, self.scale).view(*x.shape[:-1], -1)  # (B, T, N)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def ready(model: LanguageModel, precision: Precision) -> GPT:
+    """Return `model` as a GPT for `read`, changed in place where it is one.
+
+    Raises KindlingError for int8 on another device than the CPU.
+    """
+    gpt = model.for_generation().eval()
+    device = gpt.wte.weight.device
+    if precision == "int8" and device.type != "cpu":
+        raise KindlingError(
+            f"--precision int8 must run on the CPU, but the device is {device}; use bf16, or --device cpu"
+        )
+    if precision != "fp32":
+        for p in gpt.parameters():  # not the buffers: rotary angles lose too much
+            p.data = p.data.bfloat16()
+        if gpt.cfg.position == "sinusoidal":
+            gpt.positions = gpt.positions.bfloat16()
+    if device.type == "cpu":
+        gpt.cache_dtype = torch.float32  # attention in bfloat16 takes four times as long on a CPU
+    if precision == "int8":
+        for parent in [m for m in gpt.modules() if not isinstance(m, nn.Linear)]:
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+    elif device.type == "cpu":
+        for linear in [m for m in gpt.modules() if isinstance(m, nn.Linear) and m.out_features > m.in_features]:
+            # a tall matrix times a vector is faster by columns; the shape stays, and so does every name
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+    return gpt

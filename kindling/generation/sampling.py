@@ -1,0 +1,177 @@
+"""From logits to the next token: what is kept of a distribution, and the draw.
+
+    next_token_probabilities(logits, Sampling(temperature=0.8, top_k=50, min_p=0.05))
+
+In the order of transformers' processors: repetition penalty, temperature, top-k, top-p, min-p. Limit: a text is drawn token
+by token from one distribution; there is no beam search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Optional
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from kindling.errors import KindlingError
+
+if TYPE_CHECKING:
+    import torch
+
+
+# any texts, each an argument; of a plain `tuple`, or tyro would import typeguard, which takes 0.1 s
+Texts = Annotated[
+    tuple,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=tuple,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    ),
+]
+
+
+class GenerationError(KindlingError):
+    """What nothing can be generated with: settings, a prompt, or a question that cannot be answered."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 200
+    """Stop after this many tokens."""
+    temperature: float = 0.8
+    """Below 1 sharpens the distribution, above 1 flattens it; 0 is greedy."""
+    top_k: Optional[int] = 50  # not `int | None`: tyro would import typeguard, for 0.1 s
+    """Keep only this many most likely tokens. None: all."""
+    top_p: float = 1.0
+    """Keep only the most likely tokens that together have this probability (nucleus sampling)."""
+    greedy: bool = False
+    """Always take the most likely token."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    min_p: float = 0.0
+    """Keep only tokens that are at least this many times as likely as the most likely one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the text so far become less likely; 1 is off."""
+    stop: Texts = ()
+    """End before any of these strings, which is not printed. A line end is $'\\n' in most shells."""
+
+    def check(self) -> None:
+        """Raise GenerationError for a value that cannot be used."""
+        for name, holds, must in (
+            ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
+            (
+                "temperature",
+                self.temperature == 0 or 0.01 <= self.temperature <= 100,
+                "from 0.01 to 100, or 0 for greedy",
+            ),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            ("top-k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition-penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100, and 1 for none"),
+            ("stop", all(self.stop), "a string of at least one character"),
+        ):
+            if not holds:
+                raise GenerationError(f"--{name} must be {must}, but is {getattr(self, name.replace('-', '_'))!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.greedy or self.temperature == 0
+
+
+def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Return the logits (..., V) with those of the tokens that were `seen` (..., V) bool made smaller.
+
+    Positive ones are divided by the penalty, negative ones multiplied: divided, they would become more likely.
+    Source: CTRL (Keskar et al. 2019), section 4.1, with the sign as transformers has it.
+    """
+    import torch
+
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def next_token_probabilities(
+    logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the distributions (..., V) that are sampled from, of logits (..., V).
+
+    `seen` (..., V) bool says which tokens the repetition penalty is for. Of tokens that are equally likely, no more than
+    `top_k` are kept. Sources: nucleus sampling, Holtzman et al. 2019; min-p, Nguyen et al. 2024.
+    """
+    import torch
+
+    logits = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1:
+        logits = penalized(logits, seen, sampling.repetition_penalty)
+    if sampling.is_greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.size(-1):
+        # by index, not by a threshold: ties must not let more through
+        kept, order = logits.topk(sampling.top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, order, kept)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of the tokens ahead; the first is always kept
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered / ordered.sum(-1, keepdim=True))
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
+
+
+@dataclass
+class Drawer:
+    """What one text's draws depend on beside the logits: its random state, and the tokens that it has had."""
+
+    generator: torch.Generator
+    seen: torch.Tensor | None = None
+    """(V,) bool; None without a repetition penalty, which then costs nothing."""
+
+    @classmethod
+    def of(cls, sampling: Sampling, seed: int, ids: Sequence[int], vocab_size: int, eos_id: int) -> Drawer:
+        """Begin behind the prompt `ids`.
+
+        The end of text is never penalised: a conversation is full of ends, and its next answer must end too.
+        """
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        if sampling.repetition_penalty == 1:
+            return cls(generator)
+        seen = torch.zeros(vocab_size, dtype=torch.bool)
+        seen[[token for token in ids if token != eos_id]] = True
+        return cls(generator, seen)
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Drawer]) -> list[int]:
+    """Return the next token of each row of logits (B, V), each drawn by its own drawer, which takes note of it."""
+    import torch
+
+    logits = logits.cpu()  # the same draws on every device
+    seen = None if sampling.repetition_penalty == 1 else torch.stack([drawer.seen for drawer in drawers])  # (B, V)
+    if sampling.is_greedy:
+        if seen is not None:
+            logits = penalized(logits.float(), seen, sampling.repetition_penalty)
+        tokens = logits.argmax(-1).tolist()
+    else:
+        up_to = next_token_probabilities(logits, sampling, seen).double().cumsum(-1)  # (B, V)
+        if not up_to[:, -1].isfinite().all():
+            raise GenerationError(
+                "a model's logits must be numbers, but are not; fall back to an older checkpoint, or use --precision fp32"
+            )
+        drawn = torch.stack([torch.rand(1, generator=d.generator, dtype=torch.float64) for d in drawers])  # (B, 1)
+        tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True).squeeze(1).tolist()
+    for drawer, token in zip(drawers, tokens):
+        if drawer.seen is not None:
+            drawer.seen[token] = True
+    return tokens

@@ -1,0 +1,204 @@
+"""One token through an int8 model in C, compiled for this machine when it is first asked for.
+
+    step = build(model)             # of an int8_model.Model
+    step(token, pair, position)     # logits (V,), its keys and values are in the model's cache
+
+    python autocomplete.py runs/demo --prompt "def " --kernel c
+
+`kernel.c` does the work. The compiler is `CC`, or the first of cc, gcc and clang; threads are OpenMP's, where the
+compiler has it, and their number is `OMP_NUM_THREADS`'s. The library is kept in the user's cache folder, under a name that has
+the hash of the source, the flags and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+SOURCE = Path(__file__).with_name("kernel.c")
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+# Sums in any order, or no compiler vectorises them. Not -ffast-math, which would change how the whole process treats the
+# smallest numbers. Without OpenMP where the compiler has none (Apple's).
+COMMON = [
+    "-O3",
+    NATIVE,
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+]
+FLAGS = [[*COMMON, *threads] for threads in (["-fopenmp"], [])]
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "relu2", "swiglu")  # the order of the enum in C
+
+Step = Callable[[int, int, int], np.ndarray]
+_pointer, _integer = ctypes.c_void_p, ctypes.c_int64
+
+
+class KernelError(Exception):
+    """A kernel that cannot be had, in one line."""
+
+
+class Matrix(Protocol):
+    """What is needed of a matrix: int8 (N, K), float32 scale (N,), and perhaps a bias (N,)."""
+
+    q: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray | None
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("q", _pointer), ("scale", _pointer), ("bias", _pointer), ("n", _integer), ("k", _integer)]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _pointer), ("bias", _pointer)]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [(name, _Norm) for name in ("norm_1", "norm_2")] + [
+        (name, _Matrix) for name in ("qkv", "proj", "up", "gate", "down")
+    ]
+
+
+_SIZES = ("n_layer", "n_head", "n_kv", "head_dim", "n_embd", "d_ff", "block_size", "activation", "rms", "qk_norm")
+_TABLES = ("wpe", "cos", "sin", "keys", "values")
+_ROOMS = ("x", "y", "qkv", "h", "g", "scores", "rounded")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _integer) for name in _SIZES),
+        ("eps", ctypes.c_double),
+        ("blocks", ctypes.POINTER(_Block)),
+        ("wte", _Matrix),
+        ("wtp", _Matrix),
+        ("head", _Matrix),
+        ("norm_f", _Norm),
+        *((name, _pointer) for name in (*_TABLES, *_ROOMS)),
+    ]
+
+
+def _address(array: np.ndarray | None) -> int | None:
+    if array is None:
+        return None
+    assert array.flags.c_contiguous and array.dtype in (np.int8, np.float32, np.int16)
+    return array.ctypes.data
+
+
+def _matrix(matrix: Matrix | None) -> _Matrix:
+    if matrix is None:
+        return _Matrix()
+    return _Matrix(_address(matrix.q), _address(matrix.scale), _address(matrix.bias), *matrix.q.shape)
+
+
+def _norm(norm: Any) -> _Norm:
+    return _Norm() if norm is None else _Norm(_address(norm.weight), _address(norm.bias))
+
+
+def build(model: Any) -> Step:
+    """Return a function that gives the logits (V,) after a token, valid until the next call.
+
+    It takes the token, its row of the table of pairs (0 where there is no table) and its position. `model` is an
+    `int8_model.Model`, whose cache it reads and extends. Raises KernelError where nothing can be compiled.
+    """
+    function = _library().step
+    function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _integer, _pointer], None
+    m = model.m
+    n_ff = model.blocks[0]["mlp.up"].q.shape[0]
+    qkv = model.blocks[0]["attn.qkv"].q.shape[0]
+    sizes = (m["n_layer"], model.n_head, model.kv_heads, model.head_dim, m["n_embd"], n_ff, m["block_size"],
+             ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", m["qk_norm"])  # fmt: skip
+    blocks = (_Block * m["n_layer"])(
+        *(
+            _Block(
+                *(_norm(block[name]) for name in ("norm_1", "norm_2")),
+                *(_matrix(block[name]) for name in ("attn.qkv", "attn.proj", "mlp.up", "mlp.gate", "mlp.down")),
+            )
+            for block in model.blocks
+        )
+    )
+    widest = max(n_ff, m["n_embd"])
+    lengths = (m["n_embd"], m["n_embd"], qkv, widest, widest, model.n_head * m["block_size"])
+    rooms = [np.empty(n, np.float32) for n in lengths] + [np.empty(widest, np.int16)]
+    tables = [model.wpe, model.cos, model.sin, model.keys, model.values]
+    struct = _Model(*sizes, m["norm_eps"], blocks, _matrix(model.wte), _matrix(model.wtp), _matrix(model.head),
+                    _norm(model.norm_f), *map(_address, (*tables, *rooms)))  # fmt: skip
+    logits = np.empty(len(model.head.q), np.float32)
+    n_pairs = 1 if model.wtp is None else len(model.wtp.q)
+
+    def step(token: int, pair: int, position: int) -> np.ndarray:
+        # the struct holds addresses only: the arrays behind them live as long as this function
+        assert len(rooms) == len(_ROOMS) and 0 <= position < m["block_size"]
+        assert 0 <= token < len(model.wte.q) and 0 <= pair < n_pairs
+        function(struct, token, pair, position, logits.ctypes.data)
+        return logits
+
+    return step
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept."""
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kindling"
+
+
+def _processor() -> str:
+    """Return what a compiler's `native` depends on, as far as it can be had."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _library() -> ctypes.CDLL:
+    """Load the compiled kernel, compiling it first where that was not done before."""
+    # OpenMP's threads wait for the next product of the same token in a loop, but not longer: a core may be wanted elsewhere
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
+    compiler = next((path for path in found if path), None)
+    if compiler is None:
+        raise KernelError(
+            "--kernel c must find a C compiler, but there is no cc, gcc or clang; install one, or use numpy"
+        )
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(
+        source + "\n".join((str(FLAGS), compiler, platform.machine(), _processor())).encode()
+    ).hexdigest()
+    path = cache_folder() / f"int8-{key[:16]}.so"
+    try:
+        if not path.is_file():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError as e:
+        raise KernelError(
+            f"--kernel c must be able to write and load {path}, but {e}; set XDG_CACHE_HOME, or use numpy"
+        ) from None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        library = Path(folder) / "int8.so"
+        for flags in FLAGS:
+            command = [compiler, *flags, str(SOURCE), "-o", str(library), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                library.replace(path)
+                return
+    raise KernelError(
+        f"--kernel c must be able to compile, but {compiler} says: {' '.join(done.stderr.split())[:200] or 'nothing'}; use numpy"
+    )

@@ -1,0 +1,298 @@
+"""A model of int8 weights in NumPy: every architecture of `config.ModelConfig`, with a cache of keys and values.
+
+    model = Model(Path("runs/demo/export/int8"))
+    logits = model.read(ids)            # then one token at a time: model.read([token])
+
+The weights stay int8 and memory-mapped; blocks of rows become float32 as they are multiplied. `model.compile()` reads single
+tokens with a kernel in C from then on (`kernel.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1  # of config.json
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+BLOCK = 2**17  # weights that are float32 at a time: half a MB, which the cache of a core holds
+
+Array = np.ndarray
+
+
+class CompletionError(Exception):
+    """Something the user can mend, in one line."""
+
+
+class Matrix:
+    """An int8 matrix (N, K) with a scale for each row, and the products with it.
+
+    `block` is the room (at least K floats) in which rows become float32, shared by all matrices of a model.
+    """
+
+    def __init__(self, q: Array, scale: Array, bias: Array | None, block: Array):
+        self.q, self.scale, self.bias = q, scale, bias
+        n, k = q.shape
+        rows = min(n, len(block) // k)
+        self.out = np.empty((1, n), np.float32)  # (1, N)
+        # all views are made here: a token passes through hundreds of them
+        self.parts = [
+            (q[i : i + rows], block[: min(rows, n - i) * k].reshape(-1, k), slice(i, i + rows))
+            for i in range(0, n, rows)
+        ]
+        self.outs = [self.out[0, rows] for *_, rows in self.parts]
+
+    def __call__(self, x: Array) -> Array:
+        """Return x (T, K) times the transposed matrix and the bias, (T, N); for T = 1, valid until the next call."""
+        if len(x) == 1:
+            y, vector = self.out, x[0]
+            for (q, part, _), out in zip(self.parts, self.outs):
+                np.copyto(part, q)
+                np.dot(part, vector, out=out)
+        else:
+            y = np.empty((len(x), len(self.q)), np.float32)  # (T, N)
+            for q, part, rows in self.parts:
+                np.copyto(part, q)
+                y[:, rows] = x @ part.T
+        y *= self.scale
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    def rows(self, ids: list[int] | Array) -> Array:
+        """Return these rows in float32, (T, K)."""
+        return self.q[ids].astype(np.float32) * self.scale[ids, None]
+
+
+class Norm:
+    """LayerNorm, with or without bias, or RMSNorm, along the last axis."""
+
+    def __init__(self, rms: bool, eps: float, weight: Array, bias: Array | None):
+        self.rms, self.eps, self.weight, self.bias = rms, np.float32(eps), weight, bias
+        self.mean = np.full(len(weight), 1 / len(weight), np.float32)  # a product with it is the mean
+
+    def __call__(self, x: Array) -> Array:
+        if not self.rms:
+            x = x - (x @ self.mean)[:, None]
+        y = x * (1 / np.sqrt(np.vecdot(x, x) * self.mean[0] + self.eps))[:, None]
+        y *= self.weight
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+
+def unit_rms(x: Array) -> Array:
+    """Return x over its root mean square along the last axis, with the epsilon that torch has by default."""
+    return x / np.sqrt(np.vecdot(x, x)[..., None] / x.shape[-1] + np.finfo(np.float32).eps)
+
+
+def erf(x: Array) -> Array:
+    """Return the error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26), which NumPy has not."""
+    a = np.abs(x)
+    t = 1 / (1 + np.float32(0.3275911) * a)
+    series = np.float32(1.061405429) * t
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series += np.float32(coefficient)
+        series *= t
+    np.square(a, out=a)
+    series *= np.exp(np.negative(a, out=a), out=a)
+    return np.copysign(1 - series, x)
+
+
+def pair_ids(idx: Array, previous: Array, n_rows: int) -> Array:
+    """Return the row of the table of pairs for each token and the one before it, -1 where none is, as `model.pair_ids` does."""
+    return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
+
+
+def softmax(x: Array) -> Array:
+    """Return the distribution over the last axis, in place."""
+    x -= x.max(-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(-1, keepdims=True)
+    return x
+
+
+def activate(kind: str, h: Array, gate: Array | None) -> Array:
+    """Return the activation of h (T, d_ff), in place."""
+    if kind == "swiglu":
+        h *= gate / (1 + np.exp(-gate))
+    elif kind == "gelu":
+        h *= 0.5 * (1 + erf(h * np.float32(math.sqrt(0.5))))
+    elif kind == "gelu_new":
+        h *= 0.5 * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (h + np.float32(0.044715) * h * h * h)))
+    else:
+        np.maximum(h, 0, out=h)
+        if kind == "relu2":
+            h *= h
+    return h
+
+
+class Model:
+    """An exported model, and the keys and values of what it has read."""
+
+    def __init__(self, folder: Path):
+        """Open the export, without reading its weights into memory.
+
+        Raises CompletionError if it is not whole.
+        """
+        self.meta = read_meta(folder)
+        tensors = map_tensors(folder / WEIGHTS, self.meta["weights_sha256"])
+        try:
+            self._build(self.meta["model"], tensors)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+            raise CompletionError(
+                f"{folder} must be a whole export, but {CONFIG} and {WEIGHTS} do not belong together "
+                f"({type(e).__name__}: {e}); export the run again"
+            ) from None
+
+    def _build(self, m: dict[str, Any], tensors: dict[str, Array]) -> None:
+        self.m = m
+        self.length = self.last = 0  # tokens read, and the last of them, anything where there are none
+        self.n_head, self.kv_heads = m["n_head"], m["n_kv_head"] or m["n_head"]
+        self.head_dim = m["n_embd"] // m["n_head"]
+        block = np.empty(max([BLOCK, *(t.shape[1] for t in tensors.values() if t.dtype == np.int8)]), np.float32)
+
+        def matrix(name: str) -> Matrix:
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            return Matrix(weight, tensors[f"{name}.weight.scale"], bias, block)
+
+        def norm(name: str) -> Norm:
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            return Norm(m["norm"] == "rmsnorm", m["norm_eps"], weight, bias)
+
+        self.wte, self.wpe = matrix("wte"), tensors.get("wpe")
+        self.wtp = matrix("wtp") if m.get("pair_rows") else None  # older exports do not say
+        self.norm_f = norm("norm_f") if m["final_norm"] else None
+        self.head = self.wte if m["tie_embeddings"] else matrix("head")
+        names = ["attn.qkv", "mlp.up", "mlp.down"]
+        names += ["attn.proj"] * m["attn_out_proj"] + ["mlp.gate"] * (m["activation"] == "swiglu")
+        absent = dict.fromkeys(("attn.proj", "mlp.gate"))
+        self.blocks = [
+            absent
+            | {name: matrix(f"blocks.{i}.{name}") for name in names}
+            | {name: norm(f"blocks.{i}.{name}") for name in ("norm_1", "norm_2")}
+            for i in range(m["n_layer"])
+        ]
+        shape = (m["n_layer"], self.kv_heads, m["block_size"], self.head_dim)
+        self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.cos = self.sin = self.step = None
+        if m["position"] == "rope":
+            rate = m["rope_theta"] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)  # (D/2,)
+            angle = np.outer(np.arange(m["block_size"]), np.tile(rate, 2))  # (T, D)
+            self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+    def compile(self) -> None:
+        """Read single tokens with the kernel in C from now on. Raises CompletionError where it cannot be compiled."""
+        try:
+            from kindling.int8.kernel import KernelError, build
+        except ImportError:
+            raise CompletionError("--kernel c must find kernel.py and .c beside this file; copy them") from None
+        try:
+            self.step = build(self)
+        except KernelError as e:
+            raise CompletionError(str(e)) from None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that it can read."""
+        return self.m["block_size"]
+
+    def read(self, ids: list[int]) -> Array:
+        """Take in the next tokens; return the logits (V,) after the last. There must be room for them in the context."""
+        if self.step is not None and len(ids) == 1 and self.length < self.block_size:
+            pair = 0 if self.wtp is None else int(self._pairs(ids)[0])
+            self.length, self.last = self.length + 1, ids[0]
+            return self.step(ids[0], pair, self.length - 1)
+        return self.head(self._hidden(ids)[-1:])[0]
+
+    def logits(self, ids: list[int]) -> Array:
+        """Return the logits (T, V) after each of the tokens of a text that begins with them."""
+        self.length = 0
+        return self.head(self._hidden(ids))
+
+    def _pairs(self, ids: list[int]) -> Array:
+        """Return the rows (T,) of the table of pairs for the next tokens."""
+        idx = np.array([self.last if self.length else -1, *ids], np.int64)
+        return pair_ids(idx[1:], idx[:-1], len(self.wtp.q))
+
+    def _hidden(self, ids: list[int]) -> Array:
+        """Return the features (T, C) of the next tokens, and remember their keys and values."""
+        start, stop = self.length, self.length + len(ids)
+        assert 0 < len(ids) <= self.block_size - start, "the caller crops"
+        x = self.wte.rows(ids)  # (T, C)
+        if self.wtp is not None:
+            x += self.wtp.rows(self._pairs(ids))
+        if self.wpe is not None:
+            x += self.wpe[start:stop]
+        for layer, block in enumerate(self.blocks):
+            y = self._attention(layer, block["attn.qkv"](block["norm_1"](x)), start, stop)
+            x += y if block["attn.proj"] is None else block["attn.proj"](y)
+            y = block["norm_2"](x)
+            gate = None if block["mlp.gate"] is None else block["mlp.gate"](y)
+            x += block["mlp.down"](activate(self.m["activation"], block["mlp.up"](y), gate))
+        self.length, self.last = stop, ids[-1]
+        return x if self.norm_f is None else self.norm_f(x)
+
+    def _attention(self, layer: int, qkv: Array, start: int, stop: int) -> Array:
+        """Return what each of the tokens start:stop attends to, (T, C), of qkv (T, (n_head + 2 * n_kv) * D)."""
+        T, D, n_head, n_kv = len(qkv), self.head_dim, self.n_head, self.kv_heads
+        qkv = qkv.reshape(T, n_head + 2 * n_kv, D).transpose(1, 0, 2)  # (H, T, D)
+        q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
+        if self.m["qk_norm"]:
+            q, k = unit_rms(q), unit_rms(k)
+        if self.m["position"] == "rope":
+            q, k = self._rotate(q, start, stop), self._rotate(k, start, stop)
+        self.keys[layer, :, start:stop], self.values[layer, :, start:stop] = k, qkv[n_head + n_kv :]
+        keys, values = self.keys[layer, :, :stop], self.values[layer, :, :stop]  # (n_kv, S, D)
+        q = (q * np.float32(1 / math.sqrt(D))).reshape(n_kv, -1, D)  # (n_kv, G * T, D)
+        scores = q @ keys.transpose(0, 2, 1)  # (n_kv, G * T, S)
+        if T > 1:
+            later = np.arange(stop) > np.arange(start, stop)[:, None]  # (T, S)
+            scores.reshape(n_kv, -1, T, stop)[..., later] = -np.inf
+        return (softmax(scores) @ values).reshape(n_head, T, D).transpose(1, 0, 2).reshape(T, -1)  # (T, C)
+
+    def _rotate(self, x: Array, start: int, stop: int) -> Array:
+        half = self.head_dim // 2
+        turned = np.concatenate((-x[..., half:], x[..., :half]), -1)
+        return x * self.cos[start:stop] + turned * self.sin[start:stop]
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return an export's config.json; raises CompletionError if it is none that this file reads."""
+    path = folder / CONFIG
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] == FORMAT and {"weights_sha256", "model", "eos_id", "bos_id"} <= meta.keys():
+            return meta
+        problem = f"it has format {meta['format']}, and this is for format {FORMAT}"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        problem = f"{CONFIG} is missing" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
+    raise CompletionError(
+        f"{folder} must be a run's export to int8, but is not ({problem}); make one with `python export.py RUN --to int8`"
+    )
+
+
+def map_tensors(path: Path, sha256: str) -> dict[str, Array]:
+    """Return the tensors of a safetensors file, memory-mapped; raises CompletionError unless its hash is `sha256`."""
+    try:
+        with path.open("rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()  # in pieces, which do not stay in memory
+    except OSError as e:
+        found = str(e)
+    if found != sha256:
+        raise CompletionError(
+            f"{path} must be as it was exported, but has changed or cannot be read; export the run again"
+        )
+    data = np.asarray(np.memmap(path, np.uint8, "r"))  # its subclass costs time at each view
+    end = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(data[8:end].tobytes())
+    types = {"I8": np.int8, "F32": np.float32}
+    return {
+        name: data[end + t["data_offsets"][0] : end + t["data_offsets"][1]].view(types[t["dtype"]]).reshape(t["shape"])
+        for name, t in header.items()
+        if name != "__metadata__"
+    }

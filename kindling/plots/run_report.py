@@ -1,0 +1,242 @@
+"""What a run's report says: its facts, pictures, samples, evaluation and data, put together for html_report.page.
+
+    html = report_of(subject, text, plots)
+
+Results and samples of an evaluation are shown if it was of these weights. Limit: a fine-tuned run's answers are those that it
+gave at the end of its training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kindling.config_io import to_yaml
+from kindling.data.ledger import Ledger
+from kindling.data.prompts import Exchange
+from kindling.evaluation.report import FORMAT, sections
+from kindling.generation.completion import answer, complete
+from kindling.generation.sampling import GenerationError, Sampling
+from kindling.plots.html_report import Picture, Sample, page
+from kindling.plots.inspection import Subject, Text
+from kindling.runs.checkpoint import load_state, weights_sha256
+from kindling.tables import Section
+
+SAMPLES = 6
+SAMPLE_CHARS = 1500
+NEW_TOKENS = 120  # of a sample that is made for the report
+
+CAPTIONS = {
+    "training_curves.png": "Loss, validation perplexity, learning rate and gradient norm over training.",
+    "token_loss.png": "The loss of each token, in nats, over the text itself: the darker, the harder to predict.",
+    "attention.png": "Attention weights of every head: a row for each token that looks, a column for each it looks at.",
+    "weights.png": "Distribution of the weights of each kind of matrix, by layer: the deeper, the darker.",
+    "spectral_norms.png": "Largest singular value and stable rank of each matrix, by layer.",
+}
+
+
+def pictures_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> list[Picture]:
+    """Return the plots that the report shows, with their captions; single layers of attention stay files."""
+    alts = {
+        "training_curves.png": curves_in_words(subject.metrics),
+        "token_loss.png": f"The tokens of {text.what}, each on a background that is darker the greater its loss.",
+        "attention.png": f"A grid of heatmaps, {subject.model.cfg.n_layer} layers by {subject.model.cfg.n_head} heads.",
+        "weights.png": "Histograms on a logarithmic scale, one panel for each kind of matrix.",
+        "spectral_norms.png": "Two panels of lines over the layers, one line for each kind of matrix.",
+    }
+    of = {
+        "token_loss.png": f" The text is {text.what}.",
+        "attention.png": f" The text is {text.what}. Each layer is larger in plots/attention/.",
+    }
+    return [Picture(plots[name], CAPTIONS[name] + of.get(name, ""), alts[name]) for name in CAPTIONS if name in plots]
+
+
+def curves_in_words(lines: list[dict[str, Any]]) -> str:
+    """Return between which values the losses moved."""
+    parts = []
+    for key, name in (("loss", "training loss"), ("val_loss", "validation loss")):
+        known = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
+        if known:
+            (a, first), (b, last) = known[0], known[-1]
+            parts.append(f"{name} from {first:.3f} at step {a:,} to {last:.3f} at step {b:,}")
+    return "Line plots: " + ("; ".join(parts) or "no losses recorded") + "."
+
+
+VALIDATION = (
+    ("val_loss", "loss", ".4f"),
+    ("val_perplexity", "perplexity", ",.2f"),
+    ("val_bits_per_byte", "bits per byte", ".4f"),
+)
+
+
+def facts_of(subject: Subject) -> list[tuple[str, str]]:
+    """Return what the run is, by name and value."""
+    cfg, model, folder = subject.run.config(), subject.model, subject.checkpoint
+    state = load_state(folder, mapped=True)
+    environment = state.get("environment", {})
+    elapsed = state.get("elapsed_s", 0.0)
+    spent = f"{elapsed / 3600:.1f} h" if elapsed >= 5400 else f"{elapsed / 60:.1f} min"
+    how = ", ".join(f"{key} {value}" for key, value in environment.items())
+    shape = f"{model.cfg.n_layer} layers, {model.cfg.n_embd} wide, {model.cfg.n_head} heads, context {model.cfg.block_size:,}"
+    facts = [
+        ("preset", cfg.preset),
+        ("parameters", f"{model.n_parameters():,}"),
+        ("shape", f"{shape}, vocabulary {model.cfg.vocab_size:,}"),
+        ("steps", f"{state['step']:,}"),
+        ("tokens", f"{state['position'] * model.cfg.block_size:,}"),
+        ("training time", spent),
+        ("trained on", how),
+        ("fine-tuned from", str(cfg.train.init_from or "")),
+        ("weights' sha256", weights_sha256(folder)),
+    ]
+    last = next((line for line in reversed(subject.metrics) if isinstance(line.get("val_loss"), float)), {})
+    figures = [f"{name} {last[key]:{form}}" for key, name, form in VALIDATION if isinstance(last.get(key), float)]
+    if figures:
+        facts.append(("validation", f"{', '.join(figures)}, at step {last['step']:,}"))
+    return [(name, value) for name, value in facts if value]
+
+
+def ledger_sections(folder: Path) -> list[Section]:
+    """Return the data's ledger as a table: what was read, dropped, changed and kept."""
+    try:
+        ledger = Ledger.read(folder)
+        cells = [[label, f"{n:,}", f"{n_bytes / 1e6:,.2f}"] for label, (n, n_bytes) in ledger.totals()]
+        found = [Section("Data", ["", "documents", "MB"], cells, list(map(str, ledger.notes)))]
+        if len(ledger.rows) > 1:
+            kinds = [
+                [
+                    row["source"],
+                    row["language"],
+                    *(f"{row[key][0]:,}" for key in ("read", "kept")),
+                    f"{row['tokens']:,}",
+                ]
+                for row in ledger.rows.values()
+            ]
+            columns = ["source", "language", "read", "kept", "tokens"]
+            found.append(Section("Data by source and language", columns, kinds, names=2))
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return [Section("Data", notes=[f"the ledger cannot be read ({type(e).__name__}: {e})"])]
+
+
+def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
+    """Return what eval.json holds if it is of these weights, else nothing and why not."""
+    again = f"evaluate with `python evaluate.py {subject.run.path}`"
+    path = subject.run.path / "eval.json"
+    if not path.is_file():
+        return {}, f"not evaluated yet; {again}"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if (results["format"], results["weights_sha256"]) == (FORMAT, weights_sha256(subject.checkpoint)):
+            return results, ""
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return {}, f"eval.json cannot be read ({type(e).__name__}: {e}); {again}"
+    return {}, f"eval.json is of other weights, or by another version; {again}"
+
+
+def evaluation_sections(subject: Subject) -> list[Section]:
+    """Return the tables of the evaluation, or a note that there is none of these weights."""
+    results, why_not = evaluation_of(subject)
+    if results:
+        try:
+            return sections(results, list(rows_of(subject.run.path / "losses.jsonl")))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            why_not = f"eval.json must be as evaluate.py writes it, but is not ({type(e).__name__}: {e})"
+    return [Section("Evaluation", notes=[why_not])]
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file, none if there is no file; lines that are no objects are left out."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def samples_of(subject: Subject) -> tuple[list[Sample], str]:
+    """Return a few texts of the run and where they are from: its answers, its evaluation's samples, or new ones."""
+    instructions = subject.run.config().data.instructions
+    answers = list(rows_of(subject.run.path / "answers.jsonl")) if instructions else []
+    if answers:
+        shown = [
+            Sample(
+                f"Answer {i}",
+                _text(row, "prompt"),
+                _text(row, "answer"),
+                "" if row.get("stopped") else "cut by the context",
+            )
+            for i, row in enumerate(answers[:SAMPLES], 1)
+        ]
+        note = f"The first {len(shown)} of {len(answers):,} answers to held-out instructions, from the end of training."
+        return shown, note
+    evaluated = not instructions and evaluation_of(subject)[0]
+    graded = list(rows_of(subject.run.path / "samples.jsonl")) if evaluated else []
+    if graded:
+        chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in graded:  # the first of each benchmark and of each verdict on it
+            chosen.setdefault((_text(row, "benchmark"), _text(row, "verdict"), bool(row.get("compiles"))), row)
+        shown = [_graded(row) for row in list(chosen.values())[:SAMPLES]]
+        note = f"{len(shown)} of {len(graded):,} samples of the evaluation: the first of each benchmark and verdict."
+        return shown, note
+    return new_samples(subject), "Made for this report from the config's prompts, each with the seed of its number."
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    text = str(row.get(key, ""))
+    return (
+        text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + f"… ({len(text) - SAMPLE_CHARS:,} more characters)"
+    )
+
+
+def _graded(row: dict[str, Any]) -> Sample:
+    verdict = ", ".join(
+        filter(
+            None,
+            (_text(row, "verdict"), _text(row, "reason"), "" if row.get("compiles") else "no statement of its own"),
+        )
+    )
+    program, text = _text(row, "program"), _text(row, "text")
+    prompt = program.removesuffix(text) if text and program.endswith(text) else ""
+    return Sample(
+        f"{_text(row, 'benchmark')}, {_text(row, 'task_id')}:", prompt, text if prompt else program or text, verdict
+    )
+
+
+def new_samples(subject: Subject) -> list[Sample]:
+    """Continue the config's prompts, or answer them if the run was fine-tuned."""
+    cfg, model, tokenizer = subject.run.config(), subject.model.for_generation(), subject.tokenizer
+    out = []
+    for number, prompt in enumerate(cfg.train.sample_prompts[:SAMPLES], 1):
+        sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=number)
+        try:
+            if cfg.data.instructions:
+                text, prompt = (
+                    answer(model, tokenizer, cfg.data.template, [Exchange(prompt)], sampling).text,
+                    prompt + "\n\n",
+                )
+            else:
+                text = complete(model, tokenizer, prompt, sampling).text
+        except GenerationError as e:  # a prompt that does not fit is no reason to lose the rest
+            text = f"({e})"
+        out.append(Sample(f"Sample {number}", prompt, text))
+    return out
+
+
+def report_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> str:
+    """Return the report as HTML."""
+    samples, note = samples_of(subject)
+    return page(
+        f"{subject.name}",
+        facts_of(subject),
+        evaluation_sections(subject) + ledger_sections(subject.run.data),
+        pictures_of(subject, text, plots),
+        samples,
+        note,
+        to_yaml(subject.run.config()),
+    )

@@ -1,0 +1,242 @@
+"""Drawings of what a model makes of a text: attention as heatmaps, and each token's loss over the text itself.
+
+    figure = token_losses([Unit("def", 3.1), Unit(" f", 6.0)], 8.3, "runs/demo, step 1100", "its first 2 tokens")
+
+The same rules as in figures.py. A map is white for little and dark for much, so that it prints as it is seen.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+
+from kindling.plots.figures import style, visible
+
+MAP = "Blues"
+LABEL = 14  # characters of a token beside a heatmap
+COLUMNS = 92  # of text
+TAB = 4
+LONGEST = 160  # rows of text that are drawn
+LISTED = 12  # tokens of each end in the list beside the text
+MONO = "DejaVu Sans Mono"
+ADVANCE = 0.602  # em, of each of its characters
+SCALE = PowerNorm(0.5, 0, 1)  # of attention weights
+
+
+class Unit(NamedTuple):
+    """A piece of text that one token spells, or one character that several do, with its loss in nats; NaN: not predicted."""
+
+    text: str
+    loss: float
+
+
+def label(text: str) -> str:
+    """Return a token as the label of a heatmap: spaces and newlines can be seen, and its end is cut off if it is long."""
+    shown = "".join({" ": "·", "\n": "⏎", "\t": "⇥"}.get(c) or visible(c) for c in text)
+    return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
+
+
+def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: str) -> Figure:
+    """Draw each head's weights (n_head, T, T): a row for each token that looks, a column for each that is looked at."""
+    n_head, T, _ = weights.shape
+    names = [label(token) for token in tokens]
+    columns, cell, size = (1, 7.2, 8.5) if n_head == 1 else (2, 4.8, 7.0)
+    labels = max(map(len, names)) * ADVANCE * size / 72 + 0.1  # inches
+    with style():
+        figure, axes = _grid(-(-n_head // columns), columns, cell, (labels, 0.25, labels + 0.1), title, note)
+        for number, ax in enumerate(axes):
+            if number >= n_head:
+                ax.remove()
+                continue
+            _heatmap(ax, weights[number])
+            ax.set_title(f"head {number}")
+            font = {"fontsize": size, "family": MONO, "clip_on": False}
+            for i, name in enumerate(names):  # as ticks they would take three times as long
+                ax.text(i, T - 0.5 + T / 100, name, rotation=90, ha="center", va="top", **font)
+                if number % columns == 0:
+                    ax.text(-0.5 - T / 100, i, name, ha="right", va="center", **font)
+        return figure
+
+
+def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
+    """Draw the weights (n_layer, n_head, T, T) of all heads, small, a row for each layer."""
+    n_layer, n_head = weights.shape[:2]
+    cell = min(10.0 / n_head - 0.1, max(24.0 / n_layer, 0.9), 2.6)
+    with style():
+        figure, axes = _grid(n_layer, n_head, cell, (0.75, 0.0, 0.08), title, note)
+        for ax, (layer, head) in zip(axes, np.ndindex(n_layer, n_head)):
+            _heatmap(ax, weights[layer, head])
+            if layer == 0:
+                ax.set_title(f"head {head}" if cell > 0.8 else str(head), fontsize=9, loc="center")
+            if head == 0:
+                ax.set_ylabel(f"layer {layer}", fontsize=9, rotation=0, ha="right", va="center")
+        return figure
+
+
+def _grid(
+    rows: int, columns: int, cell: float, margins: tuple[float, float, float], title: str, note: str
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a bar of weights and a grid of square axes, row by row, `cell` inches wide.
+
+    `margins` in inches are those to the left of the grid, and above and below each axes. Places are computed here: finding
+    them out by drawing all labels first takes as long as the drawing.
+    """
+    left, above, below = margins
+    wide = max(left + 0.2 + columns * (cell + 0.1) + 1.1, 9.2)
+    lines = [*textwrap.wrap(visible(title), int(10.5 * wide)), *textwrap.wrap(visible(note), int(10.5 * wide))]
+    top = 0.55 + 0.2 * len(lines)
+    high = max(top + rows * (cell + above + below) + 0.15, top + 4.3)
+    figure = Figure(figsize=(wide, high))
+    FigureCanvasAgg(figure)
+    figure.text(0.12 / wide, 1 - 0.12 / high, "\n".join(lines), fontsize=12, va="top")
+    axes = []
+    for row, column in np.ndindex(rows, columns):
+        x, y = left + 0.15 + column * (cell + 0.1), top + above + row * (cell + above + below)
+        axes.append(figure.add_axes((x / wide, 1 - (y + cell) / high, cell / wide, cell / high)))
+    x = left + 0.15 + columns * (cell + 0.1) + 0.1
+    bar = figure.colorbar(
+        ScalarMappable(SCALE, matplotlib.colormaps[MAP]),
+        cax=figure.add_axes((x / wide, 1 - (top + above + 4.0) / high, 0.16 / wide, 4.0 / high)),
+    )
+    bar.set_label("attention weight, square-root scale", fontsize=9)
+    bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
+    return figure, axes
+
+
+def _heatmap(ax: Axes, weights: np.ndarray) -> None:
+    """Draw weights (T, T) below the diagonal; above it, where no token may look, is grey."""
+    ax.set_facecolor("#dddddd")
+    seen = np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
+    ax.imshow(seen, cmap=MAP, norm=SCALE, interpolation="nearest", aspect="equal")
+    ax.grid(False)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """What is drawn of a unit in one row: from which column, which characters, and the unit's number."""
+
+    column: int
+    text: str
+    unit: int
+
+
+class Row(NamedTuple):
+    """A row of the picture; `line` counts the lines of the text from 1, and is None where a long one goes on."""
+
+    line: int | None
+    pieces: list[Piece]
+
+
+def rows_of(units: list[Unit], columns: int = COLUMNS) -> list[Row]:
+    """Lay out a text in rows of at most `columns` characters; newlines end a row as ⏎, tabs are as wide as they reach."""
+    rows, column, line = [Row(1, [])], 0, 1
+    for number, unit in enumerate(units):
+        for c in unit.text:
+            shown = {"\n": "⏎", "\t": "⇥".ljust(TAB - column % TAB)}.get(c) or visible(c)
+            if column + len(shown) > columns:
+                rows.append(Row(None, []))
+                column = 0
+            pieces = rows[-1].pieces
+            if pieces and pieces[-1].unit == number:
+                pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + shown)
+            else:
+                pieces.append(Piece(column, shown, number))
+            column += len(shown)
+            if c == "\n":
+                line, column = line + 1, 0
+                rows.append(Row(line, []))
+    return rows if rows[-1].pieces or len(rows) == 1 else rows[:-1]
+
+
+def token_losses(units: list[Unit], guess: float, title: str, what: str) -> Figure:
+    """Draw a text with each token's background shaded by its loss, up to `guess`, the loss of a uniform guess, in nats.
+
+    Beside it are the hardest and the easiest tokens. `what` says which text it is.
+    """
+    rows = rows_of(units)
+    left_out = len(rows) - LONGEST
+    rows = rows[:LONGEST]
+    size = 9.5
+    width, height = (
+        0.602 * size / 72,
+        1.5 * size / 72,
+    )  # of a character's cell in inches: the font's advance is 0.602 em
+    list_rows = 2 * LISTED + 5
+    left, top, below, side = 0.55, 0.75, 0.85, 2.0
+    text_width, text_height = COLUMNS * width, max(len(rows), list_rows) * height
+    whole = (left + text_width + 0.25 + side, top + text_height + below)
+    with style():
+        figure = Figure(figsize=whole)
+        FigureCanvasAgg(figure)
+        figure.text(0.15 / whole[0], 1 - 0.2 / whole[1], visible(f"Loss of each token: {title}"), fontsize=12, va="top")
+        note = f"; {left_out:,} more rows are not drawn" if left_out > 0 else ""
+        figure.text(0.15 / whole[0], 1 - 0.45 / whole[1], visible(what + note), fontsize=9.5, va="top", color="#444444")
+        box_text = (left / whole[0], below / whole[1], text_width / whole[0], text_height / whole[1])
+        ax = figure.add_axes(box_text, xlim=(0, COLUMNS), ylim=(text_height / height, 0))
+        ax.axis("off")
+        mapping = ScalarMappable(Normalize(0, guess), matplotlib.colormaps[MAP])
+        _draw_rows(ax, rows, units, mapping, size)
+        box = (left / whole[0], 0.45 / whole[1], text_width / whole[0], 0.13 / whole[1])
+        bar = figure.colorbar(mapping, cax=figure.add_axes(box), orientation="horizontal", extend="max")
+        bar.set_label(f"loss in nats; a uniform guess has {guess:.2f}; no background: not predicted", fontsize=9)
+        box = ((left + text_width + 0.25) / whole[0], box_text[1], side / whole[0], box_text[3])
+        ax = figure.add_axes(box, xlim=(0, side / width), ylim=(text_height / height, 0))
+        ax.axis("off")
+        for y, line in enumerate(_listed(units)):
+            ax.text(0, y + 0.72, line, family=MONO, fontsize=size, va="baseline")
+        return figure
+
+
+def _draw_rows(ax: Axes, rows: list[Row], units: list[Unit], mapping: ScalarMappable, size: float) -> None:
+    boxes, colors = [], []
+    font = {"family": MONO, "fontsize": size, "va": "baseline"}
+    for y, row in enumerate(rows):
+        if row.line is not None:
+            ax.text(-1, y + 0.72, str(row.line), ha="right", color="#777777", **font)
+        for piece in row.pieces:
+            loss, end = units[piece.unit].loss, piece.column + len(piece.text)
+            color = "black"
+            if math.isfinite(loss):
+                boxes.append([(piece.column, y), (end, y), (end, y + 1), (piece.column, y + 1)])
+                colors.append(mapping.to_rgba(loss))
+                color = text_color(colors[-1])
+            if piece.text.strip():
+                ax.text(piece.column, y + 0.72, piece.text, color=color, **font)
+    ax.add_collection(PolyCollection(boxes, facecolors=colors, edgecolors="white", linewidths=0.8))
+
+
+def text_color(background: tuple[float, ...]) -> str:
+    """Return black or white, whichever has the greater contrast (WCAG 2.2, relative luminance) on an RGB colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
+
+
+def _listed(units: list[Unit]) -> list[str]:
+    """Return the lines that list the tokens with the greatest and the smallest losses, and the mean."""
+    known = sorted((u for u in units if math.isfinite(u.loss)), key=lambda u: -u.loss)
+    n = min(LISTED, len(known) // 2)
+    lines = []
+    for name, found in (("hardest", known[:n]), ("easiest", known[::-1][:n])):
+        lines += [
+            f"{name:<{LABEL + 1}}{'nats':>7}",
+            *(f"{label(u.text):<{LABEL + 1}}{u.loss:>7.3f}" for u in found),
+            "",
+        ]
+    if known:
+        lines.append(f"{'mean of ' + format(len(known), ','):<{LABEL + 1}}{np.mean([u.loss for u in known]):>7.3f}")
+    return lines

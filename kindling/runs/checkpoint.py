@@ -1,0 +1,438 @@
+"""Run directories: everything that a later stage needs of a run, written so that nothing saved can be lost.
+
+    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  skipped.jsonl  tensorboard/  data/ (held-out shards, the manifest)
+    runs/NAME/step_001000/model.safetensors  state.pt  manifest.json
+    runs/NAME/step_001000/sharded/  state.pt  manifest.json   (with --train.parallel fsdp: every rank writes its part)
+
+A checkpoint is written to a temporary directory, synced to disk, and renamed: under its own name it is whole. Its
+manifest holds size and sha256 of each file, since neither torch.load nor safetensors notices a flipped byte. Loading
+verifies them first, falls back to the checkpoint before with a message, and never unpickles code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import Config
+from kindling.config_io import from_yaml, to_yaml
+from kindling.data.examples import open_split
+from kindling.data.shards import SplitInfo, TokenDataset, is_as_written, read_manifest, sealed
+from kindling.distributed import ALONE, MainFailed, World
+from kindling.errors import KindlingError, one_line
+from kindling.files import sha256_file, sync, write_atomic, write_json
+from kindling.runs import fsdp
+from kindling.runs.fsdp import ShardedError
+from kindling.tokenization.tokenizer import Tokenizer, load_json
+from model import LanguageModel, build_model
+
+RUNS = Path("runs")
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+SHARDED = "sharded"  # the folder that holds weights and optimiser state of a run with `train.parallel` fsdp
+SEAL = "# sha256 of the lines below: "  # the first line of a config.yaml
+
+
+class CheckpointError(KindlingError):
+    """A run or checkpoint that cannot be found, trusted or written."""
+
+
+class RunDirectory:
+    """One run's folder, and the checkpoints in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def data(self) -> Path:
+        """The held-out shards of this run, with the manifest of all its data."""
+        return self.path / "data"
+
+    def create(self, cfg: Config, data_folder: Path) -> None:
+        """Write config, tokenizer and held-out shards, so that evaluation needs nothing outside this folder.
+
+        Raises CheckpointError if the folder cannot be written.
+        """
+        try:
+            self.data.mkdir(parents=True, exist_ok=True)
+            manifest = json.loads((data_folder / MANIFEST).read_text(encoding="utf-8"))
+            for split in ("val", "test"):
+                for name in SplitInfo(**manifest["splits"][split]).files:
+                    shutil.copyfile(data_folder / name, self.data / name)
+            shutil.copyfile(data_folder / "tokenizer.json", self.path / "tokenizer.json")
+            shutil.copyfile(data_folder / "ledger.json", self.data / "ledger.json")
+            write_json(self.data / MANIFEST, manifest)
+            text = to_yaml(cfg)
+            text = f"{SEAL}{hashlib.sha256(text.encode('utf-8')).hexdigest()}\n{text}"
+            write_atomic(self.path / "config.yaml", text)  # last: a folder with a config is a run
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.path} must be writable, but writing gave: {e}; free space or choose another --name"
+            ) from None
+
+    def exists(self) -> bool:
+        """Return whether the run was started."""
+        return (self.path / "config.yaml").is_file()
+
+    def config(self) -> Config:
+        """Return the config that the run was started with; raises CheckpointError if the file is not as it was written.
+
+        A changed digit would be no error but another model: a base of the rotary frequencies is not in the weights' shapes.
+        """
+        try:
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise CheckpointError(
+                f"{self.path} must be a run with a readable config.yaml, but is not ({e}); "
+                f"train one with `python main.py`"
+            ) from None
+        first, _, rest = text.partition("\n")
+        if first.startswith(SEAL) and first != SEAL + hashlib.sha256(rest.encode("utf-8")).hexdigest():
+            raise CheckpointError(
+                f"{self.path / 'config.yaml'} must be as it was written, but has changed; take the change back, "
+                f"or delete the first line if it is meant"
+            )
+        return from_yaml(text, str(self.path / "config.yaml"))
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the run's own tokenizer; raises CheckpointError if the file is not the one that the run began with."""
+        path, manifest = self.path / "tokenizer.json", read_manifest(self.data)
+        tokenizer = load_json(path, self.config().tokenizer) if path.is_file() else None
+        if tokenizer is None or tokenizer.sha256 != manifest["tokenizer_sha256"]:
+            raise CheckpointError(
+                f"{path} must be the tokenizer that the run was trained with, but is {'another' if tokenizer else 'missing'}; "
+                f"copy it back from data/{manifest['fingerprint']}"
+            )
+        return tokenizer
+
+    def heldout(self, split: str) -> TokenDataset:
+        """Open the run's own validation or test split, verified."""
+        return open_split(self.config(), self.data, split)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; raises CheckpointError if another one is training it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            held = open(self.path.with_name(f".{self.path.name}.lock"), "w", encoding="utf-8")
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.path.parent}/ must be a folder that can be written, but is not ({e}); run from another folder"
+            ) from None
+        with held:
+            try:
+                import fcntl
+
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows has no fcntl
+                pass
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.path} must be trained by one process at a time, but another is at it; "
+                    f"wait for it, or choose another --name"
+                ) from None
+            except OSError as e:  # a filesystem without locks
+                print(f"note: {self.path} cannot be locked ({e}); see that no other process trains it", file=sys.stderr)
+            yield
+
+    def set_aside(self) -> Path:
+        """Rename the run to NAME.old-1 (or the next free number) and return the new path: nothing is deleted."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        return target
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoint folders, oldest first, unverified."""
+        found = {p: p.name.removeprefix("step_") for p in self.path.glob("step_*") if p.is_dir()}
+        return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: int(found[p]))
+
+    def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step` and return its folder; on any failure the older ones are as they were.
+
+        `state` must load with `weights_only=True`. Raises CheckpointError, for example on a full disk.
+        """
+        from safetensors.torch import save_file
+
+        with self._writing(step) as partial:
+            self._begin(partial)
+            # named_parameters lists a tied matrix once; there are no persistent buffers
+            save_file({k: p.detach().cpu().contiguous() for k, p in model.named_parameters()}, partial / WEIGHTS)
+            sync(partial / WEIGHTS)
+            return self._finish(partial, step, state)
+
+    def save_sharded(
+        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], world: World
+    ) -> Path:
+        """Write the checkpoint of a model of which each rank may have a part, as `save` does; every rank must call it.
+
+        `optimizers` are saved with the weights, so `state` need not have them. Raises CheckpointError on every rank.
+        """
+        with self._writing(step, world) as partial:
+
+            def begin() -> None:
+                self._begin(partial)
+                fsdp.begin(partial / SHARDED, model, optimizers)
+
+            world.on_main(begin)
+            fsdp.save(partial / SHARDED, model, optimizers)
+            world.on_main(lambda: sync(partial / SHARDED))
+            return world.on_main(lambda: self._finish(partial, step, state))
+
+    @contextlib.contextmanager
+    def _writing(self, step: int, world: World = ALONE) -> Iterator[Path]:
+        """Give the folder to write the checkpoint of `step` to, and turn whatever fails into a CheckpointError."""
+        from safetensors import SafetensorError
+
+        partial = self.path / f".partial-step_{step:06d}"
+        try:
+            yield partial
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            ShardedError,
+            MainFailed,
+        ) as e:  # a full disk shows as any of them
+            if world.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it gave: "
+                f"{one_line(e)}; free some space, the older checkpoints are untouched"
+            ) from None
+
+    def _begin(self, partial: Path) -> None:
+        for remains in (*self.path.glob(".partial-step_*"), *self.path.glob(".deleted-step_*")):
+            shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed
+        self._require_space()
+        partial.mkdir(parents=True)
+
+    def _finish(self, partial: Path, step: int, state: dict[str, Any]) -> Path:
+        """Add the training state and the manifest of all files, and give the folder its own name, under which it is whole."""
+        torch.save(state, partial / STATE)
+        sync(partial / STATE)
+        files = {
+            path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        }
+        write_json(partial / MANIFEST, sealed({"step": step, "best": state.get("best"), "files": files}))
+        sync(partial / MANIFEST)
+        sync(partial)
+        final = self.path / f"step_{step:06d}"
+        if final.exists():  # the same step again, after a fall-back to an older checkpoint
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(self.path)
+        return final
+
+    def _require_space(self) -> None:
+        older = self.checkpoints()
+        if not older:
+            return
+        needed = int(1.5 * sum(f.stat().st_size for f in older[-1].rglob("*")))
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are wanted")
+
+    def prune(self, keep: int, best_step: int | None, newest_step: int) -> None:
+        """Delete all but the best and the newest `keep` checkpoints up to `newest_step`; later ones are damaged remains."""
+        steps = {int(folder.name.removeprefix("step_")): folder for folder in self.checkpoints()}
+        for step in [step for step in steps if step <= newest_step][:-keep]:
+            if step != best_step:
+                old = steps[step]
+                doomed = old.with_name(f".deleted-{old.name}")
+                with contextlib.suppress(OSError):  # what cannot be deleted stays, and costs only space
+                    old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def newest(self, before: int | None = None) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written, saying which were passed over; None if none.
+
+        With `before`, of those of earlier steps alone.
+
+        Raises CheckpointError if there are checkpoints but all are damaged.
+        """
+        folders = [p for p in self.checkpoints() if before is None or int(p.name.removeprefix("step_")) < before]
+        problems = []
+        for folder in reversed(folders):
+            try:
+                verify(folder)
+            except CheckpointError as e:
+                problems.append(str(e))
+                continue
+            for problem in problems:
+                print(f"warning: {problem}; falling back to {folder.name}", file=sys.stderr)
+            return folder
+        if folders:
+            raise CheckpointError(
+                f"{problems[0]}; no older checkpoint is whole either: start over with --fresh, which keeps this folder"
+            )
+        return None
+
+    def back_to(self, before: int) -> Path | None:
+        """Return the newest whole checkpoint of a step before `before`; rename the later ones, so that no start finds them."""
+        folder = self.newest(before)
+        for later in self.checkpoints() if folder is not None else []:
+            if int(later.name.removeprefix("step_")) >= before:
+                target = later.with_name(f"abandoned-{later.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                later.rename(target)
+                print(
+                    f"note: {later.name} is of the steps that are left, and is kept as {target.name}", file=sys.stderr
+                )
+        return folder
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest if every file has the size and sha256 it lists; else raise CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (f["bytes"], f["sha256"]) for name, f in manifest["files"].items()}
+        found = {name: ((folder / name).stat().st_size, sha256_file(folder / name)) for name in expected}
+        step = int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            f"checkpoint {folder} must be whole, but cannot be read ({type(e).__name__}: {e})"
+        ) from None
+    if not is_as_written(manifest):
+        raise CheckpointError(f"checkpoint {folder} must be as it was written, but its {MANIFEST} has changed")
+    weights = {WEIGHTS} if WEIGHTS in expected else {name for name in expected if name.startswith(f"{SHARDED}/")}
+    if not weights or set(expected) != weights | {STATE} or f"step_{step:06d}" != folder.name:
+        raise CheckpointError(f"checkpoint {folder} must have a manifest of its own files, but has another's")
+    for name in expected:
+        if expected[name] != found[name]:
+            raise CheckpointError(f"checkpoint {folder} must be as it was written, but {name} has changed")
+    return manifest
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return what a verified checkpoint's manifest says of its weights: the same for the same weights.
+
+    Of a sharded one, of its parts, which differ with the number of ranks.
+    """
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    if WEIGHTS in files:
+        return files[WEIGHTS]["sha256"]
+    parts = [files[name]["sha256"] for name in sorted(files) if name.startswith(f"{SHARDED}/")]
+    return hashlib.sha256("".join(parts).encode("ascii")).hexdigest()
+
+
+def in_parts(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights and optimiser state in parts."""
+    return (folder / SHARDED).is_dir()
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
+    if in_parts(folder):
+        load_sharded(folder, model)
+        return
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} must be a whole safetensors file, but is not ({' '.join(str(e).split())[:120]}); "
+            f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
+        ) from None
+    if weights.keys() != parameters.keys():
+        differing = sorted(weights.keys() ^ parameters.keys())
+        raise CheckpointError(
+            f"the weights of {folder} must be of the model's shape, but {differing[0]} is in only one of them; "
+            f"use the run's own config.yaml"
+        )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if weights[name].shape != p.shape:
+                raise CheckpointError(
+                    f"the weights of {folder} must be of the model's shape, but {name} is {tuple(weights[name].shape)} "
+                    f"and not {tuple(p.shape)}; use the run's own config.yaml"
+                )
+            p.copy_(weights[name])
+
+
+def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Load a verified sharded checkpoint's weights in place, and the state of optimisers, into a model that is sharded or not.
+
+    Every rank of a sharded model must call it. Raises CheckpointError as `load_weights` does.
+    """
+    try:
+        fsdp.load(folder / SHARDED, model, optimizers)
+    except ShardedError as e:
+        raise CheckpointError(str(e)) from None
+
+
+def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
+    """Return a verified checkpoint's training state; nothing in it is executed. Raises CheckpointError if it is no state.
+
+    `mapped`: tensors, which are twice the size of the weights, are read from the file when they are used, if they are.
+    """
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise CheckpointError(
+            f"{folder / STATE} must hold tensors and plain values only, but does not ({' '.join(str(e).split())[:120]}); "
+            f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
+        ) from None
+
+
+def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
+    """Return the run at `path` (a folder, or a name under runs/), or if it is None the newest run, or pre-trained run."""
+    if path is None:
+        found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
+        if pretrained:
+            found = [folder for folder in found if _is_pretrained(folder)]
+        if not found:
+            raise CheckpointError(
+                f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS}/, but there is none; "
+                f"train one with `python main.py`"
+            )
+        return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
+    for candidate in (path, RUNS / path):
+        if (candidate / "config.yaml").is_file():
+            return RunDirectory(candidate)
+    names = ", ".join(sorted(str(p.parent) for p in RUNS.glob("*/config.yaml"))) or "none"
+    raise CheckpointError(f"{path} must be the folder of a run, with a config.yaml, but is not; there are: {names}")
+
+
+def _is_pretrained(folder: Path) -> bool:
+    """Return whether a run was trained on documents; of one that cannot be read, False and a warning."""
+    try:
+        return not RunDirectory(folder).config().data.instructions
+    except KindlingError as e:
+        print(f"warning: {e}; {folder} is passed over", file=sys.stderr)
+        return False
+
+
+def require_checkpoint(run: RunDirectory) -> Path:
+    """Return the folder of a run's newest whole checkpoint; raises CheckpointError if there is none."""
+    folder = run.newest()
+    if folder is None:
+        cfg = run.config()
+        command = f"sft_train.py {cfg.train.init_from}" if cfg.data.instructions else "main.py"
+        raise CheckpointError(
+            f"{run.path} must have a checkpoint, but has none yet; "
+            f"train on with `python {command} --preset {cfg.preset} --name {run.path.name}`"
+        )
+    return folder
+
+
+def load_model(run: RunDirectory, device: torch.device, folder: Path | None = None) -> tuple[LanguageModel, Path]:
+    """Return the model of a verified checkpoint, by default of the run's newest whole one, for inference; and its folder."""
+    folder = folder or require_checkpoint(run)
+    model = build_model(run.config().model)
+    load_weights(folder, model)
+    return model.to(device).eval(), folder

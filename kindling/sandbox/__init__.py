@@ -1,0 +1,5 @@
+"""Runs Python that nobody has read.
+
+Read process.py (starts a program and asks it for values), worker.py (the inside), syscall_filter.py (refused kernel
+calls). It must never hand a program what it is expected to answer, nor believe what it says of itself.
+"""

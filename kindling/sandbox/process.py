@@ -1,0 +1,498 @@
+"""Runs untrusted Python where it can touch nothing, and asks it for values.
+
+    with Program(source, mode="bwrap") as program:
+        value = program.call("add", 2, 3)
+
+The program runs in a process of its own: on Linux under bubblewrap (0.8 or later), without network, `/proc`, environment or
+any file but Python's own and the system's libraries, which it can read; it can write none. It has a uid that nothing else
+has, limits of memory, CPU time and processes, and fewer calls to the kernel (see syscall_filter.py). It is handed code and
+arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from the program's
+process (see evaluation/check_correctness.py).
+
+`mode="none"` has the limits alone: a program can then read and delete what you can. Limits: the sandbox is the kernel's;
+a program that exploits the kernel itself is not held. Programs see the standard library, no installed package, no shell,
+and `tempfile` finds no folder.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from kindling.errors import KindlingError
+from kindling.sandbox import syscall_filter
+
+Mode = Literal["bwrap", "none"]
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
+START_S = 30.0  # a process that has not begun by then never will
+# bytes; a set of numbers with equal hashes takes a second to build from so many, and a minute from 2**20
+MAX_ANSWER = 2**17
+MAX_REASON = 200  # characters
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use."""
+
+    cpu_s: int = 10
+    """CPU seconds of each of its processes: the same verdict however busy the machine is."""
+    wall_s: float = 28.0
+    """Seconds in all, for programs that wait; measured from the moment that the sandbox stands."""
+    memory_bytes: int = 2**29
+    """Address space of each of its processes."""
+    disk_bytes: int = 2**24
+    """The size of any file that it writes, with mode="none"; in the sandbox it can write none."""
+    processes: int = 3
+    """Processes and threads, itself included."""
+
+
+DEFAULT = Limits()
+
+
+class SandboxError(KindlingError):
+    """A sandbox that does not stand, or does not hold."""
+
+
+class ProgramError(BaseException):
+    """The program failed: `kind` is exception, syntax, memory or timeout. No `except Exception` of a test catches it."""
+
+    def __init__(self, kind: str, reason: str):
+        self.kind, self.reason = kind, one_line(reason)
+        super().__init__(self.kind, self.reason)
+
+
+def one_line(text: str) -> str:
+    """Return a stranger's text as a short line that any terminal and any file can take."""
+    text = " ".join(text.split())[:MAX_REASON]
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+class Remote:
+    """An object that stays with the program: it can be passed back and its attributes used, and is equal to nothing."""
+
+    __slots__ = ("_number", "_program", "_type")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, program: Program, number: int, type_name: str):
+        for name, value in (("_program", program), ("_number", number), ("_type", type_name)):
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        raise TypeError(f"the program answered with an object of type {self._type}, which is no plain value")
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"the program answered with an object of type {self._type}, which is no plain value")
+
+    def __getattr__(self, name: str) -> Any:
+        return self._program.request("get", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._program.request("set", self, name, value)
+
+
+class Program:
+    """A program in its own sandbox, loaded. Use it in a `with` statement: on leaving, every process of it is killed."""
+
+    def __init__(self, source: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0):
+        """Start the sandbox and run the source's top level.
+
+        `slot` tells sandboxes apart that one process runs side by side. Raises ProgramError if the source fails, SandboxError
+        if the sandbox does not stand.
+        """
+        self._limits = limits
+        self._process, self._folder = _start(mode, limits, slot)
+        try:
+            self._deadline = time.monotonic() + START_S
+            try:
+                started = self._receive() == b"null"
+            except ProgramError:
+                started = False
+            if not started:
+                raise SandboxError(_broken(mode, self._ended()))
+            self._deadline = time.monotonic() + limits.wall_s
+            self.request("load", source)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def call(self, name: str | Remote, *args: Any, **named: Any) -> Any:
+        """Call a function of the program, by name, and return its answer. Raises ProgramError."""
+        return self.request("call", name, args, named)
+
+    def request(self, *request: Any) -> Any:
+        """Send one request, and return the answer as a plain value or a Remote. Raises ProgramError."""
+        data = _literal(request).encode("utf-8", "surrogatepass")
+        self._send(len(data).to_bytes(4, "big") + data)
+        return self._decoded(self._receive())
+
+    def _send(self, data: bytes) -> None:
+        pipe = self._process.stdin.fileno()
+        while data:
+            self._wait([], [pipe])
+            try:
+                data = data[os.write(pipe, data) :]
+            except BrokenPipeError:
+                raise self._death() from None
+
+    def _receive(self) -> bytes:
+        """Return the next answer."""
+        length = int.from_bytes(self._read(4), "big")
+        if length > MAX_ANSWER + 64:
+            raise ProgramError("exception", f"an answer must have at most {MAX_ANSWER:,} bytes, but has {length:,}")
+        return self._read(length)
+
+    def _read(self, count: int) -> bytes:
+        pipe, data = self._process.stdout.fileno(), b""
+        while len(data) < count:
+            self._wait([pipe], [])
+            piece = os.read(pipe, count - len(data))
+            if not piece:
+                raise self._death()
+            data += piece
+        return data
+
+    def _wait(self, readable: list[int], writable: list[int]) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0 or not any(select.select(readable, writable, [], left)):
+            raise ProgramError("timeout", f"took more than {self._limits.wall_s:g} s")
+
+    def _death(self) -> ProgramError:
+        """Return why the program's process is gone."""
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:  # it closed the pipe and lives on
+            return ProgramError("exception", "the program stopped answering")
+        number = -code if code < 0 else code - 128
+        if number == signal.SIGKILL:  # what ends a process at its limit of CPU time; memory that runs out raises
+            return ProgramError("timeout", f"took more than {self._limits.cpu_s} s of CPU time, or was killed")
+        if number > 0 and number in set(signal.Signals):
+            return ProgramError("exception", f"the process was ended by {signal.Signals(number).name}")
+        return ProgramError("exception", f"the process ended by itself, with exit code {code}")
+
+    def _decoded(self, data: bytes) -> Any:
+        """Decode an answer strictly: it is one of the shapes that the worker writes, or the program has forged it."""
+        try:
+            answer = json.loads(data.decode("ascii"), parse_constant=_refused)
+            ((kind, content),) = answer.items()
+            if kind == "ok":
+                return self._value(content)
+            name, message = content
+            if kind != "error" or not isinstance(name, str) or not isinstance(message, str):
+                raise ValueError(kind)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
+            raise ProgramError("exception", f"the answer is malformed ({type(e).__name__})") from None
+        known = {"MemoryError": "memory", "SyntaxError": "syntax", "IndentationError": "syntax", "TabError": "syntax"}
+        raise ProgramError(known.get(name, "exception"), f"{name}: {message}" if message else name)
+
+    def _value(self, content: Any) -> Any:
+        if content is None or isinstance(content, (bool, int, float, str)):
+            return content
+        ((tag, inner),) = content.items()
+        if tag == "n":
+            return {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}[inner]
+        if tag == "b":
+            return bytes.fromhex(inner)
+        if tag == "h":
+            number, type_name = inner
+            if type(number) is not int or not isinstance(type_name, str):
+                raise ValueError(tag)
+            return Remote(self, number, one_line(type_name))
+        if not isinstance(inner, list):
+            raise ValueError(tag)
+        values = [self._value(v) for v in inner] if tag != "d" else []
+        if tag == "c":
+            return complex(*values)
+        if tag == "d":
+            return {self._value(key): self._value(value) for key, value in inner}
+        return {"l": list, "t": tuple, "s": set, "f": frozenset}[tag](values)
+
+    def _ended(self) -> str:
+        """Kill the process and return what it wrote to its standard error."""
+        self._kill()
+        return self._process.stderr.read(2000).decode("utf-8", "replace").strip()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # bwrap takes its namespace of processes with it
+        self._process.wait()
+
+    def close(self) -> None:
+        """Kill every process of the program, and delete its files."""
+        self._kill()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            pipe.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # follows no link that the program may have made
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _literal(value: Any) -> str:
+    """Return a plain value as Python source. Raises TypeError for what cannot be sent."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str, bytes):
+        return repr(value)
+    if kind is complex:
+        return f"complex({value.real!r},{value.imag!r})"
+    if kind is type and getattr(builtins, value.__name__, None) is value:
+        return value.__name__
+    if kind is Remote:
+        return f"handles[{value._number}]"
+    if kind is dict:
+        return "{" + ",".join(f"{_literal(k)}:{_literal(v)}" for k, v in value.items()) + "}"
+    if kind in (list, tuple, set, frozenset):
+        inner = "".join(f"{_literal(v)}," for v in value)
+        return {list: f"[{inner}]", tuple: f"({inner})", set: f"{{*(),{inner}}}", frozenset: f"frozenset(({inner}))"}[
+            kind
+        ]
+    raise TypeError(f"an argument must be plain data, but is of type {kind.__name__}")
+
+
+def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
+    """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
+    confined = mode == "bwrap"
+    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and _is_root() else 0
+    python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
+    processes = limits.processes if confined else 0
+    alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
+    numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
+    folder = None
+    with contextlib.ExitStack() as stack:
+        try:
+            filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
+            wrapper = _bwrap(slot, filter_fd) if confined else []
+            folder = None if confined else tempfile.mkdtemp(prefix="kindling-")  # deleted by close()
+            process = subprocess.Popen(
+                [*wrapper, *python, *map(str, numbers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=folder or "/",
+                # with the same order of sets each time
+                env={"PYTHONHASHSEED": "0", "HOME": folder or "/", "LANG": "C.UTF-8"},
+                pass_fds=() if filter_fd is None else (filter_fd,),
+                start_new_session=True,
+            )
+        except OSError as e:
+            if folder is not None:
+                os.rmdir(folder)
+            raise SandboxError(_broken(mode, str(e))) from None
+    return process, folder
+
+
+@lru_cache
+def _worker_source() -> str:
+    return WORKER.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _pipe_with(data: bytes | None) -> Iterator[int | None]:
+    """Yield a file descriptor that reads the data, or None for none; a pipe holds them all."""
+    if data is None:
+        yield None
+        return
+    reading, writing = os.pipe()
+    try:
+        with open(writing, "wb") as f:
+            f.write(data)
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def _is_root() -> bool:
+    """Return whether this process can become any user, and is not only called root in a container.
+
+    It then gives each program a uid that nothing else has, since the kernel does not count the processes of its root, not
+    even in a user namespace; of anybody else it counts those in the namespace.
+    """
+    return os.geteuid() == 0 and str(2**32 - 1) in Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+
+
+def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
+    """Return the command before which a program is put in the sandbox."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise SandboxError(
+            f"running generated code must have bubblewrap, but no bwrap is installed; {INSTALL}, or accept its risk with "
+            f"--sandbox none"
+        )
+    command = [bwrap, "--die-with-parent", "--new-session"]
+    command += [f"--unshare-{kind}" for kind in ("net", "pid", "ipc", "uts", "cgroup-try")]
+    if _is_root():
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        command += ["--unshare-user", "--disable-userns", "--uid", str(1000 + slot), "--gid", str(1000 + slot)]
+    if filter_fd is not None:
+        command += ["--seccomp", str(filter_fd)]
+    return [*command, *_files(Path.cwd()), "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+@lru_cache
+def _files(cwd: Path) -> tuple[str, ...]:
+    """Return the part of the command that says which files there are."""
+    bound, made = _python_files(), set()
+    command = ["--perms", "0755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
+    for path in bound:
+        for parent in reversed(path.parents[:-1]):  # which bwrap would make closed to all but root
+            if parent not in made:
+                made.add(parent)
+                command += ["--perms", "0755", "--dir", str(parent)]
+        command += ["--ro-bind", str(path), str(path)]
+    for link in ("/lib", "/lib64", "/lib32"):
+        if os.path.islink(link):
+            command += ["--symlink", os.readlink(link), link]
+        elif os.path.isdir(link):
+            command += ["--ro-bind", link, link]
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for path in _hidden(bound, cwd):
+        command += ["--perms", "0755", "--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
+    return tuple(command)
+
+
+def _python_files() -> list[Path]:
+    """Return what the interpreter and its standard library need: files and folders, none inside another."""
+    paths = {Path(os.path.realpath(sys._base_executable)), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
+    paths |= {Path(sysconfig.get_path("stdlib")).resolve().parent, Path(sys.base_exec_prefix, sys.platlibdir).resolve()}
+    paths = {p for p in paths if p.exists()}
+    return sorted(p for p in paths if not any(p != other and p.is_relative_to(other) for other in paths))
+
+
+def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
+    """Return the folders that a program must not see although they lie inside those: packages, and this project."""
+    # site-packages and dist-packages
+    hidden = [path.resolve() for folder in bound for path in folder.glob("python*/*-packages")]
+    hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
+    return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]
+
+
+def _broken(mode: Mode, said: str) -> str:
+    why = " ".join(said.split())[-300:] or "it ended without a word"
+    if mode == "none":
+        return f"a process for generated code must be able to start, but is not ({why}); see that memory is free"
+    return (
+        f"bubblewrap must be able to make a sandbox here, but is not ({why}); allow user namespaces (on Ubuntu: sudo sysctl "
+        f"kernel.apparmor_restrict_unprivileged_userns=0), update bubblewrap to 0.8, or accept the risk of --sandbox none"
+    )
+
+
+_PROBE = """
+import os, socket
+
+def add(a, b):
+    return a + b
+
+def listed(path):
+    return os.listdir(path)
+
+def read(path):
+    return open(path).read()
+
+def write(path):
+    with open(path, "w") as f:
+        return f.write("changed")
+
+def connect(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=2) as s:
+        s.sendall(b"hello")
+    return True
+
+def kill(pid):
+    os.kill(pid, 0)
+    return True
+
+def forks(n):
+    for i in range(n):
+        if os.fork() == 0:
+            while True:
+                pass
+    return True
+
+def env():
+    return sorted(os.environ)
+"""
+
+
+def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
+    """Raise SandboxError unless a good program passes here, a bad one fails, and the sandbox holds.
+
+    What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
+    show no trace.
+    """
+    try:
+        with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
+            right, environment = good.call("add", 2, 3) == 5 != bad.call("add", 2, 3), good.call("env")
+    except ProgramError as e:
+        raise SandboxError(
+            f"the sandbox must run a good program, but it fails ({e.reason}); raise the limits"
+        ) from None
+    if not right:
+        raise SandboxError("the sandbox must tell a good program from a bad one, but does not; use another machine")
+    if mode == "none":
+        return
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+        canary = Path(folder) / "canary"
+        canary.write_text("unchanged", encoding="utf-8")
+        os.chmod(folder, 0o755)  # nothing but the sandbox shall stand in a program's way
+        canary.chmod(0o666)
+        listener.settimeout(0)
+        attempts: dict[str, tuple[Any, ...]] = {
+            "read files": ("read", str(canary)),
+            "read this project": ("read", str(WORKER)),
+            "see processes": ("listed", "/proc"),
+            "write files": ("write", str(canary)),
+            "write to its root": ("write", "/canary"),
+            "write to Python's own folder": ("write", str(Path(os.__file__).parent / "canary")),
+            "reach the network": ("connect", listener.getsockname()[1]),
+            "signal other processes": ("kill", os.getpid()),
+            "start processes without end": ("forks", limits.processes + 1),
+        }
+        for deed, call in attempts.items():
+            with Program(_PROBE, mode, limits) as program:
+                try:
+                    program.call(*call)
+                except ProgramError:
+                    continue
+            raise SandboxError(
+                f"the sandbox must not let a program {deed}, but does; do not trust it, use another machine"
+            )
+        try:
+            listener.accept()
+            reached = True
+        except OSError:
+            reached = False
+        if reached or canary.read_text(encoding="utf-8") != "unchanged":
+            raise SandboxError("the sandbox must leave no trace outside, but did; do not trust it, use another machine")
+    if set(environment) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
+        raise SandboxError("the sandbox must hide the environment, but does not; do not trust it, use another machine")

@@ -1,0 +1,209 @@
+"""What `python -m kindling.tokenization.compare` reads, measures, prints and draws.
+
+Figures are taken on documents that the trained tokenizers have not seen, chosen by a hash of the content; a pretrained one
+may have seen them. Speeds are of one process, from an empty cache.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kindling.errors import KindlingError
+
+SUFFIXES = (".py", ".c", ".h", ".java", ".txt", ".md", ".jsonl", ".jsonl.gz")
+FEWEST = 10  # documents, below which none are held out
+HELD_OUT = 0.2
+
+
+class Measurable(Protocol):
+    """What is asked of a tokenizer here; `encode` raises KindlingError for text that it cannot hold."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_by_library(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass
+class Measured:
+    """Figures of one tokenizer; rates are of the documents that it could hold."""
+
+    name: str
+    vocab_size: int
+    bytes_per_token: float
+    tokens_per_line: float  # of lines that are not blank
+    encode_mb_s: float
+    library_mb_s: float  # by the library that the tokenizer is of
+    used: float  # share of the vocabulary that occurs
+    failures: int  # documents that were refused or came back changed
+    training_s: float | None
+
+
+def read_documents(paths: tuple[Path, ...], max_bytes: int) -> tuple[list[str], int, bool]:
+    """Return the documents under `paths` in the order of their content's hash, without repeats.
+
+    Also returns how many could not be read (not UTF-8, no text in the row), and whether `max_bytes` cut the reading
+    short. Raises KindlingError if a path does not exist or there is no document.
+    """
+    if not paths:
+        raise KindlingError("FILES must be named, but are not; try `python -m kindling.tokenization.compare .`")
+    documents: dict[bytes, str] = {}
+    total = unreadable = 0
+    for text in (text for file in _files(paths) for text in _texts(file)):
+        if total >= max_bytes:
+            return [documents[key] for key in sorted(documents)], unreadable, True
+        if text is None:
+            unreadable += 1
+        elif text.strip():
+            raw = text.encode("utf-8")
+            documents[hashlib.sha256(raw).digest()] = text
+            total += len(raw)
+    if not documents:
+        raise KindlingError(
+            f"FILES must hold text, but {', '.join(map(str, paths))} has no document that can be read "
+            f"({unreadable:,} could not be); name files or folders of {' '.join(SUFFIXES)}"
+        )
+    return [documents[key] for key in sorted(documents)], unreadable, False
+
+
+def _files(paths: tuple[Path, ...]) -> list[Path]:
+    """Return the files to read, in pseudo-random order, so that the first megabytes are a fair sample of all."""
+    found = []
+    for path in map(Path.expanduser, paths):
+        if path.is_dir():
+            for folder, subfolders, names in os.walk(path):
+                subfolders[:] = [d for d in subfolders if not d.startswith(".") and d != "__pycache__"]
+                found += [(path, Path(folder, name)) for name in names if name.endswith(SUFFIXES)]
+        elif path.is_file():
+            found.append((path.parent, path))
+        else:
+            raise KindlingError(f"FILES must exist, but {str(path)!r} does not; name files or folders")
+    found.sort(key=lambda f: hashlib.sha256(os.fsencode(f[1].relative_to(f[0]).as_posix())).digest())
+    return [file for _, file in found if file.is_file()]
+
+
+def _texts(path: Path) -> Iterator[str | None]:
+    """Yield a file's text, or those of its rows; None for what cannot be read."""
+    try:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield path.read_bytes().decode("utf-8-sig")
+            return
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            for line in filter(bytes.strip, f):
+                try:
+                    row = json.loads(line)
+                    text = row.get("content", row.get("text")) if isinstance(row, dict) else None
+                    yield text if isinstance(text, str) and text.encode("utf-8") is not None else None
+                except ValueError:  # no JSON, not UTF-8, or half of a surrogate pair
+                    yield None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        yield None
+
+
+def hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:
+    """Return the documents to train on, those to measure on, and a sentence that says which.
+
+    The documents come in the order of their hash, so the first ones are a random choice that depends on nothing else.
+    """
+    if len(documents) < FEWEST:
+        note = f"fewer than {FEWEST}, so that trained tokenizers are measured on what they were trained on"
+        return documents, documents, note
+    n = round(len(documents) * HELD_OUT)
+    note = f"trained tokenizers learn on {len(documents) - n:,} of them, all are measured on the other {n:,}"
+    return documents[n:], documents[:n], note
+
+
+def measure(name: str, tokenizer: Measurable, documents: list[str], training_s: float | None) -> Measured:
+    """Encode and decode `documents` and return the figures."""
+    tokenizer.encode("")  # what is built once
+    held, seconds, failures = [], 0.0, 0
+    used: set[int] = set()
+    n_tokens = 0
+    for text in documents:
+        started = time.perf_counter()
+        try:
+            ids = tokenizer.encode(text)
+        except KindlingError:
+            failures += 1
+            continue
+        seconds += time.perf_counter() - started
+        failures += tokenizer.decode(ids) != text
+        held.append(text)
+        n_tokens += len(ids)
+        used.update(ids)
+    n_bytes = sum(len(text.encode("utf-8")) for text in held)
+    n_lines = sum(bool(line.strip()) for text in held for line in text.splitlines())
+    started = time.perf_counter()
+    for text in held:
+        tokenizer.encode_by_library(text)
+    library_s = time.perf_counter() - started
+    return Measured(
+        name,
+        tokenizer.vocab_size,
+        n_bytes / max(1, n_tokens),
+        n_tokens / max(1, n_lines),
+        n_bytes / 1e6 / max(1e-9, seconds),
+        n_bytes / 1e6 / max(1e-9, library_s),
+        len(used) / tokenizer.vocab_size,
+        failures,
+        training_s,
+    )
+
+
+COLUMNS: dict[str, Callable[[Measured], str]] = {
+    "tokenizer": lambda m: m.name,
+    "bytes/token": lambda m: f"{m.bytes_per_token:.3f}",
+    "tokens/line": lambda m: f"{m.tokens_per_line:.2f}",
+    "encode MB/s": lambda m: f"{m.encode_mb_s:.2f}",
+    "its library's": lambda m: f"{m.library_mb_s:.2f}",
+    "vocabulary": lambda m: f"{m.vocab_size:,}",
+    "of it used": lambda m: f"{m.used:.1%}",
+    "round-trip failures": lambda m: f"{m.failures:,}",
+    "training s": lambda m: "-" if m.training_s is None else f"{m.training_s:.1f}",
+}
+
+
+def table(rows: list[Measured]) -> str:
+    """Return the figures as lines of aligned columns."""
+    cells = [list(COLUMNS), *([column(m) for column in COLUMNS.values()] for m in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells)
+
+
+def plot(rows: list[Measured], title: str, path: Path) -> None:
+    """Draw bytes per token, encoding speed and the share of the vocabulary used, a bar for each tokenizer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "bytes per token": [m.bytes_per_token for m in rows],
+        "encoding, MB/s": [m.encode_mb_s for m in rows],
+        "vocabulary used, %": [100 * m.used for m in rows],
+    }
+    figure = Figure(figsize=(11, 1.4 + 0.55 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = [f"{m.name}\n{m.vocab_size:,} tokens" for m in rows]
+    for ax, (name, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
+        bars = ax.barh(labels, values, color="#33658a", height=0.6)
+        ax.bar_label(bars, fmt="%.2f" if max(values) < 20 else "%.0f", padding=4)
+        ax.set_title(name, fontsize=11, loc="left")
+        ax.set_xlim(0, max(*values, 1e-9) * 1.2)
+        ax.spines[["top", "right", "bottom"]].set_visible(False)
+        ax.tick_params(bottom=False, labelbottom=False, left=False)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=130)
+    except ValueError as e:  # a suffix that matplotlib does not know
+        raise KindlingError(f"--out must be a picture's path, but is {str(path)!r} ({e}); end it in .png") from None

@@ -1,0 +1,294 @@
+"""Taking up a run, new or begun, the same for pre-training and for fine-tuning.
+
+A stage opens its data, builds the model, loads the weights that it starts from or its own newest checkpoint, and hands all
+of it to the one training loop. What may differ between a run and its resumption is decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from config import Config, ModelConfig
+from data_pipeline import DATA, prepare
+from kindling import device
+from kindling.config_io import changed_fields
+from kindling.data.examples import ExampleRows, Examples, open_split
+from kindling.data.shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
+from kindling.device import Runtime
+from kindling.distributed import ALONE, World
+from kindling.errors import KindlingError
+from kindling.formats import hf_format
+from kindling.formats.hf_layout import MEANING, differing, load_into
+from kindling.runs.checkpoint import CheckpointError, RunDirectory, find_run, load_state, load_weights, weights_sha256
+from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
+from kindling.training.trainer import Trainer, require_shareable
+from kindling.training.validation import validate
+from model import LanguageModel, build_model
+
+# settings that a resumed run may change: without any effect on its bits, and with one that is said
+HARMLESS = {"data.workers"} | {
+    f"train.{field}"
+    for field in (
+        "sample_prompts",
+        "held_out_answers",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "activation_checkpointing",
+    )
+}
+ALLOWED = HARMLESS | {
+    f"train.{field}"
+    for field in (
+        *("max_steps", "epochs", "max_minutes", "threads", "device", "precision", "compile", "micro_batch_size"),
+        *("spike_ratio", "max_skipped_steps"),
+    )
+}
+
+
+def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
+    """Name every setting that differs from the run's own; refuse those that would make it another run."""
+    changes = changed_fields(saved, given)
+    changes.pop("name", None)
+    said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
+    refused = [text for field, text in said.items() if field not in ALLOWED]
+    if refused:
+        raise KindlingError(
+            f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
+            f"take them back, or use another --name, or start over with --fresh"
+        )
+    for field, text in said.items():
+        print(
+            f"note: {text}"
+            + ("" if field in HARMLESS else ": from here on the run differs from one without the change")
+        )
+
+
+def is_begun(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
+    """Return whether the run was started and is to go on. Raises if it cannot, and before long work if a new one cannot."""
+    begun = run.exists() and not fresh
+    if begun:
+        reconcile(run.config(), cfg, run)
+    elif run.checkpoints() and not fresh:
+        raise CheckpointError(
+            f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
+        )
+    elif cfg.train.init_from is not None:
+        source = Path(cfg.train.init_from)
+        if hf_format.holds_model(source):
+            _weights_of_hub(source, cfg.model)
+            if cfg.tokenizer.kind == "pretrained":  # one that is trained is not there yet
+                hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
+        else:
+            find_run(source)
+    return begun
+
+
+@contextlib.contextmanager
+def begin(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
+    """Hold the run for this process and the other ranks; give whether it is begun, as `is_begun` says, which may raise."""
+    with contextlib.ExitStack() as stack:
+
+        def locked() -> bool:
+            stack.enter_context(run.lock())
+            return is_begun(cfg, run, fresh)
+
+        yield world.on_main(locked)
+
+
+def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | None = None) -> TokenDataset:
+    """Open the training shards of `cfg`, or those that a started run began with; refuse if they would be others now.
+
+    `tokenizer` as in `data_pipeline.prepare`.
+    """
+    if run is None:
+        return open_split(cfg, prepare(cfg, tokenizer), "train")
+    manifest = read_manifest(run.data)
+    folder = DATA / manifest["fingerprint"]
+    if not folder.is_dir():
+        folder = prepare(cfg, tokenizer)
+    dataset = open_split(cfg, folder, "train")
+    # of the tokens; the table of documents, which is newer than some runs, is not trained on
+    began, found = (replace(SplitInfo(**m["splits"]["train"]), table=None) for m in (manifest, dataset.manifest))
+    if began != found:
+        raise DataError(
+            f"{run.path} must be resumed on the data that it was started with ({manifest['fingerprint']}), but that is gone and "
+            f"the sources have changed since; start over with --fresh, or use another --name"
+        )
+    return dataset
+
+
+def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
+    """Return the rows of a run of `cfg` in the order of training."""
+    model, train = cfg.model, cfg.train
+    if isinstance(dataset, Examples):
+        return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
+    return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)
+
+
+def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
+    """Build the model with random weights of the config's seed."""
+    device.seed_all(cfg.train.seed)
+    return build_model(cfg.model).to(runtime.device)
+
+
+def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer) -> str:
+    """Replace the weights by those of the run or hub folder `source`, if its token ids mean the same; return their sha256."""
+    if hf_format.holds_model(hub := Path(source)):
+        hf_format.require_same_tokenizer(hub, tokenizer)
+        load_into(model, _weights_of_hub(hub, model.cfg))
+        return hf_format.weights_sha256(hub)
+    run = find_run(Path(source))
+    folder = run.newest()
+    if folder is None:
+        raise CheckpointError(
+            f"train.init_from must name a run with a checkpoint, but {run.path} has none; train it first"
+        )
+    if run.tokenizer().sha256 != tokenizer.sha256:
+        raise CheckpointError(
+            f"train.init_from must name a run with the same tokenizer, but that of {run.path} is another; use it here with "
+            f"--tokenizer.kind pretrained --tokenizer.path {run.path / 'tokenizer.json'}"
+        )
+    load_weights(folder, model)
+    return weights_sha256(folder)
+
+
+def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights of a hub folder; raise CheckpointError, naming each setting and its flag, if its shape is another."""
+    shape, weights = hf_format.read(folder)
+    names = differing(shape, cfg)
+    if "learned" not in (shape.position, cfg.position):  # then no weight depends on the length of the context
+        names = [name for name in names if name != "block_size"]
+    if names:
+        its, ours = ([getattr(c, MEANING.get(name, name)) for name in names] for c in (shape, cfg))
+        said = ", ".join(f"{name} {value} for {own}" for name, value, own in zip(names, its, ours))
+        flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in zip(names, its))
+        raise CheckpointError(
+            f"train.init_from must name weights of the run's shape, but {folder} has {said}; set {flags}"
+        )
+    return weights
+
+
+def _initial_sha256(source: str) -> str | None:
+    """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
+    if hf_format.holds_model(Path(source)):
+        return hf_format.weights_sha256(Path(source))
+    folder = find_run(Path(source)).newest()
+    return None if folder is None else weights_sha256(folder)
+
+
+def require_same_start(run: RunDirectory, source: str | None, began_with: str | None) -> None:
+    """Raise CheckpointError if a begun run started from other weights than its source has now; a source may be gone."""
+    if source is None or began_with is None:
+        return
+    try:
+        now = _initial_sha256(source)
+    except KindlingError:
+        return
+    if now is not None and now != began_with:
+        raise CheckpointError(
+            f"{run.path} must go on from the weights that it started from, but {source} has been trained since; start over with "
+            f"--fresh, which keeps this one under another name, or use another --name"
+        )
+
+
+def take_up(
+    cfg: Config,
+    run: RunDirectory,
+    begun: bool,
+    dataset: TokenDataset,
+    rows: PackedBlocks | ExampleRows,
+    world: World = ALONE,
+) -> Trainer:
+    """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates.
+
+    Every rank of `world` must call it.
+    """
+    folder = world.on_main(run.newest) if begun else None
+    state = None if folder is None else load_state(folder)
+    device.set_threads(cfg.train.threads or (None if state is None else _threads_of(state["environment"], world)))
+    runtime = device.resolve(cfg.train, world)
+    require_shareable(cfg, runtime)
+    source = cfg.train.init_from
+    if state is not None:
+        require_same_start(run, source, state.get("initial_sha256"))
+    model = new_model(cfg, runtime)
+    initial_sha256 = None
+    if state is None and source is not None:
+        initial_sha256 = load_initial_weights(
+            model, source, load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
+        )
+    if not begun:
+        world.on_main(lambda: _create(cfg, run, dataset))
+    heldout = run.heldout("val")
+    tokenizer_sha256 = run.tokenizer().sha256
+    for split in (dataset, heldout):
+        split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
+    resolved = cfg.with_steps(rows.n_rows)
+    trainer = Trainer(resolved, run, model, rows, lambda m: validate(m, heldout, runtime), runtime)
+    trainer.initial_sha256 = initial_sha256
+    if folder is not None and state is not None:
+        trainer.resume(folder, state)
+    elif world.rank:  # the weights are the same on every rank, but not what is dropped out
+        device.seed_rank(cfg.train.seed, 0, world.rank)
+    return trainer
+
+
+def _threads_of(environment: dict[str, Any], world: World) -> int | None:
+    """Return the run's own number of threads, as far as this machine has the cores; None for another number of ranks."""
+    if environment.get("world_size", 1) != world.size:
+        return None
+    return min(environment["threads"], os.cpu_count() or 1)
+
+
+def _create(cfg: Config, run: RunDirectory, dataset: TokenDataset) -> None:
+    if run.exists() or run.checkpoints():  # only now that nothing is left which could refuse the new run
+        print(f"the old run is kept as {run.set_aside()}")
+    run.create(cfg, dataset.folder)
+
+
+def where(trainer: Trainer) -> str:
+    """Return on what, in what precision and in how many processes a run is trained, for a person to read."""
+    runtime = trainer.runtime
+    ranks = f", on {runtime.world.size} ranks" if runtime.world.size > 1 else ""
+    return f"{runtime.device.type} in {runtime.precision}{ranks}"
+
+
+def length(cfg: Config) -> str:
+    """Return how long a run is, for a person to read; of fine-tuning without tokens, as a row need not be full."""
+    train = cfg.train
+    if train.max_minutes is not None:
+        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
+    tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
+    return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
+
+
+def run_to_end(trainer: Trainer) -> int:
+    """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
+    if trainer.share() >= 1:
+        more = "max-steps" if trainer.train.max_minutes is None else "max-minutes"
+        print(f"the run is complete at step {trainer.step}; --train.{more} N goes on, --fresh starts over")
+    else:
+        if trainer.step:
+            print(f"resuming at step {trainer.step}")
+        if code := trainer.fit():
+            print(f"stopped and saved at step {trainer.step}; the same command resumes")
+            return code
+    if not trainer.last_eval or trainer.last_eval_step != trainer.step:  # such as after a lower max_steps
+        trainer.last_eval, trainer.last_eval_step = trainer.evaluate(trainer.model), trainer.step
+    return 0
+
+
+def effort(trainer: Trainer, digest: str, seconds: float) -> str:
+    """Return how long it took, `seconds` in all, what was skipped, and by what the state of the run is known again."""
+    skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
+    took = f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start"
+    return f"{took}{skipped}; state sha256 {digest[:16]}"

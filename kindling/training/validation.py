@@ -1,0 +1,73 @@
+"""The loss of a model on a batch, and on the whole of a held-out split; of several ranks, each computes its share.
+
+validate(model, run.heldout("val"), runtime)["val_bits_per_byte"]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kindling import device
+from kindling.data.shards import Batch, TokenDataset
+from kindling.device import Runtime
+from kindling.distributed import World
+from model import LanguageModel
+
+VALIDATION_ROWS = 16
+
+
+def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a batch, and its number of supervised tokens; all of training and validation comes here."""
+    idx, targets, positions = (
+        None if rows is None else device.to_device(rows, runtime) for rows in batch
+    )  # (B, T) each
+    with runtime.autocast():
+        return model(idx, targets, positions)
+
+
+def share_of_rank(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """Yield every so many-th batch, and True; each rank gets as many, as all take part in each pass of a sharded model.
+
+    Where the last round does not go up, a rank has a batch of another's with False: it is not to be counted.
+    """
+    turn: list[Batch] = []
+    for batch in batches:
+        turn.append(batch)
+        if len(turn) == world.size:
+            yield turn[world.rank], True
+            turn = []
+    if turn:
+        yield turn[min(world.rank, len(turn) - 1)], world.rank < len(turn)
+
+
+@torch.no_grad()
+def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) -> tuple[float, int]:
+    """Return the mean loss in nats over all supervised tokens of `batches`, and their number."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    shown = None if runtime.world.main else True  # None: where there is a terminal
+    share = share_of_rank(batches, runtime.world)
+    for batch, counts in tqdm(share, desc="evaluating", unit="batch", leave=False, disable=shown):
+        loss, n = summed_loss(model, batch, runtime)
+        if counts:
+            total, count = total + float(loss), count + int(n)
+    model.train(was_training)
+    total, count = runtime.world.sum([total, count])
+    return total / max(1, count), int(count)
+
+
+def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
+    """Return loss (nats a token), perplexity and bits per byte over the whole of one split.
+
+    Bits per byte counts every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of examples: of the
+    responses), and so compares across tokenizers.
+    """
+    loss, count = mean_loss(model, dataset.in_order(model.cfg, VALIDATION_ROWS), runtime)
+    bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}

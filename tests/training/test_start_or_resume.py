@@ -1,0 +1,166 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from test_examples import TOKENIZER, conversations, write_examples
+
+import data_pipeline
+from config import TokenizerConfig, preset
+from data_pipeline import prepare
+from kindling.data.examples import ExampleRows, Examples
+from kindling.data.shards import TokenDataset, sealed
+from kindling.files import sha256_file, write_json
+from kindling.formats import hf_format
+from kindling.runs.checkpoint import CheckpointError, RunDirectory
+from kindling.tokenization.tokenizer import load_pretrained, train_bpe
+from kindling.training.start_or_resume import is_begun, take_up, training_data, training_rows
+from model import GPT
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_documents_are_masked_from_each_other_where_the_model_says_so(corpus, tmp_path, monkeypatch, document_mask):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config(corpus)
+    cfg = replace(cfg, model=replace(cfg.model, document_mask=document_mask))
+    dataset = TokenDataset(prepare(cfg), "train")
+    for batch in (training_rows(cfg, dataset).rows(0, 2), next(iter(dataset.in_order(cfg.model, 2)))):
+        assert (batch.positions is not None) == document_mask
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_examples_are_packed_or_padded_as_the_config_says(tmp_path, packing):
+    examples = Examples(write_examples(tmp_path / "x", conversations(), TOKENIZER, 128), "train")
+    cfg = preset("docstrings")
+    cfg = replace(
+        cfg, model=replace(cfg.model, block_size=128), train=replace(cfg.train, packing=packing, batch_size=4)
+    )
+    rows = training_rows(cfg, examples)
+    assert isinstance(rows, ExampleRows)
+    assert (rows.packing, rows.batch_size, rows.seed, rows.block_size) == (packing, 4, cfg.train.seed, 128)
+    assert (rows.rows(0, 2).positions is not None) == packing
+
+
+@pytest.mark.slow
+def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its_shards_are_gone(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config(corpus)
+    monkeypatch.setattr(data_pipeline, "RECIPE", data_pipeline.RECIPE - 1)
+    old = prepare(cfg)
+    manifest = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
+    for split, info in manifest["splits"].items():
+        del info["table"]
+        (old / f"{split}-documents.npy").unlink()
+    write_json(old / "manifest.json", sealed(manifest))
+    run = RunDirectory(tmp_path / "runs" / "old")
+    run.create(cfg, old)
+    assert run.heldout("val").documents is None
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert training_data(cfg, run).folder == old
+    ids = TokenDataset(old, "train").read(0, 1000)
+    shutil.rmtree("data")
+    rebuilt = training_data(cfg, run)
+    assert rebuilt.folder != old and rebuilt.documents is not None
+    assert np.array_equal(rebuilt.read(0, 1000), ids)
+
+
+def test_a_run_keeps_the_tables_of_its_held_out_documents(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = prepare(tiny_config(corpus))
+    run = RunDirectory(tmp_path / "runs" / "new")
+    run.create(tiny_config(corpus), folder)
+    for split in ("val", "test"):
+        assert np.array_equal(run.heldout(split).documents, TokenDataset(folder, split).documents)
+
+
+@pytest.fixture(scope="module")
+def hub(corpus, tmp_path_factory):
+    """A folder as the hub serves it, of the tiny shape with another seed, and the config of a run that starts from it."""
+    root = tmp_path_factory.mktemp("hub")
+    folder = root / "model"
+    folder.mkdir()
+    cfg = tiny_config(corpus)
+    cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.rglob("*.py"))[:20]]
+    tokenizer = train_bpe(texts, cfg.tokenizer, cfg.model.vocab_size)
+    torch.manual_seed(5)
+    model = GPT(cfg.model)
+    hf_format.write(folder, model, tokenizer, "")
+    of_folder = TokenizerConfig(kind="pretrained", path=str(folder))
+    return model, replace(cfg, tokenizer=of_folder, train=replace(cfg.train, init_from=str(folder)))
+
+
+def taken_up(cfg, where, begun=False):
+    run = RunDirectory(where / "runs" / "new")
+    assert is_begun(cfg, run, fresh=False) == begun
+    dataset = training_data(cfg, run if begun else None)
+    return take_up(cfg, run, begun, dataset, training_rows(cfg, dataset))
+
+
+@pytest.mark.parametrize("backbone", ["kindling", "transformers"])
+def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, tmp_path, monkeypatch, backbone):
+    monkeypatch.chdir(tmp_path)
+    theirs, cfg = hub
+    cfg = replace(cfg, model=replace(cfg.model, backbone=backbone))
+    trainer = taken_up(cfg, tmp_path)
+    ours = dict(trainer.model.for_generation().named_parameters())
+    assert all(torch.equal(p, ours[name]) for name, p in theirs.named_parameters())
+    assert trainer.initial_sha256 == sha256_file(Path(cfg.train.init_from) / "model.safetensors")
+
+
+def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, cfg = hub
+    folder = tmp_path / "copy"
+    shutil.copytree(cfg.train.init_from, folder)
+    cfg = replace(cfg, train=replace(cfg.train, init_from=str(folder)))
+    taken_up(cfg, tmp_path).save(required=True)
+    taken_up(cfg, tmp_path, begun=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has been trained since"):
+        taken_up(cfg, tmp_path, begun=True)
+    shutil.rmtree(folder)
+    taken_up(cfg, tmp_path, begun=True)
+
+
+def test_hub_weights_of_another_shape_are_refused_before_any_data_is_read(hub, tmp_path):
+    _, cfg = hub
+    cfg = replace(cfg, model=replace(cfg.model, n_layer=3, activation="relu", block_size=16, d_ff=128))
+    with pytest.raises(CheckpointError) as caught:
+        is_begun(cfg, RunDirectory(tmp_path / "new"), fresh=False)
+    assert str(caught.value).endswith("set --model.block-size 32 --model.n-layer 2 --model.activation gelu_new")
+
+
+def test_hub_weights_with_another_tokenizer_are_refused(hub, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, cfg = hub
+    own = TokenizerConfig(pad_token="<pad>")
+    with pytest.raises(hf_format.HubFormatError, match=rf"--tokenizer\.path {cfg.train.init_from}"):
+        taken_up(replace(cfg, tokenizer=own), tmp_path)
+    assert not (tmp_path / "runs").exists()
+    other = tmp_path / "tokenizer.json"
+    other.write_text(train_bpe(["abc"], TokenizerConfig(), 300).to_json(), encoding="utf-8")
+    with pytest.raises(hf_format.HubFormatError, match="is another"):
+        is_begun(
+            replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path=str(other))),
+            RunDirectory(tmp_path / "new"),
+            False,
+        )
+
+
+def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
+    _, cfg = hub
+    model = replace(cfg.model, position="rope", norm="rmsnorm")
+    torch.manual_seed(6)
+    hf_format.write(tmp_path, GPT(model), load_pretrained(cfg.tokenizer), "")
+    cfg = replace(cfg, model=replace(model, block_size=16), train=replace(cfg.train, init_from=str(tmp_path)))
+    assert is_begun(cfg, RunDirectory(tmp_path / "new"), fresh=False) is False
