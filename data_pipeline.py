@@ -7,337 +7,26 @@
 Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
 workers, so that a build is a pure function of its inputs. The result is `data/PRESET-FINGERPRINT/`; the fingerprint
 covers every setting and the name, size and time of every local input file, so that a second call with nothing
-changed reuses the shards at once, and any change builds new ones. Limit: the content of a data set on the hub is
-taken as fixed.
+changed reuses the shards at once, and any change builds new ones. The build itself is in kindling/data/build.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import os
-import platform
 import shlex
-import shutil
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
-from config import Config
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
-from kindling.data.duplicates import benchmark_files
-from kindling.data.examples import ExampleWriter, open_split
-from kindling.data.ledger import DOCUMENTS, DocumentLog, Ledger, explain, locate
-from kindling.data.mixture import Mixture, Reader, examined_by
-from kindling.data.prompts import rendered
-from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
-from kindling.data.sources import WHOLE_FILES, LocalFile, local_files, source_roots
-from kindling.data.workers import WorkerPool
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, train
-
-DATA = Path("data")
-RECIPE = 3  # raise it when the same settings and inputs come to give other shards
+from kindling.data.build import prepare
+from kindling.data.examples import open_split
+from kindling.data.explain import explain_path, locate_token
+from kindling.data.ledger import Ledger
+from kindling.data.shards import SPLITS
+from kindling.stopping import exit_on_terminate
 
 
-def _tokenizer_sample(
-    cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, notes: list[str]
-) -> Iterator[str]:
-    """Yield training documents until there are `tokenizer.train_bytes` of them; `notes` gets what broke meanwhile."""
-    total = 0
-    # what a tokenizer gains from the same text once more is nothing
-    once = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
-    mixture = Mixture(once, examined_by(pool, once, files), silent=True)
-    with contextlib.closing(iter(mixture)) as stream:
-        for document in stream:
-            if document.split == "train" and document.examined.text is not None:
-                yield document.examined.text
-                total += document.examined.size
-                if total >= cfg.tokenizer.train_bytes:
-                    break
-    notes += [f"the tokenizer was trained without {broken}" for broken in mixture.broken.values()]
-
-
-def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, notes: list[str]) -> Tokenizer:
-    """Load the pretrained tokenizer, or train one on the training split; `notes` gets what went wrong with its data."""
-    if cfg.tokenizer.kind == "pretrained":
-        return load_pretrained(cfg.tokenizer)
-    print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
-    return train(_tokenizer_sample(cfg, files, pool, notes), cfg.tokenizer, cfg.model.vocab_size)
-
-
-def begin(
-    cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, tokenizer: Tokenizer | None = None
-) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer of a build, `tokenizer` itself if given, and what the ledger is to note of the beginning."""
-    notes: list[str] = []
-    if pool.unrecognisable:
-        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
-    tokenizer = tokenizer or make_tokenizer(cfg, files, pool, notes)
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise TokenizerError(
-            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
-            f"set --model.vocab-size"
-        )
-    return tokenizer, notes
-
-
-def id_type(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type that token ids are stored as."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-
-
-def fingerprint(cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None = None) -> str:
-    """Return a short hash of everything that the shards depend on and that can be known without reading the inputs."""
-    import tokenizers
-
-    parts: dict[str, Any] = {
-        "recipe": [FORMAT, RECIPE],
-        "python": list(sys.version_info[:3]),
-        "libraries": [tokenizers.__version__, *map(version, ("rensa", "regex", "sentencepiece"))],
-        "benchmarks": benchmark_files(cfg.data),
-        "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
-        "tokenizer": dataclasses.asdict(cfg.tokenizer),
-        "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
-    }
-    for i, source in enumerate(cfg.data.sources):
-        root = Path(source.path or "").expanduser()
-        if source.kind == "datasets" and root.is_dir():  # laid out like the hub, but local
-            parts[f"folder_{i}"] = [
-                (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
-            ]
-    if cfg.data.instructions:
-        parts["context"], parts["template"] = cfg.model.block_size, rendered(cfg.data.template)
-    if tokenizer is not None:
-        parts["tokenizer_sha256"] = tokenizer.sha256
-    elif cfg.tokenizer.kind != "pretrained":
-        parts["vocab_size"] = cfg.model.vocab_size
-    elif Path(cfg.tokenizer.path or "").expanduser().exists():
-        parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode("utf-8")).hexdigest()[:12]
-
-
-def exit_on_terminate() -> None:
-    """Turn SIGTERM into SystemExit, so that a build that is told to stop cleans up behind it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
-def require_documents(cfg: Config) -> None:
-    """Raise DataError if a source holds instructions and answers, which only fine-tuning can use."""
-    for source in cfg.data.sources:
-        if source.is_instructions:
-            raise DataError(
-                f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
-                f"it is for fine-tuning: pre-train with another --preset, then run `python sft_train.py --preset {cfg.preset}`"
-            )
-
-
-def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
-    """Return the folder with the shards that `cfg` describes, building it first where it is not there yet.
-
-    `tokenizer` is that of the run which is fine-tuned; without one the config says where it comes from. Raises DataError for
-    sources that are missing or empty, for splits with nothing in them, and for a full disk.
-    """
-    if cfg.data.instructions and tokenizer is None and cfg.tokenizer.kind != "pretrained":
-        raise DataError(
-            f"examples must be made with the tokenizer of the run that is fine-tuned on them, but preset {cfg.preset} "
-            f"names none; build and look at them with `python sft_train.py --preset {cfg.preset} --audit`"
-        )
-    files = list_files(cfg)
-    folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
-    if folder.is_dir():
-        for broken in read_manifest(folder).get("broken", []):
-            print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
-        return folder
-    return build(cfg, files, folder, tokenizer)
-
-
-def list_files(cfg: Config) -> list[list[LocalFile] | None]:
-    """Return the files of each source, None for one on the hub."""
-    return [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
-
-
-def _stale(folder: Path) -> bool:
-    """Return whether the process that was building this folder is gone."""
-    _, host, pid = folder.name.rsplit("@", 2) if folder.name.count("@") > 1 else ("", "", "")
-    if host != platform.node() or not pid.isdigit():  # of another machine's processes nothing is known
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-@contextlib.contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which is named `folder` when it is whole: a killed process leaves nothing that looks done.
-
-    Where another process was faster its folder stays. Raises DataError for a disk that is full or not writable.
-    """
-    partial = folder.with_name(f".building-{folder.name}@{platform.node()}@{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in folder.parent.glob(".building-*"):
-            if _stale(old):
-                shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    except OSError as e:
-        raise DataError(
-            f"{folder.parent}/ must be writable and have room for the shards, but writing gave: {e}; "
-            f"free some space, or run from a folder on another disk"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Build `folder` on this machine."""
-    with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
-        started = time.perf_counter()
-        tokenizer, notes = begin(cfg, files, pool, tokenizer)
-        path = (partial / "tokenizer.json").absolute()
-        ledger = fill(cfg, files, partial, folder.name, tokenizer, examined_by(pool, cfg.data, files, path), notes)
-        seconds = time.perf_counter() - started
-        print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
-    return folder
-
-
-def fill(
-    cfg: Config,
-    files: list[list[LocalFile] | None],
-    partial: Path,
-    name: str,
-    tokenizer: Tokenizer,
-    read: Reader,
-    notes: list[str],
-) -> Ledger:
-    """Write everything of the data folder `name` to `partial`, from the examined documents that `read` gives.
-
-    They may have been examined here or by other machines. Raises DataError for splits with nothing in them.
-    """
-    (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    dtype = id_type(tokenizer)
-    writer_of = ExampleWriter if cfg.data.instructions else ShardWriter
-    writers = {split: writer_of(partial, split, dtype) for split in SPLITS}
-    ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
-    mixture = Mixture(cfg.data, read)
-    examples = _write_documents(cfg, files, mixture, partial, writers, ledger)
-    for writer in writers.values():
-        writer.close()
-    broken = list(mixture.broken.values())
-    wanted, found = cfg.data.max_tokens, writers["train"].info.tokens
-    if wanted is not None and found < wanted:
-        notes.append(f"the sources held {found:,} of the {wanted:,} training tokens wanted (data.max_tokens)")
-    ledger.notes += notes + mixture.notes + [f"without {b}" for b in broken]
-    ledger.notes += [f"source {s.label} was begun {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
-    if not cfg.data.instructions:  # which the audit shows
-        print(ledger.table())
-    for split, writer in writers.items():
-        info = writer.info
-        print(f"{split:<32}{info.documents:>12,}{info.bytes / 1e6:>10.2f}   {info.tokens:,} tokens")
-    for split, writer in writers.items():
-        if not writer.info.tokens:
-            raise DataError(_empty_split(split, ledger, examples))
-    ledger.write(partial)
-    of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
-    how: dict[str, Any] = {}  # conversations were made
-    if of_examples:
-        how = {"max_exchanges": max(w.max_exchanges for w in of_examples), "template": rendered(cfg.data.template)}
-    write_manifest(
-        partial,
-        **how,
-        fingerprint=name,
-        dtype=dtype.str,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        broken=broken,
-        splits={split: writer.info for split, writer in writers.items()},
-    )
-    return ledger
-
-
-def _write_documents(
-    cfg: Config,
-    files: list[list[LocalFile] | None],
-    mixture: Mixture,
-    partial: Path,
-    writers: dict[str, ShardWriter],
-    ledger: Ledger,
-) -> dict[str, str]:
-    """Write every document of the mixture to its split, the ledger and the log; return an example of each rule's drops."""
-    from tqdm import tqdm
-
-    known = all(s.kind in ("files", "local-python") for s in cfg.data.sources)
-    total = sum(f.size for fs in files if fs for f in fs) if known else None
-    examples: dict[str, str] = {}
-    with (
-        contextlib.closing(iter(mixture)) as stream,
-        contextlib.closing(DocumentLog(partial)) as log,
-        tqdm(total=total, unit="B", unit_scale=True, desc="data", mininterval=0.5) as bar,
-    ):
-        for document in stream:
-            examined, source = document.examined, cfg.data.sources[document.source].label
-            line: dict[str, Any] = {"key": examined.key, "source": source, "language": examined.language}
-            line |= {"bytes": examined.size} | ({"changes": examined.changes} if examined.changes else {})
-            if document.drop is not None:
-                ledger.drop(document.source, examined.language, examined.size, document.drop.rule)
-                examples.setdefault(document.drop.rule, f"{examined.key}: {document.drop.value}")
-                of = {} if document.original is None else {"of": document.original}
-                log.write(**line, dropped=document.drop.rule, value=document.drop.value, **of)
-            else:
-                assert examined.ids is not None
-                n_tokens, writer = len(examined.ids), writers[document.split]
-                again = {"repeated": True} if document.repeated else {}
-                log.write(**line, split=document.split, start=writer.position, tokens=n_tokens, **again)
-                kept = ledger.keep(
-                    document.source, examined.language, examined.size, examined.changes, n_tokens, document.repeated
-                )
-                if isinstance(writer, ExampleWriter):
-                    assert examined.segments is not None
-                    n_bytes = examined.supervised_bytes
-                    writer.add_example(examined.ids, examined.segments, n_bytes, examined.language, source)
-                else:
-                    writer.add(examined.ids, kept, examined.language, source)
-            bar.update(0 if document.repeated else examined.size)
-            if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
-                break
-    return examples
-
-
-def _empty_split(split: str, ledger: Ledger, examples: dict[str, str]) -> str:
-    """Return the line that says why a split has no documents."""
-    rules = [
-        f"{rule} {ledger.total('dropped', rule)[0]:,} (such as {examples[rule]})"
-        for rule in ledger.names("dropped")[:3]
-    ]
-    more = "" if split == "train" else f", or raise --data.{split}-fraction"
-    return (
-        f"the {split} split must not be empty, but none of the {ledger.total('kept')[0]:,} documents kept fell into it"
-        + (f"; dropped were: {', '.join(rules)}" if rules else "")
-        + f"; add documents, relax the filters{more}"
-    )
-
-
-@dataclasses.dataclass
+@dataclass
 class Flags:
     """The script's command line."""
 
@@ -348,45 +37,6 @@ class Flags:
     """Say which document holds a token: SPLIT:POSITION, such as train:123456."""
 
 
-def explain_path(cfg: Config, folder: Path, path: str) -> str:
-    """Return what the log says of `path`, or why it is not in there; raises DataError in the latter case."""
-    keys, why = set(), []
-    given = Path(path).expanduser()
-    for source in cfg.data.sources if given.is_file() else ():
-        for prefix, root in source_roots(source).items() if source.kind in WHOLE_FILES else ():
-            if not given.resolve().is_relative_to(root.resolve()):
-                continue
-            key = prefix + given.resolve().relative_to(root.resolve()).as_posix()
-            keys.add(key)
-            if key in {f.key for f in local_files(source)}:
-                why.append("the build ended before it: see data.max_tokens and data.when_dry")
-            elif key in {f.key for f in local_files(dataclasses.replace(source, max_bytes=None, max_documents=None))}:
-                why.append(f"the max_bytes or max_documents of {source.label} end before it")
-            else:
-                why.append(f"it matches none of {', '.join(source.file_globs)}, or lies in a hidden folder")
-    if found := explain(folder, keys, "" if keys else path):
-        return "\n".join(found)
-    raise DataError(
-        f"--explain must name a document that was read, but {path!r} was not "
-        f"({'; '.join(why) or 'no document has a name that ends so'}); "
-        f"all names are in {folder / DOCUMENTS}"
-    )
-
-
-def _locate(folder: Path, place: str) -> str:
-    """Return the document that holds the token at SPLIT:POSITION."""
-    split, _, position = place.partition(":")
-    if split not in SPLITS or not position.isdecimal():
-        raise DataError(
-            f"--locate must be SPLIT:POSITION, such as train:123456, but is {place!r}; splits: {', '.join(SPLITS)}"
-        )
-    line = locate(folder, split, int(position))
-    return (
-        f"{line['key']} ({line['source']}, {line['language']}): its tokens are {split}:{line['start']} to "
-        f"{split}:{line['start'] + line['tokens'] - 1}, the one asked for is number {int(position) - line['start']:,} of them"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Build the shards of the config, or find them built."""
     flags = parse_cli(Flags, __doc__ or "", argv)
@@ -395,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if flags.explain is not None:
             print(explain_path(flags.config, folder, flags.explain))
         if flags.locate is not None:
-            print(_locate(folder, flags.locate))
+            print(locate_token(folder, flags.locate))
         return 0
     splits = [open_split(flags.config, folder, split) for split in SPLITS]
     print(f"shards in {folder}: " + ", ".join(f"{s.split} {len(s):,} tokens" for s in splits))

@@ -248,7 +248,7 @@ def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written
     """Return each sample's longest verbatim overlap with the training data, and the figures on what was seen before."""
     import numpy as np
 
-    from data_pipeline import DATA
+    from kindling.data.build import DATA
     from kindling.data.shards import DataError, read_manifest
     from kindling.evaluation.memorization import benchmark_hits, longest_overlaps, summary, training_split
 

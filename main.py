@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config import Config
-from data_pipeline import exit_on_terminate, require_documents
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
+from kindling.data.build import require_documents
+from kindling.stopping import exit_on_terminate
 
 if TYPE_CHECKING:
     from kindling.training.trainer import Trainer

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING
 import tyro
 
 from config import FINE_TUNING, Config, preset
-from data_pipeline import exit_on_terminate, explain_path
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
+from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
+from kindling.stopping import exit_on_terminate
 
 if TYPE_CHECKING:
     from kindling.data.examples import ExampleRows, Examples

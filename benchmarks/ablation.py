@@ -135,7 +135,7 @@ def main() -> None:
     from machine import Watch
 
     from config import preset
-    from data_pipeline import prepare
+    from kindling.data.build import prepare
     from kindling.data.shards import read_manifest
     from kindling.files import write_atomic, write_json
 

@@ -69,7 +69,7 @@ PLAIN: dict[str, Any] = {"near_dedup": None, "decontaminate": ()}  # what both w
 
 def ours(corpus: str, tokenizer: str, options: dict[str, Any]) -> None:
     """Build the shards; print documents and tokens."""
-    from data_pipeline import prepare
+    from kindling.data.build import prepare
     from kindling.data.shards import SPLITS, read_manifest
 
     if "decontaminate" in options:

@@ -197,8 +197,8 @@ def measure(cfg: Config, tokenizer: Tokenizer, flags: argparse.Namespace) -> dic
     """Build the examples in the current folder, take the rounds in turn, and return the figures of the case."""
     import torch
 
-    from data_pipeline import prepare
     from kindling import device
+    from kindling.data.build import prepare
     from kindling.data.examples import Examples
 
     examples = Examples(prepare(cfg, tokenizer), "train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 class StopRequest:
@@ -37,3 +38,8 @@ class StopRequest:
     def exit_code(self) -> int:
         """128 and the signal's number, as a shell would report it; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+def exit_on_terminate() -> None:
+    """Turn SIGTERM into SystemExit, so that a script that is told to stop cleans up behind it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

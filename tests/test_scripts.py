@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_clear_line, script, tiny_flags
-from test_data_pipeline import limited
+from test_build import limited
 
 from config import TokenizerConfig
 from kindling.data.shards import TokenDataset, sealed

@@ -15,8 +15,8 @@ from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_examples import TASKS
 
 from config import preset
-from data_pipeline import fingerprint
 from kindling.data import prompts
+from kindling.data.build import fingerprint
 from kindling.data.shards import sealed
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory

@@ -27,13 +27,14 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline import DATA, exit_on_terminate, fingerprint, list_files
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
+from kindling.data.build import DATA, fingerprint, list_files
 from kindling.data.parts import Plan, gather, make_plan, read_plan, require_splittable, run_part
 from kindling.data.shards import SPLITS, read_manifest
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError, require
+from kindling.stopping import exit_on_terminate
 
 
 @dataclasses.dataclass

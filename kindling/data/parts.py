@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from data_pipeline import DATA, begin, fill, fingerprint, id_type, list_files, whole_or_absent
 from kindling.config_io import from_yaml, to_yaml
+from kindling.data.build import DATA, begin, fill, fingerprint, id_type, list_files, whole_or_absent
 from kindling.data.filters import Drop
 from kindling.data.mixture import examined_by
 from kindling.data.shards import DataError

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from config import Config, ModelConfig
-from data_pipeline import DATA, prepare
 from kindling import device
 from kindling.config_io import changed_fields
+from kindling.data.build import DATA, prepare
 from kindling.data.examples import ExampleRows, Examples, open_split
 from kindling.data.shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
 from kindling.device import Runtime

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import data_pipeline
 from config import Config, SourceConfig
-from data_pipeline import fingerprint, list_files, prepare, whole_or_absent
-from kindling.data import distributed_build, parts
+from kindling.data import build, distributed_build, parts
+from kindling.data.build import fingerprint, list_files, prepare, whole_or_absent
 from kindling.data.filters import Drop
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.parts import cut, gather, make_plan, read_part, read_plan, run_part
@@ -164,8 +164,9 @@ def test_what_a_part_keeps_of_a_document_is_all_that_was_found(examined):
 
 def test_a_killed_call_is_made_again_and_does_only_what_is_missing(repo, in_tmp, capsys):
     flags = [*tiny_flags(repo), "--parts", "4"]
-    command = [sys.executable, str(ROOT / "distributed_build.py"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "kindling.data.distributed_build", *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **quiet)
     while not list(Path("data").glob("parts-*/.building-part-00001*")):  # the second part is begun
         assert process.poll() is None
         time.sleep(0.002)
@@ -237,7 +238,7 @@ def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part
         gather(plan)
     Path("repo/new.py").unlink()
     with monkeypatch.context() as patch, pytest.raises(DataError, match="every machine must have the Python"):
-        patch.setattr(data_pipeline, "RECIPE", 0)
+        patch.setattr(build, "RECIPE", 0)
         read_plan(plan.folder)
     plan.tokenizer_file.write_text(plan.tokenizer_file.read_text(encoding="utf-8") + " ", encoding="utf-8")
     with pytest.raises(DataError, match=r"must be a whole plan, but is not \(the tokenizer beside it is another"):
@@ -275,7 +276,7 @@ def test_what_cannot_be_split_or_run_is_one_clear_line(flags, words, in_tmp, mon
 def test_datatrove_runs_the_parts_side_by_side_and_none_twice(repo, in_tmp):
     pytest.importorskip("datatrove", reason="needs datatrove, which is optional")
     flags = [*tiny_flags(repo), "--parts", "3", "--executor", "local", "--at-once", "2"]
-    result = script("distributed_build.py", *flags, cwd=in_tmp)
+    result = script("kindling.data.distributed_build", *flags, cwd=in_tmp)
     assert result.returncode == 0, result.stderr
     (built,) = Path("data").glob("demo-*")
     found = contents(built)
@@ -310,7 +311,7 @@ def test_slurm_jobs_make_the_parts_and_gather_them(repo, in_tmp):
     environment = os.environ | {"PATH": f"{Path('bin').absolute()}:{os.environ['PATH']}"}
     flags = [*tiny_flags(repo), "--parts", "2"]
     slurm = ["--executor", "slurm", "--slurm.partition", "cpu"]
-    result = script("distributed_build.py", *flags, *slurm, cwd=in_tmp, env=environment)
+    result = script("kindling.data.distributed_build", *flags, *slurm, cwd=in_tmp, env=environment)
     said = Path("sbatch.log").read_text(encoding="utf-8") if Path("sbatch.log").exists() else ""
     assert result.returncode == 0 and "submitted" in result.stdout, result.stderr + said
     (built,) = Path("data").glob("demo-*")

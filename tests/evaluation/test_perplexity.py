@@ -12,8 +12,8 @@ from conftest import shared_file, tiny_config
 from test_examples import TOKENIZER, conversations, write_examples
 
 from config import ModelConfig, TokenizerConfig, TrainConfig
-from data_pipeline import prepare
 from kindling import device
+from kindling.data.build import prepare
 from kindling.data.examples import Examples
 from kindling.data.shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, sealed, write_manifest
 from kindling.errors import ConfigError

@@ -30,9 +30,9 @@ import torch.utils.tensorboard  # noqa: F401
 from conftest import ROOT, tiny_flags
 
 import main  # noqa: F401
-from data_pipeline import exit_on_terminate
 from kindling import cli
 from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, verify, weights_sha256
+from kindling.stopping import exit_on_terminate
 from kindling.training import (
     start_or_resume,  # noqa: F401
     trainer,

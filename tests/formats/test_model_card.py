@@ -12,8 +12,8 @@ from test_report import benchmark, language_modelling, made_losses
 from test_tables import assert_valid_tables
 
 from config import SourceConfig
-from data_pipeline import prepare
 from kindling.config_io import to_yaml
+from kindling.data.build import prepare
 from kindling.evaluation import report
 from kindling.files import write_atomic
 from kindling.formats import hf_format

@@ -10,9 +10,9 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 from test_examples import TOKENIZER, conversations, write_examples
 
-import data_pipeline
 from config import TokenizerConfig, preset
-from data_pipeline import prepare
+from kindling.data import build
+from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples
 from kindling.data.shards import TokenDataset, sealed
 from kindling.files import sha256_file, write_json
@@ -52,7 +52,7 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
 ):
     monkeypatch.chdir(tmp_path)
     cfg = tiny_config(corpus)
-    monkeypatch.setattr(data_pipeline, "RECIPE", data_pipeline.RECIPE - 1)
+    monkeypatch.setattr(build, "RECIPE", build.RECIPE - 1)
     old = prepare(cfg)
     manifest = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
     for split, info in manifest["splits"].items():

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import data_pipeline
 from config import PRESETS, DataConfig, SourceConfig, TokenizerConfig, preset
-from data_pipeline import prepare
+from kindling.data import build
+from kindling.data.build import prepare
 from kindling.data.duplicates import NearDuplicates, signature, word_hashes
 from kindling.data.filters import Drop, strip_header
 from kindling.data.ledger import explain, read_documents
@@ -259,8 +260,8 @@ def test_a_split_is_a_function_of_the_hash(digest):
 
 def test_the_tokenizer_is_trained_on_training_documents_only(corpus, monkeypatch):
     seen = []
-    train = data_pipeline.train
-    monkeypatch.setattr(data_pipeline, "train", lambda texts, *rest: train(seen.extend(texts) or seen, *rest))
+    train = build.train
+    monkeypatch.setattr(build, "train", lambda texts, *rest: train(seen.extend(texts) or seen, *rest))
     cfg = tiny_config(corpus)
     folder = prepare(cfg)
     assert sorted(seen) == sorted(texts_of(folder, "train", cfg.tokenizer))
