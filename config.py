@@ -1,42 +1,28 @@
-"""Every setting of Kindling: plain, frozen, validated config classes, and the presets over them.
+"""Every setting of Kindling: plain, frozen, validated config classes, and `RUN`, which says what is trained.
 
     python config.py                        # list the presets: parameters, tokens, data source
     python main.py --preset code-50m --train.max-steps 200
 
-Edit `RUN` (what a bare `python main.py` trains), or a preset function, or override any field on the
+Edit `RUN` (what a bare `python main.py` trains), or a preset function in presets.py, or override any field on the
 command line as `--section.field value`. `None` means "derive", and is read through the property of the
 same meaning (`model.kv_heads`, `train.micro_batch`): a saved config holds what was chosen, not what
-followed from it. This file imports nothing of the project and no heavy library.
+followed from it. This file imports no heavy library.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
-from kindling.errors import ConfigError, did_you_mean, require
+from kindling.errors import require, require_range
 
 RUN = "demo"  # the preset that a bare `python main.py` trains
 BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
 IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
-
-
-def _require_range(section: str, cfg: Any, low: float, *fields: str, high: float = math.inf, open_low: bool = False) -> None:
-    """Require that each named field that is not None is a finite number in [low, high], or in (low, high]."""
-    for field in fields:
-        value = getattr(cfg, field)
-        if value is None:
-            continue
-        above = value > low if open_low else value >= low
-        must = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-        require(math.isfinite(value) and above and value <= high, f"{section}.{field}", must, value,
-                f"set --{section}.{field.replace('_', '-')}")
 
 
 _frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -132,9 +118,9 @@ class ModelConfig:
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        _require_range("model", self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff")
-        _require_range("model", self, 0, "rope_theta", "norm_eps", "init_std", "embd_init_std", open_low=True)
-        _require_range("model", self, 0, "dropout", high=0.99)
+        require_range("model", self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff")
+        require_range("model", self, 0, "rope_theta", "norm_eps", "init_std", "embd_init_std", open_low=True)
+        require_range("model", self, 0, "dropout", high=0.99)
         lower, upper = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
         require(self.n_embd % self.n_head == 0, "model.n_embd", f"a multiple of n_head={self.n_head}", self.n_embd,
                 f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
@@ -193,7 +179,7 @@ class TokenizerConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
-        _require_range("tokenizer", self, 1, "train_bytes")
+        require_range("tokenizer", self, 1, "train_bytes")
         require(self.kind != "pretrained" or bool(self.path), "tokenizer.path", "set for a pretrained tokenizer", self.path,
                 "set --tokenizer.path to a tokenizer.json, a folder or a hub name")
         require(self.kind != "pretrained" or self.normalizer == "none", "tokenizer.normalizer",
@@ -265,8 +251,8 @@ class SourceConfig:
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        _require_range("data.sources", self, 1, "max_documents", "max_bytes")
-        _require_range("data.sources", self, 0, "weight", open_low=True)
+        require_range("data.sources", self, 1, "max_documents", "max_bytes")
+        require_range("data.sources", self, 0, "weight", open_low=True)
         require(self.kind in ("local-python", "docstrings") or bool(self.path), "data.sources.path",
                 f"set for a {self.kind} source", self.path, "name a file, a folder or a data set")
         require(self.kind != "local-python" or self.path is None, "data.sources.path",
@@ -346,11 +332,11 @@ class DataConfig:
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        _require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
-        _require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
-        _require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", high=1)
-        _require_range("data", self, 0, "near_dedup", high=1, open_low=True)
-        _require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
+        require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
+        require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
+        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", high=1)
+        require_range("data", self, 0, "near_dedup", high=1, open_low=True)
+        require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
                 self.val_fraction + self.test_fraction, "leave something to train on")
         require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
@@ -449,17 +435,17 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        _require_range("train", self, 1, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps", "threads",
-                       "eval_every", "save_every", "keep_checkpoints", "log_every")
-        _require_range("train", self, 0, "epochs", "max_minutes", open_low=True)
-        _require_range("train", self, 0, "decay_share", high=1, open_low=True)
-        _require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
+        require_range("train", self, 1, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps", "threads",
+                      "eval_every", "save_every", "keep_checkpoints", "log_every")
+        require_range("train", self, 0, "epochs", "max_minutes", open_low=True)
+        require_range("train", self, 0, "decay_share", high=1, open_low=True)
+        require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
         require(self.spike_ratio == 0 or self.spike_ratio > 1, "train.spike_ratio", "above 1, or 0 for none", self.spike_ratio,
                 "set --train.spike-ratio")
-        _require_range("train", self, 0, "seed", high=2**63 - 1)
-        _require_range("train", self, 0, "lr", "embd_lr", "head_lr", "muon_lr", "eps", open_low=True)
-        _require_range("train", self, 0, "min_lr_ratio", high=1)
-        _require_range("train", self, 0, "beta1", "beta2", high=0.999999)
+        require_range("train", self, 0, "seed", high=2**63 - 1)
+        require_range("train", self, 0, "lr", "embd_lr", "head_lr", "muon_lr", "eps", open_low=True)
+        require_range("train", self, 0, "min_lr_ratio", high=1)
+        require_range("train", self, 0, "beta1", "beta2", high=0.999999)
         require(self.decay_share == 1 or self.schedule != "constant", "train.decay_share", "1 where the schedule is constant",
                 self.decay_share, "set --train.schedule linear")
         require(self.batch_size % self.micro_batch == 0, "train.micro_batch_size",
@@ -569,10 +555,10 @@ class EvalConfig:
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
-        _require_range("eval", self, 1, "limit", "max_new_tokens", "batch_size", "workers", "cpu_s", "stride")
-        _require_range("eval", self, 0, "signatures", "seed", "contamination_tokens", "temperature")
-        _require_range("eval", self, 0, "top_p", high=1, open_low=True)
-        _require_range("eval", self, 64, "memory_mb")
+        require_range("eval", self, 1, "limit", "max_new_tokens", "batch_size", "workers", "cpu_s", "stride")
+        require_range("eval", self, 0, "signatures", "seed", "contamination_tokens", "temperature")
+        require_range("eval", self, 0, "top_p", high=1, open_low=True)
+        require_range("eval", self, 64, "memory_mb")
         for entry in self.benchmarks:
             name, _, count = entry.partition(":")
             require(name in BENCHMARKS or entry == "none", "eval.benchmarks", f"of {', '.join(BENCHMARKS)}, or none", entry,
@@ -585,268 +571,7 @@ class EvalConfig:
         return self
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets: each a function that returns a whole Config
-
-STARCODER2 = TokenizerConfig(kind="pretrained", path="bigcode/starcoder2-3b")
-COMPARED = {  # what `python -m kindling.tokenization.compare` compares
-    "tokenizers' BPE": TokenizerConfig(),
-    "bpe.py": TokenizerConfig(kind="handwritten"),
-    "SentencePiece": TokenizerConfig(kind="sentencepiece"),
-    "StarCoder2": STARCODER2,
-}
-CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000, "min_alphanumeric": 0.25}
-
-
-def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
-    """Our own recipe, from one dial; benchmarks/ablation.py measures what each ingredient buys.
-
-    By `depth`, as a shape that suits one depth suits the others: 64 * depth wide, a head for each 64, 1,024 * depth tokens of
-    vocabulary, four rows of pairs for each of these. AdamW's rates fall as 1 / width, but not that of embeddings, which are in no
-    product; Muon's does not either, as its update has spectral norm 1 at any width.
-    """
-    vocab_size = 1024 * depth
-    return Config(
-        preset=preset, data=data,
-        model=ModelConfig(block_size=block_size, vocab_size=vocab_size, n_layer=depth, n_head=depth, n_embd=64 * depth,
-                          position="rope", norm="rmsnorm", activation="relu2", bias=False, qk_norm=True, tie_embeddings=False,
-                          residual_init="zero", pair_rows=4 * vocab_size),
-        train=TrainConfig(**{"optimizer": "muon", "lr": 9e-3 / depth, "embd_lr": 0.1, "head_lr": 0.03 / depth, "muon_lr": 0.02,
-                             "schedule": "linear", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.01, **train}),
-    )
-
-
-def demo() -> Config:
-    """Five minutes on two CPU cores, offline: the Python source that is on this machine.
-
-    The recipe of `modern` at twice the layers of its width, and with more rows of pairs: what measured best in five minutes.
-    """
-    cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, eval_every=500, save_every=250)
-    return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, pair_rows=32_768))
-
-
-def _local_python() -> DataConfig:
-    return DataConfig(sources=(SourceConfig(kind="local-python", max_bytes=30_000_000),), min_chars=100, min_lines=3,
-                      max_line_chars=1000, min_alphanumeric=0.25, drop_generated=True, val_fraction=0.04, test_fraction=0.04)
-
-
-def modern_5m() -> Config:
-    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens, some five passes over the Python on it."""
-    return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, eval_every=500, save_every=500)
-
-
-def modern_50m() -> Config:
-    """Our recipe at depth 8: 587M tokens of The Stack's Python, 20 for each parameter of blocks and head."""
-    return _modern("modern-50m", 8, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
-                   eval_every=1000, save_every=1000)
-
-
-def modern_150m() -> Config:
-    """Our recipe at depth 12: 1.9B tokens of The Stack's Python, 20 for each parameter of blocks and head."""
-    return _modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
-                   eval_every=1000, save_every=1000)
-
-
-def _stack(max_tokens: int) -> DataConfig:
-    stack = SourceConfig(kind="datasets", path="bigcode/the-stack-dedup", data_dir="data/python", language="python")
-    return DataConfig(sources=(stack,), max_tokens=max_tokens, val_fraction=0.001, test_fraction=0.001, **CODE_FILTERS)
-
-
-def _gpt2_code(preset: str, n_layer: int, n_embd: int, n_head: int, lr: float, batch_size: int, max_steps: int) -> Config:
-    """Seed 000: GPT-2's architecture on The Stack's Python, in blocks of 1,024 of StarCoder2's tokens."""
-    model = ModelConfig(block_size=1024, vocab_size=49_152, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    tokens = max_steps * batch_size * model.block_size
-    return Config(
-        preset=preset, model=model, tokenizer=STARCODER2,
-        data=_stack(tokens),
-        train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=4, lr=lr, warmup_steps=1000,
-                          eval_every=1000, save_every=1000),
-    )
-
-
-def code_50m() -> Config:
-    """Seed 000's smallest: 819M tokens."""
-    return _gpt2_code("code-50m", 8, 512, 8, lr=6e-4, batch_size=32, max_steps=25_000)
-
-
-def code_150m() -> Config:
-    """Seed 000's middle size, which its label rounds up: 2B tokens."""
-    return _gpt2_code("code-150m", 12, 768, 12, lr=6e-4, batch_size=64, max_steps=30_518)
-
-
-def code_225m() -> Config:
-    """Seed 000's largest: 3B tokens; `--model.backbone transformers` runs it on GPT2LMHeadModel, as the seed does."""
-    return _gpt2_code("code-225m", 16, 960, 16, lr=4e-4, batch_size=64, max_steps=45_777)
-
-
-def tinystories() -> Config:
-    """Seed 001: the first 50,000 TinyStories."""
-    stories = SourceConfig(kind="datasets", path="roneneldan/TinyStories", field="text", language="english", max_documents=50_000)
-    return Config(
-        preset="tinystories",
-        model=ModelConfig(block_size=256, vocab_size=8_000, n_layer=4, n_head=4, n_embd=128, d_ff=512, activation="gelu",
-                          dropout=0.1),
-        data=DataConfig(sources=(stories,), val_fraction=0.05),
-        train=TrainConfig(max_steps=10_000, batch_size=256, micro_batch_size=16, lr=3e-4, warmup_steps=500, eval_every=500,
-                          save_every=500, sample_prompts=("Once upon a time",)),
-    )
-
-
-def autocomplete() -> Config:
-    """Seed 002: Python, C and Java from a folder `repos/` of cloned repositories, for offline completion."""
-    repos = SourceConfig(kind="files", path="repos", globs=("**/*.py", "**/*.c", "**/*.h", "**/*.java"))
-    return Config(
-        preset="autocomplete",
-        model=ModelConfig(block_size=256, vocab_size=8_000, n_layer=8, n_head=8, n_embd=512, activation="gelu",
-                          tie_embeddings=False, head_bias=True),
-        tokenizer=TokenizerConfig(normalizer="nfkc", pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"),
-        data=DataConfig(sources=(repos,), min_lines=3, max_lines=4_000, max_non_ascii=0.1, drop_tests=True, drop_generated=True,
-                        max_header_lines=20),
-        train=TrainConfig(max_steps=49_072, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=500, eval_every=1000,
-                          save_every=1000),
-    )
-
-
-def fineweb_nano() -> Config:
-    """Seed 003: FineWeb-Edu with sinusoidal positions and neither output projection nor final norm."""
-    web = SourceConfig(kind="datasets", path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", field="text", language="english")
-    return Config(
-        preset="fineweb-nano",
-        model=ModelConfig(block_size=1024, vocab_size=9_157, n_layer=12, n_head=8, n_embd=512, position="sinusoidal",
-                          activation="relu", attn_out_proj=False, final_norm=False, tie_embeddings=False, head_bias=True,
-                          embd_init_std=1.0),
-        tokenizer=TokenizerConfig(kind="handwritten"),
-        data=DataConfig(sources=(web,), max_tokens=99_000_000),
-        train=TrainConfig(max_steps=10_000, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=100, min_lr_ratio=0.0,
-                          eval_every=500, save_every=500, sample_prompts=("The nature of",)),
-    )
-
-
-def _hub(path: str, weight: float = 1.0, **fields: Any) -> SourceConfig:
-    return SourceConfig(**{"kind": "datasets", "path": path, "weight": weight, "field": "text", "language": "english", **fields})
-
-
-def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig, template: str = "alpaca",
-                **train: Any) -> Config:
-    """Seed 004: a Llama of 302M parameters; each stage starts from the weights of the one before."""
-    batch_size, block_size = 512, 1024
-    max_steps = math.ceil(billion_tokens * 1e9 / (batch_size * block_size))
-    return Config(
-        preset=f"smallcoder-{stage}",
-        model=ModelConfig(block_size=block_size, vocab_size=49_152, n_layer=24, n_head=8, n_kv_head=8, n_embd=768, d_ff=3072,
-                          position="rope", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False,
-                          tie_embeddings=False),
-        tokenizer=TokenizerConfig(kind="pretrained", path="bigcode/starcoder"),
-        data=DataConfig(sources=sources, max_tokens=max_steps * batch_size * block_size, val_fraction=0.0005,
-                        test_fraction=0.0005, check_syntax=False, template=template),
-        train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=8, lr=lr, warmup_steps=500,
-                          init_from=f"smallcoder-{stage - 1}" if stage > 1 else None, eval_every=500, save_every=500, **train),
-    )
-
-
-def smallcoder_1() -> Config:
-    """Seed 004, stage 1, language: FineWeb-Edu."""
-    return _smallcoder(1, 6.3, 6e-4, _hub("HuggingFaceFW/fineweb-edu", subset="sample-10BT"))
-
-
-def smallcoder_2() -> Config:
-    """Seed 004, stage 2, code: synthetic code 60%, StarCoderData 40%."""
-    return _smallcoder(2, 7.5, 4e-4, _hub("nvidia/Nemotron-Pretraining-Code-v1", 60, subset="Synthetic-Code"),
-                       _hub("bigcode/starcoderdata", 40, data_dir="python", field="content", language="python"))
-
-
-def smallcoder_3() -> Config:
-    """Seed 004, stage 3, mathematics and knowledge: four sources, 40/35/15/10."""
-    return _smallcoder(3, 10, 4e-4, _hub("nvidia/Nemotron-CC-Math-v1", 40, subset="4plus"),
-                       _hub("HuggingFaceFW/finewiki", 35, subset="en"),
-                       _hub("nvidia/Nemotron-CC-Math-v1", 15, subset="4plus_MIND"), _hub("open-web-math/open-web-math", 10))
-
-
-def smallcoder_4() -> Config:
-    """Seed 004, stage 4, fine-tuning on instructions: four sources, 45/30/15/10."""
-    answers = {"field": "input", "response_field": "output"}
-    return _smallcoder(4, 6, 2e-4,
-                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 45, subset="Nemotron-SFT-Code", **answers),
-                       _hub("nvidia/OpenCodeInstruct", 30, **answers),
-                       _hub("nvidia/OpenMathInstruct-2", 15, field="problem", response_field="generated_solution"),
-                       _hub("nvidia/Nemotron-Pretraining-SFT-v1", 10, subset="Nemotron-SFT-General", **answers),
-                       template="user-assistant", sample_prompts=TASKS)
-
-
-TASKS = ("Write a Python function that returns the sum of two numbers.", "Reverse a string in Python.",
-         "Write a Python program to check whether a number is prime.")
-
-
-def docstrings() -> Config:
-    """Fine-tuning, offline: the documented functions of the Python source that is on this machine.
-
-    The same files as the demo's, in the same order and, by the same hash of their content, in the same splits: what is held
-    out here was held out there.
-    """
-    return Config(
-        preset="docstrings",
-        data=DataConfig(sources=(SourceConfig(kind="docstrings", language="python", max_bytes=30_000_000),), val_fraction=0.04,
-                        test_fraction=0.04, max_non_ascii=0.1),
-        train=TrainConfig(max_steps=None, epochs=2, batch_size=16, lr=1e-3, warmup_steps=10, min_lr_ratio=0.0, weight_decay=0.01,
-                          eval_every=100, save_every=100,
-                          sample_prompts=("Return the sum of a and b.\ndef add(a, b):",
-                                          "Return True if the path names a file that exists.\ndef is_file(path):",
-                                          "Return the number of items in the list that are equal to value.\n"
-                                          "def count(items, value):")),
-    )
-
-
-def alpaca() -> Config:
-    """Seed 000's fine-tuning, for any base: 18,612 Python instructions, three epochs; `--train.epochs 1` is its shorter one.
-
-    Its `prompt` column holds the answer too, so prompts are made from instruction and input.
-    """
-    pairs = _hub("iamtarun/python_code_instructions_18k_alpaca", field="instruction", input_field="input",
-                 response_field="output")
-    return Config(
-        preset="alpaca",
-        data=DataConfig(sources=(pairs,), val_fraction=0.05, test_fraction=0.05),
-        train=TrainConfig(max_steps=None, epochs=3, batch_size=8, micro_batch_size=4, lr=2e-4, warmup_steps=50, weight_decay=0.01,
-                          eval_every=200, save_every=200, sample_prompts=TASKS),
-    )
-
-
-PRESETS: dict[str, Callable[[], Config]] = {
-    f.__name__.replace("_", "-"): f
-    for f in (demo, modern_5m, modern_50m, modern_150m, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
-              smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4, docstrings, alpaca)
-}
-FINE_TUNING = {"smallcoder-3": "smallcoder-4"} | dict.fromkeys(
-    ("modern-50m", "modern-150m", "code-50m", "code-150m", "code-225m"), "alpaca")
-
-
-def preset(name: str) -> Config:
-    """Return the preset called `name`, or raise a `ConfigError` that names the nearest ones."""
-    if name not in PRESETS:
-        raise ConfigError(f"no preset is called {name!r}; {did_you_mean(name, PRESETS)}")
-    return PRESETS[name]()
-
-
-def list_presets() -> str:
-    """The table that `python config.py` prints."""
-    rows = [("preset", "parameters", "tokens", "data source")]
-    for name, make in PRESETS.items():
-        cfg = make()
-        weights = sum(s.weight for s in cfg.data.sources)
-        several = len(cfg.data.sources) > 1
-        source = " + ".join((f"{s.weight / weights:.0%} " if several else "") + s.label for s in cfg.data.sources)
-        any_base = cfg.data.instructions and cfg.train.init_from is None
-        if cfg.train.max_minutes is not None:
-            length = f"{cfg.train.max_minutes:g} minutes"
-        elif cfg.train.max_steps is None:
-            length = f"{cfg.train.epochs:g} epochs"
-        else:
-            length = f"{cfg.tokens / 1e6:,.{0 if cfg.tokens > 1e8 else 1}f}M"
-        rows.append((name, "its base's" if any_base else f"{cfg.model.n_parameters:,}", length, source))
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
-    return "\n".join(f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}" for r in rows)
-
-
 if __name__ == "__main__":
-    print(list_presets())
-    print(f"\n`python main.py` trains {RUN!r}; choose another with --preset NAME. Sources of instructions are for sft_train.py.")
+    from presets import main
+
+    main()

@@ -7,7 +7,7 @@
     python sft_train.py --explain torch/package/package_exporter.py  # what became of a file, a function or a row
 
 The loss is that of the responses and of the end-of-text token that closes each; prompts are masked by position. Model and
-tokenizer are the base run's. Without --preset, the base's preset says which one is meant (config.FINE_TUNING), and where it
+tokenizer are the base run's. Without --preset, the base's preset says which one is meant (presets.FINE_TUNING), and where it
 says nothing the examples are mined from this machine's Python. The same command resumes a run that was stopped.
 """
 
@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from config import FINE_TUNING, Config, preset
+from config import Config
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
 from kindling.stopping import exit_on_terminate
+from presets import FINE_TUNING, preset
 
 if TYPE_CHECKING:
     from kindling.data.examples import ExampleRows, Examples

@@ -134,10 +134,10 @@ def main() -> None:
     """Train every change and write the table, after each of them."""
     from machine import Watch
 
-    from config import preset
     from kindling.data.build import prepare
     from kindling.data.shards import read_manifest
     from kindling.files import write_atomic, write_json
+    from presets import preset
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=250_000, help="tokens of each training")

@@ -42,7 +42,8 @@ REPEATS = 3
 
 def config(corpus: str, tokenizer: str, max_bytes: int = 28_000_000, **data: Any) -> Any:
     """Return the config of one of the two corpora, with seed 000's filters."""
-    from config import CODE_FILTERS, SourceConfig, TokenizerConfig, preset
+    from config import SourceConfig, TokenizerConfig
+    from presets import CODE_FILTERS, preset
 
     if corpus == "three languages":
         source = SourceConfig(kind="jsonl", path=str(CORPUS))

@@ -30,12 +30,12 @@ def main() -> None:
 
     import torch
 
-    from config import preset
     from kindling import device
     from kindling.runs.checkpoint import RunDirectory
     from kindling.training.dry_run import Noise
     from kindling.training.trainer import Trainer
     from model import build_model
+    from presets import preset
 
     cfg = preset(flags.preset)
     batch = flags.micro_batch or cfg.train.micro_batch

@@ -41,11 +41,11 @@ def generation(path: str | None) -> dict[str, float]:
     """Return tokens a second, by one prompt at a time and in batches, medians of alternating rounds."""
     import torch
 
-    from config import preset
     from kindling.generation.decoding import generate_batch
     from kindling.generation.sampling import Sampling
     from kindling.runs.checkpoint import find_run, load_model
     from model import build_model
+    from presets import preset
 
     torch.manual_seed(0)
     if path is None:

@@ -30,11 +30,11 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
     import torch.distributed as dist
     from torch import nn
 
-    from config import preset
     from kindling import device
     from kindling.runs import fsdp
     from kindling.training.optim import make_optimizers
     from model import build_model
+    from presets import preset
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)

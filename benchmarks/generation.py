@@ -93,7 +93,6 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
     import torch
 
     from autocomplete import Sampling, stream
-    from config import preset
     from kindling.formats.int8_format import write
     from kindling.generation.decoding import stream as torch_stream
     from kindling.generation.inference import ready
@@ -101,6 +100,7 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
     from kindling.int8.model import Model
     from kindling.tokenization.tokenizer import train_bpe
     from model import TransformersGPT2
+    from presets import preset
 
     torch.manual_seed(0)
     cfg = preset("code-50m")
@@ -148,10 +148,10 @@ def exported_autocomplete(folder: Path) -> None:
     """Write an int8 export of the `autocomplete` shape, with a tokenizer of its size."""
     import torch
 
-    from config import preset
     from kindling.formats.int8_format import write
     from kindling.tokenization.tokenizer import train_bpe
     from model import GPT
+    from presets import preset
 
     cfg = preset("autocomplete")
     library = Path(sysconfig.get_path("stdlib"))

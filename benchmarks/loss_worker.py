@@ -70,8 +70,8 @@ class Way(NamedTuple):
 
 def configured(data: Path) -> Config:
     """Return the demo preset, with the vocabulary of the shards."""
-    from config import preset
     from kindling.data.shards import read_manifest
+    from presets import preset
 
     cfg = preset("demo")
     return replace(cfg, model=replace(cfg.model, vocab_size=read_manifest(data)["vocab_size"]))

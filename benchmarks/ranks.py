@@ -33,13 +33,13 @@ def measure(shape: str, compiled: bool, result: Path) -> None:
     """Train for a while on the ranks that this process is one of; the main one writes tokens/s to `result`."""
     import torch
 
-    from config import preset
     from kindling import device
     from kindling.distributed import joined
     from kindling.runs.checkpoint import RunDirectory
     from kindling.training.dry_run import Noise
     from kindling.training.trainer import Trainer
     from model import build_model
+    from presets import preset
 
     cfg = preset(shape)
     batch, micro = BATCH.get(shape, (cfg.train.batch_size, cfg.train.micro_batch))

@@ -126,9 +126,10 @@ class Variant:
 
 def configured(flags: argparse.Namespace) -> tuple[Config, Tokenizer]:
     """Return the config of the fine-tuning that is measured, and the tokenizer of its base."""
-    from config import FINE_TUNING, TokenizerConfig, preset
+    from config import TokenizerConfig
     from kindling.runs.checkpoint import find_run
     from kindling.tokenization.tokenizer import load_pretrained
+    from presets import FINE_TUNING, preset
 
     if flags.preset:
         given = TokenizerConfig(kind="pretrained", path=str(flags.tokenizer.resolve()))

@@ -68,7 +68,7 @@ def configured(shape: str, precision: str) -> Config:
     """Return the preset as it is measured: one micro-batch a step, no dropout, on CUDA or else the CPU."""
     import torch
 
-    from config import preset
+    from presets import preset
 
     cfg = preset(shape)
     rows, kind = BATCHES.get(shape, 4), "cuda" if torch.cuda.is_available() else "cpu"

@@ -247,9 +247,9 @@ def main() -> None:
     flags = parse()
     from machine import Watch
 
-    from config import preset
     from kindling.data.build import prepare
     from kindling.files import write_atomic, write_json
+    from presets import preset
 
     began, watch = time.perf_counter(), Watch()
     with tempfile.TemporaryDirectory() as temporary:

@@ -204,8 +204,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that the results are written to")
     flags = parser.parse_args()
-    from config import PRESETS
     from kindling.errors import did_you_mean
+    from presets import PRESETS
 
     for shape in flags.shapes or ():
         if shape not in PRESETS:

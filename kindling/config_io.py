@@ -8,8 +8,9 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 from pydantic import ValidationError
 
-from config import RUN, Config, SourceConfig, preset
+from config import RUN, Config, SourceConfig
 from kindling.errors import ConfigError, did_you_mean
+from presets import preset
 
 # a Config as flags without a prefix, booleans as `--model.bias False`
 ConfigFlags = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]

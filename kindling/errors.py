@@ -6,6 +6,7 @@ Imports nothing, so that a script can check its command line before anything hea
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,25 @@ def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
     """
     if not holds:
         raise ConfigError(f"{field} must be {must}, but is {given!r}; {mend}")
+
+
+def require_range(
+    section: str, cfg: Any, low: float, *fields: str, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Raise ConfigError unless each named field that is not None is a finite number in [low, high], or in (low, high]."""
+    for field in fields:
+        value = getattr(cfg, field)
+        if value is None:
+            continue
+        above = value > low if open_low else value >= low
+        must = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        require(
+            math.isfinite(value) and above and value <= high,
+            f"{section}.{field}",
+            must,
+            value,
+            f"set --{section}.{field.replace('_', '-')}",
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import autocomplete
 from autocomplete import Completer, Sampling, draw, main, stream
-from config import PRESETS, ModelConfig, TokenizerConfig
+from config import ModelConfig, TokenizerConfig
 from kindling.formats.int8_format import difference, quantize, write
 from kindling.int8 import kernel as int8_kernel
 from kindling.int8.model import CompletionError, Model, erf
 from kindling.tokenization.tokenizer import train_bpe
 from model import GPT
+from presets import PRESETS
 
 TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n" * 3
 SHAPES = {

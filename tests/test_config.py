@@ -9,20 +9,11 @@ from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from config import (
-    FINE_TUNING,
-    PRESETS,
-    Config,
-    DataConfig,
-    ModelConfig,
-    SourceConfig,
-    TrainConfig,
-    list_presets,
-    preset,
-)
+from config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from kindling import cli, config_io
 from kindling.errors import ConfigError
 from model import GPT
+from presets import FINE_TUNING, PRESETS, list_presets, preset
 
 EXACT = {
     "demo": 6_030_464,

@@ -133,7 +133,7 @@ def test_tests_lie_where_what_they_test_lies():
 
 
 def test_the_readme_gives_the_exact_counts():
-    from config import PRESETS
+    from presets import PRESETS
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, make in PRESETS.items():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import IGNORE, ModelConfig, preset
+from config import IGNORE, ModelConfig
 from kindling.data.shards import document_positions
 from kindling.device import has_compiler
 from kindling.errors import ConfigError
@@ -23,6 +23,7 @@ from model import (
     rotary_tables,
     sinusoidal_positions,
 )
+from presets import preset
 
 
 def positions_of(idx, eos_id):

@@ -14,13 +14,13 @@ import pytest
 from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_examples import TASKS
 
-from config import preset
 from kindling.data import prompts
 from kindling.data.build import fingerprint
 from kindling.data.shards import sealed
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
+from presets import preset
 
 SMALL = ["--data.workers", "1", "--train.batch-size", "4", "--train.compile", "off", "--train.device", "cpu"]
 SMALL += ["--data.val-fraction", "0.2", "--data.test-fraction", "0.2", "--data.template", "user-assistant"]

@@ -1,4 +1,6 @@
-"""What `python -m kindling.tokenization.compare` reads, measures, prints and draws.
+"""Compares tokenizers on files of yours: a table, and a plot.
+
+    python -m kindling.tokenization.compare FILES_OR_FOLDERS --vocab-size 4096
 
 Figures are taken on documents that the trained tokenizers have not seen, chosen by a hash of the content; a pretrained one
 may have seen them. Speeds are of one process, from an empty cache.
@@ -13,12 +15,25 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from kindling.errors import KindlingError
+import tyro
 
+from config import TokenizerConfig
+from kindling.cli import parse_cli, run_script
+from kindling.errors import KindlingError, require
+from kindling.tokenization.tokenizer import TokenizerError, load_pretrained, train
+from presets import STARCODER2, preset
+
+COMPARED = {
+    "tokenizers' BPE": TokenizerConfig(),
+    "bpe.py": TokenizerConfig(kind="handwritten"),
+    "SentencePiece": TokenizerConfig(kind="sentencepiece"),
+    "StarCoder2": STARCODER2,
+}
 SUFFIXES = (".py", ".c", ".h", ".java", ".txt", ".md", ".jsonl", ".jsonl.gz")
 FEWEST = 10  # documents, below which none are held out
 HELD_OUT = 0.2
@@ -207,3 +222,72 @@ def plot(rows: list[Measured], title: str, path: Path) -> None:
         figure.savefig(path, dpi=130)
     except ValueError as e:  # a suffix that matplotlib does not know
         raise KindlingError(f"--out must be a picture's path, but is {str(path)!r} ({e}); end it in .png") from None
+
+
+@dataclass
+class Flags:
+    """The command line."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files or folders: .py .c .h .java .txt .md, or .jsonl and .jsonl.gz with a field `content` or `text`."""
+    preset: str | None = None
+    """Compare this preset's own tokenizer as well, at its vocabulary size."""
+    vocab_size: int | None = None
+    """Tokens of the trained tokenizers. None: those of the preset, or 4,096."""
+    pretrained: str | None = None
+    """A tokenizer.json, a folder or a hub name in place of the pretrained tokenizer's."""
+    max_bytes: int = 20_000_000
+    """Read no more than this."""
+    out: Path = Path("tokenizers.png")
+    """Where to save the plot."""
+
+
+def main() -> None:
+    """Compare the tokenizers that `COMPARED` names."""
+    flags = parse_cli(Flags, __doc__ or "")
+    cfg = None if flags.preset is None else preset(flags.preset)
+    vocab_size = flags.vocab_size
+    if vocab_size is None:
+        vocab_size = 4096 if cfg is None else cfg.model.vocab_size
+    require(vocab_size >= 300, "--vocab-size", "at least 300, for 256 bytes and some merges", vocab_size, "raise it")
+    require(flags.max_bytes >= 1, "--max-bytes", "at least 1", flags.max_bytes, "raise it")
+    compared = dict(COMPARED)
+    if cfg is not None and cfg.tokenizer not in compared.values():
+        compared[cfg.preset] = cfg.tokenizer
+    documents, unreadable, cut = read_documents(flags.files, flags.max_bytes)
+    learnt, measured, which = hold_out(documents)
+    size = f"{sum(len(t.encode('utf-8')) for t in documents) / 1e6:.2f} MB"
+    print(f"{len(documents):,} documents, {size}: {which}")
+    if unreadable:
+        print(f"{unreadable:,} could not be read (not UTF-8, or no field content or text) and are left out")
+    if cut:
+        print(f"reading stopped at --max-bytes {flags.max_bytes:,}")
+    rows = []
+    for name, its in compared.items():
+        if its.kind == "pretrained" and flags.pretrained is not None:
+            its = replace(its, path=flags.pretrained)
+        try:
+            rows.append(_measured(name, its, vocab_size, learnt, measured))
+        except TokenizerError as e:
+            print(f"{name} is left out: {e}")
+    if not rows:
+        raise TokenizerError("there must be a tokenizer to compare, but none could be had; the lines above say why")
+    print(table(rows))
+    plot(
+        rows, f"{len(measured):,} documents measured; trained tokenizers have at most {vocab_size:,} tokens", flags.out
+    )
+    print(f"the plot is in {flags.out}; set a run's tokenizer with python main.py --tokenizer.kind KIND")
+
+
+def _measured(name: str, cfg: TokenizerConfig, vocab_size: int, learnt: list[str], measured: list[str]) -> Measured:
+    if cfg.kind == "pretrained":
+        return measure(name, load_pretrained(cfg), measured, None)
+    total = [0, *accumulate(len(text.encode("utf-8")) for text in learnt)]
+    sample = [text for text, before in zip(learnt, total) if before < cfg.train_bytes]
+    started = time.perf_counter()
+    tokenizer = train(sample, cfg, vocab_size)
+    return measure(name, tokenizer, measured, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    run_script(main)

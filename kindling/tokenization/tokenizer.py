@@ -17,21 +17,15 @@ import hashlib
 import io
 import json
 import re
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import tyro
-
-from config import COMPARED, TokenizerConfig, preset
-from kindling.cli import parse_cli, run_script
-from kindling.errors import KindlingError, one_line, require
+from config import TokenizerConfig
+from kindling.errors import KindlingError, one_line
 from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
-from kindling.tokenization.compare import Measured, hold_out, measure, plot, read_documents, table
 
 if TYPE_CHECKING:
     import tokenizers
@@ -372,74 +366,3 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
             f"{one_line(e)}; check the network and the name (a gated one needs "
             f"its terms accepted on its page, and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
         ) from None
-
-
-@dataclass
-class Flags:
-    """The command line of `tokenizer.py`."""
-
-    command: tyro.conf.Positional[Literal["compare"]] = "compare"
-    """Compare tokenizers on files of yours."""
-    files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files or folders: .py .c .h .java .txt .md, or .jsonl and .jsonl.gz with a field `content` or `text`."""
-    preset: str | None = None
-    """Compare this preset's own tokenizer as well, at its vocabulary size."""
-    vocab_size: int | None = None
-    """Tokens of the trained tokenizers. None: those of the preset, or 4,096."""
-    pretrained: str | None = None
-    """A tokenizer.json, a folder or a hub name in place of the pretrained tokenizer's."""
-    max_bytes: int = 20_000_000
-    """Read no more than this."""
-    out: Path = Path("tokenizers.png")
-    """Where to save the plot."""
-
-
-def main() -> None:
-    """Compare the tokenizers that `config.COMPARED` names."""
-    flags = parse_cli(Flags, "Compare tokenizers on files of yours: a table, and a plot.")
-    cfg = None if flags.preset is None else preset(flags.preset)
-    vocab_size = flags.vocab_size
-    if vocab_size is None:
-        vocab_size = 4096 if cfg is None else cfg.model.vocab_size
-    require(vocab_size >= 300, "--vocab-size", "at least 300, for 256 bytes and some merges", vocab_size, "raise it")
-    require(flags.max_bytes >= 1, "--max-bytes", "at least 1", flags.max_bytes, "raise it")
-    compared = dict(COMPARED)
-    if cfg is not None and cfg.tokenizer not in compared.values():
-        compared[cfg.preset] = cfg.tokenizer
-    documents, unreadable, cut = read_documents(flags.files, flags.max_bytes)
-    learnt, measured, which = hold_out(documents)
-    size = f"{sum(len(t.encode('utf-8')) for t in documents) / 1e6:.2f} MB"
-    print(f"{len(documents):,} documents, {size}: {which}")
-    if unreadable:
-        print(f"{unreadable:,} could not be read (not UTF-8, or no field content or text) and are left out")
-    if cut:
-        print(f"reading stopped at --max-bytes {flags.max_bytes:,}")
-    rows = []
-    for name, its in compared.items():
-        if its.kind == "pretrained" and flags.pretrained is not None:
-            its = replace(its, path=flags.pretrained)
-        try:
-            rows.append(_measured(name, its, vocab_size, learnt, measured))
-        except TokenizerError as e:
-            print(f"{name} is left out: {e}")
-    if not rows:
-        raise TokenizerError("there must be a tokenizer to compare, but none could be had; the lines above say why")
-    print(table(rows))
-    plot(
-        rows, f"{len(measured):,} documents measured; trained tokenizers have at most {vocab_size:,} tokens", flags.out
-    )
-    print(f"the plot is in {flags.out}; set a run's tokenizer with python main.py --tokenizer.kind KIND")
-
-
-def _measured(name: str, cfg: TokenizerConfig, vocab_size: int, learnt: list[str], measured: list[str]) -> Measured:
-    if cfg.kind == "pretrained":
-        return measure(name, load_pretrained(cfg), measured, None)
-    total = [0, *accumulate(len(text.encode("utf-8")) for text in learnt)]
-    sample = [text for text, before in zip(learnt, total) if before < cfg.train_bytes]
-    started = time.perf_counter()
-    tokenizer = train(sample, cfg, vocab_size)
-    return measure(name, tokenizer, measured, time.perf_counter() - started)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data_pipeline
-from config import PRESETS, DataConfig, SourceConfig, TokenizerConfig, preset
+from config import DataConfig, SourceConfig, TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
 from kindling.data.duplicates import NearDuplicates, signature, word_hashes
@@ -29,6 +29,7 @@ from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
 from kindling.data.workers import Examined, WorkerPool
 from kindling.tokenization.tokenizer import load_json
+from presets import PRESETS, preset
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import ModelConfig, TokenizerConfig, preset
+from config import ModelConfig, TokenizerConfig
 from kindling.formats.gguf_format import GGUFError, architecture, difference, halves, interleave, read, write
 from kindling.tokenization.bpe import ByteLevelBPE
 from kindling.tokenization.tokenizer import Tokenizer, from_json, train, train_bpe
 from model import GPT
+from presets import preset
 
 TEXTS = ["def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n", "x = 'naïve' != 12345  # ü\n"] * 3
 SIZES = {"block_size": 48, "vocab_size": 320, "n_layer": 2, "n_head": 4, "n_embd": 64}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import shared_file
 
-from config import PRESETS, ModelConfig, TokenizerConfig, preset
+from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
 from kindling.formats.hf_format import difference, read, write
 from kindling.formats.hf_layout import HubFormatError, architecture, obstacles
@@ -18,6 +18,7 @@ from kindling.generation.decoding import generate
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
 from model import GPT, build_model
+from presets import PRESETS, preset
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM"}
 ARCHITECTURES = {

@@ -7,10 +7,10 @@ from conftest import assert_one_clear_line, script, shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import COMPARED, TokenizerConfig
+from config import TokenizerConfig
 from kindling.errors import ConfigError
 from kindling.tokenization.bpe import SYMBOLS
-from kindling.tokenization.compare import hold_out, read_documents
+from kindling.tokenization.compare import COMPARED, hold_out, read_documents
 from kindling.tokenization.tokenizer import (
     Tokenizer,
     TokenizerError,

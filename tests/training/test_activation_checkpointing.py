@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from config import IGNORE, ModelConfig, preset
+from config import IGNORE, ModelConfig
 from kindling.data.shards import document_positions
 from kindling.device import has_compiler
 from model import LanguageModel, build_model
+from presets import preset
 
 SMALL = {"block_size": 32, "vocab_size": 101, "n_layer": 3, "n_head": 4, "n_embd": 32, "d_ff": 64}
 GPT2 = replace(preset("code-50m").model, **SMALL)

@@ -10,7 +10,7 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 from test_examples import TOKENIZER, conversations, write_examples
 
-from config import TokenizerConfig, preset
+from config import TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples
@@ -21,6 +21,7 @@ from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.tokenizer import load_pretrained, train_bpe
 from kindling.training.start_or_resume import is_begun, take_up, training_data, training_rows
 from model import GPT
+from presets import preset
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
