@@ -10,11 +10,9 @@ Starting the same run again resumes it from its newest checkpoint, bit for bit, 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from config import Config
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import require_documents
@@ -33,67 +31,6 @@ class Flags:
     """Start over; an old run of this name is kept as NAME.old-1."""
     dry_run: bool = False
     """Print parameters, memory, measured speed and time of the run, and stop."""
-
-
-def pretrain(cfg: Config, fresh: bool) -> int:
-    """Train or resume the run of `cfg`; return the exit code."""
-    from kindling.distributed import joined
-    from kindling.runs.checkpoint import RUNS, RunDirectory
-    from kindling.training.start_or_resume import (
-        begin,
-        length,
-        run_to_end,
-        take_up,
-        training_data,
-        training_rows,
-        where,
-    )
-
-    started = time.perf_counter()
-    run = RunDirectory(RUNS / cfg.run_name)
-    with joined(cfg.train.device) as world, begin(cfg, run, fresh, world) as begun:
-        dataset = world.main_first(lambda: training_data(cfg, run if begun else None))
-        rows = training_rows(cfg, dataset)
-        trainer = take_up(cfg, run, begun, dataset, rows, world)
-        print(
-            f"{run.path}: {trainer.model.n_parameters():,} parameters on {where(trainer)}, {length(trainer.cfg)}, "
-            f"{rows.n_rows * cfg.model.block_size:,} tokens an epoch"
-        )
-        if code := run_to_end(trainer):
-            return code
-        digest = trainer.digest()
-        if world.main:
-            print(f"\n{samples(trainer)}")
-            report(trainer, digest, time.perf_counter() - started)
-    return 0
-
-
-def samples(trainer: Trainer) -> str:
-    """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
-    from kindling.generation.completion import complete
-    from kindling.generation.sampling import Sampling
-
-    tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
-    out = []
-    for seed, prompt in enumerate(trainer.train.sample_prompts):
-        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
-        out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
-    return "\n".join(out)
-
-
-def report(trainer: Trainer, digest: str, seconds: float) -> None:
-    """Print what the run reached, where it lies, and what comes next."""
-    from kindling.training.start_or_resume import effort
-
-    run, result = trainer.run, trainer.last_eval
-    print(
-        f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
-        f"{result['val_bits_per_byte']:.4f} bits per byte"
-    )
-    print(effort(trainer, digest, seconds))
-    print(f"results in {run.path}; next: python evaluate.py {run.path}")
-    print(f'        or: python generate.py {run.path} --prompt "def "')
-    print(f"        or: python sft_train.py {run.path}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +52,33 @@ def main(argv: list[str] | None = None) -> int:
         print(dry_run(flags.config, new_model(flags.config, runtime), runtime, done))
         print(f"this was a dry run: nothing was written; next: python main.py --preset {flags.config.preset}")
         return 0
-    return pretrain(flags.config, flags.fresh)
+    from kindling.training.stage import train_stage
+
+    return train_stage(flags.config, flags.fresh, report)
+
+
+def report(trainer: Trainer) -> list[str]:
+    """Print samples and the validation loss of a trained run; return the commands to try next."""
+    path, result = trainer.run.path, trainer.state.last_eval
+    print(f"\n{samples(trainer)}")
+    print(
+        f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
+        f"{result['val_bits_per_byte']:.4f} bits per byte"
+    )
+    return [f"python evaluate.py {path}", f'python generate.py {path} --prompt "def "', f"python sft_train.py {path}"]
+
+
+def samples(trainer: Trainer) -> str:
+    """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
+    from kindling.generation.completion import complete
+    from kindling.generation.sampling import Sampling
+
+    tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
+    out = []
+    for seed, prompt in enumerate(trainer.train.sample_prompts):
+        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
+        out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
+    return "\n".join(out)
 
 
 if __name__ == "__main__":

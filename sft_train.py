@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +31,7 @@ from kindling.stopping import exit_on_terminate
 from presets import FINE_TUNING, preset
 
 if TYPE_CHECKING:
-    from kindling.data.examples import ExampleRows, Examples
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.tokenization.tokenizer import Tokenizer
     from kindling.training.trainer import Trainer
 
 OFFLINE = "docstrings"  # the preset for a base that has none of its own
@@ -100,48 +97,49 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
     )
 
 
-def audited(cfg: Config, dataset: Examples, tokenizer: Tokenizer) -> ExampleRows:
-    """Show what the examples are made of, check every one, and return the rows to train on. Raises AuditError."""
-    from kindling.data.audit import audit, picture, table, wants_color
-    from kindling.data.examples import Examples, require_template
-    from kindling.training.start_or_resume import training_rows
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tune the run of the command line."""
+    from kindling.distributed import require_one
+    from kindling.runs.checkpoint import CheckpointError
+    from kindling.training.stage import audit_examples, train_stage
+    from kindling.training.start_or_resume import training_data, training_rows
 
-    require_template(dataset.manifest, cfg.data.template)
-    splits = {"train": training_rows(cfg, dataset)}
-    splits |= {split: training_rows(cfg, Examples(dataset.folder, split)) for split in ("val", "test")}
-    print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
-    print(picture(splits["train"], tokenizer, wants_color(sys.stdout.isatty())))
-    audit(splits, tokenizer)
-    n = sum(rows.examples.n_examples for rows in splits.values())
-    print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")
-    return splits["train"]
-
-
-def fine_tune(cfg: Config, base: RunDirectory, fresh: bool) -> int:
-    """Audit, train or resume the run of `cfg`; return the exit code."""
-    from kindling.distributed import joined
-    from kindling.runs.checkpoint import RUNS, RunDirectory
-    from kindling.training.start_or_resume import begin, length, run_to_end, take_up, training_data, where
-
-    started = time.perf_counter()
-    tokenizer = base.tokenizer()
-    run = RunDirectory(RUNS / cfg.run_name)
-    with joined(cfg.train.device) as world, begin(cfg, run, fresh, world) as begun:
-        dataset = world.main_first(lambda: training_data(cfg, run if begun else None, tokenizer))
-        rows = audited(cfg, dataset, tokenizer)
-        trainer = take_up(cfg, run, begun, dataset, rows, world)
-        print(
-            f"{run.path}: {trainer.model.n_parameters():,} parameters of {base.path} on {where(trainer)}, "
-            f"{length(trainer.cfg)}, {rows.n_rows:,} rows an epoch"
+    flags, base = parse(argv)
+    cfg = configured(flags, base)
+    if not base.checkpoints():
+        raise CheckpointError(
+            f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
         )
-        if code := run_to_end(trainer):
-            return code
-        digest = trainer.digest()
-        if world.main:
-            print(f"\n{samples(trainer)}")
-            stopped = answer_held_out(trainer)
-            report(trainer, stopped, digest, time.perf_counter() - started)
+    if flags.explain is None and not flags.audit:
+        return train_stage(cfg, flags.fresh, report, base)
+    require_one("--audit" if flags.explain is None else "--explain")
+    tokenizer = base.tokenizer()
+    dataset = training_data(cfg, None, tokenizer)
+    if flags.explain is not None:
+        print(explain_path(cfg, dataset.folder, flags.explain))
+        return 0
+    audit_examples(cfg, training_rows(cfg, dataset), tokenizer)
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--audit"]
+    print(f"this was the audit alone: nothing was trained; next: python sft_train.py {shlex.join(given)}".rstrip())
     return 0
+
+
+def report(trainer: Trainer) -> list[str]:
+    """Print answers and what the fine-tuning changed; return the command to try next."""
+    path, before, after = trainer.run.path, trainer.state.first_eval, trainer.state.last_eval
+    print(f"\n{samples(trainer)}")
+    stopped, n_answers = answer_held_out(trainer)
+    print("on the responses of the held-out examples:")
+    print(f"{'':<24}{'before':>10}{'after':>10}")
+    for name, key in (("loss, nats a token", "val_loss"), ("perplexity", "val_perplexity")):
+        change = f"{after[key] / before[key] - 1:>+9.0%}" if before else ""
+        print(f"  {name:<22}{before.get(key, float('nan')):>10.4f}{after[key]:>10.4f}{change}")
+    if n_answers:
+        print(
+            f"{stopped} of {n_answers} answers to held-out instructions stopped by themselves within the context "
+            f"(all are in {path / ANSWERS})"
+        )
+    return [f"python generate.py {path} --chat"]
 
 
 def samples(trainer: Trainer) -> str:
@@ -189,51 +187,6 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")
     (trainer.run.path / ANSWERS).write_text("".join(lines), encoding="utf-8")
     return stopped, n
-
-
-def report(trainer: Trainer, stopped: tuple[int, int], digest: str, seconds: float) -> None:
-    """Print what the fine-tuning changed, where the run lies, and what comes next."""
-    from kindling.training.start_or_resume import effort
-
-    run, before, after = trainer.run, trainer.first_eval, trainer.last_eval
-    print("on the responses of the held-out examples:")
-    print(f"{'':<24}{'before':>10}{'after':>10}")
-    for name, key in (("loss, nats a token", "val_loss"), ("perplexity", "val_perplexity")):
-        change = f"{after[key] / before[key] - 1:>+9.0%}" if before else ""
-        print(f"  {name:<22}{before.get(key, float('nan')):>10.4f}{after[key]:>10.4f}{change}")
-    if stopped[1]:
-        print(
-            f"{stopped[0]} of {stopped[1]} answers to held-out instructions stopped by themselves within the context "
-            f"(all are in {run.path / ANSWERS})"
-        )
-    print(effort(trainer, digest, seconds))
-    print(f"results in {run.path}; next: python generate.py {run.path} --chat")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Fine-tune the run of the command line."""
-    from kindling.distributed import require_one
-    from kindling.runs.checkpoint import CheckpointError
-    from kindling.training.start_or_resume import training_data
-
-    flags, base = parse(argv)
-    cfg = configured(flags, base)
-    if not base.checkpoints():
-        raise CheckpointError(
-            f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
-        )
-    if flags.explain is None and not flags.audit:
-        return fine_tune(cfg, base, flags.fresh)
-    require_one("--audit" if flags.explain is None else "--explain")
-    tokenizer = base.tokenizer()
-    dataset = training_data(cfg, None, tokenizer)
-    if flags.explain is not None:
-        print(explain_path(cfg, dataset.folder, flags.explain))
-        return 0
-    audited(cfg, dataset, tokenizer)
-    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--audit"]
-    print(f"this was the audit alone: nothing was trained; next: python sft_train.py {shlex.join(given)}".rstrip())
-    return 0
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def measure(cfg: Config, data: Path, beside: Trainer) -> dict[str, Any]:
     other = beside.train.batch_size * beside.cfg.model.block_size
     while trainer.share() < 1:
         seconds = timed(trainer.train_step) / tokens
-        if trainer.step % 20 == 5:
+        if trainer.state.step % 20 == 5:
             ratios.append(seconds / (timed(beside.train_step) / other))
     model, val = trainer.model, TokenDataset(data, "val")
     loss_of = summed_loss_of(model, trainer.runtime)
@@ -101,8 +101,8 @@ def measure(cfg: Config, data: Path, beside: Trainer) -> dict[str, Any]:
         "bits_per_byte": bits_per_byte(loss_of, val, cfg.model, sparse(val)),
         "time": statistics.median(ratios) if ratios else None,
         "parameters": model.n_parameters(),
-        "steps": trainer.step,
-        "skipped": trainer.skipped,
+        "steps": trainer.state.step,
+        "skipped": trainer.state.skipped,
     }
 
 

@@ -150,8 +150,9 @@ def train_ours(spec: Spec) -> dict[str, Any]:
     from kindling import device
     from kindling.data.shards import TokenDataset
     from kindling.runs.checkpoint import RunDirectory
+    from kindling.training.compilation import wants_compile
     from kindling.training.start_or_resume import new_model, training_rows
-    from kindling.training.trainer import Trainer, wants_compile
+    from kindling.training.trainer import Trainer
 
     data = Path(spec.data)
     cfg = configured(data)
@@ -166,14 +167,14 @@ def train_ours(spec: Spec) -> dict[str, Any]:
         curve = Curve(spec, loss_of, cfg.model)
         model.train()
         compiled = wants_compile(cfg, model, runtime) and trainer.compile()
-        compile_s = trainer.elapsed_s
+        compile_s = trainer.state.elapsed_s
         while trainer.share() < 1:
             trainer.train_step()
-            curve.take(trainer.elapsed_s, trainer.step)
-    tokens = trainer.position * cfg.model.block_size
-    found = {"steps": trainer.step, "tokens": tokens, "seconds": trainer.elapsed_s, "compile_s": compile_s}
+            curve.take(trainer.state.elapsed_s, trainer.state.step)
+    tokens = trainer.state.row_index * cfg.model.block_size
+    found = {"steps": trainer.state.step, "tokens": tokens, "seconds": trainer.state.elapsed_s, "compile_s": compile_s}
     way = {"precision": runtime.precision, "compiled": compiled, "parameters": model.n_parameters()}
-    out = {**found, **way, "skipped": trainer.skipped, "points": curve.points}
+    out = {**found, **way, "skipped": trainer.state.skipped, "points": curve.points}
     model.decompile_parts()  # other shapes come
     out |= whole_splits(loss_of, data, cfg.model) if spec.final else {}
     return out | ({"functions": functions(model.eval(), data, cfg)} if spec.functions else {})

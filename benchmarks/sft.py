@@ -103,9 +103,9 @@ class Variant:
             first.setdefault(trainer.batches.rows(place, trainer.train.batch_size).idx.shape[1], place)
         self.widths, places = sorted(first), list(first.values())
         for place in (places * WARM_UP)[: max(WARM_UP, len(places))]:
-            trainer.position = place
+            trainer.state.row_index = place
             trainer.train_step()
-        trainer.position = 0
+        trainer.state.row_index = 0
 
     def round(self, n_steps: int) -> None:
         """Take the next steps against the clock."""
@@ -217,8 +217,10 @@ def measure(cfg: Config, tokenizer: Tokenizer, flags: argparse.Namespace) -> dic
             way.round(flags.steps)
         print(f"round {i + 1}: " + ", ".join(f"{w.name} {w.speeds[-1]:,.0f}/s" for w in ways), flush=True)
     for way in ways:
-        if way.trainer.skipped:
-            sys.exit(f"{way.name} must take whole steps, but {way.trainer.skipped} were skipped; use --precision fp32")
+        if way.trainer.state.skipped:
+            sys.exit(
+                f"{way.name} must take whole steps, but {way.trainer.state.skipped} were skipped; use --precision fp32"
+            )
     model = ways[0].trainer.model
     return {
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}",

@@ -108,9 +108,9 @@ def our_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
         compile_s = time.perf_counter() - started
 
     def step() -> int:
-        before = trainer.position
+        before = trainer.state.row_index
         trainer.train_step()
-        return (trainer.position - before) * cfg.model.block_size
+        return (trainer.state.row_index - before) * cfg.model.block_size
 
     step()  # the first one allocates
     return Training(step, model, compile_s)

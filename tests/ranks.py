@@ -17,6 +17,7 @@ from kindling.distributed import ALONE, World, joined
 from kindling.runs.checkpoint import RunDirectory, load_state
 from kindling.runs.fsdp import whole
 from kindling.runs.metrics import read_metrics
+from kindling.training.loop import fit
 from kindling.training.trainer import Trainer
 from kindling.training.validation import mean_loss
 from model import build_model
@@ -72,7 +73,7 @@ def trainer_of(cfg: Config, folder: Path, world: World = ALONE) -> Trainer:
 
 def curve(folder: Path, world: World = ALONE, **train) -> list[float]:
     """Return the loss of each step of a whole run."""
-    trainer_of(config(**train), folder, world).fit()
+    fit(trainer_of(config(**train), folder, world))
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
@@ -87,7 +88,7 @@ def resumed(folder: Path, world: World, **train) -> list[str]:
     cfg = config(max_steps=6, **train)
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.2))
     whole = trainer_of(cfg, folder / "whole", world)
-    whole.fit()
+    fit(whole)
     first = trainer_of(cfg, folder / "parts", world)
     for _ in range(3):
         first.train_step()
@@ -95,7 +96,7 @@ def resumed(folder: Path, world: World, **train) -> list[str]:
     again = trainer_of(cfg, folder / "parts", world)
     saved = world.on_main(again.run.newest)
     again.resume(saved, load_state(saved))
-    again.fit()
+    fit(again)
     return [whole.digest(), again.digest()]
 
 
@@ -120,14 +121,14 @@ def poisoned(folder: Path, world: World, **train) -> dict:
         before = learned(trainer)
         trainer.train_step()
         unchanged.append(learned(trainer) == before)
-    return {"unchanged": unchanged, "skipped": trainer.skipped, "digest": trainer.digest()}
+    return {"unchanged": unchanged, "skipped": trainer.state.skipped, "digest": trainer.digest()}
 
 
 def by_the_clock(folder: Path, world: World) -> str:
     """Return the digest of a run of a second, of which the last rank's clock is ahead."""
     trainer = trainer_of(config(max_minutes=0.02, warmup_steps=0, save_every=1000), folder, world)
-    trainer.elapsed_s = 0.3 * world.rank
-    trainer.fit()
+    trainer.state.elapsed_s = 0.3 * world.rank
+    fit(trainer)
     return trainer.digest()
 
 
@@ -152,15 +153,15 @@ def gone_back(folder: Path, world: World, **train) -> dict:
     trainer = trainer_of(cfg, folder, world)
 
     def poison(module, args, output):
-        bad = world.rank == world.size - 1 and trainer.position in (48, 56, 64)
+        bad = world.rank == world.size - 1 and trainer.state.row_index in (48, 56, 64)
         return (output[0] * float("nan"), output[1]) if bad else output
 
     trainer.model.register_forward_hook(poison)
-    trainer.fit()
+    fit(trainer)
     return {
-        "step": trainer.step,
-        "avoided": trainer.avoided,
-        "rollbacks": trainer.rollbacks,
+        "step": trainer.state.step,
+        "avoided": trainer.state.excluded_rows,
+        "rollbacks": trainer.state.rollbacks,
         "digest": trainer.digest(),
     }
 
@@ -175,9 +176,9 @@ def signalled(folder: Path, world: World) -> dict:
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.model.register_forward_pre_hook(kill)
-    code = trainer.fit()
+    code = fit(trainer)
     saved = [p.name for p in trainer.run.checkpoints()]
-    return {"code": code, "step": trainer.step, "saved": saved}
+    return {"code": code, "step": trainer.state.step, "saved": saved}
 
 
 def main() -> None:

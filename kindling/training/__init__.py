@@ -1,6 +1,8 @@
 """The training loop, and what it needs to stop, resume and survive bad steps.
 
-Read start_or_resume.py (the run that is trained), trainer.py (the loop), schedule.py, optim.py, prefetch.py,
-validation.py, guard.py and recorder.py (bad steps), dry_run.py (what a run would take). It must never make a batch
-that depends on more than seed, step, rank and world size.
+Read stage.py (one stage as a whole), start_or_resume.py (its run, resumed or new), loop.py (the loop), trainer.py
+(one step; saving and resuming), state.py (what is saved), then what these call: schedule.py (learning rate),
+optim.py, prefetch.py, validation.py, compilation.py, progress.py. Bad steps: guard.py (which are), rollback.py (going
+back), recorder.py (what was in them). dry_run.py measures what a run would take. A batch must never depend on more
+than seed, step, rank and world size.
 """

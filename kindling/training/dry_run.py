@@ -25,7 +25,8 @@ from kindling.data.shards import Batch, document_positions
 from kindling.device import Runtime
 from kindling.errors import KindlingError
 from kindling.runs.checkpoint import RunDirectory
-from kindling.training.trainer import Trainer, wants_compile
+from kindling.training.compilation import wants_compile
+from kindling.training.trainer import Trainer
 from model import LanguageModel
 
 LIMIT_S = 25.0  # for all sizes together
@@ -224,7 +225,7 @@ def pace_of(cfg: Config, model: LanguageModel, runtime: Runtime, swept: Sweep, c
         return Pace(own.micro_batch, swept.step_s(own), compile_s or 0.0, compile_s is not None)
     trainer = trainer_of(own.micro_batch, cfg, model, runtime)
     compiled = trainer.compile()
-    compile_s = trainer.elapsed_s
+    compile_s = trainer.state.elapsed_s
     pass_s = seconds_of(trainer.forward_backward, runtime, time.perf_counter() + LIMIT_S)
     return Pace(own.micro_batch, swept.step_s(replace(own, pass_s=pass_s)), compile_s, compiled)
 
@@ -297,7 +298,7 @@ def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, done: int = 0, 
     first = trainer_of(1, cfg, model, runtime)
     # each size is compiled for itself: in seconds on a GPU, where what fits depends on it; a CPU takes a quarter of a minute
     compiled = runtime.asynchronous and wants_compile(cfg, model, runtime) and first.compile()
-    compile_s = first.elapsed_s if compiled else None
+    compile_s = first.state.elapsed_s if compiled else None
     swept = sweep(first, cfg, compiled, limit_s or (COMPILED_LIMIT_S if compiled else LIMIT_S))
     pace = pace_of(cfg, model, runtime, swept, compile_s)
     lines = [*figures(cfg, first, swept, pace, done), "", *table(cfg, swept)]

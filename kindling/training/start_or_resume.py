@@ -1,7 +1,7 @@
-"""Taking up a run, new or begun, the same for pre-training and for fine-tuning.
+"""Starts a run, or resumes it from its newest checkpoint; the same for pre-training and for fine-tuning.
 
-A stage opens its data, builds the model, loads the weights that it starts from or its own newest checkpoint, and hands all
-of it to the one training loop. What may differ between a run and its resumption is decided here.
+In the order of a call: is the run resumed or new, and may it be (`may_resume`); its data (`training_data`, `training_rows`);
+its model, weights and trainer (`start_or_resume`). What may differ between a run and its resumption is decided here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kindling.training.trainer import Trainer, require_shareable
 from kindling.training.validation import validate
 from model import LanguageModel, build_model
 
-# settings that a resumed run may change: without any effect on its bits, and with one that is said
+# settings that a resumed run may change: these keep every bit of the result
 HARMLESS = {"data.workers"} | {
     f"train.{field}"
     for field in (
@@ -45,6 +45,7 @@ HARMLESS = {"data.workers"} | {
         "activation_checkpointing",
     )
 }
+# these may change it, and print a note
 ALLOWED = HARMLESS | {
     f"train.{field}"
     for field in (
@@ -54,8 +55,31 @@ ALLOWED = HARMLESS | {
 }
 
 
+def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
+    """Return whether to resume the run, rather than start a new one.
+
+    Raises KindlingError, before any long work, if it cannot be resumed with this config, or a new one cannot start.
+    """
+    resuming = run.exists() and not fresh
+    if resuming:
+        reconcile(run.config(), cfg, run)
+    elif run.checkpoints() and not fresh:
+        raise CheckpointError(
+            f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
+        )
+    elif cfg.train.init_from is not None:
+        source = Path(cfg.train.init_from)
+        if hf_format.holds_model(source):
+            _weights_of_hub(source, cfg.model)
+            if cfg.tokenizer.kind == "pretrained":  # one that is trained is not there yet
+                hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
+        else:
+            find_run(source)
+    return resuming
+
+
 def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
-    """Name every setting that differs from the run's own; refuse those that would make it another run."""
+    """Print every setting that differs from the run's own. Raises KindlingError for those that would make it another run."""
     changes = changed_fields(saved, given)
     changes.pop("name", None)
     said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
@@ -72,42 +96,22 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
         )
 
 
-def is_begun(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
-    """Return whether the run was started and is to go on. Raises if it cannot, and before long work if a new one cannot."""
-    begun = run.exists() and not fresh
-    if begun:
-        reconcile(run.config(), cfg, run)
-    elif run.checkpoints() and not fresh:
-        raise CheckpointError(
-            f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
-        )
-    elif cfg.train.init_from is not None:
-        source = Path(cfg.train.init_from)
-        if hf_format.holds_model(source):
-            _weights_of_hub(source, cfg.model)
-            if cfg.tokenizer.kind == "pretrained":  # one that is trained is not there yet
-                hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
-        else:
-            find_run(source)
-    return begun
-
-
 @contextlib.contextmanager
-def begin(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
-    """Hold the run for this process and the other ranks; give whether it is begun, as `is_begun` says, which may raise."""
+def locked(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
+    """Lock the run for this process and the other ranks, and give the answer of `may_resume`, which may raise."""
     with contextlib.ExitStack() as stack:
 
-        def locked() -> bool:
+        def lock_and_ask() -> bool:
             stack.enter_context(run.lock())
-            return is_begun(cfg, run, fresh)
+            return may_resume(cfg, run, fresh)
 
-        yield world.on_main(locked)
+        yield world.on_main(lock_and_ask)
 
 
 def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | None = None) -> TokenDataset:
-    """Open the training shards of `cfg`, or those that a started run began with; refuse if they would be others now.
+    """Open the training shards of `cfg`, building them if need be; or of a resumed `run`, those that it was started with.
 
-    `tokenizer` as in `data_pipeline.prepare`.
+    `tokenizer` as in `build.prepare`. Raises DataError if the shards of a resumed run are gone and would be others now.
     """
     if run is None:
         return open_split(cfg, prepare(cfg, tokenizer), "train")
@@ -116,7 +120,7 @@ def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | 
     if not folder.is_dir():
         folder = prepare(cfg, tokenizer)
     dataset = open_split(cfg, folder, "train")
-    # of the tokens; the table of documents, which is newer than some runs, is not trained on
+    # some runs are older than the table of documents, which is not trained on
     began, found = (replace(SplitInfo(**m["splits"]["train"]), table=None) for m in (manifest, dataset.manifest))
     if began != found:
         raise DataError(
@@ -134,6 +138,53 @@ def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleR
     return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)
 
 
+def start_or_resume(
+    cfg: Config,
+    run: RunDirectory,
+    resuming: bool,
+    dataset: TokenDataset,
+    rows: PackedBlocks | ExampleRows,
+    world: World = ALONE,
+) -> Trainer:
+    """Return a trainer at the run's newest whole checkpoint, or at the start of a new run, whose folder it creates.
+
+    Every rank of `world` must call it.
+    """
+    folder = world.on_main(run.newest) if resuming else None
+    saved = None if folder is None else load_state(folder)
+    device.set_threads(cfg.train.threads or (None if saved is None else _saved_threads(saved["environment"], world)))
+    runtime = device.resolve(cfg.train, world)
+    require_shareable(cfg, runtime)
+    model = new_model(cfg, runtime)
+    initial_sha256 = None
+    if saved is not None:
+        require_same_start(run, cfg.train.init_from, saved.get("initial_sha256"))
+    elif cfg.train.init_from is not None:
+        tokenizer = load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
+        initial_sha256 = load_initial_weights(model, cfg.train.init_from, tokenizer)
+    if not resuming:
+        world.on_main(lambda: _create(cfg, run, dataset))
+    heldout = run.heldout("val")
+    tokenizer_sha256 = run.tokenizer().sha256
+    for split in (dataset, heldout):
+        split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
+    cfg = cfg.with_steps(rows.n_rows)
+    trainer = Trainer(cfg, run, model, rows, lambda m: validate(m, heldout, runtime), runtime)
+    trainer.state.initial_sha256 = initial_sha256
+    if folder is not None and saved is not None:
+        trainer.resume(folder, saved)
+    elif world.rank:  # the weights are the same on every rank, but dropout is not
+        device.seed_rank(cfg.train.seed, 0, world.rank)
+    return trainer
+
+
+def _saved_threads(environment: dict[str, Any], world: World) -> int | None:
+    """Return the run's earlier number of threads, at most this machine's cores; None if the number of ranks changed."""
+    if environment.get("world_size", 1) != world.size:
+        return None
+    return min(environment["threads"], os.cpu_count() or 1)
+
+
 def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
     """Build the model with random weights of the config's seed."""
     device.seed_all(cfg.train.seed)
@@ -141,7 +192,10 @@ def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
 
 
 def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer) -> str:
-    """Replace the weights by those of the run or hub folder `source`, if its token ids mean the same; return their sha256."""
+    """Replace the weights by those of the run or hub folder `source`; return their sha256.
+
+    Raises CheckpointError if there are none, or the tokenizer of `source` is another.
+    """
     if hf_format.holds_model(hub := Path(source)):
         hf_format.require_same_tokenizer(hub, tokenizer)
         load_into(model, _weights_of_hub(hub, model.cfg))
@@ -177,14 +231,6 @@ def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def _initial_sha256(source: str) -> str | None:
-    """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
-    if hf_format.holds_model(Path(source)):
-        return hf_format.weights_sha256(Path(source))
-    folder = find_run(Path(source)).newest()
-    return None if folder is None else weights_sha256(folder)
-
-
 def require_same_start(run: RunDirectory, source: str | None, began_with: str | None) -> None:
     """Raise CheckpointError if a begun run started from other weights than its source has now; a source may be gone."""
     if source is None or began_with is None:
@@ -200,95 +246,15 @@ def require_same_start(run: RunDirectory, source: str | None, began_with: str | 
         )
 
 
-def take_up(
-    cfg: Config,
-    run: RunDirectory,
-    begun: bool,
-    dataset: TokenDataset,
-    rows: PackedBlocks | ExampleRows,
-    world: World = ALONE,
-) -> Trainer:
-    """Return a trainer at the run's newest checkpoint, or at the beginning of a run that this creates.
-
-    Every rank of `world` must call it.
-    """
-    folder = world.on_main(run.newest) if begun else None
-    state = None if folder is None else load_state(folder)
-    device.set_threads(cfg.train.threads or (None if state is None else _threads_of(state["environment"], world)))
-    runtime = device.resolve(cfg.train, world)
-    require_shareable(cfg, runtime)
-    source = cfg.train.init_from
-    if state is not None:
-        require_same_start(run, source, state.get("initial_sha256"))
-    model = new_model(cfg, runtime)
-    initial_sha256 = None
-    if state is None and source is not None:
-        initial_sha256 = load_initial_weights(
-            model, source, load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
-        )
-    if not begun:
-        world.on_main(lambda: _create(cfg, run, dataset))
-    heldout = run.heldout("val")
-    tokenizer_sha256 = run.tokenizer().sha256
-    for split in (dataset, heldout):
-        split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
-    resolved = cfg.with_steps(rows.n_rows)
-    trainer = Trainer(resolved, run, model, rows, lambda m: validate(m, heldout, runtime), runtime)
-    trainer.initial_sha256 = initial_sha256
-    if folder is not None and state is not None:
-        trainer.resume(folder, state)
-    elif world.rank:  # the weights are the same on every rank, but not what is dropped out
-        device.seed_rank(cfg.train.seed, 0, world.rank)
-    return trainer
-
-
-def _threads_of(environment: dict[str, Any], world: World) -> int | None:
-    """Return the run's own number of threads, as far as this machine has the cores; None for another number of ranks."""
-    if environment.get("world_size", 1) != world.size:
-        return None
-    return min(environment["threads"], os.cpu_count() or 1)
+def _initial_sha256(source: str) -> str | None:
+    """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
+    if hf_format.holds_model(Path(source)):
+        return hf_format.weights_sha256(Path(source))
+    folder = find_run(Path(source)).newest()
+    return None if folder is None else weights_sha256(folder)
 
 
 def _create(cfg: Config, run: RunDirectory, dataset: TokenDataset) -> None:
-    if run.exists() or run.checkpoints():  # only now that nothing is left which could refuse the new run
+    if run.exists() or run.checkpoints():  # move the old run only after all checks passed
         print(f"the old run is kept as {run.set_aside()}")
     run.create(cfg, dataset.folder)
-
-
-def where(trainer: Trainer) -> str:
-    """Return on what, in what precision and in how many processes a run is trained, for a person to read."""
-    runtime = trainer.runtime
-    ranks = f", on {runtime.world.size} ranks" if runtime.world.size > 1 else ""
-    return f"{runtime.device.type} in {runtime.precision}{ranks}"
-
-
-def length(cfg: Config) -> str:
-    """Return how long a run is, for a person to read; of fine-tuning without tokens, as a row need not be full."""
-    train = cfg.train
-    if train.max_minutes is not None:
-        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
-    tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
-    return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
-
-
-def run_to_end(trainer: Trainer) -> int:
-    """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
-    if trainer.share() >= 1:
-        more = "max-steps" if trainer.train.max_minutes is None else "max-minutes"
-        print(f"the run is complete at step {trainer.step}; --train.{more} N goes on, --fresh starts over")
-    else:
-        if trainer.step:
-            print(f"resuming at step {trainer.step}")
-        if code := trainer.fit():
-            print(f"stopped and saved at step {trainer.step}; the same command resumes")
-            return code
-    if not trainer.last_eval or trainer.last_eval_step != trainer.step:  # such as after a lower max_steps
-        trainer.last_eval, trainer.last_eval_step = trainer.evaluate(trainer.model), trainer.step
-    return 0
-
-
-def effort(trainer: Trainer, digest: str, seconds: float) -> str:
-    """Return how long it took, `seconds` in all, what was skipped, and by what the state of the run is known again."""
-    skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
-    took = f"{trainer.elapsed_s:.0f} s of training, {seconds:.0f} s since the start"
-    return f"{took}{skipped}; state sha256 {digest[:16]}"

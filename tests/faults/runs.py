@@ -73,7 +73,7 @@ def tell_of_progress(pipe: int) -> None:
         return folder
 
     def launched(self):
-        say(pipe, "step", self.step)
+        say(pipe, "step", self.state.step)
         return launch(self)
 
     RunDirectory.save, trainer.Trainer.launch_step = saved, launched
@@ -241,7 +241,7 @@ def stopping_at(step: int) -> Callable[[int], None]:
         launch = trainer.Trainer.launch_step
 
         def launched(self):
-            if self.step == step - 1:
+            if self.state.step == step - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return launch(self)
 

@@ -37,10 +37,10 @@ def poisoned(where: str, value: float, steps: range):
             return total, count
 
         def launched(self):
-            now.update(step=self.step, micro=0)
+            now.update(step=self.state.step, micro=0)
             before = state_digest(self.model, [])
             result = launch(self)
-            if self.step - 1 in steps or self.step - 2 in steps:
+            if self.state.step - 1 in steps or self.state.step - 2 in steps:
                 say(pipe, "unchanged", int(state_digest(self.model, []) == before))
             return result
 
@@ -87,7 +87,7 @@ def test_a_run_that_skips_and_is_resumed_ends_in_the_same_bits(work, corpus, rec
         launch = trainer_module.Trainer.launch_step
 
         def launched(self):
-            if self.step == BAD_STEP + 3:
+            if self.state.step == BAD_STEP + 3:
                 raise SystemExit(9)
             return launch(self)
 

@@ -16,6 +16,7 @@ from kindling import device
 from kindling.data.shards import PackedBlocks
 from kindling.errors import KindlingError
 from kindling.runs.checkpoint import RunDirectory
+from kindling.training.loop import fit
 
 pytestmark = pytest.mark.faults
 STEPS = {"fp32": 20, "bf16": 20, "fp16": 4}  # products in fp16 are slow on a CPU
@@ -109,8 +110,8 @@ def outcome(path, cfg: Config, folder, state: dict[str, Any], stop: int, wanted:
     try:
         trainer.resume(folder, state)
         left = cfg.train.max_steps - stop  # as many steps as remained
-        trainer.train = replace(trainer.train, max_steps=trainer.step + left)
-        trainer.fit()
+        trainer.train = replace(trainer.train, max_steps=trainer.state.step + left)
+        fit(trainer)
     except (KeyError, ValueError, TypeError, RuntimeError, KindlingError):
         return "error"
     return "same bits" if trainer.digest() == wanted else "other bits"
@@ -128,10 +129,10 @@ def test_every_part_of_the_state_is_needed_or_said_not_to_be(corpus, tmp_path, r
     half = dict(precision="fp16", max_steps=3, batch_size=1, eval_every=1000, save_every=1000)
     for name, cfg, stop in (("fp32", tiny_config(corpus, **settings), 6), ("fp16", tiny_config(corpus, **half), 2)):
         whole = make_trainer(tmp_path / name, cfg)
-        assert whole.fit() == 0
+        assert fit(whole) == 0
         _, folder, state = interrupted(tmp_path / f"{name}-stopped", cfg, stop - 1)
         assert outcome(tmp_path / f"{name}-again", cfg, folder, state, stop, whole.digest()) == "same bits"
-        blank = make_trainer(tmp_path / f"{name}-blank", cfg, model_seed=5).state()
+        blank = make_trainer(tmp_path / f"{name}-blank", cfg, model_seed=5).saved_state()
         for place in parts(state) if name == "fp32" else [("scaler",)]:
             tried += 1
             ends = {

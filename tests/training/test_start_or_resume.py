@@ -19,7 +19,7 @@ from kindling.files import sha256_file, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.tokenizer import load_pretrained, train_bpe
-from kindling.training.start_or_resume import is_begun, take_up, training_data, training_rows
+from kindling.training.start_or_resume import may_resume, start_or_resume, training_data, training_rows
 from model import GPT
 from presets import preset
 
@@ -101,9 +101,9 @@ def hub(corpus, tmp_path_factory):
 
 def taken_up(cfg, where, begun=False):
     run = RunDirectory(where / "runs" / "new")
-    assert is_begun(cfg, run, fresh=False) == begun
+    assert may_resume(cfg, run, fresh=False) == begun
     dataset = training_data(cfg, run if begun else None)
-    return take_up(cfg, run, begun, dataset, training_rows(cfg, dataset))
+    return start_or_resume(cfg, run, begun, dataset, training_rows(cfg, dataset))
 
 
 @pytest.mark.parametrize("backbone", ["kindling", "transformers"])
@@ -114,7 +114,7 @@ def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, tmp_path, monkeypatc
     trainer = taken_up(cfg, tmp_path)
     ours = dict(trainer.model.for_generation().named_parameters())
     assert all(torch.equal(p, ours[name]) for name, p in theirs.named_parameters())
-    assert trainer.initial_sha256 == sha256_file(Path(cfg.train.init_from) / "model.safetensors")
+    assert trainer.state.initial_sha256 == sha256_file(Path(cfg.train.init_from) / "model.safetensors")
 
 
 def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_hub_weights_of_another_shape_are_refused_before_any_data_is_read(hub, t
     _, cfg = hub
     cfg = replace(cfg, model=replace(cfg.model, n_layer=3, activation="relu", block_size=16, d_ff=128))
     with pytest.raises(CheckpointError) as caught:
-        is_begun(cfg, RunDirectory(tmp_path / "new"), fresh=False)
+        may_resume(cfg, RunDirectory(tmp_path / "new"), fresh=False)
     assert str(caught.value).endswith("set --model.block-size 32 --model.n-layer 2 --model.activation gelu_new")
 
 
@@ -151,7 +151,7 @@ def test_hub_weights_with_another_tokenizer_are_refused(hub, corpus, tmp_path, m
     other = tmp_path / "tokenizer.json"
     other.write_text(train_bpe(["abc"], TokenizerConfig(), 300).to_json(), encoding="utf-8")
     with pytest.raises(hf_format.HubFormatError, match="is another"):
-        is_begun(
+        may_resume(
             replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path=str(other))),
             RunDirectory(tmp_path / "new"),
             False,
@@ -164,4 +164,4 @@ def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
     torch.manual_seed(6)
     hf_format.write(tmp_path, GPT(model), load_pretrained(cfg.tokenizer), "")
     cfg = replace(cfg, model=replace(model, block_size=16), train=replace(cfg.train, init_from=str(tmp_path)))
-    assert is_begun(cfg, RunDirectory(tmp_path / "new"), fresh=False) is False
+    assert may_resume(cfg, RunDirectory(tmp_path / "new"), fresh=False) is False

@@ -18,9 +18,12 @@ from kindling.data.shards import SPLITS, Batch, PackedBlocks, ShardWriter, Token
 from kindling.runs.checkpoint import RunDirectory, load_state
 from kindling.runs.metrics import read_metrics
 from kindling.training import trainer as trainer_module
+from kindling.training.compilation import wants_compile
+from kindling.training.loop import fit
 from kindling.training.prefetch import Prefetch
+from kindling.training.rollback import TrainingError
 from kindling.training.schedule import learning_rate_scale
-from kindling.training.trainer import Trainer, TrainingError
+from kindling.training.trainer import Trainer
 from kindling.training.validation import mean_loss, validate
 from model import build_model
 
@@ -100,12 +103,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(corpus, tmp_pa
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_scale(0, 0.0, trainer.train)
     assert trainer.digest() == before != lr_only
-    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 2)
+    assert (trainer.state.skipped, trainer.state.skipped_in_a_row, trainer.state.step) == (1, 1, 2)
     monkeypatch.undo()
     if poison == "gradient":
         hook.remove()
     trainer.train_step()
-    assert (trainer.skipped, trainer.skipped_in_a_row) == (1, 0) and trainer.digest() != before
+    assert (trainer.state.skipped, trainer.state.skipped_in_a_row) == (1, 0) and trainer.digest() != before
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, monkeypatch):
@@ -114,10 +117,11 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, m
         trainer.model, "forward", lambda *a: (trainer.model.head.weight.sum() * math.nan, torch.tensor(1))
     )
     with pytest.raises(
-        TrainingError, match=r"but 3 were; go on with --train.precision fp32 or --train.spike-ratio 0, or start over"
+        TrainingError,
+        match=r"but skipped 3: their loss or gradient was not finite, or a spike; go on with --train.precision fp32 or --train.spike-ratio 0, or start over",
     ):
-        trainer.fit()
-    assert trainer.step == 3
+        fit(trainer)
+    assert trainer.state.step == 3
 
 
 def test_fp16_lowers_its_scale_after_an_overflow_and_goes_on(corpus, tmp_path):
@@ -126,11 +130,13 @@ def test_fp16_lowers_its_scale_after_an_overflow_and_goes_on(corpus, tmp_path):
     before = trainer.model.wte.weight.detach().clone()
     trainer.train_step()
     assert (
-        trainer.skipped == 1 and trainer.scaler.get_scale() == 2.0**39 and torch.equal(trainer.model.wte.weight, before)
+        trainer.state.skipped == 1
+        and trainer.scaler.get_scale() == 2.0**39
+        and torch.equal(trainer.model.wte.weight, before)
     )
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     trainer.train_step()
-    assert trainer.skipped == 1 and not torch.equal(trainer.model.wte.weight, before)
+    assert trainer.state.skipped == 1 and not torch.equal(trainer.model.wte.weight, before)
 
 
 def test_training_learns(corpus, tmp_path):
@@ -152,7 +158,7 @@ def test_mean_loss_is_a_total_over_a_total(corpus, tmp_path):
 def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_path, capsys, monkeypatch):
     cfg = tiny_config(corpus, compile="on", max_steps=3)
     plain = make_trainer(tmp_path / "plain", replace(cfg, train=replace(cfg.train, compile="off")))
-    plain.fit()
+    fit(plain)
 
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler here\nand a long story")
@@ -160,7 +166,7 @@ def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_
     trainer = make_trainer(tmp_path / "r", cfg)
     monkeypatch.setattr(trainer.model, "compile_parts", lambda: setattr(trainer.model, "_nll_and_grad", broken))
     capsys.readouterr()
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
         "warning: torch.compile failed (no compiler here); training goes on uncompiled"
     ]
@@ -177,7 +183,7 @@ def stop_during(trainer, step, number=signal.SIGTERM):
     launch = trainer.launch_step
 
     def launch_and_stop():
-        if trainer.step == step:
+        if trainer.state.step == step:
             os.kill(os.getpid(), number)
         return launch()
 
@@ -189,8 +195,8 @@ def interrupted(path, cfg, stop_step, number=signal.SIGTERM):
     blocks = PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
     first = make_trainer(path, cfg, blocks)
     stop_during(first, stop_step, number)
-    assert first.fit() == 128 + number
-    assert first.step == stop_step + 1  # the step was finished
+    assert fit(first) == 128 + number
+    assert first.state.step == stop_step + 1  # the step was finished
     second = make_trainer(path, cfg, blocks, model_seed=99)
     folder = second.run.newest()
     return second, folder, load_state(folder)
@@ -200,7 +206,7 @@ def interrupted(path, cfg, stop_step, number=signal.SIGTERM):
 def undisturbed(request, corpus, tmp_path_factory):
     cfg = tiny_config(corpus, precision=request.param, **RESUME)
     trainer = make_trainer(tmp_path_factory.mktemp("whole"), cfg)
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     return cfg, trainer.digest()
 
 
@@ -209,7 +215,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, tmp_path, 
     cfg, digest = undisturbed
     trainer, folder, state = interrupted(tmp_path / "r", cfg, stop_step)
     trainer.resume(folder, state)
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     assert trainer.digest() == digest
 
 
@@ -217,24 +223,24 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, tmp_path, 
 def test_whatever_is_not_restored_shows_in_the_bits(undisturbed, tmp_path, lost):
     cfg, digest = undisturbed
     trainer, folder, state = interrupted(tmp_path / "r", cfg, 13)
-    blank = make_trainer(tmp_path / "blank", cfg, model_seed=5).state()
+    blank = make_trainer(tmp_path / "blank", cfg, model_seed=5).saved_state()
     if lost in ("adamw", "muon"):
         state["optimizers"][lost == "muon"] = blank["optimizers"][lost == "muon"]
     else:
         state[lost] = blank[lost]
     trainer.resume(folder, state)
-    trainer.train = replace(trainer.train, max_steps=30 - 14 + trainer.step)  # as many steps as remained
-    assert trainer.fit() == 0
+    trainer.train = replace(trainer.train, max_steps=30 - 14 + trainer.state.step)  # as many steps as remained
+    assert fit(trainer) == 0
     assert trainer.digest() != digest
 
 
 def test_fp16_resumes_exactly_with_its_scale(corpus, tmp_path):
     cfg = tiny_config(corpus, precision="fp16", max_steps=4, batch_size=1, eval_every=1000, save_every=1000)
     whole = make_trainer(tmp_path / "whole", cfg)
-    whole.fit()
+    fit(whole)
     trainer, folder, state = interrupted(tmp_path / "r", cfg, 1)
     trainer.resume(folder, state)
-    trainer.fit()
+    fit(trainer)
     assert trainer.digest() == whole.digest() and trainer.scaler.state_dict() == whole.scaler.state_dict()
 
 
@@ -247,7 +253,7 @@ def test_another_thread_count_is_named_on_resuming(corpus, tmp_path, capsys):
     trainer, folder, state = interrupted(tmp_path / "r", tiny_config(corpus, **RESUME), 3)
     state["environment"]["threads"] = 64
     trainer.resume(folder, state)
-    trainer.fit()
+    fit(trainer)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and notes[0].startswith("note: threads was 64 and is")
 
@@ -259,12 +265,12 @@ def test_compiled_training_is_eager_training_and_resumes_exactly(corpus, tmp_pat
     cfg = replace(cfg, model=replace(cfg.model, dropout=0.0))
     eager = make_trainer(tmp_path / "eager", replace(cfg, train=replace(cfg.train, compile="off")))
     whole = make_trainer(tmp_path / "whole", cfg)
-    assert eager.fit() == whole.fit() == 0 and whole.compiled and not eager.compiled
+    assert fit(eager) == fit(whole) == 0 and whole.compiled and not eager.compiled
     for a, b in zip(eager.model.parameters(), whole.model.parameters()):
         assert torch.allclose(a, b, atol=2e-3)
     trainer, folder, state = interrupted(tmp_path / "r", cfg, 2)
     trainer.resume(folder, state)
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     assert trainer.digest() == whole.digest()
 
 
@@ -288,17 +294,17 @@ def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_pa
     cfg = masked_config(corpus, **{**RESUME, "max_steps": 8, "precision": precision})
     blocks = PackedBlocks(Documents(), 32, cfg.train.seed, document_mask=True)
     whole = make_trainer(tmp_path / "whole", cfg, blocks)
-    assert whole.fit() == 0
+    assert fit(whole) == 0
     first = make_trainer(tmp_path / "r", cfg, blocks)
     stop_during(first, 3)
-    assert first.fit() == 128 + signal.SIGTERM
+    assert fit(first) == 128 + signal.SIGTERM
     second = make_trainer(tmp_path / "r", cfg, blocks, model_seed=99)
     second.resume(second.run.newest(), load_state(second.run.newest()))
-    assert second.fit() == 0
+    assert fit(second) == 0
     assert second.digest() == whole.digest()
     unmasked = replace(cfg, model=replace(cfg.model, document_mask=False))
     plain = make_trainer(tmp_path / "plain", unmasked, PackedBlocks(Documents(), 32, cfg.train.seed))
-    assert plain.fit() == 0
+    assert fit(plain) == 0
     assert plain.digest() != whole.digest()
 
 
@@ -362,7 +368,7 @@ def test_compiled_training_with_the_document_mask_is_eager_training(corpus, tmp_
     blocks = PackedBlocks(Documents(), 32, 0, document_mask=True)
     eager = make_trainer(tmp_path / "eager", replace(cfg, train=replace(cfg.train, compile="off")), blocks)
     compiled = make_trainer(tmp_path / "compiled", cfg, blocks)
-    assert eager.fit() == compiled.fit() == 0 and compiled.compiled
+    assert fit(eager) == fit(compiled) == 0 and compiled.compiled
     for a, b in zip(eager.model.parameters(), compiled.model.parameters()):
         assert torch.allclose(a, b, atol=2e-3)
 
@@ -371,10 +377,10 @@ def test_the_transformers_backbone_trains_and_resumes_by_the_same_loop(corpus, t
     cfg = tiny_config(corpus, **{**RESUME, "max_steps": 6})
     cfg = replace(cfg, model=replace(cfg.model, backbone="transformers"))
     whole = make_trainer(tmp_path / "whole", cfg)
-    assert whole.fit() == 0
+    assert fit(whole) == 0
     trainer, folder, state = interrupted(tmp_path / "r", cfg, 2)
     trainer.resume(folder, state)
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     assert trainer.digest() == whole.digest()
 
 
@@ -382,7 +388,7 @@ def test_a_run_can_go_on_in_fp16_that_began_without(corpus, tmp_path, capsys):
     _, folder, state = interrupted(tmp_path / "r", tiny_config(corpus, batch_size=1, max_steps=4), 1)
     half = make_trainer(tmp_path / "r", tiny_config(corpus, batch_size=1, max_steps=4, precision="fp16"))
     half.resume(folder, state)
-    assert half.fit() == 0
+    assert fit(half) == 0
     assert "note: precision was fp32 and is fp16" in capsys.readouterr().err
 
 
@@ -390,10 +396,10 @@ def test_where_no_compiler_is_found_a_long_run_says_so_once(corpus, monkeypatch,
     cfg = tiny_config(corpus, compile="auto", max_steps=10**9)
     runtime, model = device.resolve(cfg.train), build_model(cfg.model)
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
-    assert not trainer_module.wants_compile(cfg, model, runtime)
+    assert not wants_compile(cfg, model, runtime)
     assert "no compiler for cpu was found" in capsys.readouterr().err
     monkeypatch.undo()
-    assert not trainer_module.wants_compile(replace(cfg, train=replace(cfg.train, max_steps=2)), model, runtime)
+    assert not wants_compile(replace(cfg, train=replace(cfg.train, max_steps=2)), model, runtime)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -407,7 +413,7 @@ def test_metrics_have_the_promised_fields_and_a_resumed_run_has_each_step_once(c
     ) as f:  # a killed run wrote on past its checkpoint
         f.write(json.dumps({"step": 15, "loss": 0.0}) + "\n" + '{"step": 16, "lo')
     trainer.resume(folder, state)
-    trainer.fit()
+    fit(trainer)
     lines = read_metrics(trainer.run.path / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 31))
@@ -422,7 +428,7 @@ def test_last_checkpoints_and_the_best_are_kept(corpus, tmp_path):
     trainer = make_trainer(tmp_path / "r", cfg)
     losses = iter([5, 4, 1, 3, 2, 6, 7, 8, 9, 10])
     trainer.evaluate = lambda m: {"val_loss": float(next(losses))}
-    trainer.fit()
+    fit(trainer)
     assert [p.name for p in trainer.run.checkpoints()] == ["step_000003", "step_000009", "step_000010"]
 
 
@@ -441,17 +447,17 @@ def test_a_best_checkpoint_that_could_not_be_saved_does_not_replace_the_one_on_d
         return real(run, step, *rest)
 
     monkeypatch.setattr(RunDirectory, "save", full_at_4)
-    trainer.fit()
+    fit(trainer)
     assert [p.name for p in trainer.run.checkpoints()] == ["step_000002", "step_000008"]
-    assert trainer.best == {"step": 2, "val_loss": 2.0}
+    assert trainer.state.best == {"step": 2, "val_loss": 2.0}
 
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=6, eval_every=2))
     losses = iter([math.nan, 2.0, 3.0])
     trainer.evaluate = lambda m: {"val_loss": next(losses)}
-    trainer.fit()
-    assert trainer.best == {"step": 4, "val_loss": 2.0}
+    fit(trainer)
+    assert trainer.state.best == {"step": 4, "val_loss": 2.0}
     lines = (trainer.run.path / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"val_loss": null' in lines and "NaN" not in lines
 
@@ -463,7 +469,7 @@ def test_metrics_that_cannot_be_written_cost_a_warning_and_not_the_run(corpus, t
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kindling.runs.metrics.append_line", no_space)
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "metrics cannot be written" in line]
     assert len(warnings) == 1 and trainer.run.newest().name == "step_000012"
 
@@ -482,7 +488,7 @@ def test_a_tensorboard_that_cannot_write_costs_a_warning_and_no_traceback(corpus
         return {"val_loss": 1.0}
 
     trainer.evaluate = fill_the_disk
-    assert trainer.fit() == 0
+    assert fit(trainer) == 0
     err = capfd.readouterr().err
     assert err.count("metrics cannot be written") == 1 and "Traceback" not in err
     assert len(read_metrics(trainer.run.path / "metrics.jsonl")) >= 12
@@ -507,7 +513,7 @@ def test_a_save_that_fails_midway_is_a_warning_and_the_last_one_an_error(corpus,
 
     monkeypatch.setattr(trainer_module.RunDirectory, "save", full_disk)
     with pytest.raises(CheckpointError):
-        trainer.fit()
+        fit(trainer)
     assert calls == [6, 12] and "warning: disk full; the run goes on" in capsys.readouterr().err
     monkeypatch.setattr(trainer_module.RunDirectory, "save", real)
 
@@ -519,10 +525,10 @@ class Clock:
     """A clock that a test moves: each step and each reading of its result take their time."""
 
     def __init__(self, trainer, monkeypatch, step_s, read_s=0.0):
-        self.now, launch, read = 0.0, trainer.launch_step, trainer.read
+        self.now, launch, read = 0.0, trainer.launch_step, trainer.finish_step
         monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: self.now)
         trainer.launch_step = lambda: (self.pass_by(step_s), launch())[1]
-        trainer.read = lambda step: (self.pass_by(read_s), read(step))[1]
+        trainer.finish_step = lambda step: (self.pass_by(read_s), read(step))[1]
 
     def pass_by(self, seconds):
         self.now += seconds
@@ -542,22 +548,22 @@ def test_a_run_by_minutes_ends_on_time_annealed_and_goes_on_when_given_more(corp
     cfg = timed(corpus, 0.5, warmup_steps=1, schedule="linear", min_lr_ratio=0.0)
     trainer = make_trainer(tmp_path / "r", cfg)
     Clock(trainer, monkeypatch, step_s=1.5)
-    assert trainer.fit() == 0
-    assert (trainer.step, trainer.elapsed_s, trainer.share()) == (20, 30, 1)
+    assert fit(trainer) == 0
+    assert (trainer.state.step, trainer.state.elapsed_s, trainer.share()) == (20, 30, 1)
     assert rates_of(trainer)[3:] == pytest.approx([cfg.train.lr * (1 - n / 20) for n in range(3, 20)])
-    assert trainer.last_eval_step == 20
+    assert trainer.state.last_eval_step == 20
     folder = trainer.run.newest()
     longer = make_trainer(tmp_path / "r", timed(corpus, 1.0))
     longer.resume(folder, load_state(folder))
     Clock(longer, monkeypatch, step_s=1.5)
-    assert longer.share() == 0.5 and longer.fit() == 0 and longer.step == 40
+    assert longer.share() == 0.5 and fit(longer) == 0 and longer.state.step == 40
 
 
 def test_a_run_by_minutes_too_short_for_its_warmup_ends_annealed_all_the_same(corpus, tmp_path, monkeypatch):
     cfg = timed(corpus, 0.1, warmup_steps=1000, schedule="linear", min_lr_ratio=0.0)
     trainer = make_trainer(tmp_path / "r", cfg)
     Clock(trainer, monkeypatch, step_s=0.25)
-    trainer.fit()
+    fit(trainer)
     rates = rates_of(trainer)
     assert max(rates) > 0.85 * cfg.train.lr and rates[-1] < 0.05 * cfg.train.lr
 
@@ -566,14 +572,14 @@ def test_what_is_left_of_a_run_by_minutes_is_a_step_at_least(corpus, tmp_path, m
     trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, compile="on"))
     monkeypatch.setattr(trainer.model, "compile_parts", lambda: clock.pass_by(60))
     clock = Clock(trainer, monkeypatch, step_s=1)
-    assert trainer.fit() == 0
-    assert trainer.step == 1 and trainer.run.newest() is not None and trainer.last_eval_step == 1
+    assert fit(trainer) == 0
+    assert trainer.state.step == 1 and trainer.run.newest() is not None and trainer.state.last_eval_step == 1
 
 
 def test_whether_compiling_pays_is_asked_of_the_minutes_that_are_left(corpus):
     cfg = timed(corpus, 5, compile="auto")
     runtime, model = device.resolve(cfg.train), build_model(cfg.model)
-    pays = [trainer_module.wants_compile(cfg, model, runtime, elapsed_s) for elapsed_s in (0.0, 280.0)]
+    pays = [wants_compile(cfg, model, runtime, elapsed_s) for elapsed_s in (0.0, 280.0)]
     assert pays == [device.has_compiler("cpu"), False]
 
 
@@ -581,8 +587,8 @@ def test_waiting_for_a_step_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatc
     monkeypatch.setattr(device.Runtime, "asynchronous", True)
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=6, log_every=3))
     Clock(trainer, monkeypatch, step_s=0.0, read_s=1.0)
-    trainer.fit()
-    assert trainer.elapsed_s == 6
+    fit(trainer)
+    assert trainer.state.elapsed_s == 6
     assert [n["tokens_per_s"] for n in read_metrics(trainer.run.path / "metrics.jsonl") if "lr" in n] == [
         trainer.train.batch_size * trainer.cfg.model.block_size
     ] * 2
@@ -595,13 +601,13 @@ def test_where_the_optimiser_does_not_heed_it_a_bad_step_is_left_out_by_the_host
         monkeypatch.setattr(optimizer, "step", lambda: pytest.fail("a step was done"))
     trainer.model.wte.weight.register_hook(lambda g: g * math.inf)
     trainer.train_step()
-    assert trainer.skipped == 1
+    assert trainer.state.skipped == 1
 
 
 def test_compiling_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
     monkeypatch.setattr(trainer.model, "compile_parts", lambda: time.sleep(0.3))
-    assert trainer.compile() and trainer.elapsed_s > 0.3
+    assert trainer.compile() and trainer.state.elapsed_s > 0.3
 
 
 def test_reading_each_step_while_the_next_one_runs_changes_no_bit_and_no_count(corpus, tmp_path, monkeypatch):
@@ -611,16 +617,16 @@ def test_reading_each_step_while_the_next_one_runs_changes_no_bit_and_no_count(c
         trainer = make_trainer(tmp_path / str(late), tiny_config(corpus, max_steps=12, log_every=4, eval_every=6))
 
         def poison(grad, trainer=trainer):
-            return grad * math.inf if trainer.step in (3, 4, 10) else grad
+            return grad * math.inf if trainer.state.step in (3, 4, 10) else grad
 
         hook = trainer.model.wte.weight.register_hook(poison)
-        assert trainer.fit() == 0
+        assert fit(trainer) == 0
         hook.remove()
         digests.append(trainer.digest())
         lines = read_metrics(trainer.run.path / "metrics.jsonl")
         timed = {"elapsed_s", "tokens_per_s"}
         metrics.append([{k: v for k, v in line.items() if k not in timed} for line in lines])
-        assert trainer.skipped == 3
+        assert trainer.state.skipped == 3
     assert digests[0] == digests[1] and metrics[0] == metrics[1]
 
 
@@ -650,7 +656,7 @@ def spoil(trainer, factor, rows):
     """Multiply the loss of the steps whose first row is one of `rows` by a factor, which their gradients then have too."""
 
     def hook(module, args, output):
-        return (output[0] * factor, output[1]) if trainer.position in rows else output
+        return (output[0] * factor, output[1]) if trainer.state.row_index in rows else output
 
     trainer.model.register_forward_hook(hook)
 
@@ -662,10 +668,10 @@ def test_a_gradient_far_above_those_before_is_one_skipped_step(corpus, tmp_path)
         trainer.train_step()
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train_step()
-    assert trainer.skipped == trainer.skipped_in_a_row == 1
+    assert trainer.state.skipped == trainer.state.skipped_in_a_row == 1
     assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
     trainer.train_step()
-    assert trainer.skipped == 1 and trainer.skipped_in_a_row == 0
+    assert trainer.state.skipped == 1 and trainer.state.skipped_in_a_row == 0
     assert not all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
 
 
@@ -674,7 +680,7 @@ def test_outliers_are_left_alone_where_the_ratio_is_zero(corpus, tmp_path):
     spoil(trainer, 1e4, {4 * 50})
     for _ in range(51):
         trainer.train_step()
-    assert trainer.skipped == 0
+    assert trainer.state.skipped == 0
 
 
 def spoiled(path, corpus, steps=range(12, 15), **train):
@@ -686,9 +692,9 @@ def spoiled(path, corpus, steps=range(12, 15), **train):
 
 def test_after_some_skipped_steps_the_run_goes_back_and_leaves_out_their_rows(corpus, tmp_path, capsys):
     trainer = spoiled(tmp_path / "r", corpus)
-    assert trainer.fit() == 0
-    assert trainer.step == 24 and trainer.skipped == 3 and trainer.rollbacks == 1
-    assert trainer.avoided == [(48, 60)] and trainer.position == 4 * 24 + 12
+    assert fit(trainer) == 0
+    assert trainer.state.step == 24 and trainer.state.skipped == 3 and trainer.state.rollbacks == 1
+    assert trainer.state.excluded_rows == [(48, 60)] and trainer.state.row_index == 4 * 24 + 12
     assert (
         "3 steps in a row were skipped: back to step 10, without the 12 rows of those steps" in capsys.readouterr().err
     )
@@ -701,18 +707,18 @@ def test_after_some_skipped_steps_the_run_goes_back_and_leaves_out_their_rows(co
 @pytest.mark.parametrize("first", [10, 12])  # the checkpoint is that of step 10: right before the bad rows, or not
 def test_a_run_that_went_back_is_the_run_that_never_had_those_rows(corpus, tmp_path, first):
     went_back = spoiled(tmp_path / "a", corpus, steps=range(first, first + 3))
-    went_back.fit()
-    assert went_back.skipped == 3 and went_back.rollbacks == 1
+    fit(went_back)
+    assert went_back.state.skipped == 3 and went_back.state.rollbacks == 1
     never = make_trainer(tmp_path / "b", went_back.cfg)
-    never.avoided = [(4 * first, 4 * first + 12)]
-    never.position = never.after(-4)
-    never.fit()
+    never.state.excluded_rows = [(4 * first, 4 * first + 12)]
+    never.state.row_index = never.state.next_row(-4, 4)
+    fit(never)
     assert went_back.digest() == never.digest()
 
 
 def test_rows_to_avoid_and_the_norms_of_the_guard_are_restored(corpus, tmp_path):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=60))
-    trainer.avoided = [(200, 208)]
+    trainer.state.excluded_rows = [(200, 208)]
     for _ in range(45):
         trainer.train_step()
     trainer.save(required=True)
@@ -722,22 +728,24 @@ def test_rows_to_avoid_and_the_norms_of_the_guard_are_restored(corpus, tmp_path)
     spoil(again, 1e4, {4 * 46})
     for _ in range(5):
         again.train_step()
-    assert again.skipped == 1 and again.position == 208
+    assert again.state.skipped == 1 and again.state.row_index == 208
 
 
 def test_a_better_loss_on_a_skipped_step_does_not_cost_the_best_checkpoint(corpus, tmp_path):
     trainer = spoiled(tmp_path / "r", corpus, steps=range(11, 12), save_every=10, eval_every=1, keep_checkpoints=1)
     losses = iter([5.0 - n if n <= 11 else 9.0 for n in range(24)])
     trainer.evaluate = lambda model: {"val_loss": next(losses)}
-    trainer.fit()
-    assert trainer.best["step"] == 11 and (tmp_path / "r" / "step_000011").is_dir()
+    fit(trainer)
+    assert trainer.state.best["step"] == 11 and (tmp_path / "r" / "step_000011").is_dir()
 
 
 def test_going_back_puts_later_checkpoints_out_of_the_way(corpus, tmp_path, capsys):
     trainer = spoiled(tmp_path / "r", corpus)
-    later = trainer.run.save(14, trainer.model, trainer.state())  # as a signal between the skipped steps leaves one
-    trainer.fit()
-    assert trainer.rollbacks == 1 and not later.exists()
+    later = trainer.run.save(
+        14, trainer.model, trainer.saved_state()
+    )  # as a signal between the skipped steps leaves one
+    fit(trainer)
+    assert trainer.state.rollbacks == 1 and not later.exists()
     assert (tmp_path / "r" / "abandoned-step_000014").is_dir()
     assert "is kept as abandoned-step_000014" in capsys.readouterr().err
 
@@ -746,32 +754,32 @@ def test_a_run_by_minutes_whose_time_is_over_is_saved_and_does_not_go_back(corpu
     trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, max_skipped_steps=2))
     Clock(trainer, monkeypatch, step_s=1)
     spoil(trainer, math.nan, {4 * 4, 4 * 5})
-    assert trainer.fit() == 0
-    assert trainer.step == 6 and trainer.rollbacks == 0
+    assert fit(trainer) == 0
+    assert trainer.state.step == 6 and trainer.state.rollbacks == 0
     assert trainer.run.newest().name == "step_000006"
 
 
 def test_a_run_that_went_back_resumes_bit_for_bit(corpus, tmp_path):
     whole = spoiled(tmp_path / "whole", corpus)
-    whole.fit()
+    fit(whole)
     again = spoiled(tmp_path / "whole", corpus)
     folder = again.run.newest(before=24)
     again.resume(folder, load_state(folder))
-    assert again.step == 20 and again.avoided == [(48, 60)] and again.rollbacks == 1
-    again.fit()
+    assert again.state.step == 20 and again.state.excluded_rows == [(48, 60)] and again.state.rollbacks == 1
+    fit(again)
     assert again.digest() == whole.digest()
 
 
 def test_nothing_is_saved_between_skipped_steps_so_that_there_is_something_to_go_back_to(corpus, tmp_path):
     trainer = spoiled(tmp_path / "r", corpus, steps=range(13, 16), save_every=7, keep_checkpoints=9)
-    trainer.fit()
-    assert trainer.rollbacks == 1 and trainer.avoided == [(52, 64)]
+    fit(trainer)
+    assert trainer.state.rollbacks == 1 and trainer.state.excluded_rows == [(52, 64)]
     saved = [folder.name for folder in trainer.run.checkpoints()]
     assert saved == ["step_000007", "step_000014", "step_000021", "step_000024"]
 
 
 def test_a_run_that_goes_back_again_and_again_ends_with_a_way_out(corpus, tmp_path):
     trainer = spoiled(tmp_path / "r", corpus, steps=range(12, 1000))
-    with pytest.raises(TrainingError, match="3 were after 3 roll-backs"):
-        trainer.fit()
+    with pytest.raises(TrainingError, match="skipped 3 after 3 roll-backs"):
+        fit(trainer)
     assert trainer.run.newest().name == "step_000010"

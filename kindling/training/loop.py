@@ -1,0 +1,214 @@
+"""The one training loop, for pre-training and fine-tuning: step, log, evaluate, save, until the run is over or told to stop.
+
+exit_code = fit(trainer)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from kindling.runs.metrics import MetricsLog, NoLog
+from kindling.stopping import StopRequest
+from kindling.training.compilation import wants_compile
+from kindling.training.progress import ProgressBar
+from kindling.training.trainer import LaunchedStep, Trainer
+
+
+@dataclass
+class Window:
+    """The steps since the last line of the log: those not finished yet, and sums over the others."""
+
+    launched: deque[LaunchedStep] = field(default_factory=deque)
+    loss: float = 0.0  # nats
+    n_targets: int = 0
+    seconds: float = 0.0
+    norm: float = 0.0  # of the newest step
+
+
+def fit(trainer: Trainer) -> int:
+    """Train to `max_steps`, or for `max_minutes`; return 0, or 130 / 143 after a signal. The run is saved in each case.
+
+    Raises TrainingError if skipped steps in a row come again and again, CheckpointError if the last save fails.
+    """
+    trainer.model.train()
+    warm_up(trainer)
+    state, main = trainer.state, trainer.world.main
+    with (
+        StopRequest() as stop,
+        contextlib.closing(MetricsLog(trainer.run.path, state.step) if main else NoLog()) as log,
+        ProgressBar(trainer.train, state.step, state.elapsed_s, shown=main) as bar,
+    ):
+        TrainingLoop(trainer, stop, log, bar).run()
+    return stop.exit_code
+
+
+def warm_up(trainer: Trainer) -> None:
+    """Compile if it pays, let DDP see one pass, and say what differs from where a resumed run was trained before."""
+    wanted = wants_compile(trainer.cfg, trainer.model, trainer.runtime, trainer.state.elapsed_s)
+    if not trainer.world.max([float(not wanted)])[0]:  # not all machines need have a compiler
+        print("compiling the model (once; a quarter of a minute) ...", flush=True)
+        trainer.compile()
+    if trainer.world.size > 1:
+        with trainer.preserve_state():
+            trainer.forward_backward()  # after its first pass DDP fixes the order in which gradients are exchanged
+    now = trainer.environment()
+    for name, was in trainer.resumed_environment.items():
+        if now[name] != was:
+            trainer.say(
+                f"note: {name} was {was} and is {now[name]}: the run goes on, but not bit for bit as it would have"
+            )
+
+
+class TrainingLoop:
+    """One session of training: from where the trainer is to the end of the run, or to a signal."""
+
+    def __init__(self, trainer: Trainer, stop: StopRequest, log: MetricsLog | NoLog, bar: ProgressBar):
+        self.trainer, self.train, self.stop, self.log, self.bar = trainer, trainer.train, stop, log, bar
+        self.window = Window()
+        self.first_step = trainer.state.step
+        self.saved_step = trainer.state.step or None  # at step 0 nothing is saved yet
+
+    def run(self) -> None:
+        """Take rows, forward and backward, guard, step; then log, evaluate and save where they are due."""
+        trainer = self.trainer
+        if trainer.state.step == 0 and self.train.init_from is not None:
+            trainer.state.first_eval = self.evaluate()
+        stopping = self.agree()  # compiling takes each rank its own time
+        while self.goes_on() and not stopping:
+            seconds = self.step()
+            stopping = self.agree()
+            self.bar.advance(seconds)
+            if self.finished() or stopping or trainer.pending_rollback:
+                self.finish_launched()
+            if self.must_roll_back():
+                trainer.roll_back()
+                self.log.rewind(trainer.state.step)
+                self.bar.go_back(trainer.state.step)
+                self.window, self.saved_step = Window(), trainer.state.step
+                continue
+            if self.due(self.train.log_every):
+                self.write_log()
+            best_on_disk = trainer.state.best
+            improved = self.due(self.train.eval_every) and self.evaluate_and_compare()
+            if self.should_save(improved) and trainer.save(required=self.finished()):
+                self.saved_step = trainer.state.step
+            else:  # the next save would delete the best checkpoint in favour of one that is not on disk
+                trainer.state.best = best_on_disk
+        if stopping and self.saved_step != trainer.state.step:
+            trainer.save(required=True)
+        self.stop.signal = self.agree() or None  # a signal may have reached some rank since
+
+    # -- what the loop asks -------------------------------------------------------------------------------------------
+
+    def finished(self) -> bool:
+        """Return whether the steps, or the minutes, are over."""
+        return self.trainer.share() >= 1
+
+    def goes_on(self) -> bool:
+        """Return whether there is a step to do. A run by the clock does at least one, so that it ends annealed and saved."""
+        overdue = self.train.max_minutes is not None and self.trainer.state.step == self.first_step
+        return not self.finished() or overdue
+
+    def due(self, every: int) -> bool:
+        """Return whether what happens every so many steps, and at the end, is due."""
+        return self.finished() or self.trainer.state.step % every == 0
+
+    def must_roll_back(self) -> bool:
+        """Return whether to go back now. A run that is out of time does not: it keeps the weights from before the bad steps."""
+        out_of_time = self.finished() and self.train.max_minutes is not None
+        return self.trainer.pending_rollback is not None and not out_of_time
+
+    def should_save(self, improved: bool) -> bool:
+        """Return whether a checkpoint is due. During a bad streak none is: a rollback needs one from before it."""
+        wanted = self.due(self.train.save_every) or improved
+        return self.finished() or (wanted and not self.trainer.state.skipped_in_a_row)
+
+    def agree(self) -> int:
+        """Return the signal that any rank has got, or 0. All ranks go by the main rank's clock."""
+        world, state = self.trainer.world, self.trainer.state
+        number, elapsed_s = world.max([self.stop.signal or 0, state.elapsed_s if world.main else 0.0])
+        state.elapsed_s = elapsed_s
+        return int(number)
+
+    # -- what the loop does -------------------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """Launch a step; finish those before it, or all if their figures are wanted. Return the seconds."""
+        trainer, train = self.trainer, self.train
+        started = time.perf_counter()
+        self.window.launched.append(trainer.launch_step())
+        every, step = (train.log_every, train.eval_every, train.save_every), trainer.state.step
+        wanted = step == train.max_steps or any(step % n == 0 for n in every)
+        # a GPU computes this step while the one before is read
+        self.finish_launched(keep=1 if trainer.runtime.asynchronous and not wanted else 0)
+        seconds = time.perf_counter() - started
+        trainer.state.elapsed_s += seconds
+        self.window.seconds += seconds
+        return seconds
+
+    def finish_launched(self, keep: int = 0) -> None:
+        """Finish the launched steps except the newest `keep`; report and record those that were skipped."""
+        trainer, window = self.trainer, self.window
+        while len(window.launched) > keep:
+            step = window.launched.popleft()
+            loss, window.norm, good = trainer.finish_step(step)
+            if good:
+                window.loss += loss * step.n_targets
+                window.n_targets += step.n_targets
+                continue
+            outlier = f", over {step.norm_limit:.3g}" if window.norm > step.norm_limit else ""
+            trainer.say(f"warning: step {step.number} skipped: loss {loss}, gradient norm {window.norm}{outlier}")
+            if trainer.world.main:
+                trainer.recorder.record(
+                    step=step.number,
+                    first_row=step.first_row,
+                    n_rows=self.train.batch_size,
+                    loss=loss,
+                    grad_norm=window.norm,
+                    limit=step.norm_limit,
+                )
+
+    def write_log(self) -> None:
+        """Write the figures of the window, unless all of its steps were skipped, and begin a new one."""
+        trainer, state, window = self.trainer, self.trainer.state, self.window
+        if not window.n_targets:
+            return
+        mean, rate = window.loss / window.n_targets, window.n_targets / window.seconds
+        self.log.write(
+            state.step,
+            tokens=state.step * self.train.batch_size * trainer.cfg.model.block_size,
+            loss=mean,
+            lr=self.train.lr * trainer.rate_scale,
+            grad_norm=window.norm,
+            tokens_per_s=rate,
+            elapsed_s=state.elapsed_s,
+            skipped_steps=state.skipped,
+            rollbacks=state.rollbacks,
+        )
+        self.bar.show(state.step, mean, rate)
+        self.window = Window()
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on the held-out split; log, print and return the figures."""
+        step, result = self.trainer.state.step, self.trainer.evaluate(self.trainer.model)
+        self.log.write(step, **result)
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
+        tqdm.write(f"step {step}: {figures}")
+        self.bar.refresh()
+        return result
+
+    def evaluate_and_compare(self) -> bool:
+        """Evaluate, and return whether the loss is the best so far; then `state.best` is this step."""
+        state = self.trainer.state
+        state.last_eval, state.last_eval_step = self.evaluate(), state.step
+        loss = state.last_eval["val_loss"]
+        improved = math.isfinite(loss) and (state.best is None or loss < state.best["val_loss"])
+        if improved:
+            state.best = {"step": state.step, "val_loss": loss}
+        return improved

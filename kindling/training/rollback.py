@@ -1,0 +1,79 @@
+"""Going back to an older checkpoint after too many skipped steps in a row.
+
+A single bad step is skipped (guard.py). Many in a row mean that the weights are bad, or the data are: the run then goes back
+to the newest checkpoint from before the first of them, and leaves their rows out. After MAX_ROLLBACKS it ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from config import TrainConfig
+from kindling.distributed import World
+from kindling.errors import KindlingError
+from kindling.runs.checkpoint import RunDirectory
+from kindling.training.state import TrainingState
+
+MAX_ROLLBACKS = 3
+
+
+class TrainingError(KindlingError):
+    """A run that cannot go on."""
+
+
+class Rollback(NamedTuple):
+    """Too many skipped steps in a row, so that the run must go back."""
+
+    n_steps: int
+    first_step: int
+    first_row: int
+    end_row: int  # of the rows to leave out
+
+
+def rollback_after(state: TrainingState, train: TrainConfig, row: int) -> Rollback | None:
+    """Return the rollback that is due after the step whose batch began at `row`; None if there is none."""
+    if state.skipped_in_a_row < train.max_skipped_steps:
+        return None
+    return Rollback(state.skipped_in_a_row, *state.streak, state.next_row(row, train.batch_size))
+
+
+def checkpoint_before(
+    rollback: Rollback, run: RunDirectory, state: TrainingState, train: TrainConfig, world: World
+) -> Path:
+    """Return the newest checkpoint from before the skipped steps; later ones are renamed. Every rank must call it.
+
+    Raises TrainingError if there is none, or the run went back too often.
+    """
+    folder = None
+    if state.rollbacks < MAX_ROLLBACKS:
+        folder = world.on_main(lambda: run.back_to(rollback.first_step))
+    if folder is None:
+        again = f" after {state.rollbacks} roll-backs" if state.rollbacks else ""
+        raise TrainingError(
+            f"training must skip fewer than {train.max_skipped_steps} steps in a row, but skipped {rollback.n_steps}{again}: "
+            f"their loss or gradient was not finite, or a spike; go on with --train.precision fp32 or --train.spike-ratio 0, "
+            f"or start over with --fresh and a lower --train.lr or --train.eps 1e-5"
+        )
+    return folder
+
+
+def after_rollback(
+    loaded: TrainingState, before: TrainingState, rollback: Rollback, train: TrainConfig
+) -> TrainingState:
+    """Return the state to go on from: the checkpoint's, without the bad rows, and with what was counted since.
+
+    `loaded` is the state in the checkpoint, `before` the state at the time of the rollback.
+    """
+    state = replace(
+        loaded,
+        skipped=before.skipped,
+        elapsed_s=before.elapsed_s,
+        excluded_rows=[*before.excluded_rows, (rollback.first_row, rollback.end_row)],
+        rollbacks=before.rollbacks + 1,
+        skipped_in_a_row=0,
+    )
+    # the row that came next may be excluded now, so compute it again
+    state.row_index = state.next_row(state.row_index - train.batch_size, train.batch_size)
+    return state

@@ -1,0 +1,115 @@
+"""One stage of training, from its config to the saved weights: the same for main.py and for sft_train.py.
+
+exit_code = train_stage(cfg, fresh, report)                 # pre-training
+exit_code = train_stage(cfg, fresh, report, base=run)       # fine-tuning of another run
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from config import Config
+from kindling.data.audit import audit, picture, table, wants_color
+from kindling.data.examples import ExampleRows, Examples, require_template
+from kindling.data.shards import PackedBlocks
+from kindling.distributed import joined
+from kindling.runs.checkpoint import RUNS, RunDirectory
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.training.loop import fit
+from kindling.training.start_or_resume import locked, start_or_resume, training_data, training_rows
+from kindling.training.trainer import Trainer
+
+
+def train_stage(
+    cfg: Config, fresh: bool, report: Callable[[Trainer], list[str]], base: RunDirectory | None = None
+) -> int:
+    """Prepare the data, start or resume the run of `cfg`, train it to its end, and report. Return the exit code.
+
+    `report` prints samples and figures, and returns the commands to try next. With `base`, the run that is fine-tuned,
+    every example is audited before the first step.
+    """
+    started = time.perf_counter()
+    run = RunDirectory(RUNS / cfg.run_name)
+    tokenizer = None if base is None else base.tokenizer()
+    with joined(cfg.train.device) as world, locked(cfg, run, fresh, world) as resuming:
+        dataset = world.main_first(lambda: training_data(cfg, run if resuming else None, tokenizer))
+        rows = training_rows(cfg, dataset)
+        if tokenizer is not None:
+            audit_examples(cfg, rows, tokenizer)
+        trainer = start_or_resume(cfg, run, resuming, dataset, rows, world)
+        print(describe(trainer, rows, base))
+        if code := train_to_end(trainer):
+            return code
+        digest = trainer.digest()
+        if world.main:
+            commands = report(trainer)
+            print(effort(trainer, digest, time.perf_counter() - started))
+            print(f"results in {run.path}; next: " + "\n        or: ".join(commands))
+    return 0
+
+
+def audit_examples(cfg: Config, rows: PackedBlocks | ExampleRows, tokenizer: Tokenizer) -> None:
+    """Show the examples of all splits, and check every one. Raises AuditError."""
+    assert isinstance(rows, ExampleRows), "fine-tuning has examples"
+    dataset = rows.examples
+    require_template(dataset.manifest, cfg.data.template)
+    splits = {"train": rows}
+    for split in ("val", "test"):
+        others = training_rows(cfg, Examples(dataset.folder, split))
+        assert isinstance(others, ExampleRows)
+        splits[split] = others
+    print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
+    print(picture(rows, tokenizer, wants_color(sys.stdout.isatty())))
+    audit(splits, tokenizer)
+    n = sum(rows.examples.n_examples for rows in splits.values())
+    print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")
+
+
+def describe(trainer: Trainer, rows: PackedBlocks | ExampleRows, base: RunDirectory | None) -> str:
+    """Return the line that says what is trained: parameters, hardware, length, and the size of an epoch."""
+    cfg, runtime = trainer.cfg, trainer.runtime
+    of_base = "" if base is None else f" of {base.path}"
+    ranks = f", on {runtime.world.size} ranks" if runtime.world.size > 1 else ""
+    # of fine-tuning no tokens, as its rows need not be full
+    epoch = f"{rows.n_rows * cfg.model.block_size:,} tokens" if base is None else f"{rows.n_rows:,} rows"
+    return (
+        f"{trainer.run.path}: {trainer.model.n_parameters():,} parameters{of_base} on {runtime.device.type} in "
+        f"{runtime.precision}{ranks}, {length(cfg)}, {epoch} an epoch"
+    )
+
+
+def length(cfg: Config) -> str:
+    """Return how long a run is, for a person to read."""
+    train = cfg.train
+    if train.max_minutes is not None:
+        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
+    tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
+    return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
+
+
+def train_to_end(trainer: Trainer) -> int:
+    """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
+    state = trainer.state
+    if trainer.share() >= 1:
+        more = "max-steps" if trainer.train.max_minutes is None else "max-minutes"
+        print(f"the run is complete at step {state.step}; --train.{more} N goes on, --fresh starts over")
+    else:
+        if state.step:
+            print(f"resuming at step {state.step}")
+        if code := fit(trainer):
+            print(f"stopped and saved at step {trainer.state.step}; the same command resumes")
+            return code
+    state = trainer.state  # a rollback replaces it
+    if not state.last_eval or state.last_eval_step != state.step:  # such as after a lower max_steps
+        state.last_eval, state.last_eval_step = trainer.evaluate(trainer.model), state.step
+    return 0
+
+
+def effort(trainer: Trainer, digest: str, seconds: float) -> str:
+    """Return the line with the time it took, `seconds` in all, the skipped steps, and the digest of the final state."""
+    state = trainer.state
+    skipped = f", {state.skipped} steps skipped" if state.skipped else ""
+    took = f"{state.elapsed_s:.0f} s of training, {seconds:.0f} s since the start"
+    return f"{took}{skipped}; state sha256 {digest[:16]}"

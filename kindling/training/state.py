@@ -1,0 +1,76 @@
+"""What is saved of a run besides its weights, optimisers and random state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# a field's name in the file, where it is another: files of earlier versions have it
+NAMES_IN_FILE = {"row_index": "position", "excluded_rows": "avoided"}
+
+
+@dataclass
+class TrainingState:
+    """The position of a run: with weights, optimisers, random state, config and data, all that its future depends on."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included."""
+    row_index: int = 0
+    """The row of the data at which the next batch begins."""
+    elapsed_s: float = 0.0
+    """Seconds of steps and of compiling, over all sessions. Evaluating and saving do not count."""
+    best: dict[str, float] | None = None
+    """`step` and `val_loss` of the best checkpoint that is on disk."""
+    first_eval: dict[str, float] = field(default_factory=dict)
+    """The evaluation before the first step, where the weights come from another run."""
+    last_eval: dict[str, float] = field(default_factory=dict)
+    """The newest evaluation."""
+    last_eval_step: int | None = None
+    """The step of the newest evaluation."""
+    initial_sha256: str | None = None
+    """sha256 of the weights that the run started from, where they come from another run."""
+    skipped: int = 0
+    """Steps that were skipped: the loss or the gradient was not finite, or the gradient norm was an outlier."""
+    skipped_in_a_row: int = 0
+    """Skipped steps since the last good one."""
+    streak: tuple[int, int] = (0, 0)
+    """The first of the steps that were skipped in a row: its number, and its first row."""
+    excluded_rows: list[tuple[int, int]] = field(default_factory=list)
+    """Ranges of rows (first, end) that a rollback left out."""
+    rollbacks: int = 0
+    """How often the run went back to an older checkpoint."""
+
+    def next_row(self, row: int, batch_size: int) -> int:
+        """Return the row at which the batch after the one at `row` begins. Excluded rows are passed over."""
+        row += batch_size
+        for first, end in sorted(self.excluded_rows):
+            if first <= row < end:
+                row = end
+        return row
+
+    def count(self, step: int, first_row: int, good: bool) -> None:
+        """Count a step whose result is known: its number, its first row, and whether it was done or skipped."""
+        if good:
+            self.skipped_in_a_row = 0
+            return
+        if self.skipped_in_a_row == 0:
+            self.streak = step, first_row
+        self.skipped_in_a_row += 1
+        self.skipped += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as plain values, by the names in the file."""
+        return {NAMES_IN_FILE.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> TrainingState:
+        """Read what `to_dict` wrote, or an earlier version of the code, whose files lack some fields."""
+        values = {
+            name: saved[key] for name in cls.__dataclass_fields__ if (key := NAMES_IN_FILE.get(name, name)) in saved
+        }
+        state = cls(**values)
+        state.streak = (state.streak[0], state.streak[1])
+        if "last_eval_step" not in saved:
+            state.last_eval_step = state.step
+        return state
