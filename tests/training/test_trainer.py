@@ -118,7 +118,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, m
     )
     with pytest.raises(
         TrainingError,
-        match=r"but skipped 3: their loss or gradient was not finite, or a spike; go on with --train.precision fp32 or --train.spike-ratio 0, or start over",
+        TrainingError,
+        match=r"but skipped 3: their loss or gradient was not finite, or a spike; go on with --train.precision fp32 or "
+        r"--train.spike-ratio 0, or start over",
     ):
         fit(trainer)
     assert trainer.state.step == 3
