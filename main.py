@@ -2,7 +2,7 @@
 
     python main.py                                            # what config.RUN names
     python main.py --preset code-50m --train.max-steps 200
-    torchrun --nproc-per-node 2 main.py                       # in several processes (docs/SCALE.md)
+    torchrun --nproc-per-node 2 main.py                       # in several processes (docs/scale.md)
 
 Starting the same run again resumes it from its newest checkpoint, bit for bit, and says so when it is complete.
 `--fresh` starts over and keeps the old run under another name. `--dry-run` measures a few steps and stops.

@@ -167,7 +167,7 @@ def joined(device: str = "auto") -> Iterator[World]:
         hosts, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (STEP_LIMIT, PATIENCE))
     except (RuntimeError, ValueError) as e:
         raise WorldError(
-            f"the ranks must reach each other, but did not ({_first_line(e)}); see docs/SCALE.md"
+            f"the ranks must reach each other, but did not ({_first_line(e)}); see docs/scale.md"
         ) from None
     world = World(rank, size, local_rank, hosts, patient)
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ parts. data.max_tokens ends the gathering, not the parts. A call that was cut sh
 
 Limits: every machine must see this folder and the source's files at the same paths, and have the same versions of Python
 and the libraries. A file is never split. Sources on the hub and of instructions are left to the single build. The
-gathering is one process, which holds about 0.7 kB for each document kept (`docs/SCALE.md` has the arithmetic).
+gathering is one process, which holds about 0.7 kB for each document kept (`docs/scale.md` has the arithmetic).
 """
 
 from __future__ import annotations
