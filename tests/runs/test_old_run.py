@@ -1,0 +1,79 @@
+"""A run and its fine-tuning that an earlier version of the code made (old_run.tar.gz) are still resumed, used and exported.
+
+They were made when settings had other names (config_io.RENAMED) and `kindling/` did not exist.
+"""
+
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import script
+
+from kindling.runs.checkpoint import RunDirectory, load_model, verify
+
+ALIKE = [
+    *("--data.sources.0.path", "corpus", "--data.sources.0.max-bytes", "None", "--data.workers", "1"),
+    *("--data.val-fraction", "0.2", "--data.test-fraction", "0.2", "--data.decontaminate"),
+    *("--train.batch-size", "2", "--train.compile", "off", "--train.device", "cpu", "--train.precision", "fp32"),
+    *("--train.threads", "1", "--train.save-every", "4", "--train.eval-every", "4", "--train.keep-checkpoints", "1"),
+    *("--train.sample-prompts", "x", "--train.max-steps", "12"),
+]
+PRETRAINING = [
+    *("--model.block-size", "256", "--model.vocab-size", "300", "--model.n-layer", "1", "--model.n-head", "2"),
+    *("--model.n-embd", "16", "--model.pair-rows", "32", "--data.sources.0.kind", "files"),
+    *("--data.when-dry", "continue", "--train.log-every", "2", "--train.decay-share", "0.5", *ALIKE),
+]
+FINE_TUNING = ["--preset", "docstrings", "--data.too-long", "cut", "--train.held-out-answers", "1", *ALIKE]
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    """A folder with `runs/old`, `runs/old-sft` and their data."""
+    with tarfile.open(Path(__file__).with_name("old_run.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def done(result) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_its_settings_are_read_by_the_names_of_now(work):
+    cfg = RunDirectory(work / "runs/old").config()
+    assert (cfg.data.when_dry, cfg.train.decay_share, cfg.model.pair_rows) == ("continue", 0.5, 32)
+
+
+def test_it_is_resumed(work):
+    out = done(script("main.py", *PRETRAINING, "--name", "old", cwd=work))
+    assert "resuming at step 8" in out and "step 12: val loss" in out
+    verify(work / "runs/old/step_000012")
+
+
+def test_its_fine_tuning_is_resumed(work):
+    out = done(script("sft_train.py", "runs/old", *FINE_TUNING, cwd=work))
+    assert "resuming at step 8" in out and "step 12: val loss" in out
+
+
+def test_it_is_fine_tuned_anew(work):
+    out = done(script("sft_train.py", "runs/old", *FINE_TUNING, "--name", "new", cwd=work))
+    assert "resuming" not in out and re.search(r"loss, nats a token +5\.\d+ +5\.\d+", out)
+
+
+def test_it_is_evaluated_to_the_loss_that_it_had(work):
+    done(script("evaluate.py", "runs/old", "--eval.benchmarks", "none", "--eval.signatures", "0", cwd=work))
+    now = json.loads((work / "runs/old/eval.json").read_text(encoding="utf-8"))["language_modelling"]["all"]["loss"]
+    last = [json.loads(line) for line in (work / "runs/old/metrics.jsonl").read_text(encoding="utf-8").splitlines()][-1]
+    assert last["step"] == 8 and now == pytest.approx(last["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["hf", "int8"])
+def test_it_is_exported(work, form):
+    assert "largest difference of a logit" in done(script("export.py", "runs/old-sft", "--to", form, cwd=work))
+
+
+def test_its_weights_have_the_names_of_now(work):
+    model, folder = load_model(RunDirectory(work / "runs/old"), "cpu")
+    assert folder.name == "step_000008" and model.n_parameters() == 13_232
