@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, Config
-from kindling.data.conversations import CUT
-from kindling.data.examples import PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, ExampleRows, text_hash
+from kindling.data.conversations import CUT, PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, text_hash
+from kindling.data.examples import ExampleRows
 from kindling.data.ledger import Ledger
 from kindling.errors import KindlingError
 from kindling.tokenization.tokenizer import Tokenizer

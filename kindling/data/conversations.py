@@ -9,6 +9,7 @@ long is refused too, or cut, and then closed with end-of-text all the same.
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,26 +17,43 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import DataConfig
-from kindling.data.examples import text_hash
+from config import IGNORE, DataConfig
 from kindling.data.filters import Drop
-from kindling.data.prompts import Exchange, Segment, encode, marker_in, prompt_text
+from kindling.data.prompts import Exchange, Segment, encode, flatten, marker_in, prompt_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
 SPELT, MARKED = "control token kept as text", "template marker kept"  # in an instruction
 
 
-@dataclass(frozen=True)
-class EncodedExample:
-    """A conversation as ids (n,) uint32, and its segments (S, 4) int64: the tokens of prompt and response, and the hashes
-    of their texts. `changes` says what was cut off or odd, with the bytes cut; `n_bytes` are those of the responses.
-    """
+PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(4)  # columns of the segments
 
-    ids: np.ndarray
-    segments: np.ndarray
-    n_bytes: int
-    changes: tuple[tuple[str, int], ...]
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as token ids, and its segments, which say which of them are responses."""
+
+    ids: np.ndarray  # (n,) uint32, or int64 where they were read back
+    segments: np.ndarray  # (S, 4) int64, a row for each exchange: tokens of prompt and response, hashes of their texts
+    # of a new example only
+    n_bytes: int = 0  # of the responses
+    changes: tuple[tuple[str, int], ...] = ()  # what was cut off or odd, with the bytes cut
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Which of the ids are responses, end-of-text tokens included, (n,) bool."""
+        lengths = self.segments[:, [PROMPT, RESPONSE]].ravel()
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What each id but the last is to predict, (n - 1,): the id after it where that is supervised."""
+        return np.where(self.supervised, self.ids, IGNORE)[1:]
+
+
+def text_hash(text: str) -> int:
+    """Return 63 bits by which to know a text again."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
 
 
 class _Turn(NamedTuple):
@@ -74,9 +92,7 @@ def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokeniz
     return None
 
 
-def example_of(
-    exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int
-) -> EncodedExample | Drop:
+def example_of(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int) -> Example | Drop:
     """Return a normalized conversation that is not refused as an example of at most `context` + 1 tokens, or why it is none."""
     try:
         turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))
@@ -106,9 +122,9 @@ def example_of(
     for i, (exchange, segment) in enumerate(turns):
         texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
         rows.append((len(segment.prompt), len(segment.response), *map(text_hash, texts)))
-    ids = np.array([i for turn in turns for part in turn.segment for i in part], dtype=np.uint32)
+    ids = np.array(flatten(turn.segment for turn in turns), dtype=np.uint32)
     n_bytes = sum(len(turn.exchange.response.encode()) for turn in turns)
-    return EncodedExample(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))
+    return Example(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))
 
 
 def _bytes(exchanges: Iterable[Exchange]) -> int:

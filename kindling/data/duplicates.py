@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from config import DataConfig
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, one_line
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
 SHINGLE = 2  # words: pairs survive changed names and comments better than triples, and unrelated files stay apart
@@ -246,7 +246,7 @@ def _problems(path: Path) -> Iterator[tuple[str, str]]:
                 name = str(row.pop("task_id", number)) if isinstance(row, dict) else str(number)
                 yield name if "/" in name else f"{stem}/{name}", " ".join(_strings(row))
     except (OSError, EOFError, ValueError) as e:
-        raise BenchmarkError(_unreadable(path, " ".join(str(e).split()))) from None
+        raise BenchmarkError(_unreadable(path, one_line(e))) from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -14,47 +14,23 @@ is never the end-of-text token, and nothing attends to it.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from config import IGNORE, Config, ModelConfig
+from kindling.data.conversations import PROMPT, RESPONSE, Example
 from kindling.data.prompts import rendered
-from kindling.data.shards import Batch, DataError, ShardWriter, TokenDataset
+from kindling.data.shards import Batch, DataError, ShardWriter, ShuffledRows, TokenDataset
 from kindling.files import sha256_file
 
-EXAMPLE, PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(5)  # columns of the segments
 WIDTHS = 4  # rows are padded to one of so many widths, each of which compiled code is compiled for
 POOL = 50  # batches whose examples are sorted by length together
-
-
-def text_hash(text: str) -> int:
-    """Return 63 bits by which to know a text again."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
-
-
-class Example(NamedTuple):
-    """The token ids (n,) int64 of a conversation, and its segments: the rows of the table that are of it."""
-
-    ids: np.ndarray
-    segments: np.ndarray
-
-    @property
-    def supervised(self) -> np.ndarray:
-        """Which of the ids are responses, end-of-text tokens included, (n,) bool."""
-        lengths = self.segments[:, [PROMPT, RESPONSE]].ravel()
-        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """What each id but the last is to predict, (n - 1,): the id after it where that is supervised."""
-        return np.where(self.supervised, self.ids, IGNORE)[1:]
 
 
 class ExampleWriter(ShardWriter):
@@ -68,7 +44,7 @@ class ExampleWriter(ShardWriter):
     def add_example(
         self, ids: np.ndarray, segments: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown"
     ) -> None:
-        """Append one example: its ids, its segments (S, 4) without the example's number, and the bytes of its responses."""
+        """Append one example: its ids, its segments (S, 4), and the bytes of its responses."""
         numbers = np.full((len(segments), 1), self.info.documents, dtype=np.int64)
         self._segments.append(np.hstack((numbers, segments)))
         self.max_exchanges = max(self.max_exchanges, len(segments))
@@ -92,8 +68,9 @@ class Examples(TokenDataset):
             raise DataError(
                 f"{folder} must hold conversations, but holds documents; fine-tune on a source of instructions"
             )
-        self.segments = self._open_table(self.info.segments)  # (S, 5)
-        first = np.searchsorted(self.segments[:, EXAMPLE], np.arange(self.n_examples + 1))
+        table = self._open_table(self.info.segments)  # (S, 5)
+        self.segments = table[:, 1:]  # (S, 4)
+        first = np.searchsorted(table[:, 0], np.arange(self.n_examples + 1))
         self._first_segment = first  # (N + 1,)
         ends = np.concatenate(([0], self.segments[:, [PROMPT, RESPONSE]].sum(1).cumsum()))  # (S + 1,)
         self._starts = ends[first]  # (N + 1,)
@@ -183,7 +160,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-class ExampleRows:
+class ExampleRows(ShuffledRows):
     """The training order of examples: every one once an epoch, shuffled by (seed, epoch), addressed like PackedBlocks.
 
     With packing the same examples share a row in every epoch; the order of the rows changes. Without it a row is one
@@ -193,41 +170,31 @@ class ExampleRows:
     def __init__(self, examples: Examples, block_size: int, seed: int, packing: bool = True, batch_size: int = 1):
         """`batch_size` matters without packing only: so many rows are padded to the same length."""
         self.dataset = self.examples = examples
-        self.block_size, self.seed = block_size, seed
+        self.block_size = block_size
         self.packing, self.batch_size = packing, batch_size
         lengths = examples.lengths - 1  # the last token is a target only
         self.bins = pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))]
-        self.n_rows = len(self.bins)
-        if not self.n_rows:
+        super().__init__(len(self.bins), seed)
+        if not self.bins:
             raise DataError(f"the {examples.split} split must hold at least one example, but is empty; add examples")
         eos_id = examples.manifest["eos_id"]
         self.pad_id = 0 if eos_id else 1
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """Return the bins in the order of an epoch."""
-        known = self._order  # read once: another thread may be at another epoch
-        if known[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(self.n_rows)
-            if not self.packing:
-                lengths, pool = self.examples.lengths, POOL * self.batch_size
-                pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-                order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
-                begun = -epoch * self.n_rows % self.batch_size  # rows that the last epoch's last batch still wants
-                stop = begun + max(0, len(order) - begun) // self.batch_size * self.batch_size
-                batches = order[begun:stop].reshape(-1, self.batch_size)
-                order = np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
-            known = self._order = epoch, order
-        return known[1]
-
-    def _bin(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_rows)
-        return int(self._order_of(epoch)[place])
+    def _shuffle(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        order = rng.permutation(self.n_rows)
+        if self.packing:
+            return order
+        lengths, pool = self.examples.lengths, POOL * self.batch_size
+        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+        begun = -epoch * self.n_rows % self.batch_size  # rows that the last epoch's last batch still wants
+        stop = begun + max(0, len(order) - begun) // self.batch_size * self.batch_size
+        batches = order[begun:stop].reshape(-1, self.batch_size)
+        return np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
 
     def tokens_of(self, position: int) -> list[range]:
         """Return which tokens of the split the row at a position holds: those of each of its examples."""
-        return [self.examples.tokens_of(number) for number in self.bins[self._bin(position)]]
+        return [self.examples.tokens_of(number) for number in self.bins[self.row_at(position)]]
 
     def _width(self, items: np.ndarray) -> int:
         """Return the width of padded rows of these examples."""
@@ -237,7 +204,7 @@ class ExampleRows:
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""
-        return self.of_bins([self._bin(first + i) for i in range(count)], count)
+        return self.of_bins([self.row_at(first + i) for i in range(count)], count)
 
     def of_bins(self, bins: range | list[int], n_rows: int) -> Batch:
         """Return these bins as the rows of a batch, with rows of padding after them to make `n_rows`."""
@@ -263,7 +230,7 @@ class ExampleRows:
         if self.packing:
             return 1 - filled / (self.n_rows * self.block_size)
         places = 0
-        order = self._order_of(0)
+        order = self.order_of(0)
         for first in range(0, self.n_rows, self.batch_size):
             rows = order[first : first + self.batch_size]
             places += len(rows) * self._width(rows)

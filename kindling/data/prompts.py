@@ -10,7 +10,7 @@ exchanges of a conversation the template follows that end.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -93,3 +93,8 @@ def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> 
         response = [*tokenizer.encode(exchange.response), tokenizer.eos_id] if exchange.response else []
         segments.append(Segment(prompt, response))
     return segments
+
+
+def flatten(segments: Iterable[Segment]) -> list[int]:
+    """Return the ids of segments, one after the other."""
+    return [token for segment in segments for token in (*segment.prompt, *segment.response)]

@@ -12,20 +12,19 @@ source. Training does not read it, and folders built before there was one have n
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from config import IGNORE, ModelConfig
 from kindling.errors import KindlingError
-from kindling.files import sha256_file, write_json
+from kindling.files import sha256_file, sha256_text, write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**23  # what a writer holds in memory for each split
@@ -140,8 +139,7 @@ def way_out(folder: Path, fingerprint: str = "") -> str:
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """Return `content` with the sha256 of all that it says, by which `is_as_written` knows it again."""
     said = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(said, sort_keys=True, ensure_ascii=True)
-    return {**said, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
+    return {**said, "sha256": sha256_text(json.dumps(said, sort_keys=True, ensure_ascii=True))}
 
 
 def is_as_written(content: dict[str, Any]) -> bool:
@@ -261,7 +259,45 @@ class TokenDataset:
             )
 
 
-class PackedBlocks:
+class Batches(Protocol):
+    """Training rows, addressed by their position in the run: `PackedBlocks` and `ExampleRows`."""
+
+    dataset: TokenDataset
+    n_rows: int  # of an epoch
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return the rows at positions first, first + 1, ..."""
+        ...
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return which tokens of the split the row at a position is cut from."""
+        ...
+
+
+class ShuffledRows:
+    """Which row stands at which position of a run: every row once an epoch, in an order drawn from (seed, epoch)."""
+
+    def __init__(self, n_rows: int, seed: int):
+        self.n_rows, self.seed = n_rows, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # the last epoch that was asked for
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        """Return the numbers of the rows in the order of an epoch, (n_rows,)."""
+        known = self._order  # read once: another thread may be at another epoch
+        if known[0] != epoch:
+            known = self._order = epoch, self._shuffle(epoch, np.random.default_rng([self.seed, epoch]))
+        return known[1]
+
+    def row_at(self, position: int) -> int:
+        """Return the number of the row at a position of the run."""
+        epoch, place = divmod(position, self.n_rows)
+        return int(self.order_of(epoch)[place])
+
+    def _shuffle(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(self.n_rows)
+
+
+class PackedBlocks(ShuffledRows):
     """The training order: blocks of `block_size` tokens without padding, each once an epoch, shuffled by (seed, epoch).
 
     A row is addressed by one integer, its position in the run, so a batch is a pure function of the step and a resumed
@@ -270,26 +306,17 @@ class PackedBlocks:
 
     def __init__(self, dataset: TokenDataset, block_size: int, seed: int, document_mask: bool = False):
         """With `document_mask` the rows come with positions, so that no document of a block sees another."""
-        self.dataset, self.block_size, self.seed = dataset, block_size, seed
-        self.document_mask = document_mask
-        self.n_rows = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
+        self.dataset, self.block_size, self.document_mask = dataset, block_size, document_mask
+        super().__init__((len(dataset) - 1) // block_size, seed)  # a row's targets reach one token past it
         if self.n_rows < 1:
             raise DataError(
                 f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
                 f"{len(dataset)}; add files, or lower --model.block-size"
             )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def _block(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_rows)
-        order = self._order  # read once: another thread may be at another epoch
-        if order[0] != epoch:
-            order = self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-        return int(order[1][place])
 
     def tokens_of(self, position: int) -> list[range]:
         """Return which tokens of the split the row at a position is cut from; the last of them is a target only."""
-        start = self._block(position) * self.block_size
+        start = self.row_at(position) * self.block_size
         return [range(start, start + self.block_size + 1)]
 
     def rows(self, first: int, count: int) -> Batch:

@@ -13,7 +13,6 @@ are only ever added by id. Byte-level BPE is encoded by bpe.py, to the same ids 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import re
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from config import TokenizerConfig
 from kindling.errors import KindlingError, one_line
+from kindling.files import sha256_text
 from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Identifies the tokenizer in shards and checkpoints."""
-        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+        return sha256_text(self.to_json())
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -288,7 +288,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
     except RuntimeError as e:
         raise TokenizerError(
             f"model.vocab_size must be one that SentencePiece can fill from the text, but with {vocab_size} and "
-            f"{len(texts)} documents it says: {' '.join(str(e).split())[:200]}; set --model.vocab-size, or read more text"
+            f"{len(texts)} documents it says: {one_line(e)}; set --model.vocab-size, or read more text"
         ) from None
     return SentencePieceTokenizer(model.getvalue(), cfg)
 
@@ -341,7 +341,7 @@ def from_json(text: str, cfg: TokenizerConfig, where: str = "the tokenizer") -> 
     except Exception as e:  # the libraries raise plain Exception and RuntimeError
         raise TokenizerError(
             f"{where} must be a tokenizer.json of the `tokenizers` library or Kindling's SentencePiece, but is not "
-            f"({' '.join(str(e).split())[:200]}); check the file"
+            f"({one_line(e)}); check the file"
         ) from None
     return Tokenizer(backend, cfg)
 
