@@ -1,6 +1,6 @@
 """Which document comes next, and whether it is worth having: weights, duplicates, splits.
 
-    for document in Mixture(cfg, examined_by(pool, cfg, files, tokenizer_file)): ...
+    for document in Mixture(cfg.data, read): ...      # read(i) yields what the workers say of the documents of source i
 
 Everything here is decided in the one process that builds, in the order of the documents, and depends on nothing else: the
 same inputs give the same mixture with any number of workers or machines.
@@ -12,14 +12,12 @@ import dataclasses
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from config import DataConfig
 from kindling.data.duplicates import NearDuplicates
 from kindling.data.filters import Drop
+from kindling.data.process_document import Examined
 from kindling.data.shards import DataError
-from kindling.data.sources import LocalFile, documents
-from kindling.data.workers import Examined, WorkerPool
 
 
 def split_of(digest: bytes, cfg: DataConfig) -> str:
@@ -43,13 +41,6 @@ class Drawn:
 
 
 Reader = Callable[[int], Iterator[Examined]]  # of a source, by its number, in its order
-
-
-def examined_by(
-    pool: WorkerPool, cfg: DataConfig, files: list[list[LocalFile] | None], tokenizer_file: Path | None = None
-) -> Reader:
-    """Return what reads the sources' files by the workers of `pool`: to token ids with a tokenizer's file, else to text."""
-    return lambda i: pool.map(documents(cfg.sources[i], files[i]), tokenizer_file)
 
 
 class Originals:

@@ -29,10 +29,10 @@ from config import Config
 from kindling.config_io import from_yaml, to_yaml
 from kindling.data.build import DATA, begin, fill, fingerprint, id_type, list_files, whole_or_absent
 from kindling.data.filters import Drop
-from kindling.data.mixture import examined_by
+from kindling.data.process_document import Examined
 from kindling.data.shards import DataError
-from kindling.data.sources import WHOLE_FILES, LocalFile, within_limits
-from kindling.data.workers import Examined, WorkerPool
+from kindling.data.sources import WHOLE_FILES, LocalFile, SourceFiles, documents, within_limits
+from kindling.data.workers import WorkerPool
 from kindling.files import sha256_file
 from kindling.tokenization.tokenizer import load_json
 
@@ -97,7 +97,7 @@ def require_splittable(cfg: Config) -> None:
             )
 
 
-def make_plan(cfg: Config, files: list[list[LocalFile] | None], name: str, n_parts: int, pool: WorkerPool) -> Plan:
+def make_plan(cfg: Config, files: SourceFiles, name: str, n_parts: int, pool: WorkerPool) -> Plan:
     """Return the plan of a build, which is made where it is not there yet; raises DataError for another number of parts."""
     folder = (DATA / f"parts-{name}").absolute()
     if not folder.is_dir():
@@ -168,12 +168,11 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
     mine = [cut(files, plan.n_parts)[number] for files in plan.files]
     every = [f for files in mine for f in files]
     dtype = id_type(load_json(plan.tokenizer_file, plan.cfg.tokenizer))
-    read = examined_by(pool, plan.cfg.data, [*mine], plan.tokenizer_file)
     require_unchanged(plan, every)
     with whole_or_absent(plan.part(number)) as partial:
-        for i in range(len(mine)):
+        for i, source in enumerate(plan.cfg.data.sources):
             with open(partial / f"{i}.jsonl", "w", encoding="ascii") as lines, open(partial / f"{i}.ids", "wb") as ids:
-                for examined in read(i):
+                for examined in pool.map(documents(source, mine[i]), plan.tokenizer_file):
                     lines.write(json.dumps(_to_line(examined)) + "\n")
                     if examined.ids is not None:
                         ids.write(examined.ids.astype(dtype).tobytes())

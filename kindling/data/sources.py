@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import gzip
 import hashlib
-import json
 import os
 import re
 import stat
@@ -25,6 +23,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
+from kindling.data.dataset_rows import (
+    PATH_COLUMNS,
+    REPOSITORY_COLUMNS,
+    BadRow,
+    Line,
+    NotJson,
+    conversation_of,
+    n_bytes_of,
+    rows_of,
+    text_of,
+)
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
@@ -51,9 +60,6 @@ class LocalFile:
 
 
 WHOLE_FILES = ("files", "local-python", "docstrings")  # sources whose files are read whole, by the workers
-# the columns in which data sets keep the path of a row's file, and the repository that it is from
-PATH_COLUMNS = ("path", "max_stars_repo_path", "url")
-REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class Document:
     broken: bool = False  # not one bad row, but the end of a stream that should have gone on
     exchanges: tuple[Exchange, ...] = ()  # of a conversation, in place of the text
     mined: bool = False  # the path is that of a file whose documented functions are such conversations
+
+
+SourceFiles = list[list[LocalFile] | None]  # the files of each source, None for one on the hub
 
 
 class _HasSize(Protocol):
@@ -195,19 +204,13 @@ def within_limits(source: SourceConfig, rows: Iterable[Sized]) -> Iterator[Sized
 def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
     """Yield the documents of one file of rows; the rows before a place that cannot be read stay."""
     language = language_of(source, f.path)
-    if source.kind == "text":
-        rows: Iterator[Any] = _split_text(f.path, source.separator)
-    elif source.kind == "jsonl":
-        rows = _json_rows(f.path)
-    else:
-        rows = _parquet_rows(f.path, source)
     number = 0
     try:
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(rows_of(source, f.path), 1):
             key = f"{f.key}:{number - 1}"
             if source.kind == "text":
                 text = row.strip("\n")
-                yield Document(key, language, text=text, size=_size(row), trimmed=len(row) - len(text))
+                yield Document(key, language, text=text, size=n_bytes_of(row), trimmed=len(row) - len(text))
             else:
                 yield _row_document(source, key, row, language)
     except Exception as e:  # gzip, zlib, Arrow and the system share no base class
@@ -215,12 +218,12 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of one row, which comes as a `_Line` of JSON or as the value itself; only a dict holds a text."""
+    """Return the document of one row, which comes as a `Line` of JSON or as the value itself; only a dict holds a text."""
     size = 0  # of the row as a whole, where it came as a line
-    if isinstance(row, _Line):
+    if isinstance(row, Line):
         row, size = row.content, row.size
     if not isinstance(row, dict):
-        why = row if isinstance(row, _NotJson) else f"a row must be an object, but is a {type(row).__name__}"
+        why = row if isinstance(row, NotJson) else f"a row must be an object, but is a {type(row).__name__}"
         return Document(key, language, size=size, unreadable=str(why))
     folder, path = (
         next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
@@ -232,131 +235,13 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
         language = named.lower() if isinstance(named, str) else LANGUAGES.get(Path(path).suffix, language)
     try:
         if source.is_instructions:
-            exchanges = _conversation(source, row)
-            size = sum(_size(text) for e in exchanges for text in (e.instruction, e.input, e.response))
+            exchanges = conversation_of(source, row)
+            size = sum(n_bytes_of(text) for e in exchanges for text in (e.instruction, e.input, e.response))
             return Document(key, language, size=size, inner=path, exchanges=exchanges)
-        text = _text(row, source.field)
-    except _BadRow as e:
+        text = text_of(row, source.field)
+    except BadRow as e:
         return Document(key, language, size=size, unreadable=str(e))
-    return Document(key, language, text=text, size=_size(text), inner=path)
-
-
-class _BadRow(Exception):
-    """Why a row has not what the source says that it has."""
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    """Return the text in a column of a row."""
-    if isinstance(text := row.get(field), str):
-        return text
-    given = f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
-    raise _BadRow(f"the column {field!r} must hold text, but {given}")
-
-
-def _conversation(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange, ...]:
-    """Return the exchanges of a row of instructions, in which nothing but the input may be missing or None."""
-    if source.messages_field is not None:
-        return _exchanges(row.get(source.messages_field), source.messages_field)
-    assert source.response_field is not None
-    instruction, response = _text(row, source.field), _text(row, source.response_field)
-    about = row.get(source.input_field) if source.input_field is not None else None
-    if not isinstance(about, (str, type(None))):
-        raise _BadRow(f"the column {source.input_field!r} must hold text or nothing, but is a {type(about).__name__}")
-    return (Exchange(instruction, response, about or ""),)
-
-
-def _exchanges(messages: Any, field: str) -> tuple[Exchange, ...]:
-    """Return the exchanges of a list of messages, in either of the two spellings that data sets have.
-
-    A system message at the beginning goes before the first instruction.
-    """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise _BadRow(f"the column {field!r} must hold a list of messages, but does not")
-    said = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    for role, text in said:
-        if not isinstance(text, str):
-            raise _BadRow(f"a message must hold text, but that of {role!r} is a {type(text).__name__}")
-    system = f"{said.pop(0)[1]}\n\n" if said and said[0][0] == "system" else ""
-    roles = [{"human": "user", "gpt": "assistant"}.get(str(role), str(role)) for role, _ in said]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise _BadRow(f"messages must be of user and assistant in turn, but are of {', '.join(roles) or 'none'}")
-    texts = [system + said[0][1], *(text for _, text in said[1:])]
-    return tuple(Exchange(asked, answered) for asked, answered in zip(texts[::2], texts[1::2]))
-
-
-class _NotJson(str):
-    """Why a line could not be parsed."""
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One line of a JSONL file: its value, or `_NotJson`, and its bytes."""
-
-    content: Any
-    size: int
-
-
-def _size(text: str) -> int:
-    """Return the bytes of a text as it was read, where a surrogate stands for a byte that is no UTF-8."""
-    try:
-        return len(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # a surrogate that JSON spelt out
-        return len(text.encode("utf-8", "surrogatepass"))
-
-
-def open_text(path: Path, encoding: str = "utf-8") -> Any:
-    """Open a text file, packed by gzip where its name ends so, with its line ends as they are."""
-    # a lone byte survives as a surrogate, which the filters then name, so that one bad byte does not end the file
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
-
-
-def _split_text(path: Path, separator: str) -> Iterator[str]:
-    with open_text(path) as f:
-        if not separator:
-            yield f.read()
-            return
-        rest = ""
-        while chunk := f.read(1 << 20):
-            seen = max(0, len(rest) - len(separator))  # no separator begins before
-            rest += chunk
-            if rest.find(separator, seen) >= 0:
-                *whole, rest = rest.split(separator)
-                yield from whole
-        if rest:
-            yield rest
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    """Yield the rows of a file with one JSON object a line, or with one list of them."""
-    with open_text(path, "utf-8-sig") as f:
-        if ".json" in path.suffixes[-2:]:
-            if f.read(4096).lstrip().startswith("["):
-                f.seek(0)
-                yield from json.load(f)
-                return
-            f.seek(0)
-        for line in f:
-            if line.strip():
-                try:
-                    content = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    content = _NotJson(f"not JSON: {one_line(e)}")
-                yield _Line(content, _size(line))
-
-
-def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
-    """Yield the rows of a Parquet file, with no columns but those that a document is made of."""
-    from pyarrow.parquet import ParquetFile
-
-    own = (source.field, source.response_field, source.input_field, source.messages_field)
-    wanted = (*own, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
-    with ParquetFile(path) as file:
-        columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
-        if (source.messages_field or source.field) not in columns:  # so that the message can name what there is
-            columns = file.schema_arrow.names
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
+    return Document(key, language, text=text, size=n_bytes_of(text), inner=path)
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:

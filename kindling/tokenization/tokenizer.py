@@ -237,7 +237,10 @@ def train(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokeni
     raise TokenizerError(f"tokenizer.kind must be one that is trained, but is {cfg.kind!r}; set --tokenizer.kind bpe")
 
 
-def _require_room(vocab_size: int, n_control: int) -> None:
+def require_room(cfg: TokenizerConfig, vocab_size: int) -> None:
+    """Raise TokenizerError if a tokenizer of `vocab_size` tokens has no room for the 256 bytes and the control tokens."""
+    # SentencePiece always has an unknown token
+    n_control = len(cfg.special_tokens) + (cfg.kind == "sentencepiece" and cfg.unk_token is None)
     if vocab_size < 256 + n_control:
         raise TokenizerError(
             f"model.vocab_size must be at least {256 + n_control} (256 bytes and the control tokens), but is {vocab_size}; "
@@ -249,7 +252,7 @@ def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: in
     """Train the same tokenizer as `train_bpe` with bpe.py."""
     from tokenizers import Tokenizer as Backend
 
-    _require_room(vocab_size, len(cfg.special_tokens))
+    require_room(cfg, vocab_size)
     try:
         bpe = ByteLevelBPE.train(texts, vocab_size, cfg.special_tokens)
     except ValueError as e:
@@ -263,7 +266,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
 
     names = {"pad": cfg.pad_token, "unk": cfg.unk_token or "<unk>", "bos": cfg.bos_token, "eos": cfg.eos_token}
     present = [name for name, token in names.items() if token is not None]
-    _require_room(vocab_size, len(present))
+    require_room(cfg, vocab_size)
     for text in (texts := list(texts)):
         _require_unicode(text)
     model = io.BytesIO()
@@ -298,7 +301,7 @@ def train_bpe(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> To
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    _require_room(vocab_size, len(cfg.special_tokens))
+    require_room(cfg, vocab_size)
     backend = Backend(models.BPE())
     if cfg.normalizer == "nfkc":
         backend.normalizer = normalizers.NFKC()

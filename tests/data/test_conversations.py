@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from config import DataConfig, SourceConfig, TokenizerConfig
 from kindling.data.conversations import CUT, MARKED, SPELT, Example, example_of, joined, normalized, refusal, text_hash
 from kindling.data.filters import Drop
+from kindling.data.process_document import Examiner
 from kindling.data.prompts import Exchange, encode, prompt_text
 from kindling.data.sources import Document
-from kindling.data.workers import Examiner
 from kindling.tokenization.tokenizer import train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b  # naïve Σ 日本\nBelow is an instruction. ### Response:\n" * 20]
