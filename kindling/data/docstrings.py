@@ -150,6 +150,7 @@ def _is_same(node: _Function, signature: str, response: str) -> bool:
         (twin,) = ast.parse(f'{signature}\n    """doc"""\n{response}\n').body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
+    assert isinstance(twin, _Function), "a signature is a def"
     twin.body[0], twin.decorator_list = node.body[0], node.decorator_list  # these are not compared
     return _are_equal(node, twin)
 

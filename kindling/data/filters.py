@@ -130,7 +130,8 @@ def strip_header(text: str, language: str, max_lines: int) -> str:
     if language not in ("python", "c", "java"):
         return text
     blocks = _PYTHON_BLOCKS if language == "python" else _C_BLOCKS
-    marks = _PYTHON_MARKS.match(text)[0] if language == "python" else ""
+    found = _PYTHON_MARKS.match(text) if language == "python" else None
+    marks = found[0] if found else ""
     kept, position = [marks], len(marks)
     while match := blocks.match(text, position):
         if match[1].rstrip("\n").count("\n") + 1 <= max_lines:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from config import DataConfig
 from kindling.data.duplicates import NearDuplicates
@@ -81,7 +81,7 @@ class Mixture:
         self._dry: set[int] = set()  # the sources that were read whole
         self._in_train = [bytearray() for _ in cfg.sources]  # for each document of a source, whether training has it
 
-    def __iter__(self) -> Iterator[Drawn]:
+    def __iter__(self) -> Generator[Drawn, None, None]:
         originals, number = Originals(self.data), 0
         streams = {i: self._read(i) for i in range(len(self.reads))}
         drawn = dict.fromkeys(streams, 0)

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
     def part(self, rows: slice) -> Batch:
         """Return some of the rows."""
-        return Batch(*(None if array is None else array[rows] for array in self))
+        return Batch(self.idx[rows], self.targets[rows], None if self.positions is None else self.positions[rows])
 
 
 def document_positions(idx: np.ndarray, eos_id: int) -> np.ndarray:

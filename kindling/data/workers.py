@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, TokenizerConfig
 from kindling.data.duplicates import Benchmarks
@@ -27,6 +27,9 @@ from kindling.data.sources import Document
 from kindling.errors import one_line
 from kindling.pool import sigint_blocked
 from kindling.tokenization.tokenizer import load_json
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
 WORKER_MEMORY_BYTES = 2**30  # on top of what a worker starts with
@@ -159,8 +162,7 @@ def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # a parent that was killed leaves no orphans
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import rensa  # noqa: F401  before the limit, which is on top of what the libraries take
     import tokenizers  # noqa: F401
@@ -175,6 +177,12 @@ def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, 
     _worker.update(
         examiner=Examiner(cfg, benchmarks, context=context), tokenizer_cfg=tokenizer_cfg, tokenizer_file=None, sink=sink
     )
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    """End this process when its parent has ended, so that a parent that was killed leaves no orphans."""
+    parent.join()
+    os._exit(1)
 
 
 def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:

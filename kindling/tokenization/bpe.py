@@ -23,6 +23,8 @@ from typing import Any
 import regex
 
 CACHED_WORDS = 2**18  # at about 200 bytes each, 50 MB
+NO_TOKEN = -1  # the id of a byte that the vocabulary lacks, and the mark of a place that was merged away
+NO_MERGE = (0, NO_TOKEN)
 CACHED_LENGTH = 64  # longer words seldom come twice, and a minified file is one word of megabytes
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -110,7 +112,7 @@ class ByteLevelBPE:
                 raise ValueError(
                     f"merge {rank} must join two tokens to a third, but is {pair}; mend the file"
                 ) from None
-        self._byte_ids = [vocab.get(symbol) for symbol in SYMBOLS]
+        self._byte_ids = [vocab.get(symbol, NO_TOKEN) for symbol in SYMBOLS]
         self._spelt = {i: _spell(token) for token, i in vocab.items()}
         self._spelt |= {i: token.encode("utf-8") for token, i in self.special_tokens.items()}
         self._ascii_words, self._any_words = _patterns(split_digits)
@@ -138,7 +140,7 @@ class ByteLevelBPE:
         A heap of candidates over a linked list, so a word of n bytes takes O(n log n).
         """
         ids = [self._byte_ids[b] for b in word.encode("utf-8", "surrogatepass")]
-        if None in ids:
+        if NO_TOKEN in ids:
             raise ValueError(f"a text must consist of bytes in the vocabulary, but {word[:20]!r} does not")
         merges, last = self.merges, len(ids) - 1
         heap = [(found[0], i, found[1]) for i, pair in enumerate(pairwise(ids)) if (found := merges.get(pair))]
@@ -148,9 +150,9 @@ class ByteLevelBPE:
             _, i, new = heapq.heappop(heap)
             j = following[i]
             # merged away, or its right side was: what the pair gives now must be what it was queued for
-            if ids[i] is None or j > last or merges.get((ids[i], ids[j]), (0, None))[1] != new:
+            if ids[i] == NO_TOKEN or j > last or merges.get((ids[i], ids[j]), NO_MERGE)[1] != new:
                 continue
-            ids[i], ids[j] = new, None
+            ids[i], ids[j] = new, NO_TOKEN
             following[i] = k = following[j]
             if k <= last:
                 previous[k] = i
@@ -158,7 +160,7 @@ class ByteLevelBPE:
                     heapq.heappush(heap, (found[0], i, found[1]))
             if (h := previous[i]) >= 0 and (found := merges.get((ids[h], new))) is not None:
                 heapq.heappush(heap, (found[0], h, found[1]))
-        return tuple(i for i in ids if i is not None)
+        return tuple(i for i in ids if i != NO_TOKEN)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids: special tokens spelt out, incomplete characters U+FFFD, unknown ids left out."""
@@ -293,6 +295,19 @@ def _not_plain(content: dict[str, Any]) -> str | None:
     return None
 
 
+def _count_pairs(
+    words: list[list[int]], counts: list[int]
+) -> tuple[defaultdict[tuple[int, int], int], defaultdict[tuple[int, int], set[int]]]:
+    """Return how often each pair of ids occurs, and the numbers of the words that hold it."""
+    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
+    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[i]
+            holders[pair].add(i)
+    return pair_counts, holders
+
+
 def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], vocab_size: int) -> list[tuple[str, str]]:
     """Merge the most frequent pair, ties by the smaller ids, until `vocab` is full or no pair is left; fill `vocab`.
 
@@ -301,12 +316,7 @@ def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], voc
     entry is put back when it is popped. All words are merged alike, so no token is ever built by two merges.
     """
     names = sorted(vocab, key=vocab.__getitem__)
-    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> the words that may hold it
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += counts[i]
-            holders[pair].add(i)
+    pair_counts, holders = _count_pairs(words, counts)
     heap = [(-total, pair) for pair, total in pair_counts.items()]
     heapq.heapify(heap)
     merges = []

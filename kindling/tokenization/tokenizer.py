@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import TokenizerConfig
 from kindling.errors import KindlingError, one_line
@@ -269,6 +269,8 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
     require_room(cfg, vocab_size)
     for text in (texts := list(texts)):
         _require_unicode(text)
+    control: dict[str, Any] = {f"{name}_id": present.index(name) if name in present else -1 for name in names}
+    control |= {f"{name}_piece": names[name] for name in present}
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -285,8 +287,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
             allow_whitespace_only_pieces=True,  # indentation
             max_sentence_length=2**30,  # its largest; longer texts would be left out
             minloglevel=2,
-            **{f"{name}_id": present.index(name) if name in present else -1 for name in names},
-            **{f"{name}_piece": names[name] for name in present},
+            **control,
         )
     except RuntimeError as e:
         raise TokenizerError(
