@@ -1,12 +1,11 @@
-"""The data build: from sources to token shards; filtered, deduplicated, split, tokenised and packed.
+"""Builds the data: reads the sources, filters, deduplicates, splits and tokenises, and writes token shards.
 
-    folder = prepare(cfg)      # builds it, or finds it built
+    folder = prepare(cfg)      # builds the folder, or finds it built
 
-Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
-workers, so that a build is a pure function of its inputs. The result is `data/PRESET-FINGERPRINT/`; the fingerprint
-covers every setting and the name, size and time of every local input file, so that a second call with nothing
-changed reuses the shards at once, and any change builds new ones. Limit: the content of a data set on the hub is
-taken as fixed.
+Worker processes filter and tokenise the documents. The results keep the order of the source, so the number of workers
+does not change a byte. The result is `data/PRESET-FINGERPRINT/`. The fingerprint covers every setting and the name, size
+and time of every local input file: if nothing changed, the next call reuses the shards at once; any change builds new
+ones. Limit: a data set on the hub is assumed not to change.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from kindling.files import sha256_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, require_room, train
 
 DATA = Path("data")
-RECIPE = 3  # raise it when the same settings and inputs come to give other shards
+RECIPE = 3  # raise it when a change of the code gives other shards for the same settings and inputs
 
 
 def require_documents(cfg: Config) -> None:
@@ -54,10 +53,10 @@ def require_documents(cfg: Config) -> None:
 
 
 def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
-    """Return the folder with the shards that `cfg` describes, building it first where it is not there yet.
+    """Return the folder with the shards that `cfg` describes; build it first if it does not exist.
 
-    `tokenizer` is that of the run which is fine-tuned; without one the config says where it comes from. Raises DataError for
-    sources that are missing or empty, for splits with nothing in them, and for a full disk.
+    For fine-tuning, `tokenizer` is the run's own. None: the config says which one. Raises DataError for a source that is
+    missing or empty, a split without documents, and a full disk.
     """
     if cfg.data.instructions and tokenizer is None and cfg.tokenizer.kind != "pretrained":
         raise DataError(
@@ -79,7 +78,7 @@ def list_files(cfg: Config) -> SourceFiles:
 
 
 def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = None) -> str:
-    """Return a short hash of everything that the shards depend on and that can be known without reading the inputs."""
+    """Return a short hash of everything that the shards depend on, as far as it is known without reading the inputs."""
     import tokenizers
 
     parts: dict[str, Any] = {
@@ -93,7 +92,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
     }
     for i, source in enumerate(cfg.data.sources):
         root = Path(source.path or "").expanduser()
-        if source.kind == "datasets" and root.is_dir():  # laid out like the hub, but local
+        if source.kind == "datasets" and root.is_dir():  # a local folder with the layout of the hub
             parts[f"folder_{i}"] = [
                 (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
             ]
@@ -111,7 +110,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
 def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | None = None) -> Path:
     """Build `folder` on this machine.
 
-    Where a tokenizer is to be trained the sources are read twice: first for the tokenizer, then for the shards.
+    To train a tokenizer, the sources are read twice: first for the tokenizer, then for the shards.
     """
     with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
         started = time.perf_counter()
@@ -129,9 +128,9 @@ def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | 
 
 @contextlib.contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which is named `folder` when it is whole: a killed process leaves nothing that looks done.
+    """Yield a temporary folder to fill, and rename it to `folder` at the end: a killed process leaves no half folder.
 
-    Where another process was faster its folder stays. Raises DataError for a disk that is full or not writable.
+    If another process was faster, its folder stays. Raises DataError for a disk that is full or not writable.
     """
     partial = folder.with_name(f".building-{folder.name}@{platform.node()}@{os.getpid()}")
     try:
@@ -157,9 +156,9 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def _stale(folder: Path) -> bool:
-    """Return whether the process that was building this folder is gone."""
+    """Return whether the process that was building this folder has ended."""
     _, host, pid = folder.name.rsplit("@", 2) if folder.name.count("@") > 1 else ("", "", "")
-    if host != platform.node() or not pid.isdigit():  # of another machine's processes nothing is known
+    if host != platform.node() or not pid.isdigit():  # processes of another machine cannot be seen
         return False
     try:
         os.kill(int(pid), 0)
@@ -176,9 +175,9 @@ def _stale(folder: Path) -> bool:
 def begin(
     cfg: Config, files: SourceFiles, pool: WorkerPool, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer of a build: `tokenizer` if given, else the pretrained one, else one that is trained here.
+    """Return the tokenizer of a build: `tokenizer` if given, else the pretrained one, else one that is trained now.
 
-    Also returns what the ledger is to note so far.
+    Also returns notes for the ledger. Raises TokenizerError if the tokenizer does not fit into `model.vocab_size`.
     """
     notes: list[str] = []
     if pool.unrecognisable:
@@ -200,11 +199,11 @@ def begin(
 
 
 def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tuple[list[str], list[str]]:
-    """Read documents of the training split until there are `tokenizer.train_bytes` of them.
+    """Read documents of the training split until they have `tokenizer.train_bytes` bytes; all are held in memory.
 
-    Returns their texts, and which sources ended before they should have.
+    Returns their texts, and the sources that broke off.
     """
-    # what a tokenizer gains from the same text once more is nothing
+    # a tokenizer gains nothing from reading the same text again
     data = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
     mixture = Mixture(data, lambda i: pool.map(documents(data.sources[i], files[i])), silent=True)
     texts, total = [], 0
@@ -222,16 +221,17 @@ def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tu
 
 
 def id_type(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type that token ids are stored as."""
+    """Return the type that stores token ids: two bytes if they suffice, else four."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def fill(
     cfg: Config, files: SourceFiles, partial: Path, name: str, tokenizer: Tokenizer, read: Reader, notes: list[str]
 ) -> Ledger:
-    """Write everything of the data folder `name` to `partial`, from the examined documents that `read` gives.
+    """Write all files of the data folder `name` to `partial`.
 
-    They may have been examined here or by other machines. Raises DataError for splits with nothing in them.
+    `read` gives the processed documents of a source, from this machine or from others. `notes` go into the ledger. Raises
+    DataError for a split without documents.
     """
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = id_type(tokenizer)
@@ -243,7 +243,7 @@ def fill(
     for writer in writers.values():
         writer.close()
     ledger.notes += notes + _notes(cfg, mixture, writers["train"])
-    if not cfg.data.instructions:  # which the audit shows
+    if not cfg.data.instructions:  # the audit of fine-tuning shows it
         print(ledger.table())
     for split, writer in writers.items():
         info = writer.info
@@ -253,7 +253,7 @@ def fill(
             raise DataError(_empty_split(split, ledger, drops))
     ledger.write(partial)
     of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
-    how: dict[str, Any] = {}  # conversations were made
+    how: dict[str, Any] = {}  # only of conversations: how they were made
     if of_examples:
         how = {"max_exchanges": max(w.max_exchanges for w in of_examples), "template": rendered(cfg.data.template)}
     write_manifest(
@@ -273,7 +273,10 @@ def fill(
 def _write_documents(
     cfg: Config, files: SourceFiles, mixture: Mixture, partial: Path, writers: Mapping[str, ShardWriter], ledger: Ledger
 ) -> dict[str, str]:
-    """Write every document of the mixture to its split, the ledger and the log; return an example of each rule's drops."""
+    """Write each document of the mixture to its split, the ledger and the log.
+
+    Returns one dropped document for each rule, for the error about an empty split.
+    """
     from tqdm import tqdm
 
     known = all(s.kind in ("files", "local-python") for s in cfg.data.sources)
@@ -314,7 +317,7 @@ def _write_documents(
 
 
 def _notes(cfg: Config, mixture: Mixture, train: ShardWriter) -> list[str]:
-    """Return what happened to sources as a whole, for the ledger."""
+    """Return the ledger's notes about whole sources."""
     notes = []
     wanted, found = cfg.data.max_tokens, train.info.tokens
     if wanted is not None and found < wanted:
@@ -324,7 +327,7 @@ def _notes(cfg: Config, mixture: Mixture, train: ShardWriter) -> list[str]:
 
 
 def _empty_split(split: str, ledger: Ledger, drops: dict[str, str]) -> str:
-    """Return the line that says why a split has no documents."""
+    """Return the error text for a split without documents."""
     rules = [
         f"{rule} {ledger.total('dropped', rule)[0]:,} (such as {drops[rule]})" for rule in ledger.names("dropped")[:3]
     ]

@@ -1,10 +1,10 @@
-"""The rows of data sets: read from files of text, JSONL or Parquet, and made into a text or into a conversation.
+"""Reads the rows of text, JSONL and Parquet files, and takes a text or a conversation from a row.
 
     for row in rows_of(source, path):
-        text = text_of(row, source.field)              # or, of instructions,
+        text = text_of(row, source.field)              # or, for instructions,
         exchanges = conversation_of(source, row)
 
-A bad row raises BadRow and costs itself alone. A file that is cut short ends in the error of its library.
+A bad row raises BadRow; the rows after it can still be read. A damaged file raises the error of the library that reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from config import SourceConfig
 from kindling.data.prompts import Exchange
 from kindling.errors import one_line
 
-# the columns in which data sets keep the path of a row's file, and the repository that it is from
+# the columns for the path of a row's file, and for its repository, in the data sets that we know
 PATH_COLUMNS = ("path", "max_stars_repo_path", "url")
 REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
 
@@ -38,22 +38,22 @@ class Line:
 
 
 def n_bytes_of(text: str) -> int:
-    """Return the bytes of a text as it was read, where a surrogate stands for a byte that is no UTF-8."""
+    """Return the number of bytes of a text in its file, where a surrogate stands for a byte that is not UTF-8."""
     try:
         return len(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # a surrogate that JSON spelt out
+    except UnicodeEncodeError:  # a surrogate from an escape in JSON
         return len(text.encode("utf-8", "surrogatepass"))
 
 
 def open_text(path: Path, encoding: str = "utf-8") -> Any:
-    """Open a text file, packed by gzip where its name ends so, with its line ends as they are."""
-    # a lone byte survives as a surrogate, which the filters then name, so that one bad byte does not end the file
+    """Open a text file, or one packed by gzip if its name ends in .gz. Line ends stay as they are."""
+    # a bad byte becomes a surrogate, and the filters drop its document; the rest of the file can be read
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
 
 
 def rows_of(source: SourceConfig, path: Path) -> Iterator[Any]:
-    """Yield the rows of a file: texts of a text file, `Line`s of JSONL, values of Parquet or of a list in JSON."""
+    """Yield the rows of a file: strings of a text file, `Line`s of JSONL, values of Parquet or of a JSON list."""
     if source.kind == "text":
         return _split_text(path, source.separator)
     return _json_rows(path) if source.kind == "jsonl" else _parquet_rows(path, source)
@@ -66,7 +66,7 @@ def _split_text(path: Path, separator: str) -> Iterator[str]:
             return
         rest = ""
         while chunk := f.read(1 << 20):
-            seen = max(0, len(rest) - len(separator))  # no separator begins before
+            seen = max(0, len(rest) - len(separator))  # no separator begins before this place
             rest += chunk
             if rest.find(separator, seen) >= 0:
                 *whole, rest = rest.split(separator)
@@ -76,7 +76,7 @@ def _split_text(path: Path, separator: str) -> Iterator[str]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    """Yield the rows of a file with one JSON object a line, or with one list of them."""
+    """Yield the rows of a file with one JSON object in each line, or with one list of objects."""
     with open_text(path, "utf-8-sig") as f:
         if ".json" in path.suffixes[-2:]:
             if f.read(4096).lstrip().startswith("["):
@@ -94,25 +94,25 @@ def _json_rows(path: Path) -> Iterator[Any]:
 
 
 def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
-    """Yield the rows of a Parquet file, with no columns but those that a document is made of."""
+    """Yield the rows of a Parquet file, with only the columns that a document needs."""
     from pyarrow.parquet import ParquetFile
 
     own = (source.field, source.response_field, source.input_field, source.messages_field)
     wanted = (*own, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
     with ParquetFile(path) as file:
         columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
-        if (source.messages_field or source.field) not in columns:  # so that the message can name what there is
+        if (source.messages_field or source.field) not in columns:  # keep all, so that the error can name them
             columns = file.schema_arrow.names
         for batch in file.iter_batches(batch_size=256, columns=columns):
             yield from batch.to_pylist()
 
 
 class BadRow(Exception):
-    """Why a row has not what the source says that it has."""
+    """A row that does not have the columns or the messages that the source's settings say. The text says why."""
 
 
 def text_of(row: dict[str, Any], field: str) -> str:
-    """Return the text in a column of a row."""
+    """Return the text in a column of a row; raises BadRow if there is none."""
     if isinstance(text := row.get(field), str):
         return text
     given = f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
@@ -120,7 +120,7 @@ def text_of(row: dict[str, Any], field: str) -> str:
 
 
 def conversation_of(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange, ...]:
-    """Return the exchanges of a row of instructions, in which nothing but the input may be missing or None."""
+    """Return the exchanges of a row of instructions. Only the input may be missing or None. Raises BadRow."""
     if source.messages_field is not None:
         return _exchanges(row.get(source.messages_field), source.messages_field)
     assert source.response_field is not None
@@ -132,9 +132,9 @@ def conversation_of(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange
 
 
 def _exchanges(messages: Any, field: str) -> tuple[Exchange, ...]:
-    """Return the exchanges of a list of messages, in either of the two spellings that data sets have.
+    """Return the exchanges of a list of messages: with `role` and `content`, or with `from` and `value`.
 
-    A system message at the beginning goes before the first instruction.
+    A system message at the beginning is put before the first instruction.
     """
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise BadRow(f"the column {field!r} must hold a list of messages, but does not")

@@ -1,10 +1,10 @@
-"""What is done with one document, whatever the others are: reading, filters, hashes, token ids.
+"""Processes one document: reads it, applies the filters, computes hashes, and tokenises it.
 
     process = Examiner(cfg.data, benchmarks, tokenizer, context=cfg.model.block_size)
-    examined = process(document)          # examined.drop says why it is dropped, or examined.ids are its token ids
+    examined = process(document)          # examined.drop says why it is dropped; else examined.ids holds its token ids
 
-A pure function of the document, the settings and the tokenizer. It runs in the worker processes of workers.py, which
-survive what a document can do to it.
+The result depends on the document, the settings and the tokenizer alone. This runs in the worker processes of workers.py,
+because a document can crash or hang it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _NO_WORDS = np.empty(0, dtype=np.uint64)
 
 @dataclasses.dataclass
 class Examined:
-    """A worker's answer. `drop` says which filter dropped the document and why; else `ids` (or `text`) is set.
+    """A processed document. `drop` says which filter dropped it and why; else `ids` is set, or `text` without a tokenizer.
 
-    `size` is what was read, in bytes; `changes` says what was cut off or found odd in it, with the bytes cut.
+    `size` is the number of bytes read. `changes` names what was cut off or is unusual, with the number of bytes cut.
     """
 
     key: str
@@ -41,17 +41,17 @@ class Examined:
     drop: Drop | None = None
     changes: tuple[tuple[str, int], ...] = ()
     digest: bytes = b""
-    group: bytes = b""  # documents with the same one go into the same split; without one, the digest decides
+    group: bytes = b""  # documents of one group go into the same split; without a group, the digest decides
     signature: bytes = b""
     text: str | None = None
     ids: np.ndarray | None = None
-    segments: np.ndarray | None = None  # of a conversation, as in conversations.Example
+    segments: np.ndarray | None = None  # of a conversation: see conversations.Example
     supervised_bytes: int = 0
-    broken: str | None = None  # a stream ended here that should have gone on
+    broken: str | None = None  # why the stream broke off here
 
 
 class Examiner:
-    """What is done with one document: a pure function of the document, the settings and the tokenizer."""
+    """Processes documents, one at a time; the result depends on the document, the settings and the tokenizer alone."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class Examiner:
         tokenizer: Tokenizer | None = None,
         context: int = 0,
     ):
-        """`context` is the model's, in tokens, which an example of fine-tuning must fit in."""
+        """`context` is the model's block size in tokens; an example of fine-tuning must fit into it."""
         self.cfg, self.benchmarks, self.tokenizer, self.context = cfg, benchmarks, tokenizer, context
 
     def all_of(self, document: Document) -> list[Examined]:
-        """Return what came of a document: one answer, or of a file that is mined for examples one for each of these."""
+        """Process a document. Returns one result, or for a file with docstrings to mine, one for each example in it."""
         if not document.mined or document.path is None:
             return [self(document)]
         try:
@@ -75,7 +75,7 @@ class Examiner:
             return [_dropped(document, "too large to parse", f"{len(raw):,} bytes, above {COMPILE_BYTES:,}")]
         try:
             pairs = pairs_of(raw.decode("utf-8"))
-        except (SyntaxError, ValueError, RecursionError) as e:  # bytes that are no UTF-8 are a ValueError too
+        except (SyntaxError, ValueError, RecursionError) as e:  # bytes that are not UTF-8 are a ValueError too
             return [_dropped(document, "file is no Python", one_line(e))]
         mined = [self(_conversation_from(document, pair)) for pair in pairs]
         group = hashlib.sha256(raw).digest()[:16]
@@ -84,7 +84,7 @@ class Examiner:
         return mined or [_dropped(document, "undocumented file", "")]
 
     def __call__(self, document: Document) -> Examined:
-        """Return what came of a document that is a text or a conversation."""
+        """Process a document that is a text or a conversation."""
         out = Examined(document.key, document.language, document.size)
         examine = self._examine_conversation if document.exchanges else self._examine_text
         out.drop = examine(document, out)
@@ -93,7 +93,7 @@ class Examiner:
         return out
 
     def _examine_text(self, document: Document, out: Examined) -> Drop | None:
-        """Fill in `out` for a document of text; return why it is dropped, or None."""
+        """Process a text: fill in `out`, and return why the document is dropped, or None."""
         text = self._read(document, out)
         if isinstance(text, Drop):
             return text
@@ -120,11 +120,11 @@ class Examiner:
         return None
 
     def _read(self, document: Document, out: Examined) -> str | Drop:
-        """Return the text of a document, from its file if it has one, or why there is none."""
+        """Return the text of a document, from its file if it has one, or why it cannot be read."""
         if document.path is None:
             return Drop("unreadable", document.unreadable or "no text") if document.text is None else document.text
         if document.size > 4 * self.cfg.max_chars:
-            # a character is at most 4 bytes: too long, known without reading gigabytes
+            # a character has at most 4 bytes, so the file is too long: no need to read it
             wanted = f"{self.cfg.min_chars:,} to {self.cfg.max_chars:,} characters"
             return Drop("characters", f"{document.size:,} bytes, not {wanted}")
         try:
@@ -138,7 +138,7 @@ class Examiner:
             return Drop("not UTF-8", f"{e.reason} at byte {e.start:,}")
 
     def _changed(self, text: str, content: bytes, document: Document) -> tuple[str, bytes, tuple[tuple[str, int], ...]]:
-        """Return the text without mark and long header, its bytes, and what was cut off or odd, with the bytes cut."""
+        """Cut off the byte-order mark and a long header. Returns the text, its bytes in UTF-8, and `Examined.changes`."""
         changes = [("newlines around it cut off", document.trimmed)] if document.trimmed else []
         if text.startswith("\ufeff"):
             text, content = text[1:], content[3:]
@@ -154,7 +154,7 @@ class Examiner:
         return text, content, tuple(changes)
 
     def _examine_conversation(self, document: Document, out: Examined) -> Drop | None:
-        """Fill in `out` for a document of exchanges; return why it is dropped, or None."""
+        """Process a conversation: fill in `out`, and return why the document is dropped, or None."""
         assert self.tokenizer is not None, "examples are made with the tokenizer of the run that is fine-tuned"
         exchanges = normalized(document.exchanges, self.tokenizer)
         text = joined(exchanges)
@@ -162,7 +162,7 @@ class Examiner:
             content = text.encode("utf-8")
         except UnicodeEncodeError as e:
             return Drop("not UTF-8", f"{e.reason} at character {e.start:,}")
-        # no language: what is said in a conversation need not be code
+        # without a language, because a conversation need not be code
         drop = refusal(exchanges, self.cfg, self.tokenizer) or first_refusal(text, document.inner, "", self.cfg)
         if drop := drop or self._marked(text, content, out):
             return drop
@@ -174,7 +174,7 @@ class Examiner:
         return None
 
     def _marked(self, text: str, content: bytes, out: Examined) -> Drop | None:
-        """Fill in by what a duplicate is known; return why a text that a benchmark holds is dropped."""
+        """Compute the hashes for deduplication; return a Drop if the text contains a problem of a benchmark."""
         wanted = self.benchmarks is not None or self.cfg.near_dedup is not None
         words = word_hashes(text) if wanted else _NO_WORDS
         if self.benchmarks is not None and (found := self.benchmarks.find(text, words)):
@@ -190,7 +190,7 @@ def _dropped(document: Document, rule: str, value: str) -> Examined:
 
 
 def _conversation_from(document: Document, pair: Pair) -> Document:
-    """Return the conversation that was mined from a file as a document of its own."""
+    """Return a document of its own for a conversation that was mined from a file."""
     exchange = Exchange(pair.instruction, pair.response)
     size = len(f"{pair.instruction}{pair.response}".encode())
     key = f"{document.key}:{pair.name}"

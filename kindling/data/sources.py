@@ -1,10 +1,9 @@
-"""Where documents come from: local files, the Python source of this machine, and data sets on the hub.
+"""Yields the documents of a source: local files, the Python source of this machine, or a data set on the hub.
 
-A source yields `Document`s. Those of files carry a path and are read by the worker that filters them; rows of JSONL,
-Parquet and hub data sets carry their text, or the exchanges of the conversation that they hold. The order is a fixed
-pseudo-random one for files (so that the first megabytes are a fair sample of all), the file's own for rows. What cannot be
-read is a document too, one that says why: a bad row, the rest of a file that is cut short, the rest of a stream whose
-connection broke.
+A document of a whole file carries its path; the worker that filters it reads the file. A row of JSONL, Parquet or a hub
+data set carries its text, or the exchanges of its conversation. Files come in a fixed pseudo-random order, so that the
+first megabytes are a fair sample; rows come in the order of their file. What cannot be read is a document too, which says
+why: a bad row, the rest of a damaged file, the rest of a stream whose connection broke.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of a source. `key` names it independently of where the source lies."""
+    """A file of a source. `key` is its name inside the source, wherever the source's folder is."""
 
     key: str
     path: Path
@@ -59,24 +58,24 @@ class LocalFile:
     mtime_ns: int
 
 
-WHOLE_FILES = ("files", "local-python", "docstrings")  # sources whose files are read whole, by the workers
+WHOLE_FILES = ("files", "local-python", "docstrings")  # sources whose files are whole documents, read by the workers
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document on its way to a worker: the text, or the file that holds it, or why there is neither."""
+    """A document to process: its text, or its file, or its conversation, or why it cannot be read."""
 
     key: str
     language: str
     path: Path | None = None
     text: str | None = None
-    size: int = 0  # bytes that it is counted with
-    trimmed: int = 0  # of them already cut off, at the ends
-    inner: str = ""  # the path inside its repository or folder, where known
+    size: int = 0  # bytes, as counted in the ledger
+    trimmed: int = 0  # newlines that were cut off at both ends, in bytes
+    inner: str = ""  # the path inside its repository or folder, if known
     unreadable: str | None = None
-    broken: bool = False  # not one bad row, but the end of a stream that should have gone on
-    exchanges: tuple[Exchange, ...] = ()  # of a conversation, in place of the text
-    mined: bool = False  # the path is that of a file whose documented functions are such conversations
+    broken: bool = False  # the stream broke off here; False for one bad row
+    exchanges: tuple[Exchange, ...] = ()  # of a conversation, instead of a text
+    mined: bool = False  # `path` is Python source: each documented function becomes a conversation
 
 
 SourceFiles = list[list[LocalFile] | None]  # the files of each source, None for one on the hub
@@ -87,11 +86,11 @@ class _HasSize(Protocol):
     def size(self) -> int: ...
 
 
-Sized = TypeVar("Sized", bound=_HasSize)  # a document, or what came of it
+Sized = TypeVar("Sized", bound=_HasSize)  # a document, before or after processing
 
 
 def source_roots(source: SourceConfig) -> dict[str, Path]:
-    """Return the folders of a local source, by what the keys of their files begin with."""
+    """Return the folders of a local source, by the prefix of their files' keys."""
     if source.path is not None:
         return {"": Path(source.path).expanduser()}
     paths = sysconfig.get_paths()
@@ -125,7 +124,7 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
         )
     files.sort(key=lambda f: hashlib.sha256(f.key.encode("utf-8", "surrogateescape")).digest())
     if source.kind not in WHOLE_FILES:
-        return files  # rows are counted while they are read
+        return files  # the limits count rows, while they are read
     if source.max_bytes is not None:
         total, kept = 0, []
         for f in files:
@@ -138,8 +137,8 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
 
 
 def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile]:
-    """Yield the regular files under `root` that match a glob; hidden folders, caches and nested site-packages are left out."""
-    # fnmatch's * crosses slashes, so **/*.py also has to match at the top level, as pathlib's does
+    """Yield the regular files under `root` that match a glob, without hidden folders, caches and nested site-packages."""
+    # fnmatch's **/*.py wants a slash; without the prefix it matches at the top level too, as in pathlib
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
     wanted = re.compile("|".join(fnmatch.translate(p) for p in patterns)).match
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
@@ -156,7 +155,7 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
 
 
 def _regular(path: str) -> os.stat_result | None:
-    """Return what the system says of a regular file; None of anything else, such as a link to nothing."""
+    """Return the status of a regular file; None for anything else, such as a broken link."""
     try:
         found = os.stat(path)
     except OSError as e:
@@ -171,7 +170,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def language_of(source: SourceConfig, path: Path) -> str:
-    """Return the source's language, or the one that the file's suffix says."""
+    """Return the source's language; without one, the language of the file's suffix."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return source.language or LANGUAGES.get(suffix, "unknown")
 
@@ -179,7 +178,7 @@ def language_of(source: SourceConfig, path: Path) -> str:
 def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[Document]:
     """Yield the documents of a source. `files` is `local_files(source)`, or None for a data set on the hub.
 
-    Raises DataError for a data set of which not one row can be read.
+    Raises DataError for a data set on the hub if not even its first row can be read.
     """
     if source.kind in WHOLE_FILES:
         assert files is not None
@@ -192,7 +191,7 @@ def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[D
 
 
 def within_limits(source: SourceConfig, rows: Iterable[Sized]) -> Iterator[Sized]:
-    """Yield the rows of a source of rows until there are its `max_documents` or `max_bytes` of them."""
+    """Yield rows until the source's `max_documents` or `max_bytes` is reached."""
     seen_bytes = 0
     for number, row in enumerate(rows):
         if number == source.max_documents or (source.max_bytes is not None and seen_bytes >= source.max_bytes):
@@ -202,7 +201,7 @@ def within_limits(source: SourceConfig, rows: Iterable[Sized]) -> Iterator[Sized
 
 
 def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
-    """Yield the documents of one file of rows; the rows before a place that cannot be read stay."""
+    """Yield the documents of a file of rows. If the file is damaged, the rows before the damage are kept."""
     language = language_of(source, f.path)
     number = 0
     try:
@@ -213,13 +212,13 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
                 yield Document(key, language, text=text, size=n_bytes_of(row), trimmed=len(row) - len(text))
             else:
                 yield _row_document(source, key, row, language)
-    except Exception as e:  # gzip, zlib, Arrow and the system share no base class
+    except Exception as e:  # gzip, zlib, Arrow and OS errors share no base class
         yield Document(f"{f.key}:{number}", language, unreadable=f"the rest of the file: {one_line(e)}")
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of one row, which comes as a `Line` of JSON or as the value itself; only a dict holds a text."""
-    size = 0  # of the row as a whole, where it came as a line
+    """Return the document of a row, which is a `Line` of JSONL or a value; only a dict can be used."""
+    size = 0  # of the whole row, if it is a line
     if isinstance(row, Line):
         row, size = row.content, row.size
     if not isinstance(row, dict):
@@ -245,7 +244,7 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:
-    """Stream a data set of the hub, or of a local folder laid out like one; never the whole set on disk."""
+    """Stream a data set from the hub, or from a local folder with the same layout; it is not downloaded as a whole."""
     if (source.path or "").startswith(("/", "./", "../", "~")) and not Path(source.path or "").expanduser().is_dir():
         raise DataError(
             f"data.sources.path must be a name on the hub or a folder laid out like one, but there is no folder "
@@ -255,12 +254,12 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
 
     number = 0
     try:
-        path = os.path.expanduser(source.path or "")  # a name on the hub keeps its slash on every system
+        path = os.path.expanduser(source.path or "")  # not Path: a name on the hub keeps its slash on Windows
         rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
         for number, row in enumerate(rows, 1):
             document = _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
             if number == 1 and document.unreadable is not None:
-                # a wrong name would stream the whole set for nothing
+                # with a wrong column, the whole set would be streamed for nothing
                 raise DataError(
                     f"each row of the data set {source.label!r} must hold its text where the config says, but in the first "
                     f"{document.unreadable}; set the source's field (and response_field or messages_field)"
@@ -268,7 +267,7 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
             yield document
     except DataError:
         raise
-    except Exception as e:  # connection, authorisation, naming and format errors share no base class
+    except Exception as e:  # errors of connection, authorisation, name and format share no base class
         if number == 0:
             raise DataError(_no_data_set(source, e)) from None
         why = f"the rest of the data set, after row {number - 1:,}: {one_line(e)}"
@@ -276,7 +275,7 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
 
 
 def _no_data_set(source: SourceConfig, error: Exception) -> str:
-    """Return the line that says why a data set cannot be read at all, and what to do."""
+    """Return the error text for a data set that cannot be read at all."""
     said = one_line(error, 300)
     local = "or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER"
     if "gated" in said.lower() or "GatedRepo" in type(error).__name__:

@@ -1,7 +1,7 @@
-"""Worker processes that filter and tokenise documents, and survive what the documents do to them.
+"""Runs process_document.py in worker processes, and survives documents that crash or hang it.
 
-A document that kills its process, or hangs it, is dropped, and only that one. Results come back in the order of the
-stream, whatever the number of workers. What is done with each document is in process_document.py.
+A document that kills or hangs its process is dropped; no other document is lost. Results come back in the order of the
+stream, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
-WORKER_MEMORY_BYTES = 2**30  # on top of what a worker starts with
+WORKER_MEMORY_BYTES = 2**30  # in addition to what a worker uses at its start
 BATCH_BYTES, BATCH_DOCUMENTS = 2**19, 64
 
 
 class WorkerPool:
-    """Processes that examine batches of documents; a document that kills its process is dropped, and only that one."""
+    """Processes that process batches of documents. A document that kills its process is dropped."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class WorkerPool:
         context: int = 0,
         examine: Callable[[list[Document], Path | None], list[Examined]] | None = None,
     ):
-        """`examine` is what a worker does with a batch, in place of `_examine_batch`."""
+        """`examine` replaces `_examine_batch` as what a worker does with a batch."""
         self._n_workers, self._examine = cfg.n_workers, examine or _examine_batch
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
         self._arguments = (cfg, benchmarks, context, tokenizer_cfg)
@@ -57,14 +57,14 @@ class WorkerPool:
     def _start(self) -> None:
         import multiprocessing
 
-        # spawn: a fork would copy this process's threads and memory, torch's among them
+        # spawn, because a fork would copy the threads and memory of this process, and those of torch
         self._executor = ProcessPoolExecutor(
             self._n_workers, multiprocessing.get_context("spawn"), _start_worker, self._arguments
         )
-        # Start all workers now: the executor would start one at a later submit, and one that starts while another dies
-        # is never ended, so that shutdown would wait for it for ever
+        # Start all workers now. The executor would start some at a later submit; if one starts while another dies, the
+        # executor never ends it, and shutdown waits for ever
         self._started: list[Future[int]] = []
-        with sigint_blocked(), contextlib.suppress(BrokenProcessPool):  # which the next to ask will be told
+        with sigint_blocked(), contextlib.suppress(BrokenProcessPool):  # the next call finds out
             for _ in range(self._n_workers):
                 self._started.append(self._executor.submit(os.getpid))
 
@@ -75,9 +75,9 @@ class WorkerPool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def map(self, stream: Iterable[Document], tokenizer_file: Path | None = None) -> Iterator[Examined]:
-        """Examine a stream of documents, a few batches ahead of the consumer; yields in the stream's order.
+        """Process a stream of documents, a few batches ahead of the consumer; yield the results in the stream's order.
 
-        With a tokenizer's file the answers hold token ids, without one the text.
+        With `tokenizer_file` the results hold token ids, without it the text.
         """
         window: deque[tuple[list[Document], Future[list[Examined]], int]] = deque()
         for batch in _batches(stream):
@@ -94,18 +94,19 @@ class WorkerPool:
             try:
                 return future.result()
             except (BrokenProcessPool, CancelledError):
-                # some worker died. If that is old news, this batch only needs another try; else it is suspect
+                # A worker died. If the workers were replaced since, try the batch again. Else its documents are suspects:
+                # try each alone
                 if generation == self._generation:
                     self._restart()
                     return [examined for document in batch for examined in self._alone(document, tokenizer_file)]
             future, generation = self._submit(batch, tokenizer_file)
 
     def _submit(self, batch: list[Document], tokenizer_file: Path | None) -> tuple[Future[list[Examined]], int]:
-        """Hand a batch to a worker; return its future and the generation of workers that it went to."""
+        """Give a batch to a worker; return its future and the generation of workers that got it."""
         try:
-            with sigint_blocked():  # submitting starts processes, which must not meet Ctrl-C before they ignore it
+            with sigint_blocked():  # submitting may start a process, which must not get Ctrl-C before it ignores it
                 return self._executor.submit(self._examine, batch, tokenizer_file), self._generation
-        except BrokenProcessPool:  # an earlier batch broke the pool, which its own future will tell
+        except BrokenProcessPool:  # an earlier batch broke the pool; its own future will say so
             broken: Future[list[Examined]] = Future()
             broken.set_exception(BrokenProcessPool())
             return broken, self._generation
@@ -152,19 +153,19 @@ def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
 
 # -- inside a worker process ---------------------------------------------------------------------------------------------
 
-_worker: dict[str, Any] = {}  # a worker process's own settings
+_worker: dict[str, Any] = {}  # the state of a worker process
 
 
 def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, tokenizer_cfg: TokenizerConfig) -> None:
     import multiprocessing
     import threading
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import rensa  # noqa: F401  before the limit, which is on top of what the libraries take
+    import rensa  # noqa: F401  before the limit, so that the memory of the libraries is not counted
     import tokenizers  # noqa: F401
 
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no resource, macOS no statm
@@ -198,7 +199,7 @@ def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[E
         except MemoryError:
             drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
             examined.append(Examined(document.key, document.language, document.size, drop))
-        except BaseException as e:  # whatever a document does to a library, a panic of Rust included, costs it alone
+        except BaseException as e:  # any failure of a library, a panic of Rust included, costs only this document
             drop = Drop("unexpected", one_line(e))
             examined.append(Examined(document.key, document.language, document.size, drop))
         finally:
