@@ -65,7 +65,7 @@ def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
         )
         # the preamble stands only before the first exchange; later ones begin with the marker
         return text if first else "\n\n" + text[text.index("### Instruction:") :]
-    if template == "user-assistant":  # seed 004's, without a space at its end
+    if template == "user-assistant":  # of the presets smallcoder; no space at its end
         about = f"\n{exchange.input}" if exchange.input.strip() else ""
         return f"{'' if first else chr(10)}User: {exchange.instruction}{about}\nAssistant:"
     raise ValueError(f"no template is called {template!r}")
