@@ -25,8 +25,6 @@ from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
 SPELT, MARKED = "control token kept as text", "template marker kept"  # in an instruction
-
-
 PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(4)  # columns of the segments
 
 

@@ -11,9 +11,9 @@ all documents, are decided in the order of the single build, and the shards are 
 the same bytes as from `data_pipeline.py`, whatever the number of parts. data.max_tokens limits the gathering, not the
 parts. If a call was interrupted, call it again: it does what is missing.
 
-Limits: every machine must see this folder and the source files at the same paths, and have the same versions of Python
-and the libraries. A file is never split. Sources on the hub and instructions need the single build. The gathering is one
-process, which needs about 0.7 kB for each document kept (`docs/SCALE.md` has the arithmetic).
+Limits: every machine must see this folder and the source's files at the same paths, and have the same versions of Python
+and the libraries. A file is never split. Sources on the hub and of instructions are left to the single build. The
+gathering is one process, which holds about 0.7 kB for each document kept (`docs/SCALE.md` has the arithmetic).
 """
 
 from __future__ import annotations

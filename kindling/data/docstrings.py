@@ -47,10 +47,10 @@ def pairs_of(source: str) -> list[Pair]:
     Raises what ast.parse raises for source that is not Python: SyntaxError, ValueError, RecursionError, MemoryError.
     """
     source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    lines = source.split("\n")  # as ast counts them; str.splitlines() also splits at form feeds and U+2028
+    lines = source.split("\n")  # as ast counts them: str.splitlines() would also split at form feeds and U+2028
     pairs = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as for "\d" in a string
+        warnings.simplefilter("ignore")  # "\d" in a stranger's string
         for name, node in _functions(ast.parse(source)):
             task = _task(ast.get_docstring(node, clean=False) or "")
             if task is None or all(map(is_placeholder, node.body[1:])):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from config import DataConfig
 
-COMPILE_BYTES = 256 * 1024  # larger sources are refused; compile() can need seconds and gigabytes for them
-GENERATED_LINES = 10  # look for the mark of a generator in the first lines only
+COMPILE_BYTES = 256 * 1024  # larger sources are refused unread: compile() can take seconds and gigabytes on them
+GENERATED_LINES = 10  # where a generator's mark is looked for
 ALPHANUMERIC = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 

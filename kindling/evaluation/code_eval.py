@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from config import EvalConfig
-from kindling.data.prompts import Exchange, encode, flatten
+from kindling.data.prompts import Exchange, encode
 from kindling.evaluation.check_correctness import VERDICTS, Graded, Sample, grade
 from kindling.evaluation.extraction import end_of_function
 from kindling.evaluation.intervals import pass_at_k
@@ -69,7 +69,8 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> lis
         exchanges = [Exchange(problem.mined_instruction)]
     else:
         exchanges = [Exchange(asked, said) for asked, said in problem.shots] + [Exchange(problem.instruction)]
-    return flatten(encode(chat.template, exchanges, tokenizer))
+    segments = encode(chat.template, exchanges, tokenizer)
+    return [token for segment in segments for token in (*segment.prompt, *segment.response)]
 
 
 def write(

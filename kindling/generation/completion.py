@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kindling.data.prompts import Exchange, encode, flatten
+from kindling.data.prompts import Exchange, encode
 from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.healing import take_back, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
@@ -243,7 +243,8 @@ def _conversation_ids(
     """Return the ids of as many of the latest exchanges as leave `room`, at least of the last, which must leave some."""
     assert exchanges and not exchanges[-1].response, "the response is for the model to write"
     for dropped in range(len(exchanges)):  # whole exchanges: a model was never trained on half a template
-        ids = flatten(encode(template, exchanges[dropped:], tokenizer))
+        segments = encode(template, exchanges[dropped:], tokenizer)
+        ids = [token for segment in segments for token in (*segment.prompt, *segment.response)]
         if len(ids) + room <= block_size:
             break
     if len(ids) >= block_size:
