@@ -1,13 +1,12 @@
-"""From sources to token shards: filter, deduplicate, split, tokenise, pack.
+"""Builds token shards from sources: filters, deduplicates, splits, tokenises, packs.
 
     python data_pipeline.py --preset demo
-    python data_pipeline.py --preset demo --explain google/protobuf/api_pb2.py  # which rule took it, and by what value
+    python data_pipeline.py --preset demo --explain google/protobuf/api_pb2.py  # which rule dropped it, and why
     python data_pipeline.py --preset demo --locate train:123456  # the document of a token
 
-Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
-workers, so that a build is a pure function of its inputs. The result is `data/PRESET-FINGERPRINT/`; the fingerprint
-covers every setting and the name, size and time of every local input file, so that a second call with nothing
-changed reuses the shards at once, and any change builds new ones. The build itself is in kindling/data/build.py.
+The result is `data/PRESET-FINGERPRINT/`. The fingerprint covers every setting and the name, size and time of every local
+input file: if nothing changed, the next call reuses the shards at once; any change builds new ones. The number of workers
+does not change the result. The build itself is in kindling/data/build.py.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class Flags:
 
     config: ConfigFlags
     explain: str | None = None
-    """Say what became of this file or row, by its path or the end of it."""
+    """Say what happened to this file or row, by its path or the end of its path."""
     locate: str | None = None
-    """Say which document holds a token: SPLIT:POSITION, such as train:123456."""
+    """Say which document contains a token: SPLIT:POSITION, such as train:123456."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build the shards of the config, or find them built."""
+    """Build the shards of the config, unless they exist already."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     folder = prepare(flags.config)
     if flags.explain is not None or flags.locate is not None:

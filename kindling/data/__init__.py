@@ -1,7 +1,8 @@
 """From sources to the rows that a model is trained on.
 
-Documents: sources.py, filters.py, duplicates.py, docstrings.py, workers.py, mixture.py, ledger.py, shards.py.
-Instructions: prompts.py, conversations.py, examples.py, audit.py. A whole build: build.py and explain.py; split over machines:
-parts.py, distributed_build.py. It must never drop anything without counting it, nor let the number of workers change
-a byte.
+A build: build.py calls all the rest. Documents: sources.py, dataset_rows.py, workers.py, process_document.py, filters.py,
+duplicates.py, docstrings.py, mixture.py, ledger.py, shards.py. Instructions: prompts.py, conversations.py, examples.py,
+audit.py. What happened to a document: explain.py. A build split over machines: parts.py, distributed_build.py.
+
+It must never drop anything without counting it, nor let the number of workers change a byte.
 """

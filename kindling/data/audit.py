@@ -1,8 +1,8 @@
-"""The audit before fine-tuning: what the rows hold, one of them to look at, and a check of every one.
+"""The audit before fine-tuning: checks every row, counts what the rows hold, and shows one of them.
 
-The check goes the way back: from the rows as the model will get them to texts, and compares these with the hashes of the
-texts that the rows were made from. So it would notice a mask that is off by one, an end-of-text token that is lost or
-masked, examples that see each other, or padding that is supervised, wherever on the way that happened.
+The check decodes the rows as the model gets them, and compares the texts with the hashes of the texts that the rows were
+made from. So it finds a mask that is off by one, an end-of-text token that is lost or masked, examples that see each
+other, and padding that is supervised, wherever the fault was made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, Config
-from kindling.data.conversations import CUT
-from kindling.data.examples import PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, ExampleRows, text_hash
+from kindling.data.conversations import CUT, PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, text_hash
+from kindling.data.examples import ExampleRows
 from kindling.data.ledger import Ledger
 from kindling.errors import KindlingError
 from kindling.tokenization.tokenizer import Tokenizer
@@ -25,11 +25,11 @@ DIM, GREEN, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
 
 
 class AuditError(KindlingError):
-    """A row that would teach something else than its response."""
+    """A row whose targets are not exactly its responses."""
 
 
 def audit(splits: dict[str, ExampleRows], tokenizer: Tokenizer) -> None:
-    """Check every row of every split; raises AuditError at the first that is not as it must be."""
+    """Check every row of every split; raises AuditError for the first that is wrong."""
     for split, rows in splits.items():
         with tqdm(total=rows.examples.n_examples, desc=f"auditing {split}", unit=" examples", leave=False) as bar:
             for number in range(rows.n_rows):
@@ -37,7 +37,7 @@ def audit(splits: dict[str, ExampleRows], tokenizer: Tokenizer) -> None:
 
 
 def _check_row(rows: ExampleRows, number: int, tokenizer: Tokenizer) -> int:
-    """Check one row; return its number of examples."""
+    """Check one row; return the number of its examples."""
     batch = rows.of_bins([number], 1)
     idx, targets = batch.idx[0], batch.targets[0]
     at = 0
@@ -61,13 +61,13 @@ def _violation(rows: ExampleRows, what: str, wrong: str) -> str:
 def _wrong_with(
     idx: np.ndarray, targets: np.ndarray, positions: np.ndarray | None, segments: np.ndarray, tokenizer: Tokenizer
 ) -> str | None:
-    """Return what is wrong with an example as it lies in a row: idx, targets and positions (n,), or None."""
+    """Return what is wrong with an example in a row, or None. idx, targets and positions are (n,)."""
     if positions is not None and not np.array_equal(positions, np.arange(len(idx))):
         return "its positions must count from 0"
     if not (targets != IGNORE).any():
         return "it must have at least one supervised token"
-    ids = np.append(idx, targets[-1])  # of the last token there is only the target
-    aims = np.concatenate(([IGNORE], targets))  # what is expected at the place of each id
+    ids = np.append(idx, targets[-1])  # the last token is only a target
+    aims = np.concatenate(([IGNORE], targets))  # the target for the position of each id
     at = 0
     for segment in segments:
         middle, stop = at + int(segment[PROMPT]), at + int(segment[PROMPT] + segment[RESPONSE])
@@ -88,7 +88,7 @@ def _wrong_with(
 
 
 def table(cfg: Config, splits: dict[str, ExampleRows]) -> str:
-    """Return what was read, dropped and kept, and what the rows of each split are made of."""
+    """Return a table of what was read, dropped and kept, and of what the rows of each split contain."""
     ledger = Ledger.read(next(iter(splits.values())).examples.folder)
     out = [f"{'':<32}{'examples':>12}", f"{'read':<32}{ledger.total('read')[0]:>12,}"]
     out += [f"{f'  dropped: {rule}':<32}{ledger.total('dropped', rule)[0]:>12,}" for rule in ledger.names("dropped")]
@@ -111,8 +111,8 @@ def table(cfg: Config, splits: dict[str, ExampleRows]) -> str:
 
 
 def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
-    """Return an example from the middle as a text that shows what is supervised of it: in green, or in [[brackets]]."""
-    number = rows.n_rows // 2  # the first ones are the longest
+    """Return an example as a text with the supervised parts in green, or in [[brackets]]."""
+    number = rows.n_rows // 2  # from the middle, because the first ones are the longest
     batch = rows.of_bins([number], 1)
     n = int(rows.examples.lengths[rows.bins[number][0]]) - 1
     ids = np.append(batch.idx[0, :n], batch.targets[0, n - 1])
@@ -122,7 +122,7 @@ def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
     dim, undim = (DIM, PLAIN) if color else ("", "")
     parts = []
     for start, stop in itertools.pairwise(cuts):
-        # a terminal would obey control characters
+        # control characters are escaped, because a terminal would obey them
         text = "".join(
             c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in tokenizer.decode(ids[start:stop])
         )
@@ -132,5 +132,5 @@ def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
 
 
 def wants_color(is_terminal: bool) -> bool:
-    """Return whether colour is welcome: on a terminal, unless NO_COLOR is set."""
+    """Return whether to use colour: on a terminal, unless NO_COLOR is set."""
     return is_terminal and not os.environ.get("NO_COLOR")

@@ -1,26 +1,24 @@
-"""The data build: from sources to token shards; filtered, deduplicated, split, tokenised and packed.
+"""Builds the data: reads the sources, filters, deduplicates, splits and tokenises, and writes token shards.
 
-    folder = prepare(cfg)      # builds it, or finds it built
+    folder = prepare(cfg)      # builds the folder, or finds it built
 
-Documents are filtered and tokenised in worker processes, and arrive in their source's order whatever the number of
-workers, so that a build is a pure function of its inputs. The result is `data/PRESET-FINGERPRINT/`; the fingerprint
-covers every setting and the name, size and time of every local input file, so that a second call with nothing
-changed reuses the shards at once, and any change builds new ones. Limit: the content of a data set on the hub is
-taken as fixed.
+Worker processes filter and tokenise the documents. The results keep the order of the source, so the number of workers
+does not change a byte. The result is `data/PRESET-FINGERPRINT/`. The fingerprint covers every setting and the name, size
+and time of every local input file: if nothing changed, the next call reuses the shards at once; any change builds new
+ones. Limit: a data set on the hub is assumed not to change.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,92 +29,17 @@ from config import Config
 from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
 from kindling.data.ledger import DocumentLog, Ledger
-from kindling.data.mixture import Mixture, Reader, examined_by
+from kindling.data.mixture import Mixture, Reader
+from kindling.data.process_document import Examined
 from kindling.data.prompts import rendered
 from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
-from kindling.data.sources import LocalFile, local_files
+from kindling.data.sources import SourceFiles, documents, local_files
 from kindling.data.workers import WorkerPool
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, train
+from kindling.files import sha256_text
+from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, require_room, train
 
 DATA = Path("data")
-RECIPE = 3  # raise it when the same settings and inputs come to give other shards
-
-
-def _tokenizer_sample(
-    cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, notes: list[str]
-) -> Iterator[str]:
-    """Yield training documents until there are `tokenizer.train_bytes` of them; `notes` gets what broke meanwhile."""
-    total = 0
-    # what a tokenizer gains from the same text once more is nothing
-    once = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
-    mixture = Mixture(once, examined_by(pool, once, files), silent=True)
-    with contextlib.closing(iter(mixture)) as stream:
-        for document in stream:
-            if document.split == "train" and document.examined.text is not None:
-                yield document.examined.text
-                total += document.examined.size
-                if total >= cfg.tokenizer.train_bytes:
-                    break
-    notes += [f"the tokenizer was trained without {broken}" for broken in mixture.broken.values()]
-
-
-def make_tokenizer(cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, notes: list[str]) -> Tokenizer:
-    """Load the pretrained tokenizer, or train one on the training split; `notes` gets what went wrong with its data."""
-    if cfg.tokenizer.kind == "pretrained":
-        return load_pretrained(cfg.tokenizer)
-    print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
-    return train(_tokenizer_sample(cfg, files, pool, notes), cfg.tokenizer, cfg.model.vocab_size)
-
-
-def begin(
-    cfg: Config, files: list[list[LocalFile] | None], pool: WorkerPool, tokenizer: Tokenizer | None = None
-) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer of a build, `tokenizer` itself if given, and what the ledger is to note of the beginning."""
-    notes: list[str] = []
-    if pool.unrecognisable:
-        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
-    tokenizer = tokenizer or make_tokenizer(cfg, files, pool, notes)
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise TokenizerError(
-            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
-            f"set --model.vocab-size"
-        )
-    return tokenizer, notes
-
-
-def id_type(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type that token ids are stored as."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-
-
-def fingerprint(cfg: Config, files: list[list[LocalFile] | None], tokenizer: Tokenizer | None = None) -> str:
-    """Return a short hash of everything that the shards depend on and that can be known without reading the inputs."""
-    import tokenizers
-
-    parts: dict[str, Any] = {
-        "recipe": [FORMAT, RECIPE],
-        "python": list(sys.version_info[:3]),
-        "libraries": [tokenizers.__version__, *map(version, ("rensa", "regex", "sentencepiece"))],
-        "benchmarks": benchmark_files(cfg.data),
-        "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
-        "tokenizer": dataclasses.asdict(cfg.tokenizer),
-        "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
-    }
-    for i, source in enumerate(cfg.data.sources):
-        root = Path(source.path or "").expanduser()
-        if source.kind == "datasets" and root.is_dir():  # laid out like the hub, but local
-            parts[f"folder_{i}"] = [
-                (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
-            ]
-    if cfg.data.instructions:
-        parts["context"], parts["template"] = cfg.model.block_size, rendered(cfg.data.template)
-    if tokenizer is not None:
-        parts["tokenizer_sha256"] = tokenizer.sha256
-    elif cfg.tokenizer.kind != "pretrained":
-        parts["vocab_size"] = cfg.model.vocab_size
-    elif Path(cfg.tokenizer.path or "").expanduser().exists():
-        parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode("utf-8")).hexdigest()[:12]
+RECIPE = 3  # raise it when a change of the code gives other shards for the same settings and inputs
 
 
 def require_documents(cfg: Config) -> None:
@@ -130,10 +53,10 @@ def require_documents(cfg: Config) -> None:
 
 
 def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
-    """Return the folder with the shards that `cfg` describes, building it first where it is not there yet.
+    """Return the folder with the shards that `cfg` describes; build it first if it does not exist.
 
-    `tokenizer` is that of the run which is fine-tuned; without one the config says where it comes from. Raises DataError for
-    sources that are missing or empty, for splits with nothing in them, and for a full disk.
+    For fine-tuning, `tokenizer` is the run's own. None: the config says which one. Raises DataError for a source that is
+    missing or empty, a split without documents, and a full disk.
     """
     if cfg.data.instructions and tokenizer is None and cfg.tokenizer.kind != "pretrained":
         raise DataError(
@@ -149,30 +72,65 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
     return build(cfg, files, folder, tokenizer)
 
 
-def list_files(cfg: Config) -> list[list[LocalFile] | None]:
+def list_files(cfg: Config) -> SourceFiles:
     """Return the files of each source, None for one on the hub."""
     return [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
 
 
-def _stale(folder: Path) -> bool:
-    """Return whether the process that was building this folder is gone."""
-    _, host, pid = folder.name.rsplit("@", 2) if folder.name.count("@") > 1 else ("", "", "")
-    if host != platform.node() or not pid.isdigit():  # of another machine's processes nothing is known
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = None) -> str:
+    """Return a short hash of everything that the shards depend on, as far as it is known without reading the inputs."""
+    import tokenizers
+
+    parts: dict[str, Any] = {
+        "recipe": [FORMAT, RECIPE],
+        "python": list(sys.version_info[:3]),
+        "libraries": [tokenizers.__version__, *map(version, ("rensa", "regex", "sentencepiece"))],
+        "benchmarks": benchmark_files(cfg.data),
+        "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
+        "tokenizer": dataclasses.asdict(cfg.tokenizer),
+        "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
+    }
+    for i, source in enumerate(cfg.data.sources):
+        root = Path(source.path or "").expanduser()
+        if source.kind == "datasets" and root.is_dir():  # a local folder with the layout of the hub
+            parts[f"folder_{i}"] = [
+                (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
+            ]
+    if cfg.data.instructions:
+        parts["context"], parts["template"] = cfg.model.block_size, rendered(cfg.data.template)
+    if tokenizer is not None:
+        parts["tokenizer_sha256"] = tokenizer.sha256
+    elif cfg.tokenizer.kind != "pretrained":
+        parts["vocab_size"] = cfg.model.vocab_size
+    elif Path(cfg.tokenizer.path or "").expanduser().exists():
+        parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256
+    return sha256_text(json.dumps(parts, sort_keys=True, ensure_ascii=True))[:12]
+
+
+def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Build `folder` on this machine.
+
+    To train a tokenizer, the sources are read twice: first for the tokenizer, then for the shards.
+    """
+    with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
+        started = time.perf_counter()
+        tokenizer, notes = begin(cfg, files, pool, tokenizer)
+        path = (partial / "tokenizer.json").absolute()
+
+        def read(i: int) -> Iterator[Examined]:
+            return pool.map(documents(cfg.data.sources[i], files[i]), path)
+
+        ledger = fill(cfg, files, partial, folder.name, tokenizer, read, notes)
+        seconds = time.perf_counter() - started
+        print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
+    return folder
 
 
 @contextlib.contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which is named `folder` when it is whole: a killed process leaves nothing that looks done.
+    """Yield a temporary folder to fill, and rename it to `folder` at the end: a killed process leaves no half folder.
 
-    Where another process was faster its folder stays. Raises DataError for a disk that is full or not writable.
+    If another process was faster, its folder stays. Raises DataError for a disk that is full or not writable.
     """
     partial = folder.with_name(f".building-{folder.name}@{platform.node()}@{os.getpid()}")
     try:
@@ -197,30 +155,83 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def build(cfg: Config, files: list[list[LocalFile] | None], folder: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Build `folder` on this machine."""
-    with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
-        started = time.perf_counter()
-        tokenizer, notes = begin(cfg, files, pool, tokenizer)
-        path = (partial / "tokenizer.json").absolute()
-        ledger = fill(cfg, files, partial, folder.name, tokenizer, examined_by(pool, cfg.data, files, path), notes)
-        seconds = time.perf_counter() - started
-        print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
-    return folder
+def _stale(folder: Path) -> bool:
+    """Return whether the process that was building this folder has ended."""
+    _, host, pid = folder.name.rsplit("@", 2) if folder.name.count("@") > 1 else ("", "", "")
+    if host != platform.node() or not pid.isdigit():  # processes of another machine cannot be seen
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+# -- the first pass: a tokenizer --------------------------------------------------------------------------------------
+
+
+def begin(
+    cfg: Config, files: SourceFiles, pool: WorkerPool, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer of a build: `tokenizer` if given, else the pretrained one, else one that is trained now.
+
+    Also returns notes for the ledger. Raises TokenizerError if the tokenizer does not fit into `model.vocab_size`.
+    """
+    notes: list[str] = []
+    if pool.unrecognisable:
+        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
+    if tokenizer is None and cfg.tokenizer.kind == "pretrained":
+        tokenizer = load_pretrained(cfg.tokenizer)
+    elif tokenizer is None:
+        print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
+        require_room(cfg.tokenizer, cfg.model.vocab_size)
+        texts, broken = read_training_texts(cfg, files, pool)
+        tokenizer = train(texts, cfg.tokenizer, cfg.model.vocab_size)
+        notes += [f"the tokenizer was trained without {source}" for source in broken]
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise TokenizerError(
+            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
+            f"set --model.vocab-size"
+        )
+    return tokenizer, notes
+
+
+def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tuple[list[str], list[str]]:
+    """Read documents of the training split until they have `tokenizer.train_bytes` bytes; all are held in memory.
+
+    Returns their texts, and the sources that broke off.
+    """
+    # a tokenizer gains nothing from reading the same text again
+    data = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
+    mixture = Mixture(data, lambda i: pool.map(documents(data.sources[i], files[i])), silent=True)
+    texts, total = [], 0
+    with contextlib.closing(iter(mixture)) as stream:
+        for document in stream:
+            if document.split == "train" and document.examined.text is not None:
+                texts.append(document.examined.text)
+                total += document.examined.size
+                if total >= cfg.tokenizer.train_bytes:
+                    break
+    return texts, list(mixture.broken.values())
+
+
+# -- the second pass: the shards --------------------------------------------------------------------------------------
+
+
+def id_type(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type that stores token ids: two bytes if they suffice, else four."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def fill(
-    cfg: Config,
-    files: list[list[LocalFile] | None],
-    partial: Path,
-    name: str,
-    tokenizer: Tokenizer,
-    read: Reader,
-    notes: list[str],
+    cfg: Config, files: SourceFiles, partial: Path, name: str, tokenizer: Tokenizer, read: Reader, notes: list[str]
 ) -> Ledger:
-    """Write everything of the data folder `name` to `partial`, from the examined documents that `read` gives.
+    """Write all files of the data folder `name` to `partial`.
 
-    They may have been examined here or by other machines. Raises DataError for splits with nothing in them.
+    `read` gives the processed documents of a source, from this machine or from others. `notes` go into the ledger. Raises
+    DataError for a split without documents.
     """
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = id_type(tokenizer)
@@ -228,26 +239,21 @@ def fill(
     writers = {split: writer_of(partial, split, dtype) for split in SPLITS}
     ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
     mixture = Mixture(cfg.data, read)
-    examples = _write_documents(cfg, files, mixture, partial, writers, ledger)
+    drops = _write_documents(cfg, files, mixture, partial, writers, ledger)
     for writer in writers.values():
         writer.close()
-    broken = list(mixture.broken.values())
-    wanted, found = cfg.data.max_tokens, writers["train"].info.tokens
-    if wanted is not None and found < wanted:
-        notes.append(f"the sources held {found:,} of the {wanted:,} training tokens wanted (data.max_tokens)")
-    ledger.notes += notes + mixture.notes + [f"without {b}" for b in broken]
-    ledger.notes += [f"source {s.label} was begun {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
-    if not cfg.data.instructions:  # which the audit shows
+    ledger.notes += notes + _notes(cfg, mixture, writers["train"])
+    if not cfg.data.instructions:  # the audit of fine-tuning shows it
         print(ledger.table())
     for split, writer in writers.items():
         info = writer.info
         print(f"{split:<32}{info.documents:>12,}{info.bytes / 1e6:>10.2f}   {info.tokens:,} tokens")
     for split, writer in writers.items():
         if not writer.info.tokens:
-            raise DataError(_empty_split(split, ledger, examples))
+            raise DataError(_empty_split(split, ledger, drops))
     ledger.write(partial)
     of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
-    how: dict[str, Any] = {}  # conversations were made
+    how: dict[str, Any] = {}  # only of conversations: how they were made
     if of_examples:
         how = {"max_exchanges": max(w.max_exchanges for w in of_examples), "template": rendered(cfg.data.template)}
     write_manifest(
@@ -258,26 +264,24 @@ def fill(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
-        broken=broken,
+        broken=list(mixture.broken.values()),
         splits={split: writer.info for split, writer in writers.items()},
     )
     return ledger
 
 
 def _write_documents(
-    cfg: Config,
-    files: list[list[LocalFile] | None],
-    mixture: Mixture,
-    partial: Path,
-    writers: dict[str, ShardWriter],
-    ledger: Ledger,
+    cfg: Config, files: SourceFiles, mixture: Mixture, partial: Path, writers: Mapping[str, ShardWriter], ledger: Ledger
 ) -> dict[str, str]:
-    """Write every document of the mixture to its split, the ledger and the log; return an example of each rule's drops."""
+    """Write each document of the mixture to its split, the ledger and the log.
+
+    Returns one dropped document for each rule, for the error about an empty split.
+    """
     from tqdm import tqdm
 
     known = all(s.kind in ("files", "local-python") for s in cfg.data.sources)
     total = sum(f.size for fs in files if fs for f in fs) if known else None
-    examples: dict[str, str] = {}
+    drops: dict[str, str] = {}
     with (
         contextlib.closing(iter(mixture)) as stream,
         contextlib.closing(DocumentLog(partial)) as log,
@@ -289,7 +293,7 @@ def _write_documents(
             line |= {"bytes": examined.size} | ({"changes": examined.changes} if examined.changes else {})
             if document.drop is not None:
                 ledger.drop(document.source, examined.language, examined.size, document.drop.rule)
-                examples.setdefault(document.drop.rule, f"{examined.key}: {document.drop.value}")
+                drops.setdefault(document.drop.rule, f"{examined.key}: {document.drop.value}")
                 of = {} if document.original is None else {"of": document.original}
                 log.write(**line, dropped=document.drop.rule, value=document.drop.value, **of)
             else:
@@ -309,14 +313,23 @@ def _write_documents(
             bar.update(0 if document.repeated else examined.size)
             if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
                 break
-    return examples
+    return drops
 
 
-def _empty_split(split: str, ledger: Ledger, examples: dict[str, str]) -> str:
-    """Return the line that says why a split has no documents."""
+def _notes(cfg: Config, mixture: Mixture, train: ShardWriter) -> list[str]:
+    """Return the ledger's notes about whole sources."""
+    notes = []
+    wanted, found = cfg.data.max_tokens, train.info.tokens
+    if wanted is not None and found < wanted:
+        notes.append(f"the sources held {found:,} of the {wanted:,} training tokens wanted (data.max_tokens)")
+    notes += mixture.notes + [f"without {broken}" for broken in mixture.broken.values()]
+    return notes + [f"source {s.label} was begun {n} times" for s, n in zip(cfg.data.sources, mixture.reads) if n > 1]
+
+
+def _empty_split(split: str, ledger: Ledger, drops: dict[str, str]) -> str:
+    """Return the error text for a split without documents."""
     rules = [
-        f"{rule} {ledger.total('dropped', rule)[0]:,} (such as {examples[rule]})"
-        for rule in ledger.names("dropped")[:3]
+        f"{rule} {ledger.total('dropped', rule)[0]:,} (such as {drops[rule]})" for rule in ledger.names("dropped")[:3]
     ]
     more = "" if split == "train" else f", or raise --data.{split}-fraction"
     return (

@@ -1,14 +1,16 @@
-"""From the exchanges of a conversation to token ids of which it is known which are supervised, or to why not.
+"""Encodes a conversation and marks which tokens to train on, or says why it is dropped.
 
     example = example_of((Exchange("Add a and b.", "return a + b"),), cfg, tokenizer, context=1024)
+    example.targets      # IGNORE (-100) where the next token belongs to a prompt
 
-Refused is what would teach the model something else than to answer and stop: an empty answer, an answer that spells out a
-control token or one of the template's own markers, an answer that the tokenizer does not give back as it was. What is too
-long is refused too, or cut, and then closed with end-of-text all the same.
+A conversation is dropped if it would teach the model anything other than to answer and stop: if a response is empty,
+contains a control token or a marker of the template as text, or does not survive the tokenizer unchanged. A conversation
+that is too long is dropped, or cut and then ended with the end-of-text token.
 """
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,42 +18,57 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import DataConfig
-from kindling.data.examples import text_hash
+from config import IGNORE, DataConfig
 from kindling.data.filters import Drop
-from kindling.data.prompts import Exchange, Segment, encode, marker_in, prompt_text
+from kindling.data.prompts import Exchange, Segment, encode, flatten, marker_in, prompt_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
 SPELT, MARKED = "control token kept as text", "template marker kept"  # in an instruction
+PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(4)  # columns of the segments
 
 
 @dataclass(frozen=True)
-class EncodedExample:
-    """A conversation as ids (n,) uint32, and its segments (S, 4) int64: the tokens of prompt and response, and the hashes
-    of their texts. `changes` says what was cut off or odd, with the bytes cut; `n_bytes` are those of the responses.
-    """
+class Example:
+    """A conversation as token ids, and its segments, which say which ids are prompt and which are response."""
 
-    ids: np.ndarray
-    segments: np.ndarray
-    n_bytes: int
-    changes: tuple[tuple[str, int], ...]
+    ids: np.ndarray  # (n,) uint32, or int64 if read from shards
+    segments: np.ndarray  # (S, 4) int64, for each exchange: the numbers of tokens, and the hashes of the texts
+    # these two are set only when an example is made, not when it is read from shards
+    n_bytes: int = 0  # of the responses
+    changes: tuple[tuple[str, int], ...] = ()  # what was cut off or is unusual, with the number of bytes cut
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Which ids belong to responses, end-of-text tokens included, (n,) bool."""
+        lengths = self.segments[:, [PROMPT, RESPONSE]].ravel()
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The targets, (n - 1,): the next id, or IGNORE where it belongs to a prompt."""
+        return np.where(self.supervised, self.ids, IGNORE)[1:]
+
+
+def text_hash(text: str) -> int:
+    """Return a 63-bit hash of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
 
 
 class _Turn(NamedTuple):
-    """An exchange, and what it is encoded to."""
+    """An exchange and its ids."""
 
     exchange: Exchange
     segment: Segment
 
 
 def joined(exchanges: tuple[Exchange, ...]) -> str:
-    """Return all that is said in a conversation, without any template: what filters and duplicates go by."""
+    """Return the text of a conversation without a template, for the filters and the search for duplicates."""
     return "\n".join(part for e in exchanges for part in (e.instruction, e.input, e.response) if part)
 
 
 def normalized(exchanges: tuple[Exchange, ...], tokenizer: Tokenizer) -> tuple[Exchange, ...]:
-    """Return the texts as the tokenizer will see them: what is refused, and what is supervised, must be these."""
+    """Return the exchanges with their texts normalised as the tokenizer does it; filters and hashes must use these."""
     if tokenizer.cfg.normalizer == "none":
         return exchanges
     return tuple(
@@ -61,7 +78,7 @@ def normalized(exchanges: tuple[Exchange, ...], tokenizer: Tokenizer) -> tuple[E
 
 
 def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer) -> Drop | None:
-    """Return why a conversation must not be trained on, as far as its texts tell, or None."""
+    """Return why a conversation is dropped because of its texts, or None."""
     for e in exchanges:
         if not e.instruction.strip():
             return Drop("empty instruction", repr(e.instruction))
@@ -74,10 +91,11 @@ def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokeniz
     return None
 
 
-def example_of(
-    exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int
-) -> EncodedExample | Drop:
-    """Return a normalized conversation that is not refused as an example of at most `context` + 1 tokens, or why it is none."""
+def example_of(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int) -> Example | Drop:
+    """Encode a conversation as an example of at most `context` + 1 tokens, or return why it is dropped.
+
+    The conversation must be `normalized`, and `refusal` must have let it pass.
+    """
     try:
         turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))
     except TokenizerError as e:
@@ -91,10 +109,10 @@ def example_of(
     changes = [(SPELT, 0)] if any(map(tokenizer.spelt_control_token, asked)) else []
     changes += [(MARKED, 0)] if any(marker_in(cfg.template, text) for text in asked) else []
     length = sum(len(part) for turn in turns for part in turn.segment)
-    room = context + 1  # the last token is a target only
+    room = context + 1  # the last token is only a target
     if length > room:
         n_prompt = len(turns[0].segment.prompt)
-        if n_prompt > room - 2:  # one token of a response, and the end
+        if n_prompt > room - 2:  # leave room for one token of a response, and end-of-text
             return Drop("prompt too long", f"{n_prompt:,} tokens, context {context:,}")
         if cfg.too_long == "drop":
             return Drop("too long", f"{length:,} tokens, context {context:,}")
@@ -106,9 +124,9 @@ def example_of(
     for i, (exchange, segment) in enumerate(turns):
         texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
         rows.append((len(segment.prompt), len(segment.response), *map(text_hash, texts)))
-    ids = np.array([i for turn in turns for part in turn.segment for i in part], dtype=np.uint32)
+    ids = np.array(flatten(turn.segment for turn in turns), dtype=np.uint32)
     n_bytes = sum(len(turn.exchange.response.encode()) for turn in turns)
-    return EncodedExample(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))
+    return Example(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))
 
 
 def _bytes(exchanges: Iterable[Exchange]) -> int:
@@ -116,15 +134,15 @@ def _bytes(exchanges: Iterable[Exchange]) -> int:
 
 
 def _cut(turns: list[_Turn], tokenizer: Tokenizer, room: int) -> list[_Turn]:
-    """Return as much of a conversation as `room` tokens hold: whole exchanges, then one whose response is cut and closed."""
+    """Return what fits into `room` tokens: whole exchanges, then one whose response is cut and ended by end-of-text."""
     kept = []
     for exchange, (prompt, response) in turns:
         *ids, eos_id = response
         left = max(0, room - len(prompt) - 1)
         ids = ids[:left]
-        while ids and not exchange.response.startswith(tokenizer.decode(ids)):  # in the middle of a character
+        while ids and not exchange.response.startswith(tokenizer.decode(ids)):  # cut in the middle of a character
             ids.pop()
-        if not ids:  # as after a cut: no prompt fits into what it leaves
+        if not ids:  # also after a cut, because no prompt fits into the rest
             break
         kept.append(_Turn(replace(exchange, response=tokenizer.decode(ids)), Segment(prompt, [*ids, eos_id])))
         room -= len(prompt) + len(ids) + 1

@@ -1,15 +1,15 @@
-"""The data build of `data_pipeline.py`, its work on the documents split over processes or machines by files.
+"""Builds the same data as `data_pipeline.py`, with the work split by files over processes or machines.
 
     python -m kindling.data.distributed_build --preset demo --parts 8  # the parts one after another, in this process
     python -m kindling.data.distributed_build --preset demo --parts 8 --executor local  # side by side, by datatrove
     python -m kindling.data.distributed_build --preset demo --parts 64 --executor slurm --slurm.partition cpu
     python -m kindling.data.distributed_build --preset demo --parts 64 --executor ray  # on the Ray cluster of this machine
 
-First the plan: the list of files, and the tokenizer, which a fixed number of bytes decides. Then the parts: each examines
-and tokenises a run of the files, by the functions of the single build, into a folder of its own, and is done once. Then
-the gathering: what needs all documents (duplicates, mixture, splits) is decided in the single build's order, and the
-shards are written; so `data/PRESET-FINGERPRINT/` has the bytes that `data_pipeline.py` gives it, whatever the number of
-parts. data.max_tokens ends the gathering, not the parts. A call that was cut short is made again, and does what is missing.
+First the plan: the list of files, and the tokenizer, trained on `tokenizer.train_bytes`. Then the parts: each filters and
+tokenises some of the files into a folder of its own, once. Then the gathering: duplicates, mixture and splits, which need
+all documents, are decided in the order of the single build, and the shards are written. So `data/PRESET-FINGERPRINT/` has
+the same bytes as from `data_pipeline.py`, whatever the number of parts. data.max_tokens limits the gathering, not the
+parts. If a call was interrupted, call it again: it does what is missing.
 
 Limits: every machine must see this folder and the source's files at the same paths, and have the same versions of Python
 and the libraries. A file is never split. Sources on the hub and of instructions are left to the single build. The
@@ -46,7 +46,7 @@ class Slurm:
     time: str = "24:00:00"
     """Time limit of a job."""
     qos: str | None = None
-    """Quality of service, where the cluster wants one named."""
+    """Quality of service, if the cluster needs one."""
 
 
 @dataclasses.dataclass
@@ -55,22 +55,22 @@ class Flags:
 
     config: ConfigFlags
     parts: int = 8
-    """Into how many parts the files are split. A part is what is lost with a machine."""
+    """Number of parts that the files are split into. If a machine fails, the part that it works on is lost."""
     executor: Literal["inline", "local", "slurm", "ray"] = "inline"
-    """inline: one part after another, without datatrove. The others are datatrove's executors; a part of theirs has
+    """inline: one part after another, without datatrove. The others are executors of datatrove; there a part has
     data.workers processes, or one."""
     at_once: int | None = None
-    """How many parts run at the same time. None: local as many as the cores serve, slurm and ray all."""
+    """How many parts run at the same time. None: with local as many as the cores allow, with slurm and ray all."""
     memory_gb: int = 4
-    """Of slurm and ray: memory for each process of a part."""
+    """For slurm and ray: memory for each process of a part."""
     gather_memory_gb: int = 16
-    """Of slurm: memory of the gathering."""
+    """For slurm: memory of the gathering."""
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
 
 
 def part_step(folder: Path, cwd: Path, n_workers: int, data: object, rank: int, world_size: int) -> None:
-    """Make a part, as a step of a datatrove pipeline in a process of any machine."""
-    os.chdir(cwd)  # where the paths of the config begin
+    """Process a part, as a step of a datatrove pipeline on any machine."""
+    os.chdir(cwd)  # the paths of the config are relative to it
     plan = read_plan(folder)
     with WorkerPool(dataclasses.replace(plan.cfg.data, workers=n_workers), plan.cfg.tokenizer) as pool:
         run_part(plan, rank, pool)
@@ -83,7 +83,7 @@ def gather_step(folder: Path, cwd: Path, data: object, rank: int, world_size: in
 
 
 def executor_of(kind: str) -> Any:
-    """Return datatrove's class for an executor; raises KindlingError where the library, or what it needs, is missing."""
+    """Return datatrove's class for an executor; raises KindlingError if a library or command is missing."""
     try:
         if kind == "local":
             from datatrove.executor.local import LocalPipelineExecutor as executor
@@ -106,13 +106,13 @@ def executor_of(kind: str) -> Any:
 
 
 def run_executor(plan: Plan, flags: Flags) -> None:
-    """Make the parts that are missing by datatrove: wait for them, or on Slurm submit them and the gathering."""
-    # a step of the script itself, __main__, could not be found again by other processes
+    """Process the missing parts with datatrove: wait for them, or on Slurm submit them and the gathering."""
+    # other processes could not import a function of __main__
     module = importlib.import_module("kindling.data.distributed_build")
 
     executor, n_workers = executor_of(flags.executor), flags.config.data.workers or 1
     logs, cwd = plan.logs, Path.cwd()
-    for number in plan.missing():  # or datatrove would take a part that was deleted for done
+    for number in plan.missing():  # else datatrove would skip a part that was deleted
         (logs / "parts" / "completions" / f"{number:05d}").unlink(missing_ok=True)
     (logs / "gather" / "completions" / "00000").unlink(missing_ok=True)
     parts = {
@@ -150,7 +150,7 @@ def run_executor(plan: Plan, flags: Flags) -> None:
 
 
 def check(flags: Flags) -> None:
-    """Raise KindlingError for flags and sources that cannot be, before anything is made."""
+    """Raise KindlingError for flags and sources that cannot be used, before any work."""
     for name in ("parts", "at_once", "memory_gb", "gather_memory_gb"):
         value = getattr(flags, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')}", "at least 1", value, "raise it")
@@ -163,7 +163,7 @@ def check(flags: Flags) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build the shards of the config in parts, go on where a build was cut short, or find them built."""
+    """Build the shards of the config in parts, continue an interrupted build, or find the shards built."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     cfg = flags.config
     check(flags)
@@ -172,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = DATA / name
     for other in DATA.glob(f"parts-{cfg.preset}-*"):
         if other.name != f"parts-{name}":
-            print(f"note: {other} holds parts of other settings or inputs; delete it if they are wanted no more")
+            print(f"note: {other} holds parts of other settings or inputs; delete it if you no longer need them")
     if folder.is_dir():
-        shutil.rmtree(DATA / f"parts-{name}", ignore_errors=True)  # of a gathering that was killed at its end
+        shutil.rmtree(DATA / f"parts-{name}", ignore_errors=True)  # left by a gathering that was killed at its end
     else:
         with WorkerPool(cfg.data, cfg.tokenizer) as pool:
             plan = make_plan(cfg, files, name, flags.parts, pool)

@@ -1,12 +1,12 @@
-"""Instruction pairs mined from Python source: a docstring and a signature ask, and the body answers.
+"""Mines instruction pairs from Python source: docstring and signature are the instruction, the body is the response.
 
     for pair in pairs_of(source):
         print(pair.instruction, pair.response, sep="\\n")
 
-A response stands behind its signature as the very code of the source, comments and layout included. A body that cannot
-be moved to four spaces without changing what it says, such as a method with an indented text between triple quotes, is
-no pair. Only form is judged: whether a docstring tells the truth about its function is not known here. Nothing is run,
-but a hostile source can make ast.parse() kill the process: strangers' code belongs in a worker.
+A response is the code of the source with its comments and layout, indented by four spaces. If moving the body to four
+spaces would change its meaning, as with an indented text between triple quotes, there is no pair. Only the form is
+checked, not whether a docstring is true. Nothing is run, but a hostile source can make ast.parse() kill the process, so
+use a worker process for unknown code.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Pair:
     """One function as an instruction and its response.
 
     `name` is the qualified name inside the file, such as "JSONDecoder.decode". `instruction` is the first paragraph of
-    the docstring on one line, then the signature on one line that ends in ":". `response` is what stands in the source
-    after the docstring, indented by four spaces, without a final newline.
+    the docstring on one line, then the signature on one line that ends with ":". `response` is the source after the
+    docstring, indented by four spaces, without a final newline.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Pair:
 
 
 def pairs_of(source: str) -> list[Pair]:
-    """Return the pairs of a Python source in the order of the file; functions inside functions are not looked at.
+    """Return the pairs of a Python source in the order of the file, without functions inside functions.
 
-    Raises what ast.parse raises (SyntaxError, ValueError, RecursionError, MemoryError) for source that is no Python.
+    Raises what ast.parse raises for source that is not Python: SyntaxError, ValueError, RecursionError, MemoryError.
     """
     source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     lines = source.split("\n")  # as ast counts them: str.splitlines() would also split at form feeds and U+2028
@@ -63,8 +63,8 @@ def pairs_of(source: str) -> list[Pair]:
 
 
 def _functions(module: ast.Module) -> Iterator[tuple[str, _Function]]:
-    """Yield the functions of a module and its classes with their qualified names, also those under `if`, `try` and such."""
-    stack: list[tuple[str, ast.AST]] = [("", module)]  # no recursion: a chain of elif is as deep as it is long
+    """Yield the functions of a module and its classes with their qualified names, also inside `if`, `try` and the like."""
+    stack: list[tuple[str, ast.AST]] = [("", module)]  # no recursion, because a long chain of elif is deeply nested
     while stack:
         prefix, node = stack.pop()
         if isinstance(node, _Function):
@@ -76,7 +76,7 @@ def _functions(module: ast.Module) -> Iterator[tuple[str, _Function]]:
         stack.extend(reversed([(prefix, child) for block in blocks for child in block]))
 
 
-# what ends a docstring's first paragraph, besides a blank line
+# what ends the first paragraph of a docstring, besides a blank line
 _SECTION = re.compile(
     r">>>|```|\.\. |@(param|return|raise|type|rtype)"
     r"|:(?!\w+(:\w+)*:`)\w"  # ":param x:", but not ":class:`Thread`"
@@ -92,7 +92,7 @@ _NO_TASK = re.compile(
 
 
 def _task(docstring: str) -> str | None:
-    """Return the first paragraph of a docstring on one line, or None where it says too little or too much."""
+    """Return the first paragraph of a docstring on one line, or None if it is too short, too long or no task."""
     paragraph: list[str] = []
     for line in map(str.strip, inspect.cleandoc(docstring).split("\n")):
         if not line or _SECTION.match(line):
@@ -109,7 +109,7 @@ def _task(docstring: str) -> str | None:
 
 
 def is_placeholder(statement: ast.stmt) -> bool:
-    """Return whether a statement does nothing, as `pass`, `...` and strings do, or says that nothing is implemented."""
+    """Return whether a statement does nothing (`pass`, `...`, a string), or raises NotImplementedError."""
     if isinstance(statement, ast.Raise):
         error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
         return isinstance(error, ast.Name) and error.id == "NotImplementedError"
@@ -118,24 +118,24 @@ def is_placeholder(statement: ast.stmt) -> bool:
 
 
 def _signature(node: _Function) -> str | None:
-    """Return the function's `def` on one line, or None where that is too long or cannot be written."""
+    """Return the function's `def` on one line, or None if it is too long or cannot be written."""
     fields = {field: getattr(node, field) for field in node._fields} | {"body": [], "decorator_list": []}
     try:
         signature = ast.unparse(type(node)(**fields, lineno=node.lineno))
-    except (ValueError, RecursionError):  # of defaults: nested f-strings, integers of thousands of digits, long sums
+    except (ValueError, RecursionError):  # because of defaults: nested f-strings, huge integers, long sums
         return None
     return signature if len(signature) <= MAX_SIGNATURE and "\n" not in signature else None
 
 
 def _moved(lines: list[str]) -> str | None:
-    """Return a body with its first statement at four spaces and all else moved as far, or None where it is no body.
+    """Return a body moved so that its first statement is indented by four spaces, or None if there is no body.
 
-    Strings of several lines move too, and blank lines lose their spaces: whether that matters is for _is_same to say.
+    Strings of several lines are moved too, and blank lines lose their spaces; _is_same checks whether that matters.
     """
     split = []
     for line in lines:
         code = line.lstrip(" \t\f")
-        margin = line[: len(line) - len(code)].rpartition("\f")[2]  # Python, too, counts from the last form feed
+        margin = line[: len(line) - len(code)].rpartition("\f")[2]  # Python counts from the last form feed, too
         split.append((len(margin.expandtabs(4)), code))
     first = next((column for column, code in split if code and not code.startswith("#")), None)
     if first is None:  # the body is on the line of its docstring
@@ -145,18 +145,19 @@ def _moved(lines: list[str]) -> str | None:
 
 
 def _is_same(node: _Function, signature: str, response: str) -> bool:
-    """Return whether signature and response parse to the function that they come from, decorators apart."""
+    """Return whether signature and response parse to the function that they come from, without its decorators."""
     try:
         (twin,) = ast.parse(f'{signature}\n    """doc"""\n{response}\n').body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
+    assert isinstance(twin, _Function), "a signature is a def"
     twin.body[0], twin.decorator_list = node.body[0], node.decorator_list  # these are not compared
     return _are_equal(node, twin)
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    """Return whether two syntax trees differ in nothing but positions, as comparing ast.dump of each would."""
-    stack = [(one, other)]  # no recursion: sums of a thousand terms are a thousand deep
+    """Return whether two syntax trees are equal apart from positions, like a comparison of ast.dump."""
+    stack = [(one, other)]  # no recursion, because a sum of a thousand terms is a thousand levels deep
     while stack:
         one, other = stack.pop()
         if one is other:

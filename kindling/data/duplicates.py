@@ -1,14 +1,14 @@
-"""Near-duplicates by MinHash, and documents that hold a benchmark's problems.
+"""Finds near-duplicates by MinHash, and documents that contain problems of a benchmark.
 
-Both look at a document as its sequence of words (runs of letters, digits and underscores, in lower case), so that
-layout and punctuation do not count. Signatures are made by worker processes; the index lives in the one that builds.
+Both compare words (letters, digits and underscores, in lower case), so layout and punctuation do not count. The worker
+processes compute signatures; the building process keeps the index.
 
     index = NearDuplicates(threshold=0.6)
     if index.find(mark) is None:
         index.add(mark)
 
-Limits: similarity is estimated (standard error 0.04 at 128 slots), and a pair right at the threshold can go either way;
-a band that more than 64 documents share is searched for the newest of them; texts of fewer than two words are never
+Limits: the similarity is an estimate (standard error 0.04 with 128 slots), so a pair near the threshold can go either
+way. If more than 64 documents share a band, only the newest 64 are compared. Texts of fewer than two words are never
 near-duplicates.
 """
 
@@ -25,28 +25,28 @@ from typing import Any
 import numpy as np
 
 from config import DataConfig
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, one_line
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
-SHINGLE = 2  # words: pairs survive changed names and comments better than triples, and unrelated files stay apart
-CHAIN = 64  # documents that are compared for each band, the newest: what very many share says little
-NGRAM = 13  # words in a row that give a benchmark away (Brown et al. 2020, appendix C)
-NGRAM_LETTERS = 7  # of them with two letters at least, or loops over ranges and tables of digits would count
-FILTER_BITS = 20  # 1 MB, of which the project's own benchmarks set a twentieth
+SHINGLE = 2  # words; pairs find copies with changed names better than triples, and unrelated files still differ
+CHAIN = 64  # compare this many documents for each band, the newest; a band that many share says little
+NGRAM = 13  # this many equal words in a row mean contamination (Brown et al. 2020, appendix C)
+NGRAM_LETTERS = 7  # at least this many of them are longer than one character and no number, to skip tables of digits
+FILTER_BITS = 20  # a table of 1 MB; our benchmarks set a twentieth of it
 PROBLEMS = Path(__file__).resolve().parents[2] / "problems"
 BENCHMARKS = {"humaneval": PROBLEMS / "HumanEval.jsonl.gz", "mbpp": PROBLEMS / "mbpp.jsonl.gz"}
 _WORD = re.compile(r"\w+")
 
 
 class BenchmarkError(KindlingError):
-    """A file of `data.decontaminate` that cannot be used."""
+    """A file of `data.decontaminate` cannot be used."""
 
 
 class _WordHashes(dict[str, int]):
-    """The 64-bit hash of each word, remembered; the interpreter's own hash differs between processes."""
+    """A cache of the 64-bit hash of each word. Python's own hash differs between processes."""
 
     def __missing__(self, word: str) -> int:
-        if len(self) >= 2**18:  # bounds the memory; most words are met once
+        if len(self) >= 2**18:  # limits the memory; most words occur once
             self.clear()
         raw = word.encode("utf-8", "surrogatepass")
         value = self[word] = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
@@ -71,8 +71,10 @@ def window_hashes(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def signature(words: np.ndarray) -> bytes:
-    """Return the MinHash signature of a document's word pairs, one byte a slot (b-bit minwise hashing, Li and König
-    2010), or nothing for fewer than two words. `words` are `word_hashes`."""
+    """Return the MinHash signature of a document's word pairs, or nothing for fewer than two words.
+
+    One byte for each slot (b-bit minwise hashing, Li and König 2010). `words` are its `word_hashes`.
+    """
     from rensa import RMinHash
 
     shingles = window_hashes(words, SHINGLE)
@@ -80,15 +82,15 @@ def signature(words: np.ndarray) -> bytes:
         return b""
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, [0, len(shingles)], num_perm=SLOTS, seed=1)
     slots = np.array(matrix.to_rows()[0], dtype=np.uint32)
-    # the highest byte of a product: the slots themselves are not uniform in their low bits
+    # the highest byte of a product, because the low bits of the slots are not uniform
     return ((slots * np.uint32(2654435769)) >> np.uint32(24)).astype(np.uint8).tobytes()
 
 
 class NearDuplicates:
-    """The signatures of the documents kept so far, found again by locality-sensitive hashing; about half a kB each.
+    """An index of the signatures of the documents kept so far (locality-sensitive hashing). About 0.5 kB for each.
 
-    `rensa`'s own index holds 1.6 to 3.5 kB for each document, which at a million documents is the machine's memory.
-    Here the four bytes of each band are a key into that band's hash table, whose chains run through `_next`.
+    The index of `rensa` needs 1.6 to 3.5 kB for each document, too much for millions of them. Here the four bytes of each
+    band are a key into the hash table of that band; `_next` holds the chains.
     """
 
     def __init__(self, threshold: float):
@@ -107,7 +109,7 @@ class NearDuplicates:
         return keys >> np.uint32(32 - int(self._heads.shape[1]).bit_length() + 1)
 
     def find(self, mark: bytes) -> tuple[int, float] | None:
-        """Return the number and similarity of the most similar document, if it reaches the threshold; else None."""
+        """Return number and similarity of the most similar document, or None if it is below the threshold."""
         if not mark:
             return None
         wanted = np.frombuffer(mark, dtype=np.uint8)
@@ -125,12 +127,12 @@ class NearDuplicates:
             return None
         numbers = np.unique(np.concatenate(found))
         equal = (self._signatures[numbers] == wanted).mean(axis=1)
-        similarity = (equal - 1 / 256) / (1 - 1 / 256)  # slots agree by chance once in 256
+        similarity = (equal - 1 / 256) / (1 - 1 / 256)  # one slot in 256 is equal by chance
         best = int(similarity.argmax())
         return (int(numbers[best]), float(similarity[best])) if similarity[best] >= self.threshold else None
 
     def add(self, mark: bytes) -> int:
-        """Add a document; return its number. They count from 0."""
+        """Add a document; return its number, counted from 0."""
         if self._n == len(self._signatures):
             self._grow()
         number, self._n = self._n, self._n + 1
@@ -153,13 +155,13 @@ class NearDuplicates:
 
 
 class Benchmarks:
-    """The word sequences of benchmarks, to keep documents that hold them out of training."""
+    """The word sequences of benchmarks, to keep documents that contain them out of training."""
 
     def __init__(self, names: tuple[str, ...]):
         """Read the benchmarks: `humaneval`, `mbpp`, or files; raises BenchmarkError for one that cannot be read."""
         hashes: dict[int, list[str]] = {}
         self.n_problems = 0
-        self.lost: list[str] = []  # problems that are too short or plain to be recognised
+        self.lost: list[str] = []  # problems that are too short or too common to be recognised
         for name in names:
             for problem, text in _problems(benchmark_path(name)):
                 words = _WORD.findall(text.lower())
@@ -175,21 +177,24 @@ class Benchmarks:
                     self.lost.append(problem)
         self._hashes = np.array(sorted(hashes), dtype=np.uint64)
         self._problems = [hashes[h] for h in self._hashes.tolist()]
-        self._filter = np.zeros(2**FILTER_BITS, dtype=bool)  # of their high bits: most searches end there
+        self._filter = np.zeros(2**FILTER_BITS, dtype=bool)  # of the high bits of the hashes; it ends most searches
         self._filter[self._hashes >> np.uint64(64 - FILTER_BITS)] = True
 
     def _hits(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which runs of 13 words of a document a problem holds too, and their places among the hashes."""
+        """Return where a document has 13 words of a problem, and the indices of these hashes in `_hashes`."""
         grams = window_hashes(words, NGRAM)
         hits = np.flatnonzero(self._filter.take(grams >> np.uint64(64 - FILTER_BITS)))
-        if not len(hits):  # always so where there are no hashes
+        if not len(hits):  # always true if there are no hashes
             return hits, hits
         places = np.minimum(np.searchsorted(self._hashes, grams[hits]), len(self._hashes) - 1)
         equal = self._hashes[places] == grams[hits]
         return hits[equal], places[equal]
 
     def find(self, text: str, words: np.ndarray) -> str | None:
-        """Return the problem that a document holds 13 words of, with those words, or None; `words` are its `word_hashes`."""
+        """Return the first problem of which a document contains 13 words, and these words, or None.
+
+        `words` are the `word_hashes` of `text`.
+        """
         hits, places = self._hits(words)
         if not len(hits):
             return None
@@ -197,7 +202,7 @@ class Benchmarks:
         return f"{self._problems[places[0]][0]}: {shared!r}"
 
     def find_all(self, text: str, words: np.ndarray) -> dict[str, str]:
-        """Return every problem that a document holds 13 words of, each with the first such words; `words` as in `find`."""
+        """Return every problem of which a document contains 13 words, with the first such words; `words` as in `find`."""
         hits, places = self._hits(words)
         spelt = _WORD.findall(text.lower()) if len(hits) else []
         found: dict[str, str] = {}
@@ -208,7 +213,7 @@ class Benchmarks:
 
 
 def benchmark_path(name: str) -> Path:
-    """Return the file of a benchmark: one of the project's own by name, else a path."""
+    """Return the file of a benchmark: `humaneval` and `mbpp` come with the project, any other name is a path."""
     return BENCHMARKS.get(name.lower()) or Path(name).expanduser()
 
 
@@ -231,7 +236,7 @@ def _unreadable(name: object, why: str) -> str:
 
 
 def _problems(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name and text of each problem: of the rows of a JSONL file all strings in order, of a text file all."""
+    """Yield the name and text of each problem: all strings of a row of a JSONL file, or the whole text file."""
     opener = gzip.open if path.suffix == ".gz" else open
     stem = path.name.split(".")[0]
     try:
@@ -246,7 +251,7 @@ def _problems(path: Path) -> Iterator[tuple[str, str]]:
                 name = str(row.pop("task_id", number)) if isinstance(row, dict) else str(number)
                 yield name if "/" in name else f"{stem}/{name}", " ".join(_strings(row))
     except (OSError, EOFError, ValueError) as e:
-        raise BenchmarkError(_unreadable(path, " ".join(str(e).split()))) from None
+        raise BenchmarkError(_unreadable(path, one_line(e))) from None
 
 
 def _strings(value: Any) -> Iterator[str]:

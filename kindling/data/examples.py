@@ -1,81 +1,57 @@
-"""Conversations for fine-tuning: the files that hold them, and the rows that are trained on.
+"""Examples for fine-tuning: their files, and the rows that the model is trained on.
 
     examples = Examples(folder, "train")
     batches = ExampleRows(examples, block_size=1024, seed=0)
-    batch = batches.rows(0, 8)  # targets are -100 wherever the prompt or padding is what comes next
+    batch = batches.rows(0, 8)  # targets are -100 where the next token is of a prompt or padding
 
-A split's token shards hold its examples one after the other. Beside them, `SPLIT-segments.npy` says for each exchange how
-many tokens are prompt and how many are response, and what the hashes of the two texts were, so that the rows can be
-checked against the texts that they came from. What is supervised follows from these numbers alone.
+The token shards of a split hold its examples one after the other. The table `SPLIT-segments.npy` has a row for each
+exchange: the number of its example, the numbers of tokens of prompt and response, and the hashes of the two texts, which
+the audit compares. The mask follows from these numbers alone (`conversations.Example`).
 
-A row holds as many whole examples as fit (packing), with positions by which none sees another, or just one, padded. Padding
-is never the end-of-text token, and nothing attends to it.
+With packing, a row of the model holds as many whole examples as fit, with positions that keep them from seeing each other.
+Without packing, it holds one example and padding. Padding is never the end-of-text token, and nothing attends to it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from config import IGNORE, Config, ModelConfig
+from kindling.data.conversations import PROMPT, RESPONSE, Example
 from kindling.data.prompts import rendered
-from kindling.data.shards import Batch, DataError, ShardWriter, TokenDataset
+from kindling.data.shards import Batch, DataError, ShardWriter, ShuffledRows, TokenDataset
 from kindling.files import sha256_file
 
-EXAMPLE, PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(5)  # columns of the segments
-WIDTHS = 4  # rows are padded to one of so many widths, each of which compiled code is compiled for
-POOL = 50  # batches whose examples are sorted by length together
-
-
-def text_hash(text: str) -> int:
-    """Return 63 bits by which to know a text again."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
-
-
-class Example(NamedTuple):
-    """The token ids (n,) int64 of a conversation, and its segments: the rows of the table that are of it."""
-
-    ids: np.ndarray
-    segments: np.ndarray
-
-    @property
-    def supervised(self) -> np.ndarray:
-        """Which of the ids are responses, end-of-text tokens included, (n,) bool."""
-        lengths = self.segments[:, [PROMPT, RESPONSE]].ravel()
-        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """What each id but the last is to predict, (n - 1,): the id after it where that is supervised."""
-        return np.where(self.supervised, self.ids, IGNORE)[1:]
+WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
+POOL = 50  # this many batches of examples are sorted by length together
 
 
 class ExampleWriter(ShardWriter):
-    """Collects the examples of one split."""
+    """Collects the examples of one split and writes them."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype):
         super().__init__(folder, split, dtype)
         self._segments: list[np.ndarray] = []
-        self.max_exchanges = 0  # of an example
+        self.max_exchanges = 0  # the largest number of exchanges in an example
 
     def add_example(
         self, ids: np.ndarray, segments: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown"
     ) -> None:
-        """Append one example: its ids, its segments (S, 4) without the example's number, and the bytes of its responses."""
+        """Append one example: its ids, its segments (S, 4), and the bytes of its responses."""
         numbers = np.full((len(segments), 1), self.info.documents, dtype=np.int64)
         self._segments.append(np.hstack((numbers, segments)))
         self.max_exchanges = max(self.max_exchanges, len(segments))
         self.add(ids, n_bytes, language, source)
 
     def close(self) -> None:
-        """Write what is left, the table of documents and that of segments."""
+        """Write what is left, the table of documents and the table of segments."""
         super().close()
         path = self.folder / f"{self.split}-segments.npy"
         np.save(path, np.concatenate([np.empty((0, 5), dtype=np.int64), *self._segments]))
@@ -92,33 +68,34 @@ class Examples(TokenDataset):
             raise DataError(
                 f"{folder} must hold conversations, but holds documents; fine-tune on a source of instructions"
             )
-        self.segments = self._open_table(self.info.segments)  # (S, 5)
-        first = np.searchsorted(self.segments[:, EXAMPLE], np.arange(self.n_examples + 1))
+        table = self._open_table(self.info.segments)  # (S, 5)
+        self.segments = table[:, 1:]  # (S, 4)
+        first = np.searchsorted(table[:, 0], np.arange(self.n_examples + 1))
         self._first_segment = first  # (N + 1,)
         ends = np.concatenate(([0], self.segments[:, [PROMPT, RESPONSE]].sum(1).cumsum()))  # (S + 1,)
         self._starts = ends[first]  # (N + 1,)
 
     @property
     def n_examples(self) -> int:
-        """How many conversations there are."""
+        """The number of conversations."""
         return self.info.documents
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The tokens of each example, (N,)."""
+        """The number of tokens of each example, (N,)."""
         return np.diff(self._starts)
 
     @property
     def n_supervised(self) -> int:
-        """Tokens of responses, end-of-text tokens included."""
+        """The number of tokens of responses, end-of-text tokens included."""
         return int(self.segments[:, RESPONSE].sum())
 
     def segments_of(self, number: int) -> np.ndarray:
-        """Return the rows of the table that are of one conversation."""
+        """Return the segments of one conversation."""
         return self.segments[slice(*self._first_segment[number : number + 2])]
 
     def tokens_of(self, number: int) -> range:
-        """Return which tokens of the split one conversation has."""
+        """Return the positions of the tokens of one conversation in the split."""
         return range(*self._starts[number : number + 2].tolist())
 
     def example(self, number: int) -> Example:
@@ -141,12 +118,12 @@ class Examples(TokenDataset):
 
 
 def open_split(cfg: Config, folder: Path, split: str) -> TokenDataset:
-    """Open one split of the data that `cfg` describes: of conversations or of documents."""
+    """Open one split of the data that `cfg` describes: conversations or documents."""
     return Examples(folder, split) if cfg.data.instructions else TokenDataset(folder, split)
 
 
 def require_template(manifest: dict[str, Any], template: str) -> None:
-    """Raise DataError unless the examples of a manifest were made with the template as it is now."""
+    """Raise DataError if the examples of a manifest were made with another version of the template."""
     if manifest.get("template") != rendered(template):
         raise DataError(
             f"the examples of {manifest['fingerprint']} must have been made with the template {template} as it is in prompts.py, "
@@ -155,15 +132,15 @@ def require_template(manifest: dict[str, Any], template: str) -> None:
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Return which items share a bin: longest first, each into the fullest bin that still holds it (best-fit decreasing).
+    """Return the items of each bin. Items go longest first into the fullest bin with enough room (best-fit decreasing).
 
-    Raises ValueError for an item that fits in none.
+    Raises ValueError for an item that is longer than `capacity`.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"an item must be at most {capacity}, but one is {lengths.max()}")
     bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left in them
-    rooms: list[int] = []  # those that some bin has, ascending
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # the bins with each amount of room left
+    rooms: list[int] = []  # the amounts of room that some bin has, ascending
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         place = bisect_left(rooms, length)
@@ -183,51 +160,42 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-class ExampleRows:
-    """The training order of examples: every one once an epoch, shuffled by (seed, epoch), addressed like PackedBlocks.
+class ExampleRows(ShuffledRows):
+    """The training order of examples: each once an epoch, shuffled by (seed, epoch), addressed like PackedBlocks.
 
-    With packing the same examples share a row in every epoch; the order of the rows changes. Without it a row is one
-    example; the rows are shuffled, then of every POOL batches those of like lengths are put together.
+    With packing, the same examples share a row in every epoch; only the order of the rows changes. Without packing, a row
+    is one example. The rows are shuffled, then within every POOL batches sorted so that rows of similar length share a
+    batch.
     """
 
     def __init__(self, examples: Examples, block_size: int, seed: int, packing: bool = True, batch_size: int = 1):
-        """`batch_size` matters without packing only: so many rows are padded to the same length."""
+        """`batch_size` matters only without packing: this many rows are padded to the same length."""
         self.dataset = self.examples = examples
-        self.block_size, self.seed = block_size, seed
+        self.block_size = block_size
         self.packing, self.batch_size = packing, batch_size
         lengths = examples.lengths - 1  # the last token is a target only
         self.bins = pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))]
-        self.n_rows = len(self.bins)
-        if not self.n_rows:
+        super().__init__(len(self.bins), seed)
+        if not self.bins:
             raise DataError(f"the {examples.split} split must hold at least one example, but is empty; add examples")
         eos_id = examples.manifest["eos_id"]
         self.pad_id = 0 if eos_id else 1
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """Return the bins in the order of an epoch."""
-        known = self._order  # read once: another thread may be at another epoch
-        if known[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(self.n_rows)
-            if not self.packing:
-                lengths, pool = self.examples.lengths, POOL * self.batch_size
-                pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-                order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
-                begun = -epoch * self.n_rows % self.batch_size  # rows that the last epoch's last batch still wants
-                stop = begun + max(0, len(order) - begun) // self.batch_size * self.batch_size
-                batches = order[begun:stop].reshape(-1, self.batch_size)
-                order = np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
-            known = self._order = epoch, order
-        return known[1]
-
-    def _bin(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_rows)
-        return int(self._order_of(epoch)[place])
+    def _shuffle(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        order = rng.permutation(self.n_rows)
+        if self.packing:
+            return order
+        lengths, pool = self.examples.lengths, POOL * self.batch_size
+        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+        begun = -epoch * self.n_rows % self.batch_size  # rows that complete the last batch of the epoch before
+        stop = begun + max(0, len(order) - begun) // self.batch_size * self.batch_size
+        batches = order[begun:stop].reshape(-1, self.batch_size)
+        return np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
 
     def tokens_of(self, position: int) -> list[range]:
-        """Return which tokens of the split the row at a position holds: those of each of its examples."""
-        return [self.examples.tokens_of(number) for number in self.bins[self._bin(position)]]
+        """Return the tokens of the split in the row at a position, a range for each of its examples."""
+        return [self.examples.tokens_of(number) for number in self.bins[self.row_at(position)]]
 
     def _width(self, items: np.ndarray) -> int:
         """Return the width of padded rows of these examples."""
@@ -237,10 +205,10 @@ class ExampleRows:
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""
-        return self.of_bins([self._bin(first + i) for i in range(count)], count)
+        return self.of_bins([self.row_at(first + i) for i in range(count)], count)
 
     def of_bins(self, bins: range | list[int], n_rows: int) -> Batch:
-        """Return these bins as the rows of a batch, with rows of padding after them to make `n_rows`."""
+        """Return these bins as the rows of a batch, and rows of padding up to `n_rows`."""
         width = self.block_size
         if not self.packing:
             width = self._width(np.array([self.bins[b][0] for b in bins]))
@@ -258,12 +226,12 @@ class ExampleRows:
 
     @property
     def wasted(self) -> float:
-        """The share of all places in the rows of an epoch that hold padding; without packing, in the first epoch's batches."""
+        """The share of padding in the rows of an epoch; without packing, in the batches of the first epoch."""
         filled = int((self.examples.lengths - 1).sum())
         if self.packing:
             return 1 - filled / (self.n_rows * self.block_size)
         places = 0
-        order = self._order_of(0)
+        order = self.order_of(0)
         for first in range(0, self.n_rows, self.batch_size):
             rows = order[first : first + self.batch_size]
             places += len(rows) * self._width(rows)

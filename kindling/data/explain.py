@@ -1,4 +1,4 @@
-"""What became of a file or a row in a build, and which document a token is from: the answers to --explain and --locate."""
+"""Explains what happened to a file or row in a build, and finds the document of a token: for --explain and --locate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kindling.data.sources import WHOLE_FILES, local_files, source_roots
 
 
 def explain_path(cfg: Config, folder: Path, path: str) -> str:
-    """Return what the log says of `path`, or why it is not in there; raises DataError in the latter case."""
+    """Return what the log says about `path`. Raises DataError, which says why, if it is not in the log."""
     keys, why = set(), []
     given = Path(path).expanduser()
     for source in cfg.data.sources if given.is_file() else ():
@@ -37,7 +37,7 @@ def explain_path(cfg: Config, folder: Path, path: str) -> str:
 
 
 def locate_token(folder: Path, place: str) -> str:
-    """Return the document that holds the token at SPLIT:POSITION."""
+    """Return the document of the token at SPLIT:POSITION, as a sentence."""
     split, _, position = place.partition(":")
     if split not in SPLITS or not position.isdecimal():
         raise DataError(

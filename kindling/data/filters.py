@@ -1,8 +1,7 @@
-"""Filters: pure functions of one document that say which rule drops it, and by what value.
+"""Filters: pure functions of one document that say which rule drops it, and the value that the rule objects to.
 
-The compile() of the syntax filter runs on strangers' code. What it can raise is caught here; what can kill or hang the
-process is the business of `workers.py`, which runs the filters. Duplicates and benchmarks, which concern more than one
-document, are the business of `duplicates.py`.
+The syntax filter calls compile() on unknown code. Its exceptions are caught here. It can also kill or hang the process;
+`workers.py`, which runs the filters, survives that. Duplicates and benchmarks are in `duplicates.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class Drop(NamedTuple):
 
 
 def first_refusal(text: str, path: str, language: str, cfg: DataConfig) -> Drop | None:
-    """Return the first filter that refuses the document, or None; the costly ones come last.
+    """Return the first filter that refuses the document, or None. Slow filters come last.
 
-    `path` is its path inside its repository or folder, empty where none is known.
+    `path` is the path inside the document's repository or folder, or empty if unknown.
     """
     if "\0" in text:
         return Drop("NUL", f"a NUL at character {text.index(chr(0))}: binary, not text")
@@ -80,7 +79,7 @@ _TEST_SUITE = {
 
 
 def evidence_of_test(text: str, path: str, language: str) -> str | None:
-    """Return what shows a document to be a dedicated test file (seed 002), or None."""
+    """Return what shows that a document is a test file, or None. The rules are those of the preset `autocomplete`."""
     *folders, name = path.split("/")
     if found := _TEST_FOLDERS.intersection(f.lower() for f in folders):
         return f"a folder called {min(found)}"
@@ -104,9 +103,9 @@ _GENERATED = re.compile(
 
 
 def generated_mark(text: str, language: str) -> str | None:
-    """Return the comment line among the first ten that says that a program wrote the file, or None.
+    """Return the comment line among the first ten which says that a program wrote the file, or None.
 
-    Elsewhere the words prove nothing: generators themselves hold them in strings.
+    Other places prove nothing, because generators themselves have such words in strings.
     """
     for line in text.split("\n", GENERATED_LINES)[:GENERATED_LINES]:
         start = _COMMENT.match(stripped := line.strip())
@@ -117,34 +116,38 @@ def generated_mark(text: str, language: str) -> str | None:
     return None
 
 
-# possessive and atomic, so that blanks cost no backtracking and a block ends at its own first mark
+# possessive and atomic: no backtracking over blanks, and a block ends at its first end mark
 _C_BLOCKS = re.compile(r"\s*+((?>/\*.*?\*/)[ \t\r]*+(?:\n|\Z)|(?:[ \t]*+//[^\n]*+(?:\n|\Z))++)", re.DOTALL)
 _PYTHON_BLOCKS = re.compile(
     r"\s*+((?:[ \t]*+#[^\n]*+(?:\n|\Z))++|(?>[rRuU]?(\"\"\"|''').*?\2)[ \t\r]*+(?:\n|\Z))", re.DOTALL
 )
-_PYTHON_MARKS = re.compile(r"(?:#![^\n]*\n)?(?:#[^\n]*coding[:=][^\n]*\n)?")  # the shebang and the encoding stay
+_PYTHON_MARKS = re.compile(r"(?:#![^\n]*\n)?(?:#[^\n]*coding[:=][^\n]*\n)?")  # these lines are kept
 
 
 def strip_header(text: str, language: str, max_lines: int) -> str:
-    """Return `text` without those initial comment blocks and docstrings that have more than `max_lines` lines (seed 002)."""
+    """Return `text` without the comment blocks and docstrings at its start that have more than `max_lines` lines.
+
+    A rule of the preset `autocomplete`.
+    """
     if language not in ("python", "c", "java"):
         return text
     blocks = _PYTHON_BLOCKS if language == "python" else _C_BLOCKS
-    marks = _PYTHON_MARKS.match(text)[0] if language == "python" else ""
+    found = _PYTHON_MARKS.match(text) if language == "python" else None
+    marks = found[0] if found else ""
     kept, position = [marks], len(marks)
     while match := blocks.match(text, position):
         if match[1].rstrip("\n").count("\n") + 1 <= max_lines:
             kept.append(match[0])
         position = match.end()
         if language == "python" and match[2]:
-            break  # the docstring ends the header: a second string is an expression of its own
+            break  # the docstring ends the header; a second string would be an expression
     return "".join(kept) + text[position:]
 
 
 def syntax_error(text: str) -> str | None:
-    """Return why this interpreter's compile() refuses `text`, or None. It is not run. Sources over 256 KiB are refused.
+    """Return why this Python's compile() refuses `text`, or None. The code is not run. Sources over 256 KiB are refused.
 
-    Strangers' code can make compile() raise all of these; what kills the process instead is the worker pool's part.
+    Unknown code can also make compile() kill the process, so call this in a worker process.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > COMPILE_BYTES:

@@ -1,8 +1,8 @@
-"""The ledger: what was read, dropped, changed and kept, by source and language, and document by document.
+"""The ledger: counts of what was read, dropped, changed and kept, and a log of all documents.
 
-A data folder holds `ledger.json`, the counts, and `documents.jsonl.gz`, one line for each document in the order of
-reading: which rule took it and by what value, or in which split its tokens lie and where. So every dropped file can
-be explained, and every token has a file:
+`ledger.json` of a data folder holds the counts by source and language. `documents.jsonl.gz` has a line for each document
+in the order of reading: which rule dropped it and why, or its split and the position of its tokens. So every dropped file
+can be explained, and every token traced to its file:
 
     python data_pipeline.py --explain PATH
     python data_pipeline.py --locate train:123456
@@ -24,19 +24,19 @@ from kindling.data.shards import DataError, way_out
 from kindling.files import write_json
 
 DOCUMENTS = "documents.jsonl.gz"
-MATCHES = 20  # documents that one --explain shows
+MATCHES = 20  # --explain shows at most this many documents
 
 
 class Ledger:
-    """Counts documents and bytes. For every row and in all, read = dropped + kept + the bytes that were cut off.
+    """Counts documents and bytes. In each row and in total, read = dropped + kept + the bytes that were cut off.
 
-    What a mixture repeats is counted apart: it was read once.
+    A row is a source and a language. Repetitions in a mixture are counted separately, because they were read only once.
     """
 
     def __init__(self, labels: list[str], weights: list[float]):
         self.labels, self.weights = labels, weights
         self.rows: dict[tuple[int, str], dict[str, Any]] = {}
-        self.notes: list[str] = []  # what happened to a source as a whole
+        self.notes: list[str] = []  # about whole sources
 
     @staticmethod
     def read(folder: Path) -> Ledger:
@@ -63,7 +63,7 @@ class Ledger:
     def keep(
         self, source: int, language: str, size: int, changes: tuple[tuple[str, int], ...], tokens: int, again: bool
     ) -> int:
-        """Count a document of `size` bytes as kept, or as used once `again`; return the bytes kept of it."""
+        """Count a document of `size` bytes as kept, or with `again` as repeated; return the number of bytes kept."""
         row, kept = self.row(source, language), size - sum(cut for _, cut in changes)
         row["tokens"] += tokens
         _count(row["repeated" if again else "kept"], kept)
@@ -79,12 +79,12 @@ class Ledger:
         return sum(c[0] for c in counters), sum(c[1] for c in counters)
 
     def names(self, column: str) -> list[str]:
-        """Return the rules or changes that were met, the most frequent first."""
+        """Return the names of the rules or changes that occurred, the most frequent first."""
         found = dict.fromkeys(name for r in self.rows.values() for name in r[column])
         return sorted(found, key=lambda name: (-self.total(column, name)[0], name))
 
     def totals(self) -> list[tuple[str, tuple[int, int]]]:
-        """Return what was read, dropped, changed, kept and, if anything was, repeated, in the order of an account."""
+        """Return the totals of read, dropped, changed and kept, and of repeated if there are any, in this order."""
         out = [("read", self.total("read"))]
         out += [(f"dropped: {rule}", self.total("dropped", rule)) for rule in self.names("dropped")]
         out += [(change, self.total("changed", change)) for change in self.names("changed")]
@@ -92,7 +92,7 @@ class Ledger:
         return out + ([("repeated", self.total("repeated"))] if self.total("repeated")[0] else [])
 
     def table(self) -> str:
-        """Return the counts over all, then by source and language where there is more than one of them."""
+        """Return the total counts, then the counts by source and language if there are several, as a table."""
         lines = [(label if label in ("read", "kept") else f"  {label}", n, b) for label, (n, b) in self.totals()]
         out = [f"{'':<32}{'documents':>12}{'MB':>10}"]
         out += [f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines]
@@ -128,7 +128,7 @@ class Ledger:
 
     def write(self, folder: Path) -> None:
         """Write `ledger.json`."""
-        # the version matters: what compile() accepts changes with it
+        # Python's version is noted because it decides which code compile() accepts
         tokens = self._tokens()
         sources = [
             {"source": label, "wanted": weight / sum(self.weights), "share": n / max(1, sum(tokens)), "tokens": n}
@@ -145,11 +145,11 @@ def _count(counter: list[int], size: int) -> None:
 
 
 class DocumentLog:
-    """Writes `documents.jsonl.gz` while a build goes on; the same documents give the same bytes."""
+    """Writes `documents.jsonl.gz` during a build; the same documents give the same bytes."""
 
     def __init__(self, folder: Path):
         self._raw = open(folder / DOCUMENTS, "wb")
-        # no name and no time in the header
+        # no file name and no time in the header, so that the bytes are always the same
         packed = gzip.GzipFile(filename="", mode="wb", compresslevel=5, fileobj=self._raw, mtime=0)
         self._lines: IO[str] = io.TextIOWrapper(packed, encoding="utf-8", errors="backslashreplace", newline="\n")
         self._packed = packed
@@ -169,7 +169,7 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a folder's document log; raises DataError if it is missing or damaged."""
     path = folder / DOCUMENTS
     try:
-        if not path.stat().st_size:  # which gzip takes for nothing at all
+        if not path.stat().st_size:  # gzip accepts an empty file
             raise EOFError("it is empty")
         with gzip.open(path, "rt", encoding="utf-8") as f:
             for line in f:
@@ -179,13 +179,15 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def explain(folder: Path, keys: set[str], ending: str = "") -> list[str]:
-    """Return one line for each document whose key, or that of its file, is among `keys`, or is `ending`, or ends with it
-    after / or a colon."""
+    """Return one line for each document whose key is among `keys`, or ends with `ending` after / or a colon.
+
+    For an example, the key of its file counts too.
+    """
     found: list[dict[str, Any]] = []
     repeated: dict[str, int] = {}
     for line in read_documents(folder):
         key = line["key"]
-        names = (key, key.partition(":")[0])  # an example's own, and that of its file
+        names = (key, key.partition(":")[0])  # the key of an example, and the key of its file
         if any(n in keys or (ending and (n == ending or n.endswith(("/" + ending, ":" + ending)))) for n in names):
             if "repeated" in line:
                 repeated[key] = repeated.get(key, 0) + 1
@@ -215,13 +217,13 @@ def _paragraph(line: dict[str, Any], originals: dict[int, str], repeated: int) -
 
 
 def documents_within(folder: Path, split: str, tokens: list[range]) -> list[list[dict[str, Any]]]:
-    """Return for each range of positions in a split the lines of the documents that its tokens are of, in their order.
+    """Return, for each range of positions in a split, the log lines of the documents in that range, in their order.
 
-    Reads the log once, a fifth of a million lines a second; raises DataError if it is missing or damaged.
+    Reads the log once, at about 200,000 lines a second; raises DataError if it is missing or damaged.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in tokens]
     waiting = deque(sorted(enumerate(tokens), key=lambda numbered: numbered[1].start))
-    reached: list[tuple[int, range]] = []  # the ranges that have begun, and not yet ended
+    reached: list[tuple[int, range]] = []  # the ranges that have begun and not ended yet
     for line in read_documents(folder):
         if line.get("split") != split:
             continue
@@ -237,7 +239,7 @@ def documents_within(folder: Path, split: str, tokens: list[range]) -> list[list
 
 
 def locate(folder: Path, split: str, position: int) -> dict[str, Any]:
-    """Return the line of the document that holds the token at `position` of a split; raises DataError if there is none."""
+    """Return the log line of the document with the token at `position` of a split; raises DataError if there is none."""
     end = 0
     for line in read_documents(folder):
         if line.get("split") == split:

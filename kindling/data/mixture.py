@@ -1,9 +1,9 @@
-"""Which document comes next, and whether it is worth having: weights, duplicates, splits.
+"""Draws documents from the sources by weight, drops duplicates, and assigns splits.
 
-    for document in Mixture(cfg, examined_by(pool, cfg, files, tokenizer_file)): ...
+    for document in Mixture(cfg.data, read): ...      # read(i) yields the processed documents of source i
 
-Everything here is decided in the one process that builds, in the order of the documents, and depends on nothing else: the
-same inputs give the same mixture with any number of workers or machines.
+One process decides all this, in the order of the documents. So the same inputs give the same mixture with any number of
+workers or machines.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from array import array
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
 
 from config import DataConfig
 from kindling.data.duplicates import NearDuplicates
 from kindling.data.filters import Drop
+from kindling.data.process_document import Examined
 from kindling.data.shards import DataError
-from kindling.data.sources import LocalFile, documents
-from kindling.data.workers import Examined, WorkerPool
 
 
 def split_of(digest: bytes, cfg: DataConfig) -> str:
-    """Return the split of a document by its content's hash, so that it stays there whatever is added beside it."""
+    """Return the split of a document. It follows from a hash of the content, so other documents cannot change it."""
     place = int.from_bytes(digest[:8], "big") / 2**64
     if place < cfg.val_fraction:
         return "val"
@@ -32,7 +30,7 @@ def split_of(digest: bytes, cfg: DataConfig) -> str:
 
 @dataclasses.dataclass
 class Drawn:
-    """One document as the mixture drew it: dropped, or kept in a split. They are numbered in the order of drawing."""
+    """A document that the mixture drew: dropped, or kept in a split. Documents are numbered in the order of drawing."""
 
     source: int
     examined: Examined
@@ -42,18 +40,11 @@ class Drawn:
     repeated: bool = False
 
 
-Reader = Callable[[int], Iterator[Examined]]  # of a source, by its number, in its order
-
-
-def examined_by(
-    pool: WorkerPool, cfg: DataConfig, files: list[list[LocalFile] | None], tokenizer_file: Path | None = None
-) -> Reader:
-    """Return what reads the sources' files by the workers of `pool`: to token ids with a tokenizer's file, else to text."""
-    return lambda i: pool.map(documents(cfg.sources[i], files[i]), tokenizer_file)
+Reader = Callable[[int], Iterator[Examined]]  # takes the number of a source, gives its documents in their order
 
 
 class Originals:
-    """The content of the documents kept so far, so that no duplicate follows. About 0.7 kB a document."""
+    """Finds duplicates among the documents kept so far. Needs about 0.7 kB for each of them."""
 
     def __init__(self, cfg: DataConfig):
         self._exact: dict[bytes, int] | None = {} if cfg.dedup else None
@@ -61,7 +52,10 @@ class Originals:
         self._numbers = array("q")  # of the documents in `_near`
 
     def check(self, examined: Examined, number: int) -> tuple[Drop | None, int | None]:
-        """Return why document `number` is dropped and the number of its original; or remember it, and return None twice."""
+        """Check document `number` against the documents kept so far, and remember it if it is kept.
+
+        Returns why it is dropped and the number of its original, or None and None.
+        """
         if self._exact is not None:
             original = self._exact.setdefault(examined.digest, number)
             if original != number:
@@ -75,22 +69,22 @@ class Originals:
 
 
 class Mixture:
-    """Draws documents from the sources by weight, and drops those that another document makes superfluous.
+    """Draws documents from the sources by weight, and drops duplicates.
 
-    The next document comes from the source that is furthest behind its share of the tokens (of the bytes, before
-    there is a tokenizer), which depends on nothing but the documents so far.
+    The next document comes from the source that is furthest behind its share of the tokens. Before there is a tokenizer,
+    bytes count. So the order depends on the documents alone.
     """
 
     def __init__(self, cfg: DataConfig, read: Reader, silent: bool = False):
-        """`read` reads a source from its beginning; `silent` keeps it from saying that a source ran dry."""
+        """`read` reads a source from its beginning. With `silent`, nothing is printed when a source is exhausted."""
         self.data, self.read, self.silent = cfg, read, silent
-        self.reads = [0] * len(cfg.sources)  # how often each source was begun
-        self.broken: dict[int, str] = {}  # the sources that ended before they should have, and how
+        self.reads = [0] * len(cfg.sources)  # how often the reading of each source was started
+        self.broken: dict[int, str] = {}  # the sources that broke off, and why
         self.notes: list[str] = []
-        self._dry: set[int] = set()  # the sources that were read whole
-        self._in_train = [bytearray() for _ in cfg.sources]  # for each document of a source, whether training has it
+        self._dry: set[int] = set()  # the sources that were read to their end
+        self._in_train = [bytearray() for _ in cfg.sources]  # of each document: is it in training?
 
-    def __iter__(self) -> Iterator[Drawn]:
+    def __iter__(self) -> Generator[Drawn, None, None]:
         originals, number = Originals(self.data), 0
         streams = {i: self._read(i) for i in range(len(self.reads))}
         drawn = dict.fromkeys(streams, 0)
@@ -112,7 +106,7 @@ class Mixture:
             yield document
 
     def _read(self, i: int) -> Iterator[Drawn]:
-        """Yield the documents of a source; in a repetition only those that training has."""
+        """Yield the documents of a source; in a repetition, only those of the training split."""
         label, again = self.data.sources[i].label, self.reads[i] > 0
         self.reads[i] += 1
         found = False
@@ -128,21 +122,21 @@ class Mixture:
         except DataError as e:
             if not again:
                 raise
-            self.broken[i] = f"{label}: {e}"  # what there is stays
-        if again and not found:  # or it would be begun for ever
+            self.broken[i] = f"{label}: {e}"  # what was read before stays
+        if again and not found:  # without this, the source would be repeated for ever
             self.broken.setdefault(i, f"{label}: in its repetition nothing of it was there any more")
 
     def _went_dry(self, i: int, streams: dict[int, Iterator[Drawn]]) -> dict[int, Iterator[Drawn]]:
-        """Return the streams to go on with, now that source `i` has no more documents, and say so the first time."""
+        """Return the streams to go on with when source `i` is exhausted, and note it the first time."""
         label, first = self.data.sources[i].label, i not in self._dry
         self._dry.add(i)
         others = {j: stream for j, stream in streams.items() if j != i}
         if not others or all(j in self._dry for j in others):
-            return {}  # every source was read whole
+            return {}  # every source was read to its end
         if self.data.when_dry == "stop":
             self._note(f"source {label} ran dry: the build stops here, as data.when_dry says")
             return {}
-        # what broke is not repeated in place of what is missing
+        # a source that broke off is not repeated: that would hide what is missing
         repeat = self.data.when_dry == "repeat" and any(self._in_train[i]) and i not in self.broken
         if first:
             self._note(f"source {label} ran dry: " + ("it is repeated" if repeat else "the others go on without it"))

@@ -1,14 +1,14 @@
-"""A data build in parts: the plan, the parts that can be made anywhere, and the gathering into one data folder.
+"""A data build in parts: make a plan, process the parts on any machine, and gather them into one data folder.
 
     plan = make_plan(cfg, list_files(cfg), name, 8, pool)
     for number in plan.missing():
         run_part(plan, number, pool)      # on any machine
     folder = gather(plan)
 
-A part examines and tokenises a run of the files, by the functions of the single build, into a folder of its own. What
-needs all documents (duplicates, mixture, splits) is decided when they are gathered, in the single build's order and by
-its code, so that the data folder has the same bytes. Nothing here is pickled, and what is read back is checked by its
-sha256. Limits: sources on the hub and of instructions are left to the single build; a file is never split.
+A part filters and tokenises some of the files, with the functions of the single build, into a folder of its own. What
+needs all documents (duplicates, mixture, splits) is decided when the parts are gathered, in the order and by the code of
+the single build. So the data folder has the same bytes. Nothing is pickled, and files that are read back are checked by
+their sha256. Limits: a file is never split; sources on the hub and instructions need the single build.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from config import Config
 from kindling.config_io import from_yaml, to_yaml
 from kindling.data.build import DATA, begin, fill, fingerprint, id_type, list_files, whole_or_absent
 from kindling.data.filters import Drop
-from kindling.data.mixture import examined_by
+from kindling.data.process_document import Examined
 from kindling.data.shards import DataError
-from kindling.data.sources import WHOLE_FILES, LocalFile, within_limits
-from kindling.data.workers import Examined, WorkerPool
+from kindling.data.sources import WHOLE_FILES, LocalFile, SourceFiles, documents, within_limits
+from kindling.data.workers import WorkerPool
 from kindling.files import sha256_file
 from kindling.tokenization.tokenizer import load_json
 
@@ -41,22 +41,22 @@ PLAN_FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What every part must know, as it lies in `folder`, beside the parts that are done."""
+    """What every part must know. It is kept in `folder`, beside the parts that are done."""
 
     folder: Path
     cfg: Config
     files: list[list[LocalFile]]
     n_parts: int
-    notes: list[str]  # of the beginning, for the ledger
+    notes: list[str]  # for the ledger
 
     @property
     def name(self) -> str:
-        """The name of the data folder that comes of it."""
+        """The name of the data folder that is built."""
         return self.folder.name.removeprefix("parts-")
 
     @property
     def logs(self) -> Path:
-        """The folder of datatrove's logs, which stay when the parts are gone."""
+        """The folder of datatrove's logs. It stays when the parts are deleted."""
         return self.folder.with_name(f"logs-{self.name}")
 
     @property
@@ -65,25 +65,25 @@ class Plan:
         return self.folder / "tokenizer.json"
 
     def part(self, number: int) -> Path:
-        """Return the folder of a part, which is there when the part is done."""
+        """Return the folder of a part. It exists if the part is done."""
         return self.folder / f"part-{number:05d}"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the parts that are still to do."""
+        """Return the numbers of the parts that are not done yet."""
         return [k for k in range(self.n_parts) if not self.part(k).is_dir()]
 
 
 def cut(files: list[LocalFile], n: int) -> list[list[LocalFile]]:
-    """Cut a list of files into n runs of about the same bytes, in their order; some are empty where files are few."""
+    """Cut a list of files into n pieces of about the same bytes, in order. With few files, some pieces are empty."""
     total = max(1, sum(f.size for f in files))
     out: list[list[LocalFile]] = [[] for _ in range(n)]
     for f, end in zip(files, accumulate(f.size for f in files)):
-        out[min(n - 1, (2 * end - f.size) * n // (2 * total))].append(f)  # where the middle of the file lies
+        out[min(n - 1, (2 * end - f.size) * n // (2 * total))].append(f)  # by the middle of the file
     return out
 
 
 def require_splittable(cfg: Config) -> None:
-    """Raise DataError for sources that only the single build reads."""
+    """Raise DataError for sources that only the single build can read."""
     for source in cfg.data.sources:
         if source.is_instructions:
             raise DataError(
@@ -97,11 +97,11 @@ def require_splittable(cfg: Config) -> None:
             )
 
 
-def make_plan(cfg: Config, files: list[list[LocalFile] | None], name: str, n_parts: int, pool: WorkerPool) -> Plan:
-    """Return the plan of a build, which is made where it is not there yet; raises DataError for another number of parts."""
+def make_plan(cfg: Config, files: SourceFiles, name: str, n_parts: int, pool: WorkerPool) -> Plan:
+    """Return the plan of a build; make it first if it does not exist. Raises DataError for another number of parts."""
     folder = (DATA / f"parts-{name}").absolute()
     if not folder.is_dir():
-        data = dataclasses.replace(cfg.data, workers=None)  # which is each machine's own affair
+        data = dataclasses.replace(cfg.data, workers=None)  # each machine chooses its own number
         with whole_or_absent(folder) as partial:
             tokenizer, notes = begin(cfg, files, pool)
             (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
@@ -109,7 +109,7 @@ def make_plan(cfg: Config, files: list[list[LocalFile] | None], name: str, n_par
             content = {"format": PLAN_FORMAT, "parts": n_parts, "notes": notes, "files": rows}
             content["config"] = to_yaml(dataclasses.replace(cfg, data=data))
             content["tokenizer_sha256"] = sha256_file(partial / "tokenizer.json")
-            # names that are no UTF-8 hold surrogates, so this file is ASCII
+            # ASCII, because file names that are not UTF-8 contain surrogates
             (partial / "plan.json").write_text(json.dumps(content), encoding="ascii")
     plan = read_plan(folder)
     if plan.n_parts != n_parts:
@@ -121,7 +121,7 @@ def make_plan(cfg: Config, files: list[list[LocalFile] | None], name: str, n_par
 
 
 def read_plan(folder: Path) -> Plan:
-    """Return the plan in a folder; raises DataError if it is damaged, or made under other versions of Python or libraries."""
+    """Return the plan in a folder; raises DataError if it is damaged or made with other versions of Python or libraries."""
     path = folder / "plan.json"
     try:
         content = json.loads(path.read_text(encoding="ascii"))
@@ -143,7 +143,7 @@ def read_plan(folder: Path) -> Plan:
 
 
 def require_unchanged(plan: Plan, files: list[LocalFile]) -> None:
-    """Raise DataError if a file is not what it was when the build was planned."""
+    """Raise DataError if a file has changed since the build was planned."""
     for f in files:
         try:
             stat = f.path.stat()
@@ -161,24 +161,23 @@ def require_unchanged(plan: Plan, files: list[LocalFile]) -> None:
 
 
 def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
-    """Examine and tokenise the files of a part, unless that is done. Raises DataError if one changed since the plan."""
+    """Filter and tokenise the files of a part, unless it is done. Raises DataError if a file changed since the plan."""
     if plan.part(number).is_dir():
         return
     started, n_documents, n_bytes = time.perf_counter(), 0, 0
     mine = [cut(files, plan.n_parts)[number] for files in plan.files]
     every = [f for files in mine for f in files]
     dtype = id_type(load_json(plan.tokenizer_file, plan.cfg.tokenizer))
-    read = examined_by(pool, plan.cfg.data, [*mine], plan.tokenizer_file)
     require_unchanged(plan, every)
     with whole_or_absent(plan.part(number)) as partial:
-        for i in range(len(mine)):
+        for i, source in enumerate(plan.cfg.data.sources):
             with open(partial / f"{i}.jsonl", "w", encoding="ascii") as lines, open(partial / f"{i}.ids", "wb") as ids:
-                for examined in read(i):
+                for examined in pool.map(documents(source, mine[i]), plan.tokenizer_file):
                     lines.write(json.dumps(_to_line(examined)) + "\n")
                     if examined.ids is not None:
                         ids.write(examined.ids.astype(dtype).tobytes())
                     n_documents, n_bytes = n_documents + 1, n_bytes + examined.size
-        require_unchanged(plan, every)  # while it was read
+        require_unchanged(plan, every)  # while they were read
         hashes = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
         (partial / "done.json").write_text(json.dumps(hashes), encoding="ascii")
     seconds = time.perf_counter() - started
@@ -190,7 +189,7 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
 
 
 def _to_line(e: Examined) -> list[Any]:
-    """Return what a part keeps of a document beside its ids: what the gathering and the ledger ask for."""
+    """Return what a part stores of a document besides its ids, for the gathering and the ledger."""
     digest, signature = (base64.b64encode(b).decode("ascii") for b in (e.digest, e.signature))
     return [e.key, e.language, e.size, e.drop, e.changes, digest, signature, None if e.ids is None else len(e.ids)]
 
@@ -210,7 +209,7 @@ def _from_line(line: list[Any], ids: np.ndarray | None) -> Examined:
 
 
 def read_part(folder: Path, source: int, dtype: np.dtype) -> Iterator[Examined]:
-    """Yield what a part found in a source, in the source's order."""
+    """Yield the documents of a source that are in a part, in the source's order."""
     with open(folder / f"{source}.jsonl", encoding="ascii") as lines, open(folder / f"{source}.ids", "rb") as ids:
         for line in map(json.loads, lines):
             n = line[-1]
@@ -218,7 +217,7 @@ def read_part(folder: Path, source: int, dtype: np.dtype) -> Iterator[Examined]:
 
 
 def require_whole(folder: Path) -> None:
-    """Raise DataError if a file of a part that is done is not what was written."""
+    """Raise DataError if a file of a finished part has changed since it was written."""
     try:
         hashes = json.loads((folder / "done.json").read_text(encoding="ascii"))
         bad = [name for name, sha256 in hashes.items() if sha256_file(folder / name) != sha256]
@@ -232,9 +231,9 @@ def require_whole(folder: Path) -> None:
 
 
 def gather(plan: Plan) -> Path:
-    """Make the data folder of parts that are all done, and delete the parts.
+    """Build the data folder from the parts, which must all be done, and delete the parts.
 
-    Raises DataError for parts that are missing or damaged, and if a source is not what it was when the build was planned.
+    Raises DataError for parts that are missing or damaged, and if a source has changed since the build was planned.
     """
     if missing := plan.missing():
         raise DataError(
@@ -255,12 +254,12 @@ def gather(plan: Plan) -> Path:
 
     def read(i: int) -> Iterator[Examined]:
         rows = (e for number in range(plan.n_parts) for e in read_part(plan.part(number), i, dtype))
-        # of rows, each part has read up to the limits by itself
+        # for rows, each part applied the limits to its own files only
         return rows if cfg.data.sources[i].kind in WHOLE_FILES else within_limits(cfg.data.sources[i], rows)
 
     with whole_or_absent(folder) as partial:
         ledger = fill(cfg, files, partial, plan.name, tokenizer, read, plan.notes)
     seconds = time.perf_counter() - started
     print(f"gathered in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s of source")
-    shutil.rmtree(plan.folder, ignore_errors=True)  # what is left of it, the next call deletes
+    shutil.rmtree(plan.folder, ignore_errors=True)  # the next call deletes what is left
     return folder

@@ -1,20 +1,20 @@
-"""The texts that instructions and answers are made into: the one place that training, evaluation and chat share.
+"""Templates: how an instruction becomes a prompt. Training, evaluation and chat all use these functions.
 
     encode("alpaca", [Exchange("Add a and b.", "def add(a, b): ...")], tokenizer)
 
-Prompt and response are encoded on their own and their ids joined, so that no token straddles the border and the mask goes
-by position: nothing ever looks for a marker in a text or in ids. Every response is closed by end-of-text. In later
-exchanges of a conversation the template follows that end.
+Prompt and response are encoded separately and their ids joined. So no token spans the border, and the mask follows from
+positions: no code searches for a marker in a text or in ids. Every response ends with the end-of-text token; the template
+of the next exchange follows it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-# Stanford Alpaca's (Taori et al. 2023), with a line end after the last marker, so that code begins at a line's start
+# from Stanford Alpaca (Taori et al. 2023), with a newline after the last marker, so that code begins on a new line
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -32,7 +32,7 @@ MARKERS = {
 
 @dataclass(frozen=True)
 class Exchange:
-    """One instruction, what it is about (often nothing), and the response; empty where that is still to come."""
+    """An instruction, its input (often empty), and the response, which is empty if the model is to write it."""
 
     instruction: str
     response: str = ""
@@ -40,7 +40,7 @@ class Exchange:
 
 
 class Encoder(Protocol):
-    """What is needed of a tokenizer."""
+    """What `encode` needs of a tokenizer."""
 
     eos_id: int
     bos_id: int | None
@@ -58,33 +58,33 @@ class Segment(NamedTuple):
 
 
 def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
-    """Return all that the model is given before a response; `first`, or after the end of an earlier one."""
+    """Return the text before a response. `first`: of the first exchange; else it follows an earlier response."""
     if template == "alpaca":
         text = (ALPACA_INPUT if exchange.input.strip() else ALPACA).format(
             instruction=exchange.instruction, input=exchange.input
         )
-        # the preamble once: what follows an earlier answer begins with the marker
+        # the preamble stands only before the first exchange; later ones begin with the marker
         return text if first else "\n\n" + text[text.index("### Instruction:") :]
-    if template == "user-assistant":  # seed 004's, without a space at its end
+    if template == "user-assistant":  # of the presets smallcoder; no space at its end
         about = f"\n{exchange.input}" if exchange.input.strip() else ""
         return f"{'' if first else chr(10)}User: {exchange.instruction}{about}\nAssistant:"
     raise ValueError(f"no template is called {template!r}")
 
 
 def marker_in(template: str, text: str) -> str | None:
-    """Return the first line start of a text that only the template may write, or None."""
+    """Return the first marker of the template at a line start of `text`, or None. Only the template may write it."""
     found = MARKERS[template].search(text)
     return None if found is None else found[0]
 
 
 def rendered(template: str) -> str:
-    """Return the template in each of its forms, so that a change of it is noticed."""
+    """Return the template in all its forms as one text, to notice when a template changes."""
     forms = [(Exchange("{instruction}", input=about), first) for about in ("", "{input}") for first in (True, False)]
     return "\0".join(prompt_text(template, exchange, first) for exchange, first in forms)
 
 
 def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Segment]:
-    """Return the ids of a conversation, segment by segment; an empty response stays empty, for the model to write."""
+    """Return the ids of a conversation, a segment for each exchange. An empty response stays without ids."""
     segments = []
     for i, exchange in enumerate(exchanges):
         prompt = tokenizer.encode(prompt_text(template, exchange, first=i == 0))
@@ -93,3 +93,8 @@ def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> 
         response = [*tokenizer.encode(exchange.response), tokenizer.eos_id] if exchange.response else []
         segments.append(Segment(prompt, response))
     return segments
+
+
+def flatten(segments: Iterable[Segment]) -> list[int]:
+    """Return the ids of all segments as one list."""
+    return [token for segment in segments for token in (*segment.prompt, *segment.response)]

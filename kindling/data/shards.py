@@ -1,40 +1,39 @@
 """Token shards: the files between the data pipeline and training.
 
-A data folder holds `train-00000.npy`, ... (flat little-endian token ids in NumPy's own headered format), the same for
-`val` and `test`, `tokenizer.json`, `ledger.json`, and `manifest.json` with each shard's length, dtype and sha256.
-A folder is whole or absent: it is written under another name and renamed when complete, and opening it checks every
-hash, so a truncated or damaged shard is found before the first step and not as a strange loss. The manifest has a hash of
-its own content, since a changed number of tokens in it would be another order of the data, and no error.
+A data folder holds `train-00000.npy`, ... (flat little-endian token ids in NumPy's .npy format), the same for `val` and
+`test`, `tokenizer.json`, `ledger.json`, and `manifest.json` with each shard's length, dtype and sha256. The folder is
+written under another name and renamed when complete. Opening it checks every hash: damage is found before the first
+step, and not as a strange loss. The manifest has a hash of its own content, because a changed number of tokens would
+change the order of the data without an error.
 
-Beside the shards, `SPLIT-documents.npy` says of each document how long it is and what it is, for figures by language and
-source. Training does not read it, and folders built before there was one have none.
+`SPLIT-documents.npy` holds the length, language and source of each document, for figures by language and source. Training
+does not read it. Folders built by old versions have none.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from config import IGNORE, ModelConfig
 from kindling.errors import KindlingError
-from kindling.files import sha256_file, write_json
+from kindling.files import sha256_file, sha256_text, write_json
 
 FORMAT = 1
-SHARD_TOKENS = 2**23  # what a writer holds in memory for each split
+SHARD_TOKENS = 2**23  # a writer holds this many in memory for each split
 SPLITS = ("train", "val", "test")
 TOKENS, BYTES, LANGUAGE, SOURCE = range(4)  # columns of the table of documents
 
 
 class DataError(KindlingError):
-    """Data that cannot be read, built or used."""
+    """Data cannot be read, built or used."""
 
 
 class Batch(NamedTuple):
@@ -42,18 +41,19 @@ class Batch(NamedTuple):
 
     idx: np.ndarray
     targets: np.ndarray  # IGNORE where nothing is supervised
-    positions: np.ndarray | None = None  # places in documents that do not see each other; None: each row is one
+    positions: np.ndarray | None = None  # position in the document, to mask documents from each other; None: no mask
 
     def part(self, rows: slice) -> Batch:
         """Return some of the rows."""
-        return Batch(*(None if array is None else array[rows] for array in self))
+        return Batch(self.idx[rows], self.targets[rows], None if self.positions is None else self.positions[rows])
 
 
 def document_positions(idx: np.ndarray, eos_id: int) -> np.ndarray:
     """Return each token's position in its own document, (B, T) int64, of packed rows idx (B, T) int64.
 
-    An end-of-text token is position 0 of the document after it: generation from nothing starts with that token, so in
-    training too the document's first token is predicted from it alone. So is the first token of a row, whatever it is.
+    An end-of-text token has position 0 and belongs to the document after it. Generation from an empty prompt starts with
+    this token, so in training, too, the first token of a document is predicted from it alone. The first token of a row has
+    position 0 as well.
     """
     place = np.arange(idx.shape[1])  # (T,)
     return place - np.maximum.accumulate(np.where(idx == eos_id, place, 0), axis=1)  # (B, T)
@@ -61,15 +61,15 @@ def document_positions(idx: np.ndarray, eos_id: int) -> np.ndarray:
 
 @dataclass
 class SplitInfo:
-    """What the manifest says of one split. `bytes` is UTF-8 source, for bits per byte: of examples, of their responses."""
+    """What the manifest says about one split. `bytes` counts UTF-8 source, for bits per byte; of examples, responses."""
 
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
     max_id: int = -1
     shards: list[dict[str, Any]] = field(default_factory=list)
-    segments: dict[str, Any] | None = None  # of examples, the file that says where prompts and responses begin
-    table: dict[str, Any] | None = None  # the file with a row for each document, and the names that its columns number
+    segments: dict[str, Any] | None = None  # only of examples: the file with the table of segments
+    table: dict[str, Any] | None = None  # the file with a row for each document; its languages and sources by number
 
     @property
     def files(self) -> list[str]:
@@ -86,15 +86,15 @@ class ShardWriter:
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         self._documents = array("q")  # the table, row by row
-        self._names: tuple[dict[str, int], dict[str, int]] = {}, {}  # languages and sources, numbered as they are met
+        self._names: tuple[dict[str, int], dict[str, int]] = {}, {}  # languages and sources by number
 
     @property
     def position(self) -> int:
-        """Where in the split the next document will begin, in tokens."""
+        """The position in the split at which the next document begins, in tokens."""
         return self.info.tokens + self._pending_tokens
 
     def add(self, ids: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown") -> None:
-        """Append one document, whose ids already end with the end-of-text token. Raises DataError for ids that do not fit."""
+        """Append one document, with its end-of-text token. Raises DataError for ids that do not fit the dtype."""
         self.info.documents += 1
         self.info.bytes += n_bytes
         self.info.max_id = max(self.info.max_id, int(ids.max()))
@@ -130,27 +130,26 @@ class ShardWriter:
 
 
 def way_out(folder: Path, fingerprint: str = "") -> str:
-    """Return what to do about a data folder that cannot be used."""
-    if (folder.parent / "config.yaml").is_file():  # a run's own copy, which no build restores
+    """Return the advice for a data folder that cannot be used."""
+    if (folder.parent / "config.yaml").is_file():  # the copy in a run, which a build does not restore
         source = f"data/{fingerprint}" if fingerprint else "the folder under data/ that the run was trained on"
         return f"copy the files of the same names from {source}, or start the run over with --fresh"
     return f"delete {folder} and run again to rebuild it"
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Return `content` with the sha256 of all that it says, by which `is_as_written` knows it again."""
+    """Return `content` with its own sha256, which `is_as_written` checks."""
     said = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(said, sort_keys=True, ensure_ascii=True)
-    return {**said, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
+    return {**said, "sha256": sha256_text(json.dumps(said, sort_keys=True, ensure_ascii=True))}
 
 
 def is_as_written(content: dict[str, Any]) -> bool:
-    """Return whether `content` says what it did when it was sealed; one of before there were seals is taken as it is."""
+    """Return whether `content` is unchanged since it was sealed. Without a sha256, from an old version: True."""
     return "sha256" not in content or sealed(content)["sha256"] == content["sha256"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a data folder's manifest; raises DataError where there is none, or it is not whole or not as it was written."""
+    """Return a data folder's manifest; raises DataError if it is missing, incomplete or changed."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +167,7 @@ class TokenDataset:
     """One split of a data folder, memory-mapped as one long sequence of token ids."""
 
     def __init__(self, folder: Path, split: str):
-        """Open and verify every shard of the split; raises DataError naming the first that is damaged."""
+        """Open and verify every shard of the split; raises DataError that names the first damaged one."""
         self.folder, self.split = folder, split
         self.manifest = read_manifest(folder)
         try:
@@ -186,7 +185,7 @@ class TokenDataset:
         path, advice = self.folder / shard["file"], way_out(self.folder, self.manifest["fingerprint"])
         try:
             found = sha256_file(path)
-            if found == shard["sha256"]:  # only then is the header worth parsing; a pickle or an archive is refused
+            if found == shard["sha256"]:  # parse the header only if the file is intact; a pickle is refused
                 tokens = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as e:
             raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {advice}") from None
@@ -200,7 +199,7 @@ class TokenDataset:
         return tokens
 
     def _open_table(self, entry: dict[str, Any]) -> np.ndarray:
-        """Return a table that lies beside the shards, if it is as it was written."""
+        """Open a table beside the shards; raises DataError if it is damaged."""
         path, advice = self.folder / entry["file"], way_out(self.folder, self.manifest["fingerprint"])
         try:
             if whole := sha256_file(path) == entry["sha256"]:
@@ -227,7 +226,7 @@ class TokenDataset:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The tokens of each document, (D,): by the table, or where there is none by the end-of-text tokens."""
+        """The number of tokens of each document, (D,): from the table, or without one from the end-of-text tokens."""
         if self.documents is not None:
             return self.documents[:, TOKENS]
         ends = [0, len(self)]
@@ -237,18 +236,17 @@ class TokenDataset:
         return np.diff(np.unique(ends))
 
     def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
-        """Yield the whole split once, in the rows that a model of `cfg` is evaluated on."""
+        """Yield the whole split once, in the rows for the evaluation of a model of `cfg`."""
         return blocks_in_order(self, cfg.block_size, batch_size, cfg.document_mask)
 
     def targets_in_order(self, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-        """Return which documents the supervised targets of `in_order` are of, one after the other, and how many are of
-        each, (D,) int64 both."""
+        """Return the documents in the order of `in_order`, and the number of supervised targets of each, (D,) int64 both."""
         counts = np.array(self.lengths)
-        counts[:1] -= 1  # nothing comes before the first token of the split
+        counts[:1] -= 1  # the first token of the split is not a target
         return np.arange(len(counts)), counts
 
     def require_fits(self, vocab_size: int, tokenizer_sha256: str) -> None:
-        """Raise DataError unless these shards are of that tokenizer and every id is below `vocab_size`."""
+        """Raise DataError unless these shards were made with that tokenizer and every id is below `vocab_size`."""
         if self.manifest["tokenizer_sha256"] != tokenizer_sha256:
             raise DataError(
                 f"the shards of {self.folder} must be of the run's tokenizer, but are of another; "
@@ -261,35 +259,64 @@ class TokenDataset:
             )
 
 
-class PackedBlocks:
+class Batches(Protocol):
+    """Training rows, addressed by their position in the run: `PackedBlocks` and `ExampleRows`."""
+
+    dataset: TokenDataset
+    n_rows: int  # of an epoch
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return the rows at positions first, first + 1, ..."""
+        ...
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return which tokens of the split the row at a position is cut from."""
+        ...
+
+
+class ShuffledRows:
+    """The row at each position of a run: every row once an epoch, in an order that depends on (seed, epoch) alone."""
+
+    def __init__(self, n_rows: int, seed: int):
+        self.n_rows, self.seed = n_rows, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # the epoch of the last call
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        """Return the numbers of the rows in their order in an epoch, (n_rows,)."""
+        known = self._order  # read once: another thread may replace it
+        if known[0] != epoch:
+            known = self._order = epoch, self._shuffle(epoch, np.random.default_rng([self.seed, epoch]))
+        return known[1]
+
+    def row_at(self, position: int) -> int:
+        """Return the number of the row at a position of the run."""
+        epoch, place = divmod(position, self.n_rows)
+        return int(self.order_of(epoch)[place])
+
+    def _shuffle(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(self.n_rows)
+
+
+class PackedBlocks(ShuffledRows):
     """The training order: blocks of `block_size` tokens without padding, each once an epoch, shuffled by (seed, epoch).
 
-    A row is addressed by one integer, its position in the run, so a batch is a pure function of the step and a resumed
-    run sees exactly the rows that it would have seen.
+    One integer addresses a row: its position in the run. So the step alone decides the batch, and a resumed run sees
+    exactly the rows that it would have seen.
     """
 
     def __init__(self, dataset: TokenDataset, block_size: int, seed: int, document_mask: bool = False):
-        """With `document_mask` the rows come with positions, so that no document of a block sees another."""
-        self.dataset, self.block_size, self.seed = dataset, block_size, seed
-        self.document_mask = document_mask
-        self.n_rows = (len(dataset) - 1) // block_size  # a row's targets reach one token past it
+        """With `document_mask` batches have positions, so that no document of a block sees another."""
+        self.dataset, self.block_size, self.document_mask = dataset, block_size, document_mask
+        super().__init__((len(dataset) - 1) // block_size, seed)  # the targets of a row end one token after it
         if self.n_rows < 1:
             raise DataError(
                 f"the {dataset.split} split must hold at least one block of {block_size + 1} tokens, but holds "
                 f"{len(dataset)}; add files, or lower --model.block-size"
             )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def _block(self, position: int) -> int:
-        epoch, place = divmod(position, self.n_rows)
-        order = self._order  # read once: another thread may be at another epoch
-        if order[0] != epoch:
-            order = self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-        return int(order[1][place])
 
     def tokens_of(self, position: int) -> list[range]:
-        """Return which tokens of the split the row at a position is cut from; the last of them is a target only."""
-        start = self._block(position) * self.block_size
+        """Return the tokens of the split in the row at a position; the last of them is only a target."""
+        start = self.row_at(position) * self.block_size
         return [range(start, start + self.block_size + 1)]
 
     def rows(self, first: int, count: int) -> Batch:
@@ -300,20 +327,21 @@ class PackedBlocks:
 
 
 def packed(dataset: TokenDataset, idx: np.ndarray, targets: np.ndarray, document_mask: bool) -> Batch:
-    """Return packed rows as a batch, with their documents' positions if those are to be masked from each other."""
+    """Return packed rows as a batch; with `document_mask`, with the positions in their documents."""
     return Batch(idx, targets, document_positions(idx, dataset.manifest["eos_id"]) if document_mask else None)
 
 
 def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
-    """Return the positions of one rank's rows in the batch that begins at `position`; the ranks together cover it once."""
+    """Return the positions of one rank's rows in the batch that begins at `position`; together the ranks cover the batch."""
     share = batch_size // world_size
     return range(position + rank * share, position + (rank + 1) * share)
 
 
 def row_starts(n_targets: int, block_size: int, stride: int) -> range:
-    """Return where the rows begin that have each of `n_targets` tokens as a target: one every `stride` tokens.
+    """Return where rows begin, every `stride` tokens, so that each of `n_targets` tokens is a target once.
 
-    The first row supervises all its targets, each later one the last `stride`: those that the row before did not reach.
+    The first row supervises all its targets. Each later row supervises its last `stride`, which the row before did not
+    reach.
     """
     return range(0, max(n_targets - block_size, 0) + stride if n_targets > 0 else 0, stride)
 
@@ -323,9 +351,9 @@ def blocks_in_order(
 ) -> Iterator[Batch]:
     """Yield the whole split once, in rows of block_size tokens: every token but the first is a target once.
 
-    With a `stride` of 1 to block_size the rows overlap, and every target has at least block_size - stride + 1 tokens before
-    it in its row, where the split has them. Every batch has `batch_size` rows (one shape, so that compiled code serves them
-    all); what is left over in the last is id 0 with targets of -100.
+    With a `stride` below block_size the rows overlap: every target has at least block_size - stride + 1 tokens before it in
+    its row, if the split has them. Every batch has `batch_size` rows, so that code is compiled for one shape. The rest of
+    the last batch is id 0 with targets of -100.
     """
     stride = block_size if stride is None else stride
     starts = row_starts(len(dataset) - 1, block_size, stride)
@@ -336,11 +364,11 @@ def blocks_in_order(
             tokens = dataset.read(start, min(block_size + 1, len(dataset) - start))
             idx[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, : len(tokens) - 1] = tokens[1:]
-            targets[row, : block_size - stride if start else 0] = IGNORE  # the row before has them
+            targets[row, : block_size - stride if start else 0] = IGNORE  # the row before supervises them
         yield packed(dataset, idx, targets, document_mask)
 
 
 def write_manifest(folder: Path, **content: Any) -> None:
-    """Write the manifest, the last file of a data folder; `splits` are SplitInfo."""
+    """Write the manifest, the last file of a data folder; `splits` maps names to SplitInfo."""
     content["splits"] = {name: asdict(info) for name, info in content["splits"].items()}
     write_json(folder / "manifest.json", sealed({"format": FORMAT, **content}))

@@ -1,19 +1,16 @@
-"""Where documents come from: local files, the Python source of this machine, and data sets on the hub.
+"""Yields the documents of a source: local files, the Python source of this machine, or a data set on the hub.
 
-A source yields `Document`s. Those of files carry a path and are read by the worker that filters them; rows of JSONL,
-Parquet and hub data sets carry their text, or the exchanges of the conversation that they hold. The order is a fixed
-pseudo-random one for files (so that the first megabytes are a fair sample of all), the file's own for rows. What cannot be
-read is a document too, one that says why: a bad row, the rest of a file that is cut short, the rest of a stream whose
-connection broke.
+A document of a whole file carries its path; the worker that filters it reads the file. A row of JSONL, Parquet or a hub
+data set carries its text, or the exchanges of its conversation. Files come in a fixed pseudo-random order, so that the
+first megabytes are a fair sample; rows come in the order of their file. What cannot be read is a document too, which says
+why: a bad row, the rest of a damaged file, the rest of a stream whose connection broke.
 """
 
 from __future__ import annotations
 
 import errno
 import fnmatch
-import gzip
 import hashlib
-import json
 import os
 import re
 import stat
@@ -25,6 +22,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
+from kindling.data.dataset_rows import (
+    PATH_COLUMNS,
+    REPOSITORY_COLUMNS,
+    BadRow,
+    Line,
+    NotJson,
+    conversation_of,
+    n_bytes_of,
+    rows_of,
+    text_of,
+)
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
@@ -42,7 +50,7 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of a source. `key` names it independently of where the source lies."""
+    """A file of a source. `key` is its name inside the source, wherever the source's folder is."""
 
     key: str
     path: Path
@@ -50,27 +58,27 @@ class LocalFile:
     mtime_ns: int
 
 
-WHOLE_FILES = ("files", "local-python", "docstrings")  # sources whose files are read whole, by the workers
-# the columns in which data sets keep the path of a row's file, and the repository that it is from
-PATH_COLUMNS = ("path", "max_stars_repo_path", "url")
-REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
+WHOLE_FILES = ("files", "local-python", "docstrings")  # sources whose files are whole documents, read by the workers
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document on its way to a worker: the text, or the file that holds it, or why there is neither."""
+    """A document to process: its text, or its file, or its conversation, or why it cannot be read."""
 
     key: str
     language: str
     path: Path | None = None
     text: str | None = None
-    size: int = 0  # bytes that it is counted with
-    trimmed: int = 0  # of them already cut off, at the ends
-    inner: str = ""  # the path inside its repository or folder, where known
+    size: int = 0  # bytes, as counted in the ledger
+    trimmed: int = 0  # newlines that were cut off at both ends, in bytes
+    inner: str = ""  # the path inside its repository or folder, if known
     unreadable: str | None = None
-    broken: bool = False  # not one bad row, but the end of a stream that should have gone on
-    exchanges: tuple[Exchange, ...] = ()  # of a conversation, in place of the text
-    mined: bool = False  # the path is that of a file whose documented functions are such conversations
+    broken: bool = False  # the stream broke off here; False for one bad row
+    exchanges: tuple[Exchange, ...] = ()  # of a conversation, instead of a text
+    mined: bool = False  # `path` is Python source: each documented function becomes a conversation
+
+
+SourceFiles = list[list[LocalFile] | None]  # the files of each source, None for one on the hub
 
 
 class _HasSize(Protocol):
@@ -78,11 +86,11 @@ class _HasSize(Protocol):
     def size(self) -> int: ...
 
 
-Sized = TypeVar("Sized", bound=_HasSize)  # a document, or what came of it
+Sized = TypeVar("Sized", bound=_HasSize)  # a document, before or after processing
 
 
 def source_roots(source: SourceConfig) -> dict[str, Path]:
-    """Return the folders of a local source, by what the keys of their files begin with."""
+    """Return the folders of a local source, by the prefix of their files' keys."""
     if source.path is not None:
         return {"": Path(source.path).expanduser()}
     paths = sysconfig.get_paths()
@@ -116,7 +124,7 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
         )
     files.sort(key=lambda f: hashlib.sha256(f.key.encode("utf-8", "surrogateescape")).digest())
     if source.kind not in WHOLE_FILES:
-        return files  # rows are counted while they are read
+        return files  # the limits count rows, while they are read
     if source.max_bytes is not None:
         total, kept = 0, []
         for f in files:
@@ -129,8 +137,8 @@ def local_files(source: SourceConfig) -> list[LocalFile]:
 
 
 def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile]:
-    """Yield the regular files under `root` that match a glob; hidden folders, caches and nested site-packages are left out."""
-    # fnmatch's * crosses slashes, so **/*.py also has to match at the top level, as pathlib's does
+    """Yield the regular files under `root` that match a glob, without hidden folders, caches and nested site-packages."""
+    # fnmatch's **/*.py wants a slash; without the prefix it matches at the top level too, as in pathlib
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
     wanted = re.compile("|".join(fnmatch.translate(p) for p in patterns)).match
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
@@ -147,7 +155,7 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
 
 
 def _regular(path: str) -> os.stat_result | None:
-    """Return what the system says of a regular file; None of anything else, such as a link to nothing."""
+    """Return the status of a regular file; None for anything else, such as a broken link."""
     try:
         found = os.stat(path)
     except OSError as e:
@@ -162,7 +170,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def language_of(source: SourceConfig, path: Path) -> str:
-    """Return the source's language, or the one that the file's suffix says."""
+    """Return the source's language; without one, the language of the file's suffix."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return source.language or LANGUAGES.get(suffix, "unknown")
 
@@ -170,7 +178,7 @@ def language_of(source: SourceConfig, path: Path) -> str:
 def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[Document]:
     """Yield the documents of a source. `files` is `local_files(source)`, or None for a data set on the hub.
 
-    Raises DataError for a data set of which not one row can be read.
+    Raises DataError for a data set on the hub if not even its first row can be read.
     """
     if source.kind in WHOLE_FILES:
         assert files is not None
@@ -183,7 +191,7 @@ def documents(source: SourceConfig, files: list[LocalFile] | None) -> Iterator[D
 
 
 def within_limits(source: SourceConfig, rows: Iterable[Sized]) -> Iterator[Sized]:
-    """Yield the rows of a source of rows until there are its `max_documents` or `max_bytes` of them."""
+    """Yield rows until the source's `max_documents` or `max_bytes` is reached."""
     seen_bytes = 0
     for number, row in enumerate(rows):
         if number == source.max_documents or (source.max_bytes is not None and seen_bytes >= source.max_bytes):
@@ -193,34 +201,28 @@ def within_limits(source: SourceConfig, rows: Iterable[Sized]) -> Iterator[Sized
 
 
 def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
-    """Yield the documents of one file of rows; the rows before a place that cannot be read stay."""
+    """Yield the documents of a file of rows. If the file is damaged, the rows before the damage are kept."""
     language = language_of(source, f.path)
-    if source.kind == "text":
-        rows: Iterator[Any] = _split_text(f.path, source.separator)
-    elif source.kind == "jsonl":
-        rows = _json_rows(f.path)
-    else:
-        rows = _parquet_rows(f.path, source)
     number = 0
     try:
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(rows_of(source, f.path), 1):
             key = f"{f.key}:{number - 1}"
             if source.kind == "text":
                 text = row.strip("\n")
-                yield Document(key, language, text=text, size=_size(row), trimmed=len(row) - len(text))
+                yield Document(key, language, text=text, size=n_bytes_of(row), trimmed=len(row) - len(text))
             else:
                 yield _row_document(source, key, row, language)
-    except Exception as e:  # gzip, zlib, Arrow and the system share no base class
+    except Exception as e:  # gzip, zlib, Arrow and OS errors share no base class
         yield Document(f"{f.key}:{number}", language, unreadable=f"the rest of the file: {one_line(e)}")
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of one row, which comes as a `_Line` of JSON or as the value itself; only a dict holds a text."""
-    size = 0  # of the row as a whole, where it came as a line
-    if isinstance(row, _Line):
+    """Return the document of a row, which is a `Line` of JSONL or a value; only a dict can be used."""
+    size = 0  # of the whole row, if it is a line
+    if isinstance(row, Line):
         row, size = row.content, row.size
     if not isinstance(row, dict):
-        why = row if isinstance(row, _NotJson) else f"a row must be an object, but is a {type(row).__name__}"
+        why = row if isinstance(row, NotJson) else f"a row must be an object, but is a {type(row).__name__}"
         return Document(key, language, size=size, unreadable=str(why))
     folder, path = (
         next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
@@ -232,135 +234,17 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
         language = named.lower() if isinstance(named, str) else LANGUAGES.get(Path(path).suffix, language)
     try:
         if source.is_instructions:
-            exchanges = _conversation(source, row)
-            size = sum(_size(text) for e in exchanges for text in (e.instruction, e.input, e.response))
+            exchanges = conversation_of(source, row)
+            size = sum(n_bytes_of(text) for e in exchanges for text in (e.instruction, e.input, e.response))
             return Document(key, language, size=size, inner=path, exchanges=exchanges)
-        text = _text(row, source.field)
-    except _BadRow as e:
+        text = text_of(row, source.field)
+    except BadRow as e:
         return Document(key, language, size=size, unreadable=str(e))
-    return Document(key, language, text=text, size=_size(text), inner=path)
-
-
-class _BadRow(Exception):
-    """Why a row has not what the source says that it has."""
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    """Return the text in a column of a row."""
-    if isinstance(text := row.get(field), str):
-        return text
-    given = f"is a {type(text).__name__}" if field in row else f"is not among {', '.join(map(str, row)) or 'none'}"
-    raise _BadRow(f"the column {field!r} must hold text, but {given}")
-
-
-def _conversation(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange, ...]:
-    """Return the exchanges of a row of instructions, in which nothing but the input may be missing or None."""
-    if source.messages_field is not None:
-        return _exchanges(row.get(source.messages_field), source.messages_field)
-    assert source.response_field is not None
-    instruction, response = _text(row, source.field), _text(row, source.response_field)
-    about = row.get(source.input_field) if source.input_field is not None else None
-    if not isinstance(about, (str, type(None))):
-        raise _BadRow(f"the column {source.input_field!r} must hold text or nothing, but is a {type(about).__name__}")
-    return (Exchange(instruction, response, about or ""),)
-
-
-def _exchanges(messages: Any, field: str) -> tuple[Exchange, ...]:
-    """Return the exchanges of a list of messages, in either of the two spellings that data sets have.
-
-    A system message at the beginning goes before the first instruction.
-    """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise _BadRow(f"the column {field!r} must hold a list of messages, but does not")
-    said = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    for role, text in said:
-        if not isinstance(text, str):
-            raise _BadRow(f"a message must hold text, but that of {role!r} is a {type(text).__name__}")
-    system = f"{said.pop(0)[1]}\n\n" if said and said[0][0] == "system" else ""
-    roles = [{"human": "user", "gpt": "assistant"}.get(str(role), str(role)) for role, _ in said]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise _BadRow(f"messages must be of user and assistant in turn, but are of {', '.join(roles) or 'none'}")
-    texts = [system + said[0][1], *(text for _, text in said[1:])]
-    return tuple(Exchange(asked, answered) for asked, answered in zip(texts[::2], texts[1::2]))
-
-
-class _NotJson(str):
-    """Why a line could not be parsed."""
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One line of a JSONL file: its value, or `_NotJson`, and its bytes."""
-
-    content: Any
-    size: int
-
-
-def _size(text: str) -> int:
-    """Return the bytes of a text as it was read, where a surrogate stands for a byte that is no UTF-8."""
-    try:
-        return len(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # a surrogate that JSON spelt out
-        return len(text.encode("utf-8", "surrogatepass"))
-
-
-def open_text(path: Path, encoding: str = "utf-8") -> Any:
-    """Open a text file, packed by gzip where its name ends so, with its line ends as they are."""
-    # a lone byte survives as a surrogate, which the filters then name, so that one bad byte does not end the file
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
-
-
-def _split_text(path: Path, separator: str) -> Iterator[str]:
-    with open_text(path) as f:
-        if not separator:
-            yield f.read()
-            return
-        rest = ""
-        while chunk := f.read(1 << 20):
-            seen = max(0, len(rest) - len(separator))  # no separator begins before
-            rest += chunk
-            if rest.find(separator, seen) >= 0:
-                *whole, rest = rest.split(separator)
-                yield from whole
-        if rest:
-            yield rest
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    """Yield the rows of a file with one JSON object a line, or with one list of them."""
-    with open_text(path, "utf-8-sig") as f:
-        if ".json" in path.suffixes[-2:]:
-            if f.read(4096).lstrip().startswith("["):
-                f.seek(0)
-                yield from json.load(f)
-                return
-            f.seek(0)
-        for line in f:
-            if line.strip():
-                try:
-                    content = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    content = _NotJson(f"not JSON: {one_line(e)}")
-                yield _Line(content, _size(line))
-
-
-def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
-    """Yield the rows of a Parquet file, with no columns but those that a document is made of."""
-    from pyarrow.parquet import ParquetFile
-
-    own = (source.field, source.response_field, source.input_field, source.messages_field)
-    wanted = (*own, "language", "lang", *PATH_COLUMNS, *REPOSITORY_COLUMNS)
-    with ParquetFile(path) as file:
-        columns = [name for name in dict.fromkeys(wanted) if name in file.schema_arrow.names]
-        if (source.messages_field or source.field) not in columns:  # so that the message can name what there is
-            columns = file.schema_arrow.names
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
+    return Document(key, language, text=text, size=n_bytes_of(text), inner=path)
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:
-    """Stream a data set of the hub, or of a local folder laid out like one; never the whole set on disk."""
+    """Stream a data set from the hub, or from a local folder with the same layout; it is not downloaded as a whole."""
     if (source.path or "").startswith(("/", "./", "../", "~")) and not Path(source.path or "").expanduser().is_dir():
         raise DataError(
             f"data.sources.path must be a name on the hub or a folder laid out like one, but there is no folder "
@@ -370,12 +254,12 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
 
     number = 0
     try:
-        path = os.path.expanduser(source.path or "")  # a name on the hub keeps its slash on every system
+        path = os.path.expanduser(source.path or "")  # not Path: a name on the hub keeps its slash on Windows
         rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
         for number, row in enumerate(rows, 1):
             document = _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
             if number == 1 and document.unreadable is not None:
-                # a wrong name would stream the whole set for nothing
+                # with a wrong column, the whole set would be streamed for nothing
                 raise DataError(
                     f"each row of the data set {source.label!r} must hold its text where the config says, but in the first "
                     f"{document.unreadable}; set the source's field (and response_field or messages_field)"
@@ -383,7 +267,7 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
             yield document
     except DataError:
         raise
-    except Exception as e:  # connection, authorisation, naming and format errors share no base class
+    except Exception as e:  # errors of connection, authorisation, name and format share no base class
         if number == 0:
             raise DataError(_no_data_set(source, e)) from None
         why = f"the rest of the data set, after row {number - 1:,}: {one_line(e)}"
@@ -391,7 +275,7 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
 
 
 def _no_data_set(source: SourceConfig, error: Exception) -> str:
-    """Return the line that says why a data set cannot be read at all, and what to do."""
+    """Return the error text for a data set that cannot be read at all."""
     said = one_line(error, 300)
     local = "or read local copies with --data.sources.0.kind parquet --data.sources.0.path FOLDER"
     if "gated" in said.lower() or "GatedRepo" in type(error).__name__:

@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from config import IGNORE, ModelConfig, SourceConfig
+from kindling.data.dataset_rows import open_text
 from kindling.data.examples import Examples
 from kindling.data.shards import BYTES, LANGUAGE, SOURCE, Batch, DataError, TokenDataset, blocks_in_order, row_starts
-from kindling.data.sources import Document, LocalFile, documents, language_of, open_text
+from kindling.data.sources import Document, LocalFile, documents, language_of
 from kindling.device import Runtime
 from kindling.errors import one_line, require
 from kindling.loss import linear_nll

@@ -12,7 +12,6 @@ verifies them first, falls back to the checkpoint before with a message, and nev
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import pickle
 import shutil
@@ -30,7 +29,7 @@ from kindling.data.examples import open_split
 from kindling.data.shards import SplitInfo, TokenDataset, is_as_written, read_manifest, sealed
 from kindling.distributed import ALONE, MainFailed, World
 from kindling.errors import KindlingError, one_line
-from kindling.files import sha256_file, sync, write_atomic, write_json
+from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
 from kindling.runs import fsdp
 from kindling.runs.fsdp import ShardedError
 from kindling.tokenization.tokenizer import Tokenizer, load_json
@@ -72,7 +71,7 @@ class RunDirectory:
             shutil.copyfile(data_folder / "ledger.json", self.data / "ledger.json")
             write_json(self.data / MANIFEST, manifest)
             text = to_yaml(cfg)
-            text = f"{SEAL}{hashlib.sha256(text.encode('utf-8')).hexdigest()}\n{text}"
+            text = f"{SEAL}{sha256_text(text)}\n{text}"
             write_atomic(self.path / "config.yaml", text)  # last: a folder with a config is a run
         except OSError as e:
             raise CheckpointError(
@@ -96,7 +95,7 @@ class RunDirectory:
                 f"train one with `python main.py`"
             ) from None
         first, _, rest = text.partition("\n")
-        if first.startswith(SEAL) and first != SEAL + hashlib.sha256(rest.encode("utf-8")).hexdigest():
+        if first.startswith(SEAL) and first != SEAL + sha256_text(rest):
             raise CheckpointError(
                 f"{self.path / 'config.yaml'} must be as it was written, but has changed; take the change back, "
                 f"or delete the first line if it is meant"
@@ -325,7 +324,7 @@ def weights_sha256(folder: Path) -> str:
     if WEIGHTS in files:
         return files[WEIGHTS]["sha256"]
     parts = [files[name]["sha256"] for name in sorted(files) if name.startswith(f"{SHARDED}/")]
-    return hashlib.sha256("".join(parts).encode("ascii")).hexdigest()
+    return sha256_text("".join(parts))
 
 
 def in_parts(folder: Path) -> bool:

@@ -3,10 +3,10 @@
     bpe = ByteLevelBPE.train(texts, vocab_size=2048, special_tokens=["<|endoftext|>"])
     bpe.decode(bpe.encode("def f(): return 'naïve'\\n")) == "def f(): return 'naïve'\\n"
 
-The vocabulary, the merges and the ids equal those of the `tokenizers` library, byte for byte, and `tokenizer.json` is
-its format; encoding is several times as fast, because a word is merged once and then looked up. Sources: Gage 1994
-(byte pair encoding); Sennrich et al. 2016, algorithm 1 (BPE on words); Radford et al. 2019 (bytes, and the split into
-words). Limit: text is text, so a special token that is spelt out in it is encoded as its characters.
+Vocabulary, merges and ids equal those of the `tokenizers` library, byte for byte, and `tokenizer.json` has its format.
+Encoding is several times as fast, because each word is merged only once and then looked up. Sources: Gage 1994 (byte pair
+encoding); Sennrich et al. 2016, algorithm 1 (BPE on words); Radford et al. 2019 (bytes, and the split into words). Limit:
+text is text, so a special token that is written in a text is encoded as its characters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from typing import Any
 import regex
 
 CACHED_WORDS = 2**18  # at about 200 bytes each, 50 MB
-CACHED_LENGTH = 64  # longer words seldom come twice, and a minified file is one word of megabytes
+NO_TOKEN = -1  # the id of a byte that the vocabulary lacks, and the mark of a place that was merged away
+NO_MERGE = (0, NO_TOKEN)
+CACHED_LENGTH = 64  # longer words seldom repeat, and a minified file can be one word of megabytes
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHER = [b for b in range(256) if b not in _PRINTABLE]
@@ -31,7 +33,7 @@ SYMBOLS = [chr(b) if b in _PRINTABLE else chr(256 + _OTHER.index(b)) for b in ra
 """The printable character that stands for each byte in `tokenizer.json` (GPT-2's bytes_to_unicode)."""
 _BYTES = {symbol: b for b, symbol in enumerate(SYMBOLS)}
 
-# Letters and numerals newer than Unicode 16, which are neither to the `tokenizers` library; a test compares all of them.
+# Letters and numerals newer than Unicode 16: the `tokenizers` library does not know them. A test compares all of them.
 _NEWER_LETTERS = (
     r"\u0558\u058b\u058c\u088f\u0c5c\u0cdc\u208f\u209d-\u209f\ua7ce\ua7cf\ua7d2\ua7d4\ua7dd\ua7e2\ua7f1\uab6c\uab6d"
     r"\U000107bb-\U000107bf\U00010940-\U00010959\U00010ec5-\U00010ec7\U00010ed9-\U00010eee\U00011b0a"
@@ -43,16 +45,16 @@ _NEWER_LETTERS = (
     r"\U0002cea2-\U0002cead\U000323b0-\U00033479\U0003d000-\U0003fc3f"
 )
 _NEWEST_NUMERALS = r"\U0001246f\U00012475-\U0001247f\U00012550-\U00012686"
-# Unicode 17: the library's digit splitter already knows them, its regular expressions do not
+# Unicode 17: the digit splitter of the library knows these, its regular expressions do not
 _NEWER_NUMERALS = r"\U00011de0-\U00011de9\U00016ff4-\U00016ff6" + _NEWEST_NUMERALS
 
 
 def _patterns(split_digits: bool) -> tuple[re.Pattern[str], regex.Pattern[str]]:
-    """Return the pattern of words for ASCII text, where the stdlib is faster, and the one for any text.
+    """Return two patterns of words: for ASCII text, where the standard library is faster, and for any text.
 
-    GPT-2's: contractions; letters, numbers or other characters with one space before; whitespace, of which the last
-    character is left to the word that follows. With `split_digits`, the same within the pieces that are left when each
-    digit stands alone (StarCoder2): whitespace before a digit ends its piece, so it is taken whole.
+    As in GPT-2, a word is a contraction; letters, numbers or other characters with at most one space before; or
+    whitespace, whose last character is left to the next word. With `split_digits` (StarCoder2) each digit is a word of its
+    own, and whitespace before a digit is taken whole.
     """
     numerals = _NEWEST_NUMERALS if split_digits else _NEWER_NUMERALS
     classes = [("A-Za-z", "0-9"), (rf"[\p{{L}}--[{_NEWER_LETTERS}]]", rf"[\p{{N}}--[{numerals}]]")]
@@ -65,13 +67,13 @@ def _patterns(split_digits: bool) -> tuple[re.Pattern[str], regex.Pattern[str]]:
     return re.compile(ascii_pattern, re.ASCII), regex.compile(pattern, regex.V1)
 
 
-# A word always begins at a space or newline before one of these characters, in both patterns, so a text can be cut
-# there: into stretches that are ASCII, and short ones that are not. Lines of prose with one curly quote stay fast.
+# In both patterns, a word begins at a space or newline before one of these characters. So a text can be cut there, into
+# ASCII stretches and short other ones. This keeps prose with a few curly quotes fast.
 _STRETCH = re.compile(r"[\x00-\x7f]+(?=[ \n][!-/:-~]|\Z)|.+?(?=[ \n][!-/:-~]|\Z)", re.DOTALL)
 
 
 class _Cache(dict[str, tuple[int, ...]]):
-    """Word -> its token ids; a word that is not there yet is merged when it is looked up."""
+    """Maps a word to its token ids. A missing word is merged when it is looked up."""
 
     def __init__(self, bpe: ByteLevelBPE):
         self._bpe = bpe
@@ -95,10 +97,10 @@ class ByteLevelBPE:
         special_tokens: dict[str, int] | None = None,
         split_digits: bool = False,
     ):
-        """Take tokens as strings of `SYMBOLS` with their ids; raises ValueError if a merge is of no token.
+        """`vocab` maps tokens, written in `SYMBOLS`, to ids. Raises ValueError if a merge uses an unknown token.
 
-        A byte may be missing (published vocabularies leave out bytes that UTF-8 never has), special tokens need not be
-        in `vocab`, and ids may have gaps.
+        Bytes may be missing: published vocabularies leave out bytes that UTF-8 never has. Special tokens need not be in
+        `vocab`, and ids may have gaps.
         """
         self.vocab, self.special_tokens, self.split_digits = vocab, dict(special_tokens or {}), split_digits
         self.merges: dict[tuple[int, int], tuple[int, int]] = {}  # pair of ids -> rank, id of the merged token
@@ -110,7 +112,7 @@ class ByteLevelBPE:
                 raise ValueError(
                     f"merge {rank} must join two tokens to a third, but is {pair}; mend the file"
                 ) from None
-        self._byte_ids = [vocab.get(symbol) for symbol in SYMBOLS]
+        self._byte_ids = [vocab.get(symbol, NO_TOKEN) for symbol in SYMBOLS]
         self._spelt = {i: _spell(token) for token, i in vocab.items()}
         self._spelt |= {i: token.encode("utf-8") for token, i in self.special_tokens.items()}
         self._ascii_words, self._any_words = _patterns(split_digits)
@@ -122,7 +124,7 @@ class ByteLevelBPE:
         return max(self._spelt) + 1
 
     def split(self, text: str) -> list[str]:
-        """Return the words of `text`, which joined are `text`; tokens never cross their borders."""
+        """Split `text` into words; joined, they are `text`. A token never spans two words."""
         if text.isascii():
             return self._ascii_words.findall(text)
         findall = (self._any_words.findall, self._ascii_words.findall)
@@ -138,7 +140,7 @@ class ByteLevelBPE:
         A heap of candidates over a linked list, so a word of n bytes takes O(n log n).
         """
         ids = [self._byte_ids[b] for b in word.encode("utf-8", "surrogatepass")]
-        if None in ids:
+        if NO_TOKEN in ids:
             raise ValueError(f"a text must consist of bytes in the vocabulary, but {word[:20]!r} does not")
         merges, last = self.merges, len(ids) - 1
         heap = [(found[0], i, found[1]) for i, pair in enumerate(pairwise(ids)) if (found := merges.get(pair))]
@@ -147,10 +149,10 @@ class ByteLevelBPE:
         while heap:
             _, i, new = heapq.heappop(heap)
             j = following[i]
-            # merged away, or its right side was: what the pair gives now must be what it was queued for
-            if ids[i] is None or j > last or merges.get((ids[i], ids[j]), (0, None))[1] != new:
+            # outdated: one side of the pair was merged since, so it no longer gives the token that it was queued for
+            if ids[i] == NO_TOKEN or j > last or merges.get((ids[i], ids[j]), NO_MERGE)[1] != new:
                 continue
-            ids[i], ids[j] = new, None
+            ids[i], ids[j] = new, NO_TOKEN
             following[i] = k = following[j]
             if k <= last:
                 previous[k] = i
@@ -158,10 +160,10 @@ class ByteLevelBPE:
                     heapq.heappush(heap, (found[0], i, found[1]))
             if (h := previous[i]) >= 0 and (found := merges.get((ids[h], new))) is not None:
                 heapq.heappush(heap, (found[0], h, found[1]))
-        return tuple(i for i in ids if i is not None)
+        return tuple(i for i in ids if i != NO_TOKEN)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids: special tokens spelt out, incomplete characters U+FFFD, unknown ids left out."""
+        """Return the text of token ids, special tokens included. Incomplete characters give U+FFFD, unknown ids nothing."""
         raw = b"".join(self._spelt.get(i, b"") for i in ids)
         try:
             return raw.decode("utf-8", "surrogatepass")
@@ -174,7 +176,7 @@ class ByteLevelBPE:
     ) -> ByteLevelBPE:
         """Learn at most `vocab_size` tokens: special tokens, the 256 bytes, then merges of the most frequent pairs.
 
-        Raises ValueError before any text is read if they do not fit, or if text could spell a special token.
+        Raises ValueError, before any text is read, if these do not fit, or if merges could build a special token.
         """
         special = list(dict.fromkeys(special_tokens))
         if vocab_size < 256 + len(special):
@@ -232,12 +234,12 @@ class ByteLevelBPE:
 
     @classmethod
     def load(cls, path: Path) -> ByteLevelBPE:
-        """Read a `tokenizer.json`; raises OSError, or ValueError if it is none that `from_json` takes."""
+        """Read a `tokenizer.json`; raises OSError, or ValueError as `from_json` does."""
         return cls.from_json(path.read_text(encoding="utf-8"))
 
     @classmethod
     def from_json(cls, text: str) -> ByteLevelBPE:
-        """Read the `tokenizer.json` of plain byte-level BPE; raises ValueError for any other, saying what it has."""
+        """Read the `tokenizer.json` of plain byte-level BPE; for any other, raises ValueError that says what differs."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as e:
@@ -248,7 +250,7 @@ class ByteLevelBPE:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> ByteLevelBPE:
-        """Do as `from_json` with what the JSON holds."""
+        """Like `from_json`, with the parsed content."""
         try:
             if not (refused := _not_plain(content)):
                 merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in content["model"]["merges"]]
@@ -262,7 +264,7 @@ class ByteLevelBPE:
 
 
 def _spell(token: str) -> bytes:
-    """Return the bytes that a token stands for; one that is not made of `SYMBOLS` stands for its own characters."""
+    """Return the bytes of a token. A token that is not made of `SYMBOLS` stands for its own characters."""
     try:
         return bytes(_BYTES[symbol] for symbol in token)
     except KeyError:
@@ -270,7 +272,7 @@ def _spell(token: str) -> bytes:
 
 
 def _not_plain(content: dict[str, Any]) -> str | None:
-    """Return what a tokenizer.json has that plain byte-level BPE has not, or None."""
+    """Return in what a tokenizer.json differs from plain byte-level BPE, or None."""
     model, before = content["model"], content["pre_tokenizer"]
     if model["type"] != "BPE":
         return f"a model of type {model['type']}"
@@ -293,20 +295,29 @@ def _not_plain(content: dict[str, Any]) -> str | None:
     return None
 
 
-def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], vocab_size: int) -> list[tuple[str, str]]:
-    """Merge the most frequent pair, ties by the smaller ids, until `vocab` is full or no pair is left; fill `vocab`.
-
-    `words` are token ids, distinct, with their frequencies. Counts are kept up to date: a merge touches only the words
-    that hold its pair. The heap is updated lazily: a count can only have fallen since its entry was pushed, and such an
-    entry is put back when it is popped. All words are merged alike, so no token is ever built by two merges.
-    """
-    names = sorted(vocab, key=vocab.__getitem__)
+def _count_pairs(
+    words: list[list[int]], counts: list[int]
+) -> tuple[defaultdict[tuple[int, int], int], defaultdict[tuple[int, int], set[int]]]:
+    """Return how often each pair of ids occurs, and the numbers of the words that hold it."""
     pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> the words that may hold it
+    holders: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += counts[i]
             holders[pair].add(i)
+    return pair_counts, holders
+
+
+def _learn(words: list[list[int]], counts: list[int], vocab: dict[str, int], vocab_size: int) -> list[tuple[str, str]]:
+    """Merge the most frequent pair, ties by the smaller ids, until `vocab` is full or no pair is left; fill `vocab`.
+
+    `words` are distinct words as token ids, `counts` their frequencies. A merge changes only the words that contain its
+    pair, and the counts of pairs are updated there. The heap is updated lazily: a count can only have fallen since its
+    entry was pushed, and such an entry is pushed again when it is popped. All words are merged in the same way, so two
+    merges never build the same token.
+    """
+    names = sorted(vocab, key=vocab.__getitem__)
+    pair_counts, holders = _count_pairs(words, counts)
     heap = [(-total, pair) for pair, total in pair_counts.items()]
     heapq.heapify(heap)
     merges = []

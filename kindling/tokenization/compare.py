@@ -1,9 +1,9 @@
-"""Compares tokenizers on files of yours: a table, and a plot.
+"""Compares tokenizers on your files: prints a table and saves a plot.
 
     python -m kindling.tokenization.compare FILES_OR_FOLDERS --vocab-size 4096
 
-Figures are taken on documents that the trained tokenizers have not seen, chosen by a hash of the content; a pretrained one
-may have seen them. Speeds are of one process, from an empty cache.
+The figures come from documents that were held out from training, chosen by a hash of their content. A pretrained tokenizer
+may have seen them. Speeds are those of one process that starts with an empty cache.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ COMPARED = {
     "StarCoder2": STARCODER2,
 }
 SUFFIXES = (".py", ".c", ".h", ".java", ".txt", ".md", ".jsonl", ".jsonl.gz")
-FEWEST = 10  # documents, below which none are held out
+FEWEST = 10  # with fewer documents, none are held out
 HELD_OUT = 0.2
 
 
 class Measurable(Protocol):
-    """What is asked of a tokenizer here; `encode` raises KindlingError for text that it cannot hold."""
+    """What `measure` needs of a tokenizer. `encode` raises KindlingError for text that it cannot encode."""
 
-    vocab_size: int
-
+    @property
+    def vocab_size(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_by_library(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -51,24 +51,24 @@ class Measurable(Protocol):
 
 @dataclass
 class Measured:
-    """Figures of one tokenizer; rates are of the documents that it could hold."""
+    """Figures of one tokenizer. Rates count only the documents that it could encode."""
 
     name: str
     vocab_size: int
     bytes_per_token: float
-    tokens_per_line: float  # of lines that are not blank
+    tokens_per_line: float  # blank lines do not count
     encode_mb_s: float
-    library_mb_s: float  # by the library that the tokenizer is of
-    used: float  # share of the vocabulary that occurs
-    failures: int  # documents that were refused or came back changed
+    library_mb_s: float  # with the tokenizer's own library
+    used: float  # the share of the vocabulary that occurs
+    failures: int  # documents that were refused or changed by encoding and decoding
     training_s: float | None
 
 
 def read_documents(paths: tuple[Path, ...], max_bytes: int) -> tuple[list[str], int, bool]:
-    """Return the documents under `paths` in the order of their content's hash, without repeats.
+    """Return the documents under `paths` without repetitions, ordered by the hash of their content.
 
-    Also returns how many could not be read (not UTF-8, no text in the row), and whether `max_bytes` cut the reading
-    short. Raises KindlingError if a path does not exist or there is no document.
+    Also returns how many could not be read (not UTF-8, or no text in the row), and whether `max_bytes` ended the reading.
+    Raises KindlingError if a path does not exist or there is no document.
     """
     if not paths:
         raise KindlingError("FILES must be named, but are not; try `python -m kindling.tokenization.compare .`")
@@ -92,7 +92,7 @@ def read_documents(paths: tuple[Path, ...], max_bytes: int) -> tuple[list[str], 
 
 
 def _files(paths: tuple[Path, ...]) -> list[Path]:
-    """Return the files to read, in pseudo-random order, so that the first megabytes are a fair sample of all."""
+    """Return the files to read in a pseudo-random order, so that the first megabytes are a fair sample."""
     found = []
     for path in map(Path.expanduser, paths):
         if path.is_dir():
@@ -108,7 +108,7 @@ def _files(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def _texts(path: Path) -> Iterator[str | None]:
-    """Yield a file's text, or those of its rows; None for what cannot be read."""
+    """Yield the text of a file, or the texts of its rows; None for what cannot be read."""
     try:
         if not path.name.endswith((".jsonl", ".jsonl.gz")):
             yield path.read_bytes().decode("utf-8-sig")
@@ -126,9 +126,9 @@ def _texts(path: Path) -> Iterator[str | None]:
 
 
 def hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:
-    """Return the documents to train on, those to measure on, and a sentence that says which.
+    """Return the documents to train on, the documents to measure on, and a sentence about the choice.
 
-    The documents come in the order of their hash, so the first ones are a random choice that depends on nothing else.
+    Documents are ordered by their hash, so the first ones are a random choice that depends on their content alone.
     """
     if len(documents) < FEWEST:
         note = f"fewer than {FEWEST}, so that trained tokenizers are measured on what they were trained on"
@@ -140,7 +140,7 @@ def hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:
 
 def measure(name: str, tokenizer: Measurable, documents: list[str], training_s: float | None) -> Measured:
     """Encode and decode `documents` and return the figures."""
-    tokenizer.encode("")  # what is built once
+    tokenizer.encode("")  # warm up: parts of a tokenizer are built at the first call
     held, seconds, failures = [], 0.0, 0
     used: set[int] = set()
     n_tokens = 0
@@ -196,7 +196,7 @@ def table(rows: list[Measured]) -> str:
 
 
 def plot(rows: list[Measured], title: str, path: Path) -> None:
-    """Draw bytes per token, encoding speed and the share of the vocabulary used, a bar for each tokenizer."""
+    """Draw a bar for each tokenizer: bytes per token, encoding speed, and the share of the vocabulary used."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -220,7 +220,7 @@ def plot(rows: list[Measured], title: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=130)
-    except ValueError as e:  # a suffix that matplotlib does not know
+    except ValueError as e:  # matplotlib does not know the suffix
         raise KindlingError(f"--out must be a picture's path, but is {str(path)!r} ({e}); end it in .png") from None
 
 
@@ -231,13 +231,13 @@ class Flags:
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Files or folders: .py .c .h .java .txt .md, or .jsonl and .jsonl.gz with a field `content` or `text`."""
     preset: str | None = None
-    """Compare this preset's own tokenizer as well, at its vocabulary size."""
+    """Also compare the tokenizer of this preset, with its vocabulary size."""
     vocab_size: int | None = None
-    """Tokens of the trained tokenizers. None: those of the preset, or 4,096."""
+    """Vocabulary size of the trained tokenizers. None: that of the preset, or 4,096."""
     pretrained: str | None = None
-    """A tokenizer.json, a folder or a hub name in place of the pretrained tokenizer's."""
+    """A tokenizer.json, a folder or a hub name, instead of the pretrained tokenizer's own."""
     max_bytes: int = 20_000_000
-    """Read no more than this."""
+    """Read at most this many bytes."""
     out: Path = Path("tokenizers.png")
     """Where to save the plot."""
 
@@ -271,7 +271,9 @@ def main() -> None:
         except TokenizerError as e:
             print(f"{name} is left out: {e}")
     if not rows:
-        raise TokenizerError("there must be a tokenizer to compare, but none could be had; the lines above say why")
+        raise TokenizerError(
+            "there must be a tokenizer to compare, but none could be loaded or trained; the lines above say why"
+        )
     print(table(rows))
     plot(
         rows, f"{len(measured):,} documents measured; trained tokenizers have at most {vocab_size:,} tokens", flags.out

@@ -1,19 +1,18 @@
-"""One interface over the tokenizers: trained here on the run's own data, or pretrained.
+"""One interface for all tokenizers: trained on the run's own data, or pretrained.
 
     tokenizer = train(texts, TokenizerConfig(), vocab_size=4096)
     tokenizer.decode(tokenizer.encode("x = 'naïve'\\n")) == "x = 'naïve'\\n"
 
-    python -m kindling.tokenization.compare FILES       # a table and a plot: what each tokenizer makes of your files
+    python -m kindling.tokenization.compare FILES       # compares tokenizers on your files: a table and a plot
 
-What is trained here is byte-level BPE in the format of the `tokenizers` library, or SentencePiece with bytes to fall back
-on. A string survives the round trip or is refused, and control tokens that are spelt out in a document stay text: they
-are only ever added by id. Byte-level BPE is encoded by bpe.py, to the same ids as the library's and faster.
+A trained tokenizer is byte-level BPE in the format of the `tokenizers` library, or SentencePiece, which spells unknown
+characters as bytes. A text survives encoding and decoding, or is refused. Control tokens that are written in a document
+stay text; real ones are added only by id. bpe.py encodes byte-level BPE, to the same ids as the library, and faster.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import re
@@ -21,10 +20,11 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import TokenizerConfig
 from kindling.errors import KindlingError, one_line
+from kindling.files import sha256_text
 from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 
 class TokenizerError(KindlingError):
-    """A tokenizer that cannot be had, or a text that it cannot hold."""
+    """A tokenizer cannot be loaded or trained, or cannot encode a text."""
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that treats all text as text, with the ids of its control tokens."""
+    """A `tokenizers.Tokenizer` that treats every text as text, and knows the ids of its control tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, cfg: TokenizerConfig):
         self.cfg = cfg
         self._backend = backend
-        self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is 13 characters, not the end of it
+        self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is 13 characters
         self._backend.no_truncation()
         self._backend.no_padding()
         self._normalizer = backend.normalizer
@@ -69,28 +69,28 @@ class Tokenizer:
         return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
 
     def spelt_control_token(self, text: str) -> str | None:
-        """Return a special token that `text` spells out, which is encoded as any text is, or None."""
+        """Return a special token that is written in `text`, or None. It is encoded like any text."""
         return next((token for token in self._spellings if token in text), None)
 
     @cached_property
     def _spellings(self) -> list[str]:
-        """The special tokens; other added ones, such as runs of spaces in some vocabularies, are text."""
+        """The special tokens. Other added tokens, such as runs of spaces in some vocabularies, count as text."""
         added = self._backend.get_added_tokens_decoder().values()
         return sorted(token.content for token in added if token.special and token.content)
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest token id, control tokens included; a vocabulary may leave ids out."""
+        """One more than the largest token id, control tokens included. Some ids may be unused."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def _missing_bytes(self) -> bytes:
-        """Bytes that no token spells, which some published vocabularies have; encoding would lose them silently."""
+        """Bytes without a token, as in some published vocabularies. The library would lose them silently."""
         return bytes(b for b, symbol in enumerate(SYMBOLS) if self._backend.token_to_id(symbol) is None)
 
     @cached_property
     def _bpe(self) -> ByteLevelBPE | None:
-        """The same tokenizer without its normaliser by bpe.py, which is faster; None if it is of another kind."""
+        """The same tokenizer in bpe.py, which is faster, without its normaliser; None if it is of another kind."""
         content = json.loads(self._backend.to_str()) | {"normalizer": None}
         try:
             return ByteLevelBPE.from_dict(content)
@@ -98,7 +98,7 @@ class Tokenizer:
             return None
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it cannot hold."""
+        """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it cannot encode."""
         _require_unicode(text)
         if self._bpe is None:
             if self._missing_bytes and len(raw := text.encode("utf-8")) > len(raw.translate(None, self._missing_bytes)):
@@ -112,7 +112,7 @@ class Tokenizer:
             raise TokenizerError(UNSPELLABLE) from None
 
     def encode_by_library(self, text: str) -> list[int]:
-        """Return the same ids from the library that the tokenizer is of, unchecked, for comparisons."""
+        """Return the same ids from the tokenizer's own library, without checks, for comparisons."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -120,15 +120,15 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; control tokens are spelt out, and an incomplete character becomes U+FFFD."""
+        """Return the text of token ids, control tokens included. An incomplete character becomes U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_batch(self, batch: Sequence[list[int]]) -> list[str]:
-        """Return the text of each list of token ids, as `decode` does and faster."""
+        """Return the text of each list of token ids, like `decode`, but faster."""
         if self._bpe is None:
             return self._backend.decode_batch(batch, skip_special_tokens=False)
         texts = map(self._bpe.decode, batch)
-        # what spells half of a surrogate pair is kept by bpe.py and no text here
+        # bpe.py keeps half of a surrogate pair, which is not valid text: decode such a text with the library
         return [t if t.isascii() or not _SURROGATE.search(t) else self.decode(ids) for t, ids in zip(texts, batch)]
 
     def to_json(self) -> str:
@@ -137,8 +137,8 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the tokenizer in shards and checkpoints."""
-        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+        """The hash that identifies the tokenizer in shards and checkpoints."""
+        return sha256_text(self.to_json())
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -149,7 +149,7 @@ UNSPELLABLE = (
 
 
 def _require_unicode(text: str) -> None:
-    """Raise TokenizerError if `text` holds half of a surrogate pair, which no file in UTF-8 can."""
+    """Raise TokenizerError if `text` contains half of a surrogate pair, which UTF-8 cannot encode."""
     if text.isascii():
         return
     try:
@@ -161,7 +161,7 @@ def _require_unicode(text: str) -> None:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, BPE or unigram, that spells unknown characters as bytes. Its spaces are U+2581 inside."""
+    """A SentencePiece model, BPE or unigram. Unknown characters become bytes; inside, a space is U+2581."""
 
     def __init__(self, model: bytes, cfg: TokenizerConfig):
         from sentencepiece import SentencePieceProcessor
@@ -203,11 +203,11 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def encode_by_library(self, text: str) -> list[int]:
-        """Return the same ids unchecked, for comparisons."""
+        """Return the same ids without checks, for comparisons."""
         return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; control tokens are spelt out, and an incomplete character becomes U+FFFD."""
+        """Return the text of token ids, control tokens included. An incomplete character becomes U+FFFD."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return "".join(
             "".join(self._control[i] for i in run) if control else self._processor.decode(list(run))
@@ -215,18 +215,18 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def decode_batch(self, batch: Sequence[list[int]]) -> list[str]:
-        """Return the text of each list of token ids, as `decode` does."""
+        """Return the text of each list of token ids, like `decode`."""
         return [self.decode(ids) for ids in batch]
 
     def to_json(self) -> str:
-        """Return the model as JSON, all that `from_json` needs."""
+        """Return the model as JSON, for `from_json`."""
         return json.dumps({"type": "sentencepiece", "model": base64.b64encode(self._model).decode("ascii")})
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
     """Train a tokenizer of `cfg.kind` with at most `vocab_size` tokens, control tokens included.
 
-    Raises TokenizerError, before any text is read, if the 256 bytes and the control tokens do not fit.
+    Raises TokenizerError if the 256 bytes and the control tokens do not fit; no text is read then.
     """
     if cfg.kind == "bpe":
         return train_bpe(texts, cfg, vocab_size)
@@ -237,7 +237,10 @@ def train(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokeni
     raise TokenizerError(f"tokenizer.kind must be one that is trained, but is {cfg.kind!r}; set --tokenizer.kind bpe")
 
 
-def _require_room(vocab_size: int, n_control: int) -> None:
+def require_room(cfg: TokenizerConfig, vocab_size: int) -> None:
+    """Raise TokenizerError if a tokenizer of `vocab_size` tokens has no room for the 256 bytes and the control tokens."""
+    # SentencePiece always has an unknown token
+    n_control = len(cfg.special_tokens) + (cfg.kind == "sentencepiece" and cfg.unk_token is None)
     if vocab_size < 256 + n_control:
         raise TokenizerError(
             f"model.vocab_size must be at least {256 + n_control} (256 bytes and the control tokens), but is {vocab_size}; "
@@ -246,10 +249,10 @@ def _require_room(vocab_size: int, n_control: int) -> None:
 
 
 def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train the same tokenizer as `train_bpe` with bpe.py."""
+    """Train the same tokenizer as `train_bpe`, with bpe.py."""
     from tokenizers import Tokenizer as Backend
 
-    _require_room(vocab_size, len(cfg.special_tokens))
+    require_room(cfg, vocab_size)
     try:
         bpe = ByteLevelBPE.train(texts, vocab_size, cfg.special_tokens)
     except ValueError as e:
@@ -258,18 +261,20 @@ def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: in
 
 
 def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train SentencePiece: control tokens first, then all 256 bytes, then pieces. It always has an unknown token."""
+    """Train SentencePiece. The ids are control tokens first, then all 256 bytes, then pieces."""
     from sentencepiece import SentencePieceTrainer
 
     names = {"pad": cfg.pad_token, "unk": cfg.unk_token or "<unk>", "bos": cfg.bos_token, "eos": cfg.eos_token}
     present = [name for name, token in names.items() if token is not None]
-    _require_room(vocab_size, len(present))
+    require_room(cfg, vocab_size)
     for text in (texts := list(texts)):
         _require_unicode(text)
+    control: dict[str, Any] = {f"{name}_id": present.index(name) if name in present else -1 for name in names}
+    control |= {f"{name}_piece": names[name] for name in present}
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            # it leaves out whole texts that hold one of these two, which are its own marks
+            # SentencePiece uses these two characters itself and would skip every text that contains one
             sentence_iterator=(text.replace("\u2585", " ").replace("\0", " ") for text in texts),
             model_writer=model,
             vocab_size=vocab_size,
@@ -280,25 +285,24 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,  # indentation
-            max_sentence_length=2**30,  # its largest; longer texts would be left out
+            max_sentence_length=2**30,  # the largest possible; longer texts would be skipped
             minloglevel=2,
-            **{f"{name}_id": present.index(name) if name in present else -1 for name in names},
-            **{f"{name}_piece": names[name] for name in present},
+            **control,
         )
     except RuntimeError as e:
         raise TokenizerError(
             f"model.vocab_size must be one that SentencePiece can fill from the text, but with {vocab_size} and "
-            f"{len(texts)} documents it says: {' '.join(str(e).split())[:200]}; set --model.vocab-size, or read more text"
+            f"{len(texts)} documents it says: {one_line(e)}; set --model.vocab-size, or read more text"
         ) from None
     return SentencePieceTokenizer(model.getvalue(), cfg)
 
 
 def train_bpe(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE of at most `vocab_size` tokens: control tokens first, then all 256 bytes, then merges."""
+    """Train byte-level BPE. The ids are control tokens first, then all 256 bytes, then merges."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    _require_room(vocab_size, len(cfg.special_tokens))
+    require_room(cfg, vocab_size)
     backend = Backend(models.BPE())
     if cfg.normalizer == "nfkc":
         backend.normalizer = normalizers.NFKC()
@@ -310,14 +314,14 @@ def train_bpe(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> To
             vocab_size=vocab_size,
             special_tokens=cfg.special_tokens,
             show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # or bytes that did not occur would be lost
         ),
-    )  # without it, bytes not seen in training would be lost
+    )
     return Tokenizer(backend, cfg)
 
 
 def load_json(path: Path, cfg: TokenizerConfig) -> Tokenizer:
-    """Load what `to_json` gave, or any `tokenizer.json`; raises TokenizerError if it is missing or neither."""
+    """Load a file written with `to_json`, or any `tokenizer.json`; raises TokenizerError if that fails."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -328,7 +332,7 @@ def load_json(path: Path, cfg: TokenizerConfig) -> Tokenizer:
 
 
 def from_json(text: str, cfg: TokenizerConfig, where: str = "the tokenizer") -> Tokenizer:
-    """Build the tokenizer of any kind from its `to_json`; raises TokenizerError, which names `where`, if it is none."""
+    """Return the tokenizer whose `to_json` is `text`; raises TokenizerError, with the name `where`, if there is none."""
     try:
         content = json.loads(text)
         if isinstance(content, dict) and content.get("type") == "sentencepiece":
@@ -341,7 +345,7 @@ def from_json(text: str, cfg: TokenizerConfig, where: str = "the tokenizer") -> 
     except Exception as e:  # the libraries raise plain Exception and RuntimeError
         raise TokenizerError(
             f"{where} must be a tokenizer.json of the `tokenizers` library or Kindling's SentencePiece, but is not "
-            f"({' '.join(str(e).split())[:200]}); check the file"
+            f"({one_line(e)}); check the file"
         ) from None
     return Tokenizer(backend, cfg)
 
@@ -360,7 +364,7 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
         return load_json(Path(hf_hub_download(cfg.path, "tokenizer.json")), cfg)
     except TokenizerError:
         raise
-    except Exception as e:  # connection, authorisation and naming errors share no base class
+    except Exception as e:  # errors of connection, authorisation and name share no base class
         raise TokenizerError(
             f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
             f"{one_line(e)}; check the network and the name (a gated one needs "

@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
-from kindling.data.shards import Batch
-
-
-class Batches(Protocol):
-    """Training rows, addressed by their position in the run. `n_rows` are an epoch."""
-
-    n_rows: int
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Return the rows at positions first, first + 1, ..."""
-        ...
+from kindling.data.shards import Batch, Batches
 
 
 class Prefetch:

@@ -22,32 +22,22 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kindling.data.ledger import documents_within
 from kindling.errors import one_line
 from kindling.files import append_line
 
 if TYPE_CHECKING:
-    from kindling.data.shards import TokenDataset
+    from kindling.data.shards import Batches
 
 SKIPPED = "skipped.jsonl"
-
-
-class TraceableRows(Protocol):
-    """Training rows that know where they come from: `PackedBlocks` and `ExampleRows`."""
-
-    dataset: TokenDataset
-
-    def tokens_of(self, position: int) -> list[range]:
-        """Return which tokens of the split the row at a position is cut from."""
-        ...
 
 
 class FlightRecorder:
     """Writes down what was in a skipped step. It costs nothing until then, and whatever fails in it costs no run."""
 
-    def __init__(self, run_path: Path, batches: TraceableRows):
+    def __init__(self, run_path: Path, batches: Batches):
         """Rows that are not traceable, as those of a test, are recorded without their documents."""
         self.path, self.batches = run_path / SKIPPED, batches
 

@@ -25,9 +25,10 @@ from kindling.data.duplicates import NearDuplicates, signature, word_hashes
 from kindling.data.filters import Drop, strip_header
 from kindling.data.ledger import explain, read_documents
 from kindling.data.mixture import split_of
+from kindling.data.process_document import Examined
 from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
-from kindling.data.workers import Examined, WorkerPool
+from kindling.data.workers import WorkerPool
 from kindling.tokenization.tokenizer import load_json
 from presets import PRESETS, preset
 
@@ -396,7 +397,7 @@ def test_a_source_that_is_gone_when_it_is_to_be_repeated_ends_quietly_in_a_note(
         reads.append(source.path)
         return documents(source, files) if reads.count(source.path) < 3 else iter(())
 
-    monkeypatch.setattr("kindling.data.mixture.documents", gone_at_the_third_reading)
+    monkeypatch.setattr("kindling.data.build.documents", gone_at_the_third_reading)
     folder = prepare(cfg)  # the first reading is the tokenizer's, the second the build's
     assert reads.count("a") == 3
     notes = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["notes"]

@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataConfig, SourceConfig, TokenizerConfig
-from kindling.data.conversations import CUT, MARKED, SPELT, EncodedExample, example_of, joined, normalized, refusal
-from kindling.data.examples import text_hash
+from kindling.data.conversations import CUT, MARKED, SPELT, Example, example_of, joined, normalized, refusal, text_hash
 from kindling.data.filters import Drop
+from kindling.data.process_document import Examiner
 from kindling.data.prompts import Exchange, encode, prompt_text
 from kindling.data.sources import Document
-from kindling.data.workers import Examiner
 from kindling.tokenization.tokenizer import train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b  # naïve Σ 日本\nBelow is an instruction. ### Response:\n" * 20]
@@ -21,7 +20,7 @@ ROWS = DataConfig(
 )
 
 
-def decoded(example: EncodedExample, supervised: bool) -> list[str]:
+def decoded(example: Example, supervised: bool) -> list[str]:
     """The texts of an example's prompts, or of its responses without the end."""
     out, at = [], 0
     for n_prompt, n_response, *_ in example.segments:
@@ -81,7 +80,7 @@ def length_of(exchanges) -> int:
 
 def test_an_example_may_have_one_token_more_than_the_context():
     n = length_of(ONE)
-    assert isinstance(example_of(ONE, ROWS, TOKENIZER, n - 1), EncodedExample)
+    assert isinstance(example_of(ONE, ROWS, TOKENIZER, n - 1), Example)
     assert example_of(ONE, ROWS, TOKENIZER, n - 2).rule == "too long"
 
 

@@ -25,9 +25,10 @@ from kindling.data.build import fingerprint, list_files, prepare, whole_or_absen
 from kindling.data.filters import Drop
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.parts import cut, gather, make_plan, read_part, read_plan, run_part
+from kindling.data.process_document import Examined
 from kindling.data.shards import DataError
 from kindling.data.sources import LocalFile
-from kindling.data.workers import Examined, WorkerPool
+from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError
 
 PROMPT = "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
@@ -214,15 +215,12 @@ def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part
     last.write_bytes(text)
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    def read_while_it_changes(*args):
-        def read(i: int):
-            os.utime(last)
-            return iter(())
-
-        return read
+    def read_while_it_changes(source, files):
+        os.utime(last)
+        return iter(())
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="must stay as it was"):
-        patch.setattr(parts, "examined_by", read_while_it_changes)
+        patch.setattr(parts, "documents", read_while_it_changes)
         run_part(plan, 2, pool)
     assert plan.missing() == [2] and not list(plan.folder.glob(".building-*"))
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from config import IGNORE, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
 from kindling import device
-from kindling.data.conversations import EncodedExample, example_of
+from kindling.data.conversations import Example, example_of
 from kindling.data.examples import PROMPT, RESPONSE, ExampleRows, Examples, ExampleWriter, pack
 from kindling.data.prompts import Exchange, prompt_text
 from kindling.data.shards import SPLITS, DataError, SplitInfo, sealed, write_manifest
@@ -38,7 +38,7 @@ def write_examples(folder: Path, conversations: list[tuple[Exchange, ...]], toke
     for writer in writers.values():
         for exchanges in conversations:
             example = example_of(exchanges, PAIRS, tokenizer, context)
-            if isinstance(example, EncodedExample):
+            if isinstance(example, Example):
                 writer.add_example(example.ids, example.segments, example.n_bytes, source=exchanges[0].instruction[:5])
         writer.close()
     write_manifest(
@@ -93,7 +93,7 @@ def test_examples_come_back_as_they_were_written(examples):
     for number, want in enumerate(expected):
         found = examples.example(number)
         assert found.ids.tolist() == want.ids.tolist()
-        assert found.segments[:, 1:].tolist() == want.segments.tolist()
+        assert found.segments.tolist() == want.segments.tolist()
         supervised = [
             i for s in want.segments for i in [False] * int(s[0]) + [True] * int(s[1])
         ]  # by the plainest of loops

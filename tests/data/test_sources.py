@@ -10,10 +10,10 @@ import pytest
 from conftest import assert_one_clear_line, script
 
 from config import DataConfig, SourceConfig
+from kindling.data.process_document import Examiner
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.data.sources import documents, local_files
-from kindling.data.workers import Examiner
 
 
 @pytest.fixture(autouse=True)

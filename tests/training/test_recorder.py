@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_examples import PAIRS, TOKENIZER, conversations
 
 from kindling import files
-from kindling.data.conversations import EncodedExample, example_of
+from kindling.data.conversations import Example, example_of
 from kindling.data.examples import ExampleRows, Examples, ExampleWriter
 from kindling.data.ledger import DOCUMENTS, DocumentLog, documents_within, locate, read_documents
 from kindling.data.shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, write_manifest
@@ -61,7 +61,7 @@ def examples(tmp_path_factory) -> Examples:
     log, writers = DocumentLog(folder), {split: ExampleWriter(folder, split, np.dtype("<u2")) for split in SPLITS}
     for number, exchanges in enumerate(conversations()):
         example = example_of(exchanges, PAIRS, TOKENIZER, 128)
-        assert isinstance(example, EncodedExample)
+        assert isinstance(example, Example)
         for split, writer in writers.items():
             about = {"key": f"pairs.jsonl:{number}", "source": "pairs", "language": "python", "bytes": example.n_bytes}
             log.write(**about, split=split, start=writer.position, tokens=len(example.ids))
@@ -182,7 +182,7 @@ def test_a_line_names_every_document_of_every_row_and_no_token_twice(blocks, tmp
 def test_a_line_of_fine_tuning_names_the_examples(examples, packing, tmp_path):
     rows = ExampleRows(examples, 128, seed=0, packing=packing, batch_size=4)
     line = recorded(tmp_path, rows, first_row=1, n_rows=2)
-    expected = [(row, number) for row in (1, 2) for number in rows.bins[rows._bin(row)]]
+    expected = [(row, number) for row in (1, 2) for number in rows.bins[rows.row_at(row)]]
     assert [(d["row"], d["key"]) for d in line["documents"]] == [(row, f"pairs.jsonl:{n}") for row, n in expected]
     assert [d["tokens"] for d in line["documents"]] == [examples.lengths[n] for _, n in expected]
 
