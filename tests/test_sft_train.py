@@ -270,7 +270,7 @@ def test_conversations_train_and_chat_with_their_history(work, tmp_path):
         (["runs/base", "--name", "new", "--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
         (["runs/base", "--train.epochs", "0"], ["train.epochs", "above 0"]),
         (["runs/base", "--name", "a/b"], ["name", "a/b", "slashes"]),
-        (["runs/base", "--name", "base"], ["name", "another than the base run's"]),
+        (["runs/base", "--name", "base"], ["name", "differ from the base run's"]),
         (
             ["runs/base", "--data.sources.0.kind", "jsonl", "--data.sources.0.path", "x"],
             ["docstrings", "--preset alpaca"],
