@@ -1,4 +1,4 @@
-"""The real fine-tuning, run as a user would run it, on a small base."""
+"""The real fine-tuning script, run as a user runs it, on a small base run."""
 
 import json
 import re
@@ -142,7 +142,9 @@ def test_the_same_command_says_that_the_run_is_complete(work, corpus, out):
     assert "the run is complete at step 6" in result.stdout
     assert digest_of(result.stdout) == digest_of(out)
     before = re.search(r"perplexity +([\d.]+)", out)[1]
-    assert re.search(rf"perplexity +{before} ", result.stdout)  # what it was before is known after a resumption too
+    assert re.search(
+        rf"perplexity +{before} ", result.stdout
+    )  # the value from before the first step is known after resuming too
 
 
 @pytest.mark.parametrize("packing", ["True", pytest.param("False", marks=pytest.mark.slow)])

@@ -76,7 +76,7 @@ class RunDirectory:
             write_atomic(self.path / "config.yaml", text)  # last: a folder with a config is a run
         except OSError as e:
             raise CheckpointError(
-                f"{self.path} must be writable, but writing failed ({e}); free some space or choose another --name"
+                f"{self.path} must be writable, but writing failed: {e}; free some space or choose another --name"
             ) from None
 
     def exists(self) -> bool:
@@ -210,8 +210,8 @@ class RunDirectory:
             if world.main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it failed ("
-                f"{one_line(e)}); free some space, the older checkpoints are untouched"
+                f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it failed: "
+                f"{one_line(e)}; free some space, the older checkpoints are untouched"
             ) from None
 
     def _begin(self, partial: Path) -> None:
