@@ -4,7 +4,7 @@
     python main.py --preset code-50m --train.max-steps 200
     torchrun --nproc-per-node 2 main.py                       # in several processes (docs/scale.md)
 
-Starting the same run again resumes it from its newest checkpoint, bit for bit, and says so when it is complete.
+The same command resumes the run from its newest checkpoint, bit for bit. If the run is complete, it says so.
 `--fresh` starts over and keeps the old run under another name. `--dry-run` measures a few steps and stops.
 """
 
@@ -30,11 +30,11 @@ class Flags:
     fresh: bool = False
     """Start over; an old run of this name is kept as NAME.old-1."""
     dry_run: bool = False
-    """Print parameters, memory, measured speed and time of the run, and stop."""
+    """Print the parameters, memory, measured speed and duration of the run, then stop."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train the run of the command line, or measure it dry."""
+    """Train the run that the command line describes, or with --dry-run only measure it."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_documents(flags.config)
     if flags.dry_run:
@@ -69,7 +69,7 @@ def report(trainer: Trainer) -> list[str]:
 
 
 def samples(trainer: Trainer) -> str:
-    """Return a continuation of each sample prompt, with the seed in the text so that it can be had again."""
+    """Return the model's continuation of each sample prompt. Sample n is drawn with seed n - 1, so it can be repeated."""
     from kindling.generation.completion import complete
     from kindling.generation.sampling import Sampling
 

@@ -1,14 +1,14 @@
-"""Fine-tune a pre-trained run on instructions: prepare the examples, audit every one, train, answer.
+"""Fine-tune a pre-trained run on instructions: prepare the examples, audit every one, train, show answers.
 
     python sft_train.py                                   # the newest pre-trained run, into runs/NAME-sft
     python sft_train.py runs/code-50m --train.epochs 1
     python sft_train.py runs/demo --preset alpaca --data.sources.0.kind jsonl --data.sources.0.path pairs.jsonl
-    python sft_train.py --audit                           # only the data: what would be trained on, checked
-    python sft_train.py --explain torch/package/package_exporter.py  # what became of a file, a function or a row
+    python sft_train.py --audit                           # only prepare and check the examples
+    python sft_train.py --explain torch/package/package_exporter.py  # was it kept or dropped, and why
 
-The loss is that of the responses and of the end-of-text token that closes each; prompts are masked by position. Model and
-tokenizer are the base run's. Without --preset, the base's preset says which one is meant (presets.FINE_TUNING), and where it
-says nothing the examples are mined from this machine's Python. The same command resumes a run that was stopped.
+The loss covers each response and the end-of-text token after it; prompts are masked. Model and tokenizer come from the base
+run. Without --preset, the preset follows from the base run's (presets.FINE_TUNING). If none is listed there, the examples are
+made from the documented functions of this machine's Python. The same command resumes a run that was stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kindling.runs.checkpoint import RunDirectory
     from kindling.training.trainer import Trainer
 
-OFFLINE = "docstrings"  # the preset for a base that has none of its own
+OFFLINE = "docstrings"  # the preset for a base run that FINE_TUNING does not list; it needs no download
 ANSWERS = "answers.jsonl"
 
 
@@ -44,17 +44,17 @@ class Flags:
 
     config: ConfigFlags
     base: tyro.conf.Positional[Path | None] = None
-    """The run to fine-tune: its folder, or its name under runs/. The newest pre-trained one if left out."""
+    """The run to fine-tune: its folder, or its name under runs/. Default: the newest pre-trained run."""
     audit: bool = False
-    """Prepare and audit the examples, and stop."""
+    """Prepare and audit the examples, then stop."""
     explain: str | None = None
-    """Prepare the examples, say what became of this file or row, by its path or the end of it, and stop."""
+    """Prepare the examples, say what happened to this file or row, by its path or the end of its path, then stop."""
     fresh: bool = False
     """Start over; an old run of this name is kept as NAME.old-1."""
 
 
 def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
-    """Return the command line, over the preset that suits the base, and the base."""
+    """Return the flags, applied to the preset for the base run, and the base run."""
     from kindling.runs.checkpoint import find_run
 
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
@@ -65,14 +65,17 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
 
 
 def configured(flags: Flags, base: RunDirectory) -> Config:
-    """Return the config of the fine-tuning: the flags, with model and tokenizer of the base."""
+    """Return the config of the fine-tuning: that of the flags, with the base run's model and tokenizer.
+
+    Raises ConfigError if the flags do not suit.
+    """
     from kindling.runs.checkpoint import RUNS
 
     given, own = flags.config, base.config()
     changed = changed_fields(preset(given.preset), given)
     if given.preset == OFFLINE and any(s.kind != "docstrings" for s in given.data.sources):
         raise ConfigError(
-            f"the sources of preset {OFFLINE} must be of kind docstrings, but one is given as another; "
+            f"the sources of preset {OFFLINE} must be of kind docstrings, but one is of another kind; "
             f"for rows of instructions and answers use --preset alpaca"
         )
     if not given.data.instructions:
@@ -89,8 +92,8 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
     path = base.path.resolve()
     name = given.name or f"{path.name}-sft"
     if (RUNS / name).resolve() == path:
-        raise ConfigError(f"name must be another than the base run's, but is {name!r}; choose another --name")
-    # the same however it was spelt
+        raise ConfigError(f"name must differ from the base run's, but is {name!r}; choose another --name")
+    # one spelling for every way to name the base run, since resuming compares it
     source = RUNS / path.name if path.parent == RUNS.resolve() else path
     return replace(
         given, name=name, model=model, tokenizer=own.tokenizer, train=replace(given.train, init_from=str(source))
@@ -108,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = configured(flags, base)
     if not base.checkpoints():
         raise CheckpointError(
-            f"{base.path} must have a checkpoint to fine-tune, but has none; train it on with main.py"
+            f"{base.path} must have a checkpoint to fine-tune, but has none; train it first with main.py"
         )
     if flags.explain is None and not flags.audit:
         return train_stage(cfg, flags.fresh, report, base)
@@ -154,16 +157,16 @@ def samples(trainer: Trainer) -> str:
         try:
             said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)
             text = said.text.rstrip() + ("" if said.stopped else " ... (cut by the context)")
-        except GenerationError as e:  # one that does not fit is no reason to lose what follows
+        except GenerationError as e:  # an instruction that does not fit must not stop the rest
             text = f"({e})"
         out.append(f"--- sample {seed + 1}: {instruction}\n{text}\n")
     return "\n".join(out)
 
 
 def answer_held_out(trainer: Trainer) -> tuple[int, int]:
-    """Answer held-out instructions, spread over all of them; return how many answers stopped by themselves, and of how many.
+    """Answer held-out instructions, evenly spaced; return how many answers stopped by themselves, and how many there are.
 
-    Answers may take what the context has left after the prompt. All are written to ANSWERS in the run.
+    An answer may fill the rest of the context. All are written to ANSWERS in the run's folder.
     """
     from tqdm import tqdm
 

@@ -1,10 +1,10 @@
-"""The processes that train one model together, called ranks, and how they agree.
+"""The processes that train one model together, called ranks, and their communication.
 
     torchrun --nproc-per-node 2 main.py --preset code-50m
 
-torchrun tells each process its rank by environment variables; without them there is one rank, and nothing here costs anything.
-Three groups connect the ranks: NCCL or gloo for gradients, gloo for what the hosts agree on at each step, and gloo for what
-they wait for, such as the data being built. A rank that is lost ends the others; torchrun can start all of them again.
+torchrun gives each process its rank in environment variables. Without them there is one rank, and this file costs nothing.
+Three process groups connect the ranks: NCCL or gloo for gradients, gloo for the values exchanged at each step, and gloo with
+a long timeout for slow work, such as building data. If a rank is lost, the others end; torchrun can start all of them again.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-# a rank that died is noticed at once, by its closed connection; a machine that is gone only by this
+# timeouts: a rank that died is noticed at once, since its connection closes, but a lost machine only after these
 STEP_LIMIT, PATIENCE = timedelta(minutes=30), timedelta(days=7)
 
 
 class WorldError(KindlingError):
-    """Ranks that cannot work together, or no longer do."""
+    """The ranks cannot work together, or no longer do."""
 
 
 class MainFailed(SystemExit):
-    """Ends a rank quietly, as the main one says what went wrong."""
+    """Ends a rank without a message, because the main rank prints the error."""
 
     def __init__(self) -> None:
         super().__init__(1)
 
     def __str__(self) -> str:
-        return "the main rank says what went wrong"
+        return "the main rank failed, and prints the error"
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run, and which of them this process is."""
+    """The ranks of a run, and the rank of this process."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among the ranks of its own machine."""
+    """The rank among those of the same machine."""
     hosts: Any = None
-    """The group in which the hosts agree on each step; None where there is one rank."""
+    """The process group for values on the CPU at each step; None if there is one rank."""
     patient: Any = None
-    """The group in which they wait for what takes long, such as the data being built."""
+    """The process group with a long timeout, for slow work such as building data."""
 
     @property
     def main(self) -> bool:
@@ -64,7 +64,7 @@ class World:
         return self._reduced(values, "SUM")
 
     def max(self, values: Sequence[float]) -> list[float]:
-        """Return the greatest of the ranks' values, in float64."""
+        """Return the largest of the ranks' values, in float64."""
         return self._reduced(values, "MAX")
 
     def _reduced(self, values: Sequence[float], how: str, patient: bool = False) -> list[float]:
@@ -78,14 +78,14 @@ class World:
         return tensor.tolist()
 
     def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor on the device by the sum of the ranks', without waiting for a GPU."""
+        """Replace a tensor on the device by its sum over the ranks, without waiting for a GPU."""
         if self.size > 1:
             import torch.distributed as dist
 
             dist.all_reduce(tensor)
 
     def gather(self, value: T) -> list[T]:
-        """Return the ranks' values, in their order, on each of them."""
+        """Return the values of all ranks, in their order, on every rank."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -95,7 +95,7 @@ class World:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Return what `work` gives on the main rank, on each; if it raises there, the others raise MainFailed."""
+        """Do `work` on the main rank only, and return its result on every rank. If it raises, the others raise MainFailed."""
         if self.size == 1:
             return work()
         import torch.distributed as dist
@@ -106,14 +106,15 @@ class World:
                 box = [True, work()]
         finally:
             dist.broadcast_object_list(box, src=0, group=self.patient)
-        if not box[0]:  # only the others come here, as the main rank raised
+        if not box[0]:  # only other ranks come here: the main one has raised its error
             raise MainFailed
         return box[1]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Do the same work on each rank: first on the main one, then on one of each other machine, then on the rest.
+        """Do `work` on every rank: first on the main one, then on one rank of each other machine, then on the rest.
 
-        So what it leaves on a disk, shared or each machine's own, is made once and found by the others.
+        So files that it writes, to a shared disk or to the disk of each machine, are made once, and the other ranks find them.
+        If it raises on one rank, the others raise MainFailed.
         """
         if self.size == 1:
             return work()
@@ -124,7 +125,7 @@ class World:
             if now == turn:
                 try:
                     result = work()
-                except BaseException as e:  # raised below, once the others know
+                except BaseException as e:  # raised below, after the other ranks know
                     failed = e
             if self._reduced([float(failed is not None)], "MAX", patient=True)[0]:
                 raise MainFailed if failed is None else failed
@@ -136,11 +137,10 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
-    """Join the ranks that torchrun started, if it did, and leave them at the end; only the main rank's output is shown.
+    """Connect the ranks, if torchrun started any, and disconnect them at the end. Only the main rank prints to stdout.
 
-    `device` as in `train.device`: unless it is the CPU, each rank takes a GPU of its machine, where there are any.
-
-    Raises WorldError if another rank is lost meanwhile.
+    `device` as in `train.device`: unless it is the CPU, each rank takes a GPU of its machine, if there are any. Raises
+    WorldError if the ranks cannot connect, or if one is lost later.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -154,13 +154,13 @@ def joined(device: str = "auto") -> Iterator[World]:
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise WorldError(
-                f"each rank must have a GPU of its own, but this machine has {torch.cuda.device_count()} and rank "
-                f"{local_rank} on it wants another; lower --nproc-per-node, or set the device to cpu"
+                f"each rank must have a GPU of its own, but this machine has {torch.cuda.device_count()} and needs "
+                f"another for its rank {local_rank}; lower --nproc-per-node, or set the device to cpu"
             )
         torch.cuda.set_device(local_rank)
     try:
         store, rank, size = next(rendezvous("env://"))
-        # torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone
+        # torchrun keeps the store when it restarts the ranks, with addresses of ranks that no longer exist
         attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
@@ -176,18 +176,18 @@ def joined(device: str = "auto") -> Iterator[World]:
             stack.enter_context(contextlib.redirect_stdout(silence))
         try:
             yield world
-        except RuntimeError as e:  # what gloo and NCCL raise when a connection is closed has no class of its own
+        except RuntimeError as e:  # gloo and NCCL raise no class of their own when a connection is closed
             if not _is_lost(e):
                 raise
             raise WorldError(
                 f"rank {world.rank} must reach the others, but one of them is lost ({_first_line(e)}); torchrun starts all "
-                f"again where --max-restarts allows it, and the same command goes on from the newest checkpoint"
+                f"again if --max-restarts allows it, and the same command resumes from the newest checkpoint"
             ) from None
     dist.destroy_process_group()
 
 
 def replicated(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with its gradients averaged over the ranks in each backward pass, by torch's DistributedDataParallel."""
+    """Return the model in torch's DistributedDataParallel, which averages gradients over the ranks in a backward pass."""
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [device.index] if device.type == "cuda" else None
@@ -209,6 +209,6 @@ def _is_lost(error: RuntimeError) -> bool:
 
 
 def require_one(what: str) -> None:
-    """Raise WorldError if torchrun started several processes of something that is for one."""
+    """Raise WorldError if torchrun started several processes; `what` names the option that needs a single one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise WorldError(f"{what} must be run as one process, but torchrun started several; leave torchrun out")

@@ -13,7 +13,7 @@ from kindling.training.validation import share_of_rank
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> list[dict]:
-    """What each of two ranks saw."""
+    """The results of two ranks, in their order."""
     folder = tmp_path_factory.mktemp("ranks")
     process = torchrun(ROOT / "tests" / "ranks.py", folder, cwd=folder)
     out, err = process.communicate(timeout=240)
@@ -93,7 +93,7 @@ def test_every_batch_counts_on_one_rank_and_each_rank_has_as_many(size):
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
-    """The folder, the output and the command of a run of two ranks."""
+    """The folder, the output and the flags of a run on two ranks."""
     folder = tmp_path_factory.mktemp("torchrun")
     flags = [*tiny_flags(corpus), "--train.max-steps", "30", "--train.save-every", "5", "--model.dropout", "0.1"]
     process = torchrun(ROOT / "main.py", *flags, "--name", "whole", cwd=folder)

@@ -1,4 +1,4 @@
-"""The real fine-tuning, run as a user would run it, on a small base."""
+"""The real fine-tuning script, run as a user runs it, on a small base run."""
 
 import json
 import re
@@ -142,7 +142,9 @@ def test_the_same_command_says_that_the_run_is_complete(work, corpus, out):
     assert "the run is complete at step 6" in result.stdout
     assert digest_of(result.stdout) == digest_of(out)
     before = re.search(r"perplexity +([\d.]+)", out)[1]
-    assert re.search(rf"perplexity +{before} ", result.stdout)  # what it was before is known after a resumption too
+    assert re.search(
+        rf"perplexity +{before} ", result.stdout
+    )  # the value from before the first step is known after resuming too
 
 
 @pytest.mark.parametrize("packing", ["True", pytest.param("False", marks=pytest.mark.slow)])
@@ -270,7 +272,7 @@ def test_conversations_train_and_chat_with_their_history(work, tmp_path):
         (["runs/base", "--name", "new", "--data.sources.0.path", "nowhere"], ["'nowhere'", "--data.sources.0.path"]),
         (["runs/base", "--train.epochs", "0"], ["train.epochs", "above 0"]),
         (["runs/base", "--name", "a/b"], ["name", "a/b", "slashes"]),
-        (["runs/base", "--name", "base"], ["name", "another than the base run's"]),
+        (["runs/base", "--name", "base"], ["name", "differ from the base run's"]),
         (
             ["runs/base", "--data.sources.0.kind", "jsonl", "--data.sources.0.path", "x"],
             ["docstrings", "--preset alpaca"],

@@ -1,12 +1,12 @@
-"""Run directories: everything that a later stage needs of a run, written so that nothing saved can be lost.
+"""Run directories: all that a later stage needs from a run, written so that nothing saved can be lost.
 
-    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  skipped.jsonl  tensorboard/  data/ (held-out shards, the manifest)
+    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  skipped.jsonl  tensorboard/  data/ (held-out shards, manifest)
     runs/NAME/step_001000/model.safetensors  state.pt  manifest.json
-    runs/NAME/step_001000/sharded/  state.pt  manifest.json   (with --train.parallel fsdp: every rank writes its part)
+    runs/NAME/step_001000/sharded/  state.pt  manifest.json   (with --train.parallel fsdp; every rank writes its part)
 
-A checkpoint is written to a temporary directory, synced to disk, and renamed: under its own name it is whole. Its
+A checkpoint is written to a temporary directory, synced to disk, and renamed: under its final name it is always whole. Its
 manifest holds size and sha256 of each file, since neither torch.load nor safetensors notices a flipped byte. Loading
-verifies them first, falls back to the checkpoint before with a message, and never unpickles code.
+verifies these first, falls back to the checkpoint before with a warning, and never unpickles code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEAL = "# sha256 of the lines below: "  # the first line of a config.yaml
 
 
 class CheckpointError(KindlingError):
-    """A run or checkpoint that cannot be found, trusted or written."""
+    """A run or checkpoint cannot be found, trusted, written or loaded."""
 
 
 class RunDirectory:
@@ -53,11 +53,11 @@ class RunDirectory:
 
     @property
     def data(self) -> Path:
-        """The held-out shards of this run, with the manifest of all its data."""
+        """The folder of the held-out shards, with the manifest of all data."""
         return self.path / "data"
 
     def create(self, cfg: Config, data_folder: Path) -> None:
-        """Write config, tokenizer and held-out shards, so that evaluation needs nothing outside this folder.
+        """Write config, tokenizer and held-out shards. Evaluation then needs nothing outside this folder.
 
         Raises CheckpointError if the folder cannot be written.
         """
@@ -75,7 +75,7 @@ class RunDirectory:
             write_atomic(self.path / "config.yaml", text)  # last: a folder with a config is a run
         except OSError as e:
             raise CheckpointError(
-                f"{self.path} must be writable, but writing gave: {e}; free space or choose another --name"
+                f"{self.path} must be writable, but writing failed: {e}; free some space or choose another --name"
             ) from None
 
     def exists(self) -> bool:
@@ -83,9 +83,9 @@ class RunDirectory:
         return (self.path / "config.yaml").is_file()
 
     def config(self) -> Config:
-        """Return the config that the run was started with; raises CheckpointError if the file is not as it was written.
+        """Return the config that the run was started with. Raises CheckpointError if the file has changed.
 
-        A changed digit would be no error but another model: a base of the rotary frequencies is not in the weights' shapes.
+        An edited number may load without an error but give another model: weight shapes do not show `rope_theta`.
         """
         try:
             text = (self.path / "config.yaml").read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ class RunDirectory:
         return from_yaml(text, str(self.path / "config.yaml"))
 
     def tokenizer(self) -> Tokenizer:
-        """Return the run's own tokenizer; raises CheckpointError if the file is not the one that the run began with."""
+        """Return the run's tokenizer. Raises CheckpointError if the file is missing or has changed."""
         path, manifest = self.path / "tokenizer.json", read_manifest(self.data)
         tokenizer = load_json(path, self.config().tokenizer) if path.is_file() else None
         if tokenizer is None or tokenizer.sha256 != manifest["tokenizer_sha256"]:
@@ -114,12 +114,12 @@ class RunDirectory:
         return tokenizer
 
     def heldout(self, split: str) -> TokenDataset:
-        """Open the run's own validation or test split, verified."""
+        """Open the run's validation or test split, verified."""
         return open_split(self.config(), self.data, split)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; raises CheckpointError if another one is training it."""
+        """Hold the run's lock. Raises CheckpointError if another process is training the run."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             held = open(self.path.with_name(f".{self.path.name}.lock"), "w", encoding="utf-8")
@@ -136,15 +136,18 @@ class RunDirectory:
                 pass
             except BlockingIOError:
                 raise CheckpointError(
-                    f"{self.path} must be trained by one process at a time, but another is at it; "
+                    f"{self.path} must be trained by one process at a time, but another one is training it; "
                     f"wait for it, or choose another --name"
                 ) from None
             except OSError as e:  # a filesystem without locks
-                print(f"note: {self.path} cannot be locked ({e}); see that no other process trains it", file=sys.stderr)
+                print(
+                    f"note: {self.path} cannot be locked ({e}); make sure that no other process trains it",
+                    file=sys.stderr,
+                )
             yield
 
     def set_aside(self) -> Path:
-        """Rename the run to NAME.old-1 (or the next free number) and return the new path: nothing is deleted."""
+        """Rename the run to NAME.old-1, or the next free number, and return the new path. Nothing is deleted."""
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -152,20 +155,20 @@ class RunDirectory:
         return target
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoint folders, oldest first, unverified."""
+        """Return the checkpoint folders, oldest first, not verified."""
         found = {p: p.name.removeprefix("step_") for p in self.path.glob("step_*") if p.is_dir()}
         return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: int(found[p]))
 
     def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step` and return its folder; on any failure the older ones are as they were.
+        """Write the checkpoint of `step` and return its folder. If this fails, the older checkpoints are unchanged.
 
-        `state` must load with `weights_only=True`. Raises CheckpointError, for example on a full disk.
+        `state` must load with `weights_only=True`. Raises CheckpointError, for example if the disk is full.
         """
         from safetensors.torch import save_file
 
         with self._writing(step) as partial:
             self._begin(partial)
-            # named_parameters lists a tied matrix once; there are no persistent buffers
+            # named_parameters lists a tied matrix once, and there are no persistent buffers
             save_file({k: p.detach().cpu().contiguous() for k, p in model.named_parameters()}, partial / WEIGHTS)
             sync(partial / WEIGHTS)
             return self._finish(partial, step, state)
@@ -173,9 +176,9 @@ class RunDirectory:
     def save_sharded(
         self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], world: World
     ) -> Path:
-        """Write the checkpoint of a model of which each rank may have a part, as `save` does; every rank must call it.
+        """Write the checkpoint of a model that may be sharded, as `save` does. Every rank must call it.
 
-        `optimizers` are saved with the weights, so `state` need not have them. Raises CheckpointError on every rank.
+        `optimizers` are saved beside the weights, and need not be in `state`. Raises CheckpointError on every rank.
         """
         with self._writing(step, world) as partial:
 
@@ -190,7 +193,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _writing(self, step: int, world: World = ALONE) -> Iterator[Path]:
-        """Give the folder to write the checkpoint of `step` to, and turn whatever fails into a CheckpointError."""
+        """Yield the folder to write the checkpoint of `step` to. Turn every failure into a CheckpointError."""
         from safetensors import SafetensorError
 
         partial = self.path / f".partial-step_{step:06d}"
@@ -202,22 +205,22 @@ class RunDirectory:
             SafetensorError,
             ShardedError,
             MainFailed,
-        ) as e:  # a full disk shows as any of them
+        ) as e:  # a full disk can raise any of them
             if world.main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it gave: "
+                f"the checkpoint of step {step} must fit on the disk of {self.path}, but writing it failed: "
                 f"{one_line(e)}; free some space, the older checkpoints are untouched"
             ) from None
 
     def _begin(self, partial: Path) -> None:
         for remains in (*self.path.glob(".partial-step_*"), *self.path.glob(".deleted-step_*")):
-            shutil.rmtree(remains, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(remains, ignore_errors=True)  # left by a process that was killed
         self._require_space()
         partial.mkdir(parents=True)
 
     def _finish(self, partial: Path, step: int, state: dict[str, Any]) -> Path:
-        """Add the training state and the manifest of all files, and give the folder its own name, under which it is whole."""
+        """Write the training state and the manifest, and rename the folder: under its final name it is whole."""
         torch.save(state, partial / STATE)
         sync(partial / STATE)
         files = {
@@ -229,7 +232,7 @@ class RunDirectory:
         sync(partial / MANIFEST)
         sync(partial)
         final = self.path / f"step_{step:06d}"
-        if final.exists():  # the same step again, after a fall-back to an older checkpoint
+        if final.exists():  # the same step again, after falling back to an older checkpoint
             shutil.rmtree(final)
         partial.rename(final)
         sync(self.path)
@@ -242,25 +245,26 @@ class RunDirectory:
         needed = int(1.5 * sum(f.stat().st_size for f in older[-1].rglob("*")))
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are wanted")
+            raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are needed")
 
     def prune(self, keep: int, best_step: int | None, newest_step: int) -> None:
-        """Delete all but the best and the newest `keep` checkpoints up to `newest_step`; later ones are damaged remains."""
+        """Delete checkpoints up to `newest_step`, except the best and the newest `keep`. Later ones are damaged: keep them."""
         steps = {int(folder.name.removeprefix("step_")): folder for folder in self.checkpoints()}
         for step in [step for step in steps if step <= newest_step][:-keep]:
             if step != best_step:
                 old = steps[step]
                 doomed = old.with_name(f".deleted-{old.name}")
-                with contextlib.suppress(OSError):  # what cannot be deleted stays, and costs only space
-                    old.rename(doomed)  # first, so that a kill halfway leaves no half checkpoint under a good name
+                with contextlib.suppress(OSError):  # a folder that cannot be deleted stays, and costs only space
+                    old.rename(
+                        doomed
+                    )  # before deleting: a kill in between must not leave half a checkpoint under its name
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def newest(self, before: int | None = None) -> Path | None:
-        """Return the newest checkpoint whose files are as they were written, saying which were passed over; None if none.
+        """Return the newest checkpoint whose files are unchanged, or None if there are no checkpoints.
 
-        With `before`, of those of earlier steps alone.
-
-        Raises CheckpointError if there are checkpoints but all are damaged.
+        With `before`, only those of earlier steps count. Warns about each damaged one that is newer. Raises CheckpointError
+        if all are damaged.
         """
         folders = [p for p in self.checkpoints() if before is None or int(p.name.removeprefix("step_")) < before]
         problems = []
@@ -280,7 +284,7 @@ class RunDirectory:
         return None
 
     def back_to(self, before: int) -> Path | None:
-        """Return the newest whole checkpoint of a step before `before`; rename the later ones, so that no start finds them."""
+        """Return the newest whole checkpoint of a step before `before`. Rename the later ones, so that no run resumes them."""
         folder = self.newest(before)
         for later in self.checkpoints() if folder is not None else []:
             if int(later.name.removeprefix("step_")) >= before:
@@ -288,13 +292,14 @@ class RunDirectory:
                 shutil.rmtree(target, ignore_errors=True)
                 later.rename(target)
                 print(
-                    f"note: {later.name} is of the steps that are left, and is kept as {target.name}", file=sys.stderr
+                    f"note: {later.name} is of steps that are left out now, and is kept as {target.name}",
+                    file=sys.stderr,
                 )
         return folder
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest if every file has the size and sha256 it lists; else raise CheckpointError."""
+    """Return a checkpoint's manifest. Raises CheckpointError unless every file has the size and sha256 listed there."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (f["bytes"], f["sha256"]) for name, f in manifest["files"].items()}
@@ -316,9 +321,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return what a verified checkpoint's manifest says of its weights: the same for the same weights.
+    """Return the sha256 of a verified checkpoint's weights, from its manifest.
 
-    Of a sharded one, of its parts, which differ with the number of ranks.
+    Equal weights have equal hashes. That of a sharded checkpoint is the hash of its parts, so it depends on the number of ranks.
     """
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     if WEIGHTS in files:
@@ -328,12 +333,12 @@ def weights_sha256(folder: Path) -> str:
 
 
 def in_parts(folder: Path) -> bool:
-    """Return whether a checkpoint holds weights and optimiser state in parts."""
+    """Return whether a checkpoint is sharded: weights and optimiser state in parts."""
     return (folder / SHARDED).is_dir()
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load a verified checkpoint's weights in place; raises CheckpointError unless names and shapes are the model's."""
+    """Load a verified checkpoint's weights into the model. Raises CheckpointError unless names and shapes match."""
     if in_parts(folder):
         load_sharded(folder, model)
         return
@@ -364,7 +369,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-    """Load a verified sharded checkpoint's weights in place, and the state of optimisers, into a model that is sharded or not.
+    """Load a verified sharded checkpoint into a model, sharded or not, and into its optimisers.
 
     Every rank of a sharded model must call it. Raises CheckpointError as `load_weights` does.
     """
@@ -375,9 +380,10 @@ def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.opti
 
 
 def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
-    """Return a verified checkpoint's training state; nothing in it is executed. Raises CheckpointError if it is no state.
+    """Return a verified checkpoint's training state, without executing any code in it.
 
-    `mapped`: tensors, which are twice the size of the weights, are read from the file when they are used, if they are.
+    With `mapped`, tensors (twice the size of the weights) are read from the file only when they are used. Raises
+    CheckpointError if the file cannot be loaded.
     """
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)
@@ -389,7 +395,7 @@ def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
 
 
 def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
-    """Return the run at `path` (a folder, or a name under runs/), or if it is None the newest run, or pre-trained run."""
+    """Return the run at `path`, a folder or a name under runs/. None: the newest run, or the newest pre-trained one."""
     if path is None:
         found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
         if pretrained:
@@ -408,16 +414,16 @@ def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
 
 
 def _is_pretrained(folder: Path) -> bool:
-    """Return whether a run was trained on documents; of one that cannot be read, False and a warning."""
+    """Return whether a run was trained on documents. If its config cannot be read, warn and return False."""
     try:
         return not RunDirectory(folder).config().data.instructions
     except KindlingError as e:
-        print(f"warning: {e}; {folder} is passed over", file=sys.stderr)
+        print(f"warning: {e}; {folder} is ignored", file=sys.stderr)
         return False
 
 
 def require_checkpoint(run: RunDirectory) -> Path:
-    """Return the folder of a run's newest whole checkpoint; raises CheckpointError if there is none."""
+    """Return the folder of a run's newest whole checkpoint. Raises CheckpointError if there is none."""
     folder = run.newest()
     if folder is None:
         cfg = run.config()
@@ -430,7 +436,7 @@ def require_checkpoint(run: RunDirectory) -> Path:
 
 
 def load_model(run: RunDirectory, device: torch.device, folder: Path | None = None) -> tuple[LanguageModel, Path]:
-    """Return the model of a verified checkpoint, by default of the run's newest whole one, for inference; and its folder."""
+    """Return the model of a verified checkpoint, ready for inference, and its folder. Default: the newest whole one."""
     folder = folder or require_checkpoint(run)
     model = build_model(run.config().model)
     load_weights(folder, model)

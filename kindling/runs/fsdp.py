@@ -1,20 +1,19 @@
-"""Models too large for one process: weights, gradients and optimiser state divided over processes, and their checkpoints.
+"""Models too large for one process: weights, gradients and optimiser state sharded over processes, and their checkpoints.
 
     shard(model, mesh_size, torch.bfloat16)             # in every process; then make_optimizers(model, ...)
     begin(folder, model, optimizers)                    # in one process
-    save(folder, model, optimizers)                     # then in every process; each writes its own part
-    load(folder, model, optimizers)                     # at any number of processes, or with a whole model in one
+    save(folder, model, optimizers)                     # then in every process; each writes its part
+    load(folder, model, optimizers)                     # with any number of processes, also into a whole model in one
     save_file(full_weights(folder), "model.safetensors")
 
-FSDP2 (`fully_shard`; Zhao et al. 2023) divides every parameter by its rows and gathers those of one block at a time. Losses
-are sums that are divided by the supervised tokens of all processes, so gradients are summed over processes, not averaged.
+FSDP2 (`fully_shard`; Zhao et al. 2023) divides the rows of every parameter over the processes, and gathers the parameters of one
+block at a time. Losses are sums divided by the supervised tokens of all processes, so gradients are summed, not averaged.
 
-A checkpoint is a folder of its own with safetensors parts, each with its place in the whole in its header, written and read by
-`torch.distributed.checkpoint`, and `optimizers.json`. No part of it is a pickle, so reading one executes nothing.
+A checkpoint is a folder with `optimizers.json` and safetensors parts, written and read by `torch.distributed.checkpoint`. The
+header of a part says where its tensors lie in the whole ones. Nothing in it is a pickle, so reading it executes no code.
 
-Limits: gathers and hooks belong to `model(...)`, so what goes around it (`hidden`, generation) needs a whole model, loaded from
-the checkpoint. Each process builds the whole model, with equal weights, before it is divided. Several machines need a folder
-that all of them see.
+Limits: only `model(...)` gathers parameters. Methods such as `hidden`, and generation, need a whole model, loaded from the
+checkpoint. Each process builds the whole model, with equal weights, before it is sharded. Several machines need a shared folder.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ Optimizers = Iterable[torch.optim.Optimizer]
 
 OPTIMIZERS = "optimizers.json"
 STATE = (
-    "optimizer"  # begins the name of a tensor that is none of the weights: optimizer.0.exp_avg.blocks.0.attn.qkv.weight
+    "optimizer"  # the first word of a tensor's name that is not a weight: optimizer.0.exp_avg.blocks.0.attn.qkv.weight
 )
-WEIGHTS_FILE, STATE_FILE = 1, 2  # numbers in the parts' names, so that who wants the weights reads no state
+WEIGHTS_FILE, STATE_FILE = 1, 2  # numbers in the names of parts: weights can be read without optimiser state
 
 
 class ShardedError(KindlingError):
@@ -54,18 +53,18 @@ class ShardedError(KindlingError):
 
 
 def shard(model: LanguageModel, mesh_size: int, param_dtype: torch.dtype | None) -> None:
-    """Divide the parameters of `model` in place over `mesh_size` processes; all of them call it, with equal weights.
+    """Shard the parameters of `model` in place over `mesh_size` processes. All of them must call it, with equal weights.
 
-    Parameters become DTensors under their old names, in float32 as before. `param_dtype` is what those of the blocks are
-    rounded to when they are gathered for a forward and backward pass; their gradients are summed in float32. Embeddings,
-    last norm and head stay float32: the residual stream then is what it is under autocast, and a token's gradients, many of
-    which meet in one row, add up exactly enough. The loss must be the sum of a process's rows over the tokens of all.
+    Parameters become DTensors with their old names, in float32 as before. When the parameters of a block are gathered for a
+    pass, they are rounded to `param_dtype`; their gradients are summed in float32. Embeddings, last norm and head stay
+    float32. So the residual stream is the same as under autocast, and the many gradients that meet in one row of an embedding
+    are summed accurately. The loss must be the summed loss of a process's rows, divided by the tokens of all processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (mesh_size,))
-    # the inputs are not cast: among them are the tables of RoPE, whose angles bfloat16 would blur
+    # inputs are not cast: they include RoPE's tables, and bfloat16 is too coarse for their angles
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.compilable():
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -73,7 +72,7 @@ def shard(model: LanguageModel, mesh_size: int, param_dtype: torch.dtype | None)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # or it asks for a scaled sum, which only NCCL has
+            module.set_force_sum_reduction_for_comms(True)  # otherwise it uses a scaled sum, which only NCCL has
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -82,31 +81,31 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def synchronize_gradients(model: nn.Module, last: bool) -> None:
-    """Say before a backward pass whether gradients are exchanged in it, which only the step's last micro-batch needs.
+    """Set whether the next backward pass exchanges gradients. Only the last micro-batch of a step needs to.
 
-    Until then every process holds the gradients of the whole model in float32: 4 bytes a parameter buy the communication.
-    Without effect on a model that is not sharded.
+    Until then every process holds the gradients of the whole model in float32. This costs 4 bytes a parameter and saves
+    communication. No effect on a model that is not sharded.
     """
     if is_sharded(model):
         model.set_requires_gradient_sync(last)
 
 
 def reshard(model: nn.Module) -> None:
-    """Put back the sharded parameters where a forward pass without a backward left gathered ones (validation does)."""
+    """Free gathered parameters. A forward pass without a backward pass, as in validation, leaves them gathered."""
     for module in model.modules():
         if is_sharded(module):
             module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor gathered from all processes, which must all ask for it, if it is divided over them; else itself."""
+    """Return a sharded tensor gathered from all processes, which must all call this; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def digest(model: nn.Module, optimizers: Optimizers) -> str:
-    """Return the sha256 over every bit of weights and optimiser state: equal runs have equal digests, however sharded.
+    """Return the sha256 of all bits of weights and optimiser state. It does not depend on how they are sharded.
 
-    Every process calls it, and gathers one tensor at a time.
+    Every process must call it. Tensors are gathered one at a time.
     """
     result = hashlib.sha256()
 
@@ -136,9 +135,9 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
 
 
 def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Make the folder of a checkpoint, with what is no tensor; one process calls it, before all of them call `save`.
+    """Create the folder of a checkpoint, with all values that are not tensors. One process calls it, before all call `save`.
 
-    On its own, because a process that fails in here would leave the others waiting in there. Raises ShardedError.
+    It is separate from `save`, where a process that fails would leave the others waiting. Raises ShardedError.
     """
     reshard(model)
     descriptions = [_describe(number, model, optimizer)[1] for number, optimizer in enumerate(optimizers)]
@@ -149,10 +148,9 @@ def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
 
 
 def save(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Write weights and optimiser state into a folder that `begin` made; every process calls it and writes its own part.
+    """Write weights and optimiser state into a folder from `begin`. Every process must call it, and writes its part.
 
-    The files are synced to disk when it returns, the folder is not. Raises ShardedError, in every process, if one of them
-    cannot write its part.
+    It syncs the files to disk, but not the folder. Raises ShardedError in every process if one of them cannot write its part.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -170,11 +168,11 @@ def save(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
 
 
 def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
-    """Load a checkpoint in place: of any number of processes, into a model that is sharded over any number, or whole.
+    """Load a checkpoint, from any number of processes, into a model: whole, or sharded over any number of processes.
 
-    Every process of a sharded model calls it; a whole one needs no process group. Without optimisers only weights are read.
-    Raises ShardedError unless the parts are complete and of the model's names and shapes; model and optimisers are
-    then half loaded.
+    Every process of a sharded model must call it. A whole model needs no process group. Without optimisers only weights are
+    read. Raises ShardedError unless the parts are complete and match the model's names and shapes. Model and optimisers may
+    then be partly loaded.
     """
     reshard(model)
     with _refusing(
@@ -192,7 +190,7 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
             raise ValueError(f"it has {len(descriptions)} optimisers and not {len(optimizers)}")
         for number, (optimizer, description) in enumerate(zip(optimizers, descriptions, strict=True)):
             _check_groups(model, optimizer, description["groups"])
-            optimizer.state.clear()  # before the new one takes as much memory again
+            optimizer.state.clear()  # before memory for the new state is allocated
             tensors, state = _room(number, parameters, description["state"], saved)
             wanted |= tensors
             states.append(state)
@@ -207,7 +205,7 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
 
 
 def full_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the whole weights of a checkpoint of any number of processes, by name, on the CPU; needs no process group.
+    """Return the whole weights of a checkpoint, by name, on the CPU. Needs no process group.
 
     Raises ShardedError unless the parts are complete.
     """
@@ -229,9 +227,9 @@ def _state_name(number: int, key: str, name: str) -> str:
 def _describe(
     number: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimiser's state tensors by name, and the rest of it as JSON holds it.
+    """Return an optimiser's state tensors by name, and the rest of its state as values for JSON.
 
-    Scalars become (1,), since safetensors gives no slice of a scalar.
+    Scalars get the shape (1,), since safetensors cannot slice a scalar.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     tensors, shapes = {}, {}
@@ -246,9 +244,9 @@ def _describe(
 def _room(
     number: int, parameters: dict[str, nn.Parameter], shapes: dict[str, Any], saved: dict[str, TensorStorageMetadata]
 ) -> tuple[dict[str, Tensor], dict[nn.Parameter, dict[str, Tensor]]]:
-    """Return empty tensors by name for an optimiser's state, and the same as the optimiser wants it, in the order saved.
+    """Return empty tensors for an optimiser's state: by name, and the same tensors by parameter, in the saved order.
 
-    What has the shape of its parameter is sharded as that is.
+    A tensor with the shape of its parameter is sharded like the parameter.
     """
     tensors: dict[str, Tensor] = {}
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -276,27 +274,27 @@ def _check_groups(model: nn.Module, optimizer: torch.optim.Optimizer, saved: lis
 
 
 def _like(value: Any, saved: Any) -> Any:
-    """Return a saved setting as what it was before JSON, which knows no tuples."""
+    """Return a saved setting with its type of before. JSON has no tuples."""
     return tuple(saved) if isinstance(value, tuple) else saved
 
 
 def _saved(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Return what the headers of all parts say of each tensor; raises ValueError if a tensor has not all of its parts.
+    """Return the metadata of each tensor, from the headers of all parts. Raises ValueError if a tensor lacks a part.
 
-    The reader would leave unread, and so uninitialised, whatever is in no part.
+    The reader does not notice a missing part, and would leave its values uninitialised.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     for name, tensor in saved.items():
         if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
-            raise ValueError(f"the parts of {name} do not make it up: one is missing, or another checkpoint's")
+            raise ValueError(f"the parts of {name} are not complete: one is missing, or another checkpoint's")
     return saved
 
 
 @torch.no_grad()
 def _read(folder: Path, tensors: dict[str, Tensor], distributed: bool) -> None:
-    """Fill `tensors` from the parts; this reader, unlike torch's default one, knows safetensors and JSON only."""
+    """Fill `tensors` from the parts. Unlike torch's default reader, this one reads only safetensors and JSON."""
     import torch.distributed.checkpoint as dcp
 
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=not distributed)
@@ -304,15 +302,15 @@ def _read(folder: Path, tensors: dict[str, Tensor], distributed: bool) -> None:
 
 @contextlib.contextmanager
 def _refusing(must: str, mend: str) -> Iterator[None]:
-    """Turn whatever goes wrong, in whichever process, into a ShardedError of one line."""
-    from torch.distributed.checkpoint.api import CheckpointException  # no Exception: it only is a BaseException
+    """Turn any failure, in any process, into a ShardedError of one line."""
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant, in one process
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended in one process
             yield
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
         raise ShardedError(f"{must}, but is not ({one_line(error)}); {mend}") from None
-    except Exception as e:  # a full disk, a damaged header, another model: each library has its own
+    except Exception as e:  # a full disk, a damaged header, another model: no common class
         raise ShardedError(f"{must}, but is not ({one_line(e)}); {mend}") from None

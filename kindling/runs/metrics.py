@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kindling.files import append_line, write_atomic
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard. A full disk costs lines and one warning, not the run."""
+    """Appends to `metrics.jsonl` and TensorBoard. If the disk is full, lines are lost, with one warning; the run continues."""
 
     def __init__(self, folder: Path, step: int):
-        """Open the log at `step`; lines that a killed run wrote past its last checkpoint are removed.
+        """Open the log at `step`. Later lines, from a run that was killed after its last checkpoint, are removed.
 
         Raises KindlingError if the folder cannot be written.
         """
@@ -28,9 +28,9 @@ class MetricsLog:
             self._open(step)
         except OSError as e:
             raise KindlingError(
-                f"{self.path} must be writable, but is not ({e}); free some space or mend its permissions"
+                f"{self.path} must be writable, but is not ({e}); free some space or correct its permissions"
             ) from None
-        # TensorBoard writes in a thread, whose traceback would be shown beside the error that we are told of anyway
+        # TensorBoard writes in a thread; hide its traceback, since we get the same error and print a warning
         threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else self._hook(args)
 
     def _open(self, step: int) -> None:
@@ -41,7 +41,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def rewind(self, step: int) -> None:
-        """Remove the lines past `step`, from where the run goes on."""
+        """Remove the lines after `step`, where the run continues."""
         try:
             self._board.close()
             self._open(step)
@@ -49,7 +49,7 @@ class MetricsLog:
             self._warn(e)
 
     def write(self, step: int, **values: float) -> None:
-        """Append one line, and the same values to TensorBoard; a number that is not finite becomes null."""
+        """Append one line, and the same values to TensorBoard. In the line, numbers that are not finite become null."""
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             append_line(self.path, json.dumps(line))
@@ -74,7 +74,7 @@ class MetricsLog:
 
 
 class NoLog:
-    """The log of a rank that does not log."""
+    """Stands for the log on ranks that do not write one."""
 
     def rewind(self, step: int) -> None:
         """Do nothing."""
@@ -87,7 +87,7 @@ class NoLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`, without those that are none, such as one cut off by a kill."""
+    """Return the lines of a `metrics.jsonl`. Lines that are not valid, such as one cut off by a kill, are left out."""
     if not path.is_file():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""Whether torch.compile pays for a run."""
+"""Decides whether a run is long enough for torch.compile to pay."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kindling import device
 from kindling.device import Runtime
 from model import LanguageModel
 
-COMPILE_FLOPS = 2e13  # about a minute and a half of a small CPU: a shorter run ends before compiling has paid
+COMPILE_FLOPS = 2e13  # about a minute and a half on a small CPU: compiling takes longer than it saves in a shorter run
 COMPILE_MINUTES = 1.5
 
 
 def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s: float = 0.0) -> bool:
-    """Return whether the model should be compiled: because the config says so, or because it pays and a compiler is there.
+    """Return whether to compile the model: as `train.compile` says, or with "auto" if it pays and there is a compiler.
 
-    `elapsed_s` is the time that the run has behind it. Warns if compiling would pay, but no compiler is there.
+    `elapsed_s` is the training time so far. Warns if compiling would pay but there is no compiler.
     """
     if cfg.train.compile != "auto":
         return cfg.train.compile == "on"

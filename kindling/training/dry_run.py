@@ -1,8 +1,8 @@
-"""What a run would take, and the micro-batch that it is fastest with, measured without files: `python main.py --dry-run`.
+"""Measures the time and memory of a run, and its fastest micro-batch, without files: `python main.py --dry-run`.
 
-The batch of a step stays as it is; what is tried are the micro-batches that divide it, the smallest first, until memory or
-time is out. On a CPU memory is never tried out, since too much of it ends the process: what the next size takes is told by
-the two before. Limit: the tokens are random, so what reading real ones from a slow disk takes is not in the figures.
+The batch of a step stays the same. The micro-batches that divide it are tried, the smallest first, until memory or time runs
+out. On a CPU a process that takes too much memory is killed, so the need of the next size is estimated from the two sizes
+before it. Limit: the tokens are random, so the figures do not include reading real tokens from a slow disk.
 """
 
 from __future__ import annotations
@@ -30,46 +30,46 @@ from kindling.training.trainer import Trainer
 from model import LanguageModel
 
 LIMIT_S = 25.0  # for all sizes together
-COMPILED_LIMIT_S = 120.0  # where each of them is compiled
-PASSES, MEASURED_S = 3, 0.3  # of a size, at least, after the first one, which allocates
-HEADROOM = 0.9  # of the memory that is free
-TIE = 0.03  # a smaller gain is noise, and no reason to change the run
+COMPILED_LIMIT_S = 120.0  # if each size is compiled
+PASSES, MEASURED_S = 3, 0.3  # at least, for each size; the first pass allocates memory and does not count
+HEADROOM = 0.9  # fraction of the free memory that may be used
+TIE = 0.03  # a smaller gain may be noise: do not advise a change
 NO_TIME, NO_MEMORY, UNKNOWN = "time is out", "memory is out", "how much memory is free is not known here"
 
 
 class DryRunError(KindlingError):
-    """A model that is too large for the machine."""
+    """A model is too large for the machine."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A forward and backward pass of one micro-batch."""
+    """What was measured of the forward and backward pass of one micro-batch."""
 
     micro_batch: int
     pass_s: float
     peak_bytes: int
-    """The most that the process held meanwhile, or on a GPU its tensors; 0 if unknown."""
+    """Peak memory: of the process, or on a GPU of its tensors. 0 if unknown."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of the micro-batches of a run."""
+    """The measurements of the micro-batches of a run."""
 
     batch_size: int
     measured: list[Measurement]
     untried: dict[int, str]
-    """Sizes, and why."""
+    """The sizes that were not measured, each with the reason."""
     update_s: float
-    """What a step takes beside its passes: clipping, and the optimisers."""
+    """Time of a step beside its passes: gradient clipping and the optimisers."""
     update_bytes: int
-    """The most that is held meanwhile."""
+    """Peak memory of this."""
 
     def step_s(self, m: Measurement) -> float:
-        """Return the time of an optimiser step in such micro-batches."""
+        """Return the time of an optimiser step in micro-batches of this size."""
         return self.batch_size // m.micro_batch * m.pass_s + self.update_s
 
     def of(self, micro_batch: int) -> Measurement:
-        """Return what was measured of a size; of one that was not, of the fastest."""
+        """Return the measurement of this size. If there is none, return that of the fastest."""
         return next((m for m in self.measured if m.micro_batch == micro_batch), self.fastest())
 
     def fastest(self) -> Measurement:
@@ -86,23 +86,23 @@ class Noise:
         self.cfg = cfg
 
     def rows(self, first: int, count: int) -> Batch:
-        """Return `count` rows, by their place."""
+        """Return `count` random rows, a function of `first`."""
         rows = np.random.default_rng(first).integers(0, self.cfg.vocab_size, (count, self.cfg.block_size + 1))
         idx = rows[:, :-1]
-        # any token for the end of text: a mask across documents costs the same wherever they end
+        # any token can be the end of text: the document mask costs the same wherever documents end
         return Batch(idx, rows[:, 1:], document_positions(idx, 0) if self.cfg.document_mask else None)
 
 
 def trainer_of(micro_batch: int, cfg: Config, model: LanguageModel, runtime: Runtime) -> Trainer:
-    """Return a trainer on random tokens whose step is one micro-batch, and that writes nothing."""
+    """Return a trainer on random tokens. Its step is one micro-batch, and it writes nothing."""
     cfg = replace(cfg, train=replace(cfg.train, batch_size=micro_batch, micro_batch_size=None))
     return Trainer(cfg, RunDirectory(Path(os.devnull)), model, Noise(cfg.model), lambda _: {}, runtime)
 
 
 def seconds_of(work: Callable[[], Any], runtime: Runtime, deadline: float) -> float:
-    """Return the median time of some calls of `work` after the first, or that of the first if there is no time for more.
+    """Return the median time of some calls of `work`. The first call counts only if there is no time for more.
 
-    `deadline` is a reading of time.perf_counter.
+    `deadline` is a value of time.perf_counter.
     """
     seconds: list[float] = []
     while len(seconds) <= PASSES or sum(seconds[1:]) < MEASURED_S:
@@ -125,11 +125,12 @@ def grow(
     room: Callable[[], float | None],
     deadline: float,
 ) -> tuple[list[Measurement], dict[int, str]]:
-    """Measure ascending `sizes`, all above `smallest`, until memory is out; leave out what there is no time for, but not `own`.
+    """Measure ascending `sizes`, all above `smallest`, until memory runs out. Leave out slow sizes, but never `own`.
 
-    A line through the peaks of the last two sizes (of the first, and of `resident_bytes` without one) says what the next takes;
-    none is measured that would take more than `room()`. Where that is None, none beyond `own` is.
-    Returns the measurements, `smallest` first, and why the other sizes have none.
+    `own` is the micro-batch of the run. A line through the peaks of the last two sizes gives the memory of the next one; at
+    first, through `resident_bytes` at size 0 and the peak of `smallest`. A size that needs more than `room()` is not measured.
+    If `room()` is None, no size above `own` is measured.
+    Return the measurements, `smallest` first, and the other sizes with the reason.
     """
     measured, untried = [smallest], {}
     known = [(0, resident_bytes), (smallest.micro_batch, smallest.peak_bytes)]
@@ -155,19 +156,20 @@ def grow(
 
 
 def sweep(first: Trainer, cfg: Config, compiled: bool, limit_s: float) -> Sweep:
-    """Measure the micro-batches that divide the batch, the smallest with `first`. Raises DryRunError if not even that fits.
+    """Measure the micro-batches that divide the batch, the smallest with the trainer `first`.
 
-    `compiled`: the model is, and each size is compiled for itself, which counts.
+    `compiled` says that the model is compiled; then each size is compiled on its own, within `limit_s`. Raises DryRunError if
+    not even the smallest fits.
     """
     model, runtime, deadline = first.model, first.runtime, time.perf_counter() + limit_s
     weights = nbytes(model.parameters())
     free = device.available_memory_bytes(runtime)
-    if free is not None and 3 * weights > free:  # gradients, and two moments
+    if free is not None and 3 * weights > free:  # gradients and two moments
         raise too_large(weights)
 
     def measure(micro_batch: int) -> Measurement:
         if compiled:
-            torch.compiler.reset()  # else it gives up after some shapes, and goes on uncompiled
+            torch.compiler.reset()  # or after some shapes it stops compiling and runs uncompiled
         trainer = first if micro_batch == 1 else trainer_of(micro_batch, cfg, model, runtime)
         device.reset_peak_memory(runtime)
         pass_s = seconds_of(trainer.forward_backward, runtime, deadline)
@@ -178,7 +180,7 @@ def sweep(first: Trainer, cfg: Config, compiled: bool, limit_s: float) -> Sweep:
         return device.peak_memory_bytes(runtime) + HEADROOM * free if counts and free is not None else None
 
     try:
-        first.train_step()  # allocates the optimisers' state, which stays, as in a run
+        first.train_step()  # allocates the optimisers' state, as in a run
         device.reset_peak_memory(runtime)
         resident = device.peak_memory_bytes(runtime) + weights  # with the gradients
         step_s = seconds_of(first.train_step, runtime, deadline)
@@ -193,21 +195,21 @@ def sweep(first: Trainer, cfg: Config, compiled: bool, limit_s: float) -> Sweep:
 
 
 def too_large(weights: int) -> DryRunError:
-    """Return the error about a model of which not even one row fits; its weights are in memory, with so many bytes."""
+    """Return the error for a model that does not fit with even one row. `weights` is their size in bytes."""
     return DryRunError(
         f"the memory must have room for gradients and optimiser state, {3 * weights / 1e9:.1f} GB, and for one row's "
-        f"activations, but has not; choose a smaller model, or a lower --model.block-size"
+        f"activations, but does not; choose a smaller model, or a lower --model.block-size"
     )
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of all the tensors."""
+    """Return the size of all tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How a run goes in micro-batches of one size, as it would be trained."""
+    """The speed of a run with one size of micro-batch, compiled or not as in training."""
 
     micro_batch: int
     step_s: float
@@ -216,9 +218,10 @@ class Pace:
 
 
 def pace_of(cfg: Config, model: LanguageModel, runtime: Runtime, swept: Sweep, compile_s: float | None) -> Pace:
-    """Return the pace of the run's own micro-batch, or if that does not fit of the fastest; measured anew if it is compiled.
+    """Return the speed of the run with its own micro-batch, or with the fastest if its own does not fit.
 
-    `compile_s` is what compiling took, where all that was swept is compiled; else None.
+    `compile_s` is the time of compiling if the measured passes were compiled, else None. If they were not, but the run would
+    be, the passes are measured again with a compiled model.
     """
     own = swept.of(cfg.train.micro_batch)
     if compile_s is not None or not wants_compile(cfg, model, runtime):
@@ -231,7 +234,7 @@ def pace_of(cfg: Config, model: LanguageModel, runtime: Runtime, swept: Sweep, c
 
 
 def length_of(cfg: Config, pace: Pace, done: int) -> str:
-    """Return what is left of a run after `done` steps: its time, or where it goes by minutes what fits into all of them."""
+    """Return the rest of a run after `done` steps as a text: its time, or with `max_minutes` what fits into all of them."""
     if cfg.train.max_minutes is not None:
         steps = max(0, int((60 * cfg.train.max_minutes - pace.compile_s) / pace.step_s))
         tokens = steps * cfg.train.batch_size * cfg.model.block_size
@@ -243,7 +246,7 @@ def length_of(cfg: Config, pace: Pace, done: int) -> str:
 
 
 def figures(cfg: Config, first: Trainer, swept: Sweep, pace: Pace, done: int) -> list[str]:
-    """Return the lines about the run as it is configured."""
+    """Return the lines about the run with its own config."""
     model, runtime, train = first.model, first.runtime, cfg.train
     total, weights = model.n_parameters(), nbytes(model.parameters())
     state = nbytes(t for o in first.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
@@ -265,7 +268,7 @@ def figures(cfg: Config, first: Trainer, swept: Sweep, pace: Pace, done: int) ->
 
 
 def table(cfg: Config, swept: Sweep) -> list[str]:
-    """Return the lines that show each size."""
+    """Return the lines of the table of sizes."""
     lines = [f"{'micro-batch':>11}{'tokens/s':>12}{'GB at the peak':>16}"]
     for m in swept.measured:
         speed = swept.batch_size * cfg.model.block_size / swept.step_s(m)
@@ -279,7 +282,7 @@ def table(cfg: Config, swept: Sweep) -> list[str]:
 
 
 def advice(cfg: Config, swept: Sweep, pace: Pace, done: int) -> str:
-    """Return the line that names the largest size and the fastest."""
+    """Return the line about the largest and the fastest size."""
     own, best = swept.of(cfg.train.micro_batch), swept.fastest()
     largest = f"the largest that was tried and fits is {swept.measured[-1].micro_batch}"
     if own.micro_batch == cfg.train.micro_batch and swept.step_s(own) < (1 + TIE) * swept.step_s(best):
@@ -289,14 +292,14 @@ def advice(cfg: Config, swept: Sweep, pace: Pace, done: int) -> str:
 
 
 def dry_run(cfg: Config, model: LanguageModel, runtime: Runtime, done: int = 0, limit_s: float | None = None) -> str:
-    """Train on random tokens, without files, and return what the run would take and which micro-batch is fastest.
+    """Train on random tokens, without files. Return a text: time and memory of the run, and its fastest micro-batch.
 
-    `done` is the number of steps that the run has behind it. All sizes together take about `limit_s` seconds; None: what is
-    fit. Raises DryRunError for a model that is too large.
+    `done` is the number of steps that the run has already done. Measuring all sizes takes about `limit_s` seconds; None: a
+    limit that suits the device. Raises DryRunError for a model that is too large.
     """
     model.train()
     first = trainer_of(1, cfg, model, runtime)
-    # each size is compiled for itself: in seconds on a GPU, where what fits depends on it; a CPU takes a quarter of a minute
+    # each size is compiled on its own. A GPU needs seconds for it, and its memory depends on it; a CPU takes 15 s a size
     compiled = runtime.asynchronous and wants_compile(cfg, model, runtime) and first.compile()
     compile_s = first.state.elapsed_s if compiled else None
     swept = sweep(first, cfg, compiled, limit_s or (COMPILED_LIMIT_S if compiled else LIMIT_S))

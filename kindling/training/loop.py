@@ -1,4 +1,4 @@
-"""The one training loop, for pre-training and fine-tuning: step, log, evaluate, save, until the run is over or told to stop.
+"""The training loop, for pre-training and fine-tuning: step, log, evaluate, save, until the end of the run or a signal.
 
 exit_code = fit(trainer)
 """
@@ -22,7 +22,7 @@ from kindling.training.trainer import LaunchedStep, Trainer
 
 @dataclass
 class Window:
-    """The steps since the last line of the log: those not finished yet, and sums over the others."""
+    """The steps since the last line of the log: those not finished yet, and sums over the finished ones."""
 
     launched: deque[LaunchedStep] = field(default_factory=deque)
     loss: float = 0.0  # nats
@@ -34,7 +34,8 @@ class Window:
 def fit(trainer: Trainer) -> int:
     """Train to `max_steps`, or for `max_minutes`; return 0, or 130 / 143 after a signal. The run is saved in each case.
 
-    Raises TrainingError if skipped steps in a row come again and again, CheckpointError if the last save fails.
+    Raises TrainingError if too many steps in a row are skipped and the run cannot roll back, CheckpointError if the last
+    save fails.
     """
     trainer.model.train()
     warm_up(trainer)
@@ -49,9 +50,9 @@ def fit(trainer: Trainer) -> int:
 
 
 def warm_up(trainer: Trainer) -> None:
-    """Compile if it pays, let DDP see one pass, and say what differs from where a resumed run was trained before."""
+    """Compile if it pays, run one pass for DDP, and print what changed in the environment of a resumed run."""
     wanted = wants_compile(trainer.cfg, trainer.model, trainer.runtime, trainer.state.elapsed_s)
-    if not trainer.world.max([float(not wanted)])[0]:  # not all machines need have a compiler
+    if not trainer.world.max([float(not wanted)])[0]:  # only if all ranks want it: a machine may have no compiler
         print("compiling the model (once; a quarter of a minute) ...", flush=True)
         trainer.compile()
     if trainer.world.size > 1:
@@ -66,7 +67,7 @@ def warm_up(trainer: Trainer) -> None:
 
 
 class TrainingLoop:
-    """One session of training: from where the trainer is to the end of the run, or to a signal."""
+    """One session of training: from the trainer's step to the end of the run, or to a signal."""
 
     def __init__(self, trainer: Trainer, stop: StopRequest, log: MetricsLog | NoLog, bar: ProgressBar):
         self.trainer, self.train, self.stop, self.log, self.bar = trainer, trainer.train, stop, log, bar
@@ -75,11 +76,11 @@ class TrainingLoop:
         self.saved_step = trainer.state.step or None  # at step 0 nothing is saved yet
 
     def run(self) -> None:
-        """Take rows, forward and backward, guard, step; then log, evaluate and save where they are due."""
+        """Take rows, forward and backward, guard, step; then log, evaluate and save when they are due."""
         trainer = self.trainer
         if trainer.state.step == 0 and self.train.init_from is not None:
             trainer.state.first_eval = self.evaluate()
-        stopping = self.agree()  # compiling takes each rank its own time
+        stopping = self.agree()  # for the elapsed time: compiling takes longer on some ranks
         while self.goes_on() and not stopping:
             seconds = self.step()
             stopping = self.agree()
@@ -98,54 +99,54 @@ class TrainingLoop:
             improved = self.due(self.train.eval_every) and self.evaluate_and_compare()
             if self.should_save(improved) and trainer.save(required=self.finished()):
                 self.saved_step = trainer.state.step
-            else:  # the next save would delete the best checkpoint in favour of one that is not on disk
+            else:  # if saving failed, restore the old best, or pruning deletes it
                 trainer.state.best = best_on_disk
         if stopping and self.saved_step != trainer.state.step:
             trainer.save(required=True)
-        self.stop.signal = self.agree() or None  # a signal may have reached some rank since
+        self.stop.signal = self.agree() or None  # a signal may have arrived meanwhile
 
-    # -- what the loop asks -------------------------------------------------------------------------------------------
+    # -- decisions ----------------------------------------------------------------------------------------------------
 
     def finished(self) -> bool:
-        """Return whether the steps, or the minutes, are over."""
+        """Return whether all steps are done, or all minutes are over."""
         return self.trainer.share() >= 1
 
     def goes_on(self) -> bool:
-        """Return whether there is a step to do. A run by the clock does at least one, so that it ends annealed and saved."""
+        """Return whether to do another step. With `max_minutes` a session does at least one, to end annealed and saved."""
         overdue = self.train.max_minutes is not None and self.trainer.state.step == self.first_step
         return not self.finished() or overdue
 
     def due(self, every: int) -> bool:
-        """Return whether what happens every so many steps, and at the end, is due."""
+        """Return whether it is time for what happens every `every` steps, and at the end of the run."""
         return self.finished() or self.trainer.state.step % every == 0
 
     def must_roll_back(self) -> bool:
-        """Return whether to go back now. A run that is out of time does not: it keeps the weights from before the bad steps."""
+        """Return whether to roll back. A run that is out of time does not; it keeps the weights from before the bad steps."""
         out_of_time = self.finished() and self.train.max_minutes is not None
         return self.trainer.pending_rollback is not None and not out_of_time
 
     def should_save(self, improved: bool) -> bool:
-        """Return whether a checkpoint is due. During a bad streak none is: a rollback needs one from before it."""
+        """Return whether to save. Not during a bad streak, because a rollback needs an older checkpoint."""
         wanted = self.due(self.train.save_every) or improved
         return self.finished() or (wanted and not self.trainer.state.skipped_in_a_row)
 
     def agree(self) -> int:
-        """Return the signal that any rank has got, or 0. All ranks go by the main rank's clock."""
+        """Return the signal that any rank has received, or 0. Set the elapsed time of all ranks to the main rank's."""
         world, state = self.trainer.world, self.trainer.state
         number, elapsed_s = world.max([self.stop.signal or 0, state.elapsed_s if world.main else 0.0])
         state.elapsed_s = elapsed_s
         return int(number)
 
-    # -- what the loop does -------------------------------------------------------------------------------------------
+    # -- actions ------------------------------------------------------------------------------------------------------
 
     def step(self) -> float:
-        """Launch a step; finish those before it, or all if their figures are wanted. Return the seconds."""
+        """Launch a step; finish the steps before it, or all if their results are needed now. Return the seconds."""
         trainer, train = self.trainer, self.train
         started = time.perf_counter()
         self.window.launched.append(trainer.launch_step())
         every, step = (train.log_every, train.eval_every, train.save_every), trainer.state.step
         wanted = step == train.max_steps or any(step % n == 0 for n in every)
-        # a GPU computes this step while the one before is read
+        # a GPU computes this step while the one before is finished
         self.finish_launched(keep=1 if trainer.runtime.asynchronous and not wanted else 0)
         seconds = time.perf_counter() - started
         trainer.state.elapsed_s += seconds
@@ -153,7 +154,7 @@ class TrainingLoop:
         return seconds
 
     def finish_launched(self, keep: int = 0) -> None:
-        """Finish the launched steps except the newest `keep`; report and record those that were skipped."""
+        """Finish the launched steps except the newest `keep`. Report and record the skipped ones."""
         trainer, window = self.trainer, self.window
         while len(window.launched) > keep:
             step = window.launched.popleft()
@@ -175,7 +176,7 @@ class TrainingLoop:
                 )
 
     def write_log(self) -> None:
-        """Write the figures of the window, unless all of its steps were skipped, and begin a new one."""
+        """Log the averages of the window and begin a new window. Do nothing if all its steps were skipped."""
         trainer, state, window = self.trainer, self.trainer.state, self.window
         if not window.n_targets:
             return
@@ -204,7 +205,7 @@ class TrainingLoop:
         return result
 
     def evaluate_and_compare(self) -> bool:
-        """Evaluate, and return whether the loss is the best so far; then `state.best` is this step."""
+        """Evaluate, and return whether the loss is the best so far. If it is, set `state.best` to this step."""
         state = self.trainer.state
         state.last_eval, state.last_eval_step = self.evaluate(), state.step
         loss = state.last_eval["val_loss"]

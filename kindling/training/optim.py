@@ -2,9 +2,9 @@
 
     for optimizer in make_optimizers(model, cfg.train, torch.float32): optimizer.step()
 
-Both can be told on the device, by `found_inf`, to leave everything as it is, as `torch.amp.GradScaler` tells them: so a bad step
-is skipped without the host waiting for the device to say that it was bad. Both take parameters that are divided over processes
-(runs/fsdp.py), and then update the part that is theirs.
+Both read `found_inf`, a tensor on the device, as `torch.amp.GradScaler` sets it. If it is not 0, a step changes nothing. So a bad
+step is skipped without waiting for the device. Both accept parameters that are sharded over processes (runs/fsdp.py), and then
+update the part of this process.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from torch.distributed import ProcessGroup
 from config import TrainConfig
 from model import LanguageModel
 
-# (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X; Jordan et al. 2024: a slope at zero as steep as it can be, so that five
-# iterations bring singular values from 0.01 to 1 near to 1, without converging to it
+# (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X (Jordan et al. 2024). The slope at zero is as steep as possible: five iterations
+# bring all singular values between 0.01 and 1 close to 1, though they do not converge to 1
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrices x (N, rows, columns), each with all its singular values brought near to 1, computed in `dtype`.
+    """Return the matrices x (N, rows, columns) with all their singular values brought close to 1, computed in `dtype`.
 
-    The polar factor by a Newton-Schulz iteration (Jordan et al. 2024); values of under a hundredth of the norm stay smaller.
+    This approximates the polar factor by a Newton-Schulz iteration (Jordan et al. 2024). Singular values below a hundredth of
+    the norm stay smaller.
     """
     tall = x.size(-2) > x.size(-1)
     y = (x.mT if tall else x).to(dtype)  # (N, short, long)
@@ -42,16 +43,16 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def orthogonalize_rows(x: Tensor, n_rows: int, group: ProcessGroup, dtype: torch.dtype) -> Tensor:
-    """Do what `orthogonalize` does to matrices whose `n_rows` rows are divided over the processes of `group`.
+    """Orthogonalise, as `orthogonalize` does, matrices whose `n_rows` rows are divided over the processes of `group`.
 
-    x (N, own rows, columns), divided as `torch.chunk` divides. The matrices are shared out: each process is sent the whole of
-    its N / size, orthogonalises them, and sends every other process its rows, so no product is computed twice.
+    x is (N, own rows, columns), divided as by `torch.chunk`. Each process receives N / size whole matrices, orthogonalises
+    them, and sends the rows back. So no product is computed twice.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     N, _, C = x.shape
     most = -(-n_rows // size)
-    rows = [max(0, min(most, n_rows - r * most)) for r in range(size)]  # that each process holds
-    share = [N * (r + 1) // size - N * r // size for r in range(size)]  # matrices that each orthogonalises
+    rows = [max(0, min(most, n_rows - r * most)) for r in range(size)]  # of each process
+    share = [N * (r + 1) // size - N * r // size for r in range(size)]  # whole matrices that each process receives
     out = [n * rows[rank] * C for n in share]
     back = [share[rank] * n * C for n in rows]
     own, whole = x.to(dtype).flatten(), x.new_empty(sum(back), dtype=dtype)
@@ -66,23 +67,23 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is orthogonalised (Jordan et al. 2024), with decoupled weight decay.
 
     An update has spectral norm `lr` * sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised together, so a
-    step is a few large products instead of many small ones; torch.optim.Muon computes them one by one, and in bfloat16 also
-    where the hardware has to emulate it.
+    step is a few large products instead of many small ones. torch.optim.Muon computes them one by one, and always in
+    bfloat16, even where the hardware must emulate it.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then leaves `found_inf` to us, rather than waiting for it
+    _step_supports_amp_scaling = True  # then GradScaler does not wait for `found_inf`, but leaves it to `step`
     found_inf: Tensor | None = None
 
     def __init__(
         self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
     ):
-        """`params` are matrices; `dtype` is that of the orthogonalisation."""
+        """`params` are matrices. They are orthogonalised in `dtype`."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every matrix; do nothing if `found_inf` holds anything but 0."""
+        """Update every matrix. If `found_inf` is not 0, change nothing."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -98,10 +99,10 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         grads = [p.grad for p in params]
         mesh = getattr(params[0], "device_mesh", None)
-        if mesh is not None:  # DTensors: of each matrix, this process has and updates some rows
+        if mesh is not None:  # DTensors: this process has some rows of each matrix
             params, buffers, grads = ([t.to_local() for t in tensors] for tensors in (params, buffers, grads))
         good = None if self.found_inf is None else self.found_inf == 0
-        if good is not None:  # a multiplication would keep NaN
+        if good is not None:  # not a product: NaN * 0 is NaN
             grads = [torch.where(good, g, b) for g, b in zip(grads, buffers, strict=True)]  # the buffer stays as it is
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (N, rows, columns)
@@ -120,10 +121,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: LanguageModel, cfg: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Return AdamW over all parameters, or AdamW over the rest and Muon over the blocks' matrices, in this order.
+    """Return [AdamW] for all parameters, or [AdamW, Muon] with Muon for the matrices of the blocks.
 
-    Embeddings and head may have rates of their own; a head that is tied is an embedding. Weight decay touches matrices only.
-    Each group keeps its peak rate as `peak_lr`. `dtype` is that of Muon's products.
+    Embeddings and head may have learning rates of their own. A tied head counts as an embedding. Only matrices have weight
+    decay. Each group keeps its peak rate as `peak_lr`. Muon computes its products in `dtype`.
     """
     inside = {id(p) for part in model.compilable() for p in part.parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

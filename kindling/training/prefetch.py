@@ -1,4 +1,4 @@
-"""Rows of the next step, read on a thread while this step is computed."""
+"""Reads the rows of the next step on a thread while this step is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kindling.data.shards import Batch, Batches
 class Prefetch:
     """Reads the rows of the next step on a thread while this step is computed.
 
-    Rows are a function of their position alone, so nothing depends on when they are read.
+    A row depends on its row index alone, so it does not matter when it is read.
     """
 
     def __init__(self, batches: Batches):
@@ -19,7 +19,7 @@ class Prefetch:
         self._next: tuple[range, Future[Batch]] | None = None
 
     def take(self, rows: range, then: range) -> Batch:
-        """Return the rows at these positions, and begin to read those that are wanted `then`."""
+        """Return the rows with these row indices, and begin to read the rows `then`, which the next call asks for."""
         if self._next is not None and self._next[0] == rows:
             batch = self._next[1].result()
         else:

@@ -1,4 +1,4 @@
-"""The flight recorder: which files were in the batch of a step that was skipped.
+"""Records which documents were in the batch of a skipped step.
 
     recorder = FlightRecorder(run.path, batches)
     recorder.record(step=7, first_row=192, n_rows=32, loss=math.nan, grad_norm=math.inf, limit=9.1)
@@ -8,12 +8,12 @@ appends a line to `skipped.jsonl` of the run:
     {"step": 7, "first_row": 192, "n_rows": 32, "loss": "nan", "grad_norm": "inf", "limit": 9.1, "documents": [
       {"row": 192, "at": "train:51200", "tokens": 318, "key": "lib/a.py", "source": "files", "language": "python"}, ...]}
 
-`row` is the row's position in the run, `at` and `tokens` say which part of the document is in the row: what
-`data_pipeline.py --locate train:51200` finds, and `--explain lib/a.py` tells more of. A number that JSON has no form for
-is a string, "nan", "inf" or "-inf".
+`row` is the row index. `at` and `tokens` say which part of the document is in the row: its first token in the split, and
+the number of tokens. `data_pipeline.py --locate train:51200` finds the document of a token, `--explain lib/a.py` says more
+about a document. Numbers that JSON cannot hold are strings: "nan", "inf" or "-inf".
 
-A run that is resumed appends to the file, so a step that is done again may be in it twice. Limits: each line reads the data
-folder's log of documents, which takes seconds for each million of them; the log must still be there.
+A resumed run appends to the file, so a step that is done again may be in it twice. Limits: each line reads the data
+folder's log of documents, which must still exist and takes seconds per million documents.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ SKIPPED = "skipped.jsonl"
 
 
 class FlightRecorder:
-    """Writes down what was in a skipped step. It costs nothing until then, and whatever fails in it costs no run."""
+    """Records what was in a skipped step. It costs nothing until then, and an error in it never ends the run."""
 
     def __init__(self, run_path: Path, batches: Batches):
         """Rows that are not traceable, as those of a test, are recorded without their documents."""
         self.path, self.batches = run_path / SKIPPED, batches
 
     def record(self, *, step: int, first_row: int, n_rows: int, loss: float, grad_norm: float, limit: float) -> None:
-        """Append the line of a step, whose rows are at first_row to first_row + n_rows - 1 of the run.
+        """Append the line of a step. Its rows have the row indices first_row to first_row + n_rows - 1.
 
-        Where the documents are not to be found, `documents` has the positions alone, or nothing, and `note` says why. A line
-        that cannot be written is a warning.
+        If documents cannot be found, `documents` has their positions only, or is empty, and `note` says why. If the line
+        cannot be written, print a warning.
         """
         numbers = {"loss": loss, "grad_norm": grad_norm, "limit": limit}
         line: dict[str, Any] = {"step": step, "first_row": first_row, "n_rows": n_rows}
@@ -66,7 +66,7 @@ class FlightRecorder:
             found = documents_within(self.batches.dataset.folder, split, [tokens for _, tokens in parts])
             if not all(found):
                 note = {"note": "the log of documents has none at some of these positions"}
-        except Exception as e:  # whatever it is, it must not end the run
+        except Exception as e:  # no error in here may end the run
             split, found = "train", [[] for _ in parts]
             note = {"note": f"the documents are not known: {one_line(e)}"}
         return {
@@ -75,7 +75,7 @@ class FlightRecorder:
 
 
 def _cut(row: int, split: str, tokens: range, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the documents of one range of a row, as far as they are in it; without documents, the range itself."""
+    """Return the documents of one range of a row, cut to the range. Without documents, return the range itself."""
     out = []
     for line in lines or [{"start": tokens.start, "tokens": len(tokens)}]:
         start, stop = max(tokens.start, line["start"]), min(tokens.stop, line["start"] + line["tokens"])

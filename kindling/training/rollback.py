@@ -1,7 +1,8 @@
 """Going back to an older checkpoint after too many skipped steps in a row.
 
-A single bad step is skipped (guard.py). Many in a row mean that the weights are bad, or the data are: the run then goes back
-to the newest checkpoint from before the first of them, and leaves their rows out. After MAX_ROLLBACKS it ends.
+A single bad step is skipped (guard.py). Many in a row mean that the weights or the data are bad. The run then goes back to
+the newest checkpoint from before the first of them, and leaves their rows out. If this happens more than MAX_ROLLBACKS times,
+the run ends.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ MAX_ROLLBACKS = 3
 
 
 class TrainingError(KindlingError):
-    """A run that cannot go on."""
+    """A run cannot continue."""
 
 
 class Rollback(NamedTuple):
-    """Too many skipped steps in a row, so that the run must go back."""
+    """A series of skipped steps that is long enough for the run to go back."""
 
     n_steps: int
     first_step: int
@@ -33,7 +34,7 @@ class Rollback(NamedTuple):
 
 
 def rollback_after(state: TrainingState, train: TrainConfig, row: int) -> Rollback | None:
-    """Return the rollback that is due after the step whose batch began at `row`; None if there is none."""
+    """Return the rollback that is due after the step whose batch begins at `row`, or None."""
     if state.skipped_in_a_row < train.max_skipped_steps:
         return None
     return Rollback(state.skipped_in_a_row, *state.streak, state.next_row(row, train.batch_size))
@@ -42,9 +43,9 @@ def rollback_after(state: TrainingState, train: TrainConfig, row: int) -> Rollba
 def checkpoint_before(
     rollback: Rollback, run: RunDirectory, state: TrainingState, train: TrainConfig, world: World
 ) -> Path:
-    """Return the newest checkpoint from before the skipped steps; later ones are renamed. Every rank must call it.
+    """Return the newest checkpoint from before the skipped steps, and rename later ones. Every rank must call it.
 
-    Raises TrainingError if there is none, or the run went back too often.
+    Raises TrainingError if there is none, or after MAX_ROLLBACKS rollbacks.
     """
     folder = None
     if state.rollbacks < MAX_ROLLBACKS:
@@ -52,8 +53,8 @@ def checkpoint_before(
     if folder is None:
         again = f" after {state.rollbacks} roll-backs" if state.rollbacks else ""
         raise TrainingError(
-            f"training must skip fewer than {train.max_skipped_steps} steps in a row, but skipped {rollback.n_steps}{again}: "
-            f"their loss or gradient was not finite, or a spike; go on with --train.precision fp32 or --train.spike-ratio 0, "
+            f"training must skip fewer than {train.max_skipped_steps} steps in a row, but skipped {rollback.n_steps}{again} "
+            f"(loss or gradient not finite, or a gradient spike); resume with --train.precision fp32 or --train.spike-ratio 0, "
             f"or start over with --fresh and a lower --train.lr or --train.eps 1e-5"
         )
     return folder
@@ -62,7 +63,7 @@ def checkpoint_before(
 def after_rollback(
     loaded: TrainingState, before: TrainingState, rollback: Rollback, train: TrainConfig
 ) -> TrainingState:
-    """Return the state to go on from: the checkpoint's, without the bad rows, and with what was counted since.
+    """Return the state to continue from: the checkpoint's, with the bad rows excluded and the counts kept.
 
     `loaded` is the state in the checkpoint, `before` the state at the time of the rollback.
     """

@@ -1,4 +1,4 @@
-"""How much of a run is done, by steps or by the clock, and the learning rate that follows from it."""
+"""The learning-rate schedule, and the fraction of a run that is done, by steps or by time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 from config import TrainConfig
 
-LONGEST_WARMUP = 0.1  # of a run by the clock
+LONGEST_WARMUP = 0.1  # as a fraction of `max_minutes`
 
 
 def share_done(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
-    """Return which share of the run is done, 0 to 1: of its minutes where `max_minutes` is set, else of its steps."""
+    """Return the fraction of the run that is done, 0 to 1: of its minutes if `max_minutes` is set, else of its steps."""
     if cfg.max_minutes is not None:
         return min(1.0, elapsed_s / (60 * cfg.max_minutes))
     assert cfg.max_steps is not None, "Config.with_steps sets it"
@@ -20,8 +20,9 @@ def share_done(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
 def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
     """Return the factor on the peak learning rate at `step` (from 0): linear warmup, then decay to `min_lr_ratio`.
 
-    The decay takes the last `decay_share` of what follows the warmup, and before it the rate stays at its peak. By the clock it
-    takes that share of the whole time, and the warmup at most a tenth of it, so that few slow steps end annealed too.
+    The decay takes the last `decay_share` of the steps after the warmup. Until then the rate stays at its peak. In a run of
+    `max_minutes` the decay takes this share of the whole time, and the warmup at most a tenth of it. So a run of few slow
+    steps, too, ends with a low rate.
     """
     warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     if cfg.max_minutes is not None:
@@ -33,7 +34,7 @@ def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
 
 
 def _decay(progress: float, cfg: TrainConfig) -> float:
-    """Return the factor after the warmup, of which the share `progress` is done."""
+    """Return the factor of the decay. `progress` is the fraction done, 0 to 1, of the part after the warmup."""
     progress = max(0.0, 1 - (1 - progress) / cfg.decay_share)
     if cfg.schedule == "cosine":
         decay = 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""One stage of training, from its config to the saved weights: the same for main.py and for sft_train.py.
+"""One stage of training, from its config to the saved weights. main.py and sft_train.py share it.
 
 exit_code = train_stage(cfg, fresh, report)                 # pre-training
 exit_code = train_stage(cfg, fresh, report, base=run)       # fine-tuning of another run
@@ -27,7 +27,7 @@ def train_stage(
 ) -> int:
     """Prepare the data, start or resume the run of `cfg`, train it to its end, and report. Return the exit code.
 
-    `report` prints samples and figures, and returns the commands to try next. With `base`, the run that is fine-tuned,
+    `report` prints samples and figures, and returns the commands to try next. `base` is the run to fine-tune; with it,
     every example is audited before the first step.
     """
     started = time.perf_counter()
@@ -51,7 +51,7 @@ def train_stage(
 
 
 def audit_examples(cfg: Config, rows: PackedBlocks | ExampleRows, tokenizer: Tokenizer) -> None:
-    """Show the examples of all splits, and check every one. Raises AuditError."""
+    """Print figures of all splits and one example, and check every example. Raises AuditError."""
     assert isinstance(rows, ExampleRows), "fine-tuning has examples"
     dataset = rows.examples
     require_template(dataset.manifest, cfg.data.template)
@@ -68,11 +68,11 @@ def audit_examples(cfg: Config, rows: PackedBlocks | ExampleRows, tokenizer: Tok
 
 
 def describe(trainer: Trainer, rows: PackedBlocks | ExampleRows, base: RunDirectory | None) -> str:
-    """Return the line that says what is trained: parameters, hardware, length, and the size of an epoch."""
+    """Return the line about what is trained: parameters, hardware, length, and the size of an epoch."""
     cfg, runtime = trainer.cfg, trainer.runtime
     of_base = "" if base is None else f" of {base.path}"
     ranks = f", on {runtime.world.size} ranks" if runtime.world.size > 1 else ""
-    # of fine-tuning no tokens, as its rows need not be full
+    # rows of examples may have padding, so their tokens are not counted
     epoch = f"{rows.n_rows * cfg.model.block_size:,} tokens" if base is None else f"{rows.n_rows:,} rows"
     return (
         f"{trainer.run.path}: {trainer.model.n_parameters():,} parameters{of_base} on {runtime.device.type} in "
@@ -81,7 +81,7 @@ def describe(trainer: Trainer, rows: PackedBlocks | ExampleRows, base: RunDirect
 
 
 def length(cfg: Config) -> str:
-    """Return how long a run is, for a person to read."""
+    """Return the length of a run as a text: tokens and steps, or minutes."""
     train = cfg.train
     if train.max_minutes is not None:
         return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
@@ -90,7 +90,7 @@ def length(cfg: Config) -> str:
 
 
 def train_to_end(trainer: Trainer) -> int:
-    """Train to the end, unless that is reached already; return the exit code, and say what another start would do."""
+    """Train to the end, unless the run is complete already. Print how to go on, and return the exit code."""
     state = trainer.state
     if trainer.share() >= 1:
         more = "max-steps" if trainer.train.max_minutes is None else "max-minutes"
@@ -102,13 +102,13 @@ def train_to_end(trainer: Trainer) -> int:
             print(f"stopped and saved at step {trainer.state.step}; the same command resumes")
             return code
     state = trainer.state  # a rollback replaces it
-    if not state.last_eval or state.last_eval_step != state.step:  # such as after a lower max_steps
+    if not state.last_eval or state.last_eval_step != state.step:  # for example after max_steps was lowered
         state.last_eval, state.last_eval_step = trainer.evaluate(trainer.model), state.step
     return 0
 
 
 def effort(trainer: Trainer, digest: str, seconds: float) -> str:
-    """Return the line with the time it took, `seconds` in all, the skipped steps, and the digest of the final state."""
+    """Return the line with the time of training, the `seconds` of the whole stage, skipped steps, and the state's digest."""
     state = trainer.state
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
     took = f"{state.elapsed_s:.0f} s of training, {seconds:.0f} s since the start"

@@ -1,7 +1,8 @@
-"""Starts a run, or resumes it from its newest checkpoint; the same for pre-training and for fine-tuning.
+"""Starts a run, or resumes it from its newest checkpoint, in pre-training and in fine-tuning.
 
-In the order of a call: is the run resumed or new, and may it be (`may_resume`); its data (`training_data`, `training_rows`);
-its model, weights and trainer (`start_or_resume`). What may differ between a run and its resumption is decided here.
+In the order of the calls: `may_resume` decides between the two and checks the config, `training_data` and `training_rows`
+open the data, `start_or_resume` makes the model and the trainer and loads the weights. HARMLESS and ALLOWED are the settings
+that a resumed run may change.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kindling.training.trainer import Trainer, require_shareable
 from kindling.training.validation import validate
 from model import LanguageModel, build_model
 
-# settings that a resumed run may change: these keep every bit of the result
+# settings that a resumed run may change. These keep every bit of the result
 HARMLESS = {"data.workers"} | {
     f"train.{field}"
     for field in (
@@ -45,7 +46,7 @@ HARMLESS = {"data.workers"} | {
         "activation_checkpointing",
     )
 }
-# these may change it, and print a note
+# the others may change the result, and print a note
 ALLOWED = HARMLESS | {
     f"train.{field}"
     for field in (
@@ -56,9 +57,9 @@ ALLOWED = HARMLESS | {
 
 
 def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
-    """Return whether to resume the run, rather than start a new one.
+    """Return True to resume the run, False to start a new one.
 
-    Raises KindlingError, before any long work, if it cannot be resumed with this config, or a new one cannot start.
+    Raises KindlingError, before any long work, if the run cannot be resumed with this config, or a new run cannot start.
     """
     resuming = run.exists() and not fresh
     if resuming:
@@ -71,7 +72,7 @@ def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
         source = Path(cfg.train.init_from)
         if hf_format.holds_model(source):
             _weights_of_hub(source, cfg.model)
-            if cfg.tokenizer.kind == "pretrained":  # one that is trained is not there yet
+            if cfg.tokenizer.kind == "pretrained":  # a tokenizer that is trained does not exist yet
                 hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
         else:
             find_run(source)
@@ -79,7 +80,7 @@ def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
 
 
 def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
-    """Print every setting that differs from the run's own. Raises KindlingError for those that would make it another run."""
+    """Print the settings that differ from the saved ones. Raises KindlingError if one of them must not change."""
     changes = changed_fields(saved, given)
     changes.pop("name", None)
     said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
@@ -87,7 +88,7 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
     if refused:
         raise KindlingError(
             f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
-            f"take them back, or use another --name, or start over with --fresh"
+            f"undo these changes, or use another --name, or start over with --fresh"
         )
     for field, text in said.items():
         print(
@@ -98,7 +99,7 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
 
 @contextlib.contextmanager
 def locked(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
-    """Lock the run for this process and the other ranks, and give the answer of `may_resume`, which may raise."""
+    """Hold the run's lock on the main rank, and yield the result of `may_resume` on every rank. Raises what either raises."""
     with contextlib.ExitStack() as stack:
 
         def lock_and_ask() -> bool:
@@ -109,9 +110,10 @@ def locked(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterato
 
 
 def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | None = None) -> TokenDataset:
-    """Open the training shards of `cfg`, building them if need be; or of a resumed `run`, those that it was started with.
+    """Open the training shards of `cfg`; build them first if they do not exist.
 
-    `tokenizer` as in `build.prepare`. Raises DataError if the shards of a resumed run are gone and would be others now.
+    A resumed `run` gets the shards that it was started with. `tokenizer` as in `build.prepare`. Raises DataError if those
+    shards are gone and a new build gives others.
     """
     if run is None:
         return open_split(cfg, prepare(cfg, tokenizer), "train")
@@ -120,7 +122,7 @@ def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | 
     if not folder.is_dir():
         folder = prepare(cfg, tokenizer)
     dataset = open_split(cfg, folder, "train")
-    # some runs are older than the table of documents, which is not trained on
+    # shards of old versions have no table of documents; training does not read it
     began, found = (replace(SplitInfo(**m["splits"]["train"]), table=None) for m in (manifest, dataset.manifest))
     if began != found:
         raise DataError(
@@ -131,7 +133,7 @@ def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | 
 
 
 def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
-    """Return the rows of a run of `cfg` in the order of training."""
+    """Return the rows that a run of `cfg` trains on, in their order."""
     model, train = cfg.model, cfg.train
     if isinstance(dataset, Examples):
         return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
@@ -146,7 +148,7 @@ def start_or_resume(
     rows: PackedBlocks | ExampleRows,
     world: World = ALONE,
 ) -> Trainer:
-    """Return a trainer at the run's newest whole checkpoint, or at the start of a new run, whose folder it creates.
+    """Return a trainer at the run's newest whole checkpoint, or at step 0. The folder of a new run is created.
 
     Every rank of `world` must call it.
     """
@@ -173,7 +175,7 @@ def start_or_resume(
     trainer.state.initial_sha256 = initial_sha256
     if folder is not None and saved is not None:
         trainer.resume(folder, saved)
-    elif world.rank:  # the weights are the same on every rank, but dropout is not
+    elif world.rank:  # ranks have the same weights, but different dropout
         device.seed_rank(cfg.train.seed, 0, world.rank)
     return trainer
 
@@ -186,15 +188,15 @@ def _saved_threads(environment: dict[str, Any], world: World) -> int | None:
 
 
 def new_model(cfg: Config, runtime: Runtime) -> LanguageModel:
-    """Build the model with random weights of the config's seed."""
+    """Return the model on its device, with random weights from the config's seed."""
     device.seed_all(cfg.train.seed)
     return build_model(cfg.model).to(runtime.device)
 
 
 def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer) -> str:
-    """Replace the weights by those of the run or hub folder `source`; return their sha256.
+    """Load the weights of the run or hub folder `source` into the model; return their sha256.
 
-    Raises CheckpointError if there are none, or the tokenizer of `source` is another.
+    Raises CheckpointError if `source` has none, or has another tokenizer.
     """
     if hf_format.holds_model(hub := Path(source)):
         hf_format.require_same_tokenizer(hub, tokenizer)
@@ -208,7 +210,7 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
         )
     if run.tokenizer().sha256 != tokenizer.sha256:
         raise CheckpointError(
-            f"train.init_from must name a run with the same tokenizer, but that of {run.path} is another; use it here with "
+            f"train.init_from must name a run with the same tokenizer, but {run.path} has another one; use that one with "
             f"--tokenizer.kind pretrained --tokenizer.path {run.path / 'tokenizer.json'}"
         )
     load_weights(folder, model)
@@ -216,10 +218,10 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
 
 
 def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
-    """Return the weights of a hub folder; raise CheckpointError, naming each setting and its flag, if its shape is another."""
+    """Return the weights of a hub folder. Raises CheckpointError, with the flags to set, if its shape differs from `cfg`."""
     shape, weights = hf_format.read(folder)
     names = differing(shape, cfg)
-    if "learned" not in (shape.position, cfg.position):  # then no weight depends on the length of the context
+    if "learned" not in (shape.position, cfg.position):  # without learned positions no weight depends on block_size
         names = [name for name in names if name != "block_size"]
     if names:
         its, ours = ([getattr(c, MEANING.get(name, name)) for name in names] for c in (shape, cfg))
@@ -232,7 +234,7 @@ def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def require_same_start(run: RunDirectory, source: str | None, began_with: str | None) -> None:
-    """Raise CheckpointError if a begun run started from other weights than its source has now; a source may be gone."""
+    """Raise CheckpointError if `source` now has other weights than the run started from. It may also be gone."""
     if source is None or began_with is None:
         return
     try:

@@ -6,43 +6,43 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# a field's name in the file, where it is another: files of earlier versions have it
+# fields with another name in the file, the name that earlier versions of the code gave them
 NAMES_IN_FILE = {"row_index": "position", "excluded_rows": "avoided"}
 
 
 @dataclass
 class TrainingState:
-    """The position of a run: with weights, optimisers, random state, config and data, all that its future depends on."""
+    """The progress of a run. With weights, optimisers, random state, config and data, it determines every later step."""
 
     step: int = 0
     """Optimiser steps done, skipped ones included."""
     row_index: int = 0
     """The row of the data at which the next batch begins."""
     elapsed_s: float = 0.0
-    """Seconds of steps and of compiling, over all sessions. Evaluating and saving do not count."""
+    """Seconds spent on steps and on compiling, in all sessions. Evaluating and saving do not count."""
     best: dict[str, float] | None = None
     """`step` and `val_loss` of the best checkpoint that is on disk."""
     first_eval: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the first step, where the weights come from another run."""
+    """The evaluation before the first step, if the weights come from another run."""
     last_eval: dict[str, float] = field(default_factory=dict)
     """The newest evaluation."""
     last_eval_step: int | None = None
     """The step of the newest evaluation."""
     initial_sha256: str | None = None
-    """sha256 of the weights that the run started from, where they come from another run."""
+    """sha256 of the weights that the run started from, if they come from another run."""
     skipped: int = 0
     """Steps that were skipped: the loss or the gradient was not finite, or the gradient norm was an outlier."""
     skipped_in_a_row: int = 0
     """Skipped steps since the last good one."""
     streak: tuple[int, int] = (0, 0)
-    """The first of the steps that were skipped in a row: its number, and its first row."""
+    """The first step of the current series of skipped steps: its number and its first row."""
     excluded_rows: list[tuple[int, int]] = field(default_factory=list)
     """Ranges of rows (first, end) that a rollback left out."""
     rollbacks: int = 0
     """How often the run went back to an older checkpoint."""
 
     def next_row(self, row: int, batch_size: int) -> int:
-        """Return the row at which the batch after the one at `row` begins. Excluded rows are passed over."""
+        """Return the row at which the batch after the one at `row` begins. Excluded rows are left out."""
         row += batch_size
         for first, end in sorted(self.excluded_rows):
             if first <= row < end:
@@ -60,12 +60,12 @@ class TrainingState:
         self.skipped += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the state as plain values, by the names in the file."""
+        """Return the state as plain values, under the names in the file."""
         return {NAMES_IN_FILE.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TrainingState:
-        """Read what `to_dict` wrote, or an earlier version of the code, whose files lack some fields."""
+        """Return the state that `to_dict` saved. Files of earlier versions of the code may lack some fields."""
         values = {
             name: saved[key] for name in cls.__dataclass_fields__ if (key := NAMES_IN_FILE.get(name, name)) in saved
         }

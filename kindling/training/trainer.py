@@ -1,10 +1,10 @@
 """A run in progress: one optimiser step, saving, resuming, rolling back. The loop over steps is in loop.py.
 
 A run is a pure function of its config and data: the learning rate follows from the step, the batch from one integer (the
-index of its first row), dropout from a random state that is saved. So on a CPU a run that was stopped and resumed ends in
-the same bits as one that was not, with the same number of threads and of ranks (a GPU's kernels may add in another order).
-Losses are sums. They are divided once, by the supervised tokens of the whole step over all ranks, so that neither
-accumulation nor the number of ranks changes more than the rounding.
+index of its first row), dropout from a random state that is saved. So on a CPU, with the same number of threads and ranks,
+a run that was stopped and resumed ends with the same bits as one that was not. (A GPU's kernels may add in another order.)
+Losses are sums. They are divided once, by the number of supervised tokens of the whole step on all ranks. So accumulation
+and the number of ranks change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LaunchedStep(NamedTuple):
 
 
 def require_shareable(cfg: Config, runtime: Runtime) -> None:
-    """Raise ConfigError if the ranks cannot share the run: they do not divide its batch, or it is fp16 with FSDP."""
+    """Raise ConfigError if the batch cannot be divided by the number of ranks, or if fp16 is combined with FSDP."""
     ranks, train = runtime.world.size, cfg.train
     must = f"a multiple of the {ranks} ranks"
     mend = "set --train.batch-size, or start another number of ranks"
@@ -85,7 +85,7 @@ class Trainer:
     ):
         """`cfg` must have its number of steps (`Config.with_steps`).
 
-        Raises ConfigError if the ranks cannot share the run.
+        Raises ConfigError as `require_shareable` does.
         """
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.evaluate = model, batches, evaluate
@@ -98,7 +98,7 @@ class Trainer:
         if sharded := ranks > 1 and cfg.train.parallel == "fsdp":
             shard(model, ranks, torch.bfloat16 if runtime.precision == "bf16" else None)
         self.optimizers = make_optimizers(model, cfg.train, runtime.product_dtype)
-        # DDP averages gradients over the ranks, FSDP adds them up: the loss is scaled so that both give the sum
+        # DDP averages gradients over the ranks, FSDP sums them: with this scale both give the sum
         self.ddp_model = model if ranks == 1 or sharded else replicated(model, runtime.device)
         self.loss_scale = 1 if ranks == 1 or sharded else ranks
         self.prefetch = Prefetch(batches)
@@ -107,7 +107,7 @@ class Trainer:
         self.recorder = FlightRecorder(run.path, batches)
         self.state = TrainingState()
         self.pending_rollback: Rollback | None = None  # set after too many bad steps in a row; later steps are ignored
-        self.rate_scale = 0.0  # factor on the peak learning rates, of the newest step
+        self.rate_scale = 0.0  # factor on the peak learning rates at the newest step
         self.compiled = False
         self.resumed_environment: dict[str, Any] = {}
 
@@ -118,7 +118,7 @@ class Trainer:
         return {
             **self.state.to_dict(),
             "guard": self.guard.state_dict(),
-            # with FSDP they are saved beside the weights, each rank's part
+            # with FSDP each rank saves its part of them beside the weights
             "optimizers": [] if self.train.parallel == "fsdp" else [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": self.world.gather(device.rng_state(self.runtime)),
@@ -126,9 +126,9 @@ class Trainer:
         }
 
     def save(self, required: bool = False) -> bool:
-        """Save a checkpoint, delete old ones, return True. A failure is a warning and False, unless `required`.
+        """Save a checkpoint, delete old ones, and return True. If saving fails, warn and return False; raise if `required`.
 
-        Every rank must call it; the main one writes.
+        Every rank must call it. Without FSDP only the main rank writes.
         """
         step, contents, failure = self.state.step, self.saved_state(), None
         try:
@@ -149,7 +149,7 @@ class Trainer:
         return True
 
     def resume(self, folder: Path, saved: dict[str, Any]) -> None:
-        """Go on from a verified checkpoint, of which `saved` is the training state (`load_state`). Every rank must call it."""
+        """Restore a verified checkpoint; `saved` is its training state (`load_state`). Every rank must call it."""
         self._load(folder, saved)
         self.resumed_environment = saved["environment"]
 
@@ -176,9 +176,9 @@ class Trainer:
             device.seed_rank(self.train.seed, self.state.step, self.world.rank)
 
     def roll_back(self) -> None:
-        """Go back to the newest checkpoint from before the skipped steps. Their rows are left out from now on.
+        """Restore the newest checkpoint from before the skipped steps. Their rows are left out from now on.
 
-        Raises TrainingError if that was done too often, or there is no such checkpoint.
+        Raises TrainingError if there is no such checkpoint, or after too many rollbacks.
         """
         rollback, before = self.pending_rollback, self.state
         assert rollback is not None
@@ -192,11 +192,11 @@ class Trainer:
         )
 
     def environment(self) -> dict[str, Any]:
-        """Return what the run's bits depend on besides config and data."""
+        """Return what else the exact bits of the run depend on, besides config and data."""
         return {**self.runtime.describe(), "compiled": self.compiled}
 
     def whole_model(self) -> LanguageModel:
-        """Return the model for all that is not training: itself, or if it is sharded a copy from the newest checkpoint."""
+        """Return a model for anything but training: this one, or if it is sharded, a whole one from the newest checkpoint."""
         return load_model(self.run, self.runtime.device)[0] if is_sharded(self.model) else self.model
 
     def digest(self) -> str:
@@ -211,7 +211,7 @@ class Trainer:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def share(self) -> float:
-        """Return which share of the run is done, 0 to 1."""
+        """Return the fraction of the run that is done, 0 to 1."""
         return share_done(self.state.step, self.state.elapsed_s, self.train)
 
     def _rank_range(self, row: int) -> range:
@@ -219,10 +219,10 @@ class Trainer:
         return rows_of_rank(row, self.train.batch_size, self.world.rank, self.world.size)
 
     def forward_backward(self, synchronized: bool = True) -> tuple[Tensor, int]:
-        """Add up the gradients of the step's mean loss; return that loss (a tensor) and the supervised tokens of all ranks.
+        """Accumulate the gradients of the step's mean loss; return this loss (a tensor) and the supervised tokens of all ranks.
 
-        The ranks exchange gradients once, in the backward pass of the last micro-batch. Without `synchronized` they do not,
-        unless the model is sharded.
+        The ranks exchange gradients once, in the backward pass of the last micro-batch. Without `synchronized` they exchange
+        nothing, unless the model is sharded, and the figures are those of this rank.
         """
         row = self.state.row_index
         next_row = self.state.next_row(row, self.train.batch_size)
@@ -244,16 +244,16 @@ class Trainer:
         return total, n_targets
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a backward pass in which the ranks exchange gradients, or of one that only adds them up."""
-        synchronize_gradients(self.model, wanted)  # where it is sharded
+        """Return the context for a backward pass that exchanges gradients between ranks, or only accumulates them."""
+        synchronize_gradients(self.model, wanted)  # no effect on a model that is not sharded
         replicas = self.ddp_model is not self.model
         return self.ddp_model.no_sync() if replicas and not wanted else contextlib.nullcontext()
 
     def launch_step(self) -> LaunchedStep:
-        """Do one optimiser step without waiting for the device; `finish_step` reads how it went.
+        """Do one optimiser step without waiting for the device; `finish_step` reads its results.
 
-        If the loss or the gradient norm is not finite, or the norm is an outlier, weights and optimisers stay as they are.
-        The device decides that.
+        If the loss or the gradient norm is not finite, or the norm is an outlier, weights and optimisers do not change. The
+        device itself checks this.
         """
         state = self.state
         self.rate_scale = learning_rate_scale(state.step, state.elapsed_s, self.train)
@@ -266,12 +266,12 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self.rate_scale
-            # as GradScaler.step does for optimisers that support it, but the same for both of them, and in every precision
+            # as GradScaler.step does, but in every precision, and with one value for both optimisers
             optimizer.found_inf = bad
             if self.runtime.skips_steps or not bad.item():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()  # after a skip too: it lowers the scale, and the next unscale_ needs it
+        self.scaler.update()  # after a skipped step too: it lowers the scale, and the next unscale_ needs it
         state.step += 1
         step = LaunchedStep(loss, norm, n_targets, state.step, state.row_index, norm_limit)
         state.row_index = state.next_row(state.row_index, self.train.batch_size)
@@ -298,14 +298,14 @@ class Trainer:
     # -- compiling ----------------------------------------------------------------------------------------------------
 
     def compile(self) -> bool:
-        """Compile the model and run one batch through it; if that fails, warn and stay uncompiled. Return which it was."""
+        """Compile the model and try it on one batch. If that fails, warn and go on uncompiled. Return whether it worked."""
         reason = ""
         with self.preserve_state():
             try:
                 device.trust_compiler()
                 self.model.compile_parts()
                 self.forward_backward(synchronized=False)  # a rank that fails must not leave the others waiting
-            except Exception as e:  # a compiler's failures have no common class
+            except Exception as e:  # compiler errors have no common class
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         reasons = [said for said in self.world.gather(reason) if said]
         if reasons:

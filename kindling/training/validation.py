@@ -1,4 +1,4 @@
-"""The loss of a model on a batch, and on the whole of a held-out split; of several ranks, each computes its share.
+"""The loss of a model on a batch, and on a whole held-out split. Several ranks share the work.
 
 validate(model, run.heldout("val"), runtime)["val_bits_per_byte"]
 """
@@ -22,7 +22,7 @@ VALIDATION_ROWS = 16
 
 
 def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of a batch, and its number of supervised tokens; all of training and validation comes here."""
+    """Return the summed loss of a batch and its number of supervised tokens, for training and for validation."""
     idx, targets, positions = (
         None if rows is None else device.to_device(rows, runtime) for rows in batch
     )  # (B, T) each
@@ -31,9 +31,10 @@ def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[T
 
 
 def share_of_rank(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
-    """Yield every so many-th batch, and True; each rank gets as many, as all take part in each pass of a sharded model.
+    """Yield the batches of this rank, every `world.size`-th one, each with True.
 
-    Where the last round does not go up, a rank has a batch of another's with False: it is not to be counted.
+    All ranks get the same number, since all take part in every pass of a sharded model. If the last round is short, spare
+    ranks get a batch with False: it is computed but not counted.
     """
     turn: list[Batch] = []
     for batch in batches:
@@ -51,7 +52,7 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) 
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    shown = None if runtime.world.main else True  # None: where there is a terminal
+    shown = None if runtime.world.main else True  # None: shown if there is a terminal
     share = share_of_rank(batches, runtime.world)
     for batch, counts in tqdm(share, desc="evaluating", unit="batch", leave=False, disable=shown):
         loss, n = summed_loss(model, batch, runtime)
@@ -65,8 +66,8 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) 
 def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
     """Return loss (nats a token), perplexity and bits per byte over the whole of one split.
 
-    Bits per byte counts every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of examples: of the
-    responses), and so compares across tokenizers.
+    Bits per byte divides the loss of all supervised tokens, with end-of-text, by the UTF-8 bytes of the documents (of the
+    responses, if the split has examples). So it can be compared across tokenizers.
     """
     loss, count = mean_loss(model, dataset.in_order(model.cfg, VALIDATION_ROWS), runtime)
     bits_per_byte = loss * count / math.log(2) / dataset.info.bytes

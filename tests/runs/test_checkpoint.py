@@ -62,7 +62,7 @@ def test_five_hundred_flips_and_truncations_are_all_found_and_the_one_before_is_
             verify(newest)
         except CheckpointError as e:
             assert "\n" not in str(e)
-        else:  # the manifest's own bytes may change without a change of meaning
+        else:  # a change in the manifest may leave its meaning the same
             assert path.name == "manifest.json" and weights_of(newest) == 3
         path.write_bytes(originals[path])
     (newest / "model.safetensors").write_bytes(bytes(len(originals[newest / "model.safetensors"])))
@@ -102,7 +102,7 @@ def test_nothing_stands_under_the_final_name_before_the_rename(run, monkeypatch)
     monkeypatch.undo()
     assert run.newest().name == "step_000003"
     run.save(5, model_of(5), {})
-    assert not list(run.path.glob(".partial*"))  # the next save clears what the killed one left
+    assert not list(run.path.glob(".partial*"))  # the next save removes what the killed one left
 
 
 def test_too_little_space_is_noticed_before_writing(run, monkeypatch):
@@ -119,7 +119,7 @@ def test_pruning_keeps_the_newest_and_the_best(run):
 
 
 def test_pruning_never_counts_a_damaged_later_checkpoint_as_the_newest(run):
-    run.prune(keep=1, best_step=None, newest_step=2)  # the run fell back behind step 3 and has just saved step 2
+    run.prune(keep=1, best_step=None, newest_step=2)  # the run fell back to before step 3 and has just saved step 2
     assert [p.name for p in run.checkpoints()] == ["step_000002", "step_000003"]
 
 
@@ -151,7 +151,7 @@ def test_an_evil_pickle_is_refused_and_never_run(run, tmp_path):
         ("model.safetensors", pickle.dumps(Evil(tmp_path / "canary"))),
     ):
         (newest / name).write_bytes(evil)
-        with pytest.raises((CheckpointError, SafetensorError)):  # refused even where the manifest is not asked
+        with pytest.raises((CheckpointError, SafetensorError)):  # refused even without the manifest
             load_state(newest) if name == "state.pt" else load_weights(newest, model_of(0))
     assert run.newest().name == "step_000002"
     assert not (tmp_path / "canary").exists()
@@ -172,7 +172,7 @@ def test_weights_of_another_shape_are_refused_by_name(run):
 
 
 def test_saves_that_are_killed_leave_only_whole_checkpoints(tmp_path):
-    """Forked savers in a tight loop, each killed at a random moment: what stands under its name verifies."""
+    """Forked processes save in a tight loop and are killed at random moments. Every folder with a final name must verify."""
     run, rng, acknowledged = RunDirectory(tmp_path / "run"), random.Random(1), 0
     for _ in range(25):
         reader, writer = os.pipe()

@@ -1,6 +1,6 @@
 """fsdp.py: two processes against one, their checkpoints at any world size, and what must be refused.
 
-The processes run once for all tests (sharded_worker.py), while this one does the same alone.
+Two processes run once for all tests (sharded_worker.py), while this process does the same work alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = list(ARCHITECTURES)
 
 
 class Outcome(NamedTuple):
-    """What was left by the two processes, by rank, and by one."""
+    """The results of the two processes, by rank, and of this one."""
 
     folder: Path
     two: list[dict[str, Any]]
@@ -41,7 +41,7 @@ def outcome(tmp_path_factory) -> Outcome:
     started = [subprocess.Popen([sys.executable, str(worker), str(folder), str(rank)]) for rank in range(WORLD)]
     one, runs = {}, {}
     try:
-        for name in NAMES:  # while they import
+        for name in NAMES:  # while the others import torch
             runs[name] = run = Run(name)
             one[name] = {"losses": run.train(SAVED_AT), "validation_loss": run.validate(), "norm": run.norm}
             run.save(folder / f"{name}-by-1")
@@ -123,7 +123,7 @@ def test_a_state_loaded_after_validation_is_the_one_that_trains_on(outcome):
 
 @pytest.mark.parametrize(
     ("name", "within"), [("gpt2", 3e-2), ("llama", 2e-3)]
-)  # biases are rounded here, not in autocast
+)  # sharding rounds biases to bfloat16, autocast does not
 def test_bfloat16_keeps_float32_weights_and_has_about_the_losses_of_autocast_in_one_process(outcome, name, within):
     run = Run(name)
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,7 +148,7 @@ def test_trouble_of_one_process_is_one_line_in_all(outcome):
 
 
 class Evil:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -171,7 +171,7 @@ def test_no_pickle_is_executed_in_place_of_any_file_nor_beside_them(copied, tmp_
     evil = pickle.dumps(Evil(mark))
     names = [path.name for path in sorted(copied.iterdir())]
     assert {Path(name).suffix for name in names} == {".safetensors", ".json"} and len(names) == 5
-    (copied / ".metadata").write_bytes(evil)  # what torch's own reader unpickles
+    (copied / ".metadata").write_bytes(evil)  # torch's own reader unpickles this file
     loaded(copied)
     for name in names:
         good = (copied / name).read_bytes()
@@ -182,7 +182,7 @@ def test_no_pickle_is_executed_in_place_of_any_file_nor_beside_them(copied, tmp_
     loaded(copied)
     assert not mark.exists()
     pickle.loads(evil)
-    assert mark.exists()  # so it would have been seen
+    assert mark.exists()  # so a pickle that runs would have been noticed
 
 
 def test_a_missing_part_is_refused_whichever_it_is(copied):

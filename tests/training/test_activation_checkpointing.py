@@ -1,4 +1,4 @@
-"""model.py: blocks that are computed again in the backward pass instead of being remembered."""
+"""model.py: blocks that are computed again in the backward pass, so that their activations need not be stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(cfg: ModelConfig, recompute: bool) -> LanguageModel:
 
 
 def batch(cfg: ModelConfig, masked: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Two rows, the first of three documents, and their positions where those are masked from each other."""
+    """Two rows, the first with three documents, and their positions if documents are masked from each other."""
     idx = torch.randint(EOS + 1, cfg.vocab_size, (2, cfg.block_size), generator=torch.Generator().manual_seed(1))
     idx[0, [7, 20]] = EOS
     targets = idx.roll(-1, 1)
@@ -43,7 +43,7 @@ def batch(cfg: ModelConfig, masked: bool) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def step(model: LanguageModel, masked: bool = False, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """Return the loss of one forward pass and the gradients of its backward pass, and what is drawn at random after them."""
+    """Return the loss and the gradients of one forward and backward pass, and a random number drawn after it."""
     torch.manual_seed(7)
     model.zero_grad()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -57,7 +57,7 @@ def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 
 def saved_bytes(model: LanguageModel) -> int:
-    """Return how much a forward pass keeps for the backward pass, besides the weights."""
+    """Return the bytes that a forward pass stores for the backward pass, besides the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -69,7 +69,7 @@ def saved_bytes(model: LanguageModel) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.hidden(batch(model.cfg, False)[0])
-    assert hidden.requires_grad  # and alive until here, so that no storage's address was used twice
+    assert hidden.requires_grad  # and still alive, so that no storage address was used twice
     return sum(saved.values())
 
 
@@ -87,7 +87,7 @@ def test_the_gradients_are_the_same_bits_in_bf16(name):
     cfg = MODELS[name]
     plain, again = (step(build(cfg, recompute), dtype=torch.bfloat16) for recompute in (False, True))
     assert_same_bits(plain, again)
-    assert not torch.equal(plain[0], step(build(cfg, False))[0])  # it was another precision
+    assert not torch.equal(plain[0], step(build(cfg, False))[0])  # the precision was really another
 
 
 @pytest.mark.parametrize("name", MODELS)

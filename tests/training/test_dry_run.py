@@ -42,7 +42,7 @@ def measured_dry(cfg, limit_s=1.0) -> str:
 
 
 def linear(per_row: int, pass_s: float = 0.0):
-    """A model whose passes take 1000 bytes and `per_row` for each row."""
+    """Measure a model whose passes take 1000 bytes, plus `per_row` for each row."""
     return lambda size: Measurement(size, pass_s * size, 1000 + per_row * size)
 
 

@@ -25,7 +25,7 @@ BAD = st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0])
 
 
 def judge(guard: SpikeGuard, norms: list[float], first: int = 0) -> list[bool]:
-    """Run a stream through a guard as the trainer does; return which steps were good."""
+    """Give a series of norms to a guard as the trainer does. Return for each step whether it was good."""
     out = []
     for step, norm in enumerate(norms, first):
         out.append(norm <= guard.limit(step))
@@ -34,7 +34,7 @@ def judge(guard: SpikeGuard, norms: list[float], first: int = 0) -> list[bool]:
 
 
 def fed(norms: list[float], ratio: float = 10, first: int = 0) -> SpikeGuard:
-    """Return a guard that took every one of these for good."""
+    """Return a guard that was given these norms as good ones."""
     guard = SpikeGuard(ratio)
     for step, norm in enumerate(norms, first):
         guard.add(step, norm, True)
@@ -59,7 +59,7 @@ def test_the_window_is_full_for_the_step_after_the_newest_too():
 
 def test_nothing_is_an_outlier_before_the_window_is_warm():
     guard = SpikeGuard(10)
-    assert all(judge(guard, [1.0] * (WARM - 1) + [1e6, 1e6]))  # of these the second is judged by WARM - 1 of its own
+    assert all(judge(guard, [1.0] * (WARM - 1) + [1e6, 1e6]))  # for the second, too, only WARM - 1 good norms count
     guard = fed([1.0] * WARM)
     assert guard.limit(WARM - 1 + LAG) == 10 and guard.limit(WARM - 2 + LAG) == math.inf
 
@@ -75,7 +75,7 @@ def test_a_ratio_of_zero_lets_every_norm_pass_but_goes_on_counting_them():
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf, 1e4])
 @pytest.mark.parametrize("at", [WARM + LAG, WINDOW + 1, 400])
 def test_one_bad_norm_is_one_bad_step(rubbish, at):
-    """OLMo-core's window takes the NaN in, and skips the 128 steps after it as well."""
+    """OLMo-core adds the NaN to its window, and so skips the 128 steps after it as well."""
     norms = wave(600)
     norms[at] = rubbish
     good = judge(SpikeGuard(10), norms)
@@ -139,7 +139,7 @@ def test_a_run_that_is_resumed_anywhere_is_judged_as_one_that_was_not(norms, dat
     whole, first, second = SpikeGuard(10), SpikeGuard(10), SpikeGuard(10)
     good = judge(whole, spiky)
     assert judge(first, spiky[:at]) == good[:at]
-    second.add(10**6, 3.0, True)  # of its own, which loading takes away
+    second.add(10**6, 3.0, True)  # a norm of its own, which loading removes
     second.load_state_dict(first.state_dict())
     assert judge(second, spiky[at:], first=at) == good[at:]
     assert second.state_dict() == whole.state_dict()
@@ -164,7 +164,7 @@ def test_norms_that_jump_for_good_are_skipped_until_someone_rolls_back():
 
 
 def test_a_real_run_has_no_outlier():
-    """Each tenth gradient norm of a run of the demo preset; the most that one comes to is 1.6 times the median."""
+    """Every tenth gradient norm of a run of the demo preset. The largest is 1.6 times the median."""
     norms = [float(norm) for norm in DEMO_NORMS.split()]
     good = [judge(SpikeGuard(ratio), norms) for ratio in (10, 2)]
     assert all(map(all, good))

@@ -1,4 +1,4 @@
-"""recorder.py: what was in a skipped step; and the ways from a row to its documents."""
+"""recorder.py: what was in a skipped step, and how to get from a row to its documents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A data folder of documents of LENGTHS, in which token i of the train split is i, and its log."""
+    """A data folder with documents of LENGTHS and their log. Token i of the train split is i."""
     folder = tmp_path_factory.mktemp("documents")
     log, writers = DocumentLog(folder), {split: ShardWriter(folder, split, np.dtype("<u2")) for split in SPLITS}
     for number, length in enumerate(LENGTHS):
@@ -56,7 +56,7 @@ def blocks(folder) -> PackedBlocks:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> Examples:
-    """A data folder of conversations, with their log."""
+    """A data folder with conversations and their log."""
     folder = tmp_path_factory.mktemp("examples")
     log, writers = DocumentLog(folder), {split: ExampleWriter(folder, split, np.dtype("<u2")) for split in SPLITS}
     for number, exchanges in enumerate(conversations()):
@@ -74,7 +74,7 @@ def examples(tmp_path_factory) -> Examples:
 
 
 def recorded(path: Path, batches, first_row: int = 0, n_rows: int = 4, **numbers: float) -> dict:
-    """Record a step, and return the newest line of the file, which must be JSON as the standard has it."""
+    """Record a step, and return the newest line of the file. It must be standard JSON, without NaN."""
     numbers = {"loss": 1.5, "grad_norm": math.inf, "limit": 9.0} | numbers
     FlightRecorder(path, batches).record(step=7, first_row=first_row, n_rows=n_rows, **numbers)
     text = (path / SKIPPED).read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def recorded(path: Path, batches, first_row: int = 0, n_rows: int = 4, **numbers
 
 
 def spans(line: dict) -> list[tuple[int, range]]:
-    """Return for each document of a line its row, and which tokens of the split are in it."""
+    """Return for each document of a line its row, and its range of tokens of the split."""
     starts = [int(d["at"].removeprefix("train:")) for d in line["documents"]]
     return [(d["row"], range(start, start + d["tokens"])) for d, start in zip(line["documents"], starts)]
 
@@ -118,7 +118,7 @@ def test_another_thread_that_asks_about_another_epoch_changes_no_row(kind, block
     expected = [batches.tokens_of(position) for position in range(batches.n_rows)]
 
     class Interrupted(type(batches)):
-        """Rows whose order is that of the second epoch again after each look at it, as if by another thread."""
+        """Rows whose order is set to the second epoch after each access, as another thread could do."""
 
         second = 1, np.zeros(batches.n_rows, dtype=np.int64)
 
@@ -135,7 +135,7 @@ def test_another_thread_that_asks_about_another_epoch_changes_no_row(kind, block
     other = Interrupted(source, BLOCK, seed=3) if kind == "blocks" else Interrupted(source, 128, seed=0)
     assert [other.tokens_of(position) for position in range(batches.n_rows)] == expected
     other._order = 0, np.random.default_rng([other.seed, 0]).permutation(other.n_rows)
-    assert other.tokens_of(0) == expected[0]  # where the order was the right one at the first look
+    assert other.tokens_of(0) == expected[0]  # if the order was right at the first access
 
 
 # -- from tokens to documents -----------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_a_full_disk_is_a_warning_and_leaves_no_half_line(blocks, tmp_path, monk
     before = (tmp_path / SKIPPED).read_bytes()
 
     class Full:
-        """A file that takes ten bytes more."""
+        """A file with room for ten more bytes."""
 
         def __init__(self, *args, **kwargs):
             self.file = open(*args, **kwargs)
@@ -275,7 +275,7 @@ def test_a_flip_of_any_byte_of_the_log_is_an_error_of_one_line_or_changes_nothin
     for at in range(len(content)):
         (tmp_path / DOCUMENTS).write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
         try:
-            assert list(read_documents(tmp_path)) == lines  # as after a flip of the header's time
-        except DataError:  # also for zlib's own error, which is no OSError
+            assert list(read_documents(tmp_path)) == lines  # for example after a flip in the time in the header
+        except DataError:  # zlib's own error, which is no OSError, becomes a DataError too
             refused += 1
     assert refused >= len(content) - 10  # a gzip header has ten bytes

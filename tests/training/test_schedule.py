@@ -1,4 +1,4 @@
-"""schedule.py: the share of a run that is done, and the learning rate."""
+"""schedule.py: the fraction of a run that is done, and the learning rate."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_run_keeps_the_tables_of_its_held_out_documents(corpus, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def hub(corpus, tmp_path_factory):
-    """A folder as the hub serves it, of the tiny shape with another seed, and the config of a run that starts from it."""
+    """A hub folder with weights of the tiny shape and another seed, and the config of a run that starts from it."""
     root = tmp_path_factory.mktemp("hub")
     folder = root / "model"
     folder.mkdir()

@@ -27,11 +27,11 @@ from kindling.training.trainer import Trainer
 from kindling.training.validation import mean_loss, validate
 from model import build_model
 
-EOS = 5  # end of text, of which only the document mask takes notice
+EOS = 5  # end of text; only the document mask uses it
 
 
 class Numbers:
-    """A corpus of pseudo-random tokens, as a TokenDataset is one."""
+    """Pseudo-random tokens, with the interface of a TokenDataset."""
 
     split = "train"
 
@@ -59,7 +59,7 @@ def make_trainer(path, cfg, batches=None, model_seed=0):
 
 
 class Uneven:
-    """Rows whose numbers of supervised tokens differ, a micro-batch without any among them."""
+    """Rows with different numbers of supervised tokens. One micro-batch has none."""
 
     def rows(self, first, count):
         idx = np.random.default_rng(first).integers(0, 512, (count, 33))
@@ -181,7 +181,7 @@ RESUME = dict(max_steps=30, batch_size=4, micro_batch_size=2, optimizer="muon", 
 
 
 def stop_during(trainer, step, number=signal.SIGTERM):
-    """Have the real signal arrive while a step of the trainer is under way."""
+    """Send a real signal to this process during a step of the trainer."""
     launch = trainer.launch_step
 
     def launch_and_stop():
@@ -193,7 +193,7 @@ def stop_during(trainer, step, number=signal.SIGTERM):
 
 
 def interrupted(path, cfg, stop_step, number=signal.SIGTERM):
-    """Train until a signal arrives during `stop_step`, then return a trainer with other weights that took the run up."""
+    """Train until a signal arrives during `stop_step`. Return a new trainer with other weights, ready to resume the run."""
     blocks = PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
     first = make_trainer(path, cfg, blocks)
     stop_during(first, stop_step, number)
@@ -333,7 +333,7 @@ def test_validation_with_the_document_mask_is_the_loss_of_the_documents_one_by_o
     rng = np.random.default_rng(0)
     writers = {split: ShardWriter(tmp_path, split, np.dtype("<u2")) for split in SPLITS}
     for writer in writers.values():
-        for length in (3, 50, 1, 20, 44, 9):  # longer than a block, and empty
+        for length in (3, 50, 1, 20, 44, 9):  # some longer than a block, one of a single token
             ids = rng.integers(EOS + 1, 16, length)
             writer.add(np.append(ids, EOS).astype(np.uint32), n_bytes=length)
         writer.flush()
@@ -412,7 +412,7 @@ def test_metrics_have_the_promised_fields_and_a_resumed_run_has_each_step_once(c
     trainer, folder, state = interrupted(tmp_path / "r", cfg, 13)
     with open(
         trainer.run.path / "metrics.jsonl", "a", encoding="utf-8"
-    ) as f:  # a killed run wrote on past its checkpoint
+    ) as f:  # as a run that was killed after its last checkpoint
         f.write(json.dumps({"step": 15, "loss": 0.0}) + "\n" + '{"step": 16, "lo')
     trainer.resume(folder, state)
     fit(trainer)
@@ -476,7 +476,7 @@ def test_metrics_that_cannot_be_written_cost_a_warning_and_not_the_run(corpus, t
     assert len(warnings) == 1 and trainer.run.newest().name == "step_000012"
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # pytest's form of the traceback
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # how pytest shows the traceback
 def test_a_tensorboard_that_cannot_write_costs_a_warning_and_no_traceback(corpus, tmp_path, monkeypatch, capfd):
     from tensorboard.compat.tensorflow_stub.io import gfile
 
@@ -524,7 +524,7 @@ def test_a_save_that_fails_midway_is_a_warning_and_the_last_one_an_error(corpus,
 
 
 class Clock:
-    """A clock that a test moves: each step and each reading of its result take their time."""
+    """A clock that a test moves. Each step, and each read of its result, takes some time."""
 
     def __init__(self, trainer, monkeypatch, step_s, read_s=0.0):
         self.now, launch, read = 0.0, trainer.launch_step, trainer.finish_step
@@ -655,7 +655,7 @@ def test_rows_are_read_ahead_and_are_the_same_when_the_position_jumps(corpus, tm
 
 
 def spoil(trainer, factor, rows):
-    """Multiply the loss of the steps whose first row is one of `rows` by a factor, which their gradients then have too."""
+    """Multiply the loss, and so the gradients, of the steps whose first row is one of `rows` by a factor."""
 
     def hook(module, args, output):
         return (output[0] * factor, output[1]) if trainer.state.row_index in rows else output
@@ -706,7 +706,7 @@ def test_after_some_skipped_steps_the_run_goes_back_and_leaves_out_their_rows(co
     assert skipped == [13, 14, 15]
 
 
-@pytest.mark.parametrize("first", [10, 12])  # the checkpoint is that of step 10: right before the bad rows, or not
+@pytest.mark.parametrize("first", [10, 12])  # the checkpoint is of step 10: right before the bad rows, or earlier
 def test_a_run_that_went_back_is_the_run_that_never_had_those_rows(corpus, tmp_path, first):
     went_back = spoiled(tmp_path / "a", corpus, steps=range(first, first + 3))
     fit(went_back)
@@ -745,7 +745,7 @@ def test_going_back_puts_later_checkpoints_out_of_the_way(corpus, tmp_path, caps
     trainer = spoiled(tmp_path / "r", corpus)
     later = trainer.run.save(
         14, trainer.model, trainer.saved_state()
-    )  # as a signal between the skipped steps leaves one
+    )  # as if a signal had come between the skipped steps
     fit(trainer)
     assert trainer.state.rollbacks == 1 and not later.exists()
     assert (tmp_path / "r" / "abandoned-step_000014").is_dir()
