@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.dry_run:
         from kindling import device
         from kindling.distributed import require_one
-        from kindling.runs.checkpoint import RUNS, RunDirectory
+        from kindling.runs.checkpoint import RUNS, RunDirectory, step_of
         from kindling.training.dry_run import dry_run
         from kindling.training.start_or_resume import new_model
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
         saved = [] if flags.fresh else RunDirectory(RUNS / flags.config.run_name).checkpoints()
-        done = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        done = step_of(saved[-1]) if saved else 0
         print(dry_run(flags.config, new_model(flags.config, runtime), runtime, done))
         print(f"this was a dry run: nothing was written; next: python main.py --preset {flags.config.preset}")
         return 0

@@ -185,7 +185,7 @@ def refusals(rank: int, folder: Path) -> dict:
         try:
             call()
             out[what] = ""
-        except fsdp.ShardedError as e:
+        except fsdp.CheckpointError as e:
             out[what] = str(e)
     return out
 

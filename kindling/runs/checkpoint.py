@@ -31,7 +31,7 @@ from kindling.distributed import ALONE, MainFailed, World
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
 from kindling.runs import fsdp
-from kindling.runs.fsdp import ShardedError
+from kindling.runs.fsdp import CheckpointError
 from kindling.tokenization.tokenizer import Tokenizer, load_json
 from model import LanguageModel, build_model
 
@@ -39,10 +39,6 @@ RUNS = Path("runs")
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 SHARDED = "sharded"  # the folder that holds weights and optimiser state of a run with `train.parallel` fsdp
 SEAL = "# sha256 of the lines below: "  # the first line of a config.yaml
-
-
-class CheckpointError(KindlingError):
-    """A run or checkpoint cannot be found, trusted, written or loaded."""
 
 
 class RunDirectory:
@@ -156,8 +152,8 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoint folders, oldest first, not verified."""
-        found = {p: p.name.removeprefix("step_") for p in self.path.glob("step_*") if p.is_dir()}
-        return sorted((p for p, step in found.items() if step.isdigit()), key=lambda p: int(found[p]))
+        folders = (p for p in self.path.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+        return sorted(folders, key=step_of)
 
     def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
         """Write the checkpoint of `step` and return its folder. If this fails, the older checkpoints are unchanged.
@@ -199,13 +195,8 @@ class RunDirectory:
         partial = self.path / f".partial-step_{step:06d}"
         try:
             yield partial
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-            ShardedError,
-            MainFailed,
-        ) as e:  # a full disk can raise any of them
+        # a full disk can raise any of these
+        except (OSError, RuntimeError, SafetensorError, CheckpointError, MainFailed) as e:
             if world.main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -249,7 +240,7 @@ class RunDirectory:
 
     def prune(self, keep: int, best_step: int | None, newest_step: int) -> None:
         """Delete checkpoints up to `newest_step`, except the best and the newest `keep`. Later ones are damaged: keep them."""
-        steps = {int(folder.name.removeprefix("step_")): folder for folder in self.checkpoints()}
+        steps = {step_of(folder): folder for folder in self.checkpoints()}
         for step in [step for step in steps if step <= newest_step][:-keep]:
             if step != best_step:
                 old = steps[step]
@@ -266,7 +257,7 @@ class RunDirectory:
         With `before`, only those of earlier steps count. Warns about each damaged one that is newer. Raises CheckpointError
         if all are damaged.
         """
-        folders = [p for p in self.checkpoints() if before is None or int(p.name.removeprefix("step_")) < before]
+        folders = [p for p in self.checkpoints() if before is None or step_of(p) < before]
         problems = []
         for folder in reversed(folders):
             try:
@@ -287,7 +278,7 @@ class RunDirectory:
         """Return the newest whole checkpoint of a step before `before`. Rename the later ones, so that no run resumes them."""
         folder = self.newest(before)
         for later in self.checkpoints() if folder is not None else []:
-            if int(later.name.removeprefix("step_")) >= before:
+            if step_of(later) >= before:
                 target = later.with_name(f"abandoned-{later.name}")
                 shutil.rmtree(target, ignore_errors=True)
                 later.rename(target)
@@ -296,6 +287,11 @@ class RunDirectory:
                     file=sys.stderr,
                 )
         return folder
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint, from the name of its folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -349,7 +345,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         weights, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
     except (OSError, SafetensorError, ValueError, KeyError) as e:
         raise CheckpointError(
-            f"{folder / WEIGHTS} must be a whole safetensors file, but is not ({' '.join(str(e).split())[:120]}); "
+            f"{folder / WEIGHTS} must be a whole safetensors file, but is not ({one_line(e, 120)}); "
             f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
         ) from None
     if weights.keys() != parameters.keys():
@@ -373,10 +369,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.opti
 
     Every rank of a sharded model must call it. Raises CheckpointError as `load_weights` does.
     """
-    try:
-        fsdp.load(folder / SHARDED, model, optimizers)
-    except ShardedError as e:
-        raise CheckpointError(str(e)) from None
+    fsdp.load(folder / SHARDED, model, optimizers)
 
 
 def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
@@ -389,7 +382,7 @@ def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
         raise CheckpointError(
-            f"{folder / STATE} must hold tensors and plain values only, but does not ({' '.join(str(e).split())[:120]}); "
+            f"{folder / STATE} must hold tensors and plain values only, but does not ({one_line(e, 120)}); "
             f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
         ) from None
 

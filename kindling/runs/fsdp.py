@@ -45,8 +45,8 @@ STATE = (
 WEIGHTS_FILE, STATE_FILE = 1, 2  # numbers in the names of parts: weights can be read without optimiser state
 
 
-class ShardedError(KindlingError):
-    """A sharded checkpoint that cannot be trusted, written, or loaded into this model."""
+class CheckpointError(KindlingError):
+    """A run or checkpoint cannot be found, trusted, written or loaded."""
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
 def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
     """Create the folder of a checkpoint, with all values that are not tensors. One process calls it, before all call `save`.
 
-    It is separate from `save`, where a process that fails would leave the others waiting. Raises ShardedError.
+    It is separate from `save`, where a process that fails would leave the others waiting. Raises CheckpointError.
     """
     reshard(model)
     descriptions = [_describe(number, model, optimizer)[1] for number, optimizer in enumerate(optimizers)]
@@ -150,7 +150,7 @@ def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
 def save(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
     """Write weights and optimiser state into a folder from `begin`. Every process must call it, and writes its part.
 
-    It syncs the files to disk, but not the folder. Raises ShardedError in every process if one of them cannot write its part.
+    It syncs the files to disk, but not the folder. Raises CheckpointError in every process if one of them cannot write its part.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -171,7 +171,7 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
     """Load a checkpoint, from any number of processes, into a model: whole, or sharded over any number of processes.
 
     Every process of a sharded model must call it. A whole model needs no process group. Without optimisers only weights are
-    read. Raises ShardedError unless the parts are complete and match the model's names and shapes. Model and optimisers may
+    read. Raises CheckpointError unless the parts are complete and match the model's names and shapes. Model and optimisers may
     then be partly loaded.
     """
     reshard(model)
@@ -207,7 +207,7 @@ def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
 def full_weights(folder: Path) -> dict[str, Tensor]:
     """Return the whole weights of a checkpoint, by name, on the CPU. Needs no process group.
 
-    Raises ShardedError unless the parts are complete.
+    Raises CheckpointError unless the parts are complete.
     """
     with _refusing(f"{folder} must be a whole checkpoint", "use an older one"):
         saved = {name: t for name, t in _saved(folder).items() if not _is_state(name)}
@@ -302,7 +302,7 @@ def _read(folder: Path, tensors: dict[str, Tensor], distributed: bool) -> None:
 
 @contextlib.contextmanager
 def _refusing(must: str, mend: str) -> Iterator[None]:
-    """Turn any failure, in any process, into a ShardedError of one line."""
+    """Turn any failure, in any process, into a CheckpointError of one line."""
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
 
     try:
@@ -311,6 +311,6 @@ def _refusing(must: str, mend: str) -> Iterator[None]:
             yield
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
-        raise ShardedError(f"{must}, but is not ({one_line(error)}); {mend}") from None
+        raise CheckpointError(f"{must}, but is not ({one_line(error)}); {mend}") from None
     except Exception as e:  # a full disk, a damaged header, another model: no common class
-        raise ShardedError(f"{must}, but is not ({one_line(e)}); {mend}") from None
+        raise CheckpointError(f"{must}, but is not ({one_line(e)}); {mend}") from None

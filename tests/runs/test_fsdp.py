@@ -20,7 +20,7 @@ from conftest import ROOT
 from sharded_worker import ARCHITECTURES, READY, SAVED_AT, STEPS, WORLD, Run
 
 from kindling.runs import fsdp
-from kindling.runs.fsdp import ShardedError, full_weights
+from kindling.runs.fsdp import CheckpointError, full_weights
 from model import build_model
 
 NAMES = list(ARCHITECTURES)
@@ -176,7 +176,7 @@ def test_no_pickle_is_executed_in_place_of_any_file_nor_beside_them(copied, tmp_
     for name in names:
         good = (copied / name).read_bytes()
         (copied / name).write_bytes(evil)
-        with pytest.raises(ShardedError):
+        with pytest.raises(CheckpointError):
             loaded(copied)
         (copied / name).write_bytes(good)
     loaded(copied)
@@ -189,7 +189,7 @@ def test_a_missing_part_is_refused_whichever_it_is(copied):
     for part in sorted(copied.iterdir()):
         content = part.read_bytes()
         part.unlink()
-        with pytest.raises(ShardedError, match="must be a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="must be a whole checkpoint"):
             loaded(copied)
         part.write_bytes(content)
 
@@ -197,22 +197,22 @@ def test_a_missing_part_is_refused_whichever_it_is(copied):
 def test_a_part_of_another_number_of_processes_is_refused(copied, outcome):
     (other,) = (outcome.folder / "gpt2-by-1").glob("*model-00001*")
     shutil.copyfile(other, copied / "other.safetensors")
-    with pytest.raises(ShardedError, match="another checkpoint's"):
+    with pytest.raises(CheckpointError, match="another checkpoint's"):
         full_weights(copied)
 
 
 def test_another_model_is_refused_with_the_name_of_what_differs(outcome):
     cfg = ARCHITECTURES["gpt2"][0]
     for other, name in ((replace(cfg, n_layer=3), "blocks.2"), (replace(cfg, vocab_size=300), "wte.weight")):
-        with pytest.raises(ShardedError, match=name):
+        with pytest.raises(CheckpointError, match=name):
             fsdp.load(outcome.folder / "gpt2-by-2", build_model(other))
 
 
 def test_other_optimisers_are_refused(outcome):
     modern, folder = Run("modern"), outcome.folder / "modern-by-2"
-    with pytest.raises(ShardedError, match="2 optimisers and not 1"):
+    with pytest.raises(CheckpointError, match="2 optimisers and not 1"):
         fsdp.load(folder, modern.model, modern.optimizers[:1])
-    with pytest.raises(ShardedError, match="other parameters or settings"):
+    with pytest.raises(CheckpointError, match="other parameters or settings"):
         fsdp.load(folder, modern.model, modern.optimizers[::-1])
 
 
