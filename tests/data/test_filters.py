@@ -1,4 +1,7 @@
+import contextlib
+import sys
 import time
+import warnings
 
 import pytest
 from hypothesis import given
@@ -177,6 +180,44 @@ def test_cutting_the_headers_of_real_modules_leaves_them_valid(corpus):
 )
 def test_strangers_code_cannot_break_the_syntax_filter(text):
     assert syntax_error(text)
+
+
+@contextlib.contextmanager
+def parser_limits(calls: int, digits: int):
+    """What another library of this process may have set."""
+    before = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    sys.setrecursionlimit(calls), sys.set_int_max_str_digits(digits)
+    try:
+        yield
+        assert (sys.getrecursionlimit(), sys.get_int_max_str_digits()) == (calls, digits)
+    finally:
+        sys.setrecursionlimit(before[0]), sys.set_int_max_str_digits(before[1])
+
+
+def called_deeper(n: int, text: str) -> str | None:
+    """What the filter says when it is called with `n` more calls under way, each of them through C."""
+    return syntax_error(text) if n == 0 else next(map(lambda _: called_deeper(n - 1, text), [0]))
+
+
+@pytest.mark.parametrize(("calls", "digits"), [(600, 4300), (1000, 640), (2000, 0), (20_000, 100_000)])
+def test_what_the_syntax_filter_says_is_a_function_of_the_text(calls, digits):
+    n_refused = next(n for n in range(2900, 3100) if syntax_error("not " * n + "x"))
+    expected = {
+        "not " * 100 + "x": "None",
+        "not " * (n_refused - 1) + "x": "None",
+        "not " * n_refused + "x": "RecursionError",
+        "not " * 5000 + "x": "RecursionError",
+        "x" + "+1" * (n_refused - 1): "None",
+        "1" * 4300: "None",
+        "1" * 4301: "line 1: Exceeds the limit",
+        "'\\d'": "None",  # a warning
+        "x =": "line 1: invalid syntax",
+    }
+    for n in (0, 40):
+        with parser_limits(calls, digits), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = {text: str(called_deeper(n, text)) for text in expected}
+        assert all(found[text].startswith(words) for text, words in expected.items()), list(found.values())
 
 
 def test_compiling_does_not_run_the_code(tmp_path):
