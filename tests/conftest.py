@@ -223,16 +223,16 @@ def script(
     )
 
 
-def signal_at_step(step: int, number: int) -> str:
-    """Return code, to run before a script, that sends its process a signal while it does the step after `step`."""
+def signal_at_step(n: int, number: int) -> str:
+    """Return code, to run before a script, that sends its process a signal when it begins its n-th step."""
     return f"""
-import os
+import itertools, os
 from kindling.training import trainer
 
-launch = trainer.Trainer.launch_step
+launch, steps = trainer.Trainer.launch_step, itertools.count(1)
 
 def launched(self):
-    if self.step == {step}:
+    if next(steps) == {n}:
         os.kill(os.getpid(), {int(number)})
     return launch(self)
 

@@ -9,68 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from jobs import double, explode, misbehave, raise_limit, slot_and_pid
 
 from kindling import pool
 from kindling.pool import Lost, PoolError, map_jobs
 
 LIMIT_S = 60
 DEADLINE_S = 120  # for what must come to pass, however busy the machine is
-
-
-def double(job, slot):
-    return 2 * job
-
-
-def slot_and_pid(job, slot):
-    time.sleep(0.05)
-    return slot, os.getpid()
-
-
-def misbehave(job, slot):
-    if job == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif job == "leave":
-        os._exit(0)
-    elif job == "exit":
-        sys.exit(3)
-    elif job == "hang":
-        while True:
-            pass
-    elif job == "sleep":
-        time.sleep(1000)
-    elif job == "raise":
-        raise ValueError("two\nlines")
-    elif job == "memory":
-        return len(b"x" * 2**34)
-    elif job == "lambda":
-        return lambda: 1
-    elif job == "poison":
-        return Poison()
-    elif job == "deep":
-        deep: list = []
-        for _ in range(100_000):
-            deep = [deep]
-        return deep
-    return job
-
-
-def explode():
-    raise RuntimeError("no")
-
-
-class Poison:
-    """Can be pickled, but not made again."""
-
-    def __reduce__(self):
-        return explode, ()
-
-
-def touch(job, slot):
-    folder, name = job
-    (folder / f"{name}-{os.getpid()}").touch()
-    if name == "slow":
-        time.sleep(1000)
-    return name
 
 
 def is_running(pid: int) -> bool:
@@ -174,10 +119,11 @@ def test_a_result_that_waits_for_a_slow_consumer_is_no_timeout(monkeypatch):
 
 def test_a_worker_that_was_killed_while_it_waited_is_replaced():
     results = map_jobs(slot_and_pid, range(3), 1, LIMIT_S)
-    _, pid = next(results)
+    _, pid = next(results)  # its next job comes with the next call
     os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not is_running(pid))
     rest = list(results)
-    assert len(rest) == 2 and isinstance(rest[1], tuple) and rest[1][1] != pid
+    assert len(rest) == 2 and pid not in {other for _, other in rest}
 
 
 @pytest.mark.parametrize("way", ["close", "forget"])
@@ -192,12 +138,8 @@ def test_a_consumer_that_leaves_early_leaves_no_process(way):
 
 
 def test_a_job_may_start_processes_with_limits_of_their_own():
-    assert list(map_jobs(raise_limit, [None], 1, LIMIT_S)) == [2 * pool.MEMORY_BYTES]
-
-
-def raise_limit(job, slot):
-    code = "import resource as r; n = 2 * %d; r.setrlimit(r.RLIMIT_AS, (n, n)); print(r.getrlimit(r.RLIMIT_AS)[0])"
-    return int(subprocess.run([sys.executable, "-c", code % pool.MEMORY_BYTES], capture_output=True, check=True).stdout)
+    twice = 2 * pool.MEMORY_BYTES
+    assert list(map_jobs(raise_limit, [twice], 1, LIMIT_S)) == [twice]
 
 
 def test_workers_that_cannot_start_are_one_clear_error(monkeypatch):
@@ -210,12 +152,12 @@ PARENT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
-import test_pool
+import jobs
 from kindling.pool import map_jobs
 
 if __name__ == "__main__":
-    jobs = [(Path({folder!r}), name) for name in ("quick", "slow", "slow", "never")]
-    for result in map_jobs(test_pool.touch, jobs, 2, 600):
+    folder = Path({folder!r})
+    for result in map_jobs(jobs.touch, [(folder, name) for name in ("quick", "slow", "slow", "never")], 2, 600):
         print(result, flush=True)
 """
 

@@ -163,7 +163,7 @@ def undisturbed(work, corpus) -> str:
 )
 def test_a_signal_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, undisturbed, sent, code):
     command = ["main.py", *long_run(corpus, 40), "--name", f"stopped-{code}"]
-    result = script(*command, cwd=work, before=signal_at_step(17, sent))
+    result = script(*command, cwd=work, before=signal_at_step(18, sent))
     assert result.returncode == code, result.stderr
     step = int(re.search(r"stopped and saved at step (\d+)", result.stdout)[1])
     assert 17 <= step <= 19 and (work / f"runs/stopped-{code}/step_{step:06d}").is_dir()

@@ -243,6 +243,6 @@ def test_cutting_headers_never_takes_code(case):
     ("text", "language"), [(" " * 1_000_000 + "x", "python"), ("\n" * 1_000_000 + "x", "c"), ("/*" * 500_000, "java")]
 )
 def test_cutting_headers_costs_time_in_proportion_to_the_text(text, language):
-    started = time.perf_counter()
+    started = time.process_time()
     assert strip_header(text, language, 20) == text
-    assert time.perf_counter() - started < 5  # hours, if each blank were tried again from the next
+    assert time.process_time() - started < 30  # hours, if each blank were tried again from the next
