@@ -150,7 +150,7 @@ def fixed_parser_limits() -> Iterator[None]:
     """Give Python's parser the same limits whatever this process has done before, and no warnings.
 
     How deep a source may be nested follows from the recursion limit, less the calls that are under way. A process that has
-    compiled a model has another recursion limit, for example. A parser called with other limits gives other answers.
+    compiled a model has another recursion limit, for example. (From Python 3.12 on, the parser has a limit of its own.)
     """
     calls, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
     with warnings.catch_warnings():

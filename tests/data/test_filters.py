@@ -2,6 +2,7 @@ import contextlib
 import sys
 import time
 import warnings
+from bisect import bisect_left
 
 import pytest
 from hypothesis import given
@@ -201,23 +202,16 @@ def called_deeper(n: int, text: str) -> str | None:
 
 @pytest.mark.parametrize(("calls", "digits"), [(600, 4300), (1000, 640), (2000, 0), (20_000, 100_000)])
 def test_what_the_syntax_filter_says_is_a_function_of_the_text(calls, digits):
-    n_refused = next(n for n in range(2900, 3100) if syntax_error("not " * n + "x"))
-    expected = {
-        "not " * 100 + "x": "None",
-        "not " * (n_refused - 1) + "x": "None",
-        "not " * n_refused + "x": "RecursionError",
-        "not " * 5000 + "x": "RecursionError",
-        "x" + "+1" * (n_refused - 1): "None",
-        "1" * 4300: "None",
-        "1" * 4301: "line 1: Exceeds the limit",
-        "'\\d'": "None",  # a warning
-        "x =": "line 1: invalid syntax",
-    }
+    texts = ["not " * 100 + "x", "not " * 5000 + "x", "1" * 4300, "1" * 4301, "'\\d'", "x ="]
+    if sys.version_info < (3, 12):  # later versions do not count Python's calls, and count those in C differently
+        n_refused = bisect_left(range(6000), True, key=lambda n: syntax_error("not " * n + "x") is not None)
+        texts += [word * n + "x" for n in (n_refused - 1, n_refused) for word in ("not ", "x + ", "-")]
+    expected = [syntax_error(text) for text in texts]
+    assert expected[0] is None and expected[2] is None and all((expected[1], expected[3], expected[5]))
     for n in (0, 40):
         with parser_limits(calls, digits), warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = {text: str(called_deeper(n, text)) for text in expected}
-        assert all(found[text].startswith(words) for text, words in expected.items()), list(found.values())
+            assert [called_deeper(n, text) for text in texts] == expected
 
 
 def test_compiling_does_not_run_the_code(tmp_path):
