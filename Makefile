@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow test-faults test-harness test-scatter lint bench bench-all clean
+.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-harness test-scatter bench bench-all
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python must be 3.11 or later, but is $$($(PYTHON) --version 2>&1); name another with make PYTHON=python3.11" >&2; exit 1; }
@@ -22,40 +22,55 @@ help: ## show this list
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/.installed
 
+##@ Use
+
 install: .venv/.installed ## set up .venv with the pinned requirements
 
 run: .venv/.installed ## train the demo model on this machine's Python source (3 to 10 minutes)
 	@$(BIN)/python main.py
 
+clean: ## remove .venv and caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+
+##@ Check
+
 test: .venv/.installed-dev ## lint, then run the test suite (3 to 10 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 
-test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, hostile programs again
+test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, more runs and signals
 	@$(BIN)/python -m pytest -m slow
 
-test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred, and put what became of them in a table (15 minutes)
+test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred, and write a table of the outcomes (15 minutes)
 	@$(BIN)/python -m pytest -n 0 -m faults tests/faults
 
-test-harness: .venv/.installed-dev ## run the tests of lm-eval's tasks, which installs lm-eval
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
-	@$(BIN)/python -m pytest tests/test_harness_data.py tests/test_harness_model.py tests/test_harness.py
+# SEED=7 repeats an order; without it the order is new
+test-shuffled: .venv/.installed-dev ## run the test suite in a random order with every core kept busy (twice as long)
+	@loops=; for core in $$(seq $$(getconf _NPROCESSORS_ONLN)); do (while :; do :; done) & loops="$$loops $$!"; done; \
+	trap "kill $$loops" EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m pytest --shuffle $${SEED:-$$(date +%s)}
 
-test-scatter: .venv/.installed-dev ## run the tests of the data build's executors, which installs datatrove
+test-harness: .venv/.installed-dev ## install lm-eval, and run the tests that need it
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
+	@$(BIN)/python -m pytest tests/evaluation/test_harness_data.py tests/evaluation/test_harness_model.py tests/evaluation/test_harness.py
+
+test-scatter: .venv/.installed-dev ## install datatrove, and run the tests of distributed data builds
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-scatter.txt
-	@$(BIN)/python -m pytest tests/test_scatter.py
+	@$(BIN)/python -m pytest tests/data/test_distributed_build.py
 
 lint: .venv/.installed-dev ## check the style
 	@$(BIN)/ruff check .
 
-bench: .venv/.installed-dev ## measure speed beside other ways on this machine, side by side (under 30 minutes)
+##@ Measure
+
+bench: .venv/.installed-dev ## compare speed with other implementations on this machine (under 30 minutes)
 	@$(BIN)/python benchmarks/train_throughput.py
 	@$(BIN)/python benchmarks/time_to_loss.py --minutes 1
 	@$(BIN)/python benchmarks/data.py --repeats 1
 	@$(BIN)/python benchmarks/generation.py
 	@$(BIN)/python benchmarks/summary.py
 
-bench-all: bench ## measure the other figures of the README too, and the five minutes in full (over an hour more)
+bench-all: bench ## measure all other figures too, and the training race in full (over an hour more)
 	@$(BIN)/python benchmarks/time_to_loss.py
 	@$(BIN)/python benchmarks/ablation.py
 	@$(BIN)/python benchmarks/data.py
@@ -66,6 +81,3 @@ bench-all: bench ## measure the other figures of the README too, and the five mi
 	@$(BIN)/python benchmarks/sft.py
 	@$(BIN)/python benchmarks/evaluation.py
 	@$(BIN)/python benchmarks/summary.py
-
-clean: ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

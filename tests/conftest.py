@@ -1,16 +1,26 @@
-"""What the tests share: small real inputs, and the scripts run as a user would run them."""
+"""What the tests share: small real inputs, the scripts run as a user would run them, and the order of the tests.
+
+Every test begins in the same state of the process, whichever ran before it: `same_state` sees to that. So the order is free:
+`make test-shuffled` takes another one each time.
+"""
 
 import atexit
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
+import warm
 
 if TYPE_CHECKING:
     from kindling.runs.checkpoint import RunDirectory
@@ -18,10 +28,80 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"  # what asks the hub fails at once instead of retrying
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
 
+# how long an example takes says more about the machine than about the code
+hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("kindling")
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 from config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig  # noqa: E402
+
+# the files that take longest begin first, so that no process is left with one at the end
+SLOW_FIRST = ("test_evaluate.py", "test_scripts.py", "test_model.py", "test_sft_train.py", "test_distributed.py")
+SLOW_FIRST += ("test_trainer.py", "test_build.py", "test_process.py", "test_visualize.py", "test_fsdp.py")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run the files in another order, and the tests of each file")
+
+
+def pytest_report_header(config) -> str | None:
+    seed = config.getoption("shuffle")
+    return None if seed is None else f"shuffled: the same order again with --shuffle {seed}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Put the slow files first, or shuffle files and the tests in each; the tests of a file stay together."""
+    files: dict[Path, list] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order = sorted(files, key=lambda path: SLOW_FIRST.index(path.name) if path.name in SLOW_FIRST else len(SLOW_FIRST))
+    if (seed := config.getoption("shuffle")) is not None:
+        rng = random.Random(seed)
+        rng.shuffle(order)
+        for tests in files.values():
+            rng.shuffle(tests)
+    items[:] = [item for path in order for item in files[path]]
+
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+HANDLERS = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+
+def reset_libraries() -> None:
+    """Give this process's global settings, of the libraries that it has loaded, the values that they have at the start."""
+    sys.setrecursionlimit(1000)  # torch raises it when it compiles
+    sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    torch = sys.modules.get("torch")
+    if hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+
+
+@pytest.fixture(autouse=True)
+def same_state() -> Iterator[None]:
+    """Let each test begin in the same state of the process, and undo what it leaves changed."""
+    reset_libraries()
+    os.chdir(ROOT)
+    environment, path = dict(os.environ), list(sys.path)
+    with warnings.catch_warnings():
+        yield
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    sys.path[:] = path
+    os.umask(UMASK)
+    for number, handler in HANDLERS.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 def shared_file(name: str) -> Path:
@@ -99,6 +179,8 @@ def tiny_flags(corpus: Path) -> list[str]:
         "12",
         "--train.batch-size",
         "4",
+        "--train.sample-prompts",
+        "import os\n",
         "--train.compile",
         "off",
         "--train.device",
@@ -106,19 +188,56 @@ def tiny_flags(corpus: Path) -> list[str]:
     ]
 
 
-def script(name: str, *args: str, cwd: Path, timeout_s: float = 120, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts, or a module of kindling by its dotted name, in `cwd`; return what it printed."""
-    program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
-    kwargs["env"] = {**kwargs.get("env", os.environ), "PYTHONPATH": str(ROOT)}
+def script(
+    name: str,
+    *args: str,
+    cwd: Path,
+    timeout_s: float = 300,
+    fresh: bool = False,
+    env: dict[str, str] | None = None,
+    before: str = "",
+) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts, or a module of kindling by its dotted name, in `cwd`; return what it printed.
+
+    With `fresh`, or an environment of its own, in an interpreter of its own: as a user would, and some seconds later than in
+    a fork of `warm.py`'s process. `before` is code that its process runs before the script. The time limit is there to end
+    what hangs: it is far above what a busy machine takes.
+    """
+    environment = {**(os.environ if env is None else env), "PYTHONPATH": str(ROOT)}
+    argv = [str(ROOT / name), *map(str, args)]
+    if name in warm.SCRIPTS and not fresh and env is None and sys.platform == "linux":
+        return warm.run(argv, cwd, environment, timeout_s, before)
+    if before:
+        code = f"import runpy, sys; sys.argv = {argv!r}\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        command = ["-c", code]
+    else:
+        command = argv if name.endswith(".py") else ["-m", name, *argv[1:]]
     return subprocess.run(
-        [sys.executable, *program, *map(str, args)],
+        [sys.executable, *command],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout_s,
         stdin=subprocess.DEVNULL,
-        **kwargs,
+        env=environment,
     )
+
+
+def signal_at_step(n: int, number: int) -> str:
+    """Return code, to run before a script, that sends its process a signal when it begins its n-th step."""
+    return f"""
+import itertools, os
+from kindling.training import trainer
+
+launch, steps = trainer.Trainer.launch_step, itertools.count(1)
+
+def launched(self):
+    if next(steps) == {n}:
+        os.kill(os.getpid(), {int(number)})
+    return launch(self)
+
+trainer.Trainer.launch_step = launched
+"""
 
 
 def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Popen:

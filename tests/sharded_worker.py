@@ -194,9 +194,9 @@ def main(folder: Path, rank: int) -> None:
     """Do everything, as process `rank` of two."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(minutes=10)
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (folder / READY).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     results = {name: of_architecture(name, rank, folder) for name in ARCHITECTURES}

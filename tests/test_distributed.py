@@ -16,7 +16,7 @@ def seen(tmp_path_factory) -> list[dict]:
     """The results of two ranks, in their order."""
     folder = tmp_path_factory.mktemp("ranks")
     process = torchrun(ROOT / "tests" / "ranks.py", folder, cwd=folder)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     return json.loads((folder / "seen.json").read_text(encoding="utf-8"))
 
@@ -97,7 +97,7 @@ def undisturbed(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     flags = [*tiny_flags(corpus), "--train.max-steps", "30", "--train.save-every", "5", "--model.dropout", "0.1"]
     process = torchrun(ROOT / "main.py", *flags, "--name", "whole", cwd=folder)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     return folder, out, flags
 
@@ -120,7 +120,7 @@ def test_ranks_share_out_an_evaluation(undisturbed):
     assert script("evaluate.py", *flags, cwd=folder).returncode == 0
     losses, samples = results()
     process = torchrun(ROOT / "evaluate.py", *flags, cwd=folder)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     shared, same = results()
     assert shared == {name: pytest.approx(value, rel=1e-6) for name, value in losses.items()}

@@ -163,11 +163,11 @@ def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(wo
         seen += process.stderr.read(1)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=120)
     assert process.returncode == 130, seen + rest
     assert "Traceback" not in rest and "interrupted" in rest
     assert {name: (work / "runs/stopped" / name).read_bytes() for name in FILES} == before
-    for _ in range(50):  # the tracker of multiprocessing goes when it sees that its parent has gone
+    for _ in range(600):  # the tracker of multiprocessing goes when it sees that its parent has gone
         left = subprocess.run(["pgrep", "-a", "-g", str(process.pid)], capture_output=True, text=True).stdout
         if not left:
             break
@@ -218,7 +218,7 @@ def test_only_the_losses_again_keep_what_was_measured_before(work, tmp_path):
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(work):
     before = {path: path.read_bytes() for path in (work / "runs/base").glob("*.*") if path.is_file()}
     for flags, words in ((["--text", "nowhere.txt"], ["nowhere.txt"]), (["--harness", ","], ["--harness"])):
-        assert_one_clear_line(script("evaluate.py", "base", *flags, cwd=work, timeout_s=30), *words)
+        assert_one_clear_line(script("evaluate.py", "base", *flags, cwd=work), *words)
     assert {path: path.read_bytes() for path in before} == before
 
 

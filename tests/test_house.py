@@ -157,3 +157,12 @@ def test_files_are_opened_with_an_encoding():
         text=True,
     )
     assert result.returncode == 0, result.stdout
+
+
+def test_every_make_target_has_a_line_in_the_help():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = dict(re.findall(r"^  make ([a-z-]+) +(\S.*)$", shown, re.MULTILINE))
+    assert lines.keys() == targets == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert max(map(len, shown.splitlines())) <= 120

@@ -14,10 +14,11 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from kindling.data.filters import fixed_parser_limits
 
 MIN_CHARS, MAX_CHARS = 15, 400  # of the docstring's first paragraph
 MIN_WORDS = 3
@@ -49,8 +50,7 @@ def pairs_of(source: str) -> list[Pair]:
     source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     lines = source.split("\n")  # as ast counts them: str.splitlines() would also split at form feeds and U+2028
     pairs = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "\d" in a stranger's string
+    with fixed_parser_limits():
         for name, node in _functions(ast.parse(source)):
             task = _task(ast.get_docstring(node, clean=False) or "")
             if task is None or all(map(is_placeholder, node.body[1:])):

@@ -6,13 +6,17 @@ The syntax filter calls compile() on unknown code. Its exceptions are caught her
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from config import DataConfig
 
 COMPILE_BYTES = 256 * 1024  # larger sources are refused unread: compile() can take seconds and gigabytes on them
+PARSER_CALLS = 984  # what Python's default recursion limit of 1,000 leaves to compile() in a worker of the data build
 GENERATED_LINES = 10  # where a generator's mark is looked for
 ALPHANUMERIC = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -144,6 +148,44 @@ def strip_header(text: str, language: str, max_lines: int) -> str:
     return "".join(kept) + text[position:]
 
 
+@contextlib.contextmanager
+def fixed_parser_limits() -> Iterator[None]:
+    """Give Python's parser the same limits whatever this process has done before, and no warnings.
+
+    How deep a source may be nested follows from the recursion limit, less the calls that are under way. A process that has
+    compiled a model has another recursion limit, for example. (From Python 3.12 on, the parser has a limit of its own.)
+    """
+    calls, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+        sys.setrecursionlimit(_stack_depth() + PARSER_CALLS)
+        try:
+            yield
+        finally:
+            sys.setrecursionlimit(calls)
+            sys.set_int_max_str_digits(digits)
+
+
+def _stack_depth() -> int:
+    """Return the number of calls that are under way, as the recursion limit counts them: those in C too."""
+    try:
+        sys.setrecursionlimit(1)  # always too low: changes nothing, and the error says how deep the stack is
+    except RecursionError as e:
+        return int(re.search(r"depth (\d+)", str(e))[1])
+    raise AssertionError("a recursion limit of 1 was accepted")
+
+
+def compiled(text: str, flags: int = 0) -> Any:
+    """Return compile()'s code object of `text`, or with ast.PyCF_ONLY_AST its syntax tree; the code is not run.
+
+    Raises SyntaxError, ValueError, MemoryError, RecursionError or OverflowError as a function of the text alone.
+    """
+    given = {"flags": flags, "dont_inherit": True}
+    with fixed_parser_limits():
+        return compile(text, "<document>", "exec", **given)  # with **: named, the first calls count as one more in C
+
+
 def syntax_error(text: str) -> str | None:
     """Return why this Python's compile() refuses `text`, or None. The code is not run. Sources over 256 KiB are refused.
 
@@ -152,12 +194,10 @@ def syntax_error(text: str) -> str | None:
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > COMPILE_BYTES:
         return f"{size:,} bytes, and compile() is given at most {COMPILE_BYTES:,}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compile(text, "<document>", "exec", dont_inherit=True)
-        except SyntaxError as e:
-            return f"line {e.lineno}: {e.msg}"
-        except (ValueError, MemoryError, RecursionError, OverflowError) as e:
-            return f"{type(e).__name__} {e}".strip()
+    try:
+        compiled(text)
+    except SyntaxError as e:
+        return f"line {e.lineno}: {e.msg}"
+    except (ValueError, MemoryError, RecursionError, OverflowError) as e:
+        return f"{type(e).__name__} {e}".strip()
     return None

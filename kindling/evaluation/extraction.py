@@ -15,11 +15,10 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-import warnings
 from collections.abc import Iterator
 
 from kindling.data.docstrings import is_placeholder
-from kindling.data.filters import syntax_error
+from kindling.data.filters import compiled, syntax_error
 
 ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError)  # what parsing can raise
 MAX_CHARS = 2**16  # longer texts are no programs of a small model
@@ -40,9 +39,7 @@ _STATEMENT = re.compile(r"(?:@|(?:async|def|class|import|from|try|if|for|with)\b
 def parsed(text: str) -> ast.Module | None:
     """Return the syntax tree of a text, or None if it has none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(text)
+        return compiled(text, ast.PyCF_ONLY_AST)
     except ERRORS:
         return None
 

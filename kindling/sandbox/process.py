@@ -187,7 +187,7 @@ class Program:
     def _death(self) -> ProgramError:
         """Return why the program's process is gone."""
         try:
-            code = self._process.wait(1.0)
+            code = self._process.wait(max(1.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:  # it closed the pipe and lives on
             return ProgramError("exception", "the program stopped answering")
         number = -code if code < 0 else code - 128

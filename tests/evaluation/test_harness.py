@@ -185,7 +185,7 @@ def test_a_task_that_is_neither_local_nor_reachable_says_what_to_put_where(model
     with pytest.raises(HarnessError, match="the task gsm8k must have its data, but the hub cannot be reached") as error:
         run(model, tokenizer, ["gsm8k"], CPU, tmp_path, progress=False)
     assert "put gsm8k/ (written by save_to_disk) or gsm8k.jsonl with question, answer" in str(error.value)
-    assert "\n" not in str(error.value) and time.monotonic() - started < 10
+    assert "\n" not in str(error.value) and time.monotonic() - started < 60  # tries the hub once
 
 
 @needs_lm_eval

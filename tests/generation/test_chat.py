@@ -49,7 +49,7 @@ def runs(tmp_path_factory, tokenizer) -> Path:
 def piped(runs: Path, name: str, text: bytes, *flags: str) -> subprocess.CompletedProcess:
     """The real script with questions from a pipe."""
     command = [sys.executable, str(ROOT / "generate.py"), f"runs/{name}", "--chat", "--device", "cpu", *flags]
-    return subprocess.run(command, cwd=runs, input=text, capture_output=True, timeout=120)
+    return subprocess.run(command, cwd=runs, input=text, capture_output=True, timeout=300)
 
 
 def test_questions_from_a_pipe_are_answered_line_by_line_and_nothing_else_is_printed(runs):
@@ -88,11 +88,11 @@ def test_an_answer_reaches_a_pipe_as_it_is_written_and_ctrl_c_ends_it(runs):
     )
     try:
         process.stdin.write(b"One\nTwo\n")
-        assert select.select([process.stdout], [], [], 60)[0]
+        assert select.select([process.stdout], [], [], 300)[0]
         begun = process.stdout.read(100)
-        assert len(begun) < 100 and b"Yes".startswith(begun[:3])  # the whole answer would take minutes
+        assert b"Yes".startswith(begun[:3]) and b"\n" not in begun  # the whole answer would take minutes
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=30)
+        rest, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130 and b"\n" not in rest and err == b"interrupted\n"
@@ -287,7 +287,7 @@ class Terminal:
         os.close(its)
         self.shown = ""
 
-    def wait_for(self, text: str, timeout_s: float = 60) -> str:
+    def wait_for(self, text: str, timeout_s: float = 300) -> str:
         """Return what is shown up to and with `text`, which what comes next is then without."""
         deadline = time.monotonic() + timeout_s
         while text not in self.shown:
@@ -302,7 +302,7 @@ class Terminal:
 
     def press_until_it_ends(self, key: bytes) -> int:
         """Return the exit code. A Ctrl-C in the moment before readline waits for keys is only seen with the next one."""
-        for _ in range(10):
+        for _ in range(40):
             self.press(key)
             try:
                 return self.process.wait(timeout=3)

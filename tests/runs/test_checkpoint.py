@@ -185,12 +185,13 @@ def test_saves_that_are_killed_leave_only_whole_checkpoints(tmp_path):
                     run.prune(2, None, step)
             finally:
                 os._exit(1)  # never back into pytest
-        time.sleep(rng.uniform(0.01, 0.12))
+        os.close(writer)
+        said = os.read(reader, 4 * rng.randint(1, 4))  # waits for the first
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, 9)
         os.waitpid(pid, 0)
-        os.close(writer)
         with os.fdopen(reader, "rb") as f:
-            said = f.read()
+            said += f.read()
         acknowledged = max(acknowledged, int.from_bytes(said[-4:], "big"))
         for folder in run.checkpoints():
             verify(folder)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import hostile
@@ -24,6 +24,7 @@ from conftest import ROOT
 from hostile import HOSTILE, Hostile, Targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs import misbehave
 
 from kindling.evaluation.check_correctness import VERDICTS, judge
 from kindling.evaluation.tasks import load
@@ -34,7 +35,7 @@ from kindling.sandbox.process import Limits, Program, ProgramError, Remote, Sand
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap (apt install bubblewrap)")
 # no other process on this machine has this number in its command line
-SHORT = Limits(cpu_s=1, wall_s=2.0, memory_bytes=2**29 + os.getpid())
+SHORT = Limits(cpu_s=1, wall_s=6.0, memory_bytes=2**29 + os.getpid())
 MODES = [pytest.param("bwrap", marks=needs_bwrap), "none"]
 GOOD = Hostile("good", "good", "nothing", hostile.problem().solution)
 GOOD_PROBLEM = hostile.problem()
@@ -51,7 +52,7 @@ def processes_of(limits: Limits) -> list[int]:
     return found
 
 
-def wait_until(condition, limit_s: float = 3.0) -> bool:
+def wait_until(condition, limit_s: float = 60.0) -> bool:
     """Return whether the condition comes true in time."""
     end = time.monotonic() + limit_s
     while not condition() and time.monotonic() < end:
@@ -123,8 +124,8 @@ def outcomes():
     with targets() as (outside, touched):
         programs = [p for i in range(0, len(HOSTILE), 20) for p in [*HOSTILE[i : i + 20], GOOD]]
         jobs = [(program, outside, SHORT) for program in programs]
-        results = list(map_jobs(hostile.attempt, jobs, 4, 60))
-        wait_until(lambda: not processes_of(SHORT), 2)
+        results = list(map_jobs(hostile.attempt, jobs, 4, 300))
+        wait_until(lambda: not processes_of(SHORT))
         good = [result for program, result in zip(programs, results) if program is GOOD]
         evidence = {"touched": touched(), "left": processes_of(SHORT), "good": good}
         yield {program.name: result for program, result in zip(programs, results)} | {"": evidence}
@@ -139,7 +140,7 @@ def test_a_hostile_program_neither_passes_nor_reaches_what_it_wants(program, out
     assert "reached" not in outcome.reason and "secret" not in outcome.reason
     assert outcome.reason.isprintable() and 0 < len(outcome.reason) <= sandbox.MAX_REASON
     assert outcome.peak_bytes < 200 * 2**20 and outcome.open_files < 20
-    assert outcome.seconds < SHORT.wall_s + 6
+    assert outcome.seconds < SHORT.wall_s + 30  # what is not limited takes minutes, or is without end
 
 
 @needs_bwrap
@@ -395,7 +396,7 @@ def add():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_failure_has_its_verdict_and_a_reason(mode, add):
-    limits = replace(SHORT, wall_s=8.0)
+    limits = replace(SHORT, wall_s=60.0)
     got = {source: judge(add, source, mode, limits) for source in VERDICT_OF}
     assert {source: verdict.verdict for source, verdict in got.items()} == {s: v for s, (v, _) in VERDICT_OF.items()}
     assert [source for source, (_, reason) in VERDICT_OF.items() if reason not in got[source].reason] == []
@@ -438,7 +439,7 @@ def test_no_program_outlives_a_judge_that_was_killed():
     limits = replace(SHORT, memory_bytes=SHORT.memory_bytes + 2**23, wall_s=60.0)
     process = get_context("spawn").Process(target=judge_a_sleeper, args=(limits,))
     process.start()
-    assert wait_until(lambda: len(processes_of(limits)) >= 4, 30)  # bwrap, its init, and two of the program
+    assert wait_until(lambda: len(processes_of(limits)) >= 4)  # bwrap, its init, and two of the program
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert wait_until(lambda: not processes_of(limits))
@@ -448,7 +449,7 @@ def test_an_alarm_ends_a_program_that_nobody_asks_any_more():
     program = Program("import time", "none", replace(SHORT, wall_s=0.5))
     sleep = b"('call', 'sleep', (60,), {})"
     os.write(program._process.stdin.fileno(), len(sleep).to_bytes(4, "big") + sleep)
-    program._process.wait(20)
+    program._process.wait(60)
     assert program._process.returncode != 0
     program.close()
 
@@ -651,31 +652,17 @@ def test_a_machine_whose_numbers_are_not_known_has_no_filter():
 # The workers ------------------------------------------------------------------------------------------------------------
 
 
-def odd_job(job, slot):
-    if job == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job == "hang":
-        time.sleep(60)
-    if job == "raise":
-        raise ValueError("no")
-    if job == "die later":
-        subprocess.Popen(["/bin/sh", "-c", f"sleep 0.2; kill -9 {os.getpid()}"])
-    return job, slot
-
-
 def test_only_the_job_that_kills_its_worker_is_lost():
-    jobs = ["a", "die", "b", "raise", "hang", "c"]
-    found = list(map_jobs(odd_job, jobs, 2, 5.0))  # s; a fresh worker first imports this module
-    lost = [Lost("crash"), Lost("ValueError: no"), Lost("timeout")]
-    assert [f if isinstance(f, Lost) else f[0] for f in found] == ["a", lost[0], "b", lost[1], lost[2], "c"]
+    jobs = ["a", "die", "b", "raise", "c"]
+    found = list(map_jobs(misbehave, jobs, 2, 60.0))
+    assert found == ["a", Lost("crash"), "b", Lost("ValueError: two\nlines"), "c"]
 
 
-def test_a_worker_that_dies_between_jobs_loses_at_most_the_next():
-    def slowly(jobs):
+def test_a_worker_that_dies_between_jobs_costs_none():
+    def after_its_death(jobs):
         for job in jobs:
             yield job
-            time.sleep(0.5)  # the first worker is idle, and dies, meanwhile
+            assert job != "die later" or wait_until(lambda: not active_children())
 
-    found = list(map_jobs(odd_job, slowly(["die later", "b", "c", "d"]), 1, 10.0))
-    assert [isinstance(f, Lost) for f in found].count(True) <= 1
-    assert found[-1] == ("d", 0)
+    found = list(map_jobs(misbehave, after_its_death(["die later", "b", "c", "d"]), 1, 60.0))
+    assert found == ["die later", "b", "c", "d"]

@@ -268,19 +268,19 @@ def test_the_cache_is_bounded_and_what_it_forgot_is_merged_again(monkeypatch):
 
 
 def test_a_word_of_megabytes_takes_seconds():
-    started = time.perf_counter()
+    started = time.process_time()
     text = "ab" * 200_000
     assert LEARNT[False].decode(LEARNT[False].encode(text)) == text
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_real_python_trains_in_under_a_minute_and_encodes_faster_than_a_third_of_a_megabyte_a_second():
     texts = read_stdlib(".", "asyncio", "email", "json", "unittest", "importlib", "concurrent/futures")
     n_bytes = sum(len(t.encode()) for t in texts)
-    started = time.perf_counter()
+    started = time.process_time()
     tokenizer = ByteLevelBPE.train(texts, 2048, SPECIAL)
-    assert (time.perf_counter() - started) / n_bytes < 60 / 5e6
-    started = time.perf_counter()
+    assert (time.process_time() - started) / n_bytes < 60 / 5e6
+    started = time.process_time()
     n_tokens = sum(len(tokenizer.encode(t)) for t in texts)  # with a cold cache
-    assert n_bytes / (time.perf_counter() - started) > 0.3e6
+    assert n_bytes / (time.process_time() - started) > 0.3e6
     assert n_bytes / n_tokens > 2.5

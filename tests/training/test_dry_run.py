@@ -1,6 +1,6 @@
 import re
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,9 +102,10 @@ def test_where_memory_cannot_be_known_no_size_beyond_the_runs_own_is_tried():
     assert sizes_of(measured) == [1, 2, 4] and untried == {8: UNKNOWN, 16: UNKNOWN}
 
 
-def test_what_would_take_too_long_is_left_out_but_never_the_runs_own_size():
+def test_what_would_take_too_long_is_left_out_but_never_the_runs_own_size(monkeypatch):
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     slow = linear(1, pass_s=1.0)
-    measured, untried = grow(slow(1), SIZES, 8, slow, 1000, lambda: NEVER, time.perf_counter() + 5)
+    measured, untried = grow(slow(1), SIZES, 8, slow, 1000, lambda: NEVER, 5.0)
     assert sizes_of(measured) == [1, 2, 8] and untried == {4: NO_TIME, 16: NO_TIME}
 
 

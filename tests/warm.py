@@ -1,0 +1,142 @@
+"""Runs the project's scripts in forks of one process that has imported the heavy libraries already.
+
+    result = run(["main.py", "--name", "base"], cwd=folder, env=dict(os.environ), timeout_s=300)
+
+An interpreter that imports torch takes 3 to 5 seconds; a fork of one that did takes a tenth. The process is a fresh one: it
+knows nothing of the tests that ran before, imports nothing of the project, and runs one script at a time. A script runs as
+`__main__`, with its own working directory, environment and pipes, and ends as an interpreter ends. Two things differ from a
+user's run: the libraries are in `sys.modules`, and all forks have the same seed for the hashes of strings. A test that is
+about either of these, or about signals, starts an interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPTS = ("main.py", "sft_train.py", "evaluate.py", "generate.py", "data_pipeline.py", "export.py", "visualize.py")
+LIBRARIES = ["torch", "torch._dynamo", "torch.utils.tensorboard", "numpy", "tyro", "pydantic", "yaml", "tqdm"]
+LIBRARIES += ["safetensors.torch", "tokenizers", "rensa", "regex", "typeguard", "multiprocessing.synchronize"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as no test has changed it yet
+REQUEST_BYTES = 2**17
+
+
+class _Server:
+    """The warm process, and the socket to talk with it."""
+
+    def __init__(self) -> None:
+        self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, __file__, str(other.fileno())]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            cwd="/",
+        )
+        other.close()
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        self.socket.close()
+        self.process.wait()
+
+
+_server: _Server | None = None
+
+
+def run(
+    argv: list[str], cwd: Path, env: dict[str, str], timeout_s: float, before: str = ""
+) -> subprocess.CompletedProcess:
+    """Run a script, given by its path, in a fork of the warm process, and before it the code `before`.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    global _server
+    if _server is None:
+        _server = _Server()
+    (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+    with open(os.devnull, "rb") as nothing:
+        request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env, "before": before}).encode()
+        assert len(request) < REQUEST_BYTES
+        socket.send_fds(_server.socket, [request], [nothing.fileno(), out_end, err_end])
+    for end in (out_end, err_end):
+        os.close(end)
+    pid, deadline = int(_server.socket.recv(64)), time.monotonic() + timeout_s
+    read = {out: bytearray(), err: bytearray()}
+    with selectors.DefaultSelector() as selector:
+        for stream in read:
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
+                if raw := os.read(key.fd, 2**16):
+                    read[key.fd] += raw
+                else:
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+            if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                _server.socket.recv(64)
+                raise subprocess.TimeoutExpired(argv, timeout_s, bytes(read[out]), bytes(read[err]))
+    code = int(_server.socket.recv(64))
+    said, complained = (bytes(raw).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n") for raw in read.values())
+    return subprocess.CompletedProcess(argv, code, said, complained)
+
+
+def _become(request: dict, streams: list[int]) -> None:
+    """Make this fork the script that was asked for, up to its first line."""
+    import multiprocessing.process
+
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    # new objects: those of the warm process took their streams for files, in which one can seek
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv = request["argv"]
+    sys.path[0] = os.path.dirname(request["argv"][0])
+    multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # read when it was imported; spawned workers are told it
+
+
+def _serve(asked: socket.socket) -> None:
+    """Fork for each request, tell the fork's process id and then its exit code; in a fork, run the script."""
+    import gc
+    import importlib
+    import runpy
+
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    gc.freeze()  # a fork that collects garbage leaves shared memory shared
+    while True:
+        raw, streams, _, _ = socket.recv_fds(asked, REQUEST_BYTES, 3)
+        if not raw:
+            return
+        if (pid := os.fork()) == 0:
+            asked.close()
+            _become(request := json.loads(raw), streams)
+            exec(request["before"], {})
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return
+        for stream in streams:
+            os.close(stream)
+        asked.send(str(pid).encode())
+        asked.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
