@@ -45,8 +45,9 @@ test-scatter: .venv/.installed-dev ## run the tests of the data build's executor
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-scatter.txt
 	@$(BIN)/python -m pytest tests/test_scatter.py
 
-lint: .venv/.installed-dev ## check the style
+lint: .venv/.installed-dev ## check style and types (half a minute at first, then seconds)
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 bench: .venv/.installed-dev ## measure speed beside other ways on this machine, side by side (under 30 minutes)
 	@$(BIN)/python benchmarks/train_throughput.py

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, dataclass_transform
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
@@ -25,7 +25,10 @@ BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py
 IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
 
 
-_frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass_transform(frozen_default=True)
+def _frozen(cls: type) -> type:
+    """Make a frozen dataclass that pydantic validates."""
+    return dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
 
 
 @_frozen
