@@ -3,11 +3,10 @@
     model = build_model(preset("code-50m").model)
     loss_sum, n_targets = model(idx, targets)
 
-The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
-with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the
-table of token pairs. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token
-sees another document.
-For generation, a `Cache` keeps keys and values (cache.py).
+`config.ModelConfig` chooses between the architectures. Parameter names: `wte`, `wpe`, `blocks.N` with `norm_1`,
+`attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the table of token
+pairs. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees
+another document. For generation, a `Cache` keeps keys and values (cache.py).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,54 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE, ModelConfig
 from kindling.cache import Cache
+from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
 from kindling.loss import linear_cross_entropy, nll_and_grad
+from kindling.positions import document_mask, pair_ids, previous_tokens, rotary_tables, rotate, sinusoidal_positions
 
-PAIR_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
+Rotary = tuple[Tensor, Tensor]  # cos and sin of each position
 # takes keys and values of new tokens, gives those of all tokens so far
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def sinusoidal_positions(block_size: int, n_embd: int) -> Tensor:
-    """Return the fixed position encodings (block_size, n_embd) of Vaswani et al. 2017, section 3.5."""
-    position = torch.arange(block_size, dtype=torch.float64)[:, None]  # (T, 1)
-    rate = torch.exp(torch.arange(0, n_embd, 2, dtype=torch.float64) * (-math.log(10_000.0) / n_embd))  # (C/2,)
-    angle = position * rate  # (T, C/2)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C)
-
-
-def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (block_size, head_dim) of RoPE (Su et al. 2021), in Llama's half-rotation layout."""
-    rate = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2,)
-    angle = torch.arange(block_size, dtype=torch.float32)[:, None] * rate  # (T, D/2)
-    angle = torch.cat((angle, angle), dim=-1)  # (T, D)
-    return angle.cos(), angle.sin()
-
-
-def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
-    """Return the row of the table of pairs for each token of idx and the one before it in `previous`, -1 where none is.
-
-    Row 0 is for a token with nothing before it, and a hash picks one of the others (modded-nanogpt's bigram hash embedding).
-    Exact in int64 for any vocabulary up to 2^30.
-    """
-    hashed = previous * PAIR_PRIMES[0] + idx * PAIR_PRIMES[1]
-    return (1 + hashed % (n_rows - 1)) * (previous >= 0)
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """Return which key each query may see, (B, 1, T, T) bool: itself and what precedes it in its document.
-
-    positions (B, T) int64: a document begins wherever they are 0.
-    """
-    document = (positions == 0).cumsum(dim=1)  # (B, T)
-    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
-    return same.tril()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D) or (B, 1, T, D)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 class Norm(nn.Module):
@@ -100,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.bias)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
 
-    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, n_head, T, D), keys and values (B, n_kv_head, T, D) of x (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
@@ -112,11 +71,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cached: Cached | None = None,
+        self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None, cached: Cached | None = None
     ) -> Tensor:
         """Attend within x (B, T, C), or with `cached`, which adds to its keys and values those of before."""
         q, k, v = self.heads(x, rope)
@@ -131,20 +86,16 @@ class CausalSelfAttention(nn.Module):
             grouped = False
         # A mask is one path that every device runs, compiled or not. FlexAttention (fused only where compiled) and
         # variable-length kernels (CUDA only) would skip the hidden part, each at the price of a second path.
+        # a mask is causal itself, and one new token sees all that is cached
+        is_causal = mask is None and q.size(2) == k.size(2)
+        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            # a mask is causal itself, and one new token sees all that is cached
-            is_causal=mask is None and q.size(2) == k.size(2),
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=grouped,
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
         )  # (B, n_head, T, D)
         y = y.transpose(1, 2).flatten(2).to(x.dtype)  # (B, T, C)
         return y if self.proj is None else self.proj(y)
 
-    def weights(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+    def weights(self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the attention weights (B, n_head, T, T) that `forward` uses without ever forming them."""
         q, k, _ = self.heads(x, rope)
         k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, n_head, T, D)
@@ -166,7 +117,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)  # (B, T, d_ff)
-        if self.activation == "swiglu":
+        if self.gate is not None:
             h = F.silu(self.gate(x)) * h
         elif self.activation == "gelu":
             h = F.gelu(h)
@@ -189,11 +140,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cached: Cached | None = None,
+        self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None, cached: Cached | None = None
     ) -> Tensor:
         x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, cached))
         x = x + self.dropout(self.mlp(self.norm_2(x)))
@@ -204,10 +151,14 @@ class LanguageModel(nn.Module):
     """What trainer, evaluation and generation need of a model: `hidden` and `head`, and from them logits or loss."""
 
     cfg: ModelConfig
-    head: nn.Linear
     checkpoint_activations = False
     """Whether the training forward pass keeps only the input of each block, and the backward pass computes the rest again
     (Chen et al. 2016, arXiv:1604.06174): less memory, a third more work, the same bits."""
+
+    if TYPE_CHECKING:  # a module of the model, or a property that returns one
+
+        @property
+        def head(self) -> nn.Linear: ...
 
     def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the features (B, T, C) that the head turns into logits."""
@@ -224,12 +175,11 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits (B, T, vocab_size), or with targets the summed loss and the number of supervised tokens,
-        both tensors.
+        """Return logits (B, T, vocab_size), or with targets the summed loss and the count of supervised tokens, as tensors.
 
         idx (B, T) int64 with T at most block_size; targets (B, T) int64, -100 where nothing is supervised; positions
-        (B, T) int64, each token's place in its document, by which no token sees another document, or None: each row is one
-        document. The loss is a sum in nats, so that every average of the project is a total over a total.
+        (B, T) int64, each token's place in its document, so that no token sees another document. None: each row is one
+        document. The loss is a sum in nats, so every average of the project is a total over a total.
         Raises ValueError if T is too long.
         """
         if idx.size(1) > self.cfg.block_size:
@@ -239,9 +189,8 @@ class LanguageModel(nn.Module):
         x = self.hidden(idx, positions)  # (B, T, C)
         if targets is None:
             return self.head(x)  # (B, T, vocab_size)
-        loss = linear_cross_entropy(
-            x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), self._nll_and_grad
-        )
+        weight, bias = self.head.weight, self.head.bias
+        loss = linear_cross_entropy(x.flatten(0, 1), weight, bias, targets.flatten(), self._nll_and_grad)
         return loss, (targets != IGNORE).sum()
 
     _nll_and_grad = staticmethod(nll_and_grad)
@@ -278,6 +227,11 @@ class LanguageModel(nn.Module):
 class GPT(LanguageModel):
     """A decoder-only transformer of any of the shapes of `ModelConfig`, randomly initialised from torch's global seed."""
 
+    head: nn.Linear
+    positions: Tensor  # (block_size, C), where they are sinusoidal
+    rope_cos: Tensor  # (block_size, D), as rope_sin, where they are rotary
+    rope_sin: Tensor
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
@@ -286,7 +240,8 @@ class GPT(LanguageModel):
         self.wtp = nn.Embedding(cfg.pair_rows, cfg.n_embd) if cfg.pair_rows else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        blocks = [Block(cfg) for _ in range(cfg.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm_f = Norm(cfg) if cfg.final_norm else None
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_embeddings:
@@ -301,14 +256,11 @@ class GPT(LanguageModel):
         nn.init.normal_(self.wte.weight, std=cfg.init_std if cfg.embd_init_std is None else cfg.embd_init_std)
         if self.wtp is not None:  # each pair begins as its token alone
             nn.init.zeros_(self.wtp.weight)
-        for block in self.blocks:
-            for proj in (block.attn.proj, block.mlp.down):
-                if proj is not None and cfg.residual_init == "zero":
-                    nn.init.zeros_(proj.weight)
-                elif (
-                    proj is not None
-                ):  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
-                    nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
+        for proj in [proj for block in blocks for proj in (block.attn.proj, block.mlp.down) if proj is not None]:
+            if cfg.residual_init == "zero":
+                nn.init.zeros_(proj.weight)
+            else:  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
+                nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
 
     @staticmethod
     def _init(module: nn.Module, std: float) -> None:
@@ -317,17 +269,9 @@ class GPT(LanguageModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def pairs(self, idx: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
-        """Return what the table of pairs adds to each token, (B, T, C); see `embed`."""
-        first = idx.new_full((idx.size(0),), -1) if before is None else before  # (B,)
-        previous = torch.cat((first[:, None], idx[:, :-1]), dim=1)  # (B, T)
-        if positions is not None:
-            previous = previous.masked_fill(positions == 0, -1)  # what precedes a document is none of it
-        return self.wtp(pair_ids(idx, previous, self.cfg.pair_rows))
-
     def embed(
         self, idx: Tensor, positions: Tensor | None = None, before: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Rotary | None]:
         """Return the first block's input (B, T, C) and, where positions are rotary, cos and sin of each place:
         (T, D), or with positions (B, T) each row's own, (B, 1, T, D).
 
@@ -336,8 +280,9 @@ class GPT(LanguageModel):
         T = idx.size(1)
         x = self.wte(idx)  # (B, T, C)
         if self.wtp is not None:
-            x = x + self.pairs(idx, positions, before)
-        if self.cfg.position == "learned":
+            previous = previous_tokens(idx, positions, before)  # (B, T)
+            x = x + self.wtp(pair_ids(idx, previous, self.cfg.pair_rows))
+        if self.wpe is not None:
             x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         elif self.cfg.position == "sinusoidal":
             x = x + (self.positions[:T] if positions is None else self.positions[positions])
@@ -390,6 +335,7 @@ class GPT(LanguageModel):
         mask = None if positions is None else document_mask(positions)  # (B, 1, T, T)
         layers = []
         for block in self.blocks:
+            assert isinstance(block, Block)
             layers.append(block.attn.weights(block.norm_1(x), rope, mask))
             x = block(x, rope, mask)
         self.train(was_training)
@@ -407,30 +353,8 @@ class TransformersGPT2(LanguageModel):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         self.cfg = cfg
-        # GPT2Config's own defaults would put bos and eos outside the vocabulary, and drop out in three places
-        self.gpt2 = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=cfg.vocab_size,
-                n_positions=cfg.block_size,
-                n_embd=cfg.n_embd,
-                n_layer=cfg.n_layer,
-                n_head=cfg.n_head,
-                n_inner=cfg.ff_width,
-                activation_function="gelu_new",
-                resid_pdrop=cfg.dropout,
-                embd_pdrop=cfg.dropout,
-                attn_pdrop=cfg.dropout,
-                layer_norm_epsilon=cfg.norm_eps,
-                initializer_range=cfg.init_std,
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="sdpa",
-            )
-        )
+        self.gpt2 = build_gpt2(cfg)
 
     @property
     def head(self) -> nn.Linear:
@@ -447,28 +371,14 @@ class TransformersGPT2(LanguageModel):
         else:
             self.gpt2.activation_checkpointing_disable()
 
-    @staticmethod
-    def _refuse(positions: Tensor | None) -> None:
-        if positions is not None:
-            raise ValueError(
-                "positions must be None on transformers' GPT-2, but are given; use --model.backbone kindling"
-            )
-
     def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        self._refuse(positions)
+        require_no_positions(positions)
         return self.gpt2.transformer(idx).last_hidden_state
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        self._refuse(positions)
-        was_training = self.training
-        self.eval()  # without dropout
-        self.gpt2.set_attn_implementation("eager")  # the fused kernel never forms the weights
-        try:
-            return torch.stack(self.gpt2.transformer(idx, output_attentions=True).attentions)
-        finally:
-            self.gpt2.set_attn_implementation("sdpa")
-            self.train(was_training)
+        require_no_positions(positions)
+        return gpt2_attention(self.gpt2, idx)
 
     def compilable(self) -> list[nn.Module]:
         return list(self.gpt2.transformer.h)
@@ -476,19 +386,10 @@ class TransformersGPT2(LanguageModel):
     @torch.no_grad()
     def for_generation(self) -> GPT:
         """Return a copy of the weights in our own GPT, whose logits are the same."""
-        names = {"wte": "wte", "wpe": "wpe", "h": "blocks", "ln_1": "norm_1", "ln_2": "norm_2", "ln_f": "norm_f"}
-        names |= {
-            "c_attn": "qkv",
-            "c_fc": "up",
-        }  # and c_proj, which is the last of attention and of the feed-forward layer
         gpt = GPT(replace(self.cfg, backbone="kindling"))
         ours = dict(gpt.named_parameters())
-        for name, p in self.gpt2.transformer.named_parameters():
-            parts = [names.get(part, part) for part in name.split(".")]
-            if "c_proj" in parts:
-                parts[parts.index("c_proj")] = "proj" if "attn" in parts else "down"
-            own = ours.pop(".".join(parts))
-            own.copy_(p.T if own.dim() == 2 and "blocks" in parts else p)  # GPT-2's linear layers are (in, out)
+        for name, weight in gpt2_weights(self.gpt2):
+            ours.pop(name).copy_(weight)
         assert not ours, "every weight of ours has one of GPT-2's"
         return gpt.to(self.head.weight.device).eval()
 

@@ -104,7 +104,7 @@ def erf(x: Array) -> Array:
 
 
 def pair_ids(idx: Array, previous: Array, n_rows: int) -> Array:
-    """Return the row of the table of pairs for each token and the one before it, -1 where none is, as `model.pair_ids` does."""
+    """Return the row of the table of pairs for each token and the one before it (-1: none), as `positions.pair_ids` does."""
     return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
 
 
