@@ -23,7 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, one_line
 
 MEMORY_BYTES = 2**30  # that a job may take
 START_S = 60.0
@@ -59,7 +59,7 @@ def _work(pipe: Connection, slot: int) -> None:
         try:
             result = ForkingPickler.dumps(function(job, slot))
         except Exception as e:
-            result = ForkingPickler.dumps(Lost(f"{type(e).__name__}: {e}"))
+            result = ForkingPickler.dumps(Lost(one_line(e)))
         pipe.send_bytes(result)
 
 
@@ -119,7 +119,7 @@ class _Worker:
             self.end()
             return Lost("crash")
         except Exception as e:  # a result that cannot be made again from its bytes
-            return Lost(f"{type(e).__name__}: {e}")
+            return Lost(one_line(e))
 
     def end(self) -> None:
         self.process.kill()

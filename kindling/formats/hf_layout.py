@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 Architecture = Literal["gpt2", "llama", "kindling"]
+CLASSES: dict[Architecture, str] = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "kindling": "KindlingForCausalLM",
+}
 CODE = "modeling_kindling.py"  # the class for all other shapes
 OWN = "kindling"  # the key of our ModelConfig in config.json
 STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # what the stock classes hold, besides any number

@@ -8,7 +8,6 @@ The same rules as in figures.py. A map is white for little and dark for much, so
 from __future__ import annotations
 
 import math
-import textwrap
 from typing import NamedTuple
 
 import matplotlib
@@ -20,7 +19,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from kindling.plots.figures import style, visible
+from kindling.plots.figures import style, title_lines, visible
 
 MAP = "Blues"
 LABEL = 14  # characters of a token beside a heatmap
@@ -93,7 +92,7 @@ def _grid(
     """
     left, above, below = margins
     wide = max(left + 0.2 + columns * (cell + 0.1) + 1.1, 9.2)
-    lines = [*textwrap.wrap(visible(title), int(10.5 * wide)), *textwrap.wrap(visible(note), int(10.5 * wide))]
+    lines = title_lines(title, note, wide)
     top = 0.55 + 0.2 * len(lines)
     high = max(top + rows * (cell + above + below) + 0.15, top + 4.3)
     figure = Figure(figsize=(wide, high))
