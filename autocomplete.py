@@ -12,6 +12,7 @@ first, which is faster. Of the project it needs the folder `kindling/int8` and `
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -64,7 +65,8 @@ def stream(
     """Yield new tokens after the prompt `ids`, until end of text, the limit, or a full context."""
     model.length = 0
     rng = np.random.default_rng(sampling.seed)
-    logits, out = model.read(ids), []
+    logits = model.read(ids)
+    out: list[int] = []
     for left in range(min(sampling.max_new_tokens, model.block_size - len(ids)), 0, -1):
         mask = None if healing is None else healing.allowed(out)
         token = draw(logits if mask is None else np.where(mask, logits, -np.inf), sampling, rng)
@@ -258,7 +260,8 @@ def peak_memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", newline="")  # what is printed is to be appended to a file
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")  # what is printed is to be appended to a file
     try:
         sys.exit(main())
     except CompletionError as e:

@@ -22,6 +22,7 @@ from kindling.errors import require, require_range
 
 RUN = "demo"  # the preset that a bare `python main.py` trains
 BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
+Template = Literal["alpaca", "user-assistant"]
 IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
 
 
@@ -310,7 +311,7 @@ class DataConfig:
     """Share of the documents, by content hash, held out for validation."""
     test_fraction: float = 0.01
     """Share of the documents, by content hash, kept for final tables only."""
-    template: Literal["alpaca", "user-assistant"] = "alpaca"
+    template: Template = "alpaca"
     """Of sources of instructions: the text that an instruction and its answer are made into (`prompts.py`)."""
     too_long: Literal["drop", "cut"] = "drop"
     """Of sources of instructions: what happens to an example with more tokens than the context. cut: the last answer is, and
@@ -481,10 +482,12 @@ class Config:
     @property
     def tokens(self) -> int:
         """Tokens that the whole run trains on. Raises ConfigError where the steps depend on the data (`with_steps`)."""
-        require(self.train.max_steps is not None and self.train.max_minutes is None, "train.max_steps",
+        steps = self.train.max_steps
+        require(steps is not None and self.train.max_minutes is None, "train.max_steps",
                 "a number, and train.max_minutes None, to tell the tokens of the run before it begins",
-                (self.train.max_steps, self.train.max_minutes), "set --train.max-steps and --train.max-minutes None")
-        return self.train.max_steps * self.train.batch_size * self.model.block_size
+                (steps, self.train.max_minutes), "set --train.max-steps and --train.max-minutes None")
+        assert steps is not None  # or `require` raised
+        return steps * self.train.batch_size * self.model.block_size
 
     def with_steps(self, n_rows: int) -> Config:
         """Return the config with `train.max_steps` set: where it is None, to what the epochs take over `n_rows` rows; and None

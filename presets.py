@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from config import RUN, Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
+from config import RUN, Config, DataConfig, ModelConfig, SourceConfig, Template, TokenizerConfig, TrainConfig
 from kindling.errors import ConfigError, did_you_mean
 
 STARCODER2 = TokenizerConfig(kind="pretrained", path="bigcode/starcoder2-3b")
-CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000, "min_alphanumeric": 0.25}
+CODE_FILTERS: dict[str, Any] = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000,
+                                "min_alphanumeric": 0.25}
 
 
 def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
@@ -147,7 +148,7 @@ def _hub(path: str, weight: float = 1.0, **fields: Any) -> SourceConfig:
     return SourceConfig(**{"kind": "datasets", "path": path, "weight": weight, "field": "text", "language": "english", **fields})
 
 
-def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig, template: str = "alpaca",
+def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig, template: Template = "alpaca",
                 **train: Any) -> Config:
     """Seed 004: a Llama of 302M parameters; each stage starts from the weights of the one before."""
     batch_size, block_size = 512, 1024

@@ -7,16 +7,20 @@ Heavy libraries are imported where they are used, so that `--help` answers at on
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from kindling.errors import KindlingError
 
-Flags = TypeVar("Flags")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Flags = TypeVar("Flags", bound="DataclassInstance")
 
 
 def parse_cli(
@@ -32,7 +36,8 @@ def parse_cli(
     if any(f.name == "config" for f in dataclasses.fields(flags)):
         from kindling.config_io import preset_from_argv
 
-        default = flags(config=preset_from_argv(argv, default_preset))
+        made_with: Callable[..., Flags] = flags
+        default = made_with(config=preset_from_argv(argv, default_preset))
     else:
         default = flags()
     return tyro.cli(flags, default=default, args=argv, description=description.strip())
@@ -49,7 +54,8 @@ def utf8(argument: str, flag: str) -> str:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`: what the user can mend ends in one line and exit code 1, never in a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
     try:
         sys.exit(main() or 0)
     except KindlingError as e:

@@ -116,15 +116,15 @@ def build(model: Any) -> Step:
     function = _library().step
     function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _integer, _pointer], None
     m = model.m
-    n_ff = model.blocks[0]["mlp.up"].q.shape[0]
-    qkv = model.blocks[0]["attn.qkv"].q.shape[0]
+    n_ff = model.blocks[0].up.q.shape[0]
+    qkv = model.blocks[0].qkv.q.shape[0]
     sizes = (m["n_layer"], model.n_head, model.kv_heads, model.head_dim, m["n_embd"], n_ff, m["block_size"],
              ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", m["qk_norm"])  # fmt: skip
     blocks = (_Block * m["n_layer"])(
         *(
             _Block(
-                *(_norm(block[name]) for name in ("norm_1", "norm_2")),
-                *(_matrix(block[name]) for name in ("attn.qkv", "attn.proj", "mlp.up", "mlp.gate", "mlp.down")),
+                *map(_norm, (block.norm_1, block.norm_2)),
+                *map(_matrix, (block.qkv, block.proj, block.up, block.gate, block.down)),
             )
             for block in model.blocks
         )

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +109,13 @@ def pair_ids(idx: Array, previous: Array, n_rows: int) -> Array:
     return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
 
 
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate each pair (x[i], x[i + D/2]) of x (H, T, D) by its position's angle; cos and sin (T, D)."""
+    half = x.shape[-1] // 2
+    turned = np.concatenate((-x[..., half:], x[..., :half]), -1)
+    return x * cos + turned * sin
+
+
 def softmax(x: Array) -> Array:
     """Return the distribution over the last axis, in place."""
     x -= x.max(-1, keepdims=True)
@@ -117,8 +125,8 @@ def softmax(x: Array) -> Array:
 
 
 def activate(kind: str, h: Array, gate: Array | None) -> Array:
-    """Return the activation of h (T, d_ff), in place."""
-    if kind == "swiglu":
+    """Return the activation of h (T, d_ff), in place; `gate` (T, d_ff) is SwiGLU's, else None."""
+    if gate is not None:
         h *= gate / (1 + np.exp(-gate))
     elif kind == "gelu":
         h *= 0.5 * (1 + erf(h * np.float32(math.sqrt(0.5))))
@@ -129,6 +137,18 @@ def activate(kind: str, h: Array, gate: Array | None) -> Array:
         if kind == "relu2":
             h *= h
     return h
+
+
+class Block(NamedTuple):
+    """The layers of one transformer block; `proj` and `gate` are None in shapes without them."""
+
+    qkv: Matrix
+    proj: Matrix | None
+    up: Matrix
+    gate: Matrix | None
+    down: Matrix
+    norm_1: Norm
+    norm_2: Norm
 
 
 class Model:
@@ -168,18 +188,23 @@ class Model:
         self.wtp = matrix("wtp") if m.get("pair_rows") else None  # older exports do not say
         self.norm_f = norm("norm_f") if m["final_norm"] else None
         self.head = self.wte if m["tie_embeddings"] else matrix("head")
-        names = ["attn.qkv", "mlp.up", "mlp.down"]
-        names += ["attn.proj"] * m["attn_out_proj"] + ["mlp.gate"] * (m["activation"] == "swiglu")
-        absent = dict.fromkeys(("attn.proj", "mlp.gate"))
         self.blocks = [
-            absent
-            | {name: matrix(f"blocks.{i}.{name}") for name in names}
-            | {name: norm(f"blocks.{i}.{name}") for name in ("norm_1", "norm_2")}
+            Block(
+                qkv=matrix(f"blocks.{i}.attn.qkv"),
+                up=matrix(f"blocks.{i}.mlp.up"),
+                down=matrix(f"blocks.{i}.mlp.down"),
+                proj=matrix(f"blocks.{i}.attn.proj") if m["attn_out_proj"] else None,
+                gate=matrix(f"blocks.{i}.mlp.gate") if m["activation"] == "swiglu" else None,
+                norm_1=norm(f"blocks.{i}.norm_1"),
+                norm_2=norm(f"blocks.{i}.norm_2"),
+            )
             for i in range(m["n_layer"])
         ]
         shape = (m["n_layer"], self.kv_heads, m["block_size"], self.head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self.cos = self.sin = self.step = None
+        self.cos: Array | None = None  # (block_size, D), as sin, where positions are rotary
+        self.sin: Array | None = None
+        self.step: Callable[[int, int, int], Array] | None = None  # the kernel in C
         if m["position"] == "rope":
             rate = m["rope_theta"] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)  # (D/2,)
             angle = np.outer(np.arange(m["block_size"]), np.tile(rate, 2))  # (T, D)
@@ -204,7 +229,7 @@ class Model:
     def read(self, ids: list[int]) -> Array:
         """Take in the next tokens; return the logits (V,) after the last. There must be room for them in the context."""
         if self.step is not None and len(ids) == 1 and self.length < self.block_size:
-            pair = 0 if self.wtp is None else int(self._pairs(ids)[0])
+            pair = 0 if self.wtp is None else int(self._pairs(ids, self.wtp)[0])
             self.length, self.last = self.length + 1, ids[0]
             return self.step(ids[0], pair, self.length - 1)
         return self.head(self._hidden(ids)[-1:])[0]
@@ -214,10 +239,10 @@ class Model:
         self.length = 0
         return self.head(self._hidden(ids))
 
-    def _pairs(self, ids: list[int]) -> Array:
+    def _pairs(self, ids: list[int], table: Matrix) -> Array:
         """Return the rows (T,) of the table of pairs for the next tokens."""
         idx = np.array([self.last if self.length else -1, *ids], np.int64)
-        return pair_ids(idx[1:], idx[:-1], len(self.wtp.q))
+        return pair_ids(idx[1:], idx[:-1], len(table.q))
 
     def _hidden(self, ids: list[int]) -> Array:
         """Return the features (T, C) of the next tokens, and remember their keys and values."""
@@ -225,15 +250,15 @@ class Model:
         assert 0 < len(ids) <= self.block_size - start, "the caller crops"
         x = self.wte.rows(ids)  # (T, C)
         if self.wtp is not None:
-            x += self.wtp.rows(self._pairs(ids))
+            x += self.wtp.rows(self._pairs(ids, self.wtp))
         if self.wpe is not None:
             x += self.wpe[start:stop]
         for layer, block in enumerate(self.blocks):
-            y = self._attention(layer, block["attn.qkv"](block["norm_1"](x)), start, stop)
-            x += y if block["attn.proj"] is None else block["attn.proj"](y)
-            y = block["norm_2"](x)
-            gate = None if block["mlp.gate"] is None else block["mlp.gate"](y)
-            x += block["mlp.down"](activate(self.m["activation"], block["mlp.up"](y), gate))
+            y = self._attention(layer, block.qkv(block.norm_1(x)), start, stop)
+            x += y if block.proj is None else block.proj(y)
+            y = block.norm_2(x)
+            gate = None if block.gate is None else block.gate(y)
+            x += block.down(activate(self.m["activation"], block.up(y), gate))
         self.length, self.last = stop, ids[-1]
         return x if self.norm_f is None else self.norm_f(x)
 
@@ -244,8 +269,9 @@ class Model:
         q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
         if self.m["qk_norm"]:
             q, k = unit_rms(q), unit_rms(k)
-        if self.m["position"] == "rope":
-            q, k = self._rotate(q, start, stop), self._rotate(k, start, stop)
+        if self.cos is not None and self.sin is not None:
+            cos, sin = self.cos[start:stop], self.sin[start:stop]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         self.keys[layer, :, start:stop], self.values[layer, :, start:stop] = k, qkv[n_head + n_kv :]
         keys, values = self.keys[layer, :, :stop], self.values[layer, :, :stop]  # (n_kv, S, D)
         q = (q * np.float32(1 / math.sqrt(D))).reshape(n_kv, -1, D)  # (n_kv, G * T, D)
@@ -254,11 +280,6 @@ class Model:
             later = np.arange(stop) > np.arange(start, stop)[:, None]  # (T, S)
             scores.reshape(n_kv, -1, T, stop)[..., later] = -np.inf
         return (softmax(scores) @ values).reshape(n_head, T, D).transpose(1, 0, 2).reshape(T, -1)  # (T, C)
-
-    def _rotate(self, x: Array, start: int, stop: int) -> Array:
-        half = self.head_dim // 2
-        turned = np.concatenate((-x[..., half:], x[..., :half]), -1)
-        return x * self.cos[start:stop] + turned * self.sin[start:stop]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

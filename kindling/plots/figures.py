@@ -78,8 +78,8 @@ def png(figure: Figure) -> bytes:
 
 def style() -> AbstractContextManager[Any]:
     """Return the context that all drawing happens in: names may hold dollars, which are no formulas."""
-    sizes = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9}
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    sizes: dict[Any, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9}
+    look: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
     return matplotlib.rc_context({"text.parse_math": False, "lines.markersize": 4.5, **sizes, **look})
 
 

@@ -92,7 +92,8 @@ def facts_of(subject: Subject) -> list[tuple[str, str]]:
         ("fine-tuned from", str(cfg.train.init_from or "")),
         ("weights' sha256", weights_sha256(folder)),
     ]
-    last = next((line for line in reversed(subject.metrics) if isinstance(line.get("val_loss"), float)), {})
+    validated = [line for line in subject.metrics if isinstance(line.get("val_loss"), float)]
+    last: dict[str, Any] = validated[-1] if validated else {}
     figures = [f"{name} {last[key]:{form}}" for key, name, form in VALIDATION if isinstance(last.get(key), float)]
     if figures:
         facts.append(("validation", f"{', '.join(figures)}, at step {last['step']:,}"))
