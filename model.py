@@ -1,11 +1,11 @@
-"""Every architecture of the five systems in one `GPT`, on `F.scaled_dot_product_attention`.
+"""Every architecture of the presets in one `GPT`, on `F.scaled_dot_product_attention`.
 
     model = build_model(preset("code-50m").model)
     loss_sum, n_targets = model(idx, targets)
 
 `config.ModelConfig` chooses between the architectures. Parameter names: `wte`, `wpe`, `blocks.N` with `norm_1`,
-`attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the table of token
-pairs. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees
+`attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the bigram
+hash embedding. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees
 another document. For generation, a `Cache` keeps keys and values (cache.py).
 """
 
@@ -29,7 +29,7 @@ from kindling.loss import linear_cross_entropy, nll_and_grad
 from kindling.positions import document_mask, pair_ids, previous_tokens, rotary_tables, rotate, sinusoidal_positions
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of each position
-# takes keys and values of new tokens, gives those of all tokens so far
+# takes the keys and values of new tokens, returns those of all tokens so far
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -43,14 +43,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)  # bfloat16 where FSDP gathers it; the residual stream is float32
+        weight = self.weight.to(x.dtype)  # FSDP may gather it in bfloat16; the residual stream is float32
         if self.rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head or grouped-query attention in which no position sees a later one, nor what `mask` (B, 1, T, T) hides."""
+    """Causal multi-head or grouped-query attention; `mask` (B, 1, T, T), where given, says what each token may see."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -73,20 +73,20 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None, cached: Cached | None = None
     ) -> Tensor:
-        """Attend within x (B, T, C), or with `cached`, which adds to its keys and values those of before."""
+        """Attend within x (B, T, C), and with `cached` also to the tokens before x."""
         q, k, v = self.heads(x, rope)
         if cached is not None:
             k, v = cached(k, v)  # (B, n_kv_head, S, D)
             q = q.to(k.dtype)  # the cache may be wider than the weights
         grouped = self.n_head != self.n_kv_head
         if mask is not None and grouped:
-            # CUDA's memory-efficient kernel, which takes a mask, wants as many key as query heads; with fewer, torch may
-            # fall back to forming all the weights
+            # CUDA's memory-efficient kernel takes a mask, but needs as many key heads as query heads. With fewer, torch may
+            # fall back to a kernel that forms all attention weights.
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, n_head, T, D)
             grouped = False
-        # A mask is one path that every device runs, compiled or not. FlexAttention (fused only where compiled) and
-        # variable-length kernels (CUDA only) would skip the hidden part, each at the price of a second path.
-        # a mask is causal itself, and one new token sees all that is cached
+        # A mask works on every device, compiled or not. FlexAttention (fused only if compiled) and variable-length kernels
+        # (CUDA only) would skip what is hidden, but each would be a second path.
+        # a mask is causal itself, and one new token sees everything in the cache
         is_causal = mask is None and q.size(2) == k.size(2)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
@@ -96,7 +96,7 @@ class CausalSelfAttention(nn.Module):
         return y if self.proj is None else self.proj(y)
 
     def weights(self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return the attention weights (B, n_head, T, T) that `forward` uses without ever forming them."""
+        """Return the attention weights (B, n_head, T, T). `forward` uses the same ones but never forms them."""
         q, k, _ = self.heads(x, rope)
         k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, n_head, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, n_head, T, T)
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: up, activation, down; SwiGLU (Shazeer 2020) has a gate beside up."""
+    """The feed-forward layer: up, activation, down. SwiGLU (Shazeer 2020) has a gate as well."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -148,14 +148,14 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What trainer, evaluation and generation need of a model: `hidden` and `head`, and from them logits or loss."""
+    """The interface for training, evaluation and generation: `hidden` and `head`, and logits or loss computed from them."""
 
     cfg: ModelConfig
     checkpoint_activations = False
-    """Whether the training forward pass keeps only the input of each block, and the backward pass computes the rest again
-    (Chen et al. 2016, arXiv:1604.06174): less memory, a third more work, the same bits."""
+    """Whether training keeps only the input of each block and computes the rest again in the backward pass (Chen et al. 2016,
+    arXiv:1604.06174): less memory, a third more work, the same bits."""
 
-    if TYPE_CHECKING:  # a module of the model, or a property that returns one
+    if TYPE_CHECKING:  # a submodule, or a property that returns one
 
         @property
         def head(self) -> nn.Linear: ...
@@ -169,7 +169,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def for_generation(self) -> GPT:
-        """Return the same model with `read`: itself, or a copy."""
+        """Return the model as a GPT, which has `read`: itself or a copy."""
         raise NotImplementedError
 
     def forward(
@@ -196,9 +196,9 @@ class LanguageModel(nn.Module):
     _nll_and_grad = staticmethod(nll_and_grad)
 
     def compile_parts(self) -> None:
-        """Compile the transformer blocks (once: they share their code) and the loss kernel, in place.
+        """Compile the transformer blocks (once, as they share their code) and the loss kernel, in place.
 
-        Parameters keep their names, so checkpoints do not know of it.
+        Parameters keep their names, so checkpoints stay the same.
         """
         for block in self.compilable():
             block.compile(dynamic=False)
@@ -211,7 +211,7 @@ class LanguageModel(nn.Module):
         self._nll_and_grad = nll_and_grad
 
     def compilable(self) -> list[nn.Module]:
-        """The repeated parts of the model that are worth compiling."""
+        """Return the repeated modules that are worth compiling."""
         raise NotImplementedError
 
     def n_parameters(self) -> int:
@@ -219,23 +219,23 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def n_multiplied(self) -> int:
-        """Count the parameters that every token is multiplied with: all but the tables of which it takes a row."""
+        """Count the parameters that every token is multiplied with: all but the lookup tables."""
         tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} - {self.head.weight}
         return self.n_parameters() - sum(table.numel() for table in tables)
 
 
 class GPT(LanguageModel):
-    """A decoder-only transformer of any of the shapes of `ModelConfig`, randomly initialised from torch's global seed."""
+    """A decoder-only transformer of any shape of `ModelConfig`, initialised from torch's global random generator."""
 
     head: nn.Linear
-    positions: Tensor  # (block_size, C), where they are sinusoidal
-    rope_cos: Tensor  # (block_size, D), as rope_sin, where they are rotary
+    positions: Tensor  # (block_size, C), if positions are sinusoidal
+    rope_cos: Tensor  # (block_size, D), like rope_sin, if positions are rotary
     rope_sin: Tensor
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation
+        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation; None: that of the weights
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wtp = nn.Embedding(cfg.pair_rows, cfg.n_embd) if cfg.pair_rows else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
@@ -254,12 +254,12 @@ class GPT(LanguageModel):
             self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(partial(self._init, std=cfg.init_std))
         nn.init.normal_(self.wte.weight, std=cfg.init_std if cfg.embd_init_std is None else cfg.embd_init_std)
-        if self.wtp is not None:  # each pair begins as its token alone
+        if self.wtp is not None:  # at first a pair adds nothing to its token
             nn.init.zeros_(self.wtp.weight)
         for proj in [proj for block in blocks for proj in (block.attn.proj, block.mlp.down) if proj is not None]:
             if cfg.residual_init == "zero":
                 nn.init.zeros_(proj.weight)
-            else:  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
+            else:  # so that the residual stream's variance does not grow with depth (GPT-2, section 2.3)
                 nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
 
     @staticmethod
@@ -272,10 +272,10 @@ class GPT(LanguageModel):
     def embed(
         self, idx: Tensor, positions: Tensor | None = None, before: Tensor | None = None
     ) -> tuple[Tensor, Rotary | None]:
-        """Return the first block's input (B, T, C) and, where positions are rotary, cos and sin of each place:
-        (T, D), or with positions (B, T) each row's own, (B, 1, T, D).
+        """Return the first block's input (B, T, C), and for rotary positions cos and sin of each position, else None.
 
-        `before` (B,) is the token before each row's first, which counts where that is not at position 0.
+        They are (T, D), or (B, 1, T, D) with positions (B, T). `before` (B,) is the token before each row's first one; it is
+        used where that one is not at position 0.
         """
         T = idx.size(1)
         x = self.wte(idx)  # (B, T, C)
@@ -298,19 +298,19 @@ class GPT(LanguageModel):
         mask = None if positions is None else document_mask(positions)  # (B, 1, T, T), once for all blocks
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # computed again with the random state of the first time, so that dropout is the same
+            # `checkpoint` restores the random state, so dropout is the same the second time
             x = checkpoint(block, x, rope, mask, use_reentrant=False) if recompute else block(x, rope, mask)
         return x if self.norm_f is None else self.norm_f(x)
 
     def new_cache(self, n_rows: int) -> Cache:
-        """Return an empty cache, of `cache_dtype` or else that of the weights."""
+        """Return an empty cache in `cache_dtype`, or in the type of the weights."""
         return Cache(self.cfg, n_rows, self.wte.weight.new_empty(0, dtype=self.cache_dtype))
 
     @torch.no_grad()
     def read(self, idx: Tensor, cache: Cache) -> Tensor:
-        """Take in the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last.
+        """Run the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last token.
 
-        No row may come to more than block_size tokens.
+        No row may get longer than block_size tokens.
         """
         positions = cache.positions(idx.size(1))  # (B, T)
         x, rope = self.embed(idx, positions, cache.last)  # (B, T, C)
@@ -346,9 +346,9 @@ class GPT(LanguageModel):
 
 
 class TransformersGPT2(LanguageModel):
-    """The same contract over transformers' `GPT2LMHeadModel`, as seed 000 runs its 225M model.
+    """The same interface on transformers' `GPT2LMHeadModel`; the project behind `code-225m` runs its model so.
 
-    Limit: no mask across documents, which the config refuses and `positions` with a ValueError.
+    Limit: no mask across documents. The config refuses `document_mask`, and `hidden` raises ValueError for positions.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -385,7 +385,7 @@ class TransformersGPT2(LanguageModel):
 
     @torch.no_grad()
     def for_generation(self) -> GPT:
-        """Return a copy of the weights in our own GPT, whose logits are the same."""
+        """Return a copy of the weights in our own GPT, which gives the same logits."""
         gpt = GPT(replace(self.cfg, backbone="kindling"))
         ours = dict(gpt.named_parameters())
         for name, weight in gpt2_weights(self.gpt2):
@@ -395,5 +395,5 @@ class TransformersGPT2(LanguageModel):
 
 
 def build_model(cfg: ModelConfig) -> LanguageModel:
-    """Build the model of `cfg`, on the backbone that it names, with weights from torch's global generator."""
+    """Return a model of the shape and backbone of `cfg`, initialised from torch's global random generator."""
     return TransformersGPT2(cfg) if cfg.backbone == "transformers" else GPT(cfg)

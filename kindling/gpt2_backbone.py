@@ -1,4 +1,4 @@
-"""GPT-2 on transformers' own classes: how `model.TransformersGPT2` builds it, and its weights under the names of our GPT."""
+"""GPT-2 from transformers, for `model.TransformersGPT2`: building it, and its weights under the names of our GPT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_gpt2(cfg: ModelConfig) -> GPT2LMHeadModel:
     """Return a `GPT2LMHeadModel` of the shape of `cfg`, with weights from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    # GPT2Config's own defaults would put bos and eos outside the vocabulary, and drop out in three places
+    # GPT2Config's defaults would set bos and eos outside the vocabulary, and dropout in three places
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
@@ -52,7 +52,7 @@ def gpt2_attention(gpt2: GPT2LMHeadModel, idx: Tensor) -> Tensor:
     """Return every head's attention weights (n_layer, B, n_head, T, T) for idx (B, T)."""
     was_training = gpt2.training
     gpt2.eval()  # without dropout
-    gpt2.set_attn_implementation("eager")  # the fused kernel never forms the weights
+    gpt2.set_attn_implementation("eager")  # the fused kernel does not form the weights
     try:
         return torch.stack(gpt2.transformer(idx, output_attentions=True).attentions)
     finally:

@@ -1,4 +1,4 @@
-"""Where a token is and what stands before it: position encodings, the mask of documents, and pairs of tokens."""
+"""Functions of positions for model.py: encodings, the mask between documents, and the hash of a token and the one before it."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def previous_tokens(idx: Tensor, positions: Tensor | None, before: Tensor | None
 
 
 def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
-    """Return the row of the table of pairs for each token of idx and the one before it in `previous`, -1 where none is.
+    """Return the row of the bigram hash embedding (modded-nanogpt) for each token of idx and the one before it in `previous`.
 
-    Row 0 is for a token with nothing before it, and a hash picks one of the others (modded-nanogpt's bigram hash embedding).
+    Where `previous` is -1, nothing stands before the token, and the row is 0; otherwise a hash picks one of the other rows.
     Exact in int64 for any vocabulary up to 2^30.
     """
     hashed = previous * PAIR_PRIMES[0] + idx * PAIR_PRIMES[1]
