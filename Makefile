@@ -58,8 +58,9 @@ test-scatter: .venv/.installed-dev ## install datatrove, and run the tests of di
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-scatter.txt
 	@$(BIN)/python -m pytest tests/data/test_distributed_build.py
 
-lint: .venv/.installed-dev ## check the style
+lint: .venv/.installed-dev ## check style and types (half a minute at first, then seconds)
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 ##@ Measure
 

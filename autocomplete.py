@@ -1,17 +1,19 @@
-"""Code completion on the CPU for a run that was exported to int8, with NumPy and `tokenizers` alone.
+"""Complete code on the CPU with a run that was exported to int8; needs only NumPy and `tokenizers`.
 
     python export.py runs/demo --to int8
     python autocomplete.py runs/demo --file main.c          # completes at the end of the file; - reads stdin
     python autocomplete.py runs/demo --prompt "def add(a, b):" --mode creative
 
-The process holds little more than the file: its weights stay int8 (`kindling/int8/model.py`). The prompt is cropped from
-the left, so that what is written fits the context behind it; it ends at end of text. `--kernel c` compiles a small kernel
-first, which is faster. Of the project it needs the folder `kindling/int8` and `kindling/generation/healing.py`, no more.
+The process needs little more memory than the file has bytes, because the weights stay int8 (`kindling/int8/model.py`).
+The prompt is cropped from the left, so that the new text fits the context. Completion stops at end-of-text. `--kernel c`
+compiles a small kernel first, which is faster. The script needs no other part of the project than the folder `kindling/int8`
+and the file `kindling/generation/healing.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -20,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # one thread: products of one token with a block are too small to share
+if __name__ == "__main__":  # one thread: the products of one token are too small to divide
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -28,8 +30,8 @@ import numpy as np
 from kindling.generation.healing import Healing, take_back, token_texts
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
 
-CHARACTERS = 64  # for each token of the context, of a text's end, are encoded: far more than any text needs
-MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as seed 002 has them
+CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
+MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as Code-AutoComplete-LLM has them
 
 
 class Sampling(NamedTuple):
@@ -38,9 +40,9 @@ class Sampling(NamedTuple):
     temperature: float
     """0 is greedy."""
     top_k: int
-    """Only this many of the most likely tokens; 0: all."""
+    """Draw from this many most likely tokens. 0: all."""
     max_new_tokens: int
-    """Stop after this many."""
+    """Stop after this many new tokens."""
     seed: int
     """The same seed gives the same text."""
 
@@ -61,10 +63,11 @@ def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> in
 def stream(
     model: Model, ids: list[int], sampling: Sampling, eos_id: int, healing: Healing | None = None
 ) -> Iterator[int]:
-    """Yield new tokens after the prompt `ids`, until end of text, the limit, or a full context."""
+    """Yield new tokens after the prompt `ids`, until end-of-text, the limit, or a full context."""
     model.length = 0
     rng = np.random.default_rng(sampling.seed)
-    logits, out = model.read(ids), []
+    logits = model.read(ids)
+    out: list[int] = []
     for left in range(min(sampling.max_new_tokens, model.block_size - len(ids)), 0, -1):
         mask = None if healing is None else healing.allowed(out)
         token = draw(logits if mask is None else np.where(mask, logits, -np.inf), sampling, rng)
@@ -80,7 +83,7 @@ class Completer:
     """A model with its tokenizer: text in, text out."""
 
     def __init__(self, folder: Path):
-        """Open an export. Raises CompletionError if it is not whole."""
+        """Open an export. Raises CompletionError if it is incomplete or damaged."""
         from tokenizers import Tokenizer
 
         self.model = Model(folder)
@@ -92,15 +95,15 @@ class Completer:
             raise CompletionError(
                 f"{folder / TOKENIZER} must be the run's tokenizer, but cannot be read ({e}); export the run again"
             ) from None
-        self.tokenizer.encode_special_tokens = True  # what a text spells out is text
+        self.tokenizer.encode_special_tokens = True  # a special token written in a text is text
 
     def prompt_ids(self, text: str, max_new_tokens: int) -> tuple[list[int], bool]:
-        """Return the tokens of the end of `text` that leave room for the new ones, and whether its beginning is cropped.
+        """Return the tokens of the end of `text`, with room for the new tokens, and whether the beginning is cropped.
 
-        Raises CompletionError for text that the tokenizer cannot hold.
+        Raises CompletionError for text that the tokenizer cannot encode.
         """
         end = text[-CHARACTERS * self.model.block_size :]
-        if len(end) < len(text):  # from the beginning of a line on, as a tokenizer would split it
+        if len(end) < len(text):  # from the start of a line, where a tokenizer would split
             end = end[end.find("\n") + 1 :]
         ids = self.tokenizer.encode(end, add_special_tokens=False).ids
         if self.tokenizer.normalizer is None and self._decode(ids) != end:
@@ -111,19 +114,19 @@ class Completer:
             ids = [self.bos_id, *ids]
         room = self.model.block_size - min(max_new_tokens, self.model.block_size // 2)
         cropped = len(end) < len(text) or len(ids) > room
-        return ids[-room:] or [self.eos_id], cropped  # in training, a document begins behind an end of text
+        return ids[-room:] or [self.eos_id], cropped  # in training, a document begins after an end-of-text
 
     def complete(self, ids: list[int], sampling: Sampling) -> Iterator[str]:
-        """Yield the text that the model writes behind the prompt, in pieces of whole characters."""
+        """Yield the text that the model writes after the prompt, in pieces of whole characters."""
         kept, healing = take_back(ids, self.spellings)
-        # what was taken back is written again, and not said
+        # tokens taken back from the prompt are generated again, and are not part of the result
         limit = min(sampling.max_new_tokens, self.model.block_size - len(ids)) + len(ids) - len(kept)
         said = len(self._decode(kept[-1:])) + len(healing.text)
         written = kept[-1:]
         for token in stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.eos_id, healing):
             written.append(token)
             self.n_written = len(written) - 1
-            # U+FFFD at the end is most likely a character of which bytes are still to come
+            # U+FFFD at the end is most likely a character whose last bytes are still missing
             whole = self._decode(written).rstrip("\ufffd")
             if len(whole) > said:
                 yield whole[said:]
@@ -149,30 +152,32 @@ class Completer:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an export to int8, or the run, or its name under runs/")
+    parser.add_argument("folder", type=Path, help="an export to int8, or a run's folder, or its name under runs/")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="complete this text")
-    text.add_argument("--file", help="complete at the end of this file; - reads stdin")
-    parser.add_argument("--mode", choices=MODES, default="autocomplete", help="how bold (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the mode's, 0.2 or 0.8)")
+    text.add_argument("--file", help="complete at the end of this file; -: stdin")
     parser.add_argument(
-        "--top-k", type=int, help="most likely tokens to draw from, 0 for all (default: the mode's, 10 or 50)"
+        "--mode", choices=MODES, default="autocomplete", help="sets temperature and top-k (default: %(default)s)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="0: greedy (default: the mode's, 0.2 or 0.8)")
+    parser.add_argument(
+        "--top-k", type=int, help="draw from this many most likely tokens, 0: all (default: the mode's, 10 or 50)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="stop after this many new tokens (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument(
-        "--kernel", choices=("numpy", "c"), default="numpy", help="c compiles one for this machine first"
+        "--kernel", choices=("numpy", "c"), default="numpy", help="c: compile a kernel for this machine first"
     )
-    parser.add_argument(
-        "--stats", action="store_true", help="say on stderr how fast it was, and how much memory it took"
-    )
+    parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
     return parser.parse_args(argv)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """Return the sampling that the flags ask for; raises CompletionError for a value that cannot be used."""
+    """Return the sampling of the flags; raises CompletionError for a value that cannot be used."""
     temperature, top_k = MODES[args.mode]
     temperature = temperature if args.temperature is None else args.temperature
     top_k = top_k if args.top_k is None else args.top_k
@@ -193,7 +198,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def read_text(args: argparse.Namespace) -> str:
-    """Return the text to complete; raises CompletionError if there is none."""
+    """Return the text to complete; raises CompletionError if there is none or it cannot be read."""
     where = "--prompt" if args.file is None else "stdin" if args.file == "-" else args.file
     try:
         if args.file is None:
@@ -208,13 +213,13 @@ def read_text(args: argparse.Namespace) -> str:
 
 
 def find_export(folder: Path) -> Path:
-    """Return the folder of the export that `folder` is or, of a run, holds."""
+    """Return the export's folder: `folder` itself, or the one in a run."""
     candidates = [folder, folder / "export" / "int8", Path("runs") / folder / "export" / "int8"]
     return next((path for path in candidates if (path / CONFIG).is_file()), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the model writes behind the text."""
+    """Print what the model writes after the text."""
     args = parse_arguments(argv)
     sampling, text = sampling_of(args), read_text(args)
     started = time.perf_counter()
@@ -224,7 +229,10 @@ def main(argv: list[str] | None = None) -> int:
     ids, cropped = completer.prompt_ids(text, sampling.max_new_tokens)
     if cropped:
         context = completer.model.block_size
-        print(f"note: of the text, the last {len(ids)} tokens are read: the context has {context}", file=sys.stderr)
+        print(
+            f"note: only the last {len(ids)} tokens of the text are read, because the context has {context}",
+            file=sys.stderr,
+        )
     first_s, n_first = 0.0, 0
     for piece in completer.complete(ids, sampling):
         if not first_s:
@@ -244,8 +252,8 @@ def stats(n_more: int, first_s: float, more_s: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that was resident in this process, 0 if unknown."""
-    try:  # Linux; getrusage would count the process that started this one
+    """Return the peak of resident memory of this process; 0 if unknown."""
+    try:  # Linux, where getrusage would count the process that started this one
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
@@ -258,14 +266,15 @@ def peak_memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", newline="")  # what is printed is to be appended to a file
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")  # so that the output can be appended to a file as it is
     try:
         sys.exit(main())
     except CompletionError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the program that reads our output has ended
         sys.stderr.close()
         sys.exit(1)
     except OSError as e:

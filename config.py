@@ -1,31 +1,35 @@
-"""Every setting of Kindling: plain, frozen, validated config classes, and `RUN`, which says what is trained.
+"""Every setting of Kindling, as frozen and validated dataclasses, and `RUN`, the preset that is trained.
 
     python config.py                        # list the presets: parameters, tokens, data source
     python main.py --preset code-50m --train.max-steps 200
 
-Edit `RUN` (what a bare `python main.py` trains), or a preset function in presets.py, or override any field on the
-command line as `--section.field value`. `None` means "derive", and is read through the property of the
-same meaning (`model.kv_heads`, `train.micro_batch`): a saved config holds what was chosen, not what
-followed from it. This file imports no heavy library.
+To change what is trained, edit `RUN` (what `python main.py` trains without flags), edit a preset in presets.py, or
+override any field on the command line: `--section.field value`. `None` means "derive this value"; the code then reads a
+property, such as `model.kv_heads` or `train.micro_batch`. A saved config holds what was chosen, not what was derived.
+This file imports no heavy library.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, dataclass_transform
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
 from kindling.errors import require, require_range
 
-RUN = "demo"  # the preset that a bare `python main.py` trains
+RUN = "demo"  # the preset that `python main.py` trains without flags
 BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
-IGNORE = -100  # the target of a token that is not supervised, as in torch's cross-entropy
+Template = Literal["alpaca", "user-assistant"]
+IGNORE = -100  # the target of tokens without supervision, as in torch's cross-entropy
 
 
-_frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass_transform(frozen_default=True)
+def _frozen(cls: type) -> type:
+    """Make a class a frozen dataclass that pydantic validates; unknown fields are an error."""
+    return dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
 
 
 @_frozen
@@ -35,9 +39,9 @@ class ModelConfig:
     block_size: int = 256
     """Context length in tokens, T."""
     vocab_size: int = 4096
-    """Rows of the embedding. A tokenizer trained on the run's data gets this size; a pretrained one must fit in it."""
+    """Rows of the token embedding. A tokenizer trained for the run gets this size; a pretrained one must fit in it."""
     n_layer: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     n_head: int = 4
     """Query heads of each attention layer."""
     n_kv_head: int | None = None
@@ -47,41 +51,43 @@ class ModelConfig:
     d_ff: int | None = None
     """Hidden width of the feed-forward layer. None: 4 * n_embd."""
     position: Literal["learned", "sinusoidal", "rope"] = "learned"
-    """Learned or fixed sinusoidal absolute positions, or rotary embeddings on queries and keys."""
+    """Position encoding: learned or sinusoidal absolute positions, or rotary embeddings (RoPE) on queries and keys."""
     rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies (RoPE theta)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sub-layer."""
     norm_eps: float = 1e-5
-    """Added to the variance inside the normalisation."""
+    """Epsilon of the normalisation, added to the variance."""
     final_norm: bool = True
-    """Normalise once more before the head."""
+    """Add a normalisation before the head."""
     activation: Literal["gelu", "gelu_new", "relu", "relu2", "swiglu"] = "gelu_new"
-    """gelu is the exact erf form, gelu_new GPT-2's tanh form, relu2 the squared ReLU."""
+    """Activation of the feed-forward layer. gelu: the exact form (erf); gelu_new: GPT-2's form (tanh); relu2: squared ReLU."""
     bias: bool = True
-    """Biases in all linear layers and LayerNorms of the blocks."""
+    """Biases in the linear layers of the blocks and in all LayerNorms."""
     head_bias: bool = False
-    """A bias in the head that gives the logits (untied heads only)."""
+    """A bias in the output head. Only for untied heads."""
     attn_out_proj: bool = True
-    """The attention output projection W_O. False: concatenated heads go straight into the residual stream."""
+    """The attention output projection W_O. False: the concatenated heads are added to the residual stream as they are."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys of each head before attention (no parameters)."""
+    """RMS-normalise the queries and keys of each head before attention. Has no parameters."""
     pair_rows: int = 0
-    """Rows of a second embedding table, added to the first: a token and the one before it pick a row by a hash. 0: none."""
+    """Rows of the bigram hash embedding: a hash of the token and the one before it picks a row, which is added to the token's
+    embedding. 0: off."""
     tie_embeddings: bool = True
-    """The head shares the token embedding's matrix."""
+    """Use the token embedding's matrix as the output head."""
     dropout: float = 0.0
-    """Dropout on embeddings, attention weights and both sub-layers' outputs, in training."""
+    """Dropout in training: on embeddings, attention weights and the outputs of both sub-layers."""
     document_mask: bool = False
-    """In training and evaluation, a token attends only to its own document in a packed block, and positions restart with it."""
+    """In training and evaluation, a token attends only to its own document in a packed block, and positions restart there."""
     init_std: float = 0.02
-    """Standard deviation of the normal initialisation of matrices."""
+    """Standard deviation of the normal distribution that matrices are initialised from."""
     embd_init_std: float | None = None
-    """Standard deviation of the token embedding's. None: init_std."""
+    """The same for the token embedding. None: init_std."""
     residual_init: Literal["scaled", "zero"] = "scaled"
-    """Projections into the residual stream start scaled by 1/sqrt(2 * n_layer), or at zero."""
+    """How projections into the residual stream start. scaled: with a standard deviation of init_std / sqrt(2 * n_layer); zero:
+    at zero."""
     backbone: Literal["kindling", "transformers"] = "kindling"
-    """transformers: run GPT-2's shape on transformers' GPT2LMHeadModel instead of our own GPT."""
+    """Which code runs the model. transformers: GPT2LMHeadModel, for GPT-2's shape only; kindling: our own GPT."""
 
     @property
     def kv_heads(self) -> int:
@@ -100,7 +106,7 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters, to the unit; a tied matrix counts once, fixed positions count nothing."""
+        """The exact number of trainable parameters. A tied matrix counts once; sinusoidal positions do not count."""
         C, ff, kv = self.n_embd, self.ff_width, self.kv_heads * self.head_dim
         norm = 2 * C if self.norm == "layernorm" and self.bias else C
         linears = [(C, C + 2 * kv)]
@@ -113,7 +119,7 @@ class ModelConfig:
 
     @property
     def n_position_parameters(self) -> int:
-        """Parameters of learned positions, which some projects leave out of their counts."""
+        """Parameters of learned positions. Some projects leave them out of their counts."""
         return self.block_size * self.n_embd if self.position == "learned" else 0
 
     @model_validator(mode="after")
@@ -153,28 +159,28 @@ class TokenizerConfig:
     """Where the tokenizer comes from."""
 
     kind: Literal["bpe", "handwritten", "sentencepiece", "pretrained"] = "bpe"
-    """bpe: byte-level BPE trained on the run's own training split by `tokenizers`; handwritten: the same by bpe.py;
-    sentencepiece: trained likewise by SentencePiece, with bytes to fall back on; pretrained: loaded from `path`."""
+    """bpe: byte-level BPE, trained by `tokenizers` on the run's training split; handwritten: the same, trained by our bpe.py;
+    sentencepiece: trained by SentencePiece, with byte fallback; pretrained: loaded from `path`."""
     sentencepiece_model: Literal["bpe", "unigram"] = "bpe"
-    """For sentencepiece: merges of frequent pairs, or a unigram language model."""
+    """For sentencepiece: the algorithm, BPE or a unigram language model."""
     path: str | None = None
-    """For pretrained: a tokenizer.json, a folder that holds one, or a hub name such as bigcode/starcoder2-3b."""
+    """For pretrained: a tokenizer.json, a folder with one, or a name on the hub, such as bigcode/starcoder2-3b."""
     normalizer: Literal["none", "nfkc"] = "none"
-    """nfkc rewrites characters (² to 2, … to ...), so decoding no longer gives the source back: off unless asked for."""
+    """nfkc: replace characters by compatible ones (² by 2, … by ...). Decoding then does not give the exact source back."""
     eos_token: str = "<|endoftext|>"
-    """Ends every document; generation stops at it."""
+    """The end-of-text token: ends every document, and stops generation."""
     bos_token: str | None = None
-    """Begins every document, where set."""
+    """A token that begins every document. None: no such token."""
     pad_token: str | None = None
-    """An id for padding, where set; never the end token."""
+    """A token for padding, different from the end-of-text token. None: no such token."""
     unk_token: str | None = None
-    """Kept for vocabularies that list one (SentencePiece always does); none of our tokenizers ever produces it."""
+    """A token for unknown text, for vocabularies that list one (SentencePiece always does). Our tokenizers never produce it."""
     train_bytes: int = 10_000_000
-    """Bytes of source that a tokenizer is trained on."""
+    """Bytes of text that the tokenizer is trained on."""
 
     @property
     def special_tokens(self) -> list[str]:
-        """The control tokens in the order of their ids: pad, unk, bos, eos, without those that are not set."""
+        """The special tokens that are set, in the order of their ids: pad, unk, bos, eos."""
         return [t for t in (self.pad_token, self.unk_token, self.bos_token, self.eos_token) if t is not None]
 
     @model_validator(mode="after")
@@ -195,16 +201,17 @@ class TokenizerConfig:
 
 @_frozen
 class SourceConfig:
-    """One source of documents. Several make a mixture, drawn by `weight` in tokens."""
+    """One source of documents. Several sources make a mixture; `weight` sets each one's share of the tokens."""
 
     kind: Literal["local-python", "files", "text", "jsonl", "parquet", "datasets", "docstrings"] = "local-python"
-    """local-python: the interpreter's standard library and installed packages; files: one document a file, by `globs`;
-    text: files of documents between `separator`s; jsonl, parquet: rows; datasets: the hub, streamed; docstrings: instructions
-    and answers for fine-tuning, mined from the documented functions of Python files."""
+    """local-python: Python's standard library and the installed packages; files: each file that `globs` matches is a document;
+    text: files that hold several documents, divided by `separator`; jsonl, parquet: each row is a document; datasets: a data
+    set on the hub, streamed; docstrings: instructions and answers for fine-tuning, made from documented Python functions."""
     path: str | None = None
-    """A file or folder, or the hub's name of a data set. Not used by local-python; docstrings without it reads the same files."""
+    """A file, a folder, or the name of a data set on the hub. local-python takes none; docstrings without one reads
+    local-python's files."""
     globs: tuple[str, ...] | None = None
-    """Which files of a folder, for files, text, jsonl and parquet. None: those that the kind usually has."""
+    """For files, text, jsonl and parquet: patterns of the files to read. None: the usual suffixes of the kind."""
     subset: str | None = None
     """The configuration (`name`) of a data set on the hub."""
     data_dir: str | None = None
@@ -212,28 +219,28 @@ class SourceConfig:
     split: str = "train"
     """The split of a data set on the hub."""
     field: str = "content"
-    """The column that holds a row's text, or its instruction."""
+    """The column with the text, or with the instruction."""
     response_field: str | None = None
-    """Set where rows are instructions and this is the answer's column: for fine-tuning, refused for pre-training."""
+    """The column with the answer. Set it for instructions; such a source is for fine-tuning only."""
     input_field: str | None = None
-    """Of rows of instructions, the column with the input that an instruction is about; empty or missing where it has none."""
+    """For instructions: the column with an instruction's input, which may be empty or missing."""
     messages_field: str | None = None
-    """Set where rows are conversations: the column with the list of messages, each {"role": ..., "content": ...} (or
-    "from" and "value"), user and assistant in turn: for fine-tuning, refused for pre-training."""
+    """The column with the list of messages, each {"role": ..., "content": ...} or {"from": ..., "value": ...}, from user and
+    assistant in turn. Set it for conversations; such a source is for fine-tuning only."""
     language: str | None = None
-    """Language of the documents. None: by a row's `language` or `lang` column, else by the file's suffix."""
+    """Language of the documents. None: from a row's `language` or `lang` column, or from the file's suffix."""
     separator: str = "<|endoftext|>"
-    """Between the documents of a text file; empty: the whole file is one document."""
+    """For text: what stands between two documents of a file. Empty: the whole file is one document."""
     weight: float = 1.0
-    """Share of the mixture's tokens, relative to the other sources."""
+    """Share of the tokens, relative to the weights of the other sources."""
     max_documents: int | None = None
-    """Read no more documents than this. None: all."""
+    """Read at most this many documents. None: all."""
     max_bytes: int | None = None
-    """Read no more bytes than this, from files in pseudo-random order. None: all."""
+    """Read at most this many bytes, from files in pseudo-random order. None: all."""
 
     @property
     def file_globs(self) -> tuple[str, ...]:
-        """Which files of a folder are read."""
+        """The patterns of the files to read."""
         if self.globs is not None:
             return self.globs
         suffixes = {"text": ("txt",), "jsonl": ("jsonl", "json"), "parquet": ("parquet",)}.get(self.kind)
@@ -241,7 +248,7 @@ class SourceConfig:
 
     @property
     def is_instructions(self) -> bool:
-        """Whether it holds instructions and answers, rather than documents."""
+        """Whether the source holds instructions and answers, not documents."""
         return self.kind == "docstrings" or self.response_field is not None or self.messages_field is not None
 
     @property
@@ -270,10 +277,10 @@ class SourceConfig:
 
 @_frozen
 class DataConfig:
-    """What becomes training data: sources, filters and splits."""
+    """The training data: sources, filters and splits."""
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
-    """The sources; set one field of one as --data.sources.0.path."""
+    """The sources. To set one field of the first source: --data.sources.0.path."""
     min_chars: int = 1
     """Drop documents with fewer characters."""
     max_chars: int = 250_000
@@ -283,46 +290,47 @@ class DataConfig:
     max_lines: int = 10_000
     """Drop documents with more lines."""
     max_line_chars: int | None = None
-    """Drop documents with a longer line (data, minified code). None: any length, as prose needs."""
+    """Drop documents with a line longer than this, which is often data or minified code. None: allow any length."""
     min_alphanumeric: float = 0.0
-    """Drop documents in which a smaller share of the characters is letters and digits."""
+    """Drop documents with a smaller share of letters and digits."""
     max_non_ascii: float = 1.0
-    """Drop documents in which a larger share of the characters is not ASCII."""
+    """Drop documents with a larger share of characters that are not ASCII."""
     drop_tests: bool = False
-    """Drop dedicated test files: by their name, by a folder called test or tests, or as a suite of test classes."""
+    """Drop test files, recognised by their name, by a folder called test or tests, or by their test classes."""
     drop_generated: bool = False
-    """Drop source files that say in a comment of their first lines that a program wrote them."""
+    """Drop source files with a comment in their first lines that says that they are generated."""
     max_header_lines: int | None = None
-    """Cut off an initial comment block or module docstring with more lines than this. None: keep them all."""
+    """Remove a comment block or module docstring at the start if it has more lines than this. None: keep it."""
     check_syntax: bool = True
-    """Drop Python documents that this interpreter's compile() refuses."""
+    """Drop Python documents that do not compile with this interpreter."""
     dedup: bool = True
-    """Drop documents whose content was seen before (sha256)."""
+    """Drop exact duplicates (the same sha256)."""
     near_dedup: float | None = 0.6
-    """Drop documents whose sets of word pairs have at least this Jaccard similarity, estimated by MinHash, to one kept
-    before; so none straddles the splits. Holds half a kB of memory for each document kept. None: keep them."""
+    """Drop near-duplicates: documents whose word pairs have at least this Jaccard similarity to those of a kept document,
+    estimated with MinHash. No near-duplicate is then in another split. Needs half a kB of memory for each kept document.
+    None: keep near-duplicates."""
     decontaminate: tuple[str, ...] = ("humaneval", "mbpp")
-    """Drop documents that share 13 words in a row with these: benchmarks in problems/, or any text or JSONL file."""
+    """Drop documents that have 13 words in a row in common with these: benchmarks in problems/, or text or JSONL files."""
     val_fraction: float = 0.01
-    """Share of the documents, by content hash, held out for validation."""
+    """Share of the documents in the validation split, chosen by a hash of their content."""
     test_fraction: float = 0.01
-    """Share of the documents, by content hash, kept for final tables only."""
-    template: Literal["alpaca", "user-assistant"] = "alpaca"
-    """Of sources of instructions: the text that an instruction and its answer are made into (`prompts.py`)."""
+    """Share of the documents in the test split, chosen by a hash of their content. Use it for final results only."""
+    template: Template = "alpaca"
+    """For instructions: the template that makes a text of an instruction and its answer (see prompts.py)."""
     too_long: Literal["drop", "cut"] = "drop"
-    """Of sources of instructions: what happens to an example with more tokens than the context. cut: the last answer is, and
-    end-of-text follows it all the same, which teaches to stop there."""
+    """For instructions: what to do with an example that is longer than the context. drop: leave it out; cut: truncate the last
+    answer and append end-of-text, so the model learns to stop there."""
     max_tokens: int | None = None
-    """Stop reading once the training split holds this many tokens. None: read the sources whole."""
+    """Stop reading when the training split has this many tokens. None: read the sources to their end."""
     when_dry: Literal["repeat", "stop", "continue"] = "repeat"
-    """Of a mixture, when a source has no more documents: repeat it until all others were read whole too (its training
-    documents only), stop the build, so that the shares hold without repetition, or continue with the others."""
+    """For a mixture: what to do when a source has no more documents. repeat: repeat its training documents until all sources
+    are read to their end; stop: end the build, so the shares are exact; continue: go on with the other sources."""
     workers: int | None = None
-    """Processes that filter and tokenise. None: one a core."""
+    """Processes that filter and tokenise. None: one for each core."""
 
     @property
     def instructions(self) -> bool:
-        """Whether the sources hold instructions and answers, rather than documents."""
+        """Whether the sources hold instructions and answers, not documents."""
         return self.sources[0].is_instructions
 
     @property
@@ -347,86 +355,88 @@ class DataConfig:
 
 @_frozen
 class TrainConfig:
-    """The optimiser, the schedule and the run's housekeeping."""
+    """The optimiser, the schedule, precision, and how often to evaluate and save."""
 
     max_steps: int | None = 1000
-    """Optimiser steps of the whole run. None: as many as `epochs` take."""
+    """Optimiser steps of the whole run. None: as many as `epochs` need."""
     epochs: float = 1.0
-    """Passes over the training data, where max_steps is None."""
+    """Passes over the training data, if max_steps is None."""
     max_minutes: float | None = None
-    """Train for this long, whatever max_steps and epochs say: warmup apart, the schedule follows the elapsed share, so that the
-    run ends annealed on any machine. Compiling counts, evaluating and saving do not. The clock is no seed: a run by steps can
-    be had again bit for bit, a run by minutes cannot."""
+    """Train for this long instead of max_steps or epochs. After the warmup, the schedule follows the elapsed time, so the
+    learning rate has decayed at the end on any machine. Compiling counts; evaluating and saving do not. Such a run cannot be
+    repeated bit for bit; a run by steps can."""
     batch_size: int = 32
-    """Sequences per optimiser step, over all micro-batches and ranks."""
+    """Sequences per optimiser step, in all micro-batches and ranks together."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; must divide batch_size. None: batch_size. Each rank takes at most as many."""
+    """Sequences per forward pass; a rank takes at most this many. Must divide batch_size. None: batch_size."""
     activation_checkpointing: bool = False
-    """Keep of each block only its input, and compute the rest anew in the backward pass: less memory, up to a third more work."""
+    """Keep only the input of each block, and compute the rest again in the backward pass. Less memory, up to a third more
+    work."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon on the hidden matrices, AdamW on embeddings, head and vectors."""
+    """muon: Muon for the hidden matrices, and AdamW for embeddings, head and vectors."""
     lr: float = 6e-4
     """Peak learning rate of AdamW."""
     embd_lr: float | None = None
-    """Peak learning rate of the embeddings, a tied head among them. None: lr."""
+    """Peak learning rate of the embeddings, including a tied head. None: lr."""
     head_lr: float | None = None
-    """Peak learning rate of a head that is not tied. None: lr."""
+    """Peak learning rate of an untied head. None: lr."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon (its update has spectral norm 1)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate decays after the warmup."""
     decay_share: float = 1.0
-    """The share of the run, after the warmup, in which the learning rate decays; before that it stays at its peak."""
+    """Fraction of the run, without the warmup, in which the learning rate decays. Before that it stays at its peak."""
     warmup_steps: int = 100
     """Steps of linear warmup from zero."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay rate of the mean of the gradient."""
     beta2: float = 0.95
-    """AdamW's decay of the gradient's square."""
+    """AdamW's decay rate of the mean of the squared gradient."""
     eps: float = 1e-8
-    """AdamW's epsilon; 1e-5 calms loss spikes in low precision."""
+    """AdamW's epsilon. 1e-5 reduces loss spikes in low precision."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, for matrices only."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
+    """Clip the gradient to this norm. 0: do not clip."""
     spike_ratio: float = 10.0
-    """Skip a step whose gradient norm is above this many times the median of the steps before. 0: none is an outlier."""
+    """Skip a step if its gradient norm is more than this many times the median of the steps before. 0: do not check."""
     max_skipped_steps: int = 20
-    """After this many steps in a row with a loss or gradient that is not finite or an outlier, go back to the checkpoint before
-    them and leave out their rows; end the run if that happens again and again."""
+    """After this many bad steps in a row (a loss or gradient that is not finite, or a gradient spike), go back to the
+    checkpoint before them and leave out their rows. End the run if this happens repeatedly."""
     init_from: str | None = None
-    """Start from the weights of this run (a name under runs/, or a folder), or of a folder in the Hugging Face format, with a
-    fresh optimiser."""
+    """Start from the weights of a run (its name under runs/, or its folder) or of a folder in the Hugging Face format. The
+    optimiser starts fresh."""
     seed: int = 1337
     """Seeds the weights, dropout and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    """auto: bf16 if the hardware has it, else fp16 on CUDA, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: where a compiler exists and the run is long enough to pay for it."""
+    """torch.compile. auto: if there is a compiler, and the run is long enough to win back the time of compiling."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How torchrun's ranks share a run. ddp: each holds all of the model; fsdp: its share of weights, gradients and optimiser
-    state, for models that are too large for one GPU, and checkpoints are written in parts."""
+    """How several ranks under torchrun share the work. ddp: each rank holds the whole model; fsdp: each rank holds a part of
+    the weights, gradients and optimiser state, for models that are too large for one GPU. Checkpoints are then written in
+    parts."""
     threads: int | None = None
-    """CPU threads. None: torch's choice, and on resuming the number that the run began with."""
+    """CPU threads. None: torch's choice for a new run, and the same number as before for a resumed one."""
     eval_every: int = 250
     """Steps between evaluations of the whole validation set."""
     save_every: int = 250
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the best one stays as well."""
+    """How many of the newest checkpoints to keep, besides the best one."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_prompts: tuple[str, ...] = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
-    """Prompts that are continued and shown when the run ends; of a run that fine-tunes, instructions that are answered."""
+    """Prompts that the model continues at the end of the run. In fine-tuning: instructions that it answers."""
     packing: bool = True
-    """In fine-tuning: several examples a row, none of which sees another. False: one a row, padded, with those of about the
-    same length in a batch."""
+    """In fine-tuning: put several examples in a row; none sees another. False: one example in a row, padded, in batches of
+    similar length."""
     held_out_answers: int = 20
-    """In fine-tuning: answer this many held-out instructions at the end, and say how many answers stopped by themselves."""
+    """In fine-tuning: answer this many held-out instructions at the end, and count the answers that end with end-of-text."""
 
     @property
     def micro_batch(self) -> int:
@@ -455,37 +465,40 @@ class TrainConfig:
 
 @_frozen
 class Config:
-    """Everything a run is made from."""
+    """All settings of a run."""
 
     preset: str = RUN
-    """The preset that the other settings start from; `python config.py` lists them."""
+    """The preset that gives the default of every other setting. `python config.py` lists the presets."""
     name: str | None = None
-    """The folder under runs/. None: the preset's name."""
+    """Name of the run's folder under runs/. None: the preset's name."""
     model: ModelConfig = ModelConfig()
-    """Shape of the model."""
+    """The shape of the model."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """Tokenizer."""
+    """The tokenizer."""
     data: DataConfig = DataConfig()
-    """Data."""
+    """The training data."""
     train: TrainConfig = TrainConfig()
-    """Training."""
+    """The training."""
 
     @property
     def run_name(self) -> str:
-        """The folder under runs/."""
+        """Name of the run's folder under runs/."""
         return self.name or self.preset
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole run trains on. Raises ConfigError where the steps depend on the data (`with_steps`)."""
-        require(self.train.max_steps is not None and self.train.max_minutes is None, "train.max_steps",
-                "a number, and train.max_minutes None, to tell the tokens of the run before it begins",
-                (self.train.max_steps, self.train.max_minutes), "set --train.max-steps and --train.max-minutes None")
-        return self.train.max_steps * self.train.batch_size * self.model.block_size
+        """Tokens that the whole run trains on. Raises ConfigError if the steps depend on the data (see `with_steps`)."""
+        steps = self.train.max_steps
+        require(steps is not None and self.train.max_minutes is None, "train.max_steps",
+                "a number, and train.max_minutes None, to know the tokens of the run before it begins",
+                (steps, self.train.max_minutes), "set --train.max-steps and --train.max-minutes None")
+        assert steps is not None  # or `require` raised
+        return steps * self.train.batch_size * self.model.block_size
 
     def with_steps(self, n_rows: int) -> Config:
-        """Return the config with `train.max_steps` set: where it is None, to what the epochs take over `n_rows` rows; and None
-        where the run goes by minutes.
+        """Return the config with `train.max_steps` set: if it is None, to the steps that the epochs take over `n_rows` rows.
+
+        A run by minutes gets None.
         """
         if self.train.max_minutes is not None:
             return replace(self, train=replace(self.train, max_steps=None))
@@ -508,48 +521,50 @@ class Config:
 
 @_frozen
 class EvalConfig:
-    """What evaluate.py measures, and how much of it; the defaults take a small model minutes on two cores."""
+    """What evaluate.py measures. With the defaults, a small model takes minutes on two cores."""
 
     benchmarks: tuple[str, ...] = ("problems:10", "humaneval:5", "mbpp:1", "mbpp-3shot:1")
-    """Which problems, and how many samples of each: problems are the project's own. `none` for no code to be run."""
+    """Benchmarks, each with its number of samples per problem. problems: this project's own. none: run no code."""
     humaneval: str | None = None
-    """Another file of HumanEval, or a data set on the hub such as openai/openai_humaneval. None: the one in problems/.
-    Its tests run outside the sandbox: take problems only from whom you trust."""
+    """HumanEval from another file, or from a data set on the hub, such as openai/openai_humaneval. None: from problems/.
+    The tests of problems run outside the sandbox, so use only sources that you trust."""
     mbpp: str | None = None
-    """Another file of MBPP, or a data set on the hub such as google-research-datasets/mbpp. None: that in problems/. As above."""
+    """MBPP from another file, or from a data set on the hub, such as google-research-datasets/mbpp. None: from problems/.
+    Use only sources that you trust."""
     limit: int | None = None
-    """Only the first so many problems of each. None: all."""
+    """Use only this many problems of each benchmark, from its start. None: all."""
     signatures: int = 100
-    """Functions of held-out files (instructions, of a fine-tuned run) that are continued to see whether what comes compiles."""
+    """Number of held-out functions that the model continues, to check whether the result compiles. For a fine-tuned run:
+    held-out instructions."""
     max_new_tokens: int = 256
-    """Of each sample; never more than the context leaves room for."""
+    """Most new tokens of each sample; the context may leave room for fewer."""
     temperature: float = 0.2
-    """0 is greedy, for which one sample is enough."""
+    """Sampling temperature. 0: greedy, with one sample for each problem."""
     top_p: float = 1.0
-    """Sample from the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     seed: int = 0
-    """The same seed gives the same samples."""
+    """Seed of the samples."""
     batch_size: int = 32
-    """Samples that are generated at a time."""
+    """Samples that are generated at the same time."""
     workers: int | None = None
-    """Sandboxes side by side. None: one for each core."""
+    """Sandboxes that run at the same time. None: one for each core."""
     cpu_s: int = 10
-    """CPU seconds that a program may take."""
+    """CPU seconds that a program may use."""
     memory_mb: int = 512
-    """Memory that a program may take."""
+    """Memory in MB that a program may use."""
     stride: int | None = None
-    """Predict every held-out token with at least block_size - stride tokens before it. None: in blocks, as in training."""
+    """Predict every held-out token from at least block_size - stride tokens before it. None: in blocks, as in training."""
     contamination_tokens: int = 50_000_000
-    """Training tokens that are searched for the benchmarks' problems; of more, evenly spaced pieces."""
+    """Search this many training tokens for the benchmarks' problems. Of a larger training split, evenly spaced pieces."""
 
     @property
     def n_workers(self) -> int:
-        """Sandboxes side by side."""
+        """Sandboxes that run at the same time."""
         return self.workers or os.cpu_count() or 1
 
     @property
     def n_samples(self) -> dict[str, int]:
-        """How many samples of each problem, by benchmark; greedy ones would all be the same."""
+        """Samples of each problem, by benchmark. Greedy samples would all be the same, so there is one."""
         named = [entry.partition(":") for entry in self.benchmarks if entry != "none"]
         return {name: int(count or 1) if self.temperature else 1 for name, _, count in named}
 

@@ -145,17 +145,14 @@ def require_close(found: Difference) -> str:
 def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
     """Write the folder that transformers loads."""
     from kindling.formats.hf_format import difference, write
-    from kindling.formats.hf_layout import architecture
+    from kindling.formats.hf_layout import CLASSES, architecture
     from kindling.formats.model_card import card
 
     out.mkdir()
     write(out, model, run.tokenizer(), card(run, run.path.resolve().name, checkpoint))
-    classes = {
-        "gpt2": "GPT2LMHeadModel",
-        "llama": "LlamaForCausalLM",
-        "kindling": "KindlingForCausalLM, whose code is with it",
-    }
-    return [f"as {classes[architecture(model.cfg)]}", require_exact(difference(out, model, sample(run)))]
+    kind = architecture(model.cfg)
+    code = ", whose code is with it" if kind == "kindling" else ""
+    return [f"as {CLASSES[kind]}{code}", require_exact(difference(out, model, sample(run)))]
 
 
 def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], out: Path) -> list[str]:

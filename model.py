@@ -1,13 +1,12 @@
-"""Every architecture of the five systems in one `GPT`, on `F.scaled_dot_product_attention`.
+"""Every architecture of the presets in one `GPT`, on `F.scaled_dot_product_attention`.
 
     model = build_model(preset("code-50m").model)
     loss_sum, n_targets = model(idx, targets)
 
-The settings that choose between architectures are `config.ModelConfig`'s. Parameter names: `wte`, `wpe`, `blocks.N`
-with `norm_1`, `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the
-table of token pairs. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token
-sees another document.
-For generation, a `Cache` keeps keys and values (cache.py).
+`config.ModelConfig` chooses between the architectures. Parameter names: `wte`, `wpe`, `blocks.N` with `norm_1`,
+`attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the bigram
+hash embedding. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees
+another document. For generation, a `Cache` keeps keys and values (cache.py).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,54 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE, ModelConfig
 from kindling.cache import Cache
+from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
 from kindling.loss import linear_cross_entropy, nll_and_grad
+from kindling.positions import document_mask, pair_ids, previous_tokens, rotary_tables, rotate, sinusoidal_positions
 
-PAIR_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
-# takes keys and values of new tokens, gives those of all tokens so far
+Rotary = tuple[Tensor, Tensor]  # cos and sin of each position
+# takes the keys and values of new tokens, returns those of all tokens so far
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def sinusoidal_positions(block_size: int, n_embd: int) -> Tensor:
-    """Return the fixed position encodings (block_size, n_embd) of Vaswani et al. 2017, section 3.5."""
-    position = torch.arange(block_size, dtype=torch.float64)[:, None]  # (T, 1)
-    rate = torch.exp(torch.arange(0, n_embd, 2, dtype=torch.float64) * (-math.log(10_000.0) / n_embd))  # (C/2,)
-    angle = position * rate  # (T, C/2)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C)
-
-
-def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (block_size, head_dim) of RoPE (Su et al. 2021), in Llama's half-rotation layout."""
-    rate = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2,)
-    angle = torch.arange(block_size, dtype=torch.float32)[:, None] * rate  # (T, D/2)
-    angle = torch.cat((angle, angle), dim=-1)  # (T, D)
-    return angle.cos(), angle.sin()
-
-
-def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
-    """Return the row of the table of pairs for each token of idx and the one before it in `previous`, -1 where none is.
-
-    Row 0 is for a token with nothing before it, and a hash picks one of the others (modded-nanogpt's bigram hash embedding).
-    Exact in int64 for any vocabulary up to 2^30.
-    """
-    hashed = previous * PAIR_PRIMES[0] + idx * PAIR_PRIMES[1]
-    return (1 + hashed % (n_rows - 1)) * (previous >= 0)
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """Return which key each query may see, (B, 1, T, T) bool: itself and what precedes it in its document.
-
-    positions (B, T) int64: a document begins wherever they are 0.
-    """
-    document = (positions == 0).cumsum(dim=1)  # (B, T)
-    same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
-    return same.tril()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) by its position's angle; x (B, H, T, D), cos and sin (T, D) or (B, 1, T, D)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 class Norm(nn.Module):
@@ -84,14 +43,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)  # bfloat16 where FSDP gathers it; the residual stream is float32
+        weight = self.weight.to(x.dtype)  # FSDP may gather it in bfloat16; the residual stream is float32
         if self.rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head or grouped-query attention in which no position sees a later one, nor what `mask` (B, 1, T, T) hides."""
+    """Causal multi-head or grouped-query attention; `mask` (B, 1, T, T), where given, says what each token may see."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -100,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.bias)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
 
-    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, n_head, T, D), keys and values (B, n_kv_head, T, D) of x (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
@@ -112,40 +71,32 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cached: Cached | None = None,
+        self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None, cached: Cached | None = None
     ) -> Tensor:
-        """Attend within x (B, T, C), or with `cached`, which adds to its keys and values those of before."""
+        """Attend within x (B, T, C), and with `cached` also to the tokens before x."""
         q, k, v = self.heads(x, rope)
         if cached is not None:
             k, v = cached(k, v)  # (B, n_kv_head, S, D)
             q = q.to(k.dtype)  # the cache may be wider than the weights
         grouped = self.n_head != self.n_kv_head
         if mask is not None and grouped:
-            # CUDA's memory-efficient kernel, which takes a mask, wants as many key as query heads; with fewer, torch may
-            # fall back to forming all the weights
+            # CUDA's memory-efficient kernel takes a mask, but needs as many key heads as query heads. With fewer, torch may
+            # fall back to a kernel that forms all attention weights.
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, n_head, T, D)
             grouped = False
-        # A mask is one path that every device runs, compiled or not. FlexAttention (fused only where compiled) and
-        # variable-length kernels (CUDA only) would skip the hidden part, each at the price of a second path.
+        # A mask works on every device, compiled or not. FlexAttention (fused only if compiled) and variable-length kernels
+        # (CUDA only) would skip what is hidden, but each would be a second path.
+        # a mask is causal itself, and one new token sees everything in the cache
+        is_causal = mask is None and q.size(2) == k.size(2)
+        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            # a mask is causal itself, and one new token sees all that is cached
-            is_causal=mask is None and q.size(2) == k.size(2),
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=grouped,
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
         )  # (B, n_head, T, D)
         y = y.transpose(1, 2).flatten(2).to(x.dtype)  # (B, T, C)
         return y if self.proj is None else self.proj(y)
 
-    def weights(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return the attention weights (B, n_head, T, T) that `forward` uses without ever forming them."""
+    def weights(self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the attention weights (B, n_head, T, T). `forward` uses the same ones but never forms them."""
         q, k, _ = self.heads(x, rope)
         k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, n_head, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, n_head, T, T)
@@ -155,7 +106,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: up, activation, down; SwiGLU (Shazeer 2020) has a gate beside up."""
+    """The feed-forward layer: up, activation, down. SwiGLU (Shazeer 2020) has a gate as well."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -166,7 +117,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)  # (B, T, d_ff)
-        if self.activation == "swiglu":
+        if self.gate is not None:
             h = F.silu(self.gate(x)) * h
         elif self.activation == "gelu":
             h = F.gelu(h)
@@ -189,11 +140,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cached: Cached | None = None,
+        self, x: Tensor, rope: Rotary | None = None, mask: Tensor | None = None, cached: Cached | None = None
     ) -> Tensor:
         x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, cached))
         x = x + self.dropout(self.mlp(self.norm_2(x)))
@@ -201,13 +148,17 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What trainer, evaluation and generation need of a model: `hidden` and `head`, and from them logits or loss."""
+    """The interface for training, evaluation and generation: `hidden` and `head`, and logits or loss computed from them."""
 
     cfg: ModelConfig
-    head: nn.Linear
     checkpoint_activations = False
-    """Whether the training forward pass keeps only the input of each block, and the backward pass computes the rest again
-    (Chen et al. 2016, arXiv:1604.06174): less memory, a third more work, the same bits."""
+    """Whether training keeps only the input of each block and computes the rest again in the backward pass (Chen et al. 2016,
+    arXiv:1604.06174): less memory, a third more work, the same bits."""
+
+    if TYPE_CHECKING:  # a submodule, or a property that returns one
+
+        @property
+        def head(self) -> nn.Linear: ...
 
     def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the features (B, T, C) that the head turns into logits."""
@@ -218,18 +169,17 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def for_generation(self) -> GPT:
-        """Return the same model with `read`: itself, or a copy."""
+        """Return the model as a GPT, which has `read`: itself or a copy."""
         raise NotImplementedError
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits (B, T, vocab_size), or with targets the summed loss and the number of supervised tokens,
-        both tensors.
+        """Return logits (B, T, vocab_size), or with targets the summed loss and the count of supervised tokens, as tensors.
 
         idx (B, T) int64 with T at most block_size; targets (B, T) int64, -100 where nothing is supervised; positions
-        (B, T) int64, each token's place in its document, by which no token sees another document, or None: each row is one
-        document. The loss is a sum in nats, so that every average of the project is a total over a total.
+        (B, T) int64, each token's place in its document, so that no token sees another document. None: each row is one
+        document. The loss is a sum in nats, so every average of the project is a total over a total.
         Raises ValueError if T is too long.
         """
         if idx.size(1) > self.cfg.block_size:
@@ -239,17 +189,16 @@ class LanguageModel(nn.Module):
         x = self.hidden(idx, positions)  # (B, T, C)
         if targets is None:
             return self.head(x)  # (B, T, vocab_size)
-        loss = linear_cross_entropy(
-            x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), self._nll_and_grad
-        )
+        weight, bias = self.head.weight, self.head.bias
+        loss = linear_cross_entropy(x.flatten(0, 1), weight, bias, targets.flatten(), self._nll_and_grad)
         return loss, (targets != IGNORE).sum()
 
     _nll_and_grad = staticmethod(nll_and_grad)
 
     def compile_parts(self) -> None:
-        """Compile the transformer blocks (once: they share their code) and the loss kernel, in place.
+        """Compile the transformer blocks (once, as they share their code) and the loss kernel, in place.
 
-        Parameters keep their names, so checkpoints do not know of it.
+        Parameters keep their names, so checkpoints stay the same.
         """
         for block in self.compilable():
             block.compile(dynamic=False)
@@ -262,7 +211,7 @@ class LanguageModel(nn.Module):
         self._nll_and_grad = nll_and_grad
 
     def compilable(self) -> list[nn.Module]:
-        """The repeated parts of the model that are worth compiling."""
+        """Return the repeated modules that are worth compiling."""
         raise NotImplementedError
 
     def n_parameters(self) -> int:
@@ -270,23 +219,29 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def n_multiplied(self) -> int:
-        """Count the parameters that every token is multiplied with: all but the tables of which it takes a row."""
+        """Count the parameters that every token is multiplied with: all but the lookup tables."""
         tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} - {self.head.weight}
         return self.n_parameters() - sum(table.numel() for table in tables)
 
 
 class GPT(LanguageModel):
-    """A decoder-only transformer of any of the shapes of `ModelConfig`, randomly initialised from torch's global seed."""
+    """A decoder-only transformer of any shape of `ModelConfig`, initialised from torch's global random generator."""
+
+    head: nn.Linear
+    positions: Tensor  # (block_size, C), if positions are sinusoidal
+    rope_cos: Tensor  # (block_size, D), like rope_sin, if positions are rotary
+    rope_sin: Tensor
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation
+        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation; None: that of the weights
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wtp = nn.Embedding(cfg.pair_rows, cfg.n_embd) if cfg.pair_rows else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        blocks = [Block(cfg) for _ in range(cfg.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm_f = Norm(cfg) if cfg.final_norm else None
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_embeddings:
@@ -299,16 +254,13 @@ class GPT(LanguageModel):
             self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(partial(self._init, std=cfg.init_std))
         nn.init.normal_(self.wte.weight, std=cfg.init_std if cfg.embd_init_std is None else cfg.embd_init_std)
-        if self.wtp is not None:  # each pair begins as its token alone
+        if self.wtp is not None:  # at first a pair adds nothing to its token
             nn.init.zeros_(self.wtp.weight)
-        for block in self.blocks:
-            for proj in (block.attn.proj, block.mlp.down):
-                if proj is not None and cfg.residual_init == "zero":
-                    nn.init.zeros_(proj.weight)
-                elif (
-                    proj is not None
-                ):  # keeps the residual stream's variance at about 1 over depth (GPT-2, section 2.3)
-                    nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
+        for proj in [proj for block in blocks for proj in (block.attn.proj, block.mlp.down) if proj is not None]:
+            if cfg.residual_init == "zero":
+                nn.init.zeros_(proj.weight)
+            else:  # so that the residual stream's variance does not grow with depth (GPT-2, section 2.3)
+                nn.init.normal_(proj.weight, std=cfg.init_std / math.sqrt(2 * cfg.n_layer))
 
     @staticmethod
     def _init(module: nn.Module, std: float) -> None:
@@ -317,27 +269,20 @@ class GPT(LanguageModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def pairs(self, idx: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
-        """Return what the table of pairs adds to each token, (B, T, C); see `embed`."""
-        first = idx.new_full((idx.size(0),), -1) if before is None else before  # (B,)
-        previous = torch.cat((first[:, None], idx[:, :-1]), dim=1)  # (B, T)
-        if positions is not None:
-            previous = previous.masked_fill(positions == 0, -1)  # what precedes a document is none of it
-        return self.wtp(pair_ids(idx, previous, self.cfg.pair_rows))
-
     def embed(
         self, idx: Tensor, positions: Tensor | None = None, before: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the first block's input (B, T, C) and, where positions are rotary, cos and sin of each place:
-        (T, D), or with positions (B, T) each row's own, (B, 1, T, D).
+    ) -> tuple[Tensor, Rotary | None]:
+        """Return the first block's input (B, T, C), and for rotary positions cos and sin of each position, else None.
 
-        `before` (B,) is the token before each row's first, which counts where that is not at position 0.
+        They are (T, D), or (B, 1, T, D) with positions (B, T). `before` (B,) is the token before each row's first one; it is
+        used where that one is not at position 0.
         """
         T = idx.size(1)
         x = self.wte(idx)  # (B, T, C)
         if self.wtp is not None:
-            x = x + self.pairs(idx, positions, before)
-        if self.cfg.position == "learned":
+            previous = previous_tokens(idx, positions, before)  # (B, T)
+            x = x + self.wtp(pair_ids(idx, previous, self.cfg.pair_rows))
+        if self.wpe is not None:
             x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         elif self.cfg.position == "sinusoidal":
             x = x + (self.positions[:T] if positions is None else self.positions[positions])
@@ -353,19 +298,19 @@ class GPT(LanguageModel):
         mask = None if positions is None else document_mask(positions)  # (B, 1, T, T), once for all blocks
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # computed again with the random state of the first time, so that dropout is the same
+            # `checkpoint` restores the random state, so dropout is the same the second time
             x = checkpoint(block, x, rope, mask, use_reentrant=False) if recompute else block(x, rope, mask)
         return x if self.norm_f is None else self.norm_f(x)
 
     def new_cache(self, n_rows: int) -> Cache:
-        """Return an empty cache, of `cache_dtype` or else that of the weights."""
+        """Return an empty cache in `cache_dtype`, or in the type of the weights."""
         return Cache(self.cfg, n_rows, self.wte.weight.new_empty(0, dtype=self.cache_dtype))
 
     @torch.no_grad()
     def read(self, idx: Tensor, cache: Cache) -> Tensor:
-        """Take in the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last.
+        """Run the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last token.
 
-        No row may come to more than block_size tokens.
+        No row may get longer than block_size tokens.
         """
         positions = cache.positions(idx.size(1))  # (B, T)
         x, rope = self.embed(idx, positions, cache.last)  # (B, T, C)
@@ -390,6 +335,7 @@ class GPT(LanguageModel):
         mask = None if positions is None else document_mask(positions)  # (B, 1, T, T)
         layers = []
         for block in self.blocks:
+            assert isinstance(block, Block)
             layers.append(block.attn.weights(block.norm_1(x), rope, mask))
             x = block(x, rope, mask)
         self.train(was_training)
@@ -400,37 +346,15 @@ class GPT(LanguageModel):
 
 
 class TransformersGPT2(LanguageModel):
-    """The same contract over transformers' `GPT2LMHeadModel`, as seed 000 runs its 225M model.
+    """The same interface on transformers' `GPT2LMHeadModel`; the project behind `code-225m` runs its model so.
 
-    Limit: no mask across documents, which the config refuses and `positions` with a ValueError.
+    Limit: no mask across documents. The config refuses `document_mask`, and `hidden` raises ValueError for positions.
     """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         self.cfg = cfg
-        # GPT2Config's own defaults would put bos and eos outside the vocabulary, and drop out in three places
-        self.gpt2 = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=cfg.vocab_size,
-                n_positions=cfg.block_size,
-                n_embd=cfg.n_embd,
-                n_layer=cfg.n_layer,
-                n_head=cfg.n_head,
-                n_inner=cfg.ff_width,
-                activation_function="gelu_new",
-                resid_pdrop=cfg.dropout,
-                embd_pdrop=cfg.dropout,
-                attn_pdrop=cfg.dropout,
-                layer_norm_epsilon=cfg.norm_eps,
-                initializer_range=cfg.init_std,
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="sdpa",
-            )
-        )
+        self.gpt2 = build_gpt2(cfg)
 
     @property
     def head(self) -> nn.Linear:
@@ -447,52 +371,29 @@ class TransformersGPT2(LanguageModel):
         else:
             self.gpt2.activation_checkpointing_disable()
 
-    @staticmethod
-    def _refuse(positions: Tensor | None) -> None:
-        if positions is not None:
-            raise ValueError(
-                "positions must be None on transformers' GPT-2, but are given; use --model.backbone kindling"
-            )
-
     def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        self._refuse(positions)
+        require_no_positions(positions)
         return self.gpt2.transformer(idx).last_hidden_state
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        self._refuse(positions)
-        was_training = self.training
-        self.eval()  # without dropout
-        self.gpt2.set_attn_implementation("eager")  # the fused kernel never forms the weights
-        try:
-            return torch.stack(self.gpt2.transformer(idx, output_attentions=True).attentions)
-        finally:
-            self.gpt2.set_attn_implementation("sdpa")
-            self.train(was_training)
+        require_no_positions(positions)
+        return gpt2_attention(self.gpt2, idx)
 
     def compilable(self) -> list[nn.Module]:
         return list(self.gpt2.transformer.h)
 
     @torch.no_grad()
     def for_generation(self) -> GPT:
-        """Return a copy of the weights in our own GPT, whose logits are the same."""
-        names = {"wte": "wte", "wpe": "wpe", "h": "blocks", "ln_1": "norm_1", "ln_2": "norm_2", "ln_f": "norm_f"}
-        names |= {
-            "c_attn": "qkv",
-            "c_fc": "up",
-        }  # and c_proj, which is the last of attention and of the feed-forward layer
+        """Return a copy of the weights in our own GPT, which gives the same logits."""
         gpt = GPT(replace(self.cfg, backbone="kindling"))
         ours = dict(gpt.named_parameters())
-        for name, p in self.gpt2.transformer.named_parameters():
-            parts = [names.get(part, part) for part in name.split(".")]
-            if "c_proj" in parts:
-                parts[parts.index("c_proj")] = "proj" if "attn" in parts else "down"
-            own = ours.pop(".".join(parts))
-            own.copy_(p.T if own.dim() == 2 and "blocks" in parts else p)  # GPT-2's linear layers are (in, out)
+        for name, weight in gpt2_weights(self.gpt2):
+            ours.pop(name).copy_(weight)
         assert not ours, "every weight of ours has one of GPT-2's"
         return gpt.to(self.head.weight.device).eval()
 
 
 def build_model(cfg: ModelConfig) -> LanguageModel:
-    """Build the model of `cfg`, on the backbone that it names, with weights from torch's global generator."""
+    """Return a model of the shape and backbone of `cfg`, initialised from torch's global random generator."""
     return TransformersGPT2(cfg) if cfg.backbone == "transformers" else GPT(cfg)

@@ -1,8 +1,16 @@
-"""The presets: each a function that returns a whole `Config`, with its project's shape, data and schedule.
+"""The presets: functions that return a whole `Config`. Most have the shape, data and schedule of a published project.
 
     python presets.py                       # list them: parameters, tokens, data source
 
-To add one, write a function and name it in `PRESETS`.
+To add one, write a function and name it in `PRESETS`. The projects:
+
+- `code-*` and `alpaca`: a scaling study of GPT-2 models for Python code, with 50M, 150M and 225M parameters
+- `tinystories`: a GPT from scratch in PyTorch, trained on TinyStories
+- `autocomplete`: Code-AutoComplete-LLM, a small model for offline code completion
+- `fineweb-nano`: kotlarmilos/gpt2-nano, with a BPE tokenizer and a transformer written by hand
+- `smallcoder-*`: SmallCoder, a Llama trained in four stages
+
+`demo`, `modern-*` and `docstrings` are our own recipes.
 """
 
 from __future__ import annotations
@@ -12,19 +20,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from config import RUN, Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
+from config import RUN, Config, DataConfig, ModelConfig, SourceConfig, Template, TokenizerConfig, TrainConfig
 from kindling.errors import ConfigError, did_you_mean
 
 STARCODER2 = TokenizerConfig(kind="pretrained", path="bigcode/starcoder2-3b")
-CODE_FILTERS = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000, "min_alphanumeric": 0.25}
+CODE_FILTERS: dict[str, Any] = {"min_chars": 100, "max_chars": 100_000, "min_lines": 5, "max_lines": 2_000,
+                                "min_alphanumeric": 0.25}
 
 
 def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
-    """Our own recipe, from one dial; benchmarks/ablation.py measures what each ingredient buys.
+    """Return our own recipe, scaled by `depth`; benchmarks/ablation.py measures what each ingredient gains.
 
-    By `depth`, as a shape that suits one depth suits the others: 64 * depth wide, a head for each 64, 1,024 * depth tokens of
-    vocabulary, four rows of pairs for each of these. AdamW's rates fall as 1 / width, but not that of embeddings, which are in no
-    product; Muon's does not either, as its update has spectral norm 1 at any width.
+    The model has `depth` layers and heads, 64 * depth channels, 1,024 * depth tokens of vocabulary and four rows of the bigram
+    hash embedding for each of them. AdamW's learning rates fall as 1 / width. That of the embeddings does not, as they are only
+    looked up; nor does Muon's, as its update has spectral norm 1 at any width.
     """
     vocab_size = 1024 * depth
     return Config(
@@ -38,9 +47,10 @@ def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train:
 
 
 def demo() -> Config:
-    """Five minutes on two CPU cores, offline: the Python source that is on this machine.
+    """Five minutes on two CPU cores, offline, on the Python source of this machine.
 
-    The recipe of `modern` at twice the layers of its width, and with more rows of pairs: what measured best in five minutes.
+    The recipe of `modern` with twice the layers for its width and a larger bigram hash embedding, which measured best for five
+    minutes.
     """
     cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, eval_every=500, save_every=250)
     return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, pair_rows=32_768))
@@ -52,18 +62,18 @@ def _local_python() -> DataConfig:
 
 
 def modern_5m() -> Config:
-    """Our recipe at depth 3, for an hour or two of a small machine: 38M tokens, some five passes over the Python on it."""
+    """Our recipe at depth 3, for an hour or two on a small machine: 38M tokens, about five passes over its Python source."""
     return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, eval_every=500, save_every=500)
 
 
 def modern_50m() -> Config:
-    """Our recipe at depth 8: 587M tokens of The Stack's Python, 20 for each parameter of blocks and head."""
+    """Our recipe at depth 8: 587M tokens of Python from The Stack, 20 for each parameter of blocks and head."""
     return _modern("modern-50m", 8, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
                    eval_every=1000, save_every=1000)
 
 
 def modern_150m() -> Config:
-    """Our recipe at depth 12: 1.9B tokens of The Stack's Python, 20 for each parameter of blocks and head."""
+    """Our recipe at depth 12: 1.9B tokens of Python from The Stack, 20 for each parameter of blocks and head."""
     return _modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
                    eval_every=1000, save_every=1000)
 
@@ -74,7 +84,7 @@ def _stack(max_tokens: int) -> DataConfig:
 
 
 def _gpt2_code(preset: str, n_layer: int, n_embd: int, n_head: int, lr: float, batch_size: int, max_steps: int) -> Config:
-    """Seed 000: GPT-2's architecture on The Stack's Python, in blocks of 1,024 of StarCoder2's tokens."""
+    """The scaling study: GPT-2's architecture on Python from The Stack, in blocks of 1,024 tokens of StarCoder2's tokenizer."""
     model = ModelConfig(block_size=1024, vocab_size=49_152, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     tokens = max_steps * batch_size * model.block_size
     return Config(
@@ -86,22 +96,22 @@ def _gpt2_code(preset: str, n_layer: int, n_embd: int, n_head: int, lr: float, b
 
 
 def code_50m() -> Config:
-    """Seed 000's smallest: 819M tokens."""
+    """The smallest model of the scaling study: 819M tokens."""
     return _gpt2_code("code-50m", 8, 512, 8, lr=6e-4, batch_size=32, max_steps=25_000)
 
 
 def code_150m() -> Config:
-    """Seed 000's middle size, which its label rounds up: 2B tokens."""
+    """The middle model of the scaling study: 2B tokens. Its name rounds 123.6M parameters up."""
     return _gpt2_code("code-150m", 12, 768, 12, lr=6e-4, batch_size=64, max_steps=30_518)
 
 
 def code_225m() -> Config:
-    """Seed 000's largest: 3B tokens; `--model.backbone transformers` runs it on GPT2LMHeadModel, as the seed does."""
+    """The largest model of the scaling study: 3B tokens. The study runs it on transformers: `--model.backbone transformers`."""
     return _gpt2_code("code-225m", 16, 960, 16, lr=4e-4, batch_size=64, max_steps=45_777)
 
 
 def tinystories() -> Config:
-    """Seed 001: the first 50,000 TinyStories."""
+    """A small GPT on the first 50,000 texts of TinyStories."""
     stories = SourceConfig(kind="datasets", path="roneneldan/TinyStories", field="text", language="english", max_documents=50_000)
     return Config(
         preset="tinystories",
@@ -114,7 +124,7 @@ def tinystories() -> Config:
 
 
 def autocomplete() -> Config:
-    """Seed 002: Python, C and Java from a folder `repos/` of cloned repositories, for offline completion."""
+    """Code-AutoComplete-LLM: Python, C and Java from cloned repositories in a folder `repos/`."""
     repos = SourceConfig(kind="files", path="repos", globs=("**/*.py", "**/*.c", "**/*.h", "**/*.java"))
     return Config(
         preset="autocomplete",
@@ -129,7 +139,7 @@ def autocomplete() -> Config:
 
 
 def fineweb_nano() -> Config:
-    """Seed 003: FineWeb-Edu with sinusoidal positions and neither output projection nor final norm."""
+    """gpt2-nano: FineWeb-Edu, with sinusoidal positions, without attention output projection and without final norm."""
     web = SourceConfig(kind="datasets", path="HuggingFaceFW/fineweb-edu", subset="sample-10BT", field="text", language="english")
     return Config(
         preset="fineweb-nano",
@@ -147,9 +157,9 @@ def _hub(path: str, weight: float = 1.0, **fields: Any) -> SourceConfig:
     return SourceConfig(**{"kind": "datasets", "path": path, "weight": weight, "field": "text", "language": "english", **fields})
 
 
-def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig, template: str = "alpaca",
+def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceConfig, template: Template = "alpaca",
                 **train: Any) -> Config:
-    """Seed 004: a Llama of 302M parameters; each stage starts from the weights of the one before."""
+    """SmallCoder: a Llama with 302M parameters. Each stage starts from the weights of the stage before."""
     batch_size, block_size = 512, 1024
     max_steps = math.ceil(billion_tokens * 1e9 / (batch_size * block_size))
     return Config(
@@ -166,25 +176,25 @@ def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceCo
 
 
 def smallcoder_1() -> Config:
-    """Seed 004, stage 1, language: FineWeb-Edu."""
+    """SmallCoder, stage 1, language: FineWeb-Edu."""
     return _smallcoder(1, 6.3, 6e-4, _hub("HuggingFaceFW/fineweb-edu", subset="sample-10BT"))
 
 
 def smallcoder_2() -> Config:
-    """Seed 004, stage 2, code: synthetic code 60%, StarCoderData 40%."""
+    """SmallCoder, stage 2, code: synthetic code 60%, StarCoderData 40%."""
     return _smallcoder(2, 7.5, 4e-4, _hub("nvidia/Nemotron-Pretraining-Code-v1", 60, subset="Synthetic-Code"),
                        _hub("bigcode/starcoderdata", 40, data_dir="python", field="content", language="python"))
 
 
 def smallcoder_3() -> Config:
-    """Seed 004, stage 3, mathematics and knowledge: four sources, 40/35/15/10."""
+    """SmallCoder, stage 3, mathematics and knowledge: four sources, 40/35/15/10."""
     return _smallcoder(3, 10, 4e-4, _hub("nvidia/Nemotron-CC-Math-v1", 40, subset="4plus"),
                        _hub("HuggingFaceFW/finewiki", 35, subset="en"),
                        _hub("nvidia/Nemotron-CC-Math-v1", 15, subset="4plus_MIND"), _hub("open-web-math/open-web-math", 10))
 
 
 def smallcoder_4() -> Config:
-    """Seed 004, stage 4, fine-tuning on instructions: four sources, 45/30/15/10."""
+    """SmallCoder, stage 4, fine-tuning on instructions: four sources, 45/30/15/10."""
     answers = {"field": "input", "response_field": "output"}
     return _smallcoder(4, 6, 2e-4,
                        _hub("nvidia/Nemotron-Pretraining-SFT-v1", 45, subset="Nemotron-SFT-Code", **answers),
@@ -199,10 +209,10 @@ TASKS = ("Write a Python function that returns the sum of two numbers.", "Revers
 
 
 def docstrings() -> Config:
-    """Fine-tuning, offline: the documented functions of the Python source that is on this machine.
+    """Fine-tuning, offline, on the documented functions of this machine's Python source.
 
-    The same files as the demo's, in the same order and, by the same hash of their content, in the same splits: what is held
-    out here was held out there.
+    Reads the files of `demo` in the same order. The splits are chosen by the same hash of the content, so what is held out
+    here was held out there.
     """
     return Config(
         preset="docstrings",
@@ -218,9 +228,10 @@ def docstrings() -> Config:
 
 
 def alpaca() -> Config:
-    """Seed 000's fine-tuning, for any base: 18,612 Python instructions, three epochs; `--train.epochs 1` is its shorter one.
+    """The scaling study's fine-tuning, for any base: 18,612 Python instructions, three epochs.
 
-    Its `prompt` column holds the answer too, so prompts are made from instruction and input.
+    The study's shorter run is `--train.epochs 1`. The `prompt` column of the data set holds the answer too, so prompts are made
+    from the columns `instruction` and `input`.
     """
     pairs = _hub("iamtarun/python_code_instructions_18k_alpaca", field="instruction", input_field="input",
                  response_field="output")
@@ -242,14 +253,14 @@ FINE_TUNING = {"smallcoder-3": "smallcoder-4"} | dict.fromkeys(
 
 
 def preset(name: str) -> Config:
-    """Return the preset called `name`, or raise a `ConfigError` that names the nearest ones."""
+    """Return the preset called `name`; raises ConfigError, which names similar presets, if there is none."""
     if name not in PRESETS:
         raise ConfigError(f"no preset is called {name!r}; {did_you_mean(name, PRESETS)}")
     return PRESETS[name]()
 
 
 def list_presets() -> str:
-    """The table that `python config.py` prints."""
+    """Return the table that `python config.py` prints."""
     rows = [("preset", "parameters", "tokens", "data source")]
     for name, make in PRESETS.items():
         cfg = make()
@@ -269,7 +280,7 @@ def list_presets() -> str:
 
 
 def main() -> None:
-    """Print the table of presets, and which one is trained by default."""
+    """Print the table of presets, and the preset that is trained by default."""
     print(list_presets())
     print(f"\n`python main.py` trains {RUN!r}; choose another with --preset NAME. Sources of instructions are for sft_train.py.")
 

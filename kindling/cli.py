@@ -1,45 +1,50 @@
-"""How every script meets its user: flags from a dataclass, errors in one line.
+"""The command line of every script: flags from a dataclass, and errors in one line.
 
-A script defines a dataclass of its own switches, calls `parse_cli` on it, and ends with `run_script(main)`.
-Heavy libraries are imported where they are used, so that `--help` answers at once.
+A script defines a dataclass of its flags, calls `parse_cli` with it, and ends with `run_script(main)`. Heavy libraries are
+imported where they are used, so `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from kindling.errors import KindlingError
 
-Flags = TypeVar("Flags")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Flags = TypeVar("Flags", bound="DataclassInstance")
 
 
 def parse_cli(
     flags: type[Flags], description: str, argv: list[str] | None = None, default_preset: str | None = None
 ) -> Flags:
-    """Parse the command line into `flags`, a dataclass of a script's own switches.
+    """Parse the command line into `flags`, the dataclass of a script's flags.
 
-    Where it has a field `config: ConfigFlags`, that field starts from the preset that `--preset` names, else from
-    `default_preset` or `config.RUN`, and every field of it is a flag, `--section.field value`. A typo exits with 2 and shows
-    the nearest flags that exist.
+    If it has a field `config: ConfigFlags`, every field of the config is a flag, `--section.field value`. Its defaults come
+    from the preset that `--preset` names, else from `default_preset` or `config.RUN`. A typo exits with code 2 and shows
+    similar flags.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(f.name == "config" for f in dataclasses.fields(flags)):
         from kindling.config_io import preset_from_argv
 
-        default = flags(config=preset_from_argv(argv, default_preset))
+        made_with: Callable[..., Flags] = flags
+        default = made_with(config=preset_from_argv(argv, default_preset))
     else:
         default = flags()
     return tyro.cli(flags, default=default, args=argv, description=description.strip())
 
 
 def utf8(argument: str, flag: str) -> str:
-    """Return a text of the command line as UTF-8, whatever the locale says; raises KindlingError if it is not."""
+    """Return a text of the command line, read as UTF-8 in any locale; raises KindlingError if it is not UTF-8."""
     try:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeError:
@@ -47,22 +52,23 @@ def utf8(argument: str, flag: str) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`: what the user can mend ends in one line and exit code 1, never in a traceback."""
+    """Run a script's `main` and exit. An error that the user can fix is one line and exit code 1, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows an escape
     try:
         sys.exit(main() or 0)
     except KindlingError as e:
-        rank = os.environ.get("RANK", "0")  # of several that torchrun started, which mostly fail for the same reason
+        rank = os.environ.get("RANK", "0")  # under torchrun; most often all ranks fail for the same reason
         print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, went away
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         sys.stderr.close()
         sys.exit(1)
-    except OSError as e:  # whatever no one closer to it has explained
+    except OSError as e:  # that no code closer to it has explained
         where = e.filename or "a file"
         print(
             f"error: {where} must be accessible, but is not ({e.strerror}); see to permissions and space",

@@ -1,4 +1,4 @@
-"""Configs as YAML, as flags, and beside each other."""
+"""Configs as YAML and as flags, and the differences between two configs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from config import RUN, Config, SourceConfig
 from kindling.errors import ConfigError, did_you_mean
 from presets import preset
 
-# a Config as flags without a prefix, booleans as `--model.bias False`
+# a Config as flags without a prefix; booleans are given as `--model.bias False`
 ConfigFlags = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
 def to_yaml(cfg: Config) -> str:
-    """Write `cfg` as YAML, every field in the order of its class."""
+    """Return `cfg` as YAML, with every field in the order of its class."""
     import yaml
 
     def plain(value: Any) -> Any:
@@ -29,7 +29,7 @@ def to_yaml(cfg: Config) -> str:
 
 
 def from_yaml(text: str, where: str = "config") -> Config:
-    """Read what `to_yaml` wrote; raises `ConfigError` naming each unknown key or impossible value."""
+    """Return the config in a text of `to_yaml`; raises ConfigError, which names each unknown key or impossible value."""
     import yaml
 
     try:
@@ -47,7 +47,7 @@ def from_yaml(text: str, where: str = "config") -> Config:
 
 
 def _one_line(error: ValidationError | TypeError) -> str:
-    """Return pydantic's findings as one line: each with its place, and for an unknown key the nearest that exist."""
+    """Return pydantic's findings in one line: the place of each, and for an unknown key the most similar ones."""
     if isinstance(error, TypeError):
         return str(error)
     parts = []
@@ -83,7 +83,7 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def preset_from_argv(argv: list[str], name: str | None = None) -> Config:
-    """Return the preset that `--preset NAME` names, or `name`, or `RUN`; the other arguments are left to tyro."""
+    """Return the preset that `--preset NAME` names, else the preset `name`, else `RUN`; tyro parses the other arguments."""
     for i, arg in enumerate(argv):
         if arg == "--preset" and i + 1 < len(argv):
             name = argv[i + 1]

@@ -1,6 +1,6 @@
-"""Device, precision, compilation and random state: all that depends on the hardware is in this file.
+"""Device, precision, compilation, random state and memory: everything that depends on the hardware.
 
-Nothing else of the project asks which device it runs on.
+No other file of the project asks which device it runs on.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeviceError(KindlingError):
-    """A device or precision that this machine does not have."""
+    """A device, a precision or a number of threads that this machine does not have."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision a model runs, and with which other processes."""
+    """The device and precision of a model, and the group of processes that run it."""
 
     device: torch.device
     precision: str
     world: World = ALONE
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which forward passes run: weights stay float32, products run in `precision`."""
+        """Return the context for forward passes: weights stay float32, matrix products run in `precision`."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Return the loss scaler, which does nothing unless the precision is fp16."""
+        """Return the loss scaler; it does nothing unless the precision is fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The type of products outside autocast that bear a low precision: bfloat16 where that is the precision, or float32."""
+        """The type of products outside autocast that may lose precision: bfloat16 if `precision` is bf16, else float32."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
@@ -61,11 +61,11 @@ class Runtime:
 
     @property
     def skips_steps(self) -> bool:
-        """Whether fused AdamW heeds `found_inf` here, by which a step that is not finite is left out without being read."""
+        """Whether fused AdamW supports `found_inf` here, which skips a step that is not finite without waiting for the device."""
         return self.device.type in ("cpu", "cuda")
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run's bits depend on besides its config."""
+        """Return what the exact bits of a run depend on, besides its config."""
         return {
             "device": self.device.type,
             "precision": self.precision,
@@ -76,7 +76,7 @@ class Runtime:
 
 
 def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
-    """Copy rows of token ids to the device; to a GPU without waiting for the copy."""
+    """Copy rows of token ids to the device; on CUDA without waiting for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(rows))
     if runtime.device.type == "cuda":
         return tensor.pin_memory().to(runtime.device, non_blocking=True)
@@ -84,9 +84,9 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
 
 
 def resolve(cfg: TrainConfig, world: World = ALONE) -> Runtime:
-    """Choose device and precision by `cfg` and the hardware; raises DeviceError for what is not there.
+    """Choose device and precision from `cfg` and the hardware; raises DeviceError if the machine does not have them.
 
-    With several ranks on GPUs, each has the one of its number on its machine.
+    With several ranks on CUDA, each rank uses the GPU with its local rank.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if cfg.device == "auto" else cfg.device
@@ -95,14 +95,14 @@ def resolve(cfg: TrainConfig, world: World = ALONE) -> Runtime:
         raise DeviceError(
             f"the device must be one of this machine ({there}), but is {kind!r}; set --device auto, or --train.device auto"
         )
-    if kind == "cuda" and cfg.precision != "fp32":  # TensorFloat-32 for what stays float32
+    if kind == "cuda" and cfg.precision != "fp32":  # TensorFloat-32 for products that stay float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     precision = cfg.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(kind) else "fp16" if kind == "cuda" else "fp32"
     if world.size > 1 and kind == "mps":
         raise DeviceError(
-            "several ranks must run on the cpu or on cuda, but the device is mps, of which there is one; leave torchrun out"
+            "several ranks must run on the cpu or on cuda, but the device is mps, which is only one; run without torchrun"
         )
     return Runtime(
         torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind),
@@ -112,7 +112,7 @@ def resolve(cfg: TrainConfig, world: World = ALONE) -> Runtime:
 
 
 def has_bf16(kind: str) -> bool:
-    """Return whether the hardware, and not an emulation, multiplies bfloat16."""
+    """Return whether the hardware multiplies bfloat16, without emulation."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
@@ -121,7 +121,7 @@ def has_bf16(kind: str) -> bool:
 
 
 def has_compiler(kind: str) -> bool:
-    """Return whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    """Return whether torch.compile can work: with a C++ compiler on the CPU, with Triton on CUDA."""
     if kind == "cuda":
         from torch.utils._triton import has_triton
 
@@ -131,12 +131,13 @@ def has_compiler(kind: str) -> bool:
 
 
 def trust_compiler() -> None:
-    """Spare torch.compile its trials of the CPU's vector instructions, where the compiler is known to know them all.
+    """Skip torch.compile's test builds of the CPU's vector instructions if the compiler is GCC 12 or newer, which has them all.
 
-    They cost six seconds at first, and one at each start. What the CPU has is asked of the CPU either way; an older or another
-    compiler than GCC 12 is still tried out, and TORCHINDUCTOR_VEC_ISA_OK is heeded. Without effect once torch.compile was used.
+    The test builds take six seconds the first time, and one second at each start. Which instructions the CPU has is still
+    read from the CPU. Other compilers are still tested, and TORCHINDUCTOR_VEC_ISA_OK is respected. Has no effect after the
+    first use of torch.compile.
     """
-    command = [os.environ.get("CXX", "g++"), "-dumpfullversion"]  # which clang does not know
+    command = [os.environ.get("CXX", "g++"), "-dumpfullversion"]  # clang does not have this flag
     try:
         version = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
@@ -150,7 +151,7 @@ def trust_compiler() -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads; None leaves torch's choice. Raises DeviceError for more than there are cores."""
+    """Use this many CPU threads, or torch's choice if None. Raises DeviceError if there are fewer cores."""
     if threads is not None:
         cores = os.cpu_count() or 1
         if threads > cores:
@@ -161,17 +162,17 @@ def set_threads(threads: int | None) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch's generators on every device."""
+    """Seed torch's random generators on every device."""
     torch.manual_seed(seed)
 
 
 def seed_rank(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for one rank from `step` on, otherwise than those of any other rank or step."""
+    """Seed torch's random generators for one rank at `step`, differently for every rank and step."""
     seed_all(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:
-    """Return the state of every generator that training draws from (dropout); data order needs none."""
+    """Return the state of the random generators that training uses for dropout. The order of data needs no generator."""
     state = {"cpu": torch.get_rng_state()}
     if runtime.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
@@ -181,7 +182,7 @@ def rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Restore what `rng_state` returned."""
+    """Restore a state from `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -190,7 +191,7 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def synchronize(runtime: Runtime) -> None:
-    """Wait until the device has done what it was given, so that a clock reading means something."""
+    """Wait until the device has finished its work, so that a time measurement is right."""
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
     elif runtime.device.type == "mps":
@@ -198,16 +199,18 @@ def synchronize(runtime: Runtime) -> None:
 
 
 def reset_peak_memory(runtime: Runtime) -> bool:
-    """Give back the memory that is free within the process, and count its peak anew; return whether the system can.
+    """Return the process's free memory to the system, and reset the peak; return whether the system supports it.
 
-    Linux only, on the CPU: elsewhere the peak of a process never falls.
+    On the CPU this works on Linux only. Elsewhere the peak of a process never falls.
     """
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        trim = ctypes.CDLL(None).malloc_trim  # glibc's: what it keeps of earlier work would hide what later work takes
+        trim = ctypes.CDLL(
+            None
+        ).malloc_trim  # of glibc: memory that it keeps from earlier work would hide what later work needs
         trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError, TypeError):
@@ -216,15 +219,15 @@ def reset_peak_memory(runtime: Runtime) -> bool:
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:
-    """Return the most memory used since the start or `reset_peak_memory`; 0 if unknown.
+    """Return the peak of memory since the start or the last `reset_peak_memory`; 0 if unknown.
 
-    Allocated on the GPU, or resident in this process on the CPU.
+    On CUDA it is the memory allocated on the GPU, else the resident memory of this process.
     """
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         status = ""
     if mark := re.search(r"VmHWM:\s+(\d+) kB", status):
         return int(mark[1]) * 1024
@@ -237,10 +240,10 @@ def peak_memory_bytes(runtime: Runtime) -> int:
 
 
 def available_memory_bytes(runtime: Runtime) -> float | None:
-    """Return how much more this process may take without swapping or being killed; None if unknown.
+    """Return how much more memory this process can use before it swaps or is killed; None if unknown.
 
-    On Linux, of what the machine and each control group of the process have left. Infinite on CUDA, which refuses what does
-    not fit by an error that can be caught.
+    On Linux it is the least of what the machine and the process's control groups have left. On CUDA it is infinite, because
+    there too much memory is an error that can be caught.
     """
     if runtime.device.type == "cuda":
         return math.inf
@@ -252,9 +255,10 @@ def available_memory_bytes(runtime: Runtime) -> float | None:
 
 
 def cgroup_rooms(groups: Path, mount: Path = Path("/sys/fs/cgroup")) -> list[float]:
-    """Return what each control group that `groups` names, and each above it, has left of its limit on memory, in bytes.
+    """Return the bytes left under the memory limit of each control group in `groups`, and of each group above it.
 
-    Infinity comes first, for a process without any. The page cache counts as left: the kernel gives it up first.
+    The first entry is infinity, for a process without groups. The page cache counts as free, because the kernel frees it
+    first.
     """
     rooms = [math.inf]
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
@@ -273,7 +277,7 @@ def cgroup_rooms(groups: Path, mount: Path = Path("/sys/fs/cgroup")) -> list[flo
             try:
                 most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
                 stat = (folder / "memory.stat").read_text(encoding="ascii")
-            except (OSError, ValueError):  # no such group from in here, or its limit is "max"
+            except (OSError, ValueError):  # the group is not visible from here, or its limit is "max"
                 continue
             reclaimable = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
             rooms.append(most - used + (int(reclaimable[1]) if reclaimable else 0))

@@ -1,6 +1,6 @@
-"""What a user can mend, and how it is said: in one line, with what must hold, what was given, and the way out.
+"""Errors that a user can fix. Each is one line: what must hold, what was given, and how to fix it.
 
-Imports nothing, so that a script can check its command line before anything heavy is imported.
+Imports no heavy library, so a script can check its command line first.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 
 class KindlingError(Exception):
-    """Something the user can mend. Its text is one line: what must hold, what was given, the way out."""
+    """An error that the user can fix. Its text is one line: what must hold, what was given, how to fix it."""
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return the class and the text of an error of some library in one line, the text cut to `limit` characters."""
+    """Return the class and the text of an error in one line, the text cut to `limit` characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
@@ -25,9 +25,9 @@ class ConfigError(KindlingError):
 
 
 def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
-    """Raise a `ConfigError` of one line unless `holds`.
+    """Raise a ConfigError of one line unless `holds`.
 
-    Not a ValueError, so that neither pydantic nor tyro wraps it into paragraphs of their own.
+    It is not a ValueError, because pydantic and tyro would put that into a longer text of their own.
     """
     if not holds:
         raise ConfigError(f"{field} must be {must}, but is {given!r}; {mend}")
@@ -36,7 +36,7 @@ def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
 def require_range(
     section: str, cfg: Any, low: float, *fields: str, high: float = math.inf, open_low: bool = False
 ) -> None:
-    """Raise ConfigError unless each named field that is not None is a finite number in [low, high], or in (low, high]."""
+    """Raise ConfigError unless each named field is None or a finite number in [low, high]; `open_low`: in (low, high]."""
     for field in fields:
         value = getattr(cfg, field)
         if value is None:
@@ -53,6 +53,6 @@ def require_range(
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the advice that ends an error about an unknown word: the nearest known ones, or all of them."""
+    """Return the end of an error about an unknown word: the most similar known words, or all of them."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"

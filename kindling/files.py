@@ -1,4 +1,4 @@
-"""Writing files so that nothing is half there, and knowing them again by their hash."""
+"""Writing files so that no file is left half written, and their hashes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sync(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, all of it or nothing."""
+    """Append a whole line to a file, or nothing; raises OSError if it cannot."""
     with open(path, "ab", buffering=0) as f:
         size, content = f.seek(0, 2), line.encode("utf-8") + b"\n"
         try:
@@ -53,12 +53,12 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a small file as a whole or not at all."""
+    """Replace a small file by `text`, or leave it as it is and raise OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
         partial.replace(path)
-    except OSError:  # such as a full disk, where what was written would take up room for nothing
+    except OSError:  # such as a full disk, where the partial file would waste space
         partial.unlink(missing_ok=True)
         raise

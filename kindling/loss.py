@@ -1,11 +1,11 @@
-"""Cross-entropy of a linear head, in chunks, so that the logits of a whole batch never exist at once.
+"""Cross-entropy of a linear head, in chunks: the logits of a whole batch never exist at the same time.
 
-At `code-50m`'s batch of 4 x 1024 the float32 logits alone would take 0.8 GB, and their gradient as much again.
-Here a chunk of rows goes through the head, gives its loss and its gradients, and is forgotten: the memory is that of
-one chunk, and the head's product is not computed a second time for the backward pass.
+With `code-50m`'s micro-batch of 4 x 1024 tokens, the float32 logits alone would take 0.8 GB, and their gradient the same
+again. Here each chunk of rows is multiplied with the head, and gives its loss and its gradients. The memory is that of one
+chunk, and the backward pass does not compute the head's product again.
 
-Limits: first derivatives only. Under float16 the gradient must be scaled before it is rounded, and the scale is only
-known in the backward pass; there the chunks are recomputed instead.
+Limits: first derivatives only. In float16 the gradient must be scaled before it is rounded, and the scale is only known in
+the backward pass, so the chunks are computed again there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NllAndGrad = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def nll_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood and its gradient with respect to the logits.
 
-    logits (N, V) in any floating type, targets (N,) int64 with IGNORE where nothing is supervised.
-    The sum is float32; the gradient, softmax(logits) - onehot(targets), has the logits' type.
+    logits (N, V) in any floating type; targets (N,) int64, IGNORE for rows without a target.
+    The sum is float32. The gradient, softmax(logits) - onehot(targets), has the type of the logits.
     """
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (N, V)
     supervised = (targets != IGNORE)[:, None]  # (N, 1)
@@ -40,7 +40,7 @@ def nll_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients along with the loss, chunk by chunk; backward only scales them."""
+    """Computes the gradients together with the loss, chunk by chunk; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -79,8 +79,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the summed cross-entropy, in nats and float32, of the logits `x @ weight.T + bias`.
 
-    x (N, C), weight (V, C), bias (V,) or None, targets (N,) int64; IGNORE marks rows without a target.
-    The product runs in the autocast type where autocast is on. `kernel` is `nll_and_grad` or a compiled form of it.
+    x (N, C), weight (V, C), bias (V,) or None, targets (N,) int64, IGNORE for rows without a target.
+    Under autocast the product runs in the autocast type. `kernel` is `nll_and_grad`, compiled or not.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -98,7 +98,7 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def linear_nll(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each row, (N,) float32 in nats; arguments as above, with a target in each row."""
+    """Return the negative log-likelihood of each row, (N,) float32 in nats; arguments as above, every row has a target."""
     chunks = (slice(start, start + CHUNK) for start in range(0, x.size(0), CHUNK))
     nll = [F.cross_entropy(F.linear(x[c], weight, bias).float(), targets[c], reduction="none") for c in chunks]
     return torch.cat(nll) if nll else x.new_zeros(0, dtype=torch.float32)

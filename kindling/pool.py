@@ -1,11 +1,11 @@
-"""Processes that do small jobs on strangers' data, and survive what the data do to them.
+"""A pool of processes for small jobs on untrusted data, which a job cannot take down.
 
     for result in map_jobs(function, jobs, n_workers=2, limit_s=30):
         ...
 
-A job that kills its process, or takes too long, gives a `Lost` in place of its result, and only that one. Results come in
-the order of the jobs, whatever the number of workers. Used for jobs of milliseconds; the data pipeline's own workers, which
-share what is costly to start with, are in workers.py.
+A job that kills its process, or takes too long, gives a `Lost` instead of a result; the other jobs are not affected.
+Results come in the order of the jobs, with any number of workers. Made for jobs of milliseconds. The workers of the data
+pipeline, which share what is slow to load, are in data/workers.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, one_line
 
-MEMORY_BYTES = 2**30  # that a job may take
+MEMORY_BYTES = 2**30  # that a job may use
 START_S = 60.0
 
 
@@ -35,36 +35,36 @@ class PoolError(KindlingError):
 
 @dataclass(frozen=True)
 class Lost:
-    """What there is of a job that has no result: `timeout` or `crash`, or the error that it raised."""
+    """A job without a result, and the reason: `timeout`, `crash`, or the error that it raised."""
 
     reason: str
 
 
 def _work(pipe: Connection, slot: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(ImportError, ValueError, OSError):  # neither is everywhere
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has both
         import resource
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        # the hard limit stays: what the job starts may have a higher limit of its own
+        # the hard limit stays, so a process that the job starts can set a higher limit
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, hard))
     pipe.send(os.getpid())
     while True:
         try:
             function, job = pipe.recv()
-        except (EOFError, OSError):  # the parent is gone, or done
+        except (EOFError, OSError):  # the parent has ended, or is done
             return
         try:
             result = ForkingPickler.dumps(function(job, slot))
         except Exception as e:
-            result = ForkingPickler.dumps(Lost(f"{type(e).__name__}: {e}"))
+            result = ForkingPickler.dumps(Lost(one_line(e)))
         pipe.send_bytes(result)
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the parent, however it comes, and end this process although it is at a job."""
+    """Wait until the parent ends for any reason, then end this process, even in the middle of a job."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -73,11 +73,11 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def sigint_blocked() -> Iterator[None]:
-    """Keep Ctrl-C waiting, so that a process that starts here does not meet it before it ignores it."""
+    """Hold back Ctrl-C, so that a process that starts here does not get it before it ignores it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # the first process that starts would start it, and that unblocks the signal
+    resource_tracker.ensure_running()  # else the first process would start it, which unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -86,10 +86,12 @@ def sigint_blocked() -> Iterator[None]:
 
 
 class _Worker:
-    """One process, and the job that it is at."""
+    """One process and its current job."""
 
     def __init__(self, slot: int):
-        context = get_context("spawn")  # a fork would copy this process's threads and memory, torch's among them
+        context = get_context(
+            "spawn"
+        )  # a fork would copy this process's memory and locks, also those of torch's threads
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, slot), daemon=True)
         self.process.start()
@@ -98,7 +100,7 @@ class _Worker:
         self.deadline = 0.0
 
     def ready(self) -> None:
-        """Wait until it has started."""
+        """Wait until the process has started; raises PoolError if it does not."""
         try:
             started = self.pipe.poll(START_S) and bool(self.pipe.recv())
         except (EOFError, OSError):
@@ -108,18 +110,18 @@ class _Worker:
 
     def take(self, number: int, function: Callable[[Any, int], Any], job: Any, limit_s: float) -> None:
         self.number, self.deadline = number, time.monotonic() + limit_s
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # which the end of its pipe tells, too
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `result` then finds the pipe closed
             self.pipe.send((function, job))
 
     def result(self) -> Any:
-        """Return what it has sent, or a Lost."""
+        """Return the result that the process has sent, or a Lost."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             self.end()
             return Lost("crash")
-        except Exception as e:  # a result that cannot be made again from its bytes
-            return Lost(f"{type(e).__name__}: {e}")
+        except Exception as e:  # a result that cannot be unpickled
+            return Lost(one_line(e))
 
     def end(self) -> None:
         self.process.kill()
@@ -128,16 +130,17 @@ class _Worker:
 
 
 def map_jobs(function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers: int, limit_s: float) -> Iterator[Any]:
-    """Yield `function(job, slot)` of each job in order, or a Lost; `slot` tells the workers apart.
+    """Yield `function(job, slot)` for each job in order, or a Lost; `slot` is the number of the worker.
 
-    The function is one of a module, so that a fresh process finds it. Raises PoolError if no worker can start.
+    The function must be at the top level of a module, so that a new process can import it. Raises PoolError if a worker
+    cannot start.
     """
     queue = enumerate(jobs)
     done: dict[int, Any] = {}
     workers: dict[int, _Worker] = {}
 
     def start(slot: int) -> None:
-        with sigint_blocked():  # Ctrl-C must meet no process that does not ignore it yet, or is not known here
+        with sigint_blocked():  # else Ctrl-C could reach a process that does not ignore it yet, or is not in `workers`
             workers[slot] = _Worker(slot)
 
     following, more = 0, True

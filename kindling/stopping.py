@@ -1,4 +1,4 @@
-"""Signals that end a run without losing any of it."""
+"""Signals that stop a run without losing work."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once.
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step. A second signal ends the process at once.
 
-    Not so under torchrun, which gives its ranks a time to end (--shutdown-timeout).
+    Under torchrun a second signal does nothing, because torchrun itself kills ranks after --shutdown-timeout.
     """
 
     def __init__(self) -> None:
@@ -26,9 +26,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: object) -> None:
         if self.signal is not None:
-            if (
-                "TORCHELASTIC_RUN_ID" in os.environ
-            ):  # torchrun passes on what a scheduler may have sent to all, and kills later
+            # a scheduler may signal all processes, and torchrun passes its own signal on: that is no second request
+            if "TORCHELASTIC_RUN_ID" in os.environ:
                 return
             os._exit(128 + number)
         self.signal = number
@@ -36,10 +35,10 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number, as a shell would report it; 0 without a signal."""
+        """128 plus the signal's number, as a shell reports it; 0 if there was no signal."""
         return 0 if self.signal is None else 128 + self.signal
 
 
 def exit_on_terminate() -> None:
-    """Turn SIGTERM into SystemExit, so that a script that is told to stop cleans up behind it."""
+    """Turn SIGTERM into SystemExit, so that a script cleans up before it ends."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,10 +1,10 @@
-"""Tables of figures for a terminal of 100 columns, for Markdown and for HTML, from one description.
+"""Tables for a terminal of 100 columns, for Markdown and for HTML, from the same `Section`s.
 
     section = Section("Syntax", ["prompts", "samples", "compiles"], [["humaneval", "164", "61.0% [51.2, 70.0]"]])
     print(as_text(["runs/demo"], [section]))
 
-Of a cell such as "1.23 [1.10, 1.36]" value and interval are aligned apart. In a terminal long names are cut in their
-middle, and columns that do not fit follow below; Markdown holds everything whole.
+In a cell such as "1.23 [1.10, 1.36]", value and interval are aligned separately. In a terminal, long names are cut in the
+middle, and columns that do not fit follow below. Markdown and HTML have everything in full.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import textwrap
 from dataclasses import dataclass, field
 
 WIDTH = 100  # columns of the terminal
-NARROWEST = 16  # to which names are cut
+NARROWEST = 16  # columns that a name is cut to, at least
 INDENT = "  "
 BOLD, RED, PLAIN = "\x1b[1m", "\x1b[1;31m", "\x1b[0m"
 
 
 @dataclass
 class Section:
-    """A heading, a table under it (none if it has no rows), and what must be said to it; warnings are shown in red.
+    """A heading, a table (none if there are no rows), notes and warnings. Warnings are red.
 
     The first `names` columns hold names, the others figures.
     """
@@ -36,7 +36,7 @@ class Section:
 
 
 def as_text(head: list[str], sections: list[Section], color: bool = False) -> str:
-    """Return the lines of `head` and the sections for a terminal; with ANSI colours only if `color`."""
+    """Return the lines of `head` and the sections as text for a terminal, with ANSI colours if `color`."""
     bold, red, plain = (BOLD, RED, PLAIN) if color else ("", "", "")
     out = [line for text in head for line in _wrap(text)]
     for section in sections:
@@ -61,7 +61,7 @@ def as_markdown(title: str, head: list[str], sections: list[Section]) -> str:
 
 
 def as_html(sections: list[Section]) -> str:
-    """Return the sections as elements of an HTML page, each with its heading at level 2; nothing in them is markup."""
+    """Return the sections as HTML elements with headings of level 2; their texts are escaped."""
     out = []
     for section in sections:
         out += ["<section>", f"<h2>{as_html_text(section.heading)}</h2>"]
@@ -84,12 +84,12 @@ def _html_row(cells: list[str], names: int, tag: str) -> str:
 
 
 def as_html_text(text: str) -> str:
-    """Return `text` as HTML that shows it as it is, control characters as escapes."""
+    """Return `text` escaped for HTML, with control characters as visible escapes."""
     return html.escape(_printable(text))
 
 
 def _text_table(section: Section) -> list[str]:
-    """Return the lines of a section's table, in as many blocks of columns as the width asks for."""
+    """Return the lines of a section's table, in several blocks of columns if they do not fit the width."""
     if not section.rows:
         return []
     columns = [[_printable(cell) for cell in column] for column in zip(section.columns, *section.rows, strict=True)]
@@ -110,7 +110,7 @@ def _text_table(section: Section) -> list[str]:
 
 
 def _aligned(column: list[str]) -> list[str]:
-    """Return a heading and its cells in one width: figures to the right, intervals to the left under each other."""
+    """Return a heading and its cells padded to one width: figures right-aligned, intervals left-aligned."""
     parts = [cell.partition(" [") for cell in column[1:]]
     left = max(len(value) for value, _, _ in parts)
     right = max(len(bracket + interval) for _, bracket, interval in parts)
@@ -120,7 +120,7 @@ def _aligned(column: list[str]) -> list[str]:
 
 
 def _shortened(text: str, width: int) -> str:
-    """Return `text` in at most `width` columns, its middle left out: names often differ at their end."""
+    """Return `text` cut to `width` columns, in the middle, because names often differ at their end."""
     if len(text) <= width:
         return text
     tail = (width - 1) // 2
@@ -132,10 +132,10 @@ def _wrap(text: str, indent: str = "") -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Return `text` with control characters, which a terminal would obey, as escapes."""
+    """Return `text` with control characters as escapes, because a terminal would act on them."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _escaped(text: str) -> str:
-    """Return `text` as Markdown that shows it as it is; an underscore before a letter ends no emphasis there."""
+    """Return `text` escaped for Markdown; an underscore before a letter or digit needs no escape."""
     return re.sub(r"[\\`*<>|#~&]|\](?=\()|_(?![A-Za-z0-9])", r"\\\g<0>", _printable(text))

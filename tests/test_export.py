@@ -96,7 +96,7 @@ def test_of_two_exports_to_one_place_the_first_stays(tmp_path):
 @pytest.mark.parametrize("to", ["hf", "int8", "gguf"])
 def test_an_export_that_computes_something_else_is_deleted(run, tmp_path, monkeypatch, to):
     module = {"hf": "hf_format", "int8": "int8_format", "gguf": "gguf_format"}[to]
-    monkeypatch.setattr(f"{module}.difference", lambda *_: Difference(1e-3, 2.0, 2.02))
+    monkeypatch.setattr(f"kindling.formats.{module}.difference", lambda *_: Difference(1e-3, 2.0, 2.02))
     with pytest.raises(ExportError, match="and is deleted"):
         main([str(run.path), "--to", to, "--out", str(tmp_path / "x")])
     assert leftovers(tmp_path) == []

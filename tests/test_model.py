@@ -12,17 +12,8 @@ from kindling.data.shards import document_positions
 from kindling.device import has_compiler
 from kindling.errors import ConfigError
 from kindling.int8.model import pair_ids as numpy_pair_ids
-from model import (
-    GPT,
-    PAIR_PRIMES,
-    Norm,
-    TransformersGPT2,
-    build_model,
-    document_mask,
-    pair_ids,
-    rotary_tables,
-    sinusoidal_positions,
-)
+from kindling.positions import PAIR_PRIMES, document_mask, pair_ids, rotary_tables, rotate, sinusoidal_positions
+from model import GPT, Norm, TransformersGPT2, build_model
 from presets import preset
 
 
@@ -158,8 +149,6 @@ def test_sinusoids_are_those_of_the_paper():
 
 
 def test_rotation_depends_only_on_distance():
-    from model import rotate
-
     cos, sin = rotary_tables(64, 16, 10_000.0)
     q, k = torch.randn(16), torch.randn(16)
     products = rotate(q.expand(1, 1, 64, 16), cos, sin)[0, 0] @ rotate(k.expand(1, 1, 64, 16), cos, sin)[0, 0].T

@@ -182,11 +182,11 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
 
     cfg = model.cfg
     parameters = dict(model.named_parameters())
-    for ours, values in parameters.items():
+    for ours, parameter in parameters.items():
         module, _, which = ours.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         name = _OUTSIDE[module] if block is None else f"blk.{block[1]}.{_IN_BLOCK[block[2]]}"
-        values = values.detach().float().cpu()
+        values = parameter.detach().float().cpu()
         if arch != "gpt2" and name.endswith("attn_qkv"):
             widths = [n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
             q, k, v = values.split(widths)

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 Architecture = Literal["gpt2", "llama", "kindling"]
+CLASSES: dict[Architecture, str] = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "kindling": "KindlingForCausalLM",
+}
 CODE = "modeling_kindling.py"  # the class for all other shapes
 OWN = "kindling"  # the key of our ModelConfig in config.json
 STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # what the stock classes hold, besides any number
@@ -105,7 +110,7 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
 
     to = architecture(cfg)
 
-    common = {"tie_word_embeddings": cfg.tie_embeddings, "dtype": "float32", OWN: asdict(cfg), **ids}
+    common: dict[str, Any] = {"tie_word_embeddings": cfg.tie_embeddings, "dtype": "float32", OWN: asdict(cfg), **ids}
     if to == "gpt2":
         return GPT2Config(
             vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,

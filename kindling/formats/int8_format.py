@@ -19,6 +19,7 @@ from kindling.errors import KindlingError
 from kindling.files import sha256_file, write_json
 from kindling.formats.parity import Difference, compare
 from kindling.int8.model import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Model
+from kindling.rounding import round_rows, row_scales
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT
 
@@ -29,9 +30,10 @@ class Int8Error(KindlingError):
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the int8 matrix and the float32 scale of each row (N,) of a weight (N, K)."""
-    scale = weight.float().abs().amax(dim=1) / 127  # (N,)
+    weight = weight.float()
+    scale = row_scales(weight)  # (N,)
     scale[scale == 0] = 1.0
-    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+    return round_rows(weight, scale), scale
 
 
 def tensors(model: GPT) -> dict[str, Tensor]:

@@ -27,14 +27,13 @@ from kindling.data.shards import SplitInfo, read_manifest
 from kindling.data.sources import LANGUAGES
 from kindling.errors import one_line
 from kindling.evaluation import report
-from kindling.formats.hf_layout import architecture
+from kindling.formats.hf_layout import CLASSES, architecture
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
 from kindling.runs.metrics import read_metrics
 from kindling.tables import Section, as_markdown
 
 NATURAL = {"english": "en"}  # as the hub writes them
 CODE = set(LANGUAGES.values()) - {"markdown", "text"}
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM"}
 NEW_TOKENS = 64  # of the example
 PATHS = ("path", "init_from", "decontaminate")  # settings that may name a file of this machine
 

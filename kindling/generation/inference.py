@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindling.errors import KindlingError
+from kindling.rounding import round_rows, row_scales
 from model import GPT, LanguageModel
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -26,10 +27,9 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()  # (N, K)
-        scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-30).bfloat16()  # (N,)
-        rounded = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        scale = row_scales(weight).clamp_min(1e-30).bfloat16()  # (N,)
         self.padding = -weight.size(1) % 16  # the kernel reads columns by sixteen, also beyond the last
-        self.register_buffer("weight", F.pad(rounded, (0, self.padding)))  # (N, K + padding)
+        self.register_buffer("weight", F.pad(round_rows(weight, scale), (0, self.padding)))  # (N, K + padding)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
 

@@ -1,13 +1,13 @@
-"""One token through an int8 model in C, compiled for this machine when it is first asked for.
+"""One token through an int8 model in C, compiled for this machine at the first use.
 
-    step = build(model)             # of an int8_model.Model
-    step(token, pair, position)     # logits (V,), its keys and values are in the model's cache
+    step = build(model)             # a kindling.int8.model.Model
+    step(token, pair, position)     # logits (V,); adds keys and values to the model's cache
 
     python autocomplete.py runs/demo --prompt "def " --kernel c
 
-`kernel.c` does the work. The compiler is `CC`, or the first of cc, gcc and clang; threads are OpenMP's, where the
-compiler has it, and their number is `OMP_NUM_THREADS`'s. The library is kept in the user's cache folder, under a name that has
-the hash of the source, the flags and the processor.
+`kernel.c` is the source. The compiler is `CC`, or the first of cc, gcc and clang. Threads are OpenMP's, if the compiler has
+it, and `OMP_NUM_THREADS` sets their number. The library is kept in the user's cache folder; its name holds a hash of the
+source, the flags and the processor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 
 SOURCE = Path(__file__).with_name("kernel.c")
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-# Sums in any order, or no compiler vectorises them. Not -ffast-math, which would change how the whole process treats the
-# smallest numbers. Without OpenMP where the compiler has none (Apple's).
+# Sums may be in any order, because compilers vectorise them only then. Not -ffast-math: it would change how the whole process
+# treats denormal numbers. Some compilers (Apple's) have no OpenMP, so there are flags without it.
 COMMON = [
     "-O3",
     NATIVE,
@@ -47,11 +47,11 @@ _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 
 
 class KernelError(Exception):
-    """A kernel that cannot be had, in one line."""
+    """A kernel that cannot be compiled or loaded; the text is one line."""
 
 
 class Matrix(Protocol):
-    """What is needed of a matrix: int8 (N, K), float32 scale (N,), and perhaps a bias (N,)."""
+    """A matrix as the kernel needs it: int8 (N, K), a float32 scale (N,), and a bias (N,) or None."""
 
     q: np.ndarray
     scale: np.ndarray
@@ -108,23 +108,23 @@ def _norm(norm: Any) -> _Norm:
 
 
 def build(model: Any) -> Step:
-    """Return a function that gives the logits (V,) after a token, valid until the next call.
+    """Return a function that gives the logits (V,) after a token; they are valid until the next call.
 
-    It takes the token, its row of the table of pairs (0 where there is no table) and its position. `model` is an
-    `int8_model.Model`, whose cache it reads and extends. Raises KernelError where nothing can be compiled.
+    It takes the token, its row of the bigram hash embedding (0 if there is none) and its position. `model` is a
+    `kindling.int8.model.Model`; the function reads and extends its cache. Raises KernelError if the kernel cannot be compiled.
     """
     function = _library().step
     function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _integer, _pointer], None
     m = model.m
-    n_ff = model.blocks[0]["mlp.up"].q.shape[0]
-    qkv = model.blocks[0]["attn.qkv"].q.shape[0]
+    n_ff = model.blocks[0].up.q.shape[0]
+    qkv = model.blocks[0].qkv.q.shape[0]
     sizes = (m["n_layer"], model.n_head, model.kv_heads, model.head_dim, m["n_embd"], n_ff, m["block_size"],
              ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", m["qk_norm"])  # fmt: skip
     blocks = (_Block * m["n_layer"])(
         *(
             _Block(
-                *(_norm(block[name]) for name in ("norm_1", "norm_2")),
-                *(_matrix(block[name]) for name in ("attn.qkv", "attn.proj", "mlp.up", "mlp.gate", "mlp.down")),
+                *map(_norm, (block.norm_1, block.norm_2)),
+                *map(_matrix, (block.qkv, block.proj, block.up, block.gate, block.down)),
             )
             for block in model.blocks
         )
@@ -139,7 +139,7 @@ def build(model: Any) -> Step:
     n_pairs = 1 if model.wtp is None else len(model.wtp.q)
 
     def step(token: int, pair: int, position: int) -> np.ndarray:
-        # the struct holds addresses only: the arrays behind them live as long as this function
+        # the struct holds addresses only; this function keeps the arrays alive
         assert len(rooms) == len(_ROOMS) and 0 <= position < m["block_size"]
         assert 0 <= token < len(model.wte.q) and 0 <= pair < n_pairs
         function(struct, token, pair, position, logits.ctypes.data)
@@ -149,13 +149,13 @@ def build(model: Any) -> Step:
 
 
 def cache_folder() -> Path:
-    """Return where compiled kernels are kept."""
+    """Return the folder of compiled kernels."""
     base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "kindling"
 
 
 def _processor() -> str:
-    """Return what a compiler's `native` depends on, as far as it can be had."""
+    """Return a text that changes with what a compiler's `native` means, as far as it can be known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -164,8 +164,8 @@ def _processor() -> str:
 
 
 def _library() -> ctypes.CDLL:
-    """Load the compiled kernel, compiling it first where that was not done before."""
-    # OpenMP's threads wait for the next product of the same token in a loop, but not longer: a core may be wanted elsewhere
+    """Load the compiled kernel; compile it first if needed."""
+    # OpenMP's threads wait in a loop for the next product of the same token, but not longer, to leave the core to others
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
     compiler = next((path for path in found if path), None)
@@ -189,7 +189,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Compile to `path`, whole or not at all."""
+    """Compile to `path`; raises KernelError, with nothing written there, if the compiler fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         library = Path(folder) / "int8.so"

@@ -1,10 +1,10 @@
-"""A model of int8 weights in NumPy: every architecture of `config.ModelConfig`, with a cache of keys and values.
+"""A model with int8 weights in NumPy: every architecture of `config.ModelConfig`, with a key / value cache.
 
     model = Model(Path("runs/demo/export/int8"))
     logits = model.read(ids)            # then one token at a time: model.read([token])
 
-The weights stay int8 and memory-mapped; blocks of rows become float32 as they are multiplied. `model.compile()` reads single
-tokens with a kernel in C from then on (`kernel.py`).
+The weights stay int8 and memory-mapped; blocks of rows are converted to float32 when they are multiplied. After
+`model.compile()`, single tokens are run by a kernel in C (`kernel.py`).
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 1  # of config.json
+FORMAT = 1  # the version of config.json
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-BLOCK = 2**17  # weights that are float32 at a time: half a MB, which the cache of a core holds
+BLOCK = 2**17  # weights that are float32 at the same time: half a MB, which fits a core's cache
 
 Array = np.ndarray
 
 
 class CompletionError(Exception):
-    """Something the user can mend, in one line."""
+    """An error that the user can fix; its text is one line."""
 
 
 class Matrix:
-    """An int8 matrix (N, K) with a scale for each row, and the products with it.
+    """An int8 matrix (N, K) with a scale for each row, and products with it.
 
-    `block` is the room (at least K floats) in which rows become float32, shared by all matrices of a model.
+    `block` is a buffer of at least K floats in which rows are converted to float32; all matrices of a model share it.
     """
 
     def __init__(self, q: Array, scale: Array, bias: Array | None, block: Array):
@@ -39,7 +40,7 @@ class Matrix:
         n, k = q.shape
         rows = min(n, len(block) // k)
         self.out = np.empty((1, n), np.float32)  # (1, N)
-        # all views are made here: a token passes through hundreds of them
+        # all views are made here, because a token needs hundreds of them
         self.parts = [
             (q[i : i + rows], block[: min(rows, n - i) * k].reshape(-1, k), slice(i, i + rows))
             for i in range(0, n, rows)
@@ -47,7 +48,7 @@ class Matrix:
         self.outs = [self.out[0, rows] for *_, rows in self.parts]
 
     def __call__(self, x: Array) -> Array:
-        """Return x (T, K) times the transposed matrix and the bias, (T, N); for T = 1, valid until the next call."""
+        """Return x (T, K) times the transposed matrix, plus the bias, (T, N). For T = 1 it is valid until the next call."""
         if len(x) == 1:
             y, vector = self.out, x[0]
             for (q, part, _), out in zip(self.parts, self.outs):
@@ -64,7 +65,7 @@ class Matrix:
         return y
 
     def rows(self, ids: list[int] | Array) -> Array:
-        """Return these rows in float32, (T, K)."""
+        """Return the rows of these ids in float32, (T, K)."""
         return self.q[ids].astype(np.float32) * self.scale[ids, None]
 
 
@@ -86,12 +87,12 @@ class Norm:
 
 
 def unit_rms(x: Array) -> Array:
-    """Return x over its root mean square along the last axis, with the epsilon that torch has by default."""
+    """Return x divided by its root mean square along the last axis, with torch's default epsilon."""
     return x / np.sqrt(np.vecdot(x, x)[..., None] / x.shape[-1] + np.finfo(np.float32).eps)
 
 
 def erf(x: Array) -> Array:
-    """Return the error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26), which NumPy has not."""
+    """Return the error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26); NumPy has none."""
     a = np.abs(x)
     t = 1 / (1 + np.float32(0.3275911) * a)
     series = np.float32(1.061405429) * t
@@ -104,12 +105,19 @@ def erf(x: Array) -> Array:
 
 
 def pair_ids(idx: Array, previous: Array, n_rows: int) -> Array:
-    """Return the row of the table of pairs for each token and the one before it, -1 where none is, as `model.pair_ids` does."""
+    """Return the bigram hash embedding's row of each token and the one before it (-1: none), as `positions.pair_ids` does."""
     return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
 
 
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate each pair (x[i], x[i + D/2]) of x (H, T, D) by its position's angle; cos and sin (T, D)."""
+    half = x.shape[-1] // 2
+    turned = np.concatenate((-x[..., half:], x[..., :half]), -1)
+    return x * cos + turned * sin
+
+
 def softmax(x: Array) -> Array:
-    """Return the distribution over the last axis, in place."""
+    """Replace x by its softmax over the last axis, and return it."""
     x -= x.max(-1, keepdims=True)
     np.exp(x, out=x)
     x /= x.sum(-1, keepdims=True)
@@ -117,8 +125,8 @@ def softmax(x: Array) -> Array:
 
 
 def activate(kind: str, h: Array, gate: Array | None) -> Array:
-    """Return the activation of h (T, d_ff), in place."""
-    if kind == "swiglu":
+    """Replace h (T, d_ff) by its activation, and return it; `gate` (T, d_ff) is SwiGLU's gate, else None."""
+    if gate is not None:
         h *= gate / (1 + np.exp(-gate))
     elif kind == "gelu":
         h *= 0.5 * (1 + erf(h * np.float32(math.sqrt(0.5))))
@@ -131,13 +139,25 @@ def activate(kind: str, h: Array, gate: Array | None) -> Array:
     return h
 
 
+class Block(NamedTuple):
+    """The layers of one transformer block; `proj` and `gate` are None for shapes without them."""
+
+    qkv: Matrix
+    proj: Matrix | None
+    up: Matrix
+    gate: Matrix | None
+    down: Matrix
+    norm_1: Norm
+    norm_2: Norm
+
+
 class Model:
-    """An exported model, and the keys and values of what it has read."""
+    """An exported model, and the keys and values of its tokens so far."""
 
     def __init__(self, folder: Path):
-        """Open the export, without reading its weights into memory.
+        """Open an export; its weights are memory-mapped.
 
-        Raises CompletionError if it is not whole.
+        Raises CompletionError if it is incomplete or damaged.
         """
         self.meta = read_meta(folder)
         tensors = map_tensors(folder / WEIGHTS, self.meta["weights_sha256"])
@@ -151,7 +171,9 @@ class Model:
 
     def _build(self, m: dict[str, Any], tensors: dict[str, Array]) -> None:
         self.m = m
-        self.length = self.last = 0  # tokens read, and the last of them, anything where there are none
+        self.length = self.last = (
+            0  # the number of tokens so far, and the last one; `last` means nothing if there are none
+        )
         self.n_head, self.kv_heads = m["n_head"], m["n_kv_head"] or m["n_head"]
         self.head_dim = m["n_embd"] // m["n_head"]
         block = np.empty(max([BLOCK, *(t.shape[1] for t in tensors.values() if t.dtype == np.int8)]), np.float32)
@@ -165,28 +187,33 @@ class Model:
             return Norm(m["norm"] == "rmsnorm", m["norm_eps"], weight, bias)
 
         self.wte, self.wpe = matrix("wte"), tensors.get("wpe")
-        self.wtp = matrix("wtp") if m.get("pair_rows") else None  # older exports do not say
+        self.wtp = matrix("wtp") if m.get("pair_rows") else None  # older exports do not have the key
         self.norm_f = norm("norm_f") if m["final_norm"] else None
         self.head = self.wte if m["tie_embeddings"] else matrix("head")
-        names = ["attn.qkv", "mlp.up", "mlp.down"]
-        names += ["attn.proj"] * m["attn_out_proj"] + ["mlp.gate"] * (m["activation"] == "swiglu")
-        absent = dict.fromkeys(("attn.proj", "mlp.gate"))
         self.blocks = [
-            absent
-            | {name: matrix(f"blocks.{i}.{name}") for name in names}
-            | {name: norm(f"blocks.{i}.{name}") for name in ("norm_1", "norm_2")}
+            Block(
+                qkv=matrix(f"blocks.{i}.attn.qkv"),
+                up=matrix(f"blocks.{i}.mlp.up"),
+                down=matrix(f"blocks.{i}.mlp.down"),
+                proj=matrix(f"blocks.{i}.attn.proj") if m["attn_out_proj"] else None,
+                gate=matrix(f"blocks.{i}.mlp.gate") if m["activation"] == "swiglu" else None,
+                norm_1=norm(f"blocks.{i}.norm_1"),
+                norm_2=norm(f"blocks.{i}.norm_2"),
+            )
             for i in range(m["n_layer"])
         ]
         shape = (m["n_layer"], self.kv_heads, m["block_size"], self.head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self.cos = self.sin = self.step = None
+        self.cos: Array | None = None  # (block_size, D), like sin, if positions are rotary
+        self.sin: Array | None = None
+        self.step: Callable[[int, int, int], Array] | None = None  # the kernel in C
         if m["position"] == "rope":
             rate = m["rope_theta"] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)  # (D/2,)
             angle = np.outer(np.arange(m["block_size"]), np.tile(rate, 2))  # (T, D)
             self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
     def compile(self) -> None:
-        """Read single tokens with the kernel in C from now on. Raises CompletionError where it cannot be compiled."""
+        """Run single tokens with the kernel in C from now on. Raises CompletionError if it cannot be compiled."""
         try:
             from kindling.int8.kernel import KernelError, build
         except ImportError:
@@ -198,54 +225,55 @@ class Model:
 
     @property
     def block_size(self) -> int:
-        """Tokens that it can read."""
+        """Context length in tokens."""
         return self.m["block_size"]
 
     def read(self, ids: list[int]) -> Array:
-        """Take in the next tokens; return the logits (V,) after the last. There must be room for them in the context."""
+        """Run the next tokens; return the logits (V,) after the last. They must fit in the context."""
         if self.step is not None and len(ids) == 1 and self.length < self.block_size:
-            pair = 0 if self.wtp is None else int(self._pairs(ids)[0])
+            pair = 0 if self.wtp is None else int(self._pairs(ids, self.wtp)[0])
             self.length, self.last = self.length + 1, ids[0]
             return self.step(ids[0], pair, self.length - 1)
         return self.head(self._hidden(ids)[-1:])[0]
 
     def logits(self, ids: list[int]) -> Array:
-        """Return the logits (T, V) after each of the tokens of a text that begins with them."""
+        """Return the logits (T, V) after each token of a new text."""
         self.length = 0
         return self.head(self._hidden(ids))
 
-    def _pairs(self, ids: list[int]) -> Array:
-        """Return the rows (T,) of the table of pairs for the next tokens."""
+    def _pairs(self, ids: list[int], table: Matrix) -> Array:
+        """Return the rows (T,) of the bigram hash embedding for the next tokens."""
         idx = np.array([self.last if self.length else -1, *ids], np.int64)
-        return pair_ids(idx[1:], idx[:-1], len(self.wtp.q))
+        return pair_ids(idx[1:], idx[:-1], len(table.q))
 
     def _hidden(self, ids: list[int]) -> Array:
-        """Return the features (T, C) of the next tokens, and remember their keys and values."""
+        """Return the features (T, C) of the next tokens, and store their keys and values."""
         start, stop = self.length, self.length + len(ids)
         assert 0 < len(ids) <= self.block_size - start, "the caller crops"
         x = self.wte.rows(ids)  # (T, C)
         if self.wtp is not None:
-            x += self.wtp.rows(self._pairs(ids))
+            x += self.wtp.rows(self._pairs(ids, self.wtp))
         if self.wpe is not None:
             x += self.wpe[start:stop]
         for layer, block in enumerate(self.blocks):
-            y = self._attention(layer, block["attn.qkv"](block["norm_1"](x)), start, stop)
-            x += y if block["attn.proj"] is None else block["attn.proj"](y)
-            y = block["norm_2"](x)
-            gate = None if block["mlp.gate"] is None else block["mlp.gate"](y)
-            x += block["mlp.down"](activate(self.m["activation"], block["mlp.up"](y), gate))
+            y = self._attention(layer, block.qkv(block.norm_1(x)), start, stop)
+            x += y if block.proj is None else block.proj(y)
+            y = block.norm_2(x)
+            gate = None if block.gate is None else block.gate(y)
+            x += block.down(activate(self.m["activation"], block.up(y), gate))
         self.length, self.last = stop, ids[-1]
         return x if self.norm_f is None else self.norm_f(x)
 
     def _attention(self, layer: int, qkv: Array, start: int, stop: int) -> Array:
-        """Return what each of the tokens start:stop attends to, (T, C), of qkv (T, (n_head + 2 * n_kv) * D)."""
+        """Return the attention output (T, C) of the tokens start:stop, from qkv (T, (n_head + 2 * n_kv) * D)."""
         T, D, n_head, n_kv = len(qkv), self.head_dim, self.n_head, self.kv_heads
         qkv = qkv.reshape(T, n_head + 2 * n_kv, D).transpose(1, 0, 2)  # (H, T, D)
         q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
         if self.m["qk_norm"]:
             q, k = unit_rms(q), unit_rms(k)
-        if self.m["position"] == "rope":
-            q, k = self._rotate(q, start, stop), self._rotate(k, start, stop)
+        if self.cos is not None and self.sin is not None:
+            cos, sin = self.cos[start:stop], self.sin[start:stop]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         self.keys[layer, :, start:stop], self.values[layer, :, start:stop] = k, qkv[n_head + n_kv :]
         keys, values = self.keys[layer, :, :stop], self.values[layer, :, :stop]  # (n_kv, S, D)
         q = (q * np.float32(1 / math.sqrt(D))).reshape(n_kv, -1, D)  # (n_kv, G * T, D)
@@ -255,14 +283,9 @@ class Model:
             scores.reshape(n_kv, -1, T, stop)[..., later] = -np.inf
         return (softmax(scores) @ values).reshape(n_head, T, D).transpose(1, 0, 2).reshape(T, -1)  # (T, C)
 
-    def _rotate(self, x: Array, start: int, stop: int) -> Array:
-        half = self.head_dim // 2
-        turned = np.concatenate((-x[..., half:], x[..., :half]), -1)
-        return x * self.cos[start:stop] + turned * self.sin[start:stop]
-
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return an export's config.json; raises CompletionError if it is none that this file reads."""
+    """Return an export's config.json; raises CompletionError if this file cannot read it."""
     path = folder / CONFIG
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -277,17 +300,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def map_tensors(path: Path, sha256: str) -> dict[str, Array]:
-    """Return the tensors of a safetensors file, memory-mapped; raises CompletionError unless its hash is `sha256`."""
+    """Return the memory-mapped tensors of a safetensors file; raises CompletionError unless its hash is `sha256`."""
     try:
         with path.open("rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()  # in pieces, which do not stay in memory
+            found = hashlib.file_digest(f, "sha256").hexdigest()  # reads piece by piece
     except OSError as e:
         found = str(e)
     if found != sha256:
         raise CompletionError(
             f"{path} must be as it was exported, but has changed or cannot be read; export the run again"
         )
-    data = np.asarray(np.memmap(path, np.uint8, "r"))  # its subclass costs time at each view
+    data = np.asarray(np.memmap(path, np.uint8, "r"))  # views of a memmap object are slower
     end = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(data[8:end].tobytes())
     types = {"I8": np.int8, "F32": np.float32}

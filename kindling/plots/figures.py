@@ -78,8 +78,8 @@ def png(figure: Figure) -> bytes:
 
 def style() -> AbstractContextManager[Any]:
     """Return the context that all drawing happens in: names may hold dollars, which are no formulas."""
-    sizes = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9}
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    sizes: dict[Any, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9}
+    look: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
     return matplotlib.rc_context({"text.parse_math": False, "lines.markersize": 4.5, **sizes, **look})
 
 
@@ -87,9 +87,13 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
     """Return an empty figure of that size in inches, with a title and a note under it, wrapped."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    lines = [*textwrap.wrap(visible(title), int(10.5 * width)), *textwrap.wrap(visible(note), int(10.5 * width))]
-    figure.suptitle("\n".join(lines), fontsize=12, x=0.01, ha="left")
+    figure.suptitle("\n".join(title_lines(title, note, width)), fontsize=12, x=0.01, ha="left")
     return figure
+
+
+def title_lines(title: str, note: str, width: float) -> list[str]:
+    """Return a title and a note in lines that fit a figure of that width in inches."""
+    return [line for text in (title, note) for line in textwrap.wrap(visible(text), int(10.5 * width))]
 
 
 def line_style(number: int) -> dict[str, Any]:

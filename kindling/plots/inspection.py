@@ -83,12 +83,17 @@ def curves_of(lines: list[dict[str, Any]]) -> Curves:
     each = tokens[known][-1] / steps[known][-1] if known.any() and steps[known][-1] > 0 else math.nan
     val_tokens = np.where(val_steps == 0, 0.0, val_steps * each)
     return Curves(
-        steps,
-        tokens,
-        *(column(training, name) for name in ("loss", "lr", "grad_norm", "skipped_steps")),
-        val_steps,
-        val_tokens,
-        *(column(validation, name) for name in ("val_loss", "val_perplexity", "val_bits_per_byte")),
+        steps=steps,
+        tokens=tokens,
+        loss=column(training, "loss"),
+        lr=column(training, "lr"),
+        grad_norm=column(training, "grad_norm"),
+        skipped=column(training, "skipped_steps"),
+        val_steps=val_steps,
+        val_tokens=val_tokens,
+        val_loss=column(validation, "val_loss"),
+        val_perplexity=column(validation, "val_perplexity"),
+        val_bits_per_byte=column(validation, "val_bits_per_byte"),
     )
 
 
@@ -126,7 +131,7 @@ def matrices(model: LanguageModel) -> dict[str, list[Matrix]]:
 
 def histograms(found: dict[str, list[Matrix]]) -> dict[str, list[Histogram]]:
     """Return the distribution of each matrix's weights, all of a kind between the same edges, from the least to the greatest."""
-    out = {}
+    out: dict[str, list[Histogram]] = {}
     for kind, own in found.items():
         limit = max(m.weight.abs().max().item() for m in own)
         _require_finite(limit, kind)

@@ -16,6 +16,7 @@ from typing import Any
 from kindling.config_io import to_yaml
 from kindling.data.ledger import Ledger
 from kindling.data.prompts import Exchange
+from kindling.errors import one_line
 from kindling.evaluation.report import FORMAT, sections
 from kindling.generation.completion import answer, complete
 from kindling.generation.sampling import GenerationError, Sampling
@@ -91,7 +92,8 @@ def facts_of(subject: Subject) -> list[tuple[str, str]]:
         ("fine-tuned from", str(cfg.train.init_from or "")),
         ("weights' sha256", weights_sha256(folder)),
     ]
-    last = next((line for line in reversed(subject.metrics) if isinstance(line.get("val_loss"), float)), {})
+    validated = [line for line in subject.metrics if isinstance(line.get("val_loss"), float)]
+    last: dict[str, Any] = validated[-1] if validated else {}
     figures = [f"{name} {last[key]:{form}}" for key, name, form in VALIDATION if isinstance(last.get(key), float)]
     if figures:
         facts.append(("validation", f"{', '.join(figures)}, at step {last['step']:,}"))
@@ -118,7 +120,7 @@ def ledger_sections(folder: Path) -> list[Section]:
             found.append(Section("Data by source and language", columns, kinds, names=2))
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        return [Section("Data", notes=[f"the ledger cannot be read ({type(e).__name__}: {e})"])]
+        return [Section("Data", notes=[f"the ledger cannot be read ({one_line(e)})"])]
 
 
 def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
@@ -132,7 +134,7 @@ def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
         if (results["format"], results["weights_sha256"]) == (FORMAT, weights_sha256(subject.checkpoint)):
             return results, ""
     except (OSError, ValueError, KeyError, TypeError) as e:
-        return {}, f"eval.json cannot be read ({type(e).__name__}: {e}); {again}"
+        return {}, f"eval.json cannot be read ({one_line(e)}); {again}"
     return {}, f"eval.json is of other weights, or by another version; {again}"
 
 
@@ -143,7 +145,7 @@ def evaluation_sections(subject: Subject) -> list[Section]:
         try:
             return sections(results, list(rows_of(subject.run.path / "losses.jsonl")))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            why_not = f"eval.json must be as evaluate.py writes it, but is not ({type(e).__name__}: {e})"
+            why_not = f"eval.json must be as evaluate.py writes it, but is not ({one_line(e)})"
     return [Section("Evaluation", notes=[why_not])]
 
 

@@ -8,8 +8,8 @@ The same rules as in figures.py. A map is white for little and dark for much, so
 from __future__ import annotations
 
 import math
-import textwrap
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,7 +20,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from kindling.plots.figures import style, visible
+from kindling.plots.figures import style, title_lines, visible
 
 MAP = "Blues"
 LABEL = 14  # characters of a token beside a heatmap
@@ -60,7 +60,7 @@ def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: st
                 continue
             _heatmap(ax, weights[number])
             ax.set_title(f"head {number}")
-            font = {"fontsize": size, "family": MONO, "clip_on": False}
+            font: dict[str, Any] = {"fontsize": size, "family": MONO, "clip_on": False}
             for i, name in enumerate(names):  # as ticks they would take three times as long
                 ax.text(i, T - 0.5 + T / 100, name, rotation=90, ha="center", va="top", **font)
                 if number % columns == 0:
@@ -93,7 +93,7 @@ def _grid(
     """
     left, above, below = margins
     wide = max(left + 0.2 + columns * (cell + 0.1) + 1.1, 9.2)
-    lines = [*textwrap.wrap(visible(title), int(10.5 * wide)), *textwrap.wrap(visible(note), int(10.5 * wide))]
+    lines = title_lines(title, note, wide)
     top = 0.55 + 0.2 * len(lines)
     high = max(top + rows * (cell + above + below) + 0.15, top + 4.3)
     figure = Figure(figsize=(wide, high))
@@ -203,7 +203,7 @@ def token_losses(units: list[Unit], guess: float, title: str, what: str) -> Figu
 
 def _draw_rows(ax: Axes, rows: list[Row], units: list[Unit], mapping: ScalarMappable, size: float) -> None:
     boxes, colors = [], []
-    font = {"family": MONO, "fontsize": size, "va": "baseline"}
+    font: dict[str, Any] = {"family": MONO, "fontsize": size, "va": "baseline"}
     for y, row in enumerate(rows):
         if row.line is not None:
             ax.text(-1, y + 0.72, str(row.line), ha="right", color="#777777", **font)
@@ -212,14 +212,14 @@ def _draw_rows(ax: Axes, rows: list[Row], units: list[Unit], mapping: ScalarMapp
             color = "black"
             if math.isfinite(loss):
                 boxes.append([(piece.column, y), (end, y), (end, y + 1), (piece.column, y + 1)])
-                colors.append(mapping.to_rgba(loss))
+                colors.append(mapping.to_rgba(np.asarray(loss)))  # (4,): red, green, blue, alpha
                 color = text_color(colors[-1])
             if piece.text.strip():
                 ax.text(piece.column, y + 0.72, piece.text, color=color, **font)
     ax.add_collection(PolyCollection(boxes, facecolors=colors, edgecolors="white", linewidths=0.8))
 
 
-def text_color(background: tuple[float, ...]) -> str:
+def text_color(background: Sequence[float] | np.ndarray) -> str:
     """Return black or white, whichever has the greater contrast (WCAG 2.2, relative luminance) on an RGB colour."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
