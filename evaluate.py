@@ -350,7 +350,8 @@ def evaluate(subject: Subject, checkpoint: Path) -> int:
     """Measure everything that the flags ask for, save it and print it; return the exit code."""
     from kindling.evaluation import report
     from kindling.evaluation.code_eval import limits_of
-    from kindling.sandbox.process import SandboxError, self_test
+    from kindling.sandbox.bubblewrap import SandboxError
+    from kindling.sandbox.self_test import self_test
 
     started, flags, run = time.perf_counter(), subject.flags, subject.run
     world, benchmarks = subject.runtime.world, flags.eval.n_samples

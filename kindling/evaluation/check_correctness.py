@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from kindling.data.filters import syntax_error
 from kindling.evaluation.extraction import from_answer, from_completion, is_empty, is_trivial
 from kindling.evaluation.tasks import Problem
-from kindling.sandbox.process import DEFAULT, Limits, Mode, Program, ProgramError, SandboxError, one_line
+from kindling.sandbox.bubblewrap import SandboxError
+from kindling.sandbox.process import DEFAULT, Limits, Mode, Program, ProgramError, one_line
 
 VERDICTS = ("passed", "wrong", "exception", "timeout", "memory", "syntax", "sandbox")
 

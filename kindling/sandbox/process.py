@@ -4,9 +4,9 @@
         value = program.call("add", 2, 3)
 
 The program runs in a process of its own: on Linux under bubblewrap (0.8 or later), without network, `/proc`, environment or
-any file but Python's own and the system's libraries, which it can read; it can write none. It has a uid that nothing else
-has, limits of memory, CPU time and processes, and fewer calls to the kernel (see syscall_filter.py). It is handed code and
-arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from the program's
+any file but Python's own and the system's libraries, which it can read; it can write none (see
+bubblewrap.py). It has a uid that nothing else has, limits of memory, CPU time and processes, and fewer calls to the kernel
+(see syscall_filter.py). It is handed code and arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from the program's
 process (see evaluation/check_correctness.py).
 
 `mode="none"` has the limits alone: a program can then read and delete what you can. Limits: the sandbox is the kernel's;
@@ -24,10 +24,8 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,13 +34,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from kindling.errors import KindlingError
-from kindling.sandbox import syscall_filter
+from kindling.sandbox import bubblewrap, syscall_filter
+from kindling.sandbox.bubblewrap import SandboxError
 
 Mode = Literal["bwrap", "none"]
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
 START_S = 30.0  # a process that has not begun by then never will
 # bytes; a set of numbers with equal hashes takes a second to build from so many, and a minute from 2**20
 MAX_ANSWER = 2**17
@@ -66,10 +62,6 @@ class Limits:
 
 
 DEFAULT = Limits()
-
-
-class SandboxError(KindlingError):
-    """A sandbox that does not stand, or does not hold."""
 
 
 class ProgramError(BaseException):
@@ -281,7 +273,7 @@ def _literal(value: Any) -> str:
 def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
     """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
     confined = mode == "bwrap"
-    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and _is_root() else 0
+    uid = bubblewrap.own_uid(slot) if confined else 0
     python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
     processes = limits.processes if confined else 0
     alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
@@ -290,7 +282,7 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
     with contextlib.ExitStack() as stack:
         try:
             filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
-            wrapper = _bwrap(slot, filter_fd) if confined else []
+            wrapper = bubblewrap.command(slot, filter_fd) if confined else []
             folder = None if confined else tempfile.mkdtemp(prefix="kindling-")  # deleted by close()
             process = subprocess.Popen(
                 [*wrapper, *python, *map(str, numbers)],
@@ -331,72 +323,6 @@ def _pipe_with(data: bytes | None) -> Iterator[int | None]:
         os.close(reading)
 
 
-def _is_root() -> bool:
-    """Return whether this process can become any user, and is not only called root in a container.
-
-    It then gives each program a uid that nothing else has, since the kernel does not count the processes of its root, not
-    even in a user namespace; of anybody else it counts those in the namespace.
-    """
-    return os.geteuid() == 0 and str(2**32 - 1) in Path("/proc/self/uid_map").read_text(encoding="ascii").split()
-
-
-def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
-    """Return the command before which a program is put in the sandbox."""
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise SandboxError(
-            f"running generated code must have bubblewrap, but no bwrap is installed; {INSTALL}, or accept its risk with "
-            f"--sandbox none"
-        )
-    command = [bwrap, "--die-with-parent", "--new-session"]
-    command += [f"--unshare-{kind}" for kind in ("net", "pid", "ipc", "uts", "cgroup-try")]
-    if _is_root():
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user", "--disable-userns", "--uid", str(1000 + slot), "--gid", str(1000 + slot)]
-    if filter_fd is not None:
-        command += ["--seccomp", str(filter_fd)]
-    return [*command, *_files(Path.cwd()), "--remount-ro", "/", "--chdir", "/", "--"]
-
-
-@lru_cache
-def _files(cwd: Path) -> tuple[str, ...]:
-    """Return the part of the command that says which files there are."""
-    bound, made = _python_files(), set()
-    command = ["--perms", "0755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
-    for path in bound:
-        for parent in reversed(path.parents[:-1]):  # which bwrap would make closed to all but root
-            if parent not in made:
-                made.add(parent)
-                command += ["--perms", "0755", "--dir", str(parent)]
-        command += ["--ro-bind", str(path), str(path)]
-    for link in ("/lib", "/lib64", "/lib32"):
-        if os.path.islink(link):
-            command += ["--symlink", os.readlink(link), link]
-        elif os.path.isdir(link):
-            command += ["--ro-bind", link, link]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in _hidden(bound, cwd):
-        command += ["--perms", "0755", "--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
-    return tuple(command)
-
-
-def _python_files() -> list[Path]:
-    """Return what the interpreter and its standard library need: files and folders, none inside another."""
-    paths = {Path(os.path.realpath(sys._base_executable)), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
-    paths |= {Path(sysconfig.get_path("stdlib")).resolve().parent, Path(sys.base_exec_prefix, sys.platlibdir).resolve()}
-    paths = {p for p in paths if p.exists()}
-    return sorted(p for p in paths if not any(p != other and p.is_relative_to(other) for other in paths))
-
-
-def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
-    """Return the folders that a program must not see although they lie inside those: packages, and this project."""
-    # site-packages and dist-packages
-    hidden = [path.resolve() for folder in bound for path in folder.glob("python*/*-packages")]
-    hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
-    return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]
-
-
 def _broken(mode: Mode, said: str) -> str:
     why = " ".join(said.split())[-300:] or "it ended without a word"
     if mode == "none":
@@ -405,94 +331,3 @@ def _broken(mode: Mode, said: str) -> str:
         f"bubblewrap must be able to make a sandbox here, but is not ({why}); allow user namespaces (on Ubuntu: sudo sysctl "
         f"kernel.apparmor_restrict_unprivileged_userns=0), update bubblewrap to 0.8, or accept the risk of --sandbox none"
     )
-
-
-_PROBE = """
-import os, socket
-
-def add(a, b):
-    return a + b
-
-def listed(path):
-    return os.listdir(path)
-
-def read(path):
-    return open(path).read()
-
-def write(path):
-    with open(path, "w") as f:
-        return f.write("changed")
-
-def connect(port):
-    with socket.create_connection(("127.0.0.1", port), timeout=2) as s:
-        s.sendall(b"hello")
-    return True
-
-def kill(pid):
-    os.kill(pid, 0)
-    return True
-
-def forks(n):
-    for i in range(n):
-        if os.fork() == 0:
-            while True:
-                pass
-    return True
-
-def env():
-    return sorted(os.environ)
-"""
-
-
-def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
-    """Raise SandboxError unless a good program passes here, a bad one fails, and the sandbox holds.
-
-    What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
-    show no trace.
-    """
-    try:
-        with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
-            right, environment = good.call("add", 2, 3) == 5 != bad.call("add", 2, 3), good.call("env")
-    except ProgramError as e:
-        raise SandboxError(
-            f"the sandbox must run a good program, but it fails ({e.reason}); raise the limits"
-        ) from None
-    if not right:
-        raise SandboxError("the sandbox must tell a good program from a bad one, but does not; use another machine")
-    if mode == "none":
-        return
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
-        canary = Path(folder) / "canary"
-        canary.write_text("unchanged", encoding="utf-8")
-        os.chmod(folder, 0o755)  # nothing but the sandbox shall stand in a program's way
-        canary.chmod(0o666)
-        listener.settimeout(0)
-        attempts: dict[str, tuple[Any, ...]] = {
-            "read files": ("read", str(canary)),
-            "read this project": ("read", str(WORKER)),
-            "see processes": ("listed", "/proc"),
-            "write files": ("write", str(canary)),
-            "write to its root": ("write", "/canary"),
-            "write to Python's own folder": ("write", str(Path(os.__file__).parent / "canary")),
-            "reach the network": ("connect", listener.getsockname()[1]),
-            "signal other processes": ("kill", os.getpid()),
-            "start processes without end": ("forks", limits.processes + 1),
-        }
-        for deed, call in attempts.items():
-            with Program(_PROBE, mode, limits) as program:
-                try:
-                    program.call(*call)
-                except ProgramError:
-                    continue
-            raise SandboxError(
-                f"the sandbox must not let a program {deed}, but does; do not trust it, use another machine"
-            )
-        try:
-            listener.accept()
-            reached = True
-        except OSError:
-            reached = False
-        if reached or canary.read_text(encoding="utf-8") != "unchanged":
-            raise SandboxError("the sandbox must leave no trace outside, but did; do not trust it, use another machine")
-    if set(environment) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
-        raise SandboxError("the sandbox must hide the environment, but does not; do not trust it, use another machine")
