@@ -212,7 +212,8 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
     """Print a JSON line for each sample of each prompt, in order, as soon as it and all before it are done."""
     from tqdm import tqdm
 
-    from kindling.generation.completion import complete_batch, document_ids, longest_prompt
+    from kindling.generation.completion import complete_batch, document_ids
+    from kindling.generation.healing import longest_prompt
     from kindling.tokenization.tokenizer import TokenizerError
 
     block_size, ids = model.cfg.block_size, []
@@ -263,13 +264,13 @@ def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
     from kindling.data.shards import read_manifest
     from kindling.generation.chat import chat
     from kindling.generation.completion import answer
-    from kindling.generation.decoding import generate
+    from kindling.generation.decoding import stream
 
     template, tokenizer, manifest = run.config().data.template, run.tokenizer(), read_manifest(run.data)
     require_template(manifest, template)
     room = min(sampling.max_new_tokens, model.cfg.block_size // 4)  # a memory must not crowd out the answer
     # torch imports for seconds at its first token, and is unusable if Ctrl-C stops the imports of an answer halfway
-    generate(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id)
+    list(stream(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id))
 
     def reply(exchanges: list[Exchange], number: int, say: Callable[[str], None]) -> str:
         its_own = replace(sampling, seed=sampling.seed + number)

@@ -1,5 +1,6 @@
-"""Decides whether a program solves a problem: the program runs in the sandbox, its answers are compared here.
+"""Decides whether samples solve their problems: programs run in the sandbox, their answers are compared here.
 
+    graded = grade_all(samples, chat, "bwrap", cfg)
     verdict, reason = judge(problem, program)
 
 The tests and what they expect stay in this process; where they call the program's functions, only arguments go in and only
@@ -10,16 +11,22 @@ must give the right answers.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.data.filters import syntax_error
 from kindling.evaluation.extraction import from_answer, from_completion, is_empty, is_trivial
+from kindling.evaluation.samples import Chat, Sample
 from kindling.evaluation.tasks import Problem
+from kindling.pool import Lost, map_jobs
 from kindling.sandbox.bubblewrap import SandboxError
-from kindling.sandbox.process import DEFAULT, Limits, Mode, Program, ProgramError, one_line
+from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
+
+if TYPE_CHECKING:
+    from config import EvalConfig
 
 VERDICTS = ("passed", "wrong", "exception", "timeout", "memory", "syntax", "sandbox")
 
@@ -29,20 +36,6 @@ class Verdict(NamedTuple):
 
     verdict: str
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a model wrote for a problem, on its way to be judged."""
-
-    problem: Problem
-    text: str
-    chat: bool
-    """It answers an instruction, rather than continuing the prompt."""
-    cut_short: bool
-    """It was ended by a limit."""
-    mode: Mode
-    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,55 @@ class Graded:
     """And that is not only a docstring, `pass`, `...` or NotImplementedError."""
 
 
-@lru_cache(maxsize=2048)
-def _compiled(source: str) -> CodeType:
-    return compile(source, "<tests>", "exec", dont_inherit=True)
+def limits_of(cfg: EvalConfig) -> Limits:
+    """Return what a program may use."""
+    return Limits(cfg.cpu_s, 2.0 * cfg.cpu_s + 8, cfg.memory_mb * 2**20)
+
+
+def grade_all(
+    samples: Sequence[Sample],
+    chat: Chat | None,
+    mode: Mode,
+    cfg: EvalConfig,
+    progress: Callable[[int], object] | None = None,
+) -> list[Graded]:
+    """Return what came of each sample; the same text for the same problem is judged once."""
+    limits = limits_of(cfg)
+    unique = {_key(sample): sample for sample in samples}
+    grade_one = partial(grade, is_answer=chat is not None, mode=mode, limits=limits)
+    results: dict[tuple[str, str, str, bool], Graded] = {}
+    jobs = map_jobs(grade_one, unique.values(), cfg.n_workers, limits.wall_s + START_S + 10)
+    for (key, sample), result in zip(unique.items(), jobs):
+        if isinstance(result, Lost):  # the text, or an answer, was too much for the process that judges
+            verdict = "timeout" if result.reason == "timeout" else "exception"
+            result = Graded(sample.text, verdict, f"while judging it: {result.reason}", False, False)
+        results[key] = result
+        if progress is not None:
+            progress(1)
+    return [results[_key(sample)] for sample in samples]
+
+
+def _key(sample: Sample) -> tuple[str, str, str, bool]:
+    """Return what a verdict depends on."""
+    return sample.problem.benchmark, sample.problem.task_id, sample.text, sample.cut_short
+
+
+def grade(sample: Sample, slot: int, is_answer: bool, mode: Mode, limits: Limits) -> Graded:
+    """Cut the program out of a sample, compile it, and judge it where its problem has tests.
+
+    `is_answer`: the sample answers an instruction, rather than continuing the prompt. To be called in a worker
+    (pool.map_jobs), since the text is a stranger's.
+    """
+    problem = sample.problem
+    head = problem.answer_head if is_answer else problem.head
+    cut = from_answer if is_answer else from_completion
+    program = cut(head, sample.text, problem.entry_point, sample.cut_short)
+    error = syntax_error(program)
+    if error is not None:
+        return Graded(program, "syntax", error, False, False)
+    verdict = judge(problem, program, mode, limits, slot) if problem.tests else Verdict("")
+    name = problem.entry_point
+    return Graded(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))
 
 
 def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0) -> Verdict:
@@ -89,20 +128,6 @@ def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits =
     return Verdict("passed")
 
 
-def grade(sample: Sample, slot: int = 0) -> Graded:
-    """Cut the program out of a sample, compile it, and judge it where its problem has tests.
-
-    To be called in a worker (pool.map_jobs), since the text is a stranger's.
-    """
-    problem = sample.problem
-    head = problem.answer_head if sample.chat else problem.head
-    if sample.chat:
-        program = from_answer(head, sample.text, problem.entry_point, sample.cut_short)
-    else:
-        program = from_completion(head, sample.text, problem.entry_point, sample.cut_short)
-    error = syntax_error(program)
-    if error is not None:
-        return Graded(program, "syntax", error, False, False)
-    verdict = judge(problem, program, sample.mode, sample.limits, slot) if problem.tests else Verdict("")
-    name = problem.entry_point
-    return Graded(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))
+@lru_cache(maxsize=2048)
+def _compiled(source: str) -> CodeType:
+    return compile(source, "<tests>", "exec", dont_inherit=True)

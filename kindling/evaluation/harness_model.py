@@ -20,7 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from kindling.generation.decoding import generate_batch
+from kindling.generation.completion import has_stop
+from kindling.generation.decoding import stream_batch
+from kindling.generation.healing import longest_prompt
 from kindling.generation.sampling import Sampling
 from kindling.loss import CHUNK
 
@@ -164,7 +166,7 @@ class KindlingLM(TemplateLM):
                 top_p=asked.get("top_p", 1.0),
             )
             sampling.check()
-            room = self.block_size - min(sampling.max_new_tokens, self.block_size // 2)
+            room = longest_prompt(self.block_size, sampling.max_new_tokens)
             prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices]
             self.n_requests += len(prompts)
             self.n_cropped += sum(len(prompt) > room for prompt in prompts)
@@ -175,15 +177,15 @@ class KindlingLM(TemplateLM):
 
     def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, until: Sequence[str]) -> list[list[int]]:
         """Return the new token ids after each prompt, without end of text; what follows a stop string may be left out."""
-
-        def finished(number: int, ids: list[int]) -> bool:
-            text = self.tokenizer.decode(ids)
-            return any(stop in text for stop in until)
-
+        answers: list[list[int]] = [[] for _ in prompts]
+        seeds = range(len(prompts))  # sampled ones differ though a task repeats a prompt
         with self._bar(len(prompts), "generating") as bar:
-            seeds = range(len(prompts))  # sampled ones differ though a task repeats a prompt
-            eos_id = self.tokenizer.eos_id
-            return generate_batch(self.model, prompts, sampling, eos_id, seeds, self.batch_size, finished, bar.update)
+            for row in stream_batch(self.model, prompts, sampling, self.tokenizer.eos_id, seeds, self.batch_size):
+                row.ended = row.ended or has_stop(self.tokenizer.decode(row.out), until)
+                if row.ended:
+                    answers[row.number] = row.out
+                    bar.update(1)
+        return answers
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit=" requests", leave=False, disable=None if self.progress else True)

@@ -1,7 +1,7 @@
 """What a model's samples and the benchmarks share with the training shards.
 
     overlaps = longest_overlaps(samples, training)  # the longest verbatim copy in each sample
-    print(summary(overlaps, samples))
+    print(summary(overlaps))
     hits = benchmark_hits(("humaneval", "mbpp"), training, tokenizer)
 
 A sample here is the generated part alone: the tokens of its prompt may well be copied from the training data, and would
@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from config import EvalConfig
 from kindling.data.duplicates import Benchmarks, word_hashes
 from kindling.data.examples import Examples
 from kindling.data.shards import DataError, TokenDataset
+from kindling.evaluation.progress import progress_bar
+from kindling.evaluation.tasks import file_of
 from kindling.evaluation.verbatim import WINDOW, Longest, Overlap, Windows
 from kindling.tokenization.tokenizer import Tokenizer
 
@@ -50,6 +53,40 @@ def training_split(manifest: dict[str, Any], data: Path) -> TokenDataset | None:
             f"move it away, or evaluate a run that was trained on them"
         )
     return dataset
+
+
+def seen_in_training(
+    samples: Sequence[Sequence[int]],
+    benchmarks: Sequence[str],
+    manifest: dict[str, Any],
+    data: Path,
+    tokenizer: Tokenizer,
+    cfg: EvalConfig,
+) -> tuple[list[int], dict[str, Any]]:
+    """Return each sample's longest verbatim overlap with the training data, and the figures of memorisation and contamination.
+
+    `samples` are token ids. The training data are those that a run's `manifest` names, in the folder `data`; where they are
+    not there or damaged, the figures say why they are missing. Contamination is looked for in the problems of `benchmarks`.
+    """
+    if not samples:
+        return [], {}
+    reason = f"the training data are not here: {data / manifest['fingerprint']} is no folder"
+    try:
+        dataset = training_split(manifest, data)
+    except DataError as e:
+        dataset, reason = None, str(e)
+    if dataset is None:
+        parts = ("memorisation", "contamination") if benchmarks else ("memorisation",)
+        return [], {part: {"skipped": reason} for part in parts}
+    with progress_bar("memorisation", len(dataset), "token") as bar:
+        overlaps = longest_overlaps([np.array(ids, dtype=np.int64) for ids in samples], dataset, bar.update)
+    figures: dict[str, Any] = {"memorisation": _memorisation(overlaps, len(dataset))}
+    files = {name: file_of(name, cfg) for name in dict.fromkeys(name.partition("-")[0] for name in benchmarks)}
+    if files and cfg.contamination_tokens:
+        with progress_bar("contamination", min(len(dataset), cfg.contamination_tokens), "token") as bar:
+            hits = benchmark_hits(tuple(files.values()), dataset, tokenizer, cfg.contamination_tokens, bar.update)
+        figures["contamination"] = _contamination(hits, files)
+    return [overlap.length for overlap in overlaps], figures
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------
@@ -81,6 +118,20 @@ def summary(overlaps: Sequence[Overlap]) -> Summary:
         long_share=long / len(overlaps),
         below_window=int((lengths < WINDOW).sum()),
     )
+
+
+def _memorisation(overlaps: Sequence[Overlap], training_tokens: int) -> dict[str, Any]:
+    """Return the part of eval.json on the samples."""
+    found = summary(overlaps)
+    return {
+        "samples": found.samples,
+        "longest": found.longest,
+        "median": found.median,
+        "over_50": found.long,
+        "share_over_50": found.long_share,
+        "below_window": found.below_window,
+        "training_tokens": training_tokens,
+    }
 
 
 def longest_overlaps(
@@ -178,6 +229,23 @@ def benchmark_hits(
                 progress(sum(len(ids) for _, ids in documents))
         hits.tokens_read += stop - start
     return hits
+
+
+def _contamination(hits: Hits, files: dict[str, str]) -> dict[str, Any]:
+    """Return the part of eval.json on the benchmarks, each with the file of its problems."""
+    out: dict[str, Any] = {"read_tokens": hits.tokens_read, "of_tokens": hits.tokens}
+    for name, path in files.items():
+        found = hits.benchmarks[path]
+        out[name] = {
+            "problems": found.problems,
+            "hit": len(found.hits),
+            "examples": [
+                f"{problem} in {hit.documents:,} documents, the first at token {hit.position:,}: {hit.words!r}"
+                for problem, hit in sorted(found.hits.items())
+            ],
+            "too_short": len(found.lost),
+        }
+    return out
 
 
 def _count(benchmark: BenchmarkHits, found: dict[str, str], position: int) -> None:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ POOL = 32  # batches of texts whose rows are sorted by length together
 PROBED_ROWS = 100  # of a file, in which a column with text is looked for
 BOM = "\ufeff"
 
-Progress = Callable[[int], None]  # is told after each batch how many tokens have been predicted so far
+Progress = Callable[[int], object]  # is told how many more tokens have been predicted
 Summary = dict[str, float | int | None]
 
 
@@ -89,6 +89,19 @@ class Losses:
     def by_source(self) -> dict[str, Summary]:
         """Return the summary of each source, the one with the most tokens first; nothing if they are not known."""
         return self._by(self.sources)
+
+    def by_group(self) -> dict[str, Any]:
+        """Return the summaries of all, of each language and of each source."""
+        return {"all": self.summary(), "by_language": self.by_language(), "by_source": self.by_source()}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the loss of each document as a line of losses.jsonl; none of a split from before documents had a table."""
+        if self.bytes is None or self.languages is None or self.sources is None:
+            return []
+        columns = (self.languages, self.sources, self.tokens, self.bytes, self.nll)
+        names = ("language", "source", "tokens", "bytes", "nll")
+        rows = zip(*(column.tolist() for column in columns))
+        return [{"document": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
 
     def _by(self, names: np.ndarray | None) -> dict[str, Summary]:
         if names is None:
@@ -160,7 +173,7 @@ def document_losses(
                 np.add.at(nll, numbers[places], losses)
             done += n
             if progress is not None:
-                progress(done)
+                progress(n)
     nll = np.array(world.sum(nll))
     table, info = dataset.documents, dataset.info
     if table is None or info.table is None:
@@ -291,7 +304,6 @@ def text_losses(
     texts = _Texts(path, field, tokenizer)
     rows = _rows(texts, model.cfg.block_size, model.cfg.block_size if stride is None else stride)
     nll: list[float] = []
-    done = 0
     with _evaluating(model):
         while pool := sorted(islice(rows, POOL * batch_size), key=lambda row: len(row.tokens)):
             nll += [0.0] * (len(texts.tokens) - len(nll))
@@ -301,9 +313,8 @@ def text_losses(
                 edges = np.cumsum([0, *(row.n_targets for row in batch)])
                 for row, start, stop in zip(batch, edges, edges[1:]):
                     nll[row.document] += float(losses[start:stop].sum())
-                done += len(losses)
                 if progress is not None:
-                    progress(done)
+                    progress(len(losses))
     why = texts.left_out()
     if nll and why:
         print(f"warning: of {path} are left out: {why}", file=sys.stderr)

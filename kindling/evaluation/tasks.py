@@ -18,9 +18,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kindling.errors import KindlingError, did_you_mean
+
+if TYPE_CHECKING:
+    from config import EvalConfig
 
 PROBLEMS = Path(__file__).resolve().parents[2] / "problems"
 FILES = {
@@ -98,6 +101,18 @@ def load(name: str, source: str | None = None) -> list[Problem]:
             f"{origin} must hold problems{ids}, but has none in {len(rows)} rows; correct --eval.{name.partition('-')[0]}"
         )
     return problems
+
+
+def source_of(name: str, cfg: EvalConfig) -> str | None:
+    """Return the file or the data set on the hub that the settings give for a benchmark; None for that in `problems/`."""
+    return {"humaneval": cfg.humaneval, "mbpp": cfg.mbpp}.get(name.partition("-")[0])
+
+
+def file_of(name: str, cfg: EvalConfig) -> str:
+    """Return the file with a benchmark's problems: of a data set on the hub, the same problems as they lie here."""
+    given = source_of(name, cfg)
+    is_file = given is not None and Path(given).expanduser().is_file()
+    return str(Path(given).expanduser() if given is not None and is_file else PROBLEMS / FILES[name])
 
 
 def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:

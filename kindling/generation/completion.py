@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kindling.data.prompts import Exchange, encode
 from kindling.generation.decoding import stream, stream_batch
-from kindling.generation.healing import take_back, token_texts
+from kindling.generation.healing import longest_prompt, take_back, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
 
 if TYPE_CHECKING:
@@ -139,11 +139,6 @@ def complete(
     return extend(model, tokenizer, ids, sampling, TextStream(tokenizer, sampling.stop, ids[-1:]), say)
 
 
-def longest_prompt(block_size: int, max_new_tokens: int) -> int:
-    """Return how many tokens a prompt may have so that the new ones have room behind it, but at least half the context."""
-    return block_size - min(max_new_tokens, block_size // 2)
-
-
 def spellings_of(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """Return the text of each token for `healing`."""
     (*_, before) = tokenizer.encode("x")
@@ -182,22 +177,23 @@ def complete_batch(
 
     It is what the prompt gets alone with its seed, up to the end of the context. Each must leave room there.
     """
-
-    def stops(number: int, out: list[int]) -> bool:
-        text = tokenizer.decode(out)
-        return any(s in text for s in sampling.stop)
-
-    finished = stops if sampling.stop else None
-    for number, out in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds, finished=finished):
-        text = TextStream(tokenizer, sampling.stop, prompts[number][-1:])
-        said = text.add_all(out)
-        limit = min(sampling.max_new_tokens, model.cfg.block_size - len(prompts[number]))
+    for row in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds):
+        row.ended = row.ended or has_stop(tokenizer.decode(row.out), sampling.stop)
+        if not row.ended:
+            continue
+        text = TextStream(tokenizer, sampling.stop, prompts[row.number][-1:])
+        said = text.add_all(row.out)
         ended_by: Ending = "end of text"
         if text.stopped:
             ended_by = "stop"
-        elif len(out) == limit:
-            ended_by = "limit" if limit == sampling.max_new_tokens else "context"
-        yield number, Completion(said, len(out), ended_by)
+        elif len(row.out) == row.limit:
+            ended_by = "limit" if row.limit == sampling.max_new_tokens else "context"
+        yield row.number, Completion(said, len(row.out), ended_by)
+
+
+def has_stop(text: str, stops: Sequence[str]) -> bool:
+    """Return whether one of the strings that stop a text is in it."""
+    return any(stop in text for stop in stops)
 
 
 class Answer(NamedTuple):

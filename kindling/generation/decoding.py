@@ -1,7 +1,7 @@
 """A model's tokens after those of a prompt: one text as a stream, or many together.
 
     for token in stream(model, ids, Sampling(), tokenizer.eos_id): ...
-    generate_batch(model, prompts, Sampling(), tokenizer.eos_id)  # to each prompt what it gets alone
+    for row in stream_batch(model, prompts, Sampling(), tokenizer.eos_id): ...  # to each prompt what it gets alone
 
 Limit: in a stream, text beyond the context costs a pass over the whole context for each token; in a batch, it ends there.
 """
@@ -19,12 +19,10 @@ import torch
 from kindling.generation.sampling import Drawer, Sampling, draw
 from model import GPT, LanguageModel
 
-CHECK_EVERY = 8  # tokens between two questions to a caller whether a row is finished
+CHECK_EVERY = 8  # tokens after which a caller sees a row again
 
 Allowed = Callable[[Sequence[int]], np.ndarray | None]
 """Gets the new tokens so far and returns which may come next, (V,) bool, or None for all."""
-Finished = Callable[[int, list[int]], bool]
-"""Gets a prompt's number and its new tokens so far and returns whether they are enough."""
 
 
 @contextmanager
@@ -66,29 +64,17 @@ def stream(
         yield token
 
 
-def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
-    """Return all that `stream` yields."""
-    return list(stream(model, ids, sampling, eos_id))
+@dataclass
+class Row:
+    """One text that is being written: the new tokens of the prompt with this number."""
 
-
-def generate_batch(
-    model: LanguageModel,
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    eos_id: int,
-    seeds: Sequence[int] | None = None,
-    n_rows: int = 32,
-    finished: Finished | None = None,
-    progress: Callable[[int], object] | None = None,
-    begins: torch.Tensor | None = None,
-) -> list[list[int]]:
-    """Return the new tokens of each prompt. `progress` is told of each prompt that is done: 1. See `stream_batch`."""
-    outputs: list[list[int]] = [[] for _ in prompts]
-    for number, out in stream_batch(model, prompts, sampling, eos_id, seeds, n_rows, finished, begins):
-        outputs[number] = out
-        if progress is not None:
-            progress(1)
-    return outputs
+    number: int
+    drawer: Drawer
+    limit: int
+    """The most tokens that it can have: of its sampling, or of the context."""
+    out: list[int] = field(default_factory=list)
+    ended: bool = False
+    """No more tokens come. Whoever has seen enough sets it."""
 
 
 def stream_batch(
@@ -98,15 +84,14 @@ def stream_batch(
     eos_id: int,
     seeds: Sequence[int] | None = None,
     n_rows: int = 32,
-    finished: Finished | None = None,
     begins: torch.Tensor | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Yield each prompt's number and its new tokens as it ends, `n_rows` generated at a time.
+) -> Iterator[Row]:
+    """Yield the row of each prompt when it has ended, and before that after every CHECK_EVERY tokens.
 
-    Where a row ends, the next prompt begins. A row ends at end of text, after `sampling.max_new_tokens`, where the context
-    is full, or when `finished`, asked now and then, says so. `seeds` are those of the prompts; without them each has
-    `sampling.seed`, and is what `generate` gives for it. `begins` (V,) bool says what a first token may be.
-    Raises ValueError for a prompt that leaves no room in the context.
+    `n_rows` are generated at a time; where one ends, the next prompt begins. A row ends at end of text, after
+    `sampling.max_new_tokens`, where the context is full, or when its `ended` is set to True. `seeds` are those of the prompts;
+    without them each has `sampling.seed`, and gets what it gets from `stream`. `begins` (V,) bool says what a first token may
+    be. Raises ValueError for a prompt that leaves no room in the context.
     """
     gpt = model.for_generation()
     for ids in prompts:
@@ -116,22 +101,12 @@ def stream_batch(
             )
     if seeds is None:
         seeds = [sampling.seed] * len(prompts)
-    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), finished, begins)
+    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), begins)
     while batch.begin() or batch.active:
-        yield from batch.ended()
+        yield from batch.seen()
         if batch.active:
             batch.step()
-            yield from batch.ended()
-
-
-@dataclass
-class _Row:
-    """One text that is being written."""
-
-    number: int
-    drawer: Drawer
-    limit: int
-    out: list[int] = field(default_factory=list)
+            yield from batch.seen()
 
 
 class _Batch:
@@ -145,19 +120,18 @@ class _Batch:
         sampling: Sampling,
         eos_id: int,
         n_rows: int,
-        finished: Finished | None,
         begins: torch.Tensor | None,
     ):
         self.gpt, self.prompts, self.seeds, self.sampling = gpt, prompts, seeds, sampling
-        self.eos_id, self.finished = eos_id, finished
+        self.eos_id = eos_id
         self.n_rows, self.cache, self.single = n_rows, gpt.new_cache(n_rows), gpt.new_cache(1)
         self.device = self.cache.lengths.device
         self.begins = None if begins is None else begins.to(self.device)
-        self.active: dict[int, _Row] = {}  # by row of the cache
+        self.active: dict[int, Row] = {}  # by row of the cache
         self.waiting = iter(range(len(prompts)))
         self.read: list[int] = []  # the prompt that `single` holds: samples of one prompt follow one another
         self.first = torch.empty(0)  # (1, V), the logits behind it
-        self.done: list[_Row] = []
+        self.due: list[tuple[int, Row]] = []  # what the caller has yet to see, with its row of the cache
 
     def begin(self) -> bool:
         """Begin the next prompts in the rows that are free; return whether there were any."""
@@ -180,7 +154,7 @@ class _Batch:
             self.cache.copy_row(place, self.single)
             limit = min(self.sampling.max_new_tokens, self.gpt.cfg.block_size - len(prompt))
             drawer = Drawer.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
-            self.active[place] = _Row(number, drawer, limit)
+            self.active[place] = Row(number, drawer, limit)
             self._take(place, draw(self.first, self.sampling, [drawer])[0])
 
     def step(self) -> None:
@@ -199,13 +173,17 @@ class _Batch:
         row = self.active[place]
         if token != self.eos_id:
             row.out.append(token)
-        ended = token == self.eos_id or len(row.out) >= row.limit
-        asked = self.finished is not None and len(row.out) % CHECK_EVERY == 0
-        if ended or (asked and self.finished(row.number, row.out)):
-            self.done.append(self.active.pop(place))
+        row.ended = token == self.eos_id or len(row.out) >= row.limit
+        if row.ended:
+            del self.active[place]
+        if row.ended or len(row.out) % CHECK_EVERY == 0:
+            self.due.append((place, row))
 
-    def ended(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield what has ended since the last time."""
-        while self.done:
-            row = self.done.pop(0)
-            yield row.number, row.out
+    def seen(self) -> Iterator[Row]:
+        """Yield the rows that are due, and free those that the caller ends."""
+        while self.due:
+            place, row = self.due.pop(0)
+            was_active = not row.ended
+            yield row
+            if was_active and row.ended:
+                del self.active[place]

@@ -20,6 +20,11 @@ import numpy as np
 N_BACK = 3  # tokens; one mends half as many of the cuts inside words, and back to a whole word no more
 
 
+def longest_prompt(block_size: int, max_new_tokens: int) -> int:
+    """Return how many tokens a prompt may have so that the new ones have room behind it, but at least half the context."""
+    return block_size - min(max_new_tokens, block_size // 2)
+
+
 class Healing:
     """What the next tokens must spell: `text`, and after it anything."""
 

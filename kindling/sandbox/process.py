@@ -4,10 +4,10 @@
         value = program.call("add", 2, 3)
 
 The program runs in a process of its own: on Linux under bubblewrap (0.8 or later), without network, `/proc`, environment or
-any file but Python's own and the system's libraries, which it can read; it can write none (see
-bubblewrap.py). It has a uid that nothing else has, limits of memory, CPU time and processes, and fewer calls to the kernel
-(see syscall_filter.py). It is handed code and arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from the program's
-process (see evaluation/check_correctness.py).
+any file but Python's own and the system's libraries, which it can read; it can write none (see bubblewrap.py). It has a uid
+that nothing else has, limits of memory, CPU time and processes, and fewer calls to the kernel (see syscall_filter.py). It is
+handed code and arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from
+the program's process (see evaluation/check_correctness.py).
 
 `mode="none"` has the limits alone: a program can then read and delete what you can. Limits: the sandbox is the kernel's;
 a program that exploits the kernel itself is not held. Programs see the standard library, no installed package, no shell,
