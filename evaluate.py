@@ -133,10 +133,11 @@ def evaluate(subject: Subject) -> int:
     from kindling.data.shards import read_manifest
     from kindling.evaluation import report
     from kindling.evaluation.code_eval import evaluate_code, write_samples
+    from kindling.evaluation.harness import run as run_harness
     from kindling.evaluation.memorization import seen_in_training
 
     started, flags, run = time.perf_counter(), subject.flags, subject.run
-    cfg, tokenizer, world = flags.eval, subject.tokenizer, subject.runtime.world
+    cfg, model, tokenizer, world = flags.eval, subject.model, subject.tokenizer, subject.runtime.world
     refusal = world.on_main(lambda: sandbox_refusal(flags))
     benchmarks = cfg.n_samples if refusal is None else {}
     results = header(subject)
@@ -144,7 +145,7 @@ def evaluate(subject: Subject) -> int:
     losses = heldout_losses(subject)
     results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
 
-    code = evaluate_code(subject.model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
+    code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
     if not world.main:  # which has nothing more to share out
         return 0
     if flags.text:
@@ -157,22 +158,20 @@ def evaluate(subject: Subject) -> int:
     lengths, figures = seen_in_training(ids, list(benchmarks), read_manifest(run.data), DATA, tokenizer, cfg)
     results |= figures
 
-    files = []
-    if code.samples:
-        files.append(report.file_name("samples.jsonl", flags.split))
-        write_samples(run.path / files[0], code.samples, code.graded, lengths)
+    files = write_samples(run.path, flags.split, code, lengths)
     results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
     lines = losses.lines()
     saved = report.save(run.path, results, lines)
 
     if flags.harness is not None:  # of others' making, and long: what there is, is saved first
-        results["harness"] = harness_figures(subject)
+        device, data, limit = subject.runtime.device, flags.harness_data, flags.harness_limit
+        results["harness"] = run_harness(model, tokenizer, tasks_of(flags), device, data, limit)
         results["seconds"] = time.perf_counter() - started
         saved = report.save(run.path, results, lines)
 
     print(report.table(results, lines, color=sys.stdout.isatty()))
-    talk = "--chat" if subject.chat is not None else '--prompt "def "'
-    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: python generate.py {run.path} {talk}")
+    next_command = f"python generate.py {run.path} " + ("--chat" if subject.chat is not None else '--prompt "def "')
+    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {next_command}")
     if refusal is not None:
         raise EvaluationError(refusal)
     return 0
@@ -225,14 +224,6 @@ def text_figures(subject: Subject) -> dict[str, Any]:
             )
         out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
     return out
-
-
-def harness_figures(subject: Subject) -> dict[str, Any]:
-    """Return what lm-evaluation-harness says."""
-    from kindling.evaluation.harness import run
-
-    flags, device = subject.flags, subject.runtime.device
-    return run(subject.model, subject.tokenizer, tasks_of(flags), device, flags.harness_data, flags.harness_limit)
 
 
 def header(subject: Subject) -> dict[str, Any]:

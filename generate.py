@@ -12,6 +12,7 @@ from the left; a conversation never is: it loses its oldest exchanges, and an an
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -141,7 +142,8 @@ def read_prompts(path: Path) -> list[str]:
     prompts = []
     lines = read_text(path, "--prompts").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
-        prompt, must = line.removesuffix("\r"), "hold a prompt"
+        prompt: object = line.removesuffix("\r")
+        must = "hold a prompt"
         if path.suffix == ".jsonl":
             must = "be a JSON object with a text `prompt` of at least one character"
             try:
@@ -205,7 +207,8 @@ def _print_end(text: str, model: LanguageModel, tokenizer: Tokenizer, sampling: 
 
 def _print_bytes() -> None:
     """Make what is printed UTF-8 with line ends as they are, whatever the system's way is: a program reads it."""
-    sys.stdout.reconfigure(encoding="utf-8", newline="")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
 
 
 def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokenizer: Tokenizer) -> None:

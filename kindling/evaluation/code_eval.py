@@ -23,6 +23,7 @@ from kindling.evaluation.check_correctness import VERDICTS, Graded, grade_all
 from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, from_conversations, from_documents
 from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
+from kindling.evaluation.report import file_name
 from kindling.evaluation.samples import Chat, Sample, write
 from kindling.evaluation.tasks import Problem, load, source_of
 from kindling.files import write_atomic
@@ -94,12 +95,10 @@ def code_figures(
     out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
     if cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
         out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
-    groups: dict[str, tuple[list[Sample], list[Graded]]] = {name: ([], []) for name in benchmarks}
-    for w, g in zip(samples, graded):
-        if w.problem.benchmark in groups:
-            groups[w.problem.benchmark][0].append(w)
-            groups[w.problem.benchmark][1].append(g)
-    functional = {name: summary(*group, mode) for name, group in groups.items()}
+    functional = {}
+    for name in benchmarks:
+        pairs = [(s, g) for s, g in zip(samples, graded) if s.problem.benchmark == name]
+        functional[name] = summary([s for s, _ in pairs], [g for _, g in pairs], mode)
     return out | ({"functional": functional} if functional else {})
 
 
@@ -107,24 +106,24 @@ def summary(samples: Sequence[Sample], graded: Sequence[Graded], mode: Mode) -> 
     """Return the figures of one benchmark's samples."""
     counts: dict[str, list[int]] = {}
     levels: dict[str, str] = {}
-    for w, g in zip(samples, graded):
-        n_c = counts.setdefault(w.problem.task_id, [0, 0])
+    for s, g in zip(samples, graded):
+        n_c = counts.setdefault(s.problem.task_id, [0, 0])
         n_c[0] += 1
         n_c[1] += g.verdict == "passed"
-        if w.problem.level is not None:
-            levels[w.problem.task_id] = str(w.problem.level)
+        if s.problem.level is not None:
+            levels[s.problem.task_id] = str(s.problem.level)
     fewest = min((n for n, _ in counts.values()), default=0)
 
     def pass_at(tasks: Sequence[str]) -> dict[str, float]:
         ks = [k for k in (1, 5, 10, 100) if k <= fewest]
-        return {str(k): float(sum(pass_at_k(*counts[t], k) for t in tasks) / len(tasks)) for k in ks}
+        return {str(k): float(sum(pass_at_k(n, c, k) for n, c in (counts[t] for t in tasks)) / len(tasks)) for k in ks}
 
     out: dict[str, Any] = {
         "problems": len(counts),
         "samples_per_problem": fewest,
         "pass_at": pass_at(list(counts)) if counts else {},
         "verdicts": {v: sum(g.verdict == v for g in graded) for v in VERDICTS},
-        "cropped": len({w.problem.task_id for w in samples if w.cropped}),
+        "cropped": len({s.problem.task_id for s in samples if s.cropped}),
         "sandbox": mode,
         "counts": [[task, n, c] for task, (n, c) in counts.items()],
     }
@@ -145,8 +144,8 @@ def syntax(samples: Sequence[Sample], graded: Sequence[Graded], python: str) -> 
         }
 
     groups: dict[str, dict[str, list[Graded]]] = {}
-    for w, g in zip(samples, graded):
-        groups.setdefault(w.problem.benchmark, {}).setdefault(w.problem.task_id, []).append(g)
+    for s, g in zip(samples, graded):
+        groups.setdefault(s.problem.benchmark, {}).setdefault(s.problem.task_id, []).append(g)
     by_prompt = {}
     for name, tasks in groups.items():
         counts = [[task, *rates(items).values()] for task, items in tasks.items()]
@@ -154,13 +153,20 @@ def syntax(samples: Sequence[Sample], graded: Sequence[Graded], python: str) -> 
     return {**rates(graded), "python": python, "by_prompt": by_prompt}
 
 
-def write_samples(path: Path, samples: Sequence[Sample], graded: Sequence[Graded], lengths: Sequence[int]) -> None:
-    """Write every sample with its verdict, one a line; `lengths` are those of its overlaps, if they are known."""
+def write_samples(run_path: Path, split: str, code: CodeResults, lengths: Sequence[int]) -> list[str]:
+    """Write samples.jsonl into a run, every sample with its verdict; return its name, or nothing where there are no samples.
+
+    `lengths` are those of the samples' overlaps with the training data, or empty if they are not known.
+    """
+    if not code.samples:
+        return []
     lines = []
-    for i, (w, g) in enumerate(zip(samples, graded)):
-        line: dict[str, Any] = {"benchmark": w.problem.benchmark, "task_id": w.problem.task_id, "sample": w.number}
+    for i, (s, g) in enumerate(zip(code.samples, code.graded)):
+        line: dict[str, Any] = {"benchmark": s.problem.benchmark, "task_id": s.problem.task_id, "sample": s.number}
         line |= {"verdict": g.verdict, "reason": g.reason, "compiles": g.compiles, "non_trivial": g.non_trivial}
-        line |= {"tokens": len(w.ids), "cut_short": w.cut_short, "prompt_cropped": w.cropped}
+        line |= {"tokens": len(s.ids), "cut_short": s.cut_short, "prompt_cropped": s.cropped}
         line |= {"overlap": lengths[i]} if lengths else {}
-        lines.append(json.dumps({**line, "text": w.text, "program": g.program}, ensure_ascii=True))
-    write_atomic(path, "".join(line + "\n" for line in lines))
+        lines.append(json.dumps({**line, "text": s.text, "program": g.program}, ensure_ascii=True))
+    name = file_name("samples.jsonl", split)
+    write_atomic(run_path / name, "".join(line + "\n" for line in lines))
+    return [name]

@@ -285,8 +285,10 @@ def _pass_difference(benchmark: dict[str, Any], first: dict[str, Any], k: int) -
     shared = [task for task in own if task in other]
     if not shared or any(side[task][0] < k for side in (own, other) for task in shared):
         return None
-    values = [pass_at_k(*zip(*(side[task] for task in shared)), k) for side in (own, other)]
-    return paired_difference(*values)
+    values = [
+        pass_at_k([side[task][0] for task in shared], [side[task][1] for task in shared], k) for side in (own, other)
+    ]
+    return paired_difference(values[0], values[1])
 
 
 def _harness(runs: list[Evaluated]) -> Section | None:

@@ -66,7 +66,7 @@ def run(
         was_training = model.training
         model.eval()  # without dropout
         try:
-            results = {}
+            results: dict[str, dict[str, Any]] = {}
             for task in tasks:
                 lm = KindlingLM(model, tokenizer, device, batch_size, progress)
                 results |= _evaluate(lm, task, loaded[task], local[task], limit)

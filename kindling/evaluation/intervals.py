@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -47,6 +47,14 @@ class Difference(NamedTuple):
 
 
 NONE = Interval(math.nan, math.nan)
+
+
+@overload
+def pass_at_k(n: int, c: int, k: int) -> float: ...
+
+
+@overload
+def pass_at_k(n: Numbers, c: Numbers, k: int) -> np.ndarray: ...
 
 
 def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:

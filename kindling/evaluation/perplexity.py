@@ -123,9 +123,8 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 
 def token_losses(model: LanguageModel, batch: Batch, runtime: Runtime) -> np.ndarray:
     """Return the loss in nats of each supervised token of a batch, row after row, (n,) float64."""
-    idx, targets, positions = (
-        None if rows is None else torch.from_numpy(rows).to(runtime.device) for rows in batch
-    )  # (B, T) each
+    idx, targets = (torch.from_numpy(rows).to(runtime.device) for rows in (batch.idx, batch.targets))  # (B, T)
+    positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(runtime.device)  # (B, T)
     supervised = targets != IGNORE  # (B, T)
     with runtime.autocast():
         x = model.hidden(idx, positions)[supervised]  # (n, C)
@@ -174,7 +173,7 @@ def document_losses(
             done += n
             if progress is not None:
                 progress(n)
-    nll = np.array(world.sum(nll))
+    nll = np.array(world.sum(nll.tolist()))
     table, info = dataset.documents, dataset.info
     if table is None or info.table is None:
         return Losses(nll, tokens, info.bytes)

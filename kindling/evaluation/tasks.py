@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kindling.errors import KindlingError, did_you_mean
+from kindling.errors import KindlingError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from config import EvalConfig
@@ -131,7 +131,7 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
     except Exception as e:  # datasets raises what its dependencies raise
         raise TaskError(
             f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "
-            f"({' '.join(str(e).split())[:200]}); correct --eval.{name.partition('-')[0]}"
+            f"({one_line(e)}); correct --eval.{name.partition('-')[0]}"
         ) from None
 
 
@@ -218,8 +218,14 @@ def _shot(row: dict[str, Any]) -> str:
 
 def _called(test: str) -> str:
     """Return the function that an assert tests: the first that it calls which is no builtin, else the first."""
-    calls = [n.func.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    return next((name for name in calls if not hasattr(builtins, name)), calls[0])
+    names = [name for name, _ in _calls(test)]
+    return next((name for name in names if not hasattr(builtins, name)), names[0])
+
+
+def _calls(test: str) -> list[tuple[str, ast.Call]]:
+    """Return the calls in a test, each with the name that it calls."""
+    nodes = ast.walk(ast.parse(test))
+    return [(n.func.id, n) for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
 
 
 def _modules(tests: str) -> list[str]:
@@ -244,8 +250,7 @@ def _unknown(tests: str) -> tuple[str, ...]:
 
 def _parameters(test: str, name: str) -> list[str]:
     """Return names for the arguments that an assert calls a function with."""
-    calls = [n for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    call = next(n for n in calls if n.func.id == name)
+    call = next(call for called, call in _calls(test) if called == name)
     return list("abcdefghij"[: len(call.args)])
 
 

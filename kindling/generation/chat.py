@@ -7,6 +7,7 @@ a question of several lines needs a backslash at the end of each but the last, a
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 
@@ -19,7 +20,8 @@ Reply = Callable[[list[Exchange], int, Callable[[str], None]], str]
 
 def chat(name: str, reply: Reply, remembers: bool) -> None:
     """Answer the questions on stdin until they end, with an introduction and a prompt where a person sits there."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says, as for --prompt
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says, as for --prompt
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has no readline

@@ -117,7 +117,7 @@ def extend(
         if text.stopped:
             break
     put(text.finish())
-    ended_by = "stop" if text.stopped else "limit" if n_tokens == sampling.max_new_tokens else "end of text"
+    ended_by: Ending = "stop" if text.stopped else "limit" if n_tokens == sampling.max_new_tokens else "end of text"
     return Completion("".join(pieces), n_tokens, ended_by)
 
 

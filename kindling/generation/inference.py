@@ -23,6 +23,10 @@ Precision = Literal["fp32", "bf16", "int8"]
 class Int8Linear(nn.Module):
     """A linear layer of int8 weights with one scale for each output, symmetric, rounded to nearest."""
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()  # (N, K)

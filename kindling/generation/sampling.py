@@ -158,7 +158,9 @@ def draw(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Drawer]) ->
     import torch
 
     logits = logits.cpu()  # the same draws on every device
-    seen = None if sampling.repetition_penalty == 1 else torch.stack([drawer.seen for drawer in drawers])  # (B, V)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.stack([drawer.seen for drawer in drawers if drawer.seen is not None])  # (B, V)
     if sampling.is_greedy:
         if seen is not None:
             logits = penalized(logits.float(), seen, sampling.repetition_penalty)

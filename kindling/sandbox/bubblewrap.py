@@ -81,10 +81,15 @@ def _files(cwd: Path) -> tuple[str, ...]:
 
 def _python_files() -> list[Path]:
     """Return what the interpreter and its standard library need: files and folders, none inside another."""
-    paths = {Path(os.path.realpath(sys._base_executable)), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
+    paths = {Path(interpreter()), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
     paths |= {Path(sysconfig.get_path("stdlib")).resolve().parent, Path(sys.base_exec_prefix, sys.platlibdir).resolve()}
     paths = {p for p in paths if p.exists()}
     return sorted(p for p in paths if not any(p != other and p.is_relative_to(other) for other in paths))
+
+
+def interpreter() -> str:
+    """Return the path of the Python that runs here, without links, also from within a virtual environment."""
+    return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]  # typeshed does not know it
 
 
 def _hidden(bound: list[Path], cwd: Path) -> list[Path]:

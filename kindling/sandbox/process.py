@@ -25,7 +25,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -115,6 +114,8 @@ class Program:
         """
         self._limits = limits
         self._process, self._folder = _start(mode, limits, slot)
+        assert self._process.stdin and self._process.stdout and self._process.stderr, "all three are pipes"
+        self._requests, self._answers, self._errors = self._process.stdin, self._process.stdout, self._process.stderr
         try:
             self._deadline = time.monotonic() + START_S
             try:
@@ -146,7 +147,7 @@ class Program:
         return self._decoded(self._receive())
 
     def _send(self, data: bytes) -> None:
-        pipe = self._process.stdin.fileno()
+        pipe = self._requests.fileno()
         while data:
             self._wait([], [pipe])
             try:
@@ -162,7 +163,7 @@ class Program:
         return self._read(length)
 
     def _read(self, count: int) -> bytes:
-        pipe, data = self._process.stdout.fileno(), b""
+        pipe, data = self._answers.fileno(), b""
         while len(data) < count:
             self._wait([pipe], [])
             piece = os.read(pipe, count - len(data))
@@ -229,7 +230,7 @@ class Program:
     def _ended(self) -> str:
         """Kill the process and return what it wrote to its standard error."""
         self._kill()
-        return self._process.stderr.read(2000).decode("utf-8", "replace").strip()
+        return self._errors.read(2000).decode("utf-8", "replace").strip()
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -239,7 +240,7 @@ class Program:
     def close(self) -> None:
         """Kill every process of the program, and delete its files."""
         self._kill()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for pipe in (self._requests, self._answers, self._errors):
             pipe.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)  # follows no link that the program may have made
@@ -256,17 +257,23 @@ def _literal(value: Any) -> str:
         return repr(value)
     if kind is complex:
         return f"complex({value.real!r},{value.imag!r})"
-    if kind is type and getattr(builtins, value.__name__, None) is value:
-        return value.__name__
+    if kind is type:
+        name = value.__name__
+        if getattr(builtins, name, None) is value:
+            return name
     if kind is Remote:
         return f"handles[{value._number}]"
     if kind is dict:
         return "{" + ",".join(f"{_literal(k)}:{_literal(v)}" for k, v in value.items()) + "}"
     if kind in (list, tuple, set, frozenset):
         inner = "".join(f"{_literal(v)}," for v in value)
-        return {list: f"[{inner}]", tuple: f"({inner})", set: f"{{*(),{inner}}}", frozenset: f"frozenset(({inner}))"}[
-            kind
-        ]
+        forms: dict[type, str] = {
+            list: f"[{inner}]",
+            tuple: f"({inner})",
+            set: f"{{*(),{inner}}}",
+            frozenset: f"frozenset(({inner}))",
+        }
+        return forms[kind]
     raise TypeError(f"an argument must be plain data, but is of type {kind.__name__}")
 
 
@@ -274,7 +281,7 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
     """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
     confined = mode == "bwrap"
     uid = bubblewrap.own_uid(slot) if confined else 0
-    python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
+    python = [bubblewrap.interpreter(), "-s", "-S", "-P", "-B", "-c", _worker_source()]
     processes = limits.processes if confined else 0
     alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
