@@ -1,8 +1,8 @@
-"""The command line that puts a program into a sandbox of bubblewrap: which files it sees, its user and its namespaces.
+"""Builds bubblewrap's command line: which files, which user and which namespaces a program gets.
 
     subprocess.Popen([*command(slot, filter_fd), *python])
 
-It must never let a program see a file of the user, a package or this project.
+A program must never see the user's files, installed packages or this project.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
 
 
 class SandboxError(KindlingError):
-    """A sandbox that does not stand, or does not hold."""
+    """The sandbox cannot be started, or does not confine programs."""
 
 
 def own_uid(slot: int) -> int:
-    """Return a uid that nothing else has, or 0 where this process cannot give a program one."""
+    """Return a uid that no other process has, or 0 where this process may not change uids."""
     return 0x40000000 + os.getpid() % 2**20 * 64 + slot if _is_root() else 0
 
 
 def _is_root() -> bool:
-    """Return whether this process can become any user, and is not only called root in a container.
+    """Return whether this process can become any user, rather than being root only inside a container.
 
-    It then gives each program a uid that nothing else has, since the kernel does not count the processes of its root, not
-    even in a user namespace; of anybody else it counts those in the namespace.
+    Each program then needs its own uid: the kernel does not limit the number of processes of its root user, not even in a user
+    namespace. For any other user it counts those in the namespace.
     """
     return os.geteuid() == 0 and str(2**32 - 1) in Path("/proc/self/uid_map").read_text(encoding="ascii").split()
 
 
 def command(slot: int, filter_fd: int | None) -> list[str]:
-    """Return the command before which a program is put in the sandbox."""
+    """Return the command that runs what follows it inside the sandbox. Raises SandboxError if bubblewrap is not installed."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxError(
@@ -59,11 +59,11 @@ def command(slot: int, filter_fd: int | None) -> list[str]:
 
 @lru_cache
 def _files(cwd: Path) -> tuple[str, ...]:
-    """Return the part of the command that says which files there are."""
+    """Return the part of the command that says which files exist in the sandbox."""
     bound, made = _python_files(), set()
     command = ["--perms", "0755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
     for path in bound:
-        for parent in reversed(path.parents[:-1]):  # which bwrap would make closed to all but root
+        for parent in reversed(path.parents[:-1]):  # bwrap would create them readable for root only
             if parent not in made:
                 made.add(parent)
                 command += ["--perms", "0755", "--dir", str(parent)]
@@ -80,7 +80,7 @@ def _files(cwd: Path) -> tuple[str, ...]:
 
 
 def _python_files() -> list[Path]:
-    """Return what the interpreter and its standard library need: files and folders, none inside another."""
+    """Return the files and folders that Python and its standard library need, none of them inside another."""
     paths = {Path(interpreter()), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
     paths |= {Path(sysconfig.get_path("stdlib")).resolve().parent, Path(sys.base_exec_prefix, sys.platlibdir).resolve()}
     paths = {p for p in paths if p.exists()}
@@ -88,13 +88,13 @@ def _python_files() -> list[Path]:
 
 
 def interpreter() -> str:
-    """Return the path of the Python that runs here, without links, also from within a virtual environment."""
+    """Return the real path of this Python, also inside a virtual environment."""
     return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]  # typeshed does not know it
 
 
 def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
-    """Return the folders that a program must not see although they lie inside those: packages, and this project."""
-    # site-packages and dist-packages
+    """Return the folders inside `bound` that a program must not see: installed packages, this project and `cwd`."""
+    # site-packages, and dist-packages of Debian
     hidden = [path.resolve() for folder in bound for path in folder.glob("python*/*-packages")]
     hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
     return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]

@@ -1,17 +1,17 @@
-"""Runs untrusted Python where it can touch nothing, and asks it for values.
+"""Runs untrusted Python in a sandbox and calls its functions.
 
     with Program(source, mode="bwrap") as program:
         value = program.call("add", 2, 3)
 
-The program runs in a process of its own: on Linux under bubblewrap (0.8 or later), without network, `/proc`, environment or
-any file but Python's own and the system's libraries, which it can read; it can write none (see bubblewrap.py). It has a uid
-that nothing else has, limits of memory, CPU time and processes, and fewer calls to the kernel (see syscall_filter.py). It is
-handed code and arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from
-the program's process (see evaluation/check_correctness.py).
+The program runs in its own process. On Linux this is under bubblewrap (0.8 or later): without network, `/proc` and
+environment variables, and with read-only access to Python and the system's libraries, but to no other file (see
+bubblewrap.py). The process has its own uid, limits of memory, CPU time and number of processes, and a filter of system calls
+(see syscall_filter.py). It receives code and arguments and answers in JSON, which is decoded strictly. The caller compares
+the answers, so no verdict ever comes from the program's process (see evaluation/check_correctness.py).
 
-`mode="none"` has the limits alone: a program can then read and delete what you can. Limits: the sandbox is the kernel's;
-a program that exploits the kernel itself is not held. Programs see the standard library, no installed package, no shell,
-and `tempfile` finds no folder.
+With `mode="none"` there are only the limits: a program can then read and delete what you can. Limits: the sandbox depends on
+the kernel and cannot stop a program that exploits the kernel itself. Programs see the standard library, but no installed
+package and no shell, and `tempfile` finds no folder.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from kindling.sandbox.bubblewrap import SandboxError
 
 Mode = Literal["bwrap", "none"]
 WORKER = Path(__file__).with_name("worker.py")
-START_S = 30.0  # a process that has not begun by then never will
-# bytes; a set of numbers with equal hashes takes a second to build from so many, and a minute from 2**20
+START_S = 30.0  # a process that has not started by then never will
+# bytes. From this many, building a set of numbers with equal hashes takes a second; from 2**20, a minute
 MAX_ANSWER = 2**17
 MAX_REASON = 200  # characters
 
@@ -49,22 +49,22 @@ class Limits:
     """What one program may use."""
 
     cpu_s: int = 10
-    """CPU seconds of each of its processes: the same verdict however busy the machine is."""
+    """CPU seconds of each of its processes. CPU time gives the same verdict however busy the machine is."""
     wall_s: float = 28.0
-    """Seconds in all, for programs that wait; measured from the moment that the sandbox stands."""
+    """Seconds in all, for programs that wait. Counted from the moment the sandbox is ready."""
     memory_bytes: int = 2**29
     """Address space of each of its processes."""
     disk_bytes: int = 2**24
-    """The size of any file that it writes, with mode="none"; in the sandbox it can write none."""
+    """The size of each file that it writes with mode="none". In the sandbox it can write no file."""
     processes: int = 3
-    """Processes and threads, itself included."""
+    """Processes and threads, including itself."""
 
 
 DEFAULT = Limits()
 
 
 class ProgramError(BaseException):
-    """The program failed: `kind` is exception, syntax, memory or timeout. No `except Exception` of a test catches it."""
+    """The program failed. `kind` is exception, syntax, memory or timeout. An `except Exception` in a test does not catch it."""
 
     def __init__(self, kind: str, reason: str):
         self.kind, self.reason = kind, one_line(reason)
@@ -72,16 +72,16 @@ class ProgramError(BaseException):
 
 
 def one_line(text: str) -> str:
-    """Return a stranger's text as a short line that any terminal and any file can take."""
+    """Return untrusted text as one short line of printable characters."""
     text = " ".join(text.split())[:MAX_REASON]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Remote:
-    """An object that stays with the program: it can be passed back and its attributes used, and is equal to nothing."""
+    """An object that stays in the program's process. It can be passed back, its attributes can be used, and it equals nothing."""
 
     __slots__ = ("_number", "_program", "_type")
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # mypy expects a method; None makes it unhashable
 
     def __init__(self, program: Program, number: int, type_name: str):
         for name, value in (("_program", program), ("_number", number), ("_type", type_name)):
@@ -104,13 +104,13 @@ class Remote:
 
 
 class Program:
-    """A program in its own sandbox, loaded. Use it in a `with` statement: on leaving, every process of it is killed."""
+    """A program loaded in its own sandbox. Use it in a `with` statement: leaving it kills every process of the program."""
 
     def __init__(self, source: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0):
         """Start the sandbox and run the source's top level.
 
-        `slot` tells sandboxes apart that one process runs side by side. Raises ProgramError if the source fails, SandboxError
-        if the sandbox does not stand.
+        `slot` is a different number for each sandbox that one process runs at the same time. Raises ProgramError if the source
+        fails, SandboxError if the sandbox cannot be started.
         """
         self._limits = limits
         self._process, self._folder = _start(mode, limits, slot)
@@ -137,11 +137,11 @@ class Program:
         self.close()
 
     def call(self, name: str | Remote, *args: Any, **named: Any) -> Any:
-        """Call a function of the program, by name, and return its answer. Raises ProgramError."""
+        """Call a function of the program by its name and return its answer. Raises ProgramError."""
         return self.request("call", name, args, named)
 
     def request(self, *request: Any) -> Any:
-        """Send one request, and return the answer as a plain value or a Remote. Raises ProgramError."""
+        """Send one request and return the answer as a plain value or a Remote. Raises ProgramError."""
         data = _literal(request).encode("utf-8", "surrogatepass")
         self._send(len(data).to_bytes(4, "big") + data)
         return self._decoded(self._receive())
@@ -178,20 +178,20 @@ class Program:
             raise ProgramError("timeout", f"took more than {self._limits.wall_s:g} s")
 
     def _death(self) -> ProgramError:
-        """Return why the program's process is gone."""
+        """Return why the program's process ended."""
         try:
             code = self._process.wait(1.0)
-        except subprocess.TimeoutExpired:  # it closed the pipe and lives on
+        except subprocess.TimeoutExpired:  # it closed the pipe but still runs
             return ProgramError("exception", "the program stopped answering")
         number = -code if code < 0 else code - 128
-        if number == signal.SIGKILL:  # what ends a process at its limit of CPU time; memory that runs out raises
+        if number == signal.SIGKILL:  # the limit of CPU time kills; a lack of memory raises MemoryError
             return ProgramError("timeout", f"took more than {self._limits.cpu_s} s of CPU time, or was killed")
         if number > 0 and number in set(signal.Signals):
             return ProgramError("exception", f"the process was ended by {signal.Signals(number).name}")
         return ProgramError("exception", f"the process ended by itself, with exit code {code}")
 
     def _decoded(self, data: bytes) -> Any:
-        """Decode an answer strictly: it is one of the shapes that the worker writes, or the program has forged it."""
+        """Decode an answer. Any form that the worker does not write was forged by the program, and is an error."""
         try:
             answer = json.loads(data.decode("ascii"), parse_constant=_refused)
             ((kind, content),) = answer.items()
@@ -234,7 +234,7 @@ class Program:
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # bwrap takes its namespace of processes with it
+            os.killpg(self._process.pid, signal.SIGKILL)  # with bwrap, all processes in its namespace end
         self._process.wait()
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ class Program:
         for pipe in (self._requests, self._answers, self._errors):
             pipe.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)  # follows no link that the program may have made
+            shutil.rmtree(self._folder, ignore_errors=True)  # does not follow links that the program may have made
 
 
 def _refused(name: str) -> Any:
@@ -278,12 +278,12 @@ def _literal(value: Any) -> str:
 
 
 def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
-    """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
+    """Start the worker in its own process group; return the process, and its folder if it has one."""
     confined = mode == "bwrap"
     uid = bubblewrap.own_uid(slot) if confined else 0
     python = [bubblewrap.interpreter(), "-s", "-S", "-P", "-B", "-c", _worker_source()]
     processes = limits.processes if confined else 0
-    alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
+    alarm_s = math.ceil(limits.wall_s) + 2  # ends the worker if this process is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
     folder = None
     with contextlib.ExitStack() as stack:
@@ -298,7 +298,7 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 cwd=folder or "/",
-                # with the same order of sets each time
+                # a fixed hash seed gives sets the same order each time
                 env={"PYTHONHASHSEED": "0", "HOME": folder or "/", "LANG": "C.UTF-8"},
                 pass_fds=() if filter_fd is None else (filter_fd,),
                 start_new_session=True,
@@ -317,7 +317,7 @@ def _worker_source() -> str:
 
 @contextlib.contextmanager
 def _pipe_with(data: bytes | None) -> Iterator[int | None]:
-    """Yield a file descriptor that reads the data, or None for none; a pipe holds them all."""
+    """Yield a file descriptor that reads the data, or None where there are none. The data must fit in a pipe."""
     if data is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Tries whether the sandbox holds on this machine, before any program of a model is run in it.
+"""Checks that the sandbox works on this machine, before it runs any program of a model.
 
 self_test("bwrap")    # raises SandboxError if not
 """
@@ -52,10 +52,10 @@ def env():
 
 
 def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
-    """Raise SandboxError unless a good program passes here, a bad one fails, and the sandbox holds.
+    """Raise SandboxError unless a right program gives the right answer, a wrong one does not, and the sandbox confines both.
 
-    What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
-    show no trace.
+    A program's own report of what it could do is not enough: a file and a listening socket outside the sandbox must also show
+    no trace.
     """
     environment = _run_a_good_and_a_bad_program(mode, limits)
     if mode == "none":
@@ -63,7 +63,7 @@ def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         canary = Path(folder) / "canary"
         canary.write_text("unchanged", encoding="utf-8")
-        os.chmod(folder, 0o755)  # nothing but the sandbox shall stand in a program's way
+        os.chmod(folder, 0o755)  # only the sandbox may stop a program, not permissions
         canary.chmod(0o666)
         listener.settimeout(0)
         for deed, call in _deeds(canary, listener.getsockname()[1], limits).items():
@@ -82,7 +82,7 @@ def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
 
 
 def _run_a_good_and_a_bad_program(mode: Mode, limits: Limits) -> list[str]:
-    """Raise SandboxError unless the one is right and the other wrong; return the environment that the good one saw."""
+    """Raise SandboxError unless the good program is right and the bad one wrong; return the good one's environment variables."""
     try:
         with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
             right, environment = good.call("add", 2, 3) == 5 != bad.call("add", 2, 3), good.call("env")
@@ -96,7 +96,7 @@ def _run_a_good_and_a_bad_program(mode: Mode, limits: Limits) -> list[str]:
 
 
 def _deeds(canary: Path, port: int, limits: Limits) -> dict[str, tuple[Any, ...]]:
-    """Return what a program must not be able to do, and the call of the probe that tries it."""
+    """Return what a program must not be able to do, each with the call of the probe that tries it."""
     return {
         "read files": ("read", str(canary)),
         "read this project": ("read", str(WORKER)),
@@ -111,7 +111,7 @@ def _deeds(canary: Path, port: int, limits: Limits) -> dict[str, tuple[Any, ...]
 
 
 def _was_reached(listener: socket.socket) -> bool:
-    """Return whether somebody has connected to a socket that does not block."""
+    """Return whether anything has connected to a non-blocking socket."""
     try:
         listener.accept()
     except OSError:
