@@ -1,9 +1,9 @@
-"""A model's tokens after those of a prompt: one text as a stream, or many together.
+"""Generates token ids after a prompt: one text as a stream, or many prompts in a batch.
 
     for token in stream(model, ids, Sampling(), tokenizer.eos_id): ...
-    for row in stream_batch(model, prompts, Sampling(), tokenizer.eos_id): ...  # to each prompt what it gets alone
+    for row in stream_batch(model, prompts, Sampling(), tokenizer.eos_id): ...  # each prompt gets the same as alone
 
-Limit: in a stream, text beyond the context costs a pass over the whole context for each token; in a batch, it ends there.
+Limit: in a stream, each token beyond the context costs a pass over the whole context; in a batch, a text ends there.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from kindling.generation.sampling import Drawer, Sampling, draw
 from model import GPT, LanguageModel
 
-CHECK_EVERY = 8  # tokens after which a caller sees a row again
+CHECK_EVERY = 8  # a caller sees a row after this many tokens again
 
 Allowed = Callable[[Sequence[int]], np.ndarray | None]
-"""Gets the new tokens so far and returns which may come next, (V,) bool, or None for all."""
+"""Takes the new tokens so far; returns which tokens may come next, (V,) bool, or None for all."""
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Enter what a pass needs. It is left before each yield, or whoever takes the tokens would run without gradients."""
-    # lengths change with each token, so a compiled model runs as it is; without any, asking would import for seconds
+    """Run a pass without gradients. Leave it before each yield, or the caller would run without gradients too."""
+    # lengths change with each token, so a compiled model runs uncompiled; if nothing was compiled, do not import the compiler
     compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.no_grad(), compiler:
         yield
@@ -39,9 +39,9 @@ def stream(
 ) -> Iterator[int]:
     """Yield the new token ids after the prompt `ids` (at least one) as they are sampled, from those that are `allowed`.
 
-    The end-of-text token ends them and is not among them. The prompt is one document, also for a model trained with
-    `document_mask`: an end-of-text token at its beginning is position 0, as in training; one further on, which only a
-    conversation has, does not hide what precedes it. Beyond the context, the window moves on token by token.
+    The end-of-text token ends the stream and is not yielded. The prompt is one document, also for a model that was trained with
+    `document_mask`: an end-of-text token at its beginning has position 0, as in training; a later one, which only a
+    conversation has, does not hide the tokens before it. Beyond the context, the window moves on by one token at a time.
     """
     gpt = model.for_generation()
     block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
@@ -49,7 +49,7 @@ def stream(
     drawer = Drawer.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
     ids, n_prompt, n_read = list(ids), len(ids), 0
     for _ in range(sampling.max_new_tokens):
-        if len(ids) > block_size:  # every position changes, and with them all that is cached
+        if len(ids) > block_size:  # all positions change, so the cache is void
             n_read = len(ids) - block_size
             cache.lengths.zero_()
         with _reading():
@@ -66,15 +66,15 @@ def stream(
 
 @dataclass
 class Row:
-    """One text that is being written: the new tokens of the prompt with this number."""
+    """One text of a batch: the new tokens after the prompt with this number."""
 
     number: int
     drawer: Drawer
     limit: int
-    """The most tokens that it can have: of its sampling, or of the context."""
+    """The most tokens it can get: `max_new_tokens`, or what the context has left."""
     out: list[int] = field(default_factory=list)
     ended: bool = False
-    """No more tokens come. Whoever has seen enough sets it."""
+    """It gets no more tokens. The caller sets it to end the row early."""
 
 
 def stream_batch(
@@ -86,12 +86,12 @@ def stream_batch(
     n_rows: int = 32,
     begins: torch.Tensor | None = None,
 ) -> Iterator[Row]:
-    """Yield the row of each prompt when it has ended, and before that after every CHECK_EVERY tokens.
+    """Yield the row of each prompt after every CHECK_EVERY tokens, and when it has ended.
 
-    `n_rows` are generated at a time; where one ends, the next prompt begins. A row ends at end of text, after
-    `sampling.max_new_tokens`, where the context is full, or when its `ended` is set to True. `seeds` are those of the prompts;
-    without them each has `sampling.seed`, and gets what it gets from `stream`. `begins` (V,) bool says what a first token may
-    be. Raises ValueError for a prompt that leaves no room in the context.
+    `n_rows` rows are generated at a time; where one ends, the next prompt begins. A row ends at end of text, after
+    `sampling.max_new_tokens`, when the context is full, or when the caller sets its `ended` to True. `seeds` are one for each
+    prompt; without them each has `sampling.seed` and gets the same tokens as from `stream`. `begins` (V,) bool says which
+    tokens may come first. Raises ValueError for a prompt that leaves no room in the context.
     """
     gpt = model.for_generation()
     for ids in prompts:
@@ -110,7 +110,7 @@ def stream_batch(
 
 
 class _Batch:
-    """The rows of a cache: each writes behind a prompt of its own, and is free for the next when that has ended."""
+    """The rows of a cache. Each continues its own prompt, and takes the next prompt when it has ended."""
 
     def __init__(
         self,
@@ -129,12 +129,14 @@ class _Batch:
         self.begins = None if begins is None else begins.to(self.device)
         self.active: dict[int, Row] = {}  # by row of the cache
         self.waiting = iter(range(len(prompts)))
-        self.read: list[int] = []  # the prompt that `single` holds: samples of one prompt follow one another
-        self.first = torch.empty(0)  # (1, V), the logits behind it
-        self.due: list[tuple[int, Row]] = []  # what the caller has yet to see, with its row of the cache
+        self.read: list[
+            int
+        ] = []  # the prompt that `single` holds; samples of one prompt come one after another, so it is often the next one, too
+        self.first = torch.empty(0)  # (1, V), the logits after it
+        self.due: list[tuple[int, Row]] = []  # rows to yield, each with its place in the cache
 
     def begin(self) -> bool:
-        """Begin the next prompts in the rows that are free; return whether there were any."""
+        """Begin the next prompts in the free rows; return whether any began."""
         begun = False
         for place in range(self.n_rows):
             while place not in self.active and (number := next(self.waiting, None)) is not None:
@@ -169,7 +171,7 @@ class _Batch:
             self._take(place, token)
 
     def _take(self, place: int, token: int) -> None:
-        """Add a token to a row, which it may end."""
+        """Add a token to a row, which may end it."""
         row = self.active[place]
         if token != self.eos_id:
             row.out.append(token)
@@ -180,7 +182,7 @@ class _Batch:
             self.due.append((place, row))
 
     def seen(self) -> Iterator[Row]:
-        """Yield the rows that are due, and free those that the caller ends."""
+        """Yield the rows that are due, and free the place of each that the caller ends."""
         while self.due:
             place, row = self.due.pop(0)
             was_active = not row.ended
