@@ -1,9 +1,9 @@
-"""Code evaluation, step by step: problems, what the model writes for them, what comes of it, and the figures.
+"""Evaluates generated code step by step: problems, samples, verdicts and figures.
 
     code = evaluate_code(model, tokenizer, heldout, chat, {"humaneval": 5}, "bwrap", cfg)
     code.figures["functional"]["humaneval"]["pass_at"]["1"]
 
-Syntax is measured on all samples, functional correctness on those of benchmarks, whose programs are run.
+The figures on syntax are about all samples, those on functional correctness only about samples of benchmarks, which are run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CodeResults:
-    """The samples of all ranks, their verdicts in the same order, and the figures on both."""
+    """The samples of all ranks, their verdicts in the same order, and the figures."""
 
     samples: list[Sample]
     graded: list[Graded]
@@ -53,9 +53,9 @@ def evaluate_code(
     cfg: EvalConfig,
     world: World = ALONE,
 ) -> CodeResults:
-    """Write samples, which the ranks share, and grade them on the main one; on the others there are no verdicts.
+    """Generate samples on all ranks and grade them on the main rank; the other ranks return no verdicts.
 
-    `benchmarks` says how many samples of each problem are written; with those of the held-out split, one is.
+    `benchmarks` gives the number of samples for each problem of a benchmark. Held-out problems get one sample each.
     """
     problems = world.on_main(lambda: problems_of(heldout, tokenizer, chat, benchmarks, cfg))
     n_samples = sum(count for _, count in problems)
@@ -75,7 +75,7 @@ def evaluate_code(
 def problems_of(
     heldout: TokenDataset, tokenizer: Tokenizer, chat: Chat | None, benchmarks: dict[str, int], cfg: EvalConfig
 ) -> list[tuple[Problem, int]]:
-    """Return what the model is to write code for, and how many samples of each."""
+    """Return the held-out problems and those of the benchmarks, each with its number of samples."""
     if isinstance(heldout, Examples):
         assert chat is not None
         wanted = from_conversations(heldout, tokenizer, cfg.signatures, chat.mined, cfg.n_workers)
@@ -91,7 +91,7 @@ def problems_of(
 def code_figures(
     samples: Sequence[Sample], graded: Sequence[Graded], benchmarks: dict[str, int], mode: Mode, cfg: EvalConfig
 ) -> dict[str, Any]:
-    """Return the figures on syntax and on functional correctness."""
+    """Return the figures on syntax and functional correctness, as in eval.json."""
     out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
     if cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
         out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
@@ -134,7 +134,7 @@ def summary(samples: Sequence[Sample], graded: Sequence[Graded], mode: Mode) -> 
 
 
 def syntax(samples: Sequence[Sample], graded: Sequence[Graded], python: str) -> dict[str, Any]:
-    """Return how much of what was written compiles, in all, by what was prompted with, and by prompt."""
+    """Return how many samples compile: of all, of each kind of prompt, and of each prompt."""
 
     def rates(items: Sequence[Graded]) -> dict[str, int]:
         return {
@@ -154,9 +154,9 @@ def syntax(samples: Sequence[Sample], graded: Sequence[Graded], python: str) -> 
 
 
 def write_samples(run_path: Path, split: str, code: CodeResults, lengths: Sequence[int]) -> list[str]:
-    """Write samples.jsonl into a run, every sample with its verdict; return its name, or nothing where there are no samples.
+    """Write samples.jsonl, one line for each sample with its verdict; return the file's name, or nothing without samples.
 
-    `lengths` are those of the samples' overlaps with the training data, or empty if they are not known.
+    `lengths` are the longest overlaps of the samples with the training data, empty if they are not known.
     """
     if not code.samples:
         return []

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
-    """Return a bar to use in a `with` statement, which leaves no line behind; an invisible one unless it is to be `shown`."""
+    """Return a progress bar for a `with` statement. It disappears when it is done, and is never visible unless `shown`."""
     return tqdm(
         total=total, unit=unit, unit_scale=True, desc=f"{what:<16}", mininterval=0.5, leave=False, disable=not shown
     )

@@ -1,15 +1,15 @@
-"""Samples of code: what a model writes for programming problems.
+"""Generates samples of code for programming problems.
 
     samples = write(model, tokenizer, [(problem, 5)], chat, cfg)
     samples[0].text
 
-A base model continues a prompt; a fine-tuned one answers an instruction in the template of its training. Each sample has a
-seed of its own, so that neither the batch nor the other problems change it. A prompt that is too long for the context loses
-its beginning, and is counted.
+A base model continues a prompt; a fine-tuned model answers an instruction in the template of its training. Each sample has
+its own seed, so it depends neither on the batch nor on the other problems. A prompt that is too long for the context is
+cropped from the left, and counted.
 
-Where a tokenizer joins a newline with the indentation after it, as byte-level BPE does, the model writes the newline at a
-prompt's end itself, as the beginning of its first token: behind one that stands alone it has only ever seen the left margin,
-and would leave every function empty.
+Byte-level BPE merges a newline with the indentation after it. So in training, text after a single newline token always begins
+at the left margin, and a prompt that ends in one would give empty functions. Therefore the last newline is removed from the
+prompt, and the first new token must begin with a newline.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chat:
-    """How a fine-tuned model is asked."""
+    """How to prompt a fine-tuned model."""
 
     template: str
     mined: bool
-    """It was fine-tuned on docstrings: it is asked with a task and a signature, and answers with a body."""
+    """It was fine-tuned on docstrings: a prompt is a task and a signature, and the answer is the body of the function."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The text that a model wrote for a problem, its tokens, and what ended it."""
+    """One sample: the text that a model wrote for a problem, and its token ids."""
 
     problem: Problem
     number: int
     text: str
     ids: list[int]
     cut_short: bool
-    """It was ended by a limit."""
+    """A limit ended it."""
     cropped: bool
     """The prompt lost its beginning."""
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
-    """Return the tokens that a model is given."""
+    """Return the prompt of a problem as token ids."""
     if problem.ids:
         return list(problem.ids)
     if chat is None:
@@ -78,9 +78,9 @@ def write(
     cfg: EvalConfig,
     progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
-    """Return samples of the problems, each as many as stands beside it.
+    """Return the samples, in the order of the problems. Each problem comes with its number of samples.
 
-    `progress` is told of each sample that is done.
+    `progress` is called with 1 after each sample.
     """
     from kindling.generation.decoding import stream_batch
     from kindling.generation.healing import longest_prompt
@@ -116,7 +116,7 @@ def write(
 
 
 def joins_newlines(tokenizer: Tokenizer) -> bool:
-    """Return whether a newline at a line's end is another token, or part of one, where indentation follows."""
+    """Return whether the tokenizer merges a newline with the indentation after it."""
     line = tokenizer.encode("def f(x):\n")
     return tokenizer.encode("def f(x):\n    return x")[: len(line)] != line
 
@@ -137,12 +137,12 @@ def _seed(seed: int, problem: Problem, number: int) -> int:
 
 
 def _without_next(problem: Problem, text: str) -> str:
-    """Return the text up to what closes an example, where examples were shown."""
+    """Return the text up to the marker that ends an example, if the prompt shows examples."""
     return text.partition(STOP)[0] if problem.shots else text
 
 
 def _is_over(problem: Problem, text: str) -> bool:
-    """Return whether the program that was asked for has ended, so that the rest need not be written."""
+    """Return whether the program is complete, so that generation can stop."""
     if _without_next(problem, text) != text:
         return True
     return end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
