@@ -1,16 +1,16 @@
-"""Evaluate a run: how well it predicts held-out files, and what the code that it writes is worth.
+"""Evaluate a run: how well it predicts held-out files, and whether the code that it writes is right.
 
     python evaluate.py runs/demo
     python evaluate.py runs/demo --text book.txt
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
     python evaluate.py --compare runs/demo runs/demo-sft
-    torchrun --nproc-per-node 2 evaluate.py runs/demo             # held-out files and samples are shared out
+    torchrun --nproc-per-node 2 evaluate.py runs/demo             # the processes share files and samples
 
-Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was fixed
-by content hash before training and lies in the run's folder with its sha256, so the losses are those of files that the
-model has not seen; `--split test` is for final tables only. Generated code is really run, in a sandbox
-(kindling/sandbox): on Linux this needs bubblewrap.
+Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was chosen
+by content hash before training, and is in the run's folder with its sha256. So the losses are about files that the model has
+not seen. Use `--split test` for final tables only. Generated code is really run, in a sandbox (kindling/sandbox): this needs
+bubblewrap, on Linux.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DEFAULTS = EvalConfig()
 
 
 class EvaluationError(KindlingError):
-    """Something that cannot be evaluated."""
+    """The run cannot be evaluated."""
 
 
 @dataclass
@@ -56,27 +56,27 @@ class Flags:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     split: Literal["val", "test"] = "val"
-    """Which held-out split; test is for final tables only."""
+    """The held-out split. Use test for final tables only."""
     text: tuple[Path, ...] = ()
-    """Also predict these files: text, or rows of .jsonl (.gz)."""
+    """Also measure the losses of these files: texts, or rows of .jsonl (.gz)."""
     field: str = "text"
     """The column of the text in such rows."""
     sandbox: Literal["bwrap", "none"] = "bwrap"
-    """none: run generated code with limits of time and memory alone. It can then do whatever you can."""
+    """none: run generated code with limits of time and memory only. It can then do whatever you can."""
     harness: str | None = None
-    """Tasks of lm-evaluation-harness, with commas, such as hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
+    """Tasks of lm-evaluation-harness, separated by commas: hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
     harness_data: Path | None = None
-    """A folder with those tasks' data. Without it they come from the hub."""
+    """A folder with the data of these tasks. Without it, they come from the hub."""
     harness_limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Only this many questions of each task, from its beginning."""
     compare: tuple[Path, ...] = ()
-    """Print the results of runs that were evaluated, side by side, with what differs significantly from the first."""
+    """Print the results of these evaluated runs side by side, and mark significant differences to the first."""
     eval: EvalConfig = DEFAULTS
 
 
 @dataclass
 class Subject:
-    """What is evaluated."""
+    """The run to evaluate, loaded."""
 
     run: RunDirectory
     checkpoint: Path
@@ -87,12 +87,12 @@ class Subject:
 
     @cached_property
     def heldout(self) -> TokenDataset:
-        """The split that is evaluated, verified once."""
+        """The held-out split, verified once."""
         return self.run.heldout(self.flags.split)
 
     @cached_property
     def chat(self) -> Chat | None:
-        """How the model is asked, if it was fine-tuned."""
+        """How to prompt the model; None if it was not fine-tuned."""
         from kindling.evaluation.samples import Chat
 
         data = self.run.config().data
@@ -101,7 +101,7 @@ class Subject:
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
-    """Raise what can be known before anything is measured: a run that cannot be written, texts and tasks that are not there."""
+    """Raise a KindlingError before the long work, if the run cannot be written, or a text or a task does not exist."""
     if not os.access(run.path, os.W_OK):
         raise EvaluationError(f"{run.path} must be writable for the results, but is not; mend its permissions")
     for path in flags.text:
@@ -114,7 +114,7 @@ def require(flags: Flags, run: RunDirectory) -> None:
 
 
 def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
-    """Return the run that the flags name and its newest checkpoint; raises what can be known before anything is measured."""
+    """Return the run that the flags name and its newest checkpoint. Raises what `require` raises."""
     from kindling.runs.checkpoint import find_run, require_checkpoint
 
     run = find_run(flags.run)
@@ -128,7 +128,7 @@ def tasks_of(flags: Flags) -> list[str]:
 
 
 def evaluate(subject: Subject) -> int:
-    """Measure what the flags ask for, save it and print it; return the exit code."""
+    """Run each measurement of the flags, save the results and print them; return the exit code."""
     from kindling.data.build import DATA
     from kindling.data.shards import read_manifest
     from kindling.evaluation import report
@@ -146,7 +146,7 @@ def evaluate(subject: Subject) -> int:
     results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
 
     code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
-    if not world.main:  # which has nothing more to share out
+    if not world.main:  # only the main rank does the rest
         return 0
     if flags.text:
         results["texts"] = text_figures(subject)
@@ -163,7 +163,7 @@ def evaluate(subject: Subject) -> int:
     lines = losses.lines()
     saved = report.save(run.path, results, lines)
 
-    if flags.harness is not None:  # of others' making, and long: what there is, is saved first
+    if flags.harness is not None:  # it may take long or fail, so the other results are saved before
         device, data, limit = subject.runtime.device, flags.harness_data, flags.harness_limit
         results["harness"] = run_harness(model, tokenizer, tasks_of(flags), device, data, limit)
         results["seconds"] = time.perf_counter() - started
@@ -178,7 +178,7 @@ def evaluate(subject: Subject) -> int:
 
 
 def sandbox_refusal(flags: Flags) -> str | None:
-    """Return why no program can be run here, or None; warn if they will run without a sandbox."""
+    """Return why no program can be run here, or None. Warn if programs will run without a sandbox."""
     from kindling.evaluation.check_correctness import limits_of
     from kindling.sandbox.bubblewrap import SandboxError
     from kindling.sandbox.self_test import self_test
@@ -227,7 +227,7 @@ def text_figures(subject: Subject) -> dict[str, Any]:
 
 
 def header(subject: Subject) -> dict[str, Any]:
-    """Return what is evaluated, on what, and how."""
+    """Return what is evaluated, on which data and how."""
     from kindling.data.shards import read_manifest
     from kindling.evaluation.report import FORMAT
     from kindling.runs.checkpoint import weights_sha256
@@ -250,7 +250,7 @@ def header(subject: Subject) -> dict[str, Any]:
 
 
 def side_by_side(runs: tuple[Path, ...]) -> None:
-    """Print runs side by side, and write the same as Markdown into the first."""
+    """Print the results of runs side by side, and write them as Markdown into the first run."""
     from kindling.evaluation.compare_runs import compare
     from kindling.files import write_atomic
     from kindling.runs.checkpoint import find_run
@@ -258,7 +258,7 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
     paths = [find_run(path).path for path in runs]
     text, markdown = compare(paths)
     print(text)
-    with contextlib.suppress(OSError):  # a run of someone else's can be compared with
+    with contextlib.suppress(OSError):  # the first run may be read-only
         write_atomic(paths[0] / "compare.md", markdown)
         print(f"\nwritten to {paths[0] / 'compare.md'}")
 
@@ -268,7 +268,7 @@ def _red(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate a run, or compare runs that were."""
+    """Evaluate a run, or compare evaluated runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.compare:
         from kindling.distributed import require_one
