@@ -27,7 +27,7 @@ if __name__ == "__main__":  # one thread: the products of one token are too smal
 
 import numpy as np
 
-from kindling.generation.healing import Healing, take_back, token_texts
+from kindling.generation.healing import Healing, longest_prompt, take_back, token_texts
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
@@ -112,7 +112,7 @@ class Completer:
             )
         if len(end) == len(text) and self.bos_id is not None:
             ids = [self.bos_id, *ids]
-        room = self.model.block_size - min(max_new_tokens, self.model.block_size // 2)
+        room = longest_prompt(self.model.block_size, max_new_tokens)
         cropped = len(end) < len(text) or len(ids) > room
         return ids[-room:] or [self.eos_id], cropped  # in training, a document begins after an end-of-text
 

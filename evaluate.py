@@ -1,28 +1,25 @@
-"""Evaluate a run: how well it predicts held-out files, and what the code that it writes is worth.
+"""Evaluate a run: how well it predicts held-out files, and whether the code that it writes is right.
 
     python evaluate.py runs/demo
     python evaluate.py runs/demo --text book.txt
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
     python evaluate.py --compare runs/demo runs/demo-sft
-    torchrun --nproc-per-node 2 evaluate.py runs/demo             # held-out files and samples are shared out
+    torchrun --nproc-per-node 2 evaluate.py runs/demo             # the processes share files and samples
 
-Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was fixed
-by content hash before training and lies in the run's folder with its sha256, so the losses are those of files that the
-model has not seen; `--split test` is for final tables only. Generated code is really run, in a sandbox
-(kindling/sandbox): on Linux this needs bubblewrap.
+Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was chosen
+by content hash before training, and is in the run's folder with its sha256. So the losses are about files that the model has
+not seen. Use `--split test` for final tables only. Generated code is really run, in a sandbox (kindling/sandbox): this needs
+bubblewrap, on Linux.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,20 +34,17 @@ from kindling.errors import KindlingError
 if TYPE_CHECKING:
     from kindling.data.shards import TokenDataset
     from kindling.device import Runtime
-    from kindling.evaluation.check_correctness import Graded
-    from kindling.evaluation.code_eval import Chat, Written
     from kindling.evaluation.perplexity import Losses
-    from kindling.evaluation.tasks import Problem
+    from kindling.evaluation.samples import Chat
     from kindling.runs.checkpoint import RunDirectory
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
 
-SAMPLES = "samples.jsonl"
 DEFAULTS = EvalConfig()
 
 
 class EvaluationError(KindlingError):
-    """Something that cannot be evaluated."""
+    """The run cannot be evaluated."""
 
 
 @dataclass
@@ -62,29 +56,30 @@ class Flags:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     split: Literal["val", "test"] = "val"
-    """Which held-out split; test is for final tables only."""
+    """The held-out split. Use test for final tables only."""
     text: tuple[Path, ...] = ()
-    """Also predict these files: text, or rows of .jsonl (.gz)."""
+    """Also measure the losses of these files: texts, or rows of .jsonl (.gz)."""
     field: str = "text"
     """The column of the text in such rows."""
     sandbox: Literal["bwrap", "none"] = "bwrap"
-    """none: run generated code with limits of time and memory alone. It can then do whatever you can."""
+    """none: run generated code with limits of time and memory only. It can then do whatever you can."""
     harness: str | None = None
-    """Tasks of lm-evaluation-harness, with commas, such as hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
+    """Tasks of lm-evaluation-harness, separated by commas: hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
     harness_data: Path | None = None
-    """A folder with those tasks' data. Without it they come from the hub."""
+    """A folder with the data of these tasks. Without it, they come from the hub."""
     harness_limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Only this many questions of each task, from its beginning."""
     compare: tuple[Path, ...] = ()
-    """Print the results of runs that were evaluated, side by side, with what differs significantly from the first."""
+    """Print the results of these evaluated runs side by side, and mark significant differences to the first."""
     eval: EvalConfig = DEFAULTS
 
 
 @dataclass
 class Subject:
-    """What is evaluated."""
+    """The run to evaluate, loaded."""
 
     run: RunDirectory
+    checkpoint: Path
     model: LanguageModel
     tokenizer: Tokenizer
     runtime: Runtime
@@ -92,38 +87,21 @@ class Subject:
 
     @cached_property
     def heldout(self) -> TokenDataset:
-        """The split that is evaluated, verified once."""
+        """The held-out split, verified once."""
         return self.run.heldout(self.flags.split)
 
     @cached_property
     def chat(self) -> Chat | None:
-        """How the model is asked, if it was fine-tuned."""
-        from kindling.evaluation.code_eval import Chat
+        """How to prompt the model; None if it was not fine-tuned."""
+        from kindling.evaluation.samples import Chat
 
         data = self.run.config().data
         mined = all(source.kind == "docstrings" for source in data.sources)
         return Chat(data.template, mined) if data.instructions else None
 
 
-@contextmanager
-def _bar(
-    what: str, total: int, unit: str, shown: bool = True
-) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """Show a progress bar, if it is to be `shown`; give what adds to it, and what sets it."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, unit=unit, unit_scale=True, desc=f"{what:<16}", mininterval=0.5, leave=False, disable=not shown
-    ) as bar:
-
-        def set_to(n: int) -> None:
-            bar.update(n - bar.n)
-
-        yield bar.update, set_to
-
-
 def require(flags: Flags, run: RunDirectory) -> None:
-    """Raise what can be known before anything is measured: a run that cannot be written, texts and tasks that are not there."""
+    """Raise a KindlingError before the long work, if the run cannot be written, or a text or a task does not exist."""
     if not os.access(run.path, os.W_OK):
         raise EvaluationError(f"{run.path} must be writable for the results, but is not; mend its permissions")
     for path in flags.text:
@@ -136,7 +114,7 @@ def require(flags: Flags, run: RunDirectory) -> None:
 
 
 def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
-    """Return the run that the flags name and its newest checkpoint; raises what can be known before anything is measured."""
+    """Return the run that the flags name and its newest checkpoint. Raises what `require` raises."""
     from kindling.runs.checkpoint import find_run, require_checkpoint
 
     run = find_run(flags.run)
@@ -149,187 +127,112 @@ def tasks_of(flags: Flags) -> list[str]:
     return [task.strip() for task in (flags.harness or "").split(",") if task.strip()]
 
 
-def language_modelling(subject: Subject) -> tuple[Losses, dict[str, Any]]:
-    """Return the losses of the held-out split, and their figures."""
+def evaluate(subject: Subject) -> int:
+    """Run each measurement of the flags, save the results and print them; return the exit code."""
+    from kindling.data.build import DATA
+    from kindling.data.shards import read_manifest
+    from kindling.evaluation import report
+    from kindling.evaluation.code_eval import evaluate_code, write_samples
+    from kindling.evaluation.harness import run as run_harness
+    from kindling.evaluation.memorization import seen_in_training
+
+    started, flags, run = time.perf_counter(), subject.flags, subject.run
+    cfg, model, tokenizer, world = flags.eval, subject.model, subject.tokenizer, subject.runtime.world
+    refusal = world.on_main(lambda: sandbox_refusal(flags))
+    benchmarks = cfg.n_samples if refusal is None else {}
+    results = header(subject)
+
+    losses = heldout_losses(subject)
+    results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
+
+    code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
+    if not world.main:  # only the main rank does the rest
+        return 0
+    if flags.text:
+        results["texts"] = text_figures(subject)
+    results |= code.figures
+    if refusal is not None:
+        results["functional"] = {"skipped": refusal}
+
+    ids = [sample.ids for sample in code.samples]
+    lengths, figures = seen_in_training(ids, list(benchmarks), read_manifest(run.data), DATA, tokenizer, cfg)
+    results |= figures
+
+    files = write_samples(run.path, flags.split, code, lengths)
+    results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
+    lines = losses.lines()
+    saved = report.save(run.path, results, lines)
+
+    if flags.harness is not None:  # it may take long or fail, so the other results are saved before
+        device, data, limit = subject.runtime.device, flags.harness_data, flags.harness_limit
+        results["harness"] = run_harness(model, tokenizer, tasks_of(flags), device, data, limit)
+        results["seconds"] = time.perf_counter() - started
+        saved = report.save(run.path, results, lines)
+
+    print(report.table(results, lines, color=sys.stdout.isatty()))
+    next_command = f"python generate.py {run.path} " + ("--chat" if subject.chat is not None else '--prompt "def "')
+    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {next_command}")
+    if refusal is not None:
+        raise EvaluationError(refusal)
+    return 0
+
+
+def sandbox_refusal(flags: Flags) -> str | None:
+    """Return why no program can be run here, or None. Warn if programs will run without a sandbox."""
+    from kindling.evaluation.check_correctness import limits_of
+    from kindling.sandbox.bubblewrap import SandboxError
+    from kindling.sandbox.self_test import self_test
+
+    if not flags.eval.n_samples:
+        return None
+    try:
+        self_test(flags.sandbox, limits_of(flags.eval))
+    except SandboxError as e:
+        return str(e)
+    if flags.sandbox == "none":
+        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
+    return None
+
+
+def heldout_losses(subject: Subject) -> Losses:
+    """Return the losses of the held-out split."""
     from kindling.evaluation.perplexity import document_losses
+    from kindling.evaluation.progress import progress_bar
 
     dataset = subject.heldout
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
-    stride = subject.flags.eval.stride
-    with _bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as (_, progress):
-        losses = document_losses(subject.model, dataset, subject.runtime, stride, progress=progress)
-    figures = {"by_language": losses.by_language(), "by_source": losses.by_source(), "stride": stride}
-    return losses, {"all": losses.summary(), **figures}
+    with progress_bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as bar:
+        return document_losses(subject.model, dataset, subject.runtime, subject.flags.eval.stride, progress=bar.update)
 
 
-def texts(subject: Subject) -> dict[str, Any]:
+def text_figures(subject: Subject) -> dict[str, Any]:
     """Return the figures of the files that --text names."""
     from kindling.evaluation.perplexity import text_losses
+    from kindling.evaluation.progress import progress_bar
 
-    out = {}
-    for path in subject.flags.text:
-        with _bar(path.name[:16], 0, "token") as (_, progress):
+    flags, out = subject.flags, {}
+    for path in flags.text:
+        with progress_bar(path.name[:16], 0, "token") as bar:
             losses = text_losses(
                 subject.model,
                 subject.tokenizer,
                 path,
                 subject.runtime,
-                subject.flags.field,
-                subject.flags.eval.stride,
-                progress=progress,
+                flags.field,
+                flags.eval.stride,
+                progress=bar.update,
             )
         out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
     return out
 
 
-def problems_of(subject: Subject, benchmarks: dict[str, int]) -> list[tuple[Problem, int]]:
-    """Return what the model is to write code for, and how many samples of each."""
-    from kindling.data.examples import Examples
-    from kindling.evaluation.heldout import from_conversations, from_documents
-    from kindling.evaluation.tasks import load
-
-    cfg, dataset = subject.flags.eval, subject.heldout
-    if isinstance(dataset, Examples):
-        assert subject.chat is not None
-        wanted = from_conversations(dataset, subject.tokenizer, cfg.signatures, subject.chat.mined, cfg.n_workers)
-    else:
-        with _bar("held-out code", cfg.signatures, "function") as (progress, _):
-            wanted = from_documents(dataset, subject.tokenizer, cfg.signatures, cfg.n_workers, progress)
-    out = [(problem, 1) for problem in wanted]
-    for name, count in benchmarks.items():
-        source = cfg.humaneval if name == "humaneval" else cfg.mbpp if name.startswith("mbpp") else None
-        out += [(problem, count) for problem in load(name, source)[: cfg.limit]]
-    return out
-
-
-def code(subject: Subject, benchmarks: dict[str, int]) -> tuple[list[Written], list[Graded]]:
-    """Write samples, which the ranks share, and grade them on the main one; those of benchmarks are run."""
-    from kindling.evaluation.code_eval import grade_all, write
-
-    world = subject.runtime.world
-    problems = world.on_main(lambda: problems_of(subject, benchmarks))
-    total = sum(count for _, count in problems)
-    if not problems:
-        return [], []
-    cfg, chat = subject.flags.eval, subject.chat
-    own = problems[world.rank :: world.size]
-    with _bar("writing samples", sum(count for _, count in own), "sample", world.main) as (progress, _):
-        parts = [iter(part) for part in world.gather(write(subject.model, subject.tokenizer, own, chat, cfg, progress))]
-    written = [next(parts[i % world.size]) for i, (_, count) in enumerate(problems) for _ in range(count)]
-    if not world.main:
-        return written, []
-    with _bar("running samples", total, "sample") as (progress, _):
-        graded = grade_all(written, chat, subject.flags.sandbox, cfg, progress)
-    return written, graded
-
-
-def code_figures(
-    subject: Subject, benchmarks: dict[str, int], written: list[Written], graded: list[Graded]
-) -> dict[str, Any]:
-    """Return the figures on syntax and on functional correctness; nothing where nothing was written."""
-    from kindling.evaluation.code_eval import summary, syntax
-    from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS
-
-    out: dict[str, Any] = {}
-    if written:
-        out["syntax"] = syntax(written, graded, platform.python_version())
-        if subject.flags.eval.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
-            out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
-    groups: dict[str, tuple[list[Written], list[Graded]]] = {name: ([], []) for name in benchmarks}
-    for w, g in zip(written, graded):
-        if w.problem.benchmark in groups:
-            groups[w.problem.benchmark][0].append(w)
-            groups[w.problem.benchmark][1].append(g)
-    functional = {name: summary(*group, subject.flags.sandbox) for name, group in groups.items()}
-    return out | ({"functional": functional} if functional else {})
-
-
-def overlaps(subject: Subject, benchmarks: dict[str, int], written: list[Written]) -> tuple[list[int], dict[str, Any]]:
-    """Return each sample's longest verbatim overlap with the training data, and the figures on what was seen before."""
-    import numpy as np
-
-    from kindling.data.build import DATA
-    from kindling.data.shards import DataError, read_manifest
-    from kindling.evaluation.memorization import benchmark_hits, longest_overlaps, summary, training_split
-
-    manifest, cfg = read_manifest(subject.run.data), subject.flags.eval
-    if not written:
-        return [], {}
-    try:
-        dataset = training_split(manifest, DATA)
-        reason = f"the training data are not here: {DATA / manifest['fingerprint']} is no folder"
-    except DataError as e:
-        dataset, reason = None, str(e)
-    if dataset is None:
-        return [], {"memorisation": {"skipped": reason}} | (
-            {"contamination": {"skipped": reason}} if benchmarks else {}
-        )
-    samples = [np.array(w.ids, dtype=np.int64) for w in written]
-    out: dict[str, Any] = {}
-    with _bar("memorisation", len(dataset), "token") as (progress, _):
-        found = longest_overlaps(samples, dataset, progress)
-    lengths = [overlap.length for overlap in found]
-    figures = summary(found)
-    out["memorisation"] = {
-        "samples": figures.samples,
-        "longest": figures.longest,
-        "median": figures.median,
-        "over_50": figures.long,
-        "share_over_50": figures.long_share,
-        "below_window": figures.below_window,
-        "training_tokens": len(dataset),
-    }
-    files = {name: file_of(name, cfg) for name in dict.fromkeys(name.partition("-")[0] for name in benchmarks)}
-    if files and cfg.contamination_tokens:
-        total = min(len(dataset), cfg.contamination_tokens)
-        with _bar("contamination", total, "token") as (progress, _):
-            hits = benchmark_hits(tuple(files.values()), dataset, subject.tokenizer, cfg.contamination_tokens, progress)
-        out["contamination"] = {"read_tokens": hits.tokens_read, "of_tokens": hits.tokens}
-        for name, path in files.items():
-            found_in = hits.benchmarks[path]
-            out["contamination"][name] = {
-                "problems": found_in.problems,
-                "hit": len(found_in.hits),
-                "examples": [
-                    f"{problem} in {hit.documents:,} documents, the first at token {hit.position:,}: {hit.words!r}"
-                    for problem, hit in sorted(found_in.hits.items())
-                ],
-                "too_short": len(found_in.lost),
-            }
-    return lengths, out
-
-
-def write_samples(path: Path, written: list[Written], graded: list[Graded], lengths: list[int]) -> None:
-    """Write every sample with its verdict, one a line."""
-    from kindling.files import write_atomic
-
-    lines = []
-    for i, (w, g) in enumerate(zip(written, graded)):
-        line: dict[str, Any] = {"benchmark": w.problem.benchmark, "task_id": w.problem.task_id, "sample": w.number}
-        line |= {"verdict": g.verdict, "reason": g.reason, "compiles": g.compiles, "non_trivial": g.non_trivial}
-        line |= {"tokens": len(w.ids), "cut_short": w.cut_short, "prompt_cropped": w.cropped}
-        line |= {"overlap": lengths[i]} if lengths else {}
-        lines.append(json.dumps({**line, "text": w.text, "program": g.program}, ensure_ascii=True))
-    write_atomic(path, "".join(line + "\n" for line in lines))
-
-
-def lines_of(losses: Losses) -> list[dict[str, Any]]:
-    """Return the losses of each document as lines of losses.jsonl; none of a split from before documents had a table."""
-    if losses.bytes is None or losses.languages is None or losses.sources is None:
-        return []
-    columns = (losses.languages, losses.sources, losses.tokens, losses.bytes, losses.nll)
-    names = ("language", "source", "tokens", "bytes", "nll")
-    rows = zip(*(column.tolist() for column in columns))
-    return [{"document": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
-
-
-def header(subject: Subject, checkpoint: Path) -> dict[str, Any]:
-    """Return what is evaluated, on what, and how."""
+def header(subject: Subject) -> dict[str, Any]:
+    """Return what is evaluated, on which data and how."""
     from kindling.data.shards import read_manifest
     from kindling.evaluation.report import FORMAT
     from kindling.runs.checkpoint import weights_sha256
 
-    run, runtime, cfg = subject.run, subject.runtime, subject.run.config()
+    run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.run.config(), subject.checkpoint
     return {
         "format": FORMAT,
         "run": str(run.path),
@@ -346,79 +249,8 @@ def header(subject: Subject, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def evaluate(subject: Subject, checkpoint: Path) -> int:
-    """Measure everything that the flags ask for, save it and print it; return the exit code."""
-    from kindling.evaluation import report
-    from kindling.evaluation.code_eval import limits_of
-    from kindling.sandbox.process import SandboxError, self_test
-
-    started, flags, run = time.perf_counter(), subject.flags, subject.run
-    world, benchmarks = subject.runtime.world, flags.eval.n_samples
-
-    def tested() -> str | None:
-        """Return why no code can be run, if so."""
-        try:
-            if benchmarks:
-                self_test(flags.sandbox, limits_of(flags.eval))
-        except SandboxError as e:
-            return str(e)
-        return None
-
-    refusal = world.on_main(tested)
-    benchmarks = benchmarks if refusal is None else {}
-    if flags.sandbox == "none" and benchmarks and world.main:
-        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
-    results = header(subject, checkpoint)
-    losses, results["language_modelling"] = language_modelling(subject)
-    written, graded = code(subject, benchmarks)
-    if not world.main:  # which has nothing more to share out
-        return 0
-    lines = lines_of(losses)
-    if flags.text:
-        results["texts"] = texts(subject)
-    results |= code_figures(subject, benchmarks, written, graded)
-    if refusal is not None:
-        results["functional"] = {"skipped": refusal}
-    lengths, figures = overlaps(subject, benchmarks, written)
-    results |= figures
-    files = []
-    if written:
-        files.append(report.file_name(SAMPLES, flags.split))
-        write_samples(run.path / files[0], written, graded, lengths)
-    results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
-    saved = report.save(run.path, results, lines)
-    if flags.harness is not None:  # of others' making, and long: what there is, is saved first
-        results["harness"] = harness(subject)
-        results["seconds"] = time.perf_counter() - started
-        saved = report.save(run.path, results, lines)
-    print(report.table(results, lines, color=sys.stdout.isatty()))
-    talk = "--chat" if subject.chat is not None else '--prompt "def "'
-    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: python generate.py {run.path} {talk}")
-    if refusal is not None:
-        raise EvaluationError(refusal)
-    return 0
-
-
-def harness(subject: Subject) -> dict[str, Any]:
-    """Return what lm-evaluation-harness says."""
-    from kindling.evaluation.harness import run
-
-    flags = subject.flags
-    data, limit = flags.harness_data, flags.harness_limit
-    return run(subject.model, subject.tokenizer, tasks_of(flags), subject.runtime.device, data, limit)
-
-
-def file_of(benchmark: str, cfg: EvalConfig) -> str:
-    """Return the file with a benchmark's problems: of a data set on the hub, the same problems as they lie here."""
-    from kindling.evaluation.tasks import FILES, PROBLEMS
-
-    given = {"humaneval": cfg.humaneval, "mbpp": cfg.mbpp}.get(benchmark)
-    is_file = given is not None and Path(given).expanduser().is_file()
-    return str(Path(given).expanduser() if given is not None and is_file else PROBLEMS / FILES[benchmark])
-
-
 def side_by_side(runs: tuple[Path, ...]) -> None:
-    """Print runs side by side, and write the same as Markdown into the first."""
+    """Print the results of runs side by side, and write them as Markdown into the first run."""
     from kindling.evaluation.compare_runs import compare
     from kindling.files import write_atomic
     from kindling.runs.checkpoint import find_run
@@ -426,7 +258,7 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
     paths = [find_run(path).path for path in runs]
     text, markdown = compare(paths)
     print(text)
-    with contextlib.suppress(OSError):  # a run of someone else's can be compared with
+    with contextlib.suppress(OSError):  # the first run may be read-only
         write_atomic(paths[0] / "compare.md", markdown)
         print(f"\nwritten to {paths[0] / 'compare.md'}")
 
@@ -436,7 +268,7 @@ def _red(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate a run, or compare runs that were."""
+    """Evaluate a run, or compare evaluated runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.compare:
         from kindling.distributed import require_one
@@ -452,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         run, checkpoint = world.on_main(lambda: chosen(flags))
         runtime = resolve(replace(run.config().train, device=flags.device), world)
         model, _ = load_model(run, runtime.device, checkpoint)
-        return evaluate(Subject(run, model, run.tokenizer(), runtime, flags), checkpoint)
+        return evaluate(Subject(run, checkpoint, model, run.tokenizer(), runtime, flags))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Continue prompts or files with a trained run, or talk to one that was fine-tuned.
+"""Continue prompts or files with a trained run, or chat with a fine-tuned one.
 
     python generate.py runs/demo --prompt "def fib(n):"
-    python generate.py runs/demo --complete FILE            # what comes next in it, for an editor to append; - is stdin
-    python generate.py runs/demo --prompts FILE --n 4       # many together, as JSON lines
+    python generate.py runs/demo --complete FILE            # the text to append, for an editor; - is stdin
+    python generate.py runs/demo --prompts FILE --n 4       # many prompts together, as JSON lines
     python generate.py runs/demo-sft --chat
 
-Text is printed as it is sampled, up to end of text, a limit or a stop string. A prompt longer than the context is cropped
-from the left; a conversation never is: it loses its oldest exchanges, and an answer ends where the context does. Limit: with
---prompt, text beyond the context costs a pass over the whole context for each token; with the others, it ends there.
+Text is printed while it is sampled, up to end of text, a limit or a stop string. A prompt that is longer than the context is
+cropped from the left. A conversation loses its oldest exchanges instead, and an answer ends at the end of the context. Limit:
+with --prompt, each token beyond the context costs a pass over the whole context; otherwise, text ends there.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -38,9 +39,9 @@ MODES: dict[Mode, Sampling] = {
     "autocomplete": Sampling(temperature=0.2, top_k=10),
     "creative": Sampling(temperature=0.8, top_k=50),
 }
-COMPLETE_TOKENS = 64  # a few lines, as many as one reads before taking them
+COMPLETE_TOKENS = 64  # a few lines, as many as one reads before accepting them
 
-# any text, also "None", which would else be no text
+# any text, also "None", which tyro would otherwise take as no text
 Text = Annotated[
     Optional[str],
     PrimitiveConstructorSpec(
@@ -57,33 +58,35 @@ Text = Annotated[
 class Flags:
     """The script's command line."""
 
-    run: tyro.conf.Positional[Optional[Path]] = None  # not `Path | None`: tyro would import typeguard, for 0.1 s
+    run: tyro.conf.Positional[Optional[Path]] = (
+        None  # not `Path | None`, for which tyro imports typeguard, which takes 0.1 s
+    )
     """The run's folder, or its name under runs/. The newest if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Of the weights. bf16 and int8 (CPU only) are faster and round them, so some texts differ."""
+    """The precision of the weights. bf16 and int8 (CPU only) are faster, but round the weights, so some texts differ."""
     prompt: Text = None
-    """The text to continue. If this and the next three are left out, a new document is started."""
+    """The text to continue. Without this and the next three flags, a new document is started."""
     prompts: Optional[Path] = None
-    """A file with a prompt a line, or .jsonl with a field `prompt`, to continue together. Prints JSON lines."""
+    """A file of prompts to continue together: one on each line, or .jsonl with a field `prompt`. Prints JSON lines."""
     complete: Optional[Path] = None
-    """A file to go on with at its end; - is stdin. Prints only what is new, by default at most 64 tokens."""
+    """A file to continue at its end; - is stdin. Prints only the new text, by default at most 64 tokens."""
     chat: bool = False
-    """Talk to a fine-tuned run: questions from the terminal or a pipe, answers as they are written."""
+    """Chat with a fine-tuned run: questions come from the terminal or a pipe, answers are printed while they are sampled."""
     mode: Optional[Mode] = None
-    """autocomplete: temperature 0.2, top-k 10. creative: 0.8, 50. None: autocomplete for --complete, else creative."""
+    """autocomplete: temperature 0.2, top-k 10. creative: 0.8 and 50. None: autocomplete for --complete, otherwise creative."""
     n: int = 1
-    """Samples of each prompt, the first with --seed, the next with the seeds after it."""
+    """The number of samples of each prompt. The first has --seed, the others the seeds after it."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = MODES["creative"]
 
 
 def parse(argv: list[str] | None = None) -> Flags:
-    """Parse the command line; what it leaves open of the sampling is the mode's. Raises GenerationError."""
+    """Parse the command line; the mode gives the defaults of the sampling. Raises GenerationError."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     mode: Mode = flags.mode or ("creative" if flags.complete is None else "autocomplete")
     own = MODES[mode] if flags.complete is None else replace(MODES[mode], max_new_tokens=COMPLETE_TOKENS)
-    if own != Flags.sampling:  # once more, with other defaults, so that explicit values win
+    if own != Flags.sampling:  # parse again with the mode's defaults, so that explicit values win
         flags = tyro.cli(Flags, default=Flags(sampling=own), args=argv)
     flags.prompt = None if flags.prompt is None else utf8(flags.prompt, "--prompt")
     flags.sampling = replace(flags.sampling, stop=tuple(utf8(text, "--stop") for text in flags.sampling.stop))
@@ -93,7 +96,7 @@ def parse(argv: list[str] | None = None) -> Flags:
 
 
 def _check(flags: Flags) -> None:
-    """Raise GenerationError for what cannot be asked for."""
+    """Raise GenerationError for impossible combinations of flags."""
     given = [
         name
         for name, is_given in (
@@ -120,7 +123,7 @@ def _check(flags: Flags) -> None:
 
 
 def read_text(path: Path, flag: str) -> str:
-    """Return the text of a file, or of stdin for -. Raises GenerationError if there is none that is UTF-8."""
+    """Return the text of a file, or of stdin for -. Raises GenerationError if it is empty or not UTF-8."""
     name = "stdin" if str(path) == "-" else str(path)
     try:
         raw = sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()
@@ -137,11 +140,12 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file of lines, or of JSON lines. Raises GenerationError, which names the line, for a bad one."""
+    """Return the prompts of a file of lines or JSON lines. Raises GenerationError with the number of a bad line."""
     prompts = []
     lines = read_text(path, "--prompts").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
-        prompt, must = line.removesuffix("\r"), "hold a prompt"
+        prompt: object = line.removesuffix("\r")
+        must = "hold a prompt"
         if path.suffix == ".jsonl":
             must = "be a JSON object with a text `prompt` of at least one character"
             try:
@@ -157,7 +161,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _print_streams(flags: Flags, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Print the prompt and its continuation as it is sampled, as often as asked."""
+    """Print the prompt and its continuation while it is sampled, `flags.n` times."""
     from kindling.generation.completion import complete
 
     prompt = flags.prompt or ""
@@ -170,7 +174,7 @@ def _print_streams(flags: Flags, model: LanguageModel, tokenizer: Tokenizer) -> 
         try:
             new = complete(model, tokenizer, prompt, sampling, _say)
         finally:
-            print(flush=True)  # also where Ctrl-C ends it
+            print(flush=True)  # also after Ctrl-C
         _report(new, time.perf_counter() - started, sampling)
 
 
@@ -179,7 +183,7 @@ def _say(piece: str) -> None:
 
 
 def _report(new: Completion, seconds: float, sampling: Sampling) -> None:
-    """Say how fast it went, to a person."""
+    """Print the speed and why the text ended, if stderr is a terminal."""
     if sys.stderr.isatty():
         ended = {"limit": f"--max-new-tokens {sampling.max_new_tokens}", "stop": "a stop string"}
         print(
@@ -190,7 +194,7 @@ def _report(new: Completion, seconds: float, sampling: Sampling) -> None:
 
 
 def _print_end(text: str, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling) -> None:
-    """Print only what comes after the text, byte by byte what is to be appended to its file."""
+    """Print only the new text, exactly as it is to be appended to the file."""
     from kindling.generation.completion import complete_end
 
     _print_bytes()
@@ -198,21 +202,23 @@ def _print_end(text: str, model: LanguageModel, tokenizer: Tokenizer, sampling: 
     try:
         new = complete_end(model, tokenizer, text, sampling, _say)
     finally:
-        if sys.stdout.isatty():  # to a file it would be part of the text
+        if sys.stdout.isatty():  # in a file it would be part of the text
             print(flush=True)
     _report(new, time.perf_counter() - started, sampling)
 
 
 def _print_bytes() -> None:
-    """Make what is printed UTF-8 with line ends as they are, whatever the system's way is: a program reads it."""
-    sys.stdout.reconfigure(encoding="utf-8", newline="")
+    """Print in UTF-8 with unchanged newlines on every system, because a program reads the output."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
 
 
 def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Print a JSON line for each sample of each prompt, in order, as soon as it and all before it are done."""
+    """Print a JSON line for each sample of each prompt, in order, as soon as it and all earlier ones are done."""
     from tqdm import tqdm
 
-    from kindling.generation.completion import complete_batch, document_ids, longest_prompt
+    from kindling.generation.completion import complete_batch, document_ids
+    from kindling.generation.healing import longest_prompt
     from kindling.tokenization.tokenizer import TokenizerError
 
     block_size, ids = model.cfg.block_size, []
@@ -249,7 +255,7 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
 
 
 def _require_chat(run: RunDirectory) -> None:
-    """Raise GenerationError unless one can chat with the run."""
+    """Raise GenerationError unless the run was fine-tuned."""
     if not run.config().data.instructions:
         raise GenerationError(
             f"{run.path} must be a fine-tuned run to chat with, but has only seen documents; fine-tune it with "
@@ -258,18 +264,18 @@ def _require_chat(run: RunDirectory) -> None:
 
 
 def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
-    """Talk to the user with the template of the run, and with a memory if it was fine-tuned on conversations."""
+    """Chat with the user in the run's template. Earlier exchanges are kept if the run was fine-tuned on conversations."""
     from kindling.data.examples import require_template
     from kindling.data.shards import read_manifest
     from kindling.generation.chat import chat
     from kindling.generation.completion import answer
-    from kindling.generation.decoding import generate
+    from kindling.generation.decoding import stream
 
     template, tokenizer, manifest = run.config().data.template, run.tokenizer(), read_manifest(run.data)
     require_template(manifest, template)
-    room = min(sampling.max_new_tokens, model.cfg.block_size // 4)  # a memory must not crowd out the answer
-    # torch imports for seconds at its first token, and is unusable if Ctrl-C stops the imports of an answer halfway
-    generate(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id)
+    room = min(sampling.max_new_tokens, model.cfg.block_size // 4)  # earlier exchanges must leave room for the answer
+    # torch imports more modules at the first token, for seconds, and Ctrl-C during these imports would make it unusable
+    list(stream(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id))
 
     def reply(exchanges: list[Exchange], number: int, say: Callable[[str], None]) -> str:
         its_own = replace(sampling, seed=sampling.seed + number)
@@ -279,7 +285,7 @@ def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the run makes of the prompt, the prompts or the file, or chat."""
+    """Continue the prompt, the prompts or the file, or chat."""
     flags = parse(argv)
     text = None if flags.complete is None else read_text(flags.complete, "--complete")
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)

@@ -171,7 +171,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
     from tqdm import tqdm
 
     from kindling.data.examples import PROMPT, Examples
-    from kindling.generation.decoding import generate
+    from kindling.generation.decoding import stream
     from kindling.generation.sampling import Sampling
 
     heldout = trainer.run.heldout("val")
@@ -184,7 +184,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         n_prompt = int(example.segments[0, PROMPT])
         prompt = example.ids[:n_prompt].tolist()
         room = model.cfg.block_size - n_prompt + 1  # as in training, the last token is predicted from a full context
-        ids = generate(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id)
+        ids = list(stream(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id))
         stopped += len(ids) < room
         texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")

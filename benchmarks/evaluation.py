@@ -41,7 +41,7 @@ def generation(path: str | None) -> dict[str, float]:
     """Return tokens a second, by one prompt at a time and in batches, medians of alternating rounds."""
     import torch
 
-    from kindling.generation.decoding import generate_batch
+    from kindling.generation.decoding import stream_batch
     from kindling.generation.sampling import Sampling
     from kindling.runs.checkpoint import find_run, load_model
     from model import build_model
@@ -61,7 +61,8 @@ def generation(path: str | None) -> dict[str, float]:
         for n_rows in rates:
             some = prompts if n_rows == BATCH else prompts[:8]
             started = time.perf_counter()
-            texts[n_rows] = generate_batch(model, some, greedy, -1, n_rows=n_rows)
+            rows = [row for row in stream_batch(model, some, greedy, -1, n_rows=n_rows) if row.ended]
+            texts[n_rows] = [row.out for row in sorted(rows, key=lambda row: row.number)]
             rates[n_rows].append(sum(map(len, texts[n_rows])) / (time.perf_counter() - started))
     one, many = (statistics.median(rates[n]) for n in (1, BATCH))
     same = sum(a == b for a, b in zip(texts[1], texts[BATCH]))

@@ -184,8 +184,10 @@ def functions(model: Any, data: Path, cfg: Config) -> dict[str, dict[str, int]]:
     """Return of each held-out split how many signatures of functions the model continued, and how many of these compile."""
     from config import EvalConfig
     from kindling.data.shards import TokenDataset
-    from kindling.evaluation.code_eval import grade_all, syntax, write
+    from kindling.evaluation.check_correctness import grade_all
+    from kindling.evaluation.code_eval import syntax
     from kindling.evaluation.heldout import from_documents
+    from kindling.evaluation.samples import write
     from kindling.tokenization.tokenizer import load_json
 
     tokenizer, how, out = load_json(data / "tokenizer.json", cfg.tokenizer), EvalConfig(), {}

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -129,7 +129,9 @@ class _Worker:
         self.pipe.close()
 
 
-def map_jobs(function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers: int, limit_s: float) -> Iterator[Any]:
+def map_jobs(
+    function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers: int, limit_s: float
+) -> Generator[Any, None, None]:
     """Yield `function(job, slot)` for each job in order, or a Lost; `slot` is the number of the worker.
 
     The function must be at the top level of a module, so that a new process can import it. Raises PoolError if a worker

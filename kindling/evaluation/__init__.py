@@ -1,7 +1,7 @@
-"""What a model is worth: losses, code that is really run, and what was memorised.
+"""Evaluates a model: losses, generated code that is really run, and memorisation.
 
-Losses: perplexity.py. Code: tasks.py, heldout.py, code_eval.py, extraction.py, check_correctness.py. Memorisation:
-memorization.py, verbatim.py. lm-eval's tasks: harness.py, harness_data.py, harness_model.py. Figures: intervals.py,
-report.py, compare_runs.py. It must never run generated code outside the sandbox, nor print a figure without saying
-how sure it is.
+Losses: perplexity.py. Code: code_eval.py (the steps), then tasks.py, heldout.py, samples.py, extraction.py and
+check_correctness.py. Memorisation: memorization.py, verbatim.py. lm-eval's tasks: harness.py, harness_data.py,
+harness_model.py. Results: intervals.py, report.py, compare_runs.py. Progress bars: progress.py. The package must never run
+generated code outside the sandbox, nor print a figure without its interval or a note why there is none.
 """

@@ -1,69 +1,109 @@
-"""Decides whether a program solves a problem: the program runs in the sandbox, its answers are compared here.
+"""Checks whether samples solve their problems: programs run in the sandbox, and their answers are compared here.
 
+    graded = grade_all(samples, chat, "bwrap", cfg)
     verdict, reason = judge(problem, program)
 
-The tests and what they expect stay in this process; where they call the program's functions, only arguments go in and only
-values come out. So a program cannot see what is expected of it, patch what compares, or say that it has passed: to pass, it
-must give the right answers.
+The tests and the expected values stay in this process. Where a test calls a function of the program, only the arguments go
+into the sandbox and only values come back. So a program cannot see the expected values, change the comparison or claim that it
+passed. To pass, it must give the right answers.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.data.filters import syntax_error
 from kindling.evaluation.extraction import from_answer, from_completion, is_empty, is_trivial
+from kindling.evaluation.samples import Chat, Sample
 from kindling.evaluation.tasks import Problem
-from kindling.sandbox.process import DEFAULT, Limits, Mode, Program, ProgramError, SandboxError, one_line
+from kindling.pool import Lost, map_jobs
+from kindling.sandbox.bubblewrap import SandboxError
+from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
+
+if TYPE_CHECKING:
+    from config import EvalConfig
 
 VERDICTS = ("passed", "wrong", "exception", "timeout", "memory", "syntax", "sandbox")
 
 
 class Verdict(NamedTuple):
-    """What came of a program, one of VERDICTS, and why."""
+    """The verdict on a program, one of VERDICTS, and the reason."""
 
     verdict: str
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a model wrote for a problem, on its way to be judged."""
-
-    problem: Problem
-    text: str
-    chat: bool
-    """It answers an instruction, rather than continuing the prompt."""
-    cut_short: bool
-    """It was ended by a limit."""
-    mode: Mode
-    limits: Limits
-
-
-@dataclass(frozen=True)
 class Graded:
-    """What came of a sample."""
+    """The verdict on a sample."""
 
     program: str
     verdict: str
     reason: str
     compiles: bool
-    """It compiles, and has a statement of the model's own."""
+    """It compiles and has a statement that the model wrote."""
     non_trivial: bool
-    """And that is not only a docstring, `pass`, `...` or NotImplementedError."""
+    """It also has a statement other than a docstring, `pass`, `...` or NotImplementedError."""
 
 
-@lru_cache(maxsize=2048)
-def _compiled(source: str) -> CodeType:
-    return compile(source, "<tests>", "exec", dont_inherit=True)
+def limits_of(cfg: EvalConfig) -> Limits:
+    """Return the limits of each program."""
+    return Limits(cfg.cpu_s, 2.0 * cfg.cpu_s + 8, cfg.memory_mb * 2**20)
+
+
+def grade_all(
+    samples: Sequence[Sample],
+    chat: Chat | None,
+    mode: Mode,
+    cfg: EvalConfig,
+    progress: Callable[[int], object] | None = None,
+) -> list[Graded]:
+    """Return the verdict on each sample, in their order. The same text for the same problem is judged once."""
+    limits = limits_of(cfg)
+    unique = {_key(sample): sample for sample in samples}
+    grade_one = partial(grade, is_answer=chat is not None, mode=mode, limits=limits)
+    results: dict[tuple[str, str, str, bool], Graded] = {}
+    jobs = map_jobs(grade_one, unique.values(), cfg.n_workers, limits.wall_s + START_S + 10)
+    for (key, sample), result in zip(unique.items(), jobs):
+        if isinstance(result, Lost):  # the text, or an answer, killed the worker process
+            verdict = "timeout" if result.reason == "timeout" else "exception"
+            result = Graded(sample.text, verdict, f"while judging it: {result.reason}", False, False)
+        results[key] = result
+        if progress is not None:
+            progress(1)
+    return [results[_key(sample)] for sample in samples]
+
+
+def _key(sample: Sample) -> tuple[str, str, str, bool]:
+    """Return everything in a sample that its verdict depends on."""
+    return sample.problem.benchmark, sample.problem.task_id, sample.text, sample.cut_short
+
+
+def grade(sample: Sample, slot: int, is_answer: bool, mode: Mode, limits: Limits) -> Graded:
+    """Extract the program from a sample, compile it, and judge it if its problem has tests.
+
+    `is_answer`: the sample answers an instruction, rather than continuing the prompt. Call this in a worker (pool.map_jobs),
+    because parsing untrusted text can kill the process.
+    """
+    problem = sample.problem
+    head = problem.answer_head if is_answer else problem.head
+    cut = from_answer if is_answer else from_completion
+    program = cut(head, sample.text, problem.entry_point, sample.cut_short)
+    error = syntax_error(program)
+    if error is not None:
+        return Graded(program, "syntax", error, False, False)
+    verdict = judge(problem, program, mode, limits, slot) if problem.tests else Verdict("")
+    name = problem.entry_point
+    return Graded(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))
 
 
 def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0) -> Verdict:
-    """Run the problem's tests against a program. Every failure is a verdict; only a Ctrl-C gets out."""
+    """Run the problem's tests against a program. Every failure is a verdict; only Ctrl-C raises."""
     try:
         with Program(program, mode, limits, slot) as loaded:
 
@@ -73,7 +113,7 @@ def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits =
             scope: dict[str, Any] = {"__name__": "tests"}
             exec(_compiled(problem.trusted), scope)
             scope |= {name: remote(name) for name in problem.remote}
-            random.seed(0)  # some tests draw their arguments
+            random.seed(0)  # some tests use random arguments
             exec(_compiled(problem.tests), scope)
     except ProgramError as e:
         return Verdict(e.kind, e.reason)
@@ -83,25 +123,11 @@ def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits =
         return Verdict("wrong", "a test failed")
     except KeyboardInterrupt:
         raise
-    except BaseException as e:  # an answer of another kind than the test can compare
+    except BaseException as e:  # the test cannot compare an answer of this type
         return Verdict("wrong", one_line(f"an answer does not fit its test ({type(e).__name__}: {e})"))
     return Verdict("passed")
 
 
-def grade(sample: Sample, slot: int = 0) -> Graded:
-    """Cut the program out of a sample, compile it, and judge it where its problem has tests.
-
-    To be called in a worker (pool.map_jobs), since the text is a stranger's.
-    """
-    problem = sample.problem
-    head = problem.answer_head if sample.chat else problem.head
-    if sample.chat:
-        program = from_answer(head, sample.text, problem.entry_point, sample.cut_short)
-    else:
-        program = from_completion(head, sample.text, problem.entry_point, sample.cut_short)
-    error = syntax_error(program)
-    if error is not None:
-        return Graded(program, "syntax", error, False, False)
-    verdict = judge(problem, program, sample.mode, sample.limits, slot) if problem.tests else Verdict("")
-    name = problem.entry_point
-    return Graded(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))
+@lru_cache(maxsize=2048)
+def _compiled(source: str) -> CodeType:
+    return compile(source, "<tests>", "exec", dont_inherit=True)

@@ -1,10 +1,10 @@
-"""Two or more evaluated runs side by side, and which differences are more than chance.
+"""Compares two or more evaluated runs side by side, and marks the significant differences.
 
     text, document = compare([Path("runs/demo"), Path("runs/other")])
 
-Reads eval.json and losses.jsonl of each run. Each run is set against the first: bits per byte by document and pass@k by
-problem, so that what is hard for both does not hide a difference; tasks of the harness unpaired. What
-is not of the same documents or questions is shown but not compared.
+Reads eval.json and losses.jsonl of each run. Each run is compared with the first, in pairs: bits per byte by document, pass@k
+by problem. So a difference is seen although some documents are hard for both. Tasks of the harness are compared unpaired.
+Results on other documents or questions are shown but not compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = ["", "run", "value", "difference to run 1"]
 
 @dataclass
 class Evaluated:
-    """A run's results as they were saved; `place` counts from 1, and with the folder's name makes its label in the tables."""
+    """The saved results of a run. Its label in the tables is `place`, which counts from 1, with the folder's name."""
 
     path: Path
     place: int
@@ -50,7 +50,7 @@ class Evaluated:
         return f"{self.place} {self.path.resolve().name}"
 
     def part(self, name: str) -> dict[str, Any]:
-        """Return a part of the results; of one that is absent or was skipped, nothing."""
+        """Return a part of the results; empty if it is absent or was skipped."""
         part = self.results.get(name) or {}
         return {} if "skipped" in part else part
 
@@ -58,8 +58,8 @@ class Evaluated:
 def compare(runs: list[Path]) -> tuple[str, str]:
     """Return the runs side by side for a terminal and as a Markdown document.
 
-    Raises ReportError for fewer than two different runs, a run that was not evaluated, was so by an older version or with
-    damage to its files.
+    Raises ReportError for fewer than two different runs, and for a run that was not evaluated, was evaluated by an older
+    version, or has damaged results.
     """
     if len({path.resolve() for path in runs}) < max(2, len(runs)):
         given = ", ".join(map(str, runs)) or "none"
@@ -102,7 +102,7 @@ def _read(path: Path, place: int) -> Evaluated:
 
 
 def _read_losses(path: Path, sha256: str, again: str) -> Losses:
-    """Read losses.jsonl, which must be the very file that eval.json was saved with."""
+    """Read losses.jsonl, which must be the file that was saved together with eval.json."""
     try:
         content = path.read_bytes()
     except OSError as e:
@@ -113,7 +113,7 @@ def _read_losses(path: Path, sha256: str, again: str) -> Losses:
 
 
 def _section(heading: str, runs: list[Evaluated], parts: list[dict[str, Any]]) -> Section | None:
-    """Return a section to fill in, which says what runs are not in it; None if none is."""
+    """Return a section without rows, with a note on the runs that lack this part; None if all runs lack it."""
     if not any(parts):
         return None
     missing = [str(run.place) for run, part in zip(runs, parts) if not part]
@@ -122,7 +122,7 @@ def _section(heading: str, runs: list[Evaluated], parts: list[dict[str, Any]]) -
 
 
 def _add(section: Section, runs: list[Evaluated], name: str, cells: list[str], differences: list[str]) -> None:
-    """Add a metric: a line for each run that has it; `differences` are those of the runs after the first."""
+    """Add a line for each run that has a metric. `differences` belong to the runs after the first."""
     for run, cell, difference in zip(runs, cells, ["", *differences]):
         if cell != "-":
             section.rows.append([name, run.label, cell, difference])
@@ -140,7 +140,7 @@ def _shown(difference: Difference | None, form: Callable[[float], str]) -> str:
 
 
 def _points(value: float) -> str:
-    """Return a difference of shares in percentage points."""
+    """Return a difference of fractions in percentage points."""
     return f"{100 * value:+.1f}"
 
 
@@ -164,7 +164,7 @@ def _runs(runs: list[Evaluated]) -> Section:
 
 
 def _bits(runs: list[Evaluated]) -> Section | None:
-    """Return bits per byte of all held-out documents, and of those of each language."""
+    """Return bits per byte of all held-out documents and of each language."""
     parts = [run.part("language_modelling") for run in runs]
     if (section := _section("Bits per byte", runs, parts)) is None:
         return None
@@ -185,7 +185,7 @@ Pairs = list[tuple[dict[str, Any], dict[str, Any]]]  # lines of losses.jsonl, of
 
 
 def _paired_documents(first: Evaluated, run: Evaluated, notes: list[str]) -> Pairs:
-    """Return the lines of the documents that both have; none where they cannot be compared, and a note why."""
+    """Return the lines of the documents that both runs have. If they cannot be compared, return none and add a note why."""
     if not (first.part("language_modelling") and run.part("language_modelling")):
         return []
     data = [r.results.get("data") for r in (first, run)]
@@ -217,7 +217,7 @@ def _bits_difference(pairs: Pairs, language: str | None) -> Difference | None:
 
 
 def _syntax(runs: list[Evaluated]) -> Section | None:
-    """Return the rates of samples that pass, and that pass and are not trivial, of all prompts and of each kind."""
+    """Return the rates of samples that compile, and that also are not trivial, for all prompts and each kind of prompt."""
     parts = [run.part("syntax") for run in runs]
     if (section := _section("Syntax of samples", runs, parts)) is None:
         return None
@@ -245,20 +245,20 @@ def _syntax(runs: list[Evaluated]) -> Section | None:
 
 
 def _rates(part: dict[str, Any], kind: str | None, key: str) -> dict[tuple[str, str], float]:
-    """Return the rate of each prompt's samples, by its kind and name."""
+    """Return the rate for each prompt, by its kind and name."""
     column = {"passes": 2, "non_trivial": 3}[key]
     groups = part.get("by_prompt", {}).items()
     return {(k, row[0]): row[column] / row[1] for k, group in groups if kind in (None, k) for row in group["counts"]}
 
 
 def _rate_difference(own: dict[tuple[str, str], float], first: dict[tuple[str, str], float]) -> Difference | None:
-    """Return the difference of the mean rates on the prompts that both have."""
+    """Return the difference of the mean rates on the prompts that both have; None if there are none."""
     shared = [prompt for prompt in own if prompt in first]
     return paired_difference([own[p] for p in shared], [first[p] for p in shared]) if shared else None
 
 
 def _functional(runs: list[Evaluated]) -> Section | None:
-    """Return pass@k of each benchmark and k."""
+    """Return pass@k for each benchmark and k."""
     parts = [run.part("functional") for run in runs]
     if (section := _section("Functional correctness", runs, parts)) is None:
         return None
@@ -280,17 +280,19 @@ def _functional(runs: list[Evaluated]) -> Section | None:
 
 
 def _pass_difference(benchmark: dict[str, Any], first: dict[str, Any], k: int) -> Difference | None:
-    """Return the difference of pass@k on the problems that both have, if of each at least k samples were taken."""
+    """Return the difference of pass@k on the problems that both have; None if some problem has fewer than k samples."""
     own, other = ({task: (n, c) for task, n, c in side.get("counts", [])} for side in (benchmark, first))
     shared = [task for task in own if task in other]
     if not shared or any(side[task][0] < k for side in (own, other) for task in shared):
         return None
-    values = [pass_at_k(*zip(*(side[task] for task in shared)), k) for side in (own, other)]
-    return paired_difference(*values)
+    values = [
+        pass_at_k([side[task][0] for task in shared], [side[task][1] for task in shared], k) for side in (own, other)
+    ]
+    return paired_difference(values[0], values[1])
 
 
 def _harness(runs: list[Evaluated]) -> Section | None:
-    """Return the tasks of the harness; differences are taken between runs of the same metric, questions and shots."""
+    """Return the tasks of the harness. Only runs with the same metric, questions and shots are compared."""
     parts = [run.part("harness") for run in runs]
     if (section := _section("lm-evaluation-harness", runs, parts)) is None:
         return None

@@ -1,13 +1,13 @@
-"""Cuts the program out of what a model wrote.
+"""Extracts the program from generated text.
 
     program = from_completion(prompt, text, "add")
     program = from_answer(head, answer, "add")
 
-A base model goes on and on: of its continuation the program is what stands up to the end of the function that is asked for,
-and the helpers right behind it that it uses. There are no stop words: a line at the left margin ends the function unless it
-stands in a string or a bracket. What is parsed beyond that tells code from prose in an answer, how a body is indented, and
-half a line from a whole one. Limits: a function inside a class is not found, and of helpers only plain functions and classes
-are. The texts are strangers', and parsing can kill a process: call this in a worker; `end_of_function` alone parses nothing.
+A base model does not stop after the program. The program is the text up to the end of the requested function, and the helpers
+directly after it that it uses. There are no stop words: a line at the left margin ends the function, unless the line is inside
+a string or a bracket. The text is parsed only to tell code from prose in an answer, to find how a body is indented, and to
+tell half a line from a whole one. Limits: a function inside a class is not found; helpers must be plain functions or classes.
+The text is untrusted, and parsing it can kill the process: call this in a worker. Only `end_of_function` parses nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from kindling.data.docstrings import is_placeholder
 from kindling.data.filters import compiled, syntax_error
 
-ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError)  # what parsing can raise
-MAX_CHARS = 2**16  # longer texts are no programs of a small model
-# what of Python's tokens matters for where a line begins; a string of one line that is not closed ends with its line
+ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError)  # that parsing can raise
+MAX_CHARS = 2**16  # a small model writes no longer programs
+# the tokens of Python that decide where a line of code begins; an unclosed one-line string ends with its line
 _TOKEN = re.compile(
     r"(?P<margin>^(?=[^\s#]))|(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<joined>\\\r?\n)|#[^\n]*+"
     r'|"""(?:[^"\\]|\\.|"(?!""))*+(?:"""|\\?\Z)'
@@ -37,7 +37,7 @@ _STATEMENT = re.compile(r"(?:@|(?:async|def|class|import|from|try|if|for|with)\b
 
 
 def parsed(text: str) -> ast.Module | None:
-    """Return the syntax tree of a text, or None if it has none."""
+    """Return the syntax tree of a text, or None if it cannot be parsed."""
     try:
         return compiled(text, ast.PyCF_ONLY_AST)
     except ERRORS:
@@ -51,9 +51,9 @@ def function(tree: ast.Module | None, name: str) -> ast.FunctionDef | ast.AsyncF
 
 
 def is_empty(text: str, head: str, name: str) -> bool:
-    """Return whether a program lacks the function, or has no statement in it besides those of `head`.
+    """Return whether a program lacks the function `name`, or its body has no statement beyond those in `head`.
 
-    Without a name, whether the text has no statement at all.
+    With an empty name: whether the text has no statement.
     """
     tree = parsed(text)
     node = function(tree, name) if name else tree
@@ -63,9 +63,9 @@ def is_empty(text: str, head: str, name: str) -> bool:
 
 
 def is_trivial(text: str, name: str) -> bool:
-    """Return whether a function does nothing: no statement but its docstring, `pass`, `...` and NotImplementedError.
+    """Return whether a function does nothing: it has only a docstring, `pass`, `...` or NotImplementedError.
 
-    Without a name, whether the whole text does nothing.
+    With an empty name: whether the whole text does nothing.
     """
     tree = parsed(text)
     node = function(tree, name) if name else tree
@@ -73,23 +73,23 @@ def is_trivial(text: str, name: str) -> bool:
 
 
 def end_of_function(text: str, start: int, name: str) -> int | None:
-    """Return where the program ends whose function `name` is open or still to come at `start`, or None if it may go on.
+    """Return where the program ends, or None if it may continue. At `start`, its function `name` is open or not yet begun.
 
-    What follows in a longer text does not change where that is.
+    More text after the end does not change the result.
     """
     ends, goes_on = _ends(text, start, name)
     return None if goes_on else ends[-1]
 
 
 def _ends(text: str, start: int, name: str) -> tuple[list[int], bool]:
-    """Return where the function ends and where each helper behind it does, and whether more may belong to them."""
+    """Return where the function and each helper after it end, and whether the text after that may still belong to them."""
     own, ends = None, []
     for margin in _margins(text):
         if own is None:
             own = margin if _defines(text, margin, name) else None
         elif margin > start:
             ends.append(margin)
-            if "\n" not in text[margin:]:  # half a line may yet be anything
+            if "\n" not in text[margin:]:  # half a line can become anything
                 return ends, True
             helper = _NAMED.match(text, margin)
             earlier = text[own:margin]
@@ -99,7 +99,7 @@ def _ends(text: str, start: int, name: str) -> tuple[list[int], bool]:
 
 
 def _margins(text: str) -> Iterator[int]:
-    """Yield where lines of code begin at the left margin: not those in strings or brackets, nor comments."""
+    """Yield the positions where a line of code begins at the left margin, outside strings, brackets and comments."""
     depth, joined = 0, -1
     for token in _TOKEN.finditer(text):
         kind = token.lastgroup
@@ -119,16 +119,16 @@ def _defines(text: str, position: int, name: str) -> bool:
 
 
 def _uses(code: str, name: str) -> bool:
-    """Return whether code names what it does not define."""
+    """Return whether code uses a name and does not define it."""
     code = _TOKEN.sub(lambda token: token[0] if token.lastgroup else " ", code)  # without strings and comments
     found = [m[0] for m in re.finditer(rf"(?:\b(?:def|class) +)?\b{re.escape(name)}\b", code)]
     return bool(found) and found.count(name) == len(found)
 
 
 def from_completion(head: str, completion: str, name: str, cut_short: bool = False) -> str:
-    """Return the program that a continuation of `head` is, the beginning of both together.
+    """Return the program: `head` and the part of the completion that belongs to it.
 
-    `cut_short`: the text was ended by a limit, so that its last line may be half of one and is left out if it must be.
+    `cut_short`: a limit ended the text, so its last line may be incomplete and is left out where that is needed to parse it.
     """
     text = (head + completion)[:MAX_CHARS]
     ends, goes_on = _ends(text, len(head), name)
@@ -137,17 +137,17 @@ def from_completion(head: str, completion: str, name: str, cut_short: bool = Fal
             whole_lines = text[: text.rindex("\n") + 1]
             return text if parsed(whole_lines) is None else whole_lines
         return text
-    # a helper that is broken, or of which half is missing, does not take the function with it
+    # a helper that is broken or incomplete is left out, and the function is kept
     if goes_on and _NAMED.match(text, ends[-1]) and "\n" in text[ends[-1] :]:
         ends.append(len(text))
     return text[: next((end for end in reversed(ends) if parsed(text[:end]) is not None), ends[0])]
 
 
 def from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> str:
-    """Return the program that an answer to an instruction is: the function in a code block or in its text, or a body.
+    """Return the program in an answer to an instruction: a function in a code block or in the text, or only a body.
 
-    `head` is the code of the problem up to the end of the function's docstring, or empty: what precedes the function
-    there, such as imports, is put before a function, and the whole of it before a body.
+    `head` is the problem's code up to the end of the function's docstring, or empty. If the answer has a function, the code
+    before the function in `head`, such as imports, is put before it. If the answer is a body, the whole `head` is.
     """
     answer = answer[:MAX_CHARS]
     node = function(parsed(head), name)
@@ -158,37 +158,37 @@ def from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> s
         code = _from_definition(block, name)
         if code is not None:
             programs.append(from_completion("", before + code, name, cut_short))
-    if programs:  # a block may repeat the question
+    if programs:  # a block may only repeat the question
         return next((program for program in programs if not is_trivial(program, name)), programs[0])
     block = re.sub(r"\A(?:[ \t\r]*\n)+", "", blocks[0] if blocks else answer)
-    if not head or _is_module(block):  # no body, but something else
+    if not head or _is_module(block):  # not a body
         return from_completion("", before + block, name, cut_short)
     bodies = [from_completion(head, body, name, cut_short) for body in _indented(block)]
     return next((program for program in bodies if parsed(program) is not None), bodies[0])
 
 
 def _from_definition(block: str, name: str) -> str | None:
-    """Return the code from the first statement on that belongs to the function, or None where that is not defined."""
+    """Return the code from the first statement on that belongs to the function; None if the function is not defined."""
     for text in (block, block.lstrip(), textwrap.dedent(block)):
         starts = [m.start() for m in re.finditer(r"^", text, re.MULTILINE) if _STATEMENT.match(text, m.start())]
         own = next((start for start in starts if _defines(text, start, name)), None)
-        if own is not None:  # prose may begin like a statement, but hardly parses
+        if own is not None:  # prose can begin like a statement, but it rarely parses
             candidates = (s for s in starts if s < own and parsed(f"{text[s:own]}def f(): pass") is not None)
             return text[next(candidates, own) :]
     return None
 
 
 def _is_module(code: str) -> bool:
-    """Return whether code defines functions or classes, and is no body that has lost its margin."""
+    """Return whether code defines functions or classes, and is not a body without its indentation."""
     nodes = getattr(parsed(code), "body", [])
     is_any = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes)
     return is_any and syntax_error(code) is None  # compile() refuses a `return` outside functions, ast.parse() does not
 
 
 def _indented(body: str) -> Iterator[str]:
-    """Yield the ways in which a body may have been meant, the likeliest first."""
+    """Yield the possible indentations of a body, the most likely first."""
     if body[:1].isspace():
         yield body
     yield textwrap.indent(textwrap.dedent(body), "    ")
-    if not re.match(r"[^\n]*\n\S", body):  # the first line alone has lost its margin
+    if not re.match(r"[^\n]*\n\S", body):  # only the first line has lost its indentation
         yield "    " + body.lstrip()

@@ -1,10 +1,11 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2021), on a model in memory and with data of this machine or the hub.
+"""Runs tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2021) on a model in memory, with local data or data of the hub.
 
     python evaluate.py runs/demo --harness wikitext,hellaswag,arc_easy,arc_challenge,gsm8k --harness-data data/eval
 
-Any task, group or tag of lm-eval goes. Its settings are lm-eval's own, so the figures are those of published tables as far
-as the data are the same; what is not, each result says. lm-eval is optional: `pip install -r requirements-harness.txt`.
-Limits: no chat template; nothing that runs code a model wrote (lm-eval has no sandbox); one device, float32.
+Any task, group or tag of lm-eval can be named. All settings are lm-eval's own, so figures can be compared with published tables
+where the data are the same; each result has notes on what differs. lm-eval is optional: `pip install -r
+requirements-harness.txt`. Limits: no chat template; no task that runs generated code (lm-eval has no sandbox); one device,
+float32.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
 
-# which of a task's metrics published tables show, the first that it has
+# the metric in published tables is the first of these that a task has
 HEADLINES = ("word_perplexity", "acc_norm", "exact_match,strict-match", "acc", "exact_match")
-SEED = 1234  # of the draw of few-shot examples; lm-eval's own default
+SEED = 1234  # for drawing few-shot examples; lm-eval's default
 
 
 def run(
@@ -43,13 +44,13 @@ def run(
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Return for each task its headline metric, and under "all" every metric, ready for JSON.
+    """Return the headline metric of each task, and every metric under "all", ready for JSON.
 
-    `data` is a folder of local files (see harness_data.py); a task that has none there is read from the hub. `limit` is
-    the number of questions of each task. A result has metric, value, stderr (or None), n (questions), shots, task_version,
-    lm_eval (its version), data (a path, or "hub"), requests, cropped (of them, those whose context was cut on the left),
-    all, and notes: sentences on what makes the figures differ from published ones.
-    Raises HarnessError, before anything runs, if lm-eval, a task or its data cannot be had.
+    `data` is a folder of local files (see harness_data.py); the data of other tasks come from the hub. `limit` is the number of
+    questions for each task. A result has metric, value, stderr (or None), n (questions), shots, task_version, lm_eval (its
+    version), data (a path, or "hub"), requests, cropped (the number of requests whose context was cropped), all, and notes:
+    sentences on why the figures may differ from published ones.
+    Raises HarnessError, before anything runs, if lm-eval, a task or its data are missing.
     """
     require(tasks, data, limit)
     with _quiet():
@@ -66,7 +67,7 @@ def run(
         was_training = model.training
         model.eval()  # without dropout
         try:
-            results = {}
+            results: dict[str, dict[str, Any]] = {}
             for task in tasks:
                 lm = KindlingLM(model, tokenizer, device, batch_size, progress)
                 results |= _evaluate(lm, task, loaded[task], local[task], limit)
@@ -76,7 +77,7 @@ def run(
 
 
 def require(tasks: Sequence[str], data: Path | None, limit: int | None) -> None:
-    """Raise HarnessError unless lm-eval is installed and the rest can be used."""
+    """Raise HarnessError unless lm-eval is installed and the arguments can be used."""
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
@@ -95,7 +96,7 @@ def require(tasks: Sequence[str], data: Path | None, limit: int | None) -> None:
 
 @functools.lru_cache
 def _manager(tasks: tuple[str, ...]) -> TaskManager:
-    """Return lm-eval's index of its tasks: of all 14,000, which takes ten seconds, only where a task is not known here."""
+    """Return lm-eval's index of tasks. All 14,000 take ten seconds, so they are indexed only if a task is not in TASKS."""
     import lm_eval.tasks
 
     if not all(task in TASKS for task in tasks):
@@ -112,15 +113,17 @@ def _full_manager() -> TaskManager:
 
 
 def _load(manager: TaskManager, task: str, local: Local | None, hub_answers: bool) -> dict[str, Any]:
-    """Return lm-eval's task with its data, in the form that `evaluate` takes."""
+    """Return lm-eval's task with its data, in the form that lm-eval's `evaluate` takes."""
     spec: str | dict[str, Any] = task
     if local is not None:
-        # inside a group, settings given here are laid over the task's own
+        # inside a group, these settings override the task's own
         settings = {"task": task, "custom_dataset": lambda **_: local.splits, **local.overrides}
         spec = {"group": "local", "task": [settings]}
     try:
         loaded = manager.load([spec])
-    except Exception as e:  # connection, authorisation and format errors, and those of a task's own code, share no base
+    except (
+        Exception
+    ) as e:  # errors of connection, authorisation, format and of a task's own code have no common base class
         if local is not None:
             raise HarnessError(
                 f"{local.path} must have the data of {task}, but gave {one_line(e)}; fetch it again"
@@ -128,7 +131,9 @@ def _load(manager: TaskManager, task: str, local: Local | None, hub_answers: boo
         put = f"put {wanted(task)} into a folder and name it with --harness-data"
         if task not in manager.all_subtasks:
             put = "name the tasks in it, whose data may be local, one by one"
-        offline = isinstance(e, OSError) and not hub_answers  # else it may be a package that the task's own code lacks
+        offline = (
+            isinstance(e, OSError) and not hub_answers
+        )  # otherwise a package may be missing that the task's own code needs
         why = "the hub cannot be reached and its cache lacks them" if offline else f"loading them gave {one_line(e)}"
         raise HarnessError(f"the task {task} must have its data, but {why}; check the network, or {put}") from None
     for one in loaded["tasks"].values():
@@ -139,7 +144,7 @@ def _load(manager: TaskManager, task: str, local: Local | None, hub_answers: boo
 def _evaluate(
     lm: KindlingLM, task: str, loaded: dict[str, Any], local: Local | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the result of a task; of a group, that of each of its tasks and of the whole if it has one."""
+    """Return the result of a task; for a group, the results of its tasks and of the whole group if it has one."""
     from importlib.metadata import version
 
     from lm_eval.evaluator import evaluate
@@ -151,7 +156,7 @@ def _evaluate(
     results = {}
     for name, metrics in answer["results"].items():
         if not (numbers := _numbers(metrics)):
-            continue  # a group without a figure of its own
+            continue  # a group without its own figure
         headline = next((metric for metric in HEADLINES if metric in numbers), next(iter(numbers)))
         at, comma, kind = headline.partition(",")
         shots = answer["n-shot"].get(name, 0)
@@ -173,7 +178,7 @@ def _evaluate(
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """Return the metrics by name ("acc", "exact_match,strict-match"); what is no finite number becomes None."""
+    """Return the metrics by name ("acc", "exact_match,strict-match"). A value that is not a finite number becomes None."""
     found = {}
     for name, value in metrics.items():
         if "," in name:
@@ -183,7 +188,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _notes(lm: KindlingLM, local: Local | None, shots: int, limit: int | None) -> list[str]:
-    """Return what makes the figures differ from published ones, a sentence each."""
+    """Return sentences on why the figures may differ from published ones."""
     notes = [local.note] if local and local.note else []
     if local and shots and local.overrides.get("fewshot_split") == local.overrides.get("test_split", ""):
         notes.append(f"the {shots} shots are other rows of the split that is scored, for no training split is local")
@@ -203,9 +208,9 @@ def _notes(lm: KindlingLM, local: Local | None, shots: int, limit: int | None) -
 
 @contextmanager
 def _hub(needed: bool) -> Iterator[bool]:
-    """Yield whether the hub answers, if it is needed; where it does not, its libraries read only their cache meanwhile.
+    """Yield whether the hub is needed and answers. If not, its libraries use only their cache inside the `with` statement.
 
-    They would try again for half a minute, and say so each time.
+    Otherwise they would retry for half a minute, with a message each time.
     """
     import datasets
     from huggingface_hub import constants, get_session
@@ -214,7 +219,7 @@ def _hub(needed: bool) -> Iterator[bool]:
     try:
         if needed:
             get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no connection, a proxy's refusal, offline mode: they share no base class
+    except Exception:  # no connection, a proxy's refusal, offline mode: they have no common base class
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         answers = False
     try:
@@ -225,14 +230,16 @@ def _hub(needed: bool) -> Iterator[bool]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log and its progress bars, which are not to be switched off, from the terminal."""
+    """Hide lm-eval's log and progress bars, which have no switch of their own."""
     import datasets
     import lm_eval.api.task
     from tqdm import tqdm
 
     log, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
     level, bar = log.level, lm_eval.api.task.tqdm
-    log.setLevel(logging.ERROR)  # a warning about each local data set, and on shots and cropping what `notes` say
+    log.setLevel(
+        logging.ERROR
+    )  # it warns about each local data set, and about shots and cropping, which are in `notes`
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
     datasets.disable_progress_bars()
     try:

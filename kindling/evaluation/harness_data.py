@@ -1,19 +1,19 @@
-"""Local files of lm-eval's tasks, as the rows that lm-eval would get from the hub.
+"""Reads local files of lm-eval's tasks as the rows that lm-eval would get from the hub.
 
     local = load(Path("data/eval"), "gsm8k")
     local.splits["test"][0]["question"]
 
-A file is named by its task. It holds the columns of the hub's data set: a folder `TASK/` that `save_to_disk` wrote, or
-`TASK.jsonl`, `TASK.jsonl.gz` or `TASK.parquet` with the rows that are scored. Or it is one of four plain forms that these
-data sets are also handed around in, from which the same columns are made:
+A file has the name of its task, and the columns of the hub's data set: a folder `TASK/` written by `save_to_disk`, or
+`TASK.jsonl`, `TASK.jsonl.gz` or `TASK.parquet` with the rows to score. Or it has one of four plain formats in which these data
+sets are also distributed; the same columns are made from them:
 
-- wikitext: `wikitext.txt` or `wikitext-2/test.txt`, also with .gz: the lines of WikiText-2, cut here into its pages;
-- hellaswag: `hellaswag.txt` or `hellaswag_val_full.txt`, also with .gz: six lines a task;
+- wikitext: `wikitext.txt` or `wikitext-2/test.txt`, also with .gz: the lines of WikiText-2, which are split into its pages;
+- hellaswag: `hellaswag.txt` or `hellaswag_val_full.txt`, also with .gz: six lines for each question;
 - arc_easy and arc_challenge: JSON lines of query, choices and gold;
 - gsm8k: also under the name `gsm8k_test`.
 
-Limit: HellaSwag's plain form is already cleaned, so where its context ends and the first words of the ending begin is told
-from its punctuation.
+Limit: HellaSwag's plain format does not mark where the context ends and the first words of the ending begin. This is guessed
+from the punctuation.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ PLAIN_SUFFIXES = (".txt", ".txt.gz")
 
 
 class HarnessError(KindlingError):
-    """lm-eval, one of its tasks or a task's data that cannot be had."""
+    """lm-eval, one of its tasks or the data of a task is missing or cannot be used."""
 
 
 class Task(NamedTuple):
-    """What is known here of one of lm-eval's tasks."""
+    """What this module knows about one of lm-eval's tasks."""
 
     folder: str
-    """Of its settings, among lm-eval's tasks."""
+    """The folder with its settings, among lm-eval's tasks."""
     hub: str
-    """Its data set there."""
+    """Its data set on the hub."""
     split: str
     """The split that lm-eval scores."""
     columns: tuple[str, ...]
-    """What a row must have."""
+    """The columns that a row must have."""
     plain_name: str | None = None
-    """Another name that its file may have."""
+    """Another name of its file."""
 
 
 TASKS = {
@@ -70,18 +70,18 @@ TASKS = {
 
 
 class Local(NamedTuple):
-    """The data of a task that were found on this machine."""
+    """The local data of a task."""
 
     path: Path
     splits: dict[str, Dataset]
     overrides: dict[str, str]
-    """The settings of the task that say which split is for what."""
+    """The settings of the task that name its splits."""
     note: str = ""
-    """What makes its figures differ from published ones."""
+    """Why its figures may differ from published ones."""
 
 
 def find(folder: Path, task: str) -> Path | None:
-    """Return the file or folder with the data of a task, or None; a file with the hub's columns comes first."""
+    """Return the file or folder with the data of a task, or None. Files with the hub's columns come first."""
     known = TASKS.get(task)
     if (folder / task).is_dir():
         return folder / task
@@ -93,7 +93,7 @@ def find(folder: Path, task: str) -> Path | None:
 
 
 def wanted(task: str) -> str:
-    """Return which file holds the data of a task, in words for an error."""
+    """Return which file must have the data of a task, in words for an error."""
     if (known := TASKS.get(task)) is None:
         return f"{task}/ (written by save_to_disk) or {task}.jsonl"
     return f"{task}/ (written by save_to_disk) or {task}.jsonl with {', '.join(known.columns)} ({known.hub})"
@@ -102,8 +102,8 @@ def wanted(task: str) -> str:
 def load(folder: Path, task: str) -> Local | None:
     """Return the data of a task in a folder, or None if there are none.
 
-    A data set saved whole has the hub's splits. A single file is the split that is scored; few-shot examples then come
-    from its other rows. Raises HarnessError for data that cannot be read or that are another task's.
+    A data set that was saved as a whole has the hub's splits. A single file is the split to score, and few-shot examples come
+    from its other rows. Raises HarnessError for data that cannot be read or belong to another task.
     """
     if (path := find(folder, task)) is None:
         return None
@@ -113,7 +113,7 @@ def load(folder: Path, task: str) -> Local | None:
     if path.is_dir():
         try:
             content = load_from_disk(str(path))
-        except Exception as e:  # its errors share no base class
+        except Exception as e:  # its errors have no common base class
             raise HarnessError(
                 f"{path} must be a data set written by save_to_disk, but cannot be read ({one_line(e)}); save it again"
             ) from None
@@ -125,14 +125,14 @@ def load(folder: Path, task: str) -> Local | None:
     if not isinstance(content, DatasetDict):
         content = DatasetDict({known.split if known else "test": content})
     elif known is None:
-        return Local(path, dict(content), {})  # all its splits are there, as its settings name them
+        return Local(path, dict(content), {})  # it has all splits, under the names in its settings
     scored = known.split if known else "test"
     if scored not in content:
         raise HarnessError(
             f"{path} must have the split {scored}, but has {', '.join(content)}; save the whole data set"
         )
     _require_columns(path, known.columns if known else (), content[scored].column_names)
-    # named as such, the scored split gives lm-eval's shots all its rows but the one that is asked
+    # if the scored split is also the few-shot split, lm-eval draws shots from all its rows but the question's own
     splits = {"test_split": scored, "fewshot_split": "train" if "train" in content else scored}
     return Local(path, dict(content), splits, note)
 
@@ -146,7 +146,7 @@ def _require_columns(where: Path | str, columns: Sequence[str], given: Iterable[
 
 
 def _rows(path: Path, task: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of a file with the hub's columns, and a note if it is not just the hub's data."""
+    """Return the rows of a file with the hub's columns, and a note if they are not exactly the hub's data."""
     if path.suffix == ".parquet":
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -195,14 +195,14 @@ def _unreadable(path: Path, error: Exception) -> HarnessError:
     )
 
 
-# a heading of the first level; those of the others are "= = Title = =" and so on
+# a heading of the first level; a second-level heading is "= = Title = =", and so on
 _TITLE = re.compile(r"\s*= (?!=)(?:.* )?(?<!= )=\s*")
 
 
 def wikitext_pages(text: str) -> list[dict[str, str]]:
-    """Return WikiText cut before each title, the pages of EleutherAI/wikitext_document_level.
+    """Return the pages of WikiText, split before each title as in EleutherAI/wikitext_document_level.
 
-    Lines keep their spaces and the pages their order; joined by line ends they are the text, but for blank pages.
+    Lines keep their spaces and pages their order. Joined by newlines, the pages give the text, without blank pages.
     """
     pages: list[list[str]] = [[]]
     for line in text.split("\n"):
@@ -223,11 +223,11 @@ def _share_of_unk(text: str) -> str:
 
 
 def hellaswag_rows(lines: Sequence[str], where: str) -> list[dict[str, Any]]:
-    """Return the rows of HellaSwag's plain form: "activity: context", the number of the right ending, four endings.
+    """Return the rows of HellaSwag's plain format: "activity: context", the number of the right ending, four endings.
 
-    lm-eval capitalises `ctx_b`, the beginning of the sentence that the endings end, as `str.capitalize` does. It is what
-    follows the context's last sentence; WikiHow's contexts ("How to ...") have none. Raises HarnessError, which names the
-    line, for anything else.
+    `ctx_b` is the beginning of the sentence that the endings complete: the text after the context's last sentence. Contexts of
+    WikiHow ("How to ...") have none. lm-eval capitalises it with `str.capitalize`. Raises HarnessError with the line's number
+    for any other content.
     """
     if len(lines) % 6:
         raise HarnessError(f"{where} must have six lines for each task, but has {len(lines)}; fetch it again")
@@ -247,7 +247,7 @@ def hellaswag_rows(lines: Sequence[str], where: str) -> list[dict[str, Any]]:
 
 
 def arc_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a row of ARC of one with query ("Question: ..."), choices (texts) and gold (their index)."""
+    """Return a row with ARC's columns, made from one with query ("Question: ..."), choices (texts) and gold (an index)."""
     _require_columns(where, ("query", "choices", "gold"), row)
     query, choices, gold = row["query"], row["choices"], row["gold"]
     if not (isinstance(query, str) and isinstance(choices, list) and gold in range(len(choices))):

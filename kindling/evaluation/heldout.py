@@ -1,10 +1,10 @@
-"""Held-out functions and instructions as problems without tests: what a model writes for them can only be compiled.
+"""Held-out functions and instructions as problems without tests: samples for them are only compiled.
 
     problems = from_documents(run.heldout("val"), tokenizer, 100, 2, bar.update)
     problems = from_conversations(run.heldout("val"), tokenizer, 100, mined=True, n_workers=2)
 
-A base model is given a signature out of a file that it has not seen; a fine-tuned one an instruction that it has not seen, in
-the tokens that it would have been trained on.
+A base model gets the signature of a function in a held-out file. A fine-tuned model gets a held-out instruction, as the same
+tokens as in training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SIGNATURE = re.compile(r"^(?:async )?def (\w+)\(.*:$", re.MULTILINE)
 
 
 def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
-    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()  # the same in every run that has the same prompt
+    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()  # the same prompt has the same id in every run
     return Problem(
         benchmark=kind,
         task_id=digest[:12],
@@ -51,12 +51,12 @@ def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] 
 
 
 def _signatures(text: str, slot: int) -> list[tuple[str, str]]:
-    """Return the names and signatures of documented functions of a text that is Python."""
+    """Return the names and signatures of the documented functions in Python code; nothing for any other text."""
     try:
         pairs = pairs_of(text)
     except ERRORS:
         return []
-    # no methods: what follows one is further to the left, and still inside its class
+    # no methods: the code after one is further to the left and still inside its class
     lines = [pair.instruction.rpartition("\n")[2] for pair in pairs if "." not in pair.name]
     found = [(m[1], line) for line in lines if (m := _SIGNATURE.fullmatch(line))]
     return found[:PER_DOCUMENT]
@@ -76,11 +76,11 @@ def _documents(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
 def from_documents(
     dataset: TokenDataset, tokenizer: Tokenizer, n: int, n_workers: int, progress: Callable[[int], object]
 ) -> list[Problem]:
-    """Return up to `n` signatures of documented Python functions of a split, at most 3 a document, in its order.
+    """Return up to `n` signatures of documented Python functions in a split, at most PER_DOCUMENT of a document, in order.
 
-    `progress` is told how many more were found.
+    `progress` is called with 1 for each.
     """
-    problems: dict[str, Problem] = {}  # by task: methods apart, many files have a main()
+    problems: dict[str, Problem] = {}  # by task_id: many files have a main()
     found = map_jobs(_signatures, _documents(dataset, tokenizer), n_workers, LIMIT_S)
     try:
         for signatures in found if n else ():
@@ -97,16 +97,16 @@ def from_documents(
 
 
 def _is_code(text: str, slot: int) -> bool:
-    """Return whether a response is Python that does something, alone or in its code block."""
+    """Return whether a response, or its code block, is Python that does something."""
     tree = parsed(from_answer("", text, ""))
     nodes = [] if tree is None else tree.body
     return any(not isinstance(n, ast.Expr) or isinstance(n.value, ast.Call) for n in nodes)
 
 
 def from_conversations(dataset: Examples, tokenizer: Tokenizer, n: int, mined: bool, n_workers: int) -> list[Problem]:
-    """Return the first instruction of up to `n` conversations of a split whose response is Python, in its order.
+    """Return the first instruction of up to `n` conversations in a split whose response is Python, in order.
 
-    `mined`: they were made from docstrings, and end with the signature whose body is the answer.
+    `mined`: they were made from docstrings. An instruction then ends with a signature, and the response is the body.
     """
 
     def first(number: int) -> tuple[list[int], list[int]]:

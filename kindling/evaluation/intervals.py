@@ -1,43 +1,43 @@
-"""How sure a measured figure is: pass@k without bias, and 95% intervals of proportions, means, ratios and differences.
+"""Computes unbiased pass@k, and 95% intervals of proportions, means, ratios and differences.
 
     from kindling.evaluation.intervals import pass_at_k, wilson
     pass_at_k(n=5, c=1, k=1)        # 0.2
     wilson(61, 100)                 # Interval(low=0.512, high=0.700)
 
-What is resampled is the unit that was drawn: a problem or a document, never a token. Intervals say how much a figure
-would move with other units of the same kind, not with another training seed. Samples of one prompt are alike, so that
-prompts are resampled and not samples. Where no interval can be given, both its ends are nan.
+Resampling draws the units that were measured, problems or documents, never tokens. Intervals say how much a figure would
+change with other units of the same kind, not with another training seed. Samples of one prompt resemble each other, so prompts
+are resampled rather than samples. Where no interval can be given, both its ends are nan.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
 Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
-# the whole range of 5 values holds a distribution's median with 1 - 2 * 0.5**5 = 93.75%, that of 6 with 96.9%: from fewer
-# than 6 units no resampling makes a 95% interval
+# the range of 5 values contains a distribution's median with a probability of 1 - 2 * 0.5**5 = 93.75%, that of 6 values with
+# 96.9%; so with fewer than 6 units no resampling gives a 95% interval
 FEWEST = 6
-_CHUNK = 1 << 20  # numbers drawn at a time, so that memory is bounded
+_CHUNK = 1 << 20  # numbers drawn at a time, to limit memory
 
 Numbers = Sequence[float] | np.ndarray
 
 
 class Interval(NamedTuple):
-    """The two ends of a 95% interval; both nan where none can be given."""
+    """The two ends of a 95% interval; both nan where there is none."""
 
     low: float
     high: float
 
 
 class Difference(NamedTuple):
-    """A difference, the ends of its 95% interval, and whether this excludes 0 (False where there is no interval).
+    """A difference, the ends of its 95% interval, and whether the interval excludes 0 (False where there is no interval).
 
-    A paired difference is significant only if at least 6 units differ besides: the bootstrap of four problems that only one
-    model solves, and 160 that none does, excludes 0, but four heads of four coins are nothing rare.
+    A paired difference is significant only if at least 6 units also differ. Of 164 problems, let one model solve four and the
+    other none: the bootstrap excludes 0, but four heads of four coins are not rare.
     """
 
     difference: float
@@ -49,12 +49,20 @@ class Difference(NamedTuple):
 NONE = Interval(math.nan, math.nan)
 
 
-def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:
-    """Return the unbiased estimate of the chance that one of `k` samples passes, of `n` taken and `c` passed.
+@overload
+def pass_at_k(n: int, c: int, k: int) -> float: ...
 
-    n and c are integers or arrays of them, one a problem; of two integers the result is a float, else an array of
-    float64. The estimate is 1 - C(n - c, k) / C(n, k), as a product of ratios that neither overflows nor cancels
-    (Chen et al. 2021, arXiv:2107.03374, eq. 1). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+
+@overload
+def pass_at_k(n: Numbers, c: Numbers, k: int) -> np.ndarray: ...
+
+
+def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:
+    """Return the unbiased estimate of the probability that at least one of `k` samples passes, if `c` of `n` samples passed.
+
+    n and c are integers, or arrays with one integer for each problem. For two integers the result is a float, else a float64
+    array. The estimate is 1 - C(n - c, k) / C(n, k), computed as a product of ratios to avoid overflow and cancellation (Chen
+    et al. 2021, arXiv:2107.03374, eq. 1). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     n_array, c_array = np.broadcast_arrays(np.asarray(n), np.asarray(c))
     for name, array in (("n", n_array), ("c", c_array), ("k", np.asarray(k))):
@@ -66,7 +74,9 @@ def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:
     if k < 1 or (k > total).any():
         raise ValueError(f"1 <= k <= n must hold, but k is {k} and n is {n}")
     missed = np.ones(total.shape)
-    for i in range(k):  # times the chance that one more fails, once i have; 0 from the first 0 on
+    for i in range(
+        k
+    ):  # the probability that the next sample fails, after i have failed; once it is 0, the product stays 0
         missed = missed * (total - correct - i) / (total - i)
     return 1.0 - missed if missed.shape else float(1.0 - missed)
 
@@ -74,8 +84,8 @@ def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:
 def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0) -> Interval:
     """Return the 95% interval of the mean pass@k over problems, by the bootstrap.
 
-    Where every problem has the same pass@k of 0 or of 1, resampling finds no spread and would claim certainty; the
-    interval is then Wilson's, of that many problems. Raises what pass_at_k raises.
+    If the pass@k of every problem is 0, or of every problem 1, resampling finds no spread and would claim certainty. The
+    interval is then Wilson's for that number of problems. Raises what pass_at_k raises.
     """
     values = np.atleast_1d(pass_at_k(n, c, k))
     if len(values) and (values == values[0]).all() and values[0] in (0, 1):
@@ -84,9 +94,9 @@ def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0) -> Interval:
 
 
 def rate_interval(successes: Numbers, n: Numbers, seed: int = 0) -> Interval:
-    """Return the 95% interval of sum(successes) / sum(n), units resampled; Wilson's over units where there is no spread.
+    """Return the 95% interval of sum(successes) / sum(n). A unit is a prompt with n samples; units are resampled.
 
-    A unit is a prompt with n samples. Of one sample each it is Wilson's.
+    With one sample for each prompt, or without any spread, it is Wilson's interval over the units.
     """
     successes, n = np.asarray(successes, dtype=np.int64), np.asarray(n, dtype=np.int64)
     if (n == 1).all() or successes.sum() in (0, n.sum()):
@@ -95,7 +105,7 @@ def rate_interval(successes: Numbers, n: Numbers, seed: int = 0) -> Interval:
 
 
 def wilson(successes: int, n: int) -> Interval:
-    """Return Wilson's 95% interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22); of n = 0 there is none.
+    """Return Wilson's 95% interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22); none for n = 0.
 
     Raises ValueError unless 0 <= successes <= n.
     """
@@ -111,7 +121,7 @@ def wilson(successes: int, n: int) -> Interval:
 def bootstrap_mean(values: Numbers, seed: int = 0, n: int = 10_000) -> Interval:
     """Return the 95% percentile interval of the mean of `values`, by `n` resamples.
 
-    There is none of fewer than 6 values (see FEWEST). The same seed gives the same interval.
+    There is none for fewer than 6 values (see FEWEST). The same seed gives the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < FEWEST:
@@ -120,10 +130,10 @@ def bootstrap_mean(values: Numbers, seed: int = 0, n: int = 10_000) -> Interval:
 
 
 def bootstrap_ratio(numerators: Numbers, denominators: Numbers, seed: int = 0, n: int = 10_000) -> Interval:
-    """Return the 95% percentile interval of sum(numerators) / sum(denominators), pairs resampled together.
+    """Return the 95% percentile interval of sum(numerators) / sum(denominators). Pairs are resampled together.
 
-    Of bits per byte, numerators are the documents' bits and denominators their bytes. There is none of fewer than 6 pairs,
-    or where the denominators are all 0. Raises ValueError unless both are as long and no denominator is negative.
+    For bits per byte, numerators are the documents' bits and denominators their bytes. There is none for fewer than 6 pairs, or
+    if all denominators are 0. Raises ValueError unless both have the same length and no denominator is negative.
     """
     pairs = np.stack(_same_length(numerators, denominators))  # (2, units)
     if (pairs[1] < 0).any():
@@ -131,14 +141,15 @@ def bootstrap_ratio(numerators: Numbers, denominators: Numbers, seed: int = 0, n
     if pairs.shape[1] < FEWEST or not pairs[1].any():
         return NONE
     sums = _resampled_sums(pairs, seed, n)  # (2, n)
-    drawn = sums[1] > 0  # all but those that drew nothing but zeros
+    drawn = sums[1] > 0  # without the resamples of zeros only
     return _percentiles(sums[0, drawn] / sums[1, drawn])
 
 
 def paired_difference(a: Numbers, b: Numbers, seed: int = 0, n: int = 10_000) -> Difference:
-    """Return mean(a) - mean(b) of two measurements of the same units, which are resampled together.
+    """Return mean(a) - mean(b) for two measurements of the same units, which are resampled together.
 
-    Of no units all is nan; of fewer than 6, or where none differs, the ends are nan. Raises ValueError unless both are as long.
+    Without units, everything is nan. With fewer than 6 units, or if none differs, the ends are nan. Raises ValueError unless
+    both have the same length.
     """
     first, second = _same_length(a, b)
     if not len(first):
@@ -150,11 +161,11 @@ def paired_difference(a: Numbers, b: Numbers, seed: int = 0, n: int = 10_000) ->
 def paired_ratio_difference(
     a: Numbers, b: Numbers, denominators: Numbers, seed: int = 0, n: int = 10_000
 ) -> Difference:
-    """Return sum(a) / sum(denominators) - sum(b) / sum(denominators), units resampled together.
+    """Return sum(a) / sum(denominators) - sum(b) / sum(denominators). Units are resampled together.
 
-    Of two models' bits per byte, a and b are their bits on each of the same documents, denominators the documents' bytes.
-    Where the denominators are all 0, or there are none, all is nan; of fewer than 6 pairs, or where none differs, the ends
-    are. Raises what bootstrap_ratio raises.
+    For bits per byte of two models, a and b are their bits on each of the same documents, and denominators the documents'
+    bytes. If there are no denominators, or all are 0, everything is nan. With fewer than 6 pairs, or if none differs, the ends
+    are nan. Raises what bootstrap_ratio raises.
     """
     first, second = _same_length(a, b)
     differences = first - second
@@ -172,7 +183,7 @@ def _same_length(a: Numbers, b: Numbers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resampled_sums(columns: np.ndarray, seed: int, n: int) -> np.ndarray:
-    """Return the sums of `n` resamples of columns (m, units), each as large as the original: (m, n)."""
+    """Return the sums of `n` resamples, each as large as the original, of columns (m, units): (m, n)."""
     rng = np.random.default_rng(seed)
     m, units = columns.shape
     sums = np.empty((m, n))
@@ -190,7 +201,7 @@ def _percentiles(means: np.ndarray) -> Interval:
 
 
 def _paired(difference: float, interval: Interval, differences: np.ndarray) -> Difference:
-    """Return a paired difference; where no unit differs, resampling finds no spread and would claim certainty."""
+    """Return a paired difference; without an interval if no unit differs, when resampling would claim certainty."""
     differ = np.count_nonzero(differences)
     low, high = interval if differ else NONE
     return Difference(difference, low, high, bool(differ >= FEWEST and (low > 0 or high < 0)))

@@ -1,14 +1,14 @@
-"""What a model's samples and the benchmarks share with the training shards.
+"""Searches the training shards for verbatim copies in a model's samples, and for problems of benchmarks.
 
     overlaps = longest_overlaps(samples, training)  # the longest verbatim copy in each sample
-    print(summary(overlaps, samples))
+    print(summary(overlaps))
     hits = benchmark_hits(("humaneval", "mbpp"), training, tokenizer)
 
-A sample here is the generated part alone: the tokens of its prompt may well be copied from the training data, and would
-count. Copies are of token ids, so text that was tokenised in another way is no copy; those of fewer than WINDOW tokens
-are not looked for, as any two programs share some.
+A sample here is only the generated part, because its prompt may be copied from the training data. Copies are found as token
+ids, so a text that is tokenised in another way is no copy. Copies of fewer than WINDOW tokens are ignored, as any two programs
+share some.
 
-Limits: 15 million tokens a second and more are searched for copies, and 10 MB a second for problems, on one core.
+Speed on one core: at least 15 million tokens per second for copies, and 10 MB per second for problems.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from typing import Any
 
 import numpy as np
 
+from config import EvalConfig
 from kindling.data.duplicates import Benchmarks, word_hashes
 from kindling.data.examples import Examples
 from kindling.data.shards import DataError, TokenDataset
+from kindling.evaluation.progress import progress_bar
+from kindling.evaluation.tasks import file_of
 from kindling.evaluation.verbatim import WINDOW, Longest, Overlap, Windows
 from kindling.tokenization.tokenizer import Tokenizer
 
-LONG = 50  # tokens: a longer copy is called memorised (Carlini et al. 2023, section 3)
-CHUNK = 2**16  # tokens that are hashed at once: all their arrays stay in the processor's cache
-BATCH = 2**20  # windows found that are looked at together
-PIECE = 2**16  # tokens: what is read in one place when only part of the data is read
+LONG = 50  # tokens; a longer copy counts as memorised (Carlini et al. 2023, section 3)
+CHUNK = 2**16  # tokens that are hashed at once, so that their arrays stay in the processor's cache
+BATCH = 2**20  # windows that are found before they are processed together
+PIECE = 2**16  # tokens that are read in one place when only part of the data is read
 
-Progress = Callable[[int], object]  # is told how many more tokens have been read
+Progress = Callable[[int], object]  # is called with the number of tokens that were read since the last call
 
 
 def training_split(manifest: dict[str, Any], data: Path) -> TokenDataset | None:
-    """Open the training split that a run's `manifest` names, in the folder `data`; None if it is not there.
+    """Open the training split in the folder `data` that a run's `manifest` names; None if it is not there.
 
-    Its hashes are verified, which reads it once. Raises DataError if it is damaged or not what the run was trained on.
+    Reads it once to verify its hashes. Raises DataError if it is damaged or not the data that the run was trained on.
     """
     folder = data / manifest["fingerprint"]
     if not folder.is_dir():
@@ -52,12 +55,46 @@ def training_split(manifest: dict[str, Any], data: Path) -> TokenDataset | None:
     return dataset
 
 
+def seen_in_training(
+    samples: Sequence[Sequence[int]],
+    benchmarks: Sequence[str],
+    manifest: dict[str, Any],
+    data: Path,
+    tokenizer: Tokenizer,
+    cfg: EvalConfig,
+) -> tuple[list[int], dict[str, Any]]:
+    """Return each sample's longest verbatim overlap with the training data, and the figures of memorisation and contamination.
+
+    `samples` are token ids. The training data are in the folder `data`, under the name in the run's `manifest`. If they are
+    missing or damaged, the figures give this as the reason. Contamination is about the problems of `benchmarks`.
+    """
+    if not samples:
+        return [], {}
+    reason = f"the training data are not here: {data / manifest['fingerprint']} is no folder"
+    try:
+        dataset = training_split(manifest, data)
+    except DataError as e:
+        dataset, reason = None, str(e)
+    if dataset is None:
+        parts = ("memorisation", "contamination") if benchmarks else ("memorisation",)
+        return [], {part: {"skipped": reason} for part in parts}
+    with progress_bar("memorisation", len(dataset), "token") as bar:
+        overlaps = longest_overlaps([np.array(ids, dtype=np.int64) for ids in samples], dataset, bar.update)
+    figures: dict[str, Any] = {"memorisation": _memorisation(overlaps, len(dataset))}
+    files = {name: file_of(name, cfg) for name in dict.fromkeys(name.partition("-")[0] for name in benchmarks)}
+    if files and cfg.contamination_tokens:
+        with progress_bar("contamination", min(len(dataset), cfg.contamination_tokens), "token") as bar:
+            hits = benchmark_hits(tuple(files.values()), dataset, tokenizer, cfg.contamination_tokens, bar.update)
+        figures["contamination"] = _contamination(hits, files)
+    return [overlap.length for overlap in overlaps], figures
+
+
 # -- samples ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the overlaps of all samples say together; lengths are in tokens."""
+    """Figures on the overlaps of all samples; lengths are in tokens."""
 
     samples: int
     longest: int
@@ -68,7 +105,7 @@ class Summary:
 
 
 def summary(overlaps: Sequence[Overlap]) -> Summary:
-    """Return the longest and the median overlap and how many are long. Raises ValueError where there is no sample."""
+    """Return the figures on the overlaps. Raises ValueError if there is no sample."""
     if not overlaps:
         raise ValueError("there must be at least one sample, but there is none")
     lengths = np.array([overlap.length for overlap in overlaps])
@@ -83,13 +120,27 @@ def summary(overlaps: Sequence[Overlap]) -> Summary:
     )
 
 
+def _memorisation(overlaps: Sequence[Overlap], training_tokens: int) -> dict[str, Any]:
+    """Return the part of eval.json about memorisation."""
+    found = summary(overlaps)
+    return {
+        "samples": found.samples,
+        "longest": found.longest,
+        "median": found.median,
+        "over_50": found.long,
+        "share_over_50": found.long_share,
+        "below_window": found.below_window,
+        "training_tokens": training_tokens,
+    }
+
+
 def longest_overlaps(
     samples: Sequence[np.ndarray], dataset: TokenDataset, progress: Progress | None = None
 ) -> list[Overlap]:
     """Return for each sample, token ids (n,), the longest run of its tokens that occurs verbatim in the dataset.
 
-    Pass what was generated, without the prompt. A run never spans documents: the end-of-text token matches nothing.
-    Where several runs or copies are of the same length, one of them is given, the same each time.
+    Pass only the generated tokens, without the prompt. A run never spans documents, because the end-of-text token matches
+    nothing. Among several runs or copies of the same length, the result is always the same one.
     """
     eos_id = dataset.manifest["eos_id"]
     windows = Windows([np.where(sample == eos_id, -1, sample) for sample in samples])
@@ -106,7 +157,7 @@ def longest_overlaps(
         if n_found >= BATCH or (stop == last and found):
             places, ids = (np.concatenate(part) for part in zip((places, ids), *found))
             longest.update(places, ids)
-            # a run that goes on is seen whole the next time, as none is longer than a sample
+            # keep a run that continues in the next chunk; none is longer than a sample
             keep = slice(_last_stretch(places, stop, longest.reach), None)
             places, ids, found, n_found = places[keep], ids[keep], [], 0
         if progress is not None:
@@ -115,7 +166,7 @@ def longest_overlaps(
 
 
 def _last_stretch(places: np.ndarray, stop: int, reach: int) -> int:
-    """Return where in `places` the stretch begins that ends at `stop`, or its last `reach` windows."""
+    """Return where in `places` the stretch that ends at `stop` begins, or where its last `reach` windows begin."""
     whole = places - np.arange(len(places)) == stop - len(places)
     return max(len(places) - int(whole.sum()), len(places) - reach)
 
@@ -125,25 +176,25 @@ def _last_stretch(places: np.ndarray, stop: int, reach: int) -> int:
 
 @dataclass
 class ProblemHit:
-    """One problem of a benchmark that the data holds words of."""
+    """A problem of a benchmark that was found in the data."""
 
-    words: str  # 13 in a row that the first of the documents shares with it
-    position: int  # of that document in the split, in tokens; of what was read of it, where its beginning was not
-    documents: int = 0
+    words: str  # the 13 words in a row that the first document shares with it
+    position: int  # of that document in the split, in tokens; if its beginning was not read, of the part that was
+    documents: int = 0  # the number of documents with words of it
 
 
 @dataclass
 class BenchmarkHits:
-    """What the data holds of one benchmark."""
+    """The problems of one benchmark that were found in the data."""
 
-    problems: int  # that it has
-    lost: list[str]  # those too short or plain to be recognised in any data
+    problems: int  # in the benchmark
+    lost: list[str]  # names of problems that are too short or plain to be recognised in any data
     hits: dict[str, ProblemHit] = field(default_factory=dict)  # by the problem's name
 
 
 @dataclass
 class Hits:
-    """What the data holds of each benchmark, and how much of the data was read to know."""
+    """The problems of each benchmark that were found in the data, and how much of the data was read."""
 
     benchmarks: dict[str, BenchmarkHits]
     tokens_read: int
@@ -157,14 +208,14 @@ def benchmark_hits(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Hits:
-    """Return which problems the documents of the dataset hold 13 words in a row of, as the data pipeline looks for them.
+    """Return the problems with 13 words in a row in some document of the dataset, by the same search as in the data pipeline.
 
-    Of more than `max_tokens` only evenly spaced pieces are read, with at most so many tokens together; documents at
-    their edges are looked at in part. Of conversations each exchange is a document, as it ends with the end-of-text
-    token. Raises BenchmarkError for a benchmark that cannot be read.
+    A dataset of more than `max_tokens` is read in evenly spaced pieces with at most that many tokens together; documents at
+    their edges are searched in part. In conversations each exchange is a document, as it ends with the end-of-text token.
+    Raises BenchmarkError for a benchmark that cannot be read.
     """
     benchmarks = {name: Benchmarks((name,)) for name in names}
-    any_of_them = Benchmarks(names)  # one search tells that most documents hold nothing
+    any_of_them = Benchmarks(names)  # a single search is enough for most documents, which have no hit
     hits = Hits({name: BenchmarkHits(b.n_problems, b.lost) for name, b in benchmarks.items()}, 0, len(dataset))
     for start, stop in pieces(len(dataset), max_tokens):
         for documents in _documents(dataset, start, stop):
@@ -180,15 +231,32 @@ def benchmark_hits(
     return hits
 
 
+def _contamination(hits: Hits, files: dict[str, str]) -> dict[str, Any]:
+    """Return the part of eval.json about contamination; `files` has the file with the problems of each benchmark."""
+    out: dict[str, Any] = {"read_tokens": hits.tokens_read, "of_tokens": hits.tokens}
+    for name, path in files.items():
+        found = hits.benchmarks[path]
+        out[name] = {
+            "problems": found.problems,
+            "hit": len(found.hits),
+            "examples": [
+                f"{problem} in {hit.documents:,} documents, the first at token {hit.position:,}: {hit.words!r}"
+                for problem, hit in sorted(found.hits.items())
+            ],
+            "too_short": len(found.lost),
+        }
+    return out
+
+
 def _count(benchmark: BenchmarkHits, found: dict[str, str], position: int) -> None:
-    """Add what was found in the document at `position`: problems, each with the words that it shares."""
+    """Add the problems that were found in the document at `position`, each with the shared words."""
     for problem, words in found.items():
         hit = benchmark.hits.setdefault(problem, ProblemHit(words, position))
         hit.documents += 1
 
 
 def pieces(n_tokens: int, max_tokens: int | None) -> list[tuple[int, int]]:
-    """Return where to read at most `max_tokens` of `n_tokens`: all at once, or pieces of at most PIECE, evenly spaced."""
+    """Return the ranges to read at most `max_tokens` of `n_tokens`: everything, or evenly spaced pieces of at most PIECE."""
     if max_tokens is None or max_tokens >= n_tokens:
         return [(0, n_tokens)]
     n = max(1, -(-max_tokens // PIECE))
@@ -196,7 +264,7 @@ def pieces(n_tokens: int, max_tokens: int | None) -> list[tuple[int, int]]:
 
 
 def _documents(dataset: TokenDataset, start: int, stop: int) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield the position and the ids of each document between two positions, some documents at a time."""
+    """Yield the position and the ids of each document between two positions, several documents at a time."""
     eos_id = dataset.manifest["eos_id"]
     begun: list[np.ndarray] = []  # the parts of a document that has not ended yet
     position = start

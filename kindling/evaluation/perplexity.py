@@ -1,17 +1,18 @@
-"""How well a model predicts text: loss, perplexity and bits per byte, document by document.
+"""Measures how well a model predicts text: loss, perplexity and bits per byte, for each document.
 
     losses = document_losses(model, run.heldout("val"), runtime)
     losses.summary()["bits_per_byte"], losses.by_language()["python"]["perplexity"]
     text_losses(model, run.tokenizer(), Path("book.txt"), runtime).summary()
 
-A held-out split is predicted in the rows that `validation.validate` has, and its total is the same figure. Rows cut documents,
-so the first tokens of a row are predicted from little. A `stride` below the context overlaps the rows, so that every token is
-predicted from at least context - stride tokens where there are so many; it costs context / stride times the computation.
+A held-out split is predicted in the same rows as in `validation.validate`, and the total is the same figure. Rows cut
+documents, so the first tokens of a row have little context. With a `stride` below the context length, rows overlap: each token
+is predicted from at least context - stride tokens, where the document has as many. It costs context / stride times the
+computation.
 
-Bits per byte count every supervised token, end-of-text too, over the UTF-8 bytes of the documents (of conversations: of the
-responses), and so compare across tokenizers. Loss and perplexity are by token, and do not.
+Bits per byte are the loss of all supervised tokens, including end-of-text, over the UTF-8 bytes of the documents (of
+conversations: of the responses). So they can be compared across tokenizers. Loss and perplexity are per token and cannot.
 
-Limit: a text is held in memory whole.
+Limit: each text is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,20 +42,20 @@ from kindling.loss import linear_nll
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 from model import LanguageModel
 
-POOL = 32  # batches of texts whose rows are sorted by length together
-PROBED_ROWS = 100  # of a file, in which a column with text is looked for
+POOL = 32  # batches of texts whose rows are sorted by length at a time
+PROBED_ROWS = 100  # the first rows of a file, in which the column of the text is searched
 BOM = "\ufeff"
 
-Progress = Callable[[int], None]  # is told after each batch how many tokens have been predicted so far
+Progress = Callable[[int], object]  # is called with the number of tokens that were predicted since the last call
 Summary = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What each document costs the model: arrays (D,), `nll` in nats and float64, `tokens` those that are supervised.
+    """The loss of each document, as arrays (D,): `nll` in nats, float64; `tokens` the number of supervised tokens.
 
-    Of a split from before there was a table of documents, the documents' bytes, languages and sources are None.
-    `notes` counts what was left out or cut off before.
+    The documents' bytes, languages and sources are None for an old split without a table of documents. `notes` counts the
+    documents that were left out or changed.
     """
 
     nll: np.ndarray
@@ -66,9 +67,9 @@ class Losses:
     notes: Counter[str] = field(default_factory=Counter)
 
     def summary(self, mask: np.ndarray | None = None) -> Summary:
-        """Return loss (nats a token), perplexity, bits per byte, tokens, bytes and documents, of all or of `mask` (D,) bool.
+        """Return loss (nats per token), perplexity, bits per byte, tokens, bytes and documents: of all, or of `mask` (D,) bool.
 
-        None stands for what is not known, or would be a division by nothing.
+        A figure is None if it is not known or would be a division by zero.
         """
         chosen = slice(None) if mask is None else mask
         nll, tokens = float(self.nll[chosen].sum()), int(self.tokens[chosen].sum())
@@ -84,12 +85,25 @@ class Losses:
         }
 
     def by_language(self) -> dict[str, Summary]:
-        """Return the summary of each language, the one with the most tokens first; nothing if they are not known."""
+        """Return the summary of each language, the one with the most tokens first; empty if languages are not known."""
         return self._by(self.languages)
 
     def by_source(self) -> dict[str, Summary]:
-        """Return the summary of each source, the one with the most tokens first; nothing if they are not known."""
+        """Return the summary of each source, the one with the most tokens first; empty if sources are not known."""
         return self._by(self.sources)
+
+    def by_group(self) -> dict[str, Any]:
+        """Return the summaries of all documents, of each language and of each source, as in eval.json."""
+        return {"all": self.summary(), "by_language": self.by_language(), "by_source": self.by_source()}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the loss of each document as a line of losses.jsonl; empty for an old split without a table of documents."""
+        if self.bytes is None or self.languages is None or self.sources is None:
+            return []
+        columns = (self.languages, self.sources, self.tokens, self.bytes, self.nll)
+        names = ("language", "source", "tokens", "bytes", "nll")
+        rows = zip(*(column.tolist() for column in columns))
+        return [{"document": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
 
     def _by(self, names: np.ndarray | None) -> dict[str, Summary]:
         if names is None:
@@ -110,10 +124,9 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 
 
 def token_losses(model: LanguageModel, batch: Batch, runtime: Runtime) -> np.ndarray:
-    """Return the loss in nats of each supervised token of a batch, row after row, (n,) float64."""
-    idx, targets, positions = (
-        None if rows is None else torch.from_numpy(rows).to(runtime.device) for rows in batch
-    )  # (B, T) each
+    """Return the loss in nats of each supervised token in a batch, row by row, (n,) float64."""
+    idx, targets = (torch.from_numpy(rows).to(runtime.device) for rows in (batch.idx, batch.targets))  # (B, T)
+    positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(runtime.device)  # (B, T)
     supervised = targets != IGNORE  # (B, T)
     with runtime.autocast():
         x = model.hidden(idx, positions)[supervised]  # (n, C)
@@ -134,11 +147,12 @@ def document_losses(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Losses:
-    """Return the losses of a split, whose first token is nobody's target; of conversations, those of the responses.
+    """Return the losses of a split, where the first token is no target; for conversations, those of the responses.
 
-    Several ranks share the batches, and each returns all.
+    Several ranks share the batches, and each returns all losses. `progress` is called after each batch.
 
-    `stride` as above. Raises ConfigError for one that cannot be: of conversations any, since each has its whole context.
+    `stride` as above. Raises ConfigError for an impossible stride, and for any stride with conversations, as each of them has
+    its whole context.
     """
     cfg = model.cfg
     _require_stride(stride, cfg)
@@ -161,8 +175,8 @@ def document_losses(
                 np.add.at(nll, numbers[places], losses)
             done += n
             if progress is not None:
-                progress(done)
-    nll = np.array(world.sum(nll))
+                progress(n)
+    nll = np.array(world.sum(nll.tolist()))
     table, info = dataset.documents, dataset.info
     if table is None or info.table is None:
         return Losses(nll, tokens, info.bytes)
@@ -174,7 +188,7 @@ def document_losses(
 
 
 class _Row(NamedTuple):
-    """A part of a text to predict: its document, its tokens (n,) and how many of the last of them are targets."""
+    """A part of a text to predict: its document, its tokens (n,), and how many tokens at its end are targets."""
 
     document: int
     tokens: np.ndarray
@@ -182,20 +196,20 @@ class _Row(NamedTuple):
 
 
 class _Texts:
-    """The documents of one file, one after the other, with what is known of those that came by so far."""
+    """Reads the documents of one file one by one, and keeps counts of those that were read so far."""
 
     def __init__(self, path: Path, field: str, tokenizer: Tokenizer):
         self.path, self.tokenizer = path, tokenizer
         self.rows = ".jsonl" in path.suffixes[-2:] or ".json" in path.suffixes[-2:]
         self.field = self._column(field) if self.rows else field
         self.notes: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}  # of what is left out, by why
+        self.examples: dict[str, str] = {}  # of documents that are left out, by the rule
         self.tokens: list[int] = []
         self.bytes: list[int] = []
         self.languages: list[str] = []
 
     def _column(self, field: str) -> str:
-        """Return the first of the columns that may hold the text which does in one of the file's first rows."""
+        """Return the first of `field`, "content" and "text" that has a text in one of the file's first rows."""
         for name in dict.fromkeys((field, "content", "text")):
             if any(d.text is not None for d in islice(self._documents(name), PROBED_ROWS)):
                 if name != field:
@@ -210,7 +224,7 @@ class _Texts:
             stat = path.stat()
             yield from documents(source, [LocalFile(path.name, path, stat.st_size, stat.st_mtime_ns)])
             return
-        try:  # as it is: a source of texts cuts off the newlines around them
+        try:  # read it here, as a source of texts would strip newlines at both ends
             with open_text(path) as f:
                 yield Document(path.name, language_of(source, path), text=f.read())
         except (OSError, EOFError, zlib.error) as e:
@@ -221,11 +235,11 @@ class _Texts:
         self.examples.setdefault(rule, f"{document.key}: {why}")
 
     def left_out(self) -> str:
-        """Return how many documents were left out and why, with an example of each kind."""
+        """Return how many documents were left out and why, with an example for each rule."""
         return ", ".join(f"{rule} {self.notes[rule]:,} (such as {said})" for rule, said in self.examples.items())
 
     def encoded(self) -> Iterator[np.ndarray]:
-        """Yield the tokens of each document, with what comes before and after it in training, (n,) int64."""
+        """Yield the tokens of each document, between the tokens that enclose it in training, (n,) int64."""
         start = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         for document in self._documents(self.field):
             if document.text is None:
@@ -252,7 +266,7 @@ class _Texts:
 
 
 def _rows(texts: _Texts, block_size: int, stride: int) -> Iterator[_Row]:
-    """Yield the rows that have each token of each document as a target once."""
+    """Yield rows in which each token of each document is a target exactly once."""
     for number, tokens in enumerate(texts.encoded()):
         for start in row_starts(len(tokens) - 1, block_size, stride):
             part = tokens[start : start + block_size + 1]
@@ -260,7 +274,7 @@ def _rows(texts: _Texts, block_size: int, stride: int) -> Iterator[_Row]:
 
 
 def _padded(rows: list[_Row]) -> Batch:
-    """Return rows as a batch as wide as the longest of them; nothing sees what comes after it, so padding does not count."""
+    """Return rows as a batch as wide as the longest row. Padding is at the end, where no token attends to it."""
     idx = np.zeros((len(rows), max(len(row.tokens) for row in rows) - 1), dtype=np.int64)
     targets = np.full_like(idx, IGNORE)
     for i, (_, tokens, n_targets) in enumerate(rows):
@@ -279,11 +293,12 @@ def text_losses(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Losses:
-    """Return the losses of a file: of a .jsonl or .json (.gz too) those of its rows, each a document, else that of its text.
+    """Return the losses of a file. In .jsonl and .json (.gz too), each row is a document; any other file is one document.
 
-    A row's text is in `field`, else in `content` or `text`; its language in `language` or `lang`. Each document is predicted
-    on its own, from the token that begins it in training (the end-of-text token where there is no other), and so is the
-    end-of-text token after it. Raises DataError if there is no text in the file, ConfigError for a stride that cannot be.
+    A row's text is in `field`, else in `content` or `text`; its language is in `language` or `lang`. Each document is
+    predicted alone, after the token that begins documents in training (or end-of-text if there is none). The end-of-text token
+    after it is predicted too. `progress` is called after each batch. Raises DataError if the file has no text, ConfigError for
+    an impossible stride.
     """
     path = path.expanduser()
     _require_stride(stride, model.cfg)
@@ -292,7 +307,6 @@ def text_losses(
     texts = _Texts(path, field, tokenizer)
     rows = _rows(texts, model.cfg.block_size, model.cfg.block_size if stride is None else stride)
     nll: list[float] = []
-    done = 0
     with _evaluating(model):
         while pool := sorted(islice(rows, POOL * batch_size), key=lambda row: len(row.tokens)):
             nll += [0.0] * (len(texts.tokens) - len(nll))
@@ -302,9 +316,8 @@ def text_losses(
                 edges = np.cumsum([0, *(row.n_targets for row in batch)])
                 for row, start, stop in zip(batch, edges, edges[1:]):
                     nll[row.document] += float(losses[start:stop].sum())
-                done += len(losses)
                 if progress is not None:
-                    progress(done)
+                    progress(len(losses))
     why = texts.left_out()
     if nll and why:
         print(f"warning: of {path} are left out: {why}", file=sys.stderr)

@@ -1,12 +1,11 @@
-"""What an evaluation found, as tables with 95% intervals, and as files in the run.
+"""Shows the results of an evaluation as tables with 95% intervals, and saves them in the run.
 
     print(table(results, losses))        # for the terminal
     save(Path("runs/demo"), results, losses)
 
-`results` is what eval.json holds; every part of it may be absent, or be {"skipped": "the reason"}, which is shown.
-`losses` are the lines of losses.jsonl, one a held-out document: {"document": 3, "language": "python", "source":
-"local-python", "tokens": 512, "bytes": 1700, "nll": 690.1}, nll in nats. Without them there are figures but no intervals
-of losses.
+`results` is the content of eval.json. Any part of it may be absent, or be {"skipped": "the reason"}, which is shown. `losses`
+are the lines of losses.jsonl, one for each held-out document: {"document": 3, "language": "python", "source": "local-python",
+"tokens": 512, "bytes": 1700, "nll": 690.1}, with nll in nats. Without them, the figures on losses have no intervals.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from kindling.tables import Section, as_markdown, as_text
 
 FORMAT = 2  # of eval.json
 READING = "figures in brackets are 95% intervals; a - stands for what is not known"
-EXAMPLES = 5  # contaminated problems that are named
+EXAMPLES = 5  # contaminated problems that are listed
 
 Results = dict[str, Any]
 Losses = list[dict[str, Any]]
 
 
 class ReportError(KindlingError):
-    """Results that cannot be written, read or compared."""
+    """Results cannot be written, read or compared."""
 
 
 def table(results: Results, losses: Losses | None = None, color: bool = False) -> str:
@@ -45,7 +44,7 @@ def markdown(results: Results, losses: Losses | None = None) -> str:
 
 
 def file_name(name: str, split: str) -> str:
-    """Return what a file of results is called: those of the validation split plainly, others with the split's name."""
+    """Return the name of a file of results. For another split than the validation split, it contains the split's name."""
     stem, _, suffix = name.partition(".")
     return name if split == "val" else f"{stem}-{split}.{suffix}"
 
@@ -53,9 +52,9 @@ def file_name(name: str, split: str) -> str:
 def save(run_path: Path, results: Results, losses: Losses | None = None) -> list[str]:
     """Write eval.json, eval.md and losses.jsonl into a run, each as a whole or not at all; return their names.
 
-    eval.json comes last and has the hash of losses.jsonl, so that the two are known to belong together. Without losses,
-    the losses.jsonl of an earlier evaluation is removed. What is not finite becomes null. Results of another split than
-    the validation split have files of their own. Raises ReportError if the folder cannot be written.
+    eval.json is written last and contains the hash of losses.jsonl, to show that both belong together. Without losses, the
+    losses.jsonl of an earlier evaluation is removed. Numbers that are not finite become null. Another split than the validation
+    split has its own files. Raises ReportError if the folder cannot be written.
     """
     split = results.get("split", "val")
     names = [file_name(name, split) for name in ("losses.jsonl", "eval.md", "eval.json")]
@@ -79,7 +78,7 @@ def save(run_path: Path, results: Results, losses: Losses | None = None) -> list
 
 
 def with_earlier(results: Results, run_path: Path) -> Results:
-    """Return the results with what an earlier evaluation of the same weights measured and this one was not asked for."""
+    """Return the results, with the parts that only an earlier evaluation of the same weights and split has."""
     try:
         path = run_path / file_name("eval.json", results["split"])
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +106,7 @@ def title(results: Results) -> str:
 
 
 def facts(results: Results) -> list[str]:
-    """Return what was evaluated, and how, in up to three lines."""
+    """Return what was evaluated and how, in up to four lines."""
     labels = {
         "checkpoint": "{}",
         "preset": "preset {}",
@@ -127,7 +126,7 @@ def facts(results: Results) -> list[str]:
 
 
 def sections(results: Results, losses: Losses) -> list[Section]:
-    """Return a section for each part that there is."""
+    """Return a section for each part of the results."""
     found: list[Section] = []
     for name, heading in HEADINGS.items():
         part = results.get(name)
@@ -169,14 +168,14 @@ def count(value: int | None) -> str:
 
 
 def number(value: float | None, interval: Interval = NONE, form: str = ",.4f") -> str:
-    """Return a figure, with its interval in brackets if it has one."""
+    """Return a figure, with its interval in brackets if there is one."""
     if value is None:
         return "-"
     return f"{value:{form}}" + ("" if math.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]")
 
 
 def percent(value: float | None, interval: Interval = NONE) -> str:
-    """Return a share as per cent, with its interval in brackets if it has one."""
+    """Return a fraction in per cent, with its interval in brackets if there is one."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.1%}" + (
@@ -185,7 +184,7 @@ def percent(value: float | None, interval: Interval = NONE) -> str:
 
 
 def bits_interval(losses: Losses) -> Interval:
-    """Return the interval of bits per byte over documents; none if a loss is not finite."""
+    """Return the interval of bits per byte, resampling documents; none if a loss is not finite."""
     if not _all_finite(losses):
         return NONE
     return bootstrap_ratio([line["nll"] / math.log(2) for line in losses], [line["bytes"] for line in losses])
@@ -246,7 +245,7 @@ def _texts(part: dict[str, Any]) -> Section:
 
 
 def rate_cell(group: dict[str, Any], key: str) -> str:
-    """Return the rate of samples that have `key`, with its interval over prompts; "-" of no samples."""
+    """Return the rate of `key` ("passes" or "non_trivial") among samples, with its interval over prompts; "-" without samples."""
     if not group.get("samples"):
         return "-"
     columns = {"passes": 2, "non_trivial": 3}
@@ -271,7 +270,7 @@ def _syntax(part: dict[str, Any]) -> Section:
 
 
 def pass_cell(benchmark: dict[str, Any], k: str) -> str:
-    """Return a benchmark's pass@k with its interval over problems, "-" where k samples were not taken."""
+    """Return a benchmark's pass@k with its interval over problems; "-" if some problem has fewer than k samples."""
     value, counts = benchmark.get("pass_at", {}).get(k), benchmark.get("counts", [])
     if value is None or any(n < int(k) for _, n, _ in counts):
         return "-"
@@ -352,6 +351,6 @@ def _harness(part: dict[str, Any]) -> Section:
 
 
 def harness_cell(task: dict[str, Any]) -> str:
-    """Return a task's value with its interval of 1.96 standard errors."""
+    """Return a task's value with its interval of 1.96 standard errors on each side."""
     value, stderr = task.get("value"), task.get("stderr")
     return number(value, NONE if value is None or stderr is None else Interval(value - Z * stderr, value + Z * stderr))

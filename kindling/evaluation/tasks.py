@@ -1,10 +1,10 @@
-"""Programming problems with tests: HumanEval, MBPP and the project's own, in one form.
+"""Programming problems with tests: HumanEval, MBPP and the project's own, all as `Problem`.
 
     for problem in load("humaneval"):
         print(problem.prompt)
 
-Each is read from its original format: the file that lies in `problems/`, another file, or a data set on the hub. A problem
-says what a base model is to continue (`prompt`), what a fine-tuned one is asked (`instruction`), and how an answer is tested.
+Each benchmark is read in its original format: from the file in `problems/`, another file, or a data set on the hub. A problem
+has a prompt for a base model (`prompt`), one for a fine-tuned model (`instruction`), and tests.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kindling.errors import KindlingError, did_you_mean
+from kindling.errors import KindlingError, did_you_mean, one_line
+
+if TYPE_CHECKING:
+    from config import EvalConfig
 
 PROBLEMS = Path(__file__).resolve().parents[2] / "problems"
 FILES = {
@@ -29,52 +32,52 @@ FILES = {
     "mbpp": "mbpp.jsonl.gz",
     "mbpp-3shot": "mbpp.jsonl.gz",
 }
-MBPP_TEST = range(11, 511)  # the split that is reported (Austin et al. 2021, section 2.1)
-MBPP_SHOTS = (2, 3, 4)  # the examples of their prompts
-STOP = "[DONE]"  # what closes an example there
+MBPP_TEST = range(11, 511)  # the split for reported results (Austin et al. 2021, section 2.1)
+MBPP_SHOTS = (2, 3, 4)  # the examples in their prompts
+STOP = "[DONE]"  # the marker that ends an example in these prompts
 
 
 class TaskError(KindlingError):
-    """Problems that cannot be read."""
+    """The problems of a benchmark cannot be read."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. Everything in it is trusted; only what a model writes is not."""
+    """One problem. Everything in it is trusted; only generated text is not."""
 
     benchmark: str
     task_id: str
     entry_point: str
-    """The function that is asked for."""
+    """The name of the requested function."""
     prompt: str
-    """What a base model continues."""
+    """The text that a base model continues."""
     head: str
-    """The code that a continuation stands behind; empty where the prompt is no part of the program."""
+    """The code before a continuation; empty where the prompt is not part of the program."""
     instruction: str
-    """What a fine-tuned model is asked."""
+    """The instruction for a fine-tuned model."""
     trusted: str
-    """Code that the tests lean on."""
+    """Code that the tests need."""
     tests: str
-    """Statements that raise AssertionError unless the program is right."""
+    """Statements that raise AssertionError if the program is wrong."""
     solution: str
     """The whole reference program."""
     remote: tuple[str, ...]
-    """Names in the tests that are the program's."""
+    """Names in the tests that the program defines."""
     level: int | None = None
     mined_instruction: str = ""
-    """What one is asked that was fine-tuned on docstrings: a task and a signature, which `answer_head` has too."""
+    """The instruction for a model that was fine-tuned on docstrings: a task and the signature, which is also in `answer_head`."""
     answer_head: str = ""
-    """The code before a body, where an answer is that."""
+    """The code before an answer that is only a body."""
     shots: tuple[tuple[str, str], ...] = ()
-    """Instructions and programs that a fine-tuned model is shown before."""
+    """Examples that a fine-tuned model sees first: instructions with their programs."""
     ids: tuple[int, ...] = ()
-    """What a model is given, where that is already encoded."""
+    """The whole prompt as token ids, where it is already encoded."""
 
 
 def load(name: str, source: str | None = None) -> list[Problem]:
-    """Return the problems of a benchmark: from `source`, a file or a name on the hub, or as they lie in `problems/`.
+    """Return the problems of a benchmark: from `source`, a file or a data set on the hub, or else from `problems/`.
 
-    Of MBPP these are the ones of its test split. Raises TaskError if there are none, or if they cannot be read.
+    For MBPP, only those of its test split. Raises TaskError if there are none or they cannot be read.
     """
     if name not in FILES:
         raise TaskError(f"no benchmark is called {name!r}; {did_you_mean(name, FILES)}")
@@ -100,6 +103,18 @@ def load(name: str, source: str | None = None) -> list[Problem]:
     return problems
 
 
+def source_of(name: str, cfg: EvalConfig) -> str | None:
+    """Return the file, or the data set on the hub, that the settings name for a benchmark; None: the file in `problems/`."""
+    return {"humaneval": cfg.humaneval, "mbpp": cfg.mbpp}.get(name.partition("-")[0])
+
+
+def file_of(name: str, cfg: EvalConfig) -> str:
+    """Return the file with a benchmark's problems. For a data set on the hub, this is the file in `problems/`."""
+    given = source_of(name, cfg)
+    is_file = given is not None and Path(given).expanduser().is_file()
+    return str(Path(given).expanduser() if given is not None and is_file else PROBLEMS / FILES[name])
+
+
 def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
     path = Path(source).expanduser()
     try:
@@ -113,10 +128,10 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
 
         for split in ("train", "test", "validation", "prompt") if name.startswith("mbpp") else ("test",):
             yield from datasets.load_dataset(source, split=split)
-    except Exception as e:  # datasets raises what its dependencies raise
+    except Exception as e:  # datasets raises any error of its dependencies
         raise TaskError(
             f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "
-            f"({' '.join(str(e).split())[:200]}); correct --eval.{name.partition('-')[0]}"
+            f"({one_line(e)}); correct --eval.{name.partition('-')[0]}"
         ) from None
 
 
@@ -131,7 +146,7 @@ def _row(line: str, number: int) -> dict[str, Any]:
 
 
 def _to_complete(benchmark: str, row: dict[str, Any]) -> Problem:
-    """Return a problem of HumanEval or of the project's own, whose prompt is the head of a function."""
+    """Return a problem of HumanEval or the project's own. Its prompt is the beginning of a function."""
     prompt, name = row["prompt"], row["entry_point"]
     of_humaneval = benchmark == "humaneval"
     return Problem(
@@ -143,7 +158,7 @@ def _to_complete(benchmark: str, row: dict[str, Any]) -> Problem:
         instruction=f"Complete this Python function.\n\n{prompt}",
         mined_instruction=_mined(prompt, name),
         answer_head=prompt,
-        # HumanEval's tests call other functions of the prompt; the one that is asked for is empty there
+        # HumanEval's tests call helpers in the prompt, where the requested function is empty
         trusted=prompt if of_humaneval else "",
         tests=f"{row['test']}\ncheck({name})\n" if of_humaneval else "\n".join(row["test_list"]),
         solution=prompt + row["canonical_solution"],
@@ -154,7 +169,7 @@ def _to_complete(benchmark: str, row: dict[str, Any]) -> Problem:
 
 def _mbpp(name: str, row: dict[str, Any], shots: list[dict[str, Any]]) -> Problem:
     text, asserts = _text(row), [test.strip() for test in row["test_list"]]
-    # imports of the tests' own; the classes that two problems set their trees up with are the program's
+    # the tests' own imports. Two problems build trees with classes that the program must define
     tests = _unix("\n".join([*row.get("test_imports", []), row.get("test_setup_code") or "", *asserts]))
     modules = _modules(tests)
     tests = "".join(f"import {module}\n" for module in modules) + tests
@@ -202,13 +217,19 @@ def _shot(row: dict[str, Any]) -> str:
 
 
 def _called(test: str) -> str:
-    """Return the function that an assert tests: the first that it calls which is no builtin, else the first."""
-    calls = [n.func.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    return next((name for name in calls if not hasattr(builtins, name)), calls[0])
+    """Return the function that an assert tests: the first called name that is not a builtin, else the first called name."""
+    names = [name for name, _ in _calls(test)]
+    return next((name for name in names if not hasattr(builtins, name)), names[0])
+
+
+def _calls(test: str) -> list[tuple[str, ast.Call]]:
+    """Return the calls in a test, each with the name that it calls."""
+    nodes = ast.walk(ast.parse(test))
+    return [(n.func.id, n) for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
 
 
 def _modules(tests: str) -> list[str]:
-    """Return the standard modules whose functions a test uses without importing them, as if the program did."""
+    """Return the standard modules that a test uses but leaves for the program to import."""
     bases = [
         n.value.id for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
     ]
@@ -216,7 +237,7 @@ def _modules(tests: str) -> list[str]:
 
 
 def _unknown(tests: str) -> tuple[str, ...]:
-    """Return the names that a test uses and neither makes nor imports."""
+    """Return the names that a test uses but neither defines nor imports."""
     names = [n for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)]
     made = {n.id for n in names if isinstance(n.ctx, ast.Store)} | set(dir(builtins))
     for node in ast.walk(ast.parse(tests)):
@@ -228,17 +249,16 @@ def _unknown(tests: str) -> tuple[str, ...]:
 
 
 def _parameters(test: str, name: str) -> list[str]:
-    """Return names for the arguments that an assert calls a function with."""
-    calls = [n for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    call = next(n for n in calls if n.func.id == name)
+    """Return parameter names for the arguments with which an assert calls a function."""
+    call = next(call for called, call in _calls(test) if called == name)
     return list("abcdefghij"[: len(call.args)])
 
 
 def _mined(head: str, name: str) -> str:
-    """Return a task as docstrings.py words it: the first paragraph of the docstring, then the signature."""
+    """Return an instruction in the form of docstrings.py: the first paragraph of the docstring, then the signature."""
     node = next(n for n in ast.parse(head).body if isinstance(n, ast.FunctionDef) and n.name == name)
     texts = (s.value.value for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
-    docstring = inspect.cleandoc(str(next(texts, "")))  # HumanEval/115 has an import before its own
+    docstring = inspect.cleandoc(str(next(texts, "")))  # in HumanEval/115 an import precedes the docstring
     paragraph = " ".join(docstring.split("\n\n")[0].split(">>>")[0].split())
     empty = ast.FunctionDef(
         name=node.name, args=node.args, body=[], decorator_list=[], returns=node.returns, lineno=node.lineno

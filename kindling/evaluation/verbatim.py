@@ -1,17 +1,17 @@
-"""The longest runs of numbers that sequences share with a much longer one, exactly, in NumPy.
+"""Finds the longest run that each of many sequences shares with one much longer sequence. Exact, in NumPy.
 
     windows = Windows(samples)
     longest = Longest(windows)
     longest.update(*windows.find(data, offset=0))  # or piece by piece, as memorization.py reads the training shards
     longest.overlaps()
 
-Every WINDOW numbers in a row of the data are hashed, and those that a sample holds too, compared number by number, are
-kept. Stretches of them that could hold more than is known of some sample are sorted together with the samples' own
-suffixes, which gives the exact lengths in a time that does not grow with the number of samples that hold a piece or the
-number of its copies in the data (prefix doubling, Manber and Myers 1993).
+A window is WINDOW numbers in a row. Every window of the data is hashed, and kept if a sample has the same one, compared number
+by number. Stretches of such windows that could give some sample a longer run are sorted together with the samples' suffixes
+(prefix doubling, Manber and Myers 1993). This gives exact lengths, in a time that does not depend on how many samples contain
+a piece or how many copies of it are in the data.
 
-Limits: runs of fewer than WINDOW are not found; data in which most windows are some sample's is read at 1 to 5 million
-numbers a second, other data at 15 and more.
+Limits: runs of fewer than WINDOW numbers are not found. Data in which most windows occur in a sample is read at 1 to 5 million
+numbers per second, other data at 15 million and more.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-WINDOW = 8  # the shortest run that is looked for
-POOL = 2**18  # windows that are sorted together with the samples' own
-SEEN_BYTES = 2**27  # of stretches that were looked at already
-FILTER_BITS = 22  # 4 MB, which stay in the processor's cache
+WINDOW = 8  # numbers; the shortest run that is found
+POOL = 2**18  # windows of the data that are sorted at a time
+SEEN_BYTES = 2**27  # of stretches that were already processed
+FILTER_BITS = 22  # 4 MB, which fit in the processor's cache
 
 
 class Overlap(NamedTuple):
-    """The longest run of tokens of a sample that the data holds too."""
+    """The longest run of tokens in a sample that is also in the data."""
 
-    length: int  # in tokens; 0 stands for fewer than WINDOW
-    position: int | None  # of a copy in the data, in tokens
-    start: int  # of the run in the sample
+    length: int  # in tokens; 0 if fewer than WINDOW
+    position: int | None  # where a copy begins in the data
+    start: int  # where the run begins in the sample
 
 
 def hashes_of(tokens: np.ndarray) -> np.ndarray:
-    """Return a 32-bit hash of every WINDOW tokens in a row, uint32 (..., n - WINDOW + 1), for tokens (..., n).
+    """Return the 32-bit hash of every window, uint32 (..., n - WINDOW + 1), for tokens (..., n).
 
-    A sum of odd multiples modulo 2**32, so only its high bits depend on all bits of the tokens.
+    It is a sum of odd multiples modulo 2**32, so only its high bits depend on all bits of the tokens.
     """
     out = tokens.astype(np.uint32)
     for width, factor in ((1, 0x9E3779B1), (2, 0x85EBCA77), (4, 0xC2B2AE3D)):  # ABCDEFGH = ABCD * factor + EFGH
@@ -46,7 +46,7 @@ def hashes_of(tokens: np.ndarray) -> np.ndarray:
 
 
 class Windows:
-    """The distinct windows of all samples, numbered in the order of their hashes, and where the samples hold them."""
+    """The distinct windows of all samples, numbered in the order of their hashes, and their places in the samples."""
 
     def __init__(self, samples: list[np.ndarray]):
         counts = np.array([max(0, len(sample) - WINDOW + 1) for sample in samples], dtype=np.int64)
@@ -64,9 +64,9 @@ class Windows:
         self._filter[self.hashes >> np.uint32(32 - FILTER_BITS)] = True
 
     def find(self, tokens: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places in `tokens` (n,) that begin a window of a sample, ascending, and its number there.
+        """Return the places in `tokens` (n,) where a window of a sample begins, ascending, and the numbers of these windows.
 
-        `offset` is added to the places. What has the hash of a window is compared with it token by token.
+        `offset` is added to the places. Windows with equal hashes are compared token by token.
         """
         hashes = hashes_of(tokens)  # (n - WINDOW + 1,)
         places = np.flatnonzero(self._filter.take(hashes >> np.uint32(32 - FILTER_BITS)))
@@ -82,7 +82,7 @@ class Windows:
             equal = (_windows_of(tokens)[places[open_]] == self.rows[at[open_]]).all(axis=1)
             ids[open_[equal]] = at[open_[equal]]
             open_ = open_[~equal]
-            at[open_] += 1  # another window of the same hash
+            at[open_] += 1  # try another window with the same hash
         return places[ids >= 0] + offset, ids[ids >= 0]
 
 
@@ -91,7 +91,7 @@ def _windows_of(tokens: np.ndarray) -> np.ndarray:
 
 
 class Longest:
-    """The longest run known of each sample, counted in windows: of w windows it is w + WINDOW - 1 tokens long."""
+    """The longest known run of each sample, counted in windows: w windows are w + WINDOW - 1 tokens."""
 
     def __init__(self, windows: Windows):
         self.windows = windows
@@ -99,7 +99,7 @@ class Longest:
         self.length = np.zeros(n_samples, dtype=np.int64)
         self.start = np.zeros(n_samples, dtype=np.int64)
         self.position = np.zeros(n_samples, dtype=np.int64)
-        self.reach = int(windows.counts.max(initial=0))  # windows of the longest run that there can be
+        self.reach = int(windows.counts.max(initial=0))  # windows in the longest possible run
         pairs = np.unique(np.stack((windows.ids, windows.sample), axis=1), axis=0)  # window and sample, (P, 2)
         self._holder = pairs[:, 1]
         self._first_holder = np.searchsorted(pairs[:, 0], np.arange(len(windows.rows)))
@@ -107,18 +107,18 @@ class Longest:
         self._seen_bytes = 0
 
     def overlaps(self) -> list[Overlap]:
-        """Return what is known, as lengths in tokens."""
+        """Return the longest known runs, with lengths in tokens."""
         found = zip(self.length.tolist(), self.position.tolist(), self.start.tolist())
         return [Overlap(w + WINDOW - 1, at, start) if w else Overlap(0, None, 0) for w, at, start in found]
 
     def update(self, places: np.ndarray, ids: np.ndarray) -> None:
-        """Learn of windows found in the data: their places, ascending, and numbers, both (n,)."""
+        """Add windows that were found in the data: their places, ascending, and numbers, both (n,)."""
         if not len(places):
             return
         starts = np.flatnonzero(np.diff(places, prepend=places[0] - 2) != 1)  # of stretches of consecutive places
         stops = np.append(starts[1:], len(places))
         while len(starts):
-            # a stretch matters if it is longer than what is known of some sample that holds one of its windows
+            # a stretch matters if it is longer than the known run of a sample that has one of its windows
             known = np.where(self.length < self.windows.counts, self.length, np.iinfo(np.int64).max)
             needed = np.minimum.reduceat(known[self._holder], self._first_holder)  # (U,)
             matters = stops - starts > self._least(needed[ids], starts, stops)
@@ -131,7 +131,7 @@ class Longest:
     def _new_stretches(
         self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray
     ) -> tuple[list[tuple[int, int]], int]:
-        """Return stretches of about POOL windows together that were not looked at yet, and how many were gone through."""
+        """Return new stretches, of about POOL windows together, and how many stretches were checked for this."""
         new, size, n_done = [], 0, 0
         for i, j in zip(starts.tolist(), stops.tolist()):
             n_done += 1
@@ -144,12 +144,12 @@ class Longest:
 
     @staticmethod
     def _least(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Return the least of the values of each stretch."""
-        edges = np.stack((starts, stops), axis=1).ravel()  # every second piece lies between two stretches
+        """Return the smallest value in each stretch."""
+        edges = np.stack((starts, stops), axis=1).ravel()  # every second piece is between two stretches
         return np.minimum.reduceat(np.append(values, 0), edges)[::2]
 
     def _is_new(self, ids: np.ndarray) -> bool:
-        """Return whether the same stretch has not been looked at yet; what fills SEEN_BYTES is forgotten."""
+        """Return whether the same stretch was not processed before. All are forgotten when they fill SEEN_BYTES."""
         key = ids.astype(np.int32).tobytes()
         if key in self._seen:
             return False
@@ -161,12 +161,12 @@ class Longest:
         return True
 
     def _sort_in(self, stretches: list[tuple[int, np.ndarray]]) -> None:
-        """Learn of stretches: the place of each in the data, and its windows."""
+        """Add stretches: the place of each in the data, and its windows."""
         windows = self.windows
-        end_of_sample, end_of_stretch = len(windows.rows), len(windows.rows) + 1  # two that never match
+        end_of_sample, end_of_stretch = len(windows.rows), len(windows.rows) + 1  # two numbers that never match
         bounds = np.cumsum(windows.counts)
         own = np.insert(windows.ids, bounds, end_of_sample)
-        where = np.insert(np.arange(len(windows.ids)), bounds, -1)  # of each of `own` among the windows
+        where = np.insert(np.arange(len(windows.ids)), bounds, -1)  # the index of each of `own` among the windows
         pool = np.concatenate([np.append(ids, end_of_stretch) for _, ids in stretches])
         position = np.concatenate([place + np.arange(len(ids) + 1) for place, ids in stretches])
         length, match = longest_matches(own, pool, self.reach)
@@ -183,15 +183,15 @@ class Longest:
 
 
 def longest_matches(own: np.ndarray, pool: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each place of `own` (n,) how long a run from there also lies in `pool` (m,), and where there, both (n,).
+    """Return for each place in `own` (n,) the length of the longest run from there that is also in `pool` (m,), and where.
 
-    Lengths are exact up to `reach`. Both arrays hold numbers >= 0 and end with one that the other does not hold.
-    All suffixes are sorted by prefix doubling, so the longest match is that of a neighbour from the pool.
+    Both results are (n,). Lengths are exact up to `reach`. Both arrays have numbers >= 0 and end with a number that is not in the
+    other. All suffixes are sorted by prefix doubling, so the longest match is with a neighbour from the pool.
     """
     n, last = len(own), len(own) + len(pool) - 1
     places = np.arange(last + 1)
     rank = np.unique(np.concatenate((own, pool)), return_inverse=True)[1]  # (n + m,)
-    ranks = [(1, rank)]  # of the first `width` numbers from each place
+    ranks = [(1, rank)]  # ranks by the first `width` numbers from each place
     while (width := ranks[-1][0]) < reach:
         pair = rank * (last + 1) + rank[np.minimum(places + width, last)]
         rank = np.unique(pair, return_inverse=True)[1]

@@ -1,6 +1,6 @@
 """Text from a trained model.
 
-Read sampling.py (logits to a token), decoding.py (tokens after tokens), completion.py (text after text), healing.py,
-chat.py, and inference.py (weights prepared for single tokens). It must never read a run's folder: it is given a model
-and a tokenizer.
+Read sampling.py (logits to a token), decoding.py (token ids after token ids), completion.py (text after text), healing.py
+(prompts that end inside a word), chat.py (the chat in the terminal) and inference.py (weights prepared for generation). It
+must never read a run's folder: callers pass a model and a tokenizer.
 """

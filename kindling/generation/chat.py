@@ -1,25 +1,27 @@
 """The terminal's side of `python generate.py RUN --chat`: questions in, answers out as they are written.
 
-It knows no model, only a function that replies. Piped, each line is a question, and the answers alone go to stdout. Limit:
-a question of several lines needs a backslash at the end of each but the last, also when it is pasted.
+It has no model, only a function that replies. When stdin is a pipe, each line is a question, and only the answers go to
+stdout. Limit: in a question of several lines, each line but the last must end in a backslash, also when it is pasted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 
 from kindling.data.prompts import Exchange
 from kindling.errors import KindlingError
 
-# gets the exchanges, the number of the answer and a function to call with each piece of it; returns what cut it, or ""
+# takes the exchanges, the number of the answer and a function for each piece of it; returns what cut the answer, or ""
 Reply = Callable[[list[Exchange], int, Callable[[str], None]], str]
 
 
 def chat(name: str, reply: Reply, remembers: bool) -> None:
-    """Answer the questions on stdin until they end, with an introduction and a prompt where a person sits there."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says, as for --prompt
+    """Answer the questions on stdin until they end. In a terminal, also print an introduction and a prompt."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # in any locale, as for --prompt
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has no readline
@@ -35,8 +37,8 @@ def chat(name: str, reply: Reply, remembers: bool) -> None:
 def converse(ask: Callable[[str], str], reply: Reply, remembers: bool, interactive: bool) -> None:
     """Print a reply to each question that `ask` returns, until it raises EOFError.
 
-    `remembers`: earlier exchanges are part of the next. `interactive`: Ctrl-C stops the answer, or ends a chat that
-    waits for a question; from a pipe it stops all, or nothing would.
+    `remembers`: earlier exchanges are part of the next prompt. `interactive`: Ctrl-C stops the answer, or ends the chat while
+    it waits for a question. Otherwise Ctrl-C ends everything, as nothing else could.
     """
     history: list[Exchange] = []
     number = 0
@@ -47,7 +49,7 @@ def converse(ask: Callable[[str], str], reply: Reply, remembers: bool, interacti
                 history.clear()
             elif question:
                 said, number = _answer([*history, Exchange(question)], reply, number, interactive)
-                if remembers and said:  # an exchange without a response would not be closed in the template
+                if remembers and said:  # in the template, an exchange without a response would stay open
                     history.append(Exchange(question, said))
     except EOFError:
         pass
@@ -59,7 +61,7 @@ def converse(ask: Callable[[str], str], reply: Reply, remembers: bool, interacti
 
 
 def read_question(ask: Callable[[str], str]) -> str:
-    """Return the next question, stripped: lines that end in a backslash go on. Raises EOFError when there are no more."""
+    """Return the next question, stripped. A line that ends in a backslash continues in the next. Raises EOFError at the end."""
     lines: list[str] = []
     try:
         while (line := ask("... " if lines else "> ")).endswith("\\"):
@@ -72,7 +74,7 @@ def read_question(ask: Callable[[str], str]) -> str:
 
 
 def _answer(exchanges: list[Exchange], reply: Reply, number: int, interactive: bool) -> tuple[str, int]:
-    """Print the answer and return what was said of it, and the number of the next one."""
+    """Print the answer; return its text (as much as was printed) and the number of the next one."""
     said: list[str] = []
 
     def say(piece: str) -> None:
@@ -85,7 +87,7 @@ def _answer(exchanges: list[Exchange], reply: Reply, number: int, interactive: b
     except KeyboardInterrupt:
         if not interactive:
             raise
-    except KindlingError as e:  # a question that is too long, or that the tokenizer cannot hold, is no reason to leave
+    except KindlingError as e:  # a question that is too long or cannot be encoded must not end the chat
         print(f"error: {e}", file=sys.stderr)
         return "", number
     print(flush=True)

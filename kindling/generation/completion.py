@@ -1,10 +1,10 @@
-"""Text in, text out: what a model writes after a prompt, at the end of a file, or as the answer to a question.
+"""Generates text: after a prompt, at the end of a file, or as the answer to a question.
 
     complete(model, tokenizer, "def fib(n):", Sampling(stop=("\\ndef ",)), say=print).text
 
-Text comes out character by whole character as it is sampled, up to the first stop string, of which no part is ever said.
-Limits: a prompt longer than the context is cropped from the left; a conversation never is: it loses its oldest exchanges,
-and an answer ends where the context does.
+Text is returned in whole characters while it is sampled, and ends before the first stop string.
+Limits: a prompt that is longer than the context is cropped from the left. A conversation loses its oldest exchanges instead,
+and an answer ends at the end of the context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kindling.data.prompts import Exchange, encode
 from kindling.generation.decoding import stream, stream_batch
-from kindling.generation.healing import take_back, token_texts
+from kindling.generation.healing import longest_prompt, take_back, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from model import LanguageModel
 
 Say = Callable[[str], object]
-"""Is called with each piece of text as it becomes whole."""
+"""Is called with each piece of text, in whole characters."""
 Ending = Literal["end of text", "limit", "stop", "context"]
 
 
@@ -34,49 +34,49 @@ class Completion(NamedTuple):
 
     text: str
     n_tokens: int
-    """That were sampled, those of a stop string too."""
+    """The number of sampled tokens, including those of a stop string."""
     ended_by: Ending
     """The model's own end of text, `max_new_tokens`, a stop string, or the end of the context."""
 
 
 class TextStream:
-    """Turns token ids into text as they come, character by whole character, up to the first of the strings `stop`.
+    """Turns a stream of token ids into text of whole characters, up to the first of the strings `stop`.
 
-    A character whose bytes are spread over tokens is held back until the last of them, and so is what may be the beginning
-    of a stop string. The pieces joined are `tokenizer.decode` of all ids, without the text of those `after` which they come
-    and without `skip` characters more. SentencePiece may drop the space of a text's first token, so each token is decoded
-    with all before it, which costs next to nothing beside the model's pass over them.
+    A character whose bytes are spread over several tokens is held back until the last of them, and so is text that may be the
+    beginning of a stop string. Joined, the pieces are the decoded text, without that of the tokens `after` which they come and
+    without the `skip` characters that follow. SentencePiece may drop the space of a text's first token, so each token is
+    decoded with all tokens before it. This costs little beside the model's pass.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = (), skip: int = 0):
         self._tokenizer, self._stop = tokenizer, stop
         self._ids = list(after)
-        self._said = len(tokenizer.decode(after)) + skip  # characters that were returned, or never are
+        self._said = len(tokenizer.decode(after)) + skip  # characters that were returned, or are never returned
         self.stopped = False
-        """A stop string was found: nothing more is said."""
+        """A stop string was found; no more text is returned."""
 
     def add(self, token: int) -> str:
-        """Return the text that is whole with this token, often none."""
+        """Return the text that this token completes, which may be empty."""
         self._ids.append(token)
-        # U+FFFD at the end is most likely a character of which bytes are still to come
+        # U+FFFD at the end is most likely a character whose last bytes have not come yet
         return self._beyond(self._tokenizer.decode(self._ids).rstrip("\ufffd"), more=True)
 
     def add_all(self, ids: Sequence[int]) -> str:
-        """Return the text of all the rest at once."""
-        if self._stop:  # found where it would be found in a stream
+        """Return the text of all remaining tokens at once."""
+        if self._stop:  # token by token, so that a stop string is found in the same place as in a stream
             said = "".join(self.add(token) for token in ids if not self.stopped)
             return said + self.finish()
         self._ids += ids
         return self.finish()
 
     def finish(self) -> str:
-        """Return what was held back: no more tokens will come."""
+        """Return the text that was held back. Call it when no more tokens come."""
         return self._beyond(self._tokenizer.decode(self._ids), more=False)
 
     def _beyond(self, text: str, more: bool) -> str:
         if self.stopped:
             return ""
-        # no stop string begins in what was said: it would have been held back
+        # no stop string begins in text that was returned: it would have been held back
         found = [at for s in self._stop if (at := text.find(s, self._said)) >= 0]
         if found:
             self.stopped, text = True, text[: min(found)]
@@ -102,7 +102,7 @@ def extend(
     say: Say | None = None,
     allowed: Allowed | None = None,
 ) -> Completion:
-    """Return what the model writes after the prompt `ids`, made into text by `text`."""
+    """Return what the model writes after the prompt `ids`, as text from the stream `text`."""
     pieces, n_tokens = [], 0
 
     def put(piece: str) -> None:
@@ -117,19 +117,19 @@ def extend(
         if text.stopped:
             break
     put(text.finish())
-    ended_by = "stop" if text.stopped else "limit" if n_tokens == sampling.max_new_tokens else "end of text"
+    ended_by: Ending = "stop" if text.stopped else "limit" if n_tokens == sampling.max_new_tokens else "end of text"
     return Completion("".join(pieces), n_tokens, ended_by)
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of the beginning of a document, as in training; an empty one begins after an end of text."""
+    """Return the ids of the beginning of a document, as in training. For an empty text, this is the end-of-text token."""
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text) or [tokenizer.eos_id]
 
 
 def complete(
     model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, say: Say | None = None
 ) -> Completion:
-    """Return what the model puts after `prompt`; an empty prompt starts a new document."""
+    """Return what the model writes after `prompt`; an empty prompt starts a new document."""
     ids = document_ids(tokenizer, prompt)
     if len(ids) > model.cfg.block_size:
         print(
@@ -139,13 +139,8 @@ def complete(
     return extend(model, tokenizer, ids, sampling, TextStream(tokenizer, sampling.stop, ids[-1:]), say)
 
 
-def longest_prompt(block_size: int, max_new_tokens: int) -> int:
-    """Return how many tokens a prompt may have so that the new ones have room behind it, but at least half the context."""
-    return block_size - min(max_new_tokens, block_size // 2)
-
-
 def spellings_of(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """Return the text of each token for `healing`."""
+    """Return the text of each token, as healing.py needs it."""
     (*_, before) = tokenizer.encode("x")
     return token_texts(tokenizer.decode_batch, before, tokenizer.vocab_size, vocab_size, tokenizer.cfg.special_tokens)
 
@@ -153,10 +148,10 @@ def spellings_of(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
 def complete_end(
     model: LanguageModel, tokenizer: Tokenizer, text: str, sampling: Sampling, say: Say | None = None
 ) -> Completion:
-    """Return what the model puts at the end of a document, also where that is in the middle of a token.
+    """Return what the model writes at the end of a document, also where the end is inside a token.
 
-    The document is cropped from the left, with a note, so that `sampling.max_new_tokens` fit the context behind it, or
-    half a context; the completion ends where the context does.
+    The document is cropped from the left, with a note, so that `sampling.max_new_tokens`, or half the context, fit behind it.
+    The completion ends at the end of the context.
     """
     block_size = model.cfg.block_size
     ids = document_ids(tokenizer, text)
@@ -169,7 +164,9 @@ def complete_end(
     ids = ids[-room:]
     limit = min(sampling.max_new_tokens, block_size - len(ids))
     kept, healing = take_back(ids, spellings_of(tokenizer, model.cfg.vocab_size))
-    its_own = replace(sampling, max_new_tokens=limit + len(ids) - len(kept))  # what was taken back is written again
+    its_own = replace(
+        sampling, max_new_tokens=limit + len(ids) - len(kept)
+    )  # the tokens that were taken back are written again
     pieces = TextStream(tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
     new = extend(model, tokenizer, kept, its_own, pieces, say, healing.allowed)
     return new._replace(ended_by="context") if new.ended_by == "limit" and limit < sampling.max_new_tokens else new
@@ -178,36 +175,38 @@ def complete_end(
 def complete_batch(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield the number of each prompt, of token ids, and what the model puts after it, as it ends.
+    """Yield each prompt's number and completion, as it ends. Prompts are lists of token ids.
 
-    It is what the prompt gets alone with its seed, up to the end of the context. Each must leave room there.
+    A completion is the same as for the prompt alone with its seed, up to the end of the context. Raises ValueError for a prompt
+    that leaves no room in the context.
     """
-
-    def stops(number: int, out: list[int]) -> bool:
-        text = tokenizer.decode(out)
-        return any(s in text for s in sampling.stop)
-
-    finished = stops if sampling.stop else None
-    for number, out in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds, finished=finished):
-        text = TextStream(tokenizer, sampling.stop, prompts[number][-1:])
-        said = text.add_all(out)
-        limit = min(sampling.max_new_tokens, model.cfg.block_size - len(prompts[number]))
+    for row in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds):
+        row.ended = row.ended or has_stop(tokenizer.decode(row.out), sampling.stop)
+        if not row.ended:
+            continue
+        text = TextStream(tokenizer, sampling.stop, prompts[row.number][-1:])
+        said = text.add_all(row.out)
         ended_by: Ending = "end of text"
         if text.stopped:
             ended_by = "stop"
-        elif len(out) == limit:
-            ended_by = "limit" if limit == sampling.max_new_tokens else "context"
-        yield number, Completion(said, len(out), ended_by)
+        elif len(row.out) == row.limit:
+            ended_by = "limit" if row.limit == sampling.max_new_tokens else "context"
+        yield row.number, Completion(said, len(row.out), ended_by)
+
+
+def has_stop(text: str, stops: Sequence[str]) -> bool:
+    """Return whether the text contains one of the stop strings."""
+    return any(stop in text for stop in stops)
 
 
 class Answer(NamedTuple):
-    """What a model said to a question."""
+    """The answer to a question."""
 
     text: str
     stopped: bool
-    """It ended by itself or before a stop string, not by a limit."""
+    """The answer ended by itself or before a stop string, not at a limit."""
     cut_by: str = ""
-    """Otherwise, the limit in words."""
+    """Otherwise the limit, in words."""
 
 
 def answer(
@@ -221,8 +220,8 @@ def answer(
 ) -> Answer:
     """Return the response to the last of the `exchanges`, which has none yet.
 
-    Prompt and response together are at most block_size tokens. The oldest exchanges are left out, with a note, while the
-    response has room for fewer than `room` tokens. Raises GenerationError if the last one alone leaves no room for any.
+    Prompt and response together have at most block_size tokens. The oldest exchanges are left out, with a note, until the
+    response has room for at least `room` tokens. Raises GenerationError if the last exchange alone leaves no room.
     """
     block_size = model.cfg.block_size
     ids = _conversation_ids(tokenizer, template, exchanges, block_size, room)
@@ -240,9 +239,9 @@ def answer(
 def _conversation_ids(
     tokenizer: Tokenizer, template: str, exchanges: Sequence[Exchange], block_size: int, room: int
 ) -> list[int]:
-    """Return the ids of as many of the latest exchanges as leave `room`, at least of the last, which must leave some."""
+    """Return the ids of the last exchange, and of as many before it as leave `room`. Raises GenerationError if none is left."""
     assert exchanges and not exchanges[-1].response, "the response is for the model to write"
-    for dropped in range(len(exchanges)):  # whole exchanges: a model was never trained on half a template
+    for dropped in range(len(exchanges)):  # whole exchanges, as the model was never trained on half a template
         segments = encode(template, exchanges[dropped:], tokenizer)
         ids = [token for segment in segments for token in (*segment.prompt, *segment.response)]
         if len(ids) + room <= block_size:

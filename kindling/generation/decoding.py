@@ -1,9 +1,9 @@
-"""A model's tokens after those of a prompt: one text as a stream, or many together.
+"""Generates token ids after a prompt: one text as a stream, or many prompts in a batch.
 
     for token in stream(model, ids, Sampling(), tokenizer.eos_id): ...
-    generate_batch(model, prompts, Sampling(), tokenizer.eos_id)  # to each prompt what it gets alone
+    for row in stream_batch(model, prompts, Sampling(), tokenizer.eos_id): ...  # each prompt gets the same as alone
 
-Limit: in a stream, text beyond the context costs a pass over the whole context for each token; in a batch, it ends there.
+Limit: in a stream, each token beyond the context costs a pass over the whole context; in a batch, a text ends there.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ import torch
 from kindling.generation.sampling import Drawer, Sampling, draw
 from model import GPT, LanguageModel
 
-CHECK_EVERY = 8  # tokens between two questions to a caller whether a row is finished
+CHECK_EVERY = 8  # a caller sees a row after this many tokens again
 
 Allowed = Callable[[Sequence[int]], np.ndarray | None]
-"""Gets the new tokens so far and returns which may come next, (V,) bool, or None for all."""
-Finished = Callable[[int, list[int]], bool]
-"""Gets a prompt's number and its new tokens so far and returns whether they are enough."""
+"""Takes the new tokens so far; returns which tokens may come next, (V,) bool, or None for all."""
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Enter what a pass needs. It is left before each yield, or whoever takes the tokens would run without gradients."""
-    # lengths change with each token, so a compiled model runs as it is; without any, asking would import for seconds
+    """Run a pass without gradients. Leave it before each yield, or the caller would run without gradients too."""
+    # lengths change with each token, so a compiled model runs uncompiled; if nothing was compiled, do not import the compiler
     compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.no_grad(), compiler:
         yield
@@ -41,9 +39,9 @@ def stream(
 ) -> Iterator[int]:
     """Yield the new token ids after the prompt `ids` (at least one) as they are sampled, from those that are `allowed`.
 
-    The end-of-text token ends them and is not among them. The prompt is one document, also for a model trained with
-    `document_mask`: an end-of-text token at its beginning is position 0, as in training; one further on, which only a
-    conversation has, does not hide what precedes it. Beyond the context, the window moves on token by token.
+    The end-of-text token ends the stream and is not yielded. The prompt is one document, also for a model that was trained with
+    `document_mask`: an end-of-text token at its beginning has position 0, as in training; a later one, which only a
+    conversation has, does not hide the tokens before it. Beyond the context, the window moves on by one token at a time.
     """
     gpt = model.for_generation()
     block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
@@ -51,7 +49,7 @@ def stream(
     drawer = Drawer.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
     ids, n_prompt, n_read = list(ids), len(ids), 0
     for _ in range(sampling.max_new_tokens):
-        if len(ids) > block_size:  # every position changes, and with them all that is cached
+        if len(ids) > block_size:  # all positions change, so the cache is void
             n_read = len(ids) - block_size
             cache.lengths.zero_()
         with _reading():
@@ -66,29 +64,17 @@ def stream(
         yield token
 
 
-def generate(model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int) -> list[int]:
-    """Return all that `stream` yields."""
-    return list(stream(model, ids, sampling, eos_id))
+@dataclass
+class Row:
+    """One text of a batch: the new tokens after the prompt with this number."""
 
-
-def generate_batch(
-    model: LanguageModel,
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    eos_id: int,
-    seeds: Sequence[int] | None = None,
-    n_rows: int = 32,
-    finished: Finished | None = None,
-    progress: Callable[[int], object] | None = None,
-    begins: torch.Tensor | None = None,
-) -> list[list[int]]:
-    """Return the new tokens of each prompt. `progress` is told of each prompt that is done: 1. See `stream_batch`."""
-    outputs: list[list[int]] = [[] for _ in prompts]
-    for number, out in stream_batch(model, prompts, sampling, eos_id, seeds, n_rows, finished, begins):
-        outputs[number] = out
-        if progress is not None:
-            progress(1)
-    return outputs
+    number: int
+    drawer: Drawer
+    limit: int
+    """The most tokens it can get: `max_new_tokens`, or what the context has left."""
+    out: list[int] = field(default_factory=list)
+    ended: bool = False
+    """It gets no more tokens. The caller sets it to end the row early."""
 
 
 def stream_batch(
@@ -98,15 +84,14 @@ def stream_batch(
     eos_id: int,
     seeds: Sequence[int] | None = None,
     n_rows: int = 32,
-    finished: Finished | None = None,
     begins: torch.Tensor | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Yield each prompt's number and its new tokens as it ends, `n_rows` generated at a time.
+) -> Iterator[Row]:
+    """Yield the row of each prompt after every CHECK_EVERY tokens, and when it has ended.
 
-    Where a row ends, the next prompt begins. A row ends at end of text, after `sampling.max_new_tokens`, where the context
-    is full, or when `finished`, asked now and then, says so. `seeds` are those of the prompts; without them each has
-    `sampling.seed`, and is what `generate` gives for it. `begins` (V,) bool says what a first token may be.
-    Raises ValueError for a prompt that leaves no room in the context.
+    `n_rows` rows are generated at a time; where one ends, the next prompt begins. A row ends at end of text, after
+    `sampling.max_new_tokens`, when the context is full, or when the caller sets its `ended` to True. `seeds` are one for each
+    prompt; without them each has `sampling.seed` and gets the same tokens as from `stream`. `begins` (V,) bool says which
+    tokens may come first. Raises ValueError for a prompt that leaves no room in the context.
     """
     gpt = model.for_generation()
     for ids in prompts:
@@ -116,26 +101,16 @@ def stream_batch(
             )
     if seeds is None:
         seeds = [sampling.seed] * len(prompts)
-    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), finished, begins)
+    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), begins)
     while batch.begin() or batch.active:
-        yield from batch.ended()
+        yield from batch.seen()
         if batch.active:
             batch.step()
-            yield from batch.ended()
-
-
-@dataclass
-class _Row:
-    """One text that is being written."""
-
-    number: int
-    drawer: Drawer
-    limit: int
-    out: list[int] = field(default_factory=list)
+            yield from batch.seen()
 
 
 class _Batch:
-    """The rows of a cache: each writes behind a prompt of its own, and is free for the next when that has ended."""
+    """The rows of a cache. Each continues its own prompt, and takes the next prompt when it has ended."""
 
     def __init__(
         self,
@@ -145,22 +120,23 @@ class _Batch:
         sampling: Sampling,
         eos_id: int,
         n_rows: int,
-        finished: Finished | None,
         begins: torch.Tensor | None,
     ):
         self.gpt, self.prompts, self.seeds, self.sampling = gpt, prompts, seeds, sampling
-        self.eos_id, self.finished = eos_id, finished
+        self.eos_id = eos_id
         self.n_rows, self.cache, self.single = n_rows, gpt.new_cache(n_rows), gpt.new_cache(1)
         self.device = self.cache.lengths.device
         self.begins = None if begins is None else begins.to(self.device)
-        self.active: dict[int, _Row] = {}  # by row of the cache
+        self.active: dict[int, Row] = {}  # by row of the cache
         self.waiting = iter(range(len(prompts)))
-        self.read: list[int] = []  # the prompt that `single` holds: samples of one prompt follow one another
-        self.first = torch.empty(0)  # (1, V), the logits behind it
-        self.done: list[_Row] = []
+        self.read: list[
+            int
+        ] = []  # the prompt that `single` holds; samples of one prompt come one after another, so it is often the next one, too
+        self.first = torch.empty(0)  # (1, V), the logits after it
+        self.due: list[tuple[int, Row]] = []  # rows to yield, each with its place in the cache
 
     def begin(self) -> bool:
-        """Begin the next prompts in the rows that are free; return whether there were any."""
+        """Begin the next prompts in the free rows; return whether any began."""
         begun = False
         for place in range(self.n_rows):
             while place not in self.active and (number := next(self.waiting, None)) is not None:
@@ -180,7 +156,7 @@ class _Batch:
             self.cache.copy_row(place, self.single)
             limit = min(self.sampling.max_new_tokens, self.gpt.cfg.block_size - len(prompt))
             drawer = Drawer.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
-            self.active[place] = _Row(number, drawer, limit)
+            self.active[place] = Row(number, drawer, limit)
             self._take(place, draw(self.first, self.sampling, [drawer])[0])
 
     def step(self) -> None:
@@ -195,17 +171,21 @@ class _Batch:
             self._take(place, token)
 
     def _take(self, place: int, token: int) -> None:
-        """Add a token to a row, which it may end."""
+        """Add a token to a row, which may end it."""
         row = self.active[place]
         if token != self.eos_id:
             row.out.append(token)
-        ended = token == self.eos_id or len(row.out) >= row.limit
-        asked = self.finished is not None and len(row.out) % CHECK_EVERY == 0
-        if ended or (asked and self.finished(row.number, row.out)):
-            self.done.append(self.active.pop(place))
+        row.ended = token == self.eos_id or len(row.out) >= row.limit
+        if row.ended:
+            del self.active[place]
+        if row.ended or len(row.out) % CHECK_EVERY == 0:
+            self.due.append((place, row))
 
-    def ended(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield what has ended since the last time."""
-        while self.done:
-            row = self.done.pop(0)
-            yield row.number, row.out
+    def seen(self) -> Iterator[Row]:
+        """Yield the rows that are due, and free the place of each that the caller ends."""
+        while self.due:
+            place, row = self.due.pop(0)
+            was_active = not row.ended
+            yield row
+            if was_active and row.ended:
+                del self.active[place]

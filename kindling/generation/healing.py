@@ -1,13 +1,14 @@
-"""Token healing: a prompt that ends in the middle of a word or of an indentation is continued as if it did not.
+"""Token healing: continues a prompt that ends inside a word or an indentation. Also, how long a prompt may be.
 
     kept, healing = take_back(ids, spellings)
-    # generate after `kept`, each time from the tokens that healing.allowed(new) leaves: the text begins with healing.text
+    # generate after `kept`, choosing each token from healing.allowed(new): the new text begins with healing.text
 
-A tokenizer joins "ret" and "urn", or a line's end and the indentation behind it, so a model has hardly seen text go on where
-an editor's cursor stands. The prompt's last tokens are taken back, and of the next ones only those are allowed whose text
-agrees with what was taken. Source: guidance's token healing, here over several tokens and in steps.
+A tokenizer joins "ret" and "urn", or a newline and the indentation after it. So in training a model has rarely seen text
+continue at the place of an editor's cursor. Therefore the prompt's last tokens are taken back, and the next tokens must first
+spell the text that was taken back. Source: guidance's token healing, here over several tokens and in steps.
 
-Limit: tokens that are part of a character are never taken back, so a prompt that ends in one is continued as it is.
+Limit: tokens that are only part of a character are never taken back; a prompt that ends in one is continued unchanged.
+Imports no torch, as autocomplete.py uses it.
 """
 
 from __future__ import annotations
@@ -17,24 +18,29 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-N_BACK = 3  # tokens; one mends half as many of the cuts inside words, and back to a whole word no more
+N_BACK = 3  # tokens; one token repairs half as many cuts inside words, and going back to a whole word repairs no more than three
+
+
+def longest_prompt(block_size: int, max_new_tokens: int) -> int:
+    """Return how many tokens a prompt may have so that the new tokens fit in the context after it, at least half the context."""
+    return block_size - min(max_new_tokens, block_size // 2)
 
 
 class Healing:
-    """What the next tokens must spell: `text`, and after it anything."""
+    """What the next tokens must spell: first `text`, then anything."""
 
     def __init__(self, text: str, spellings: Sequence[str]):
-        """`spellings` has the text of each token id, empty for those that are never allowed."""
+        """`spellings` has the text of each token id, and is empty for tokens that are never allowed."""
         self.text = text
         self._spellings = spellings
         known = sorted(set(spellings))
 
         def beyond(rest: str) -> bool:
-            """Whether a token begins with this."""
+            """Return whether a token begins with `rest`."""
             at = bisect_left(known, rest)
             return at < len(known) and known[at].startswith(rest)
 
-        # from which characters on the rest can be spelt: " →" may be a token, and "→" none
+        # whether the text from each character on can be spelled: " →" may be a token while "→" is not
         self._goes_on = [False] * len(text) + [True]
         short = {s for s in known if s and len(s) <= len(text)}
         for i in reversed(range(len(text))):
@@ -42,7 +48,7 @@ class Healing:
             self._goes_on[i] = any(inside) or beyond(text[i:])
 
     def allowed(self, out: Sequence[int]) -> np.ndarray | None:
-        """Return which tokens may follow the new tokens `out`, (V,) bool, at least one, or None for all."""
+        """Return which tokens may follow the new tokens `out`, (V,) bool with at least one True, or None for all."""
         at = sum(len(self._spellings[token]) for token in out)
         if at >= len(self.text):
             return None
@@ -56,7 +62,7 @@ class Healing:
 
 
 def take_back(ids: Sequence[int], spellings: Sequence[str]) -> tuple[list[int], Healing]:
-    """Return what is left of the prompt `ids`, at least one token, and what must come next, if only an empty text."""
+    """Return the tokens of the prompt that are kept, at least one, and the text that must come next, which may be empty."""
     n = 0
     while n < min(N_BACK, len(ids) - 1) and spellings[ids[-n - 1]]:
         n += 1
@@ -71,10 +77,10 @@ def token_texts(
     vocab_size: int,
     control: Collection[str],
 ) -> list[str]:
-    """Return the text of each of `vocab_size` ids inside a text: empty for the `control` tokens, for parts of characters, and
-    beyond the tokenizer's `n_tokens`.
+    """Return the text that each of `vocab_size` ids has inside a text.
 
-    `before` is any token of text to decode the others behind: SentencePiece drops the space of a text's first.
+    It is empty for `control` tokens, for parts of characters, and for ids beyond the tokenizer's `n_tokens`. `before` is any
+    token of text; the others are decoded after it, because SentencePiece drops the space of a text's first token.
     """
     first, *texts = decode_batch([[before], *([before, token] for token in range(n_tokens))])
     spellings = [text[len(first) :] for text in texts]

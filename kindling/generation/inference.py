@@ -1,9 +1,9 @@
-"""A model made ready to write text: its weights in the precision, and on a CPU in the layout, that single tokens read fastest.
+"""Prepares a model for generation: weights in the precision, and on a CPU in the memory layout, that are fastest for one token.
 
     gpt = ready(model, "int8")
 
-One token's work is to read every weight once, so bytes are time: bf16 halves them, int8 quarters them. Limits: a model
-that was made ready is not for training; int8 is for the CPU, and multiplies in bfloat16.
+To generate one token, every weight is read once, so time depends on bytes: bf16 halves them, int8 quarters them. Limits: the
+prepared model cannot be trained; int8 runs on the CPU only and multiplies in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ Precision = Literal["fp32", "bf16", "int8"]
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of int8 weights with one scale for each output, symmetric, rounded to nearest."""
+    """A linear layer with int8 weights and one scale for each output: symmetric, rounded to nearest."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()  # (N, K)
         scale = row_scales(weight).clamp_min(1e-30).bfloat16()  # (N,)
-        self.padding = -weight.size(1) % 16  # the kernel reads columns by sixteen, also beyond the last
+        self.padding = -weight.size(1) % 16  # the kernel reads sixteen columns at a time, also past the last
         self.register_buffer("weight", F.pad(round_rows(weight, scale), (0, self.padding)))  # (N, K + padding)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
@@ -43,9 +47,9 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def ready(model: LanguageModel, precision: Precision) -> GPT:
-    """Return `model` as a GPT for `read`, changed in place where it is one.
+    """Return `model` as a GPT that is ready for `read`. A GPT is changed in place.
 
-    Raises KindlingError for int8 on another device than the CPU.
+    Raises KindlingError for int8 on any device but the CPU.
     """
     gpt = model.for_generation().eval()
     device = gpt.wte.weight.device
@@ -54,7 +58,7 @@ def ready(model: LanguageModel, precision: Precision) -> GPT:
             f"--precision int8 must run on the CPU, but the device is {device}; use bf16, or --device cpu"
         )
     if precision != "fp32":
-        for p in gpt.parameters():  # not the buffers: rotary angles lose too much
+        for p in gpt.parameters():  # not the buffers: rotary angles would lose too much precision
             p.data = p.data.bfloat16()
         if gpt.cfg.position == "sinusoidal":
             gpt.positions = gpt.positions.bfloat16()
@@ -67,6 +71,6 @@ def ready(model: LanguageModel, precision: Precision) -> GPT:
                     setattr(parent, name, Int8Linear(child))
     elif device.type == "cpu":
         for linear in [m for m in gpt.modules() if isinstance(m, nn.Linear) and m.out_features > m.in_features]:
-            # a tall matrix times a vector is faster by columns; the shape stays, and so does every name
+            # a tall matrix times a vector is faster when stored by columns; the shape and all names stay
             linear.weight.data = linear.weight.data.t().contiguous().t()
     return gpt

@@ -1,9 +1,9 @@
-"""From logits to the next token: what is kept of a distribution, and the draw.
+"""Samples the next token from logits: filters the distribution, then draws from it.
 
     next_token_probabilities(logits, Sampling(temperature=0.8, top_k=50, min_p=0.05))
 
-In the order of transformers' processors: repetition penalty, temperature, top-k, top-p, min-p. Limit: a text is drawn token
-by token from one distribution; there is no beam search.
+The filters have the order of transformers' processors: repetition penalty, temperature, top-k, top-p, min-p. Limit: there is
+no beam search.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# any texts, each an argument; of a plain `tuple`, or tyro would import typeguard, which takes 0.1 s
+# any number of texts, each an argument; a plain `tuple`, because for tuple[str, ...] tyro imports typeguard, which takes 0.1 s
 Texts = Annotated[
     tuple,
     PrimitiveConstructorSpec(
@@ -34,7 +34,7 @@ Texts = Annotated[
 
 
 class GenerationError(KindlingError):
-    """What nothing can be generated with: settings, a prompt, or a question that cannot be answered."""
+    """Settings, a prompt or a question for which nothing can be generated."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Sampling:
     """Stop after this many tokens."""
     temperature: float = 0.8
     """Below 1 sharpens the distribution, above 1 flattens it; 0 is greedy."""
-    top_k: Optional[int] = 50  # not `int | None`: tyro would import typeguard, for 0.1 s
-    """Keep only this many most likely tokens. None: all."""
+    top_k: Optional[int] = 50  # not `int | None`, for which tyro imports typeguard, which takes 0.1 s
+    """Keep only this many of the most likely tokens. None: all."""
     top_p: float = 1.0
     """Keep only the most likely tokens that together have this probability (nucleus sampling)."""
     greedy: bool = False
@@ -54,11 +54,11 @@ class Sampling:
     seed: int = 0
     """The same seed gives the same text."""
     min_p: float = 0.0
-    """Keep only tokens that are at least this many times as likely as the most likely one; 0 is off."""
+    """Keep only tokens with at least this fraction of the most likely token's probability. 0: off."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens of the prompt and of the text so far become less likely; 1 is off."""
+    """Above 1, tokens of the prompt and of the text so far become less likely. 1: off."""
     stop: Texts = ()
-    """End before any of these strings, which is not printed. A line end is $'\\n' in most shells."""
+    """End before the first of these strings, which is not printed. A newline is $'\\n' in most shells."""
 
     def check(self) -> None:
         """Raise GenerationError for a value that cannot be used."""
@@ -81,15 +81,15 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Nothing is drawn."""
+        """Whether the most likely token is taken and nothing is drawn."""
         return self.greedy or self.temperature == 0
 
 
 def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return the logits (..., V) with those of the tokens that were `seen` (..., V) bool made smaller.
+    """Return the logits (..., V), lowered for the tokens that were `seen` (..., V) bool.
 
-    Positive ones are divided by the penalty, negative ones multiplied: divided, they would become more likely.
-    Source: CTRL (Keskar et al. 2019), section 4.1, with the sign as transformers has it.
+    Positive logits are divided by the penalty, negative ones multiplied: division would make those more likely.
+    Source: CTRL (Keskar et al. 2019), section 4.1, with the sign as in transformers.
     """
     import torch
 
@@ -99,10 +99,10 @@ def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch
 def next_token_probabilities(
     logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the distributions (..., V) that are sampled from, of logits (..., V).
+    """Return the distributions (..., V) to sample from, given logits (..., V).
 
-    `seen` (..., V) bool says which tokens the repetition penalty is for. Of tokens that are equally likely, no more than
-    `top_k` are kept. Sources: nucleus sampling, Holtzman et al. 2019; min-p, Nguyen et al. 2024.
+    `seen` (..., V) bool says which tokens get the repetition penalty. Of equally likely tokens, no more than `top_k` are kept.
+    Sources: nucleus sampling, Holtzman et al. 2019; min-p, Nguyen et al. 2024.
     """
     import torch
 
@@ -113,13 +113,13 @@ def next_token_probabilities(
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.size(-1):
-        # by index, not by a threshold: ties must not let more through
+        # by index rather than by a threshold, or ties would keep more than top_k
         kept, order = logits.topk(sampling.top_k)
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, order, kept)
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of the tokens ahead; the first is always kept
+        before = ordered.cumsum(-1) - ordered  # the probability of the tokens before; so the first is always kept
         ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered / ordered.sum(-1, keepdim=True))
     if sampling.min_p > 0:
@@ -131,17 +131,17 @@ def next_token_probabilities(
 
 @dataclass
 class Drawer:
-    """What one text's draws depend on beside the logits: its random state, and the tokens that it has had."""
+    """What the draws of one text depend on beside the logits: its random state, and the tokens it already has."""
 
     generator: torch.Generator
     seen: torch.Tensor | None = None
-    """(V,) bool; None without a repetition penalty, which then costs nothing."""
+    """(V,) bool. None without a repetition penalty."""
 
     @classmethod
     def of(cls, sampling: Sampling, seed: int, ids: Sequence[int], vocab_size: int, eos_id: int) -> Drawer:
-        """Begin behind the prompt `ids`.
+        """Return the state after the prompt `ids`.
 
-        The end of text is never penalised: a conversation is full of ends, and its next answer must end too.
+        The end-of-text token gets no penalty: a conversation has many of them, and its next answer must be able to end.
         """
         import torch
 
@@ -154,11 +154,13 @@ class Drawer:
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Drawer]) -> list[int]:
-    """Return the next token of each row of logits (B, V), each drawn by its own drawer, which takes note of it."""
+    """Return the next token for each row of logits (B, V), drawn with the row's own drawer, which is updated."""
     import torch
 
-    logits = logits.cpu()  # the same draws on every device
-    seen = None if sampling.repetition_penalty == 1 else torch.stack([drawer.seen for drawer in drawers])  # (B, V)
+    logits = logits.cpu()  # so that draws are the same on every device
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.stack([drawer.seen for drawer in drawers if drawer.seen is not None])  # (B, V)
     if sampling.is_greedy:
         if seen is not None:
             logits = penalized(logits.float(), seen, sampling.repetition_penalty)

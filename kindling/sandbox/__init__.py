@@ -1,5 +1,6 @@
-"""Runs Python that nobody has read.
+"""Runs untrusted Python.
 
-Read process.py (starts a program and asks it for values), worker.py (the inside), syscall_filter.py (refused kernel
-calls). It must never hand a program what it is expected to answer, nor believe what it says of itself.
+Read process.py (starts a program and calls its functions), bubblewrap.py (what the program can see), worker.py (runs
+inside the sandbox), syscall_filter.py (forbidden system calls) and self_test.py (checks that the sandbox works). The
+package must never give a program the expected answer, and never trust what a program reports about itself.
 """

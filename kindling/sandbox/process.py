@@ -1,17 +1,17 @@
-"""Runs untrusted Python where it can touch nothing, and asks it for values.
+"""Runs untrusted Python in a sandbox and calls its functions.
 
     with Program(source, mode="bwrap") as program:
         value = program.call("add", 2, 3)
 
-The program runs in a process of its own: on Linux under bubblewrap (0.8 or later), without network, `/proc`, environment or
-any file but Python's own and the system's libraries, which it can read; it can write none. It has a uid that nothing else
-has, limits of memory, CPU time and processes, and fewer calls to the kernel (see syscall_filter.py). It is handed code and
-arguments, and answers in JSON that is decoded strictly; whoever asks compares, so no verdict ever comes from the program's
-process (see evaluation/check_correctness.py).
+The program runs in its own process. On Linux this is under bubblewrap (0.8 or later): without network, `/proc` and
+environment variables, and with read-only access to Python and the system's libraries, but to no other file (see
+bubblewrap.py). The process has its own uid, limits of memory, CPU time and number of processes, and a filter of system calls
+(see syscall_filter.py). It receives code and arguments and answers in JSON, which is decoded strictly. The caller compares
+the answers, so no verdict ever comes from the program's process (see evaluation/check_correctness.py).
 
-`mode="none"` has the limits alone: a program can then read and delete what you can. Limits: the sandbox is the kernel's;
-a program that exploits the kernel itself is not held. Programs see the standard library, no installed package, no shell,
-and `tempfile` finds no folder.
+With `mode="none"` there are only the limits: a program can then read and delete what you can. Limits: the sandbox depends on
+the kernel and cannot stop a program that exploits the kernel itself. Programs see the standard library, but no installed
+package and no shell, and `tempfile` finds no folder.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,15 +33,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from kindling.errors import KindlingError
-from kindling.sandbox import syscall_filter
+from kindling.sandbox import bubblewrap, syscall_filter
+from kindling.sandbox.bubblewrap import SandboxError
 
 Mode = Literal["bwrap", "none"]
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-INSTALL = "sudo apt install bubblewrap (or dnf, pacman, apk add bubblewrap)"
-START_S = 30.0  # a process that has not begun by then never will
-# bytes; a set of numbers with equal hashes takes a second to build from so many, and a minute from 2**20
+START_S = 30.0  # a process that has not started by then never will
+# bytes. From this many, building a set of numbers with equal hashes takes a second; from 2**20, a minute
 MAX_ANSWER = 2**17
 MAX_REASON = 200  # characters
 
@@ -54,26 +49,22 @@ class Limits:
     """What one program may use."""
 
     cpu_s: int = 10
-    """CPU seconds of each of its processes: the same verdict however busy the machine is."""
+    """CPU seconds of each of its processes. CPU time gives the same verdict however busy the machine is."""
     wall_s: float = 28.0
-    """Seconds in all, for programs that wait; measured from the moment that the sandbox stands."""
+    """Seconds in all, for programs that wait. Counted from the moment the sandbox is ready."""
     memory_bytes: int = 2**29
     """Address space of each of its processes."""
     disk_bytes: int = 2**24
-    """The size of any file that it writes, with mode="none"; in the sandbox it can write none."""
+    """The size of each file that it writes with mode="none". In the sandbox it can write no file."""
     processes: int = 3
-    """Processes and threads, itself included."""
+    """Processes and threads, including itself."""
 
 
 DEFAULT = Limits()
 
 
-class SandboxError(KindlingError):
-    """A sandbox that does not stand, or does not hold."""
-
-
 class ProgramError(BaseException):
-    """The program failed: `kind` is exception, syntax, memory or timeout. No `except Exception` of a test catches it."""
+    """The program failed. `kind` is exception, syntax, memory or timeout. An `except Exception` in a test does not catch it."""
 
     def __init__(self, kind: str, reason: str):
         self.kind, self.reason = kind, one_line(reason)
@@ -81,16 +72,16 @@ class ProgramError(BaseException):
 
 
 def one_line(text: str) -> str:
-    """Return a stranger's text as a short line that any terminal and any file can take."""
+    """Return untrusted text as one short line of printable characters."""
     text = " ".join(text.split())[:MAX_REASON]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Remote:
-    """An object that stays with the program: it can be passed back and its attributes used, and is equal to nothing."""
+    """An object that stays in the program's process. It can be passed back, its attributes can be used, and it equals nothing."""
 
     __slots__ = ("_number", "_program", "_type")
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # mypy expects a method; None makes it unhashable
 
     def __init__(self, program: Program, number: int, type_name: str):
         for name, value in (("_program", program), ("_number", number), ("_type", type_name)):
@@ -113,16 +104,18 @@ class Remote:
 
 
 class Program:
-    """A program in its own sandbox, loaded. Use it in a `with` statement: on leaving, every process of it is killed."""
+    """A program loaded in its own sandbox. Use it in a `with` statement: leaving it kills every process of the program."""
 
     def __init__(self, source: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0):
         """Start the sandbox and run the source's top level.
 
-        `slot` tells sandboxes apart that one process runs side by side. Raises ProgramError if the source fails, SandboxError
-        if the sandbox does not stand.
+        `slot` is a different number for each sandbox that one process runs at the same time. Raises ProgramError if the source
+        fails, SandboxError if the sandbox cannot be started.
         """
         self._limits = limits
         self._process, self._folder = _start(mode, limits, slot)
+        assert self._process.stdin and self._process.stdout and self._process.stderr, "all three are pipes"
+        self._requests, self._answers, self._errors = self._process.stdin, self._process.stdout, self._process.stderr
         try:
             self._deadline = time.monotonic() + START_S
             try:
@@ -144,17 +137,17 @@ class Program:
         self.close()
 
     def call(self, name: str | Remote, *args: Any, **named: Any) -> Any:
-        """Call a function of the program, by name, and return its answer. Raises ProgramError."""
+        """Call a function of the program by its name and return its answer. Raises ProgramError."""
         return self.request("call", name, args, named)
 
     def request(self, *request: Any) -> Any:
-        """Send one request, and return the answer as a plain value or a Remote. Raises ProgramError."""
+        """Send one request and return the answer as a plain value or a Remote. Raises ProgramError."""
         data = _literal(request).encode("utf-8", "surrogatepass")
         self._send(len(data).to_bytes(4, "big") + data)
         return self._decoded(self._receive())
 
     def _send(self, data: bytes) -> None:
-        pipe = self._process.stdin.fileno()
+        pipe = self._requests.fileno()
         while data:
             self._wait([], [pipe])
             try:
@@ -170,7 +163,7 @@ class Program:
         return self._read(length)
 
     def _read(self, count: int) -> bytes:
-        pipe, data = self._process.stdout.fileno(), b""
+        pipe, data = self._answers.fileno(), b""
         while len(data) < count:
             self._wait([pipe], [])
             piece = os.read(pipe, count - len(data))
@@ -185,20 +178,20 @@ class Program:
             raise ProgramError("timeout", f"took more than {self._limits.wall_s:g} s")
 
     def _death(self) -> ProgramError:
-        """Return why the program's process is gone."""
+        """Return why the program's process ended."""
         try:
             code = self._process.wait(max(1.0, self._deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:  # it closed the pipe and lives on
+        except subprocess.TimeoutExpired:  # it closed the pipe but still runs
             return ProgramError("exception", "the program stopped answering")
         number = -code if code < 0 else code - 128
-        if number == signal.SIGKILL:  # what ends a process at its limit of CPU time; memory that runs out raises
+        if number == signal.SIGKILL:  # the limit of CPU time kills; a lack of memory raises MemoryError
             return ProgramError("timeout", f"took more than {self._limits.cpu_s} s of CPU time, or was killed")
         if number > 0 and number in set(signal.Signals):
             return ProgramError("exception", f"the process was ended by {signal.Signals(number).name}")
         return ProgramError("exception", f"the process ended by itself, with exit code {code}")
 
     def _decoded(self, data: bytes) -> Any:
-        """Decode an answer strictly: it is one of the shapes that the worker writes, or the program has forged it."""
+        """Decode an answer. Any form that the worker does not write was forged by the program, and is an error."""
         try:
             answer = json.loads(data.decode("ascii"), parse_constant=_refused)
             ((kind, content),) = answer.items()
@@ -237,20 +230,20 @@ class Program:
     def _ended(self) -> str:
         """Kill the process and return what it wrote to its standard error."""
         self._kill()
-        return self._process.stderr.read(2000).decode("utf-8", "replace").strip()
+        return self._errors.read(2000).decode("utf-8", "replace").strip()
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # bwrap takes its namespace of processes with it
+            os.killpg(self._process.pid, signal.SIGKILL)  # with bwrap, all processes in its namespace end
         self._process.wait()
 
     def close(self) -> None:
         """Kill every process of the program, and delete its files."""
         self._kill()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for pipe in (self._requests, self._answers, self._errors):
             pipe.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)  # follows no link that the program may have made
+            shutil.rmtree(self._folder, ignore_errors=True)  # does not follow links that the program may have made
 
 
 def _refused(name: str) -> Any:
@@ -264,33 +257,39 @@ def _literal(value: Any) -> str:
         return repr(value)
     if kind is complex:
         return f"complex({value.real!r},{value.imag!r})"
-    if kind is type and getattr(builtins, value.__name__, None) is value:
-        return value.__name__
+    if kind is type:
+        name = value.__name__
+        if getattr(builtins, name, None) is value:
+            return name
     if kind is Remote:
         return f"handles[{value._number}]"
     if kind is dict:
         return "{" + ",".join(f"{_literal(k)}:{_literal(v)}" for k, v in value.items()) + "}"
     if kind in (list, tuple, set, frozenset):
         inner = "".join(f"{_literal(v)}," for v in value)
-        return {list: f"[{inner}]", tuple: f"({inner})", set: f"{{*(),{inner}}}", frozenset: f"frozenset(({inner}))"}[
-            kind
-        ]
+        forms: dict[type, str] = {
+            list: f"[{inner}]",
+            tuple: f"({inner})",
+            set: f"{{*(),{inner}}}",
+            frozenset: f"frozenset(({inner}))",
+        }
+        return forms[kind]
     raise TypeError(f"an argument must be plain data, but is of type {kind.__name__}")
 
 
 def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
-    """Start the worker; return its process, the leader of a group of its own, and its folder if it has one."""
+    """Start the worker in its own process group; return the process, and its folder if it has one."""
     confined = mode == "bwrap"
-    uid = 0x40000000 + os.getpid() % 2**20 * 64 + slot if confined and _is_root() else 0
-    python = [os.path.realpath(sys._base_executable), "-s", "-S", "-P", "-B", "-c", _worker_source()]
+    uid = bubblewrap.own_uid(slot) if confined else 0
+    python = [bubblewrap.interpreter(), "-s", "-S", "-P", "-B", "-c", _worker_source()]
     processes = limits.processes if confined else 0
-    alarm_s = math.ceil(limits.wall_s) + 2  # ends it if whoever asks is gone
+    alarm_s = math.ceil(limits.wall_s) + 2  # ends the worker if this process is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
     folder = None
     with contextlib.ExitStack() as stack:
         try:
             filter_fd = stack.enter_context(_pipe_with(syscall_filter.program() if confined else None))
-            wrapper = _bwrap(slot, filter_fd) if confined else []
+            wrapper = bubblewrap.command(slot, filter_fd) if confined else []
             folder = None if confined else tempfile.mkdtemp(prefix="kindling-")  # deleted by close()
             process = subprocess.Popen(
                 [*wrapper, *python, *map(str, numbers)],
@@ -299,7 +298,7 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 cwd=folder or "/",
-                # with the same order of sets each time
+                # a fixed hash seed gives sets the same order each time
                 env={"PYTHONHASHSEED": "0", "HOME": folder or "/", "LANG": "C.UTF-8"},
                 pass_fds=() if filter_fd is None else (filter_fd,),
                 start_new_session=True,
@@ -318,7 +317,7 @@ def _worker_source() -> str:
 
 @contextlib.contextmanager
 def _pipe_with(data: bytes | None) -> Iterator[int | None]:
-    """Yield a file descriptor that reads the data, or None for none; a pipe holds them all."""
+    """Yield a file descriptor that reads the data, or None where there are none. The data must fit in a pipe."""
     if data is None:
         yield None
         return
@@ -331,72 +330,6 @@ def _pipe_with(data: bytes | None) -> Iterator[int | None]:
         os.close(reading)
 
 
-def _is_root() -> bool:
-    """Return whether this process can become any user, and is not only called root in a container.
-
-    It then gives each program a uid that nothing else has, since the kernel does not count the processes of its root, not
-    even in a user namespace; of anybody else it counts those in the namespace.
-    """
-    return os.geteuid() == 0 and str(2**32 - 1) in Path("/proc/self/uid_map").read_text(encoding="ascii").split()
-
-
-def _bwrap(slot: int, filter_fd: int | None) -> list[str]:
-    """Return the command before which a program is put in the sandbox."""
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise SandboxError(
-            f"running generated code must have bubblewrap, but no bwrap is installed; {INSTALL}, or accept its risk with "
-            f"--sandbox none"
-        )
-    command = [bwrap, "--die-with-parent", "--new-session"]
-    command += [f"--unshare-{kind}" for kind in ("net", "pid", "ipc", "uts", "cgroup-try")]
-    if _is_root():
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user", "--disable-userns", "--uid", str(1000 + slot), "--gid", str(1000 + slot)]
-    if filter_fd is not None:
-        command += ["--seccomp", str(filter_fd)]
-    return [*command, *_files(Path.cwd()), "--remount-ro", "/", "--chdir", "/", "--"]
-
-
-@lru_cache
-def _files(cwd: Path) -> tuple[str, ...]:
-    """Return the part of the command that says which files there are."""
-    bound, made = _python_files(), set()
-    command = ["--perms", "0755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
-    for path in bound:
-        for parent in reversed(path.parents[:-1]):  # which bwrap would make closed to all but root
-            if parent not in made:
-                made.add(parent)
-                command += ["--perms", "0755", "--dir", str(parent)]
-        command += ["--ro-bind", str(path), str(path)]
-    for link in ("/lib", "/lib64", "/lib32"):
-        if os.path.islink(link):
-            command += ["--symlink", os.readlink(link), link]
-        elif os.path.isdir(link):
-            command += ["--ro-bind", link, link]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in _hidden(bound, cwd):
-        command += ["--perms", "0755", "--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
-    return tuple(command)
-
-
-def _python_files() -> list[Path]:
-    """Return what the interpreter and its standard library need: files and folders, none inside another."""
-    paths = {Path(os.path.realpath(sys._base_executable)), Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/lib32")}
-    paths |= {Path(sysconfig.get_path("stdlib")).resolve().parent, Path(sys.base_exec_prefix, sys.platlibdir).resolve()}
-    paths = {p for p in paths if p.exists()}
-    return sorted(p for p in paths if not any(p != other and p.is_relative_to(other) for other in paths))
-
-
-def _hidden(bound: list[Path], cwd: Path) -> list[Path]:
-    """Return the folders that a program must not see although they lie inside those: packages, and this project."""
-    # site-packages and dist-packages
-    hidden = [path.resolve() for folder in bound for path in folder.glob("python*/*-packages")]
-    hidden = [path for path in dict.fromkeys([*hidden, ROOT, cwd.resolve()]) if path.is_dir()]
-    return [path for path in hidden if any(path.is_relative_to(folder) for folder in bound)]
-
-
 def _broken(mode: Mode, said: str) -> str:
     why = " ".join(said.split())[-300:] or "it ended without a word"
     if mode == "none":
@@ -405,94 +338,3 @@ def _broken(mode: Mode, said: str) -> str:
         f"bubblewrap must be able to make a sandbox here, but is not ({why}); allow user namespaces (on Ubuntu: sudo sysctl "
         f"kernel.apparmor_restrict_unprivileged_userns=0), update bubblewrap to 0.8, or accept the risk of --sandbox none"
     )
-
-
-_PROBE = """
-import os, socket
-
-def add(a, b):
-    return a + b
-
-def listed(path):
-    return os.listdir(path)
-
-def read(path):
-    return open(path).read()
-
-def write(path):
-    with open(path, "w") as f:
-        return f.write("changed")
-
-def connect(port):
-    with socket.create_connection(("127.0.0.1", port), timeout=2) as s:
-        s.sendall(b"hello")
-    return True
-
-def kill(pid):
-    os.kill(pid, 0)
-    return True
-
-def forks(n):
-    for i in range(n):
-        if os.fork() == 0:
-            while True:
-                pass
-    return True
-
-def env():
-    return sorted(os.environ)
-"""
-
-
-def self_test(mode: Mode, limits: Limits = DEFAULT) -> None:
-    """Raise SandboxError unless a good program passes here, a bad one fails, and the sandbox holds.
-
-    What a program says of its own attempts is not believed alone: a file, a listening socket and this process, outside, must
-    show no trace.
-    """
-    try:
-        with Program(_PROBE, mode, limits) as good, Program("def add(a, b):\n    return a - b", mode, limits, 1) as bad:
-            right, environment = good.call("add", 2, 3) == 5 != bad.call("add", 2, 3), good.call("env")
-    except ProgramError as e:
-        raise SandboxError(
-            f"the sandbox must run a good program, but it fails ({e.reason}); raise the limits"
-        ) from None
-    if not right:
-        raise SandboxError("the sandbox must tell a good program from a bad one, but does not; use another machine")
-    if mode == "none":
-        return
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
-        canary = Path(folder) / "canary"
-        canary.write_text("unchanged", encoding="utf-8")
-        os.chmod(folder, 0o755)  # nothing but the sandbox shall stand in a program's way
-        canary.chmod(0o666)
-        listener.settimeout(0)
-        attempts: dict[str, tuple[Any, ...]] = {
-            "read files": ("read", str(canary)),
-            "read this project": ("read", str(WORKER)),
-            "see processes": ("listed", "/proc"),
-            "write files": ("write", str(canary)),
-            "write to its root": ("write", "/canary"),
-            "write to Python's own folder": ("write", str(Path(os.__file__).parent / "canary")),
-            "reach the network": ("connect", listener.getsockname()[1]),
-            "signal other processes": ("kill", os.getpid()),
-            "start processes without end": ("forks", limits.processes + 1),
-        }
-        for deed, call in attempts.items():
-            with Program(_PROBE, mode, limits) as program:
-                try:
-                    program.call(*call)
-                except ProgramError:
-                    continue
-            raise SandboxError(
-                f"the sandbox must not let a program {deed}, but does; do not trust it, use another machine"
-            )
-        try:
-            listener.accept()
-            reached = True
-        except OSError:
-            reached = False
-        if reached or canary.read_text(encoding="utf-8") != "unchanged":
-            raise SandboxError("the sandbox must leave no trace outside, but did; do not trust it, use another machine")
-    if set(environment) - {"HOME", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "PWD"}:
-        raise SandboxError("the sandbox must hide the environment, but does not; do not trust it, use another machine")

@@ -1,11 +1,12 @@
-"""The calls to the kernel that a program in the sandbox is refused, as a seccomp filter.
+"""The system calls that are forbidden in the sandbox, as a seccomp filter.
 
     bwrap --seccomp FD ...    # FD reads what syscall_filter.program() returns
 
-Namespaces keep a program from what is outside. This closes what they leave open: the keys of the user who started it, memory
-that no limit counts (shared segments, memory files, a tmpfs mounted in a new user namespace), sockets of kinds that have no
-namespace (vsock), and parts of the kernel that are rarely used and often broken. Sockets are refused altogether; pairs and
-pipes are not. Limits: a list of what is refused, not of what is allowed; x86-64 and 64-bit ARM only.
+Namespaces separate a program from the rest of the system. The filter closes what they leave open: the keys of the user who
+started it; memory that no limit counts (shared segments, memory files, a tmpfs mounted in a new user namespace); kinds of
+sockets without a namespace (vsock); and parts of the kernel that are rarely used and often vulnerable. All sockets are
+forbidden, but socket pairs and pipes are not. Limits: it lists what is forbidden, not what is allowed; x86-64 and 64-bit ARM
+only.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
 
 def program(machine: str | None = None) -> bytes | None:
-    """Return the filter for a kind of machine (else this one's), or None where the numbers are not known."""
+    """Return the filter for a kind of machine (this one by default), or None where the numbers of its calls are not known."""
     machine = machine or os.uname().machine
     if machine not in AUDIT_ARCH:
         return None
     column = list(AUDIT_ARCH).index(machine)
-    rows = [  # code, value, the label to go to if so, and if not; "" is the next row
+    rows = [  # code, value, the label to jump to if true, and if false; "" is the next row
         (_LOAD, _ARCH, "", ""),
-        (_EQUAL, AUDIT_ARCH[machine], "", "kill"),  # a 32-bit program's calls have other numbers
+        (_EQUAL, AUDIT_ARCH[machine], "", "kill"),  # in a 32-bit program, calls have other numbers
         (_LOAD, _NUMBER, "", ""),
-        (_AT_LEAST, 0x40000000, "refuse", ""),  # and so have those of x32
-        (_EQUAL, CLONE3[column], "unknown", ""),  # its flags are out of a filter's sight: the C library then uses clone
+        (_AT_LEAST, 0x40000000, "refuse", ""),  # and so they have in an x32 program
+        (_EQUAL, CLONE3[column], "unknown", ""),  # a filter cannot see its flags; the C library then uses clone
         *((_EQUAL, numbers[column], "refuse", "") for numbers in REFUSED.values() if numbers[column] is not None),
         (_EQUAL, CLONE[column], "", "allow"),
         (_LOAD, _FIRST_ARGUMENT, "", ""),

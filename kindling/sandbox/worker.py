@@ -1,23 +1,23 @@
-"""The inside of the sandbox: loads a stranger's program, calls what it is asked to call, and answers in JSON.
+"""Runs inside the sandbox: loads an untrusted program, calls the functions that are requested, and answers in JSON.
 
     python -s -S -P -B -c "$(cat worker.py)" UID MEMORY_BYTES DISK_BYTES CPU_S PROCESSES ALARM_S MAX_BYTES
 
-`process.py` starts it, writes requests to its standard input and reads answers from its standard output, each behind four
-bytes of length. A request is a Python tuple as text; an answer is JSON. Nothing that is said here decides anything: the
-program shares this process and can forge every answer, so all that an answer can be is a wrong value. It imports no more
-than it must, because it is started once for each sample.
+`process.py` starts it, writes requests to its standard input and reads answers from its standard output. Four bytes with the
+length precede each. A request is a Python tuple as text; an answer is JSON. No answer is a verdict: the program shares this
+process and can forge every answer, so a forged answer is at most a wrong value. It imports as little as possible, because it
+is started once for each sample.
 """
 
 import os
 import sys
-from _json import encode_basestring_ascii as quoted  # the json package takes as long to import as Python to start
+from _json import encode_basestring_ascii as quoted  # importing json takes as long as starting Python
 
 MAX_DEPTH = 100
 MAX_MESSAGE = 200  # characters of an error's text
 
 
 def confine(uid, memory_bytes, disk_bytes, cpu_s, processes, alarm_s):
-    """Give up root for a user of its own, and lower every limit for good; 0 leaves one as it is."""
+    """Change from root to the given uid, and lower every limit for good; 0 leaves a limit as it is."""
     import _signal
     import resource
 
@@ -31,13 +31,11 @@ def confine(uid, memory_bytes, disk_bytes, cpu_s, processes, alarm_s):
     for name, limit in [*limits, ("STACK", 2**23)]:
         if limit:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    resource.setrlimit(
-        resource.RLIMIT_CORE, (1, 1)
-    )  # not 0, with which the host's crash reporter is still run (core(5))
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # with 0, the host's crash reporter would still run (core(5))
 
 
 def encode(value, handles, depth=0):
-    """Return a value as JSON; what is not plain data stays here, and a number for it goes out."""
+    """Return a value as JSON. An object that is not plain data stays here, and its number is sent instead."""
     if depth > MAX_DEPTH:
         raise ValueError(f"the answer is nested deeper than {MAX_DEPTH}")
 
@@ -67,8 +65,8 @@ def encode(value, handles, depth=0):
 
 
 def serve(requests, answers, max_bytes):
-    """Answer requests until there are no more."""
-    module = type(sys)("solution")  # not __main__: what stands under `if __name__ == "__main__"` is not asked for
+    """Answer requests until the input is closed."""
+    module = type(sys)("solution")  # not __main__: code under `if __name__ == "__main__"` must not run
     sys.modules["solution"] = module
     handles = []
     scope = {"handles": handles, "nan": float("nan"), "inf": float("inf")}
@@ -119,7 +117,7 @@ def serve(requests, answers, max_bytes):
 if __name__ == "__main__":
     own_requests, own_answers = os.dup(0), os.dup(1)
     nothing = os.open("/dev/null", os.O_RDWR)
-    for standard in (0, 1, 2):  # what the program prints goes nowhere, and it has nothing to read
+    for standard in (0, 1, 2):  # the program's output is dropped, and its input is empty
         os.dup2(nothing, standard)
     *limits, max_bytes = map(int, sys.argv[1:])
     confine(*limits)

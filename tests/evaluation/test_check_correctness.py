@@ -1,13 +1,16 @@
 import ast
 import json
 import shutil
+from functools import partial
 
 import pytest
 from mutants import mutant
 from test_extraction import NASTY
 
-from kindling.evaluation import tasks
-from kindling.evaluation.check_correctness import VERDICTS, Graded, Sample, grade, judge
+from config import EvalConfig
+from kindling.evaluation import check_correctness, tasks
+from kindling.evaluation.check_correctness import VERDICTS, Graded, grade, grade_all, judge
+from kindling.evaluation.samples import Chat, Sample
 from kindling.evaluation.tasks import PROBLEMS, Problem, load
 from kindling.pool import Lost, map_jobs
 from kindling.sandbox.process import Limits
@@ -15,16 +18,22 @@ from kindling.sandbox.process import Limits
 MODE = "bwrap" if shutil.which("bwrap") else "none"  # nothing but references and their mutants runs here
 LIMITS = Limits(cpu_s=6, wall_s=60)  # the reference of MBPP/123 takes 3 s
 LIMIT_S = 90
+OURS = load("problems")
 GRADED_ROWS = [json.loads(line) for line in (PROBLEMS / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def grade_all(texts: list[tuple[Problem, str]], chat: bool) -> list[Graded]:
-    jobs = [Sample(problem, text, chat, False, MODE, LIMITS) for problem, text in texts]
-    return list(map_jobs(grade, jobs, n_workers=2, limit_s=LIMIT_S))
+def sample(problem: Problem, number: int, text: str, cut_short: bool = False) -> Sample:
+    return Sample(problem, number, text, [], cut_short, cropped=False)
+
+
+def graded(texts: list[tuple[Problem, str]], chat: bool) -> list[Graded]:
+    jobs = [sample(problem, 0, text) for problem, text in texts]
+    grade_one = partial(grade, is_answer=chat, mode=MODE, limits=LIMITS)
+    return list(map_jobs(grade_one, jobs, n_workers=2, limit_s=LIMIT_S))
 
 
 def failures(texts: list[tuple[Problem, str]], chat: bool) -> list[str]:
-    results = zip(texts, grade_all(texts, chat))
+    results = zip(texts, graded(texts, chat))
     return [f"{p.task_id}: {g}" for (p, _), g in results if not (isinstance(g, Graded) and g.verdict == "passed")]
 
 
@@ -61,7 +70,7 @@ def test_every_reference_of_mbpp_passes(monkeypatch):
 
 def test_wrong_bodies_fail():
     texts = [(p, body) for p, row in zip(load("problems"), GRADED_ROWS) for body in row["wrong"][:2]]
-    passed = [(p.task_id, text) for (p, text), g in zip(texts, grade_all(texts, chat=False)) if g.verdict == "passed"]
+    passed = [(p.task_id, text) for (p, text), g in zip(texts, graded(texts, chat=False)) if g.verdict == "passed"]
     assert passed == []
 
 
@@ -74,7 +83,7 @@ def test_trivial_bodies_fail_and_are_counted_as_such():
         ("    return (\n", {"syntax"}, False),
         ("", failed, False),
     ):
-        for g in grade_all([(p, body) for p in problems], chat=False):
+        for g in graded([(p, body) for p in problems], chat=False):
             assert g.verdict in verdicts, g
             assert (g.compiles, g.non_trivial) == (passes, False)
 
@@ -98,7 +107,7 @@ def compare_mutants(problems: list[Problem]) -> tuple[list[str], int]:
     """Judge a mutant of each problem; return where a plain run of its tests says otherwise, and how many passed."""
     made = [mutant(p.solution, p.entry_point) for p in problems]
     jobs = [(p, program) for p, (program, _) in zip(problems, made)]
-    judged = grade_all([(p, f"```python\n{program}```") for p, program in jobs], chat=True)
+    judged = graded([(p, f"```python\n{program}```") for p, program in jobs], chat=True)
     plain = list(map_jobs(plainly, jobs, n_workers=2, limit_s=15))
     assert {g.verdict for g in judged} <= set(VERDICTS) - {"syntax", "sandbox"}
     different = []
@@ -133,7 +142,7 @@ def test_a_mutant_is_one_change_and_always_the_same():
 def test_a_sample_without_tests_is_only_compiled():
     p = load("problems")[0]
     prompt = Problem("syntax", "x", "add", p.prompt, p.prompt, "", "", "", "", ())
-    (good, bad, empty) = grade_all([(prompt, "    return a\nx"), (prompt, "    return (\n"), (prompt, "")], chat=False)
+    (good, bad, empty) = graded([(prompt, "    return a\nx"), (prompt, "    return (\n"), (prompt, "")], chat=False)
     assert (good.verdict, good.compiles, good.non_trivial) == ("", True, True)
     assert (bad.verdict, bad.compiles) == ("syntax", False)
     assert (empty.compiles, empty.non_trivial) == (False, False)
@@ -141,13 +150,11 @@ def test_a_sample_without_tests_is_only_compiled():
 
 def test_nasty_texts_are_verdicts_or_lost_and_nothing_else():
     p = load("problems")[0]
-    jobs = [
-        Sample(p, f"    {text}", chat, False, MODE, Limits(cpu_s=2))
-        for text in NASTY.values()
-        for chat in (False, True)
-    ]
-    for job, result in zip(jobs, map_jobs(grade, jobs, n_workers=2, limit_s=LIMIT_S)):
-        assert isinstance(result, Lost) or result.verdict != "passed", job.text[:50]
+    jobs = [sample(p, 0, f"    {text}") for text in NASTY.values()]
+    for is_answer in (False, True):
+        grade_one = partial(grade, is_answer=is_answer, mode=MODE, limits=Limits(cpu_s=2))
+        for job, result in zip(jobs, map_jobs(grade_one, jobs, n_workers=2, limit_s=LIMIT_S)):
+            assert isinstance(result, Lost) or result.verdict != "passed", job.text[:50]
 
 
 def test_verdicts_name_what_happened():
@@ -163,3 +170,44 @@ def test_verdicts_name_what_happened():
     }.items():
         verdict_of = judge(p, p.head + body, MODE, Limits(cpu_s=1, wall_s=20))
         assert verdict_of.verdict == verdict, (body, verdict_of)
+
+
+def test_each_text_is_judged_once_and_results_keep_their_order(monkeypatch):
+    right, wrong = "    return a + b\n", "    return a\n"
+    written = [
+        sample(OURS[0], 0, wrong),
+        sample(OURS[1], 0, right),  # of another problem it is another program
+        sample(OURS[0], 1, right),
+        sample(OURS[0], 2, wrong),
+        sample(OURS[0], 3, right),
+        sample(OURS[0], 4, right + "    x = (", cut_short=True),
+        sample(OURS[0], 5, right + "    x = ("),
+    ]
+    jobs_seen = []
+    real = check_correctness.map_jobs
+
+    def counted(function, jobs, n_workers, limit_s):
+        jobs_seen.extend(jobs)
+        return real(function, jobs_seen, n_workers, limit_s)
+
+    monkeypatch.setattr(check_correctness, "map_jobs", counted)
+    told: list[int] = []
+    found = grade_all(written, None, MODE, EvalConfig(workers=2), told.append)
+    assert [g.verdict for g in found] == ["wrong", "exception", "passed", "wrong", "passed", "passed", "syntax"]
+    assert len(jobs_seen) == 5 == sum(told)
+
+
+def test_answers_are_judged_as_answers():
+    text = "```python\ndef add(a, b):\n    return a + b\n```"
+    (as_answer,) = grade_all([sample(OURS[0], 0, text)], Chat("alpaca", False), MODE, EvalConfig(workers=2))
+    (as_completion,) = grade_all([sample(OURS[0], 0, text)], None, MODE, EvalConfig(workers=2))
+    assert (as_answer.verdict, as_completion.verdict) == ("passed", "syntax")
+
+
+def test_what_is_lost_while_it_is_judged_is_a_verdict(monkeypatch):
+    lost = [Lost("timeout"), Lost("crash"), Lost("MemoryError: ")]
+    monkeypatch.setattr(check_correctness, "map_jobs", lambda *_: iter(lost))
+    found = grade_all([sample(OURS[0], i, str(i)) for i in range(3)], None, MODE, EvalConfig(workers=2))
+    assert [g.verdict for g in found] == ["timeout", "exception", "exception"]
+    assert [g.reason for g in found] == [f"while judging it: {one.reason}" for one in lost]
+    assert not any(g.compiles or g.non_trivial for g in found)

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config import ModelConfig, TokenizerConfig
 from kindling.evaluation.harness_model import KindlingLM, first_of, windows
-from kindling.generation.decoding import generate
+from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import train, train_bpe
 from model import build_model
@@ -91,7 +91,7 @@ def test_a_log_likelihood_is_that_of_the_logits(model, tokenizer):
 
 def test_the_greedy_continuation_is_known_as_such(model, tokenizer):
     lm, context = ask(model, tokenizer), tokenizer.encode("def add")
-    best = generate(model, context, Sampling(max_new_tokens=6, greedy=True), tokenizer.eos_id)
+    best = list(stream(model, context, Sampling(max_new_tokens=6, greedy=True), tokenizer.eos_id))
     other = [*best[:-1], (best[-1] + 1) % 500]
     assert len(best) == 6
     answers = lm._loglikelihood_tokens([(None, context, best), (None, context, other), (None, context, best[:1])])
@@ -192,5 +192,5 @@ def test_requests_with_other_settings_keep_their_place(model, tokenizer):
     lengths = [3, 1, 3, 2]
     asked = [("import", {"until": [], "max_gen_toks": n}) for n in lengths]
     texts = ask(model, tokenizer).generate_until(requests("generate_until", asked))
-    longest = generate(model, tokenizer.encode("import"), Sampling(max_new_tokens=3, greedy=True), tokenizer.eos_id)
+    longest = list(stream(model, tokenizer.encode("import"), Sampling(max_new_tokens=3, greedy=True), tokenizer.eos_id))
     assert texts == [tokenizer.decode(longest[:n]) for n in lengths]

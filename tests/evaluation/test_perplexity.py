@@ -188,7 +188,7 @@ def test_progress_is_told_and_the_model_left_as_it_was(dataset):
     told = []
     model.train()
     losses = document_losses(model, dataset, RUNTIME, batch_size=2, progress=told.append)
-    assert model.training and told == sorted(told) and told[0] == 2 * T and told[-1] == len(dataset) - 1
+    assert model.training and min(told) > 0 and told[0] == 2 * T and sum(told) == len(dataset) - 1
     model.eval()
     assert document_losses(model, dataset, RUNTIME, batch_size=2).nll.tolist() == losses.nll.tolist()
     assert not model.training
@@ -286,7 +286,7 @@ def test_rows_of_many_pools_come_back_to_their_documents(tmp_path, monkeypatch):
     monkeypatch.undo()
     alone = text_losses(model, TOKENIZER, write_rows(path, [{"text": text} for text in TEXTS]), RUNTIME)
     assert losses.nll.tolist() == pytest.approx(alone.nll.tolist() * 4, rel=1e-5)
-    assert told == sorted(told) and told[-1] == losses.tokens.sum()
+    assert min(told) > 0 and sum(told) == losses.tokens.sum()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.py", "a.txt.gz", "a.md"])

@@ -14,7 +14,7 @@ from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
 from kindling.formats.hf_format import difference, read, write
 from kindling.formats.hf_layout import HubFormatError, architecture, obstacles
-from kindling.generation.decoding import generate
+from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
 from model import GPT, build_model
@@ -162,7 +162,7 @@ def test_greedy_text_is_what_transformers_generates(folders, name):
     their = theirs(folder)
     for seed in range(3):
         ids = torch.randint(1, 300, (5,), generator=torch.Generator().manual_seed(seed))
-        ours = generate(model, ids.tolist(), Sampling(greedy=True, max_new_tokens=64), tokenizer().eos_id)
+        ours = list(stream(model, ids.tolist(), Sampling(greedy=True, max_new_tokens=64), tokenizer().eos_id))
         out = their.generate(ids[None], attention_mask=torch.ones(1, 5), do_sample=False, max_new_tokens=64)[0, 5:]
         out = out.tolist()
         assert ours == (out[: out.index(tokenizer().eos_id)] if tokenizer().eos_id in out else out)

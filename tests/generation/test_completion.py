@@ -22,7 +22,7 @@ from kindling.generation.completion import (
     document_ids,
     spellings_of,
 )
-from kindling.generation.decoding import generate, stream
+from kindling.generation.decoding import stream
 from kindling.generation.healing import take_back
 from kindling.generation.sampling import GenerationError, Sampling
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, train_bpe, train_sentencepiece
@@ -302,7 +302,7 @@ def test_a_batch_of_texts_is_what_each_prompt_gets_alone(model, tokenizer, stop)
 
 def test_a_batch_says_what_ended_each(model, tokenizer):
     bos, sampling = tokenizer.bos_id, Sampling(greedy=True, max_new_tokens=4)
-    (token, *_) = generate(model, [bos], sampling, tokenizer.eos_id)
+    (token, *_) = stream(model, [bos], sampling, tokenizer.eos_id)
     got = dict(complete_batch(model, tokenizer, [[bos], [bos] * 14], [0, 0], sampling))
     assert [got[n].ended_by for n in range(2)] == ["limit", "context"]
     stop = (tokenizer.decode([token]),)

@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from config import ModelConfig
-from kindling.generation.decoding import generate, generate_batch, stream, stream_batch
+from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.sampling import Sampling
 from model import GPT, Cache, LanguageModel, build_model
 
 CFG = ModelConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=16, init_std=0.5)
+
+
+def generate(*args, **named) -> list[int]:
+    return list(stream(*args, **named))
+
+
+def generate_batch(model, prompts, *args, **named) -> list[list[int]]:
+    """Return the new tokens of each prompt, in their order."""
+    outs = {row.number: row.out for row in stream_batch(model, prompts, *args, **named) if row.ended}
+    return [outs[number] for number in range(len(prompts))]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +84,7 @@ def test_generation_runs_past_the_context_by_cropping_from_the_left(model):
     assert len(new) == 20 and new == generate(model, long[-16:], greedy, -1)
 
 
-def test_the_stream_yields_what_generate_returns_and_leaves_gradients_on_between(model):
+def test_the_stream_leaves_gradients_on_between_its_tokens(model):
     sampling = Sampling(max_new_tokens=30, temperature=2.0, seed=5)  # past the context of 16
     ids = generate(model, [1, 2], sampling, 7)
     tokens = []
@@ -138,15 +148,12 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows):
         assert generate_batch(model, prompts, sampling, 7, seeds, n_rows) == expected
 
 
-def test_a_row_that_its_caller_calls_finished_ends(model):
-    asked = []
-
-    def finished(number, ids):
-        asked.append((number, len(ids)))
-        return number == 1
-
-    out = generate_batch(model, [[1], [2]], Sampling(max_new_tokens=12), -1, [0, 1], finished=finished)
-    assert [len(ids) for ids in out] == [12, 8] and (1, 8) in asked
+def test_a_row_that_its_caller_ends_gets_no_more_tokens(model):
+    seen = []
+    for row in stream_batch(model, [[1], [2]], Sampling(max_new_tokens=12), -1, [0, 1]):
+        seen.append((row.number, len(row.out), row.ended))
+        row.ended = row.ended or row.number == 1
+    assert seen == [(0, 8, False), (1, 8, False), (0, 12, True)]
 
 
 def test_a_batch_refuses_a_prompt_that_leaves_no_room(model):
@@ -183,8 +190,11 @@ def test_prompts_come_out_as_they_end_and_gradients_are_on_between(model):
     sampling = Sampling(greedy=True, max_new_tokens=9)
     prompts = [[1], [2] * 12, [3] * 15]
     numbers = []
-    for number, ids in stream_batch(model, prompts, sampling, -1, n_rows=2):
+    for row in stream_batch(model, prompts, sampling, -1, n_rows=2):
         assert torch.is_grad_enabled()
+        if not row.ended:
+            continue
+        number, ids = row.number, row.out
         assert ids == generate(
             model, prompts[number], replace(sampling, max_new_tokens=min(9, 16 - len(prompts[number]))), -1
         )

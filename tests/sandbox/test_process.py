@@ -29,9 +29,11 @@ from jobs import misbehave
 from kindling.evaluation.check_correctness import VERDICTS, judge
 from kindling.evaluation.tasks import load
 from kindling.pool import Lost, map_jobs
-from kindling.sandbox import process as sandbox
-from kindling.sandbox import syscall_filter
-from kindling.sandbox.process import Limits, Program, ProgramError, Remote, SandboxError, self_test
+from kindling.sandbox import bubblewrap, process, syscall_filter
+from kindling.sandbox import self_test as probing
+from kindling.sandbox.bubblewrap import SandboxError
+from kindling.sandbox.process import Limits, Program, ProgramError, Remote
+from kindling.sandbox.self_test import self_test
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap (apt install bubblewrap)")
 # no other process on this machine has this number in its command line
@@ -138,7 +140,7 @@ def test_a_hostile_program_neither_passes_nor_reaches_what_it_wants(program, out
     assert not isinstance(outcome, Lost), outcome  # it has not got at the process that judges
     assert outcome.verdict in set(VERDICTS) - {"passed", "sandbox"}
     assert "reached" not in outcome.reason and "secret" not in outcome.reason
-    assert outcome.reason.isprintable() and 0 < len(outcome.reason) <= sandbox.MAX_REASON
+    assert outcome.reason.isprintable() and 0 < len(outcome.reason) <= process.MAX_REASON
     assert outcome.peak_bytes < 200 * 2**20 and outcome.open_files < 20
     assert outcome.seconds < SHORT.wall_s + 30  # what is not limited takes minutes, or is without end
 
@@ -193,7 +195,7 @@ def test_the_self_test_passes_on_this_machine(mode):
 
 def more_in_the_sandbox(*arguments: str):
     """Return a `_bwrap` that adds arguments, the last of them before the root is closed to writing."""
-    real = sandbox._bwrap
+    real = bubblewrap.command
 
     def bwrap(slot, filter_fd):
         command = real(slot, filter_fd)
@@ -222,15 +224,15 @@ def bind(path: Path) -> list[str]:
     ids=["proc", "project", "tmp", "environment"],
 )
 def test_the_self_test_notices_what_the_sandbox_lets_in(arguments, deed, monkeypatch):
-    monkeypatch.setattr(sandbox, "_bwrap", more_in_the_sandbox(*arguments))
+    monkeypatch.setattr(bubblewrap, "command", more_in_the_sandbox(*arguments))
     with pytest.raises(SandboxError, match=deed):
         self_test("bwrap")
 
 
 @needs_bwrap
 def test_the_self_test_notices_a_shared_network(monkeypatch):
-    real = sandbox._bwrap
-    monkeypatch.setattr(sandbox, "_bwrap", lambda slot, fd: [a for a in real(slot, fd) if a != "--unshare-net"])
+    real = bubblewrap.command
+    monkeypatch.setattr(bubblewrap, "command", lambda slot, fd: [a for a in real(slot, fd) if a != "--unshare-net"])
     self_test("bwrap")  # the filter of calls holds alone
     monkeypatch.setattr(syscall_filter, "program", lambda: None)
     with pytest.raises(SandboxError, match="reach the network"):
@@ -239,23 +241,23 @@ def test_the_self_test_notices_a_shared_network(monkeypatch):
 
 @needs_bwrap
 def test_the_self_test_notices_processes_without_end(monkeypatch):
-    real = sandbox._start
-    monkeypatch.setattr(sandbox, "_start", lambda mode, limits, slot: real(mode, replace(limits, processes=40), slot))
+    real = process._start
+    monkeypatch.setattr(process, "_start", lambda mode, limits, slot: real(mode, replace(limits, processes=40), slot))
     with pytest.raises(SandboxError, match="start processes without end"):
         self_test("bwrap")
 
 
 def test_the_self_test_notices_that_nothing_is_confined(monkeypatch):
-    monkeypatch.setattr(sandbox, "_bwrap", lambda slot, filter_fd: [])
+    monkeypatch.setattr(bubblewrap, "command", lambda slot, filter_fd: [])
     with pytest.raises(SandboxError, match=r"must (not let a program|run a good program)"):
         self_test("bwrap")
 
 
 def test_the_self_test_notices_a_sandbox_in_which_all_fails(monkeypatch):
-    monkeypatch.setattr(sandbox, "_PROBE", "1 / 0")
+    monkeypatch.setattr(probing, "_PROBE", "1 / 0")
     with pytest.raises(SandboxError, match=r"must run a good program, but it fails \(ZeroDivisionError"):
         self_test("none")
-    monkeypatch.setattr(sandbox, "_PROBE", "def add(a, b):\n    return 0\ndef env():\n    return []")
+    monkeypatch.setattr(probing, "_PROBE", "def add(a, b):\n    return 0\ndef env():\n    return []")
     with pytest.raises(SandboxError, match="tell a good program from a bad one"):
         self_test("none")
 
@@ -299,9 +301,9 @@ def test_a_machine_that_can_start_no_process_is_no_verdict_on_a_program(monkeypa
 
 AS_USER = """
 import os, sys
-sys.path[:0] = [{project!r}, {project!r} + "/tests"]
-import hostile, sandbox, test_sandbox as t
-sandbox.self_test("bwrap")
+sys.path[:0] = [{project!r}, {project!r} + "/tests", {project!r} + "/tests/sandbox"]
+import hostile, test_process as t
+t.self_test("bwrap")
 names = sys.argv[1:]
 programs = [h for h in hostile.HOSTILE if h.name in names]
 assert len(programs) == len(names)
@@ -325,7 +327,7 @@ def test_the_sandbox_holds_for_an_ordinary_user_too():
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="kindling-test-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        for path in [*ROOT.glob("*.py"), ROOT / "problems", ROOT / "tests"]:
+        for path in [*ROOT.glob("*.py"), ROOT / "kindling", ROOT / "problems", ROOT / "tests"]:
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, folder / path.name)
         site = folder / "site"

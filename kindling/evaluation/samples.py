@@ -1,0 +1,148 @@
+"""Generates samples of code for programming problems.
+
+    samples = write(model, tokenizer, [(problem, 5)], chat, cfg)
+    samples[0].text
+
+A base model continues a prompt; a fine-tuned model answers an instruction in the template of its training. Each sample has
+its own seed, so it depends neither on the batch nor on the other problems. A prompt that is too long for the context is
+cropped from the left, and counted.
+
+Byte-level BPE merges a newline with the indentation after it. So in training, text after a single newline token always begins
+at the left margin, and a prompt that ends in one would give empty functions. Therefore the last newline is removed from the
+prompt, and the first new token must begin with a newline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kindling.data.prompts import Exchange, encode
+from kindling.evaluation.extraction import end_of_function
+from kindling.evaluation.tasks import STOP, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from config import EvalConfig
+    from kindling.tokenization.tokenizer import Tokenizer
+    from model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How to prompt a fine-tuned model."""
+
+    template: str
+    mined: bool
+    """It was fine-tuned on docstrings: a prompt is a task and a signature, and the answer is the body of the function."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: the text that a model wrote for a problem, and its token ids."""
+
+    problem: Problem
+    number: int
+    text: str
+    ids: list[int]
+    cut_short: bool
+    """A limit ended it."""
+    cropped: bool
+    """The prompt lost its beginning."""
+
+
+def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
+    """Return the prompt of a problem as token ids."""
+    if problem.ids:
+        return list(problem.ids)
+    if chat is None:
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        prompt = problem.prompt.removesuffix("\n") if joins_newlines(tokenizer) else problem.prompt
+        return bos + tokenizer.encode(prompt)
+    if chat.mined:
+        exchanges = [Exchange(problem.mined_instruction)]
+    else:
+        exchanges = [Exchange(asked, said) for asked, said in problem.shots] + [Exchange(problem.instruction)]
+    segments = encode(chat.template, exchanges, tokenizer)
+    return [token for segment in segments for token in (*segment.prompt, *segment.response)]
+
+
+def write(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    problems: Sequence[tuple[Problem, int]],
+    chat: Chat | None,
+    cfg: EvalConfig,
+    progress: Callable[[int], object] | None = None,
+) -> list[Sample]:
+    """Return the samples, in the order of the problems. Each problem comes with its number of samples.
+
+    `progress` is called with 1 after each sample.
+    """
+    from kindling.generation.decoding import stream_batch
+    from kindling.generation.healing import longest_prompt
+    from kindling.generation.sampling import Sampling
+
+    longest = longest_prompt(model.cfg.block_size, cfg.max_new_tokens)
+    whole = [prompt_ids(problem, tokenizer, chat) for problem, _ in problems]
+    order = [
+        (i, number)
+        for i in sorted(range(len(problems)), key=lambda i: len(whole[i]), reverse=True)
+        for number in range(problems[i][1])
+    ]
+    prompts = [whole[i][-longest:] for i, _ in order]
+    seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
+    own_newline = chat is None and joins_newlines(tokenizer)
+    begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
+    samples = {}
+    for row in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, begins):
+        i, number = order[row.number]
+        problem, text = problems[i][0], tokenizer.decode(row.out)
+        if own_newline:
+            text = text.removeprefix("\n")
+        if chat is None:
+            row.ended = row.ended or _is_over(problem, text)
+            text = _without_next(problem, text)
+        if row.ended:
+            cut_short, cropped = len(row.out) >= row.limit, len(whole[i]) > longest
+            samples[i, number] = Sample(problem, number, text, row.out, cut_short, cropped)
+            if progress is not None:
+                progress(1)
+    return [samples[key] for key in sorted(samples)]
+
+
+def joins_newlines(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer merges a newline with the indentation after it."""
+    line = tokenizer.encode("def f(x):\n")
+    return tokenizer.encode("def f(x):\n    return x")[: len(line)] != line
+
+
+def newline_tokens(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
+    """Return which tokens begin with a newline, (vocab_size,) bool."""
+    import torch
+
+    begins = torch.zeros(vocab_size, dtype=torch.bool)
+    for token in range(tokenizer.vocab_size):
+        begins[token] = tokenizer.decode([token]).startswith("\n")
+    return begins
+
+
+def _seed(seed: int, problem: Problem, number: int) -> int:
+    name = f"{seed}/{problem.benchmark}/{problem.task_id}/{number}"
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:7], "little")
+
+
+def _without_next(problem: Problem, text: str) -> str:
+    """Return the text up to the marker that ends an example, if the prompt shows examples."""
+    return text.partition(STOP)[0] if problem.shots else text
+
+
+def _is_over(problem: Problem, text: str) -> bool:
+    """Return whether the program is complete, so that generation can stop."""
+    if _without_next(problem, text) != text:
+        return True
+    return end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
