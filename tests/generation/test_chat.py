@@ -346,7 +346,8 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(terminal
 
 def test_nothing_is_left_for_torch_to_import_in_an_answer_where_ctrl_c_would_break_it(runs):
     code = (
-        "import sys, chat, generate\n"
+        "import sys, generate\n"
+        "from kindling.generation import chat\n"
         "def answers(name, reply, remembers):\n"
         "    before = set(sys.modules)\n"
         "    reply([chat.Exchange('One')], 0, lambda piece: None)\n"
