@@ -69,7 +69,7 @@ class FlightRecorder:
     def _documents(self, rows: range) -> dict[str, Any]:
         """Return the part of a line that says what was in these rows."""
         parts: list[tuple[int, range]] = []
-        note = {}
+        note: dict[str, str] = {}
         try:
             parts = [(row, tokens) for row in rows for tokens in self.batches.tokens_of(row)]
             split = self.batches.dataset.split
