@@ -79,9 +79,8 @@ class FlightRecorder:
         except Exception as e:  # no error in here may end the run
             split, found = "train", [[] for _ in parts]
             note = {"note": f"the documents are not known: {one_line(e)}"}
-        return {
-            "documents": [d for (row, tokens), lines in zip(parts, found) for d in _cut(row, split, tokens, lines)]
-        } | note
+        documents = [d for (row, tokens), lines in zip(parts, found) for d in _cut(row, split, tokens, lines)]
+        return {"documents": documents, **note}
 
 
 def _cut(row: int, split: str, tokens: range, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
