@@ -24,7 +24,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from model import LanguageModel
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.fsdp import FSDPModule
 
 Optimizers = Iterable[torch.optim.Optimizer]
 
@@ -75,7 +76,7 @@ def shard(model: LanguageModel, mesh_size: int, param_dtype: torch.dtype | None)
             module.set_force_sum_reduction_for_comms(True)  # otherwise it uses a scaled sum, which only NCCL has
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether `shard` has divided the model."""
     return hasattr(model, "set_requires_gradient_sync")
 
@@ -113,7 +114,7 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
         if isinstance(value, Tensor):
             tensor = whole(value.detach()).cpu().contiguous()
             result.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            result.update(tensor.view(-1).view(torch.uint8).numpy())
+            result.update(tensor.view(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             for key in value:
                 result.update(str(key).encode())
@@ -232,7 +233,8 @@ def _describe(
     Scalars get the shape (1,), since safetensors cannot slice a scalar.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors, shapes = {}, {}
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, dict[str, list[int]]] = {}
     for p, state in optimizer.state.items():
         name = names[id(p)]
         shapes[name] = {key: list(t.shape) for key, t in state.items()}
@@ -243,13 +245,13 @@ def _describe(
 
 def _room(
     number: int, parameters: dict[str, nn.Parameter], shapes: dict[str, Any], saved: dict[str, TensorStorageMetadata]
-) -> tuple[dict[str, Tensor], dict[nn.Parameter, dict[str, Tensor]]]:
+) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Tensor]]]:
     """Return empty tensors for an optimiser's state: by name, and the same tensors by parameter, in the saved order.
 
     A tensor with the shape of its parameter is sharded like the parameter.
     """
     tensors: dict[str, Tensor] = {}
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for name, keys in shapes.items():
         p = parameters[name]
         state[p] = {}
@@ -284,8 +286,10 @@ def _saved(folder: Path) -> dict[str, TensorStorageMetadata]:
     The reader does not notice a missing part, and would leave its values uninitialised.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
     for name, tensor in saved.items():
         if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
             raise ValueError(f"the parts of {name} are not complete: one is missing, or another checkpoint's")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config, ModelConfig
 from kindling import device
-from kindling.data.shards import Batch, document_positions
+from kindling.data.shards import Batch, TokenDataset, document_positions
 from kindling.device import Runtime
 from kindling.errors import KindlingError
 from kindling.runs.checkpoint import RunDirectory
@@ -92,6 +92,15 @@ class Noise:
         # any token can be the end of text: the document mask costs the same wherever documents end
         return Batch(idx, rows[:, 1:], document_positions(idx, 0) if self.cfg.document_mask else None)
 
+    @property
+    def dataset(self) -> TokenDataset:
+        """Raise: random tokens are in no data set."""
+        raise NotImplementedError
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return no tokens: random ones are in no data set."""
+        return []
+
 
 def trainer_of(micro_batch: int, cfg: Config, model: LanguageModel, runtime: Runtime) -> Trainer:
     """Return a trainer on random tokens. Its step is one micro-batch, and it writes nothing."""
@@ -132,7 +141,8 @@ def grow(
     If `room()` is None, no size above `own` is measured.
     Return the measurements, `smallest` first, and the other sizes with the reason.
     """
-    measured, untried = [smallest], {}
+    measured = [smallest]
+    untried: dict[int, str] = {}
     known = [(0, resident_bytes), (smallest.micro_batch, smallest.peak_bytes)]
     for i, size in enumerate(sizes):
         (n0, bytes0), (n1, bytes1) = known[-2:]
@@ -239,6 +249,7 @@ def length_of(cfg: Config, pace: Pace, done: int) -> str:
         steps = max(0, int((60 * cfg.train.max_minutes - pace.compile_s) / pace.step_s))
         tokens = steps * cfg.train.batch_size * cfg.model.block_size
         return f"about {steps:,} steps, {tokens:,} tokens, in {cfg.train.max_minutes:g} minutes"
+    assert cfg.train.max_steps is not None, "cfg.tokens was read before, and requires it"
     left = max(0, cfg.train.max_steps - done)
     hours = (left * pace.step_s + pace.compile_s) / 3600
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

@@ -63,6 +63,11 @@ def orthogonalize_rows(x: Tensor, n_rows: int, group: ProcessGroup, dtype: torch
     return own.view_as(x).to(x.dtype)  # (N, own rows, C)
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's rows of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is orthogonalised (Jordan et al. 2024), with decoupled weight decay.
 
@@ -97,10 +102,10 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]  # `step` has left out the others
         mesh = getattr(params[0], "device_mesh", None)
         if mesh is not None:  # DTensors: this process has some rows of each matrix
-            params, buffers, grads = ([t.to_local() for t in tensors] for tensors in (params, buffers, grads))
+            params, buffers, grads = ([_local(t) for t in tensors] for tensors in (params, buffers, grads))
         good = None if self.found_inf is None else self.found_inf == 0
         if good is not None:  # not a product: NaN * 0 is NaN
             grads = [torch.where(good, g, b) for g, b in zip(grads, buffers, strict=True)]  # the buffer stays as it is

@@ -59,7 +59,7 @@ class FlightRecorder:
     def _documents(self, rows: range) -> dict[str, Any]:
         """Return the part of a line that says what was in these rows."""
         parts: list[tuple[int, range]] = []
-        note = {}
+        note: dict[str, str] = {}
         try:
             parts = [(row, tokens) for row in rows for tokens in self.batches.tokens_of(row)]
             split = self.batches.dataset.split
@@ -69,9 +69,8 @@ class FlightRecorder:
         except Exception as e:  # no error in here may end the run
             split, found = "train", [[] for _ in parts]
             note = {"note": f"the documents are not known: {one_line(e)}"}
-        return {
-            "documents": [d for (row, tokens), lines in zip(parts, found) for d in _cut(row, split, tokens, lines)]
-        } | note
+        documents = [d for (row, tokens), lines in zip(parts, found) for d in _cut(row, split, tokens, lines)]
+        return {"documents": documents, **note}
 
 
 def _cut(row: int, split: str, tokens: range, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
         return min(max(warmup, min(1.0, progress / LONGEST_WARMUP)), _decay(progress, cfg))
     if step < cfg.warmup_steps:
         return warmup
+    assert cfg.max_steps is not None, "Config.with_steps sets it"
     return _decay(min(1.0, (step - cfg.warmup_steps + 1) / max(1, cfg.max_steps - cfg.warmup_steps)), cfg)
 
 

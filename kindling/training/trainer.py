@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import IGNORE, Config
@@ -246,8 +247,9 @@ class Trainer:
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context for a backward pass that exchanges gradients between ranks, or only accumulates them."""
         synchronize_gradients(self.model, wanted)  # no effect on a model that is not sharded
-        replicas = self.ddp_model is not self.model
-        return self.ddp_model.no_sync() if replicas and not wanted else contextlib.nullcontext()
+        if isinstance(self.ddp_model, DistributedDataParallel) and not wanted:
+            return self.ddp_model.no_sync()
+        return contextlib.nullcontext()
 
     def launch_step(self) -> LaunchedStep:
         """Do one optimiser step without waiting for the device; `finish_step` reads its results.
@@ -267,7 +269,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self.rate_scale
             # as GradScaler.step does, but in every precision, and with one value for both optimisers
-            optimizer.found_inf = bad
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # AdamW reads it without declaring it
             if self.runtime.skips_steps or not bad.item():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)

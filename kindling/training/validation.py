@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kindling import device
@@ -21,7 +21,7 @@ from model import LanguageModel
 VALIDATION_ROWS = 16
 
 
-def summed_loss(model: LanguageModel, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
+def summed_loss(model: nn.Module, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch and its number of supervised tokens, for training and for validation."""
     idx, targets, positions = (
         None if rows is None else device.to_device(rows, runtime) for rows in batch
@@ -59,8 +59,8 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) 
         if counts:
             total, count = total + float(loss), count + int(n)
     model.train(was_training)
-    total, count = runtime.world.sum([total, count])
-    return total / max(1, count), int(count)
+    total, all_count = runtime.world.sum([total, count])
+    return total / max(1, all_count), int(all_count)
 
 
 def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
