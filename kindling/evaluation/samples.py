@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kindling.data.prompts import Exchange, encode
+from kindling.data.prompts import Exchange, encode, flatten
 from kindling.evaluation.extraction import end_of_function
 from kindling.evaluation.tasks import STOP, Problem
 
@@ -66,8 +66,7 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> lis
         exchanges = [Exchange(problem.mined_instruction)]
     else:
         exchanges = [Exchange(asked, said) for asked, said in problem.shots] + [Exchange(problem.instruction)]
-    segments = encode(chat.template, exchanges, tokenizer)
-    return [token for segment in segments for token in (*segment.prompt, *segment.response)]
+    return flatten(encode(chat.template, exchanges, tokenizer))
 
 
 def write(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kindling.data.prompts import Exchange, encode
+from kindling.data.prompts import Exchange, encode, flatten
 from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.healing import longest_prompt, take_back, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
@@ -242,8 +242,7 @@ def _conversation_ids(
     """Return the ids of the last exchange, and of as many before it as leave `room`. Raises GenerationError if none is left."""
     assert exchanges and not exchanges[-1].response, "the response is for the model to write"
     for dropped in range(len(exchanges)):  # whole exchanges, as the model was never trained on half a template
-        segments = encode(template, exchanges[dropped:], tokenizer)
-        ids = [token for segment in segments for token in (*segment.prompt, *segment.response)]
+        ids = flatten(encode(template, exchanges[dropped:], tokenizer))
         if len(ids) + room <= block_size:
             break
     if len(ids) >= block_size:
