@@ -70,7 +70,7 @@ class ModelConfig:
     """The attention output projection W_O. False: the concatenated heads are added to the residual stream as they are."""
     qk_norm: bool = False
     """RMS-normalise the queries and keys of each head before attention. Has no parameters."""
-    pair_rows: int = 0
+    bigram_rows: int = 0
     """Rows of the bigram hash embedding: a hash of the token and the one before it picks a row, which is added to the token's
     embedding. 0: off."""
     tie_embeddings: bool = True
@@ -114,7 +114,7 @@ class ModelConfig:
         linears += [(C, ff), (C, ff), (ff, C)] if self.activation == "swiglu" else [(C, ff), (ff, C)]
         block = 2 * norm + sum(i * o + (o if self.bias else 0) for i, o in linears)
         head = 0 if self.tie_embeddings else self.vocab_size * C + (self.vocab_size if self.head_bias else 0)
-        outside = (self.vocab_size + self.pair_rows) * C + self.n_position_parameters + (norm if self.final_norm else 0) + head
+        outside = (self.vocab_size + self.bigram_rows) * C + self.n_position_parameters + (norm if self.final_norm else 0) + head
         return outside + self.n_layer * block
 
     @property
@@ -130,8 +130,8 @@ class ModelConfig:
         lower, upper = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
         require(self.n_embd % self.n_head == 0, "model.n_embd", f"a multiple of n_head={self.n_head}", self.n_embd,
                 f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
-        require(self.pair_rows == 0 or self.pair_rows >= 2, "model.pair_rows", "at least 2, or 0 for none", self.pair_rows,
-                "set --model.pair-rows")
+        require(self.bigram_rows == 0 or self.bigram_rows >= 2, "model.bigram_rows", "at least 2, or 0 for none",
+                self.bigram_rows, "set --model.bigram-rows")
         require(self.n_head % self.kv_heads == 0, "model.n_kv_head", f"a divisor of n_head={self.n_head}", self.n_kv_head,
                 "choose one, or None for plain multi-head attention")
         require(self.position != "rope" or self.head_dim % 2 == 0, "model.n_embd / n_head", "even for rotary positions",
@@ -142,7 +142,7 @@ class ModelConfig:
                 "set --model.tie-embeddings False or --model.head-bias False")
         if self.backbone == "transformers":
             gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
-                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "pair_rows": 0,
+                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "bigram_rows": 0,
                     "tie_embeddings": True, "residual_init": "scaled", "document_mask": False}
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
@@ -322,7 +322,7 @@ class DataConfig:
     answer and append end-of-text, so the model learns to stop there."""
     max_tokens: int | None = None
     """Stop reading when the training split has this many tokens. None: read the sources to their end."""
-    when_dry: Literal["repeat", "stop", "continue"] = "repeat"
+    stopping_strategy: Literal["repeat", "stop", "continue"] = "repeat"
     """For a mixture: what to do when a source has no more documents. repeat: repeat its training documents until all sources
     are read to their end; stop: end the build, so the shares are exact; continue: go on with the other sources."""
     workers: int | None = None
@@ -384,7 +384,7 @@ class TrainConfig:
     """Peak learning rate of Muon (its update has spectral norm 1)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate decays after the warmup."""
-    decay_share: float = 1.0
+    decay_fraction: float = 1.0
     """Fraction of the run, without the warmup, in which the learning rate decays. Before that it stays at its peak."""
     warmup_steps: int = 100
     """Steps of linear warmup from zero."""
@@ -448,7 +448,7 @@ class TrainConfig:
         require_range("train", self, 1, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps", "threads",
                       "eval_every", "save_every", "keep_checkpoints", "log_every")
         require_range("train", self, 0, "epochs", "max_minutes", open_low=True)
-        require_range("train", self, 0, "decay_share", high=1, open_low=True)
+        require_range("train", self, 0, "decay_fraction", high=1, open_low=True)
         require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
         require(self.spike_ratio == 0 or self.spike_ratio > 1, "train.spike_ratio", "above 1, or 0 for none", self.spike_ratio,
                 "set --train.spike-ratio")
@@ -456,8 +456,8 @@ class TrainConfig:
         require_range("train", self, 0, "lr", "embd_lr", "head_lr", "muon_lr", "eps", open_low=True)
         require_range("train", self, 0, "min_lr_ratio", high=1)
         require_range("train", self, 0, "beta1", "beta2", high=0.999999)
-        require(self.decay_share == 1 or self.schedule != "constant", "train.decay_share", "1 where the schedule is constant",
-                self.decay_share, "set --train.schedule linear")
+        require(self.decay_fraction == 1 or self.schedule != "constant", "train.decay_fraction",
+                "1 where the schedule is constant", self.decay_fraction, "set --train.schedule linear")
         require(self.batch_size % self.micro_batch == 0, "train.micro_batch_size",
                 f"a divisor of batch_size={self.batch_size}", self.micro_batch_size, "choose one, or None")
         return self

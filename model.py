@@ -237,7 +237,7 @@ class GPT(LanguageModel):
         self.cfg = cfg
         self.cache_dtype: torch.dtype | None = None  # of keys and values in generation; None: that of the weights
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.wtp = nn.Embedding(cfg.pair_rows, cfg.n_embd) if cfg.pair_rows else None
+        self.wtp = nn.Embedding(cfg.bigram_rows, cfg.n_embd) if cfg.bigram_rows else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         blocks = [Block(cfg) for _ in range(cfg.n_layer)]
@@ -281,7 +281,7 @@ class GPT(LanguageModel):
         x = self.wte(idx)  # (B, T, C)
         if self.wtp is not None:
             previous = previous_tokens(idx, positions, before)  # (B, T)
-            x = x + self.wtp(pair_ids(idx, previous, self.cfg.pair_rows))
+            x = x + self.wtp(pair_ids(idx, previous, self.cfg.bigram_rows))
         if self.wpe is not None:
             x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         elif self.cfg.position == "sinusoidal":

@@ -40,7 +40,7 @@ def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train:
         preset=preset, data=data,
         model=ModelConfig(block_size=block_size, vocab_size=vocab_size, n_layer=depth, n_head=depth, n_embd=64 * depth,
                           position="rope", norm="rmsnorm", activation="relu2", bias=False, qk_norm=True, tie_embeddings=False,
-                          residual_init="zero", pair_rows=4 * vocab_size),
+                          residual_init="zero", bigram_rows=4 * vocab_size),
         train=TrainConfig(**{"optimizer": "muon", "lr": 9e-3 / depth, "embd_lr": 0.1, "head_lr": 0.03 / depth, "muon_lr": 0.02,
                              "schedule": "linear", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.01, **train}),
     )
@@ -53,7 +53,7 @@ def demo() -> Config:
     minutes.
     """
     cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, eval_every=500, save_every=250)
-    return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, pair_rows=32_768))
+    return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, bigram_rows=32_768))
 
 
 def _local_python() -> DataConfig:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CHANGES: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "the recipe, another seed": {"train.seed": 7},
-    "no embedding of pairs": {"model.pair_rows": 0},
+    "no embedding of pairs": {"model.bigram_rows": 0},
     "one rate for embeddings and head too": {"train.embd_lr": None, "train.head_lr": None},
     "AdamW in place of Muon, rate 3e-3": {"train.optimizer": "adamw", "train.lr": 3e-3},
     "Muon's rate doubled": {"train.muon_lr": 0.04},
@@ -47,7 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "projections not from zero": {"model.residual_init": "scaled"},
     "tied head, one rate": {"model.tie_embeddings": True, "train.embd_lr": None, "train.head_lr": None},
     "cosine to a tenth": {"train.schedule": "cosine", "train.min_lr_ratio": 0.1},
-    "decay in the last half only": {"train.decay_share": 0.5},
+    "decay in the last half only": {"train.decay_fraction": 0.5},
     "no token sees another document": {"model.document_mask": True},
     "context 512, 4 rows a step": {"model.block_size": 512, "train.batch_size": 4},
     "192 wide": {"model.n_embd": 192, "model.n_head": 3},

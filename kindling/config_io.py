@@ -15,6 +15,20 @@ from presets import preset
 # a Config as flags without a prefix; booleans are given as `--model.bias False`
 ConfigFlags = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
+# settings that have another name now. The old ones stand in runs of earlier versions, and in exports, whose format stays
+OLD_NAMES = {"bigram_rows": "pair_rows", "stopping_strategy": "when_dry", "decay_fraction": "decay_share"}
+
+
+def by_old_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that exports and fingerprints have."""
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def by_present_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that may have old names under their present ones."""
+    present = {old: name for name, old in OLD_NAMES.items()}
+    return {present.get(name, name): value for name, value in settings.items()}
+
 
 def to_yaml(cfg: Config) -> str:
     """Return `cfg` as YAML, with every field in the order of its class."""
@@ -39,7 +53,7 @@ def from_yaml(text: str, where: str = "config") -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend it")
     try:
-        return Config(**data)
+        return Config(**{name: by_present_names(v) if isinstance(v, dict) else v for name, v in data.items()})
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     except (ValidationError, TypeError) as e:

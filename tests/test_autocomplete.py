@@ -30,7 +30,7 @@ SHAPES = {
     if not make().data.instructions
 } | {
     "grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope"),
-    "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, pair_rows=101),
+    "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, bigram_rows=101),
 }
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 

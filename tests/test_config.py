@@ -101,8 +101,11 @@ def test_configs_cannot_be_changed():
         (lambda: ModelConfig(n_embd=100, n_head=8), ["model.n_embd", "multiple of n_head=8", "100", "96 or 104"]),
         (lambda: ModelConfig(n_head=4, n_kv_head=3), ["model.n_kv_head", "divisor of n_head=4", "3"]),
         (lambda: ModelConfig(head_bias=True), ["model.head_bias", "tied"]),
-        (lambda: ModelConfig(pair_rows=1), ["model.pair_rows", "at least 2, or 0", "1"]),
-        (lambda: ModelConfig(pair_rows=2, backbone="transformers"), ["model.pair_rows", "0 on transformers' GPT-2"]),
+        (lambda: ModelConfig(bigram_rows=1), ["model.bigram_rows", "at least 2, or 0", "1"]),
+        (
+            lambda: ModelConfig(bigram_rows=2, backbone="transformers"),
+            ["model.bigram_rows", "0 on transformers' GPT-2"],
+        ),
         (lambda: ModelConfig(dropout=1.5), ["model.dropout", "at most 0.99", "1.5"]),
         (lambda: ModelConfig(norm_eps=float("nan")), ["model.norm_eps", "nan"]),
         (

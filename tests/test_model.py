@@ -26,7 +26,7 @@ SEEDS = {  # the five systems' architectures at toy size, and the demo's, also w
     name: replace(preset(name).model, **SMALL, n_kv_head=None, d_ff=64)
     for name in ("demo", "code-50m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-1")
 }
-SEEDS["pairs"] = replace(SEEDS["demo"], pair_rows=211)
+SEEDS["pairs"] = replace(SEEDS["demo"], bigram_rows=211)
 shapes = st.builds(
     dict,
     n_layer=st.integers(1, 3),
@@ -40,7 +40,7 @@ shapes = st.builds(
     attn_out_proj=st.booleans(),
     qk_norm=st.booleans(),
     tie_embeddings=st.booleans(),
-    pair_rows=st.sampled_from([0, 2, 50]),
+    bigram_rows=st.sampled_from([0, 2, 50]),
 )
 
 
@@ -302,7 +302,7 @@ def test_a_token_has_the_row_of_it_and_the_one_before_and_the_first_has_row_0():
     assert torch.equal(model.embed(idx)[0], plain)  # the table starts at zero
     added = randomise(model).embed(idx)[0] - model.wte(idx)
     assert torch.allclose(added[:, 0], model.wtp.weight[0].expand(2, -1), atol=1e-6)
-    rows = pair_ids(idx[:, 1:], idx[:, :-1], cfg.pair_rows)
+    rows = pair_ids(idx[:, 1:], idx[:, :-1], cfg.bigram_rows)
     assert torch.allclose(added[:, 1:], model.wtp.weight[rows], atol=1e-6)
 
 
@@ -546,4 +546,4 @@ def test_the_parameters_that_multiply_are_those_of_the_linear_layers_and_norms(n
         model = GPT(cfg)
     tables = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.n_embd
     positions = cfg.block_size * cfg.n_embd if cfg.position == "learned" else 0
-    assert model.n_multiplied() == model.n_parameters() - tables - positions - cfg.pair_rows * cfg.n_embd
+    assert model.n_multiplied() == model.n_parameters() - tables - positions - cfg.bigram_rows * cfg.n_embd

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
+from kindling.config_io import by_old_names
 from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
 from kindling.data.ledger import DocumentLog, Ledger
@@ -86,7 +87,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
         "python": list(sys.version_info[:3]),
         "libraries": [tokenizers.__version__, *map(version, ("rensa", "regex", "sentencepiece"))],
         "benchmarks": benchmark_files(cfg.data),
-        "data": dataclasses.asdict(dataclasses.replace(cfg.data, workers=None)),
+        "data": by_old_names(dataclasses.asdict(dataclasses.replace(cfg.data, workers=None))),
         "tokenizer": dataclasses.asdict(cfg.tokenizer),
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
     }
@@ -204,7 +205,9 @@ def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tu
     Returns their texts, and the sources that broke off.
     """
     # a tokenizer gains nothing from reading the same text again
-    data = dataclasses.replace(cfg.data, when_dry="stop" if cfg.data.when_dry == "stop" else "continue")
+    data = dataclasses.replace(
+        cfg.data, stopping_strategy="stop" if cfg.data.stopping_strategy == "stop" else "continue"
+    )
     mixture = Mixture(data, lambda i: pool.map(documents(data.sources[i], files[i])), silent=True)
     texts, total = [], 0
     with contextlib.closing(iter(mixture)) as stream:

@@ -22,7 +22,7 @@ def explain_path(cfg: Config, folder: Path, path: str) -> str:
             key = prefix + given.resolve().relative_to(root.resolve()).as_posix()
             keys.add(key)
             if key in {f.key for f in local_files(source)}:
-                why.append("the build ended before it: see data.max_tokens and data.when_dry")
+                why.append("the build ended before it: see data.max_tokens and data.stopping_strategy")
             elif key in {f.key for f in local_files(dataclasses.replace(source, max_bytes=None, max_documents=None))}:
                 why.append(f"the max_bytes or max_documents of {source.label} end before it")
             else:

@@ -133,11 +133,11 @@ class Mixture:
         others = {j: stream for j, stream in streams.items() if j != i}
         if not others or all(j in self._dry for j in others):
             return {}  # every source was read to its end
-        if self.data.when_dry == "stop":
-            self._note(f"source {label} ran dry: the build stops here, as data.when_dry says")
+        if self.data.stopping_strategy == "stop":
+            self._note(f"source {label} ran dry: the build stops here, as data.stopping_strategy says")
             return {}
         # a source that broke off is not repeated: that would hide what is missing
-        repeat = self.data.when_dry == "repeat" and any(self._in_train[i]) and i not in self.broken
+        repeat = self.data.stopping_strategy == "repeat" and any(self._in_train[i]) and i not in self.broken
         if first:
             self._note(f"source {label} ran dry: " + ("it is repeated" if repeat else "the others go on without it"))
         return {**others, i: self._read(i)} if repeat else others

@@ -43,7 +43,7 @@ _EVERY: dict[str, Any] = {
     "head_bias": False,
     "attn_out_proj": True,
     "qk_norm": False,
-    "pair_rows": 0,
+    "bigram_rows": 0,
 }
 _ROPE = {"position": "rope", "norm": "rmsnorm"}
 HOLDS: dict[Architecture, dict[str, Any]] = {

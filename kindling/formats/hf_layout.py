@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
+from kindling.config_io import by_old_names, by_present_names
 from kindling.errors import KindlingError
 from model import GPT, LanguageModel, TransformersGPT2
 
@@ -39,7 +40,7 @@ STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # what the stock classes hold,
 }
 for _settings in STOCK.values():
     _settings |= {"final_norm": (True,), "attn_out_proj": (True,)}
-    _settings |= {"head_bias": (False,), "qk_norm": (False,), "pair_rows": (0,)}
+    _settings |= {"head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,)}
 # settings that training alone uses, or that say where it runs; weights fit whatever they are
 TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"} | {a: a for a in STOCK["gpt2"]["activation"]}
@@ -110,7 +111,12 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
 
     to = architecture(cfg)
 
-    common: dict[str, Any] = {"tie_word_embeddings": cfg.tie_embeddings, "dtype": "float32", OWN: asdict(cfg), **ids}
+    common: dict[str, Any] = {
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "dtype": "float32",
+        OWN: by_old_names(asdict(cfg)),
+        **ids,
+    }
     if to == "gpt2":
         return GPT2Config(
             vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
@@ -128,7 +134,7 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
         )  # fmt: skip
     from kindling.formats.modeling_kindling import KindlingConfig
 
-    shape = {f: v for f, v in asdict(cfg).items() if f not in (*TRAINING, "tie_embeddings")}
+    shape = by_old_names({f: v for f, v in asdict(cfg).items() if f not in (*TRAINING, "tie_embeddings")})
     module = CODE.removesuffix(".py")
     classes = {"AutoConfig": f"{module}.KindlingConfig", "AutoModelForCausalLM": f"{module}.KindlingForCausalLM"}
     return KindlingConfig(
@@ -238,7 +244,7 @@ def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
     if name == "llama":
         return _of_llama(LlamaConfig.from_dict(content))
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
-    content = {"pair_rows": 0} | content  # which older folders do not have
+    content = by_present_names({"pair_rows": 0} | content)  # older folders do not have it
     return ModelConfig(**{f: content[f] for f in shape}, tie_embeddings=content["tie_word_embeddings"])
 
 
@@ -296,7 +302,7 @@ def as_it_was(
     What transformers computes decides: a folder that was trained on or given another vocabulary since has its shape of
     now, and only what training alone uses of then.
     """
-    then = ModelConfig(**kept)
+    then = ModelConfig(**by_present_names(kept))
     biases = {name for name in weights if name.endswith(".bias")}
     if cfg.bias and not then.bias and not any(weights[name].any() for name in biases):
         cfg = replace(cfg, bias=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kindling.config_io import by_old_names
 from kindling.errors import KindlingError
 from kindling.files import sha256_file, write_json
 from kindling.formats.parity import Difference, compare
@@ -63,7 +64,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
     meta = {
         "format": FORMAT,
         "source": source,
-        "model": asdict(model.cfg),
+        "model": by_old_names(asdict(model.cfg)),
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
         "weights_sha256": sha256_file(folder / WEIGHTS),

@@ -181,7 +181,7 @@ def _shape(cfg: ModelConfig) -> Section:
         ["norm", cfg.norm],
         ["head", "shares the token embedding's matrix" if cfg.tie_embeddings else "a matrix of its own"],
     ]
-    rows += [["pair embedding", f"{cfg.pair_rows:,} rows"]] if cfg.pair_rows else []
+    rows += [["pair embedding", f"{cfg.bigram_rows:,} rows"]] if cfg.bigram_rows else []
     rows += [["without", what] for what, there in absent.items() if not there]
     rows += [["with", what] for what, there in present.items() if there]
     return Section("Architecture", ["", ""], rows)

@@ -20,7 +20,7 @@ def share_done(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
 def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
     """Return the factor on the peak learning rate at `step` (from 0): linear warmup, then decay to `min_lr_ratio`.
 
-    The decay takes the last `decay_share` of the steps after the warmup. Until then the rate stays at its peak. In a run of
+    The decay takes the last `decay_fraction` of the steps after the warmup. Until then the rate stays at its peak. In a run of
     `max_minutes` the decay takes this share of the whole time, and the warmup at most a tenth of it. So a run of few slow
     steps, too, ends with a low rate.
     """
@@ -36,7 +36,7 @@ def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
 
 def _decay(progress: float, cfg: TrainConfig) -> float:
     """Return the factor of the decay. `progress` is the fraction done, 0 to 1, of the part after the warmup."""
-    progress = max(0.0, 1 - (1 - progress) / cfg.decay_share)
+    progress = max(0.0, 1 - (1 - progress) / cfg.decay_fraction)
     if cfg.schedule == "cosine":
         decay = 0.5 * (1 + math.cos(math.pi * progress))
     elif cfg.schedule == "linear":

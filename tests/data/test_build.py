@@ -334,7 +334,7 @@ def test_a_tokenizer_of_each_kind_reaches_the_workers(corpus, kind):
     assert prepare(replace(cfg, model=replace(cfg.model, vocab_size=500))) != folder
 
 
-def mixture(when_dry: str, max_tokens: int | None = None, n_a: int = 400):
+def mixture(stopping_strategy: str, max_tokens: int | None = None, n_a: int = 400):
     """A config of two sources, weighted three to one."""
     for name, letter, count in (("a", "alpha", n_a), ("b", "beta", 400)):
         Path(name).mkdir()
@@ -342,7 +342,10 @@ def mixture(when_dry: str, max_tokens: int | None = None, n_a: int = 400):
             Path(name, f"{i}.py").write_text(f"{letter}_{i} = {i}\n" * 20, encoding="utf-8")
     cfg = tiny_config(Path("a"))
     sources = tuple(SourceConfig(kind="files", path=p, weight=w) for p, w in (("a", 3.0), ("b", 1.0)))
-    return replace(cfg, data=replace(cfg.data, sources=sources, max_tokens=max_tokens, workers=2, when_dry=when_dry))
+    return replace(
+        cfg,
+        data=replace(cfg.data, sources=sources, max_tokens=max_tokens, workers=2, stopping_strategy=stopping_strategy),
+    )
 
 
 def test_a_mixture_draws_its_tokens_by_weight_and_reports_the_shares(capsys):
@@ -423,7 +426,7 @@ def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shard
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: stream())
     cfg = tiny_config(corpus)
     hub = SourceConfig(kind="datasets", path="me/stories", field="text", language="english")
-    cfg = replace(cfg, data=replace(cfg.data, sources=(*cfg.data.sources, hub), when_dry="continue"))
+    cfg = replace(cfg, data=replace(cfg.data, sources=(*cfg.data.sources, hub), stopping_strategy="continue"))
     folder = prepare(cfg)
     rows = {r["language"]: r for r in ledger_rows(folder)}
     assert rows["english"]["read"][0] == 201 and rows["english"]["dropped"]["unreadable"][0] == 1

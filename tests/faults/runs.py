@@ -53,7 +53,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def flags(corpus: Path, name: str, **train: object) -> list[str]:
     """The command line of a tiny run without samples: tiny_flags with a checkpoint of 0.4 MB, and `train` besides."""
-    fixed = ["--model.pair-rows", "64", "--data.decontaminate", "--train.sample-prompts", "--name", name]
+    fixed = ["--model.bigram-rows", "64", "--data.decontaminate", "--train.sample-prompts", "--name", name]
     given = [word for key, value in train.items() for word in (f"--train.{key.replace('_', '-')}", str(value))]
     return [*tiny_flags(corpus), *fixed, *given]
 

@@ -87,8 +87,8 @@ def test_each_architecture_holds_its_shapes(shape):
 
 
 def test_a_model_with_a_table_of_pairs_is_refused_by_its_name():
-    with pytest.raises(GGUFError, match=r"model\.pair_rows=0 \(is 64\); export it with --to hf or --to int8"):
-        architecture(replace(GPT2, pair_rows=64))
+    with pytest.raises(GGUFError, match=r"model\.bigram_rows=0 \(is 64\); export it with --to hf or --to int8"):
+        architecture(replace(GPT2, bigram_rows=64))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_model_with_a_table_of_pairs_is_refused_by_its_name():
     [
         ("code-50m", "gpt2"),
         ("smallcoder-1", "llama"),
-        ("demo", ["arcee", "qk_norm=False (is True)", "pair_rows=0 (is 32768)"]),
+        ("demo", ["arcee", "qk_norm=False (is True)", "bigram_rows=0 (is 32768)"]),
         ("tinystories", ["gpt2", "activation=gelu_new (is gelu)"]),
         ("autocomplete", ["gpt2", "activation=gelu_new (is gelu)", "head_bias=False (is True)"]),
         ("fineweb-nano", ["position=learned (is sinusoidal)", "(is relu)", "head_bias", "attn_out_proj", "final_norm"]),

@@ -104,8 +104,8 @@ VARIANTS = {
                                         rope_theta=500_000.0)),
     "ours-grouped-swiglu": small(replace(preset("demo").model, n_head=4, n_kv_head=2, activation="swiglu", bias=True)),
     "ours-learned-without-bias": small(replace(preset("tinystories").model, qk_norm=True, bias=False)),
-    "ours-pairs": small(replace(preset("demo").model, pair_rows=101)),
-    "ours-pairs-sinusoidal": small(replace(preset("code-50m").model, pair_rows=100, position="sinusoidal")),
+    "ours-pairs": small(replace(preset("demo").model, bigram_rows=101)),
+    "ours-pairs-sinusoidal": small(replace(preset("code-50m").model, bigram_rows=100, position="sinusoidal")),
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_what_was_written_is_read_back_to_the_bit(folders, name):
 
 
 def test_a_folder_of_before_the_table_of_pairs_is_read(tmp_path):
-    model = written(tmp_path / "hub", replace(VARIANTS["demo"], pair_rows=0))
+    model = written(tmp_path / "hub", replace(VARIANTS["demo"], bigram_rows=0))
     path = tmp_path / "hub" / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     del content["pair_rows"], content["kindling"]["pair_rows"]
@@ -529,7 +529,7 @@ def test_obstacles_are_named_with_their_values():
     assert obstacles(preset("autocomplete").model, "gpt2") == ["model.head_bias=True"]
     assert obstacles(preset("code-50m").model, "gpt2") == []
     named = obstacles(preset("demo").model, "llama")
-    assert set(named) == {"model.activation=relu2", "model.qk_norm=True", "model.pair_rows=32768"}
+    assert set(named) == {"model.activation=relu2", "model.qk_norm=True", "model.bigram_rows=32768"}
 
 
 def test_a_difference_is_seen_wherever_it_is(folders):

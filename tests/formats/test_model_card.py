@@ -169,7 +169,7 @@ def test_the_code_in_the_card_runs_as_it_stands(made, monkeypatch, capsys, own):
     run, _ = made
     if own:
         cfg = run.config()
-        cfg = replace(cfg, model=replace(cfg.model, qk_norm=True, pair_rows=50))
+        cfg = replace(cfg, model=replace(cfg.model, qk_norm=True, bigram_rows=50))
         write_atomic(run.path / "config.yaml", to_yaml(cfg))
     torch.manual_seed(0)
     model = build_model(run.config().model).eval()

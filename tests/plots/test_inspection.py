@@ -72,7 +72,14 @@ def test_weights_that_are_not_finite_are_refused():
 
 def test_every_weight_matrix_is_found_once_and_a_tied_head_is_its_embedding():
     cfg = ModelConfig(
-        block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, tie_embeddings=True, position="learned", pair_rows=6
+        block_size=8,
+        vocab_size=20,
+        n_layer=2,
+        n_head=2,
+        n_embd=8,
+        tie_embeddings=True,
+        position="learned",
+        bigram_rows=6,
     )
     built = build_model(cfg)
     found = matrices(built)

@@ -1,6 +1,6 @@
 """A run and its fine-tuning that an earlier version of the code made (old_run.tar.gz) are still resumed, used and exported.
 
-They were made when settings had other names (config_io.RENAMED) and `kindling/` did not exist.
+They were made when settings had other names (config_io.OLD_NAMES) and `kindling/` did not exist.
 """
 
 import json
@@ -22,8 +22,8 @@ ALIKE = [
 ]
 PRETRAINING = [
     *("--model.block-size", "256", "--model.vocab-size", "300", "--model.n-layer", "1", "--model.n-head", "2"),
-    *("--model.n-embd", "16", "--model.pair-rows", "32", "--data.sources.0.kind", "files"),
-    *("--data.when-dry", "continue", "--train.log-every", "2", "--train.decay-share", "0.5", *ALIKE),
+    *("--model.n-embd", "16", "--model.bigram-rows", "32", "--data.sources.0.kind", "files"),
+    *("--data.stopping-strategy", "continue", "--train.log-every", "2", "--train.decay-fraction", "0.5", *ALIKE),
 ]
 FINE_TUNING = ["--preset", "docstrings", "--data.too-long", "cut", "--train.held-out-answers", "1", *ALIKE]
 
@@ -43,7 +43,7 @@ def done(result) -> str:
 
 def test_its_settings_are_read_by_the_names_of_now(work):
     cfg = RunDirectory(work / "runs/old").config()
-    assert (cfg.data.when_dry, cfg.train.decay_share, cfg.model.pair_rows) == ("continue", 0.5, 32)
+    assert (cfg.data.stopping_strategy, cfg.train.decay_fraction, cfg.model.bigram_rows) == ("continue", 0.5, 32)
 
 
 def test_it_is_resumed(work):

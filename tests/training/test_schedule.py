@@ -27,8 +27,8 @@ def test_the_learning_rate_warms_up_from_zero_and_ends_at_its_floor(schedule):
     assert rates[10 + 44] == pytest.approx(middle)
 
 
-def test_a_decay_share_keeps_the_peak_until_that_share_is_left():
-    rates = [learning_rate_scale(s, 0.0, replace(CFG, schedule="linear", decay_share=0.5)) for s in range(100)]
+def test_a_decay_fraction_keeps_the_peak_until_that_share_is_left():
+    rates = [learning_rate_scale(s, 0.0, replace(CFG, schedule="linear", decay_fraction=0.5)) for s in range(100)]
     assert set(rates[10:54]) == {1.0} and rates[99] == pytest.approx(0.1)
     assert rates[77] == pytest.approx(1 - 0.9 * 23 / 45)  # 23 of the last 45 steps
 
