@@ -1,11 +1,11 @@
-"""Hand a run on, in the formats that other tools load, and check that they compute the same.
+"""Export a run to the formats of other tools, and check that the export computes the same.
 
     python export.py runs/demo                              # --to hf: a folder for transformers, into runs/demo/export/hf
     python export.py runs/demo --to int8                    # for autocomplete.py, which needs no PyTorch
     python export.py runs/code-50m --to gguf --type q8_0    # for llama.cpp
 
-Each export ends with a parity check: logits on the run's held-out text, by what was written and read back. One that fails is
-deleted. hf and GGUF in f32 must agree to 1e-4; rounded weights may cost at most 0.5% of the loss, for which they are known.
+Each export is read back and compared with the run: logits and loss on the run's held-out text. An export that fails is
+deleted. For hf and for GGUF in f32, logits must agree to 1e-4. Rounded weights may raise the loss by at most 0.5%.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from kindling.runs.checkpoint import RunDirectory
     from model import GPT
 
-SAMPLE = 4096  # tokens that an export is compared on
-LARGEST_DIFFERENCE = 1e-4  # of a logit, where the weights are written as they are
-LARGEST_LOSS = 0.005  # of the model's loss, that rounding its weights may add
+SAMPLE = 4096  # tokens for the comparison
+LARGEST_DIFFERENCE = 1e-4  # of a logit, if the weights are written exactly
+LARGEST_LOSS = 0.005  # share of the model's loss that rounded weights may add
 
 
 class ExportError(KindlingError):
-    """An export that cannot be written, or that does not compute what the run does."""
+    """An export that cannot be written, or that does not compute the same as the run."""
 
 
 @dataclass
@@ -45,22 +45,22 @@ class Flags:
     """The script's command line."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """The run's folder, or its name under runs/. The newest if left out."""
+    """The run's folder, or its name under runs/. Default: the newest run."""
     to: Literal["hf", "gguf", "int8"] = "hf"
     """hf: a folder for transformers, with a model card; gguf: one file for llama.cpp; int8: a folder for autocomplete.py."""
     type: Literal["f32", "f16", "q8_0"] | None = None
-    """For gguf: how the matrices are held. None: f16."""
+    """For gguf: the type of the matrices. None: f16."""
     out: Path | None = None
-    """Where to write. None: export/ in the run."""
+    """Where to write the export. None: into export/ in the run's folder."""
     replace: bool = False
-    """Replace what is there."""
+    """Replace an export that is already there."""
 
 
 @contextlib.contextmanager
 def written(out: Path, replace: bool) -> Iterator[Path]:
-    """Give a temporary path, which takes the place of `out` if all goes well and is deleted if not.
+    """Yield a temporary path, which is moved to `out` at the end, or deleted after an error.
 
-    Raises ExportError if `out` exists and may not be replaced, or cannot be written.
+    Raises ExportError if `out` cannot be written, or exists and may not be replaced.
     """
     require_place(out, replace)
     try:
@@ -70,7 +70,7 @@ def written(out: Path, replace: bool) -> Iterator[Path]:
         try:
             yield room / out.name
             allow_reading(room / out.name)
-            require_place(out, replace)  # another process may have been faster
+            require_place(out, replace)  # another process may have written it meanwhile
             if out.exists():
                 out.rename(room / "old")
             try:
@@ -91,20 +91,20 @@ def written(out: Path, replace: bool) -> Iterator[Path]:
 
 
 def require_place(out: Path, replace: bool) -> None:
-    """Raise ExportError unless an export may be put there: nothing is there, or an export that is to be replaced."""
+    """Raise ExportError unless `out` does not exist, or is an export and `replace` is set."""
     if not out.name or out.is_symlink():
         raise ExportError(f"--out must be the name of a new folder or file, but is {str(out)!r}; choose another")
     if not out.exists():
         return
     if not replace:
         raise ExportError(f"{out} must not exist yet, but does; choose another --out, or give --replace")
-    is_folder = (out / "config.json").is_file() and not (out / "config.yaml").exists()  # which a run has
+    is_folder = (out / "config.json").is_file() and not (out / "config.yaml").exists()  # a run has one
     if not (is_folder or (out.is_file() and out.suffix == ".gguf")):
         raise ExportError(f"--replace must be of an export, but {out} is none; choose another --out")
 
 
 def allow_reading(path: Path) -> None:
-    """Give files the permissions that new files have here: safetensors makes them for their owner alone."""
+    """Give files the usual permissions of new files; safetensors lets only the owner read them."""
     umask = os.umask(0)
     os.umask(umask)
     for file in [path, *path.rglob("*")]:
@@ -113,7 +113,7 @@ def allow_reading(path: Path) -> None:
 
 
 def sample(run: RunDirectory) -> Tensor:
-    """Return rows of tokens (B, T) of the run's held-out text, some 4,096 tokens, at least two rows."""
+    """Return rows of tokens (B, T) of the run's held-out text: about 4,096 tokens, at least two rows."""
     import torch
 
     model = run.config().model
@@ -122,7 +122,7 @@ def sample(run: RunDirectory) -> Tensor:
 
 
 def require_exact(found: Difference) -> str:
-    """Return the line about an export of the weights as they are; raises ExportError if a logit differs too much."""
+    """Return a line on the export of exact weights; raises ExportError if a logit differs too much."""
     line = f"largest difference of a logit {found.largest:.1e}, loss {found.loss:.4f} -> {found.changed:.4f}"
     if not found.largest <= LARGEST_DIFFERENCE:
         raise ExportError(
@@ -132,7 +132,7 @@ def require_exact(found: Difference) -> str:
 
 
 def require_close(found: Difference) -> str:
-    """Return the line about an export of rounded weights; raises ExportError if the loss rises too much."""
+    """Return a line on the export of rounded weights; raises ExportError if the loss is too much higher."""
     added = (found.changed - found.loss) / found.loss
     line = f"largest difference of a logit {found.largest:.1e}, loss {found.loss:.4f} -> {found.changed:.4f} ({added:+.2%})"
     if not added <= LARGEST_LOSS:
@@ -143,7 +143,7 @@ def require_close(found: Difference) -> str:
 
 
 def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
-    """Write the folder that transformers loads."""
+    """Write and check a folder for transformers; return lines on it."""
     from kindling.formats.hf_format import difference, write
     from kindling.formats.hf_layout import CLASSES, architecture
     from kindling.formats.model_card import card
@@ -156,7 +156,7 @@ def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[st
 
 
 def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], out: Path) -> list[str]:
-    """Write the file that llama.cpp loads."""
+    """Write and check a file for llama.cpp; return lines on it."""
     from kindling.formats.gguf_format import architecture, difference, write
 
     said = [f"as {architecture(model.cfg)} in {kind}"]
@@ -168,7 +168,7 @@ def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], 
 
 
 def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
-    """Write the folder that autocomplete.py loads."""
+    """Write and check a folder for autocomplete.py; return lines on it."""
     from kindling.formats.int8_format import difference, write
 
     out.mkdir()
@@ -177,7 +177,7 @@ def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write an export and say how near it is."""
+    """Write an export, and print how it compares with the run."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     import torch
 

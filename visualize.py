@@ -1,11 +1,11 @@
-"""Draw what a run learnt and how: its curves, attention, weights and the loss of each token, and a report of it all.
+"""Draw a run's curves, attention, weights and token losses, and write a report with all of them.
 
     python visualize.py runs/demo                           # into runs/demo/plots/ and runs/demo/report.html
     python visualize.py runs/demo --text "def f(x):"        # attention and losses of this text; or --file PATH
     python visualize.py --compare runs/demo runs/demo-sft   # the curves of several runs, into plots/ of the first
 
-Without a text, attention and losses are of held-out text of the run. All is computed before anything is written. Limit: a text
-may be as long as the model's context, and heatmaps show its first 48 tokens.
+Without a text, attention and losses are those of held-out text of the run. Nothing is written before everything is computed.
+Limits: a text must fit the model's context, and heatmaps show its first 48 tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PLOTS, REPORT, CURVES = "plots", "report.html", "compare_curves.png"
 
 
 class VisualizationError(KindlingError):
-    """Something that cannot be drawn, or not be written."""
+    """Something that cannot be drawn or written."""
 
 
 @dataclass
@@ -39,19 +39,19 @@ class Flags:
     """The script's command line."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """The run's folder, or its name under runs/. The newest if left out."""
+    """The run's folder, or its name under runs/. Default: the newest run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     text: str | None = None
-    """Draw attention and losses of this text."""
+    """Draw attention and losses for this text."""
     file: Path | None = None
-    """Draw attention and losses of this file: its beginning, or all if it fits the context."""
+    """Draw attention and losses for this file, or for its beginning if it does not fit the context."""
     compare: tuple[Path, ...] = ()
     """Draw the curves of these runs in one plot, and nothing else."""
 
 
 def require(flags: Flags, run: RunDirectory) -> str | None:
-    """Return the text of --text or --file, or None; raise what can be known before anything is computed."""
+    """Return the text of --text or --file, or None; raises VisualizationError for flags that cannot be used."""
     if not os.access(run.path, os.W_OK):
         raise VisualizationError(f"{run.path} must be writable for the plots, but is not; mend its permissions")
     if flags.text is not None and flags.file is not None:
@@ -72,7 +72,7 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
 
 
 def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
-    """Return the text that attention and losses are drawn of."""
+    """Return the text for attention and losses."""
     from kindling.plots.inspection import given_text, held_out_text
 
     tokenizer, block_size = subject.tokenizer, subject.model.cfg.block_size
@@ -86,7 +86,7 @@ def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
 
 
 def draw(subject: Subject, text: Text) -> dict[str, bytes]:
-    """Return all plots as PNGs, by their paths inside the folder of plots."""
+    """Return all plots as PNGs, by their paths in the folder of plots."""
     from kindling.plots import text_plots
     from kindling.plots.figures import png, spectral_norms, training_curves, weight_histograms
     from kindling.plots.inspection import attention, curves_of, histograms, matrices, spectra, units
@@ -113,7 +113,7 @@ def draw(subject: Subject, text: Text) -> dict[str, bytes]:
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files into a folder, each whole or not at all: all beside their places first, then renamed.
+    """Write files into a folder under temporary names, then rename them, so that no file is left half written.
 
     Raises VisualizationError if they cannot be written.
     """
@@ -139,7 +139,7 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def compare(paths: list[Path]) -> None:
-    """Draw the curves of several runs in one plot, into the folder of the first."""
+    """Draw the curves of several runs in one plot, in the folder of the first run."""
     from kindling.data.shards import read_manifest
     from kindling.plots.figures import compare_curves, png
     from kindling.plots.inspection import curves_of
@@ -174,7 +174,7 @@ def compare(paths: list[Path]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw a run, or compare the curves of several."""
+    """Draw a run, or the curves of several runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.compare:
         compare([*([] if flags.run is None else [flags.run]), *flags.compare])

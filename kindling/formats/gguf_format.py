@@ -1,17 +1,17 @@
-"""Models as GGUF files, which llama.cpp and what builds on it (Ollama, LM Studio, llama-cpp-python) load.
+"""Models as GGUF files, for llama.cpp and the tools based on it (Ollama, LM Studio, llama-cpp-python).
 
     in_f16 = write(Path("model.gguf"), model, tokenizer, "q8_0", name="code-50m")
     found = difference(Path("model.gguf"), model, rows)
 
-Three of llama.cpp's architectures hold shapes of ours: `gpt2` (learned positions, LayerNorm, gelu_new), `llama` (RoPE,
-RMSNorm, SwiGLU) and `arcee` (as llama, with the squared ReLU and no gate). Every other shape is refused, and so is every
-tokenizer but plain byte-level BPE. Names, keys and bytes of the weights are those of llama.cpp's own converter
-(convert_hf_to_gguf.py), with more keys: the tokens for filling in the middle, and that no space is put before a text.
+Three architectures of llama.cpp support shapes of ours: `gpt2` (learned positions, LayerNorm, gelu_new), `llama` (RoPE,
+RMSNorm, SwiGLU) and `arcee` (like llama, with squared ReLU and no gate). Other shapes are refused, and all tokenizers but
+plain byte-level BPE. Names, keys and bytes of the weights are those of llama.cpp's converter (convert_hf_to_gguf.py). There
+are more keys: the tokens for fill-in-the-middle, and that no space is added before a text.
 
-Limits of llama.cpp, not of the file: it takes gelu_new from a table in half precision and by default keeps keys and
-values in it, so in F32 its logits are some 1e-3 from ours; in Q8_0 it rounds activations as well. It drops bytes that no
-token spells, where ours refuses them. `llama_detokenize` drops spaces before some punctuation, which what it writes token
-by token does not. It may be told a longer context than block_size (`-c`), which a `gpt2` has no positions for.
+Limits of llama.cpp, not of the file: it reads gelu_new from a table in half precision, and by default stores keys and
+values in half precision, so with F32 its logits differ from ours by about 1e-3. With Q8_0 it also rounds activations. It
+drops bytes that no token spells; we refuse them. `llama_detokenize` drops spaces before some punctuation; its token by token
+output does not. With `-c` one can set a longer context than block_size, for which a `gpt2` has no positions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HOLDS: dict[Architecture, dict[str, Any]] = {
     "llama": {**_ROPE, "activation": "swiglu", **_EVERY},
     "arcee": {**_ROPE, "activation": "relu2", "bias": False, **_EVERY},
 }
-"""What the settings of a model must be for each architecture; the others, such as sizes and tied heads, are free."""
+"""The settings that each architecture requires. All others, such as sizes and tied heads, are free."""
 
 _OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "norm_f": "output_norm", "head": "output"}
 _IN_BLOCK = {
@@ -63,7 +63,7 @@ _IN_BLOCK = {
     "mlp.gate": "ffn_gate",
     "mlp.down": "ffn_down",
 }
-_FIM = {  # the key of each token that a model fills in the middle with: its name in StarCoder's vocabularies
+_FIM = {  # GGUF's keys of the tokens for fill-in-the-middle, and their names in StarCoder's vocabularies
     "fim_pre": "<fim_prefix>",
     "fim_suf": "<fim_suffix>",
     "fim_mid": "<fim_middle>",
@@ -80,9 +80,9 @@ class GGUFError(KindlingError):
 
 
 def architecture(cfg: ModelConfig) -> Architecture:
-    """Return the architecture of llama.cpp that holds a shape exactly.
+    """Return the architecture of llama.cpp that computes a shape exactly.
 
-    Raises GGUFError if none does, with every setting in which the nearest one differs.
+    Raises GGUFError if there is none; the error names the nearest one and the settings in which it differs.
     """
     differing = {
         name: [field for field, must in holds.items() if getattr(cfg, field) != must] for name, holds in HOLDS.items()
@@ -100,9 +100,9 @@ def architecture(cfg: ModelConfig) -> Architecture:
 def write(path: Path, model: GPT, tokenizer: Tokenizer, kind: Kind, name: str) -> list[str]:
     """Write model and tokenizer to `path`; return the tensors that are in F16 although `kind` is q8_0.
 
-    Q8_0 holds rows of a multiple of 32 weights, so others are in F16; vectors and positions are always in F32. `name`
-    is what tools show. Raises GGUFError before anything is written if shape, tokenizer or weights cannot be held, and
-    OSError as the disk gives it, which leaves part of a file: write to a temporary one.
+    Q8_0 needs rows of a multiple of 32 weights; other matrices are in F16. Vectors and positions are always in F32. Tools show
+    `name`. Raises GGUFError before anything is written if the format cannot hold shape, tokenizer or weights. Raises OSError
+    if writing fails, which leaves an incomplete file, so write to a temporary path.
     """
     import gguf
 
@@ -116,7 +116,7 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, kind: Kind, name: str) -
     in_f16 = []
     for tensor, values in _stored(model, arch):
         its = _type(tensor, values, kind)
-        # a copy: what is tied or split shares its memory
+        # `_encoded` copies, because tied and split tensors share memory
         writer.add_tensor(tensor, _encoded(tensor, values, its), raw_dtype=gguf.GGMLQuantizationType[its.upper()])
         if kind == "q8_0" and its == "f16":
             in_f16.append(tensor)
@@ -130,10 +130,10 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, kind: Kind, name: str) -
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a file that `write` wrote, in float32, by the names and in the shapes of our `GPT`.
+    """Return the weights of a file of `write`, in float32, in the names and shapes of our `GPT`.
 
-    A tied head is left out, as in `GPT.named_parameters`. A `gpt2` file has every bias: zeros, where the model has none.
-    Raises GGUFError if the file cannot be read or is of something else.
+    A tied head is left out, as in `GPT.named_parameters`. A `gpt2` file has every bias; those that the model does not have are
+    zeros. Raises GGUFError if the file cannot be read or is not one of ours.
     """
     import numpy as np
     import torch
@@ -151,9 +151,9 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def difference(path: Path, model: GPT, rows: Tensor) -> Difference:
-    """Compare the model with one that has the weights in a file, on rows (B, T) of at least 2 tokens; both are our own GPT.
+    """Compare the model with our GPT with the weights of a file, on rows (B, T) of at least 2 tokens.
 
-    Raises GGUFError if the file is not of the model's shape.
+    Raises GGUFError if the file has another shape.
     """
     import copy
 
@@ -196,11 +196,11 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         else:
             yield f"{name}.{which}", values
         if arch == "gpt2" and module not in ("wte", "wpe", "head") and f"{module}.bias" not in parameters:
-            yield f"{name}.bias", torch.zeros(values.size(0))  # gpt2 must have them all
+            yield f"{name}.bias", torch.zeros(values.size(0))  # gpt2 needs every bias
 
 
 def _ours(stored: dict[str, Tensor], n_head: int, n_kv_head: int) -> Iterator[tuple[str, Tensor]]:
-    """Undo `_stored`. Raises KeyError for a name that it does not give."""
+    """Undo `_stored`. Raises KeyError for a name that it does not use."""
     import torch
 
     outside, in_block = ({theirs: ours for ours, theirs in names.items()} for names in (_OUTSIDE, _IN_BLOCK))
@@ -219,8 +219,9 @@ def _ours(stored: dict[str, Tensor], n_head: int, n_kv_head: int) -> Iterator[tu
 
 
 def interleave(weight: Tensor, n_head: int) -> Tensor:
-    """Reorder the rows of a projection (n_head * D, ...) to queries or keys from our layout of RoPE, which rotates the
-    pairs (i, i + D/2), to that of llama.cpp's llama, which rotates (2i, 2i + 1).
+    """Reorder the rows of a projection (n_head * D, ...) to queries or keys from our RoPE layout to llama.cpp's.
+
+    Ours rotates the pairs (i, i + D/2), llama.cpp's llama the pairs (2i, 2i + 1).
     """
     return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
@@ -237,7 +238,7 @@ def _type(name: str, values: Tensor, kind: Kind) -> Kind:
 
 
 def _encoded(name: str, values: Tensor, its: Kind) -> np.ndarray:
-    """Return the array that the file holds, its own copy. Raises GGUFError for what is not finite in that type."""
+    """Return the array for the file, a copy. Raises GGUFError if a value is not finite in that type."""
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize, quantize
 
@@ -286,12 +287,12 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
         raise GGUFError(f"{refused}, for a GGUF file to hold it; {_OTHER_FORMATS}") from None
     tokens, types = _tokens(bpe, vocab_size)
     writer.add_tokenizer_model("gpt2")
-    # llama.cpp's names for the two ways of `bpe.py` to split text into words
+    # llama.cpp's names for the two ways in which `bpe.py` splits text into words
     writer.add_tokenizer_pre("starcoder" if bpe.split_digits else "gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]])
-    # without one of its own llama.cpp would take token 11 to begin a text; documents of ours follow an end token
+    # without a bos token llama.cpp would use token 11; our documents follow an end-of-text token
     writer.add_bos_token_id(tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.eos_id)
@@ -306,7 +307,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _tokens(bpe: ByteLevelBPE, vocab_size: int) -> tuple[list[str], list[int]]:
-    """Return the token of each id below vocab_size, and its type; ids that are no token's are filled with unused ones."""
+    """Return the token and the type of each id below vocab_size. Ids without a token get an unused one."""
     from gguf import TokenType
 
     if bpe.vocab_size > vocab_size:
@@ -320,7 +321,7 @@ def _tokens(bpe: ByteLevelBPE, vocab_size: int) -> tuple[list[str], list[int]]:
 
 
 def _open(path: Path) -> GGUFReader:
-    """Open a file. Raises GGUFError if it is missing, or no whole GGUF file."""
+    """Open a GGUF file. Raises GGUFError if it is missing or damaged."""
     import numpy as np
     from gguf import GGUFReader
 

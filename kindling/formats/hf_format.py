@@ -1,12 +1,12 @@
-"""The format of the Hugging Face hub, both ways: a folder that transformers loads, and the weights of such a folder.
+"""Writes and reads folders in the format of the Hugging Face hub, which transformers loads.
 
     write(folder, model, tokenizer, card)               # config, weights, tokenizer, generation config, README.md
-    difference(folder, model, rows)                     # of the logits, with the model as transformers loads it
-    cfg, weights = read(Path("models/gpt2"))            # of GPT-2, Llama or our own
+    difference(folder, model, rows)                     # between the model and the folder as transformers loads it
+    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama or one of our own
 
-Shapes that `GPT2LMHeadModel` or `LlamaForCausalLM` compute are written as these (hf_layout.py); all others with the file
-modeling_kindling.py beside them. config.json holds our `ModelConfig` under the key "kindling", so that a folder of ours
-comes back as it was. Limits: weights in safetensors only, written in float32; no SentencePiece.
+Shapes that `GPT2LMHeadModel` or `LlamaForCausalLM` compute are written for these classes (hf_layout.py). All others need the
+file modeling_kindling.py, which is written into the folder. config.json holds our `ModelConfig` under the key "kindling", so
+reading one of our folders gives the same config. Limits: weights are in safetensors, written in float32; no SentencePiece.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def require_tokenizer(tokenizer: Tokenizer) -> None:
 def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
     """Write all files of the format into an existing empty folder; `card` becomes README.md.
 
-    Raises HubFormatError for a SentencePiece tokenizer, and if the folder cannot be written; it then holds no whole model.
+    Raises HubFormatError for a SentencePiece tokenizer, and if the folder cannot be written. The folder is then incomplete.
     """
     from safetensors import SafetensorError
 
@@ -70,14 +70,14 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
 
 
 def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write config, code and weights, and which control tokens begin and end a text."""
+    """Write config, code, weights, and the generation config with the special tokens."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     hub_config(model.cfg, ids).save_pretrained(folder)
     if architecture(model.cfg) == "llama":
-        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta)  # where transformers 4 looks for it
+        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta)  # where transformers 4 reads it
     if architecture(model.cfg) == "kindling":
         shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     # named_parameters lists a tied matrix once
@@ -87,7 +87,7 @@ def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """Write the tokenizer so that AutoTokenizer gives the ids of ours: all text is text, and only a set bos is added."""
+    """Write the tokenizer so that AutoTokenizer gives our ids: special tokens in a text are text, and only bos is added."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
@@ -107,14 +107,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         model_max_length=block_size,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # "<|endoftext|>" in a document is 13 characters, not the end of it
-        padding_side="left",  # what follows a prompt must stand beside it
+        padding_side="left",  # new tokens must follow the prompt directly
         **{name: token for name, token in named.items() if token is not None},
     )
     try:
         fast.save_pretrained(folder)
-    except Exception as e:  # the library raises plain Exception of a full disk
+    except Exception as e:  # the library raises plain Exception when the disk is full
         raise e if isinstance(e, OSError) else OSError(str(e)) from None
-    # a name that transformers 4 knows
+    # a class name that transformers 4 knows
     _add(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
@@ -124,14 +124,14 @@ def _add(path: Path, **values: Any) -> None:
 
 
 def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
-    """Compare the model with the folder's as transformers loads it, in float32, on rows (B, T) of at least 2 tokens.
+    """Compare the model with the folder as transformers loads it, in float32, on rows (B, T) of at least 2 tokens.
 
-    Loading one of our own class runs the code in the folder.
+    Loading a model of our own class runs the code in the folder.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it is over before it can be read
+    logging.disable_progress_bar()  # loading is over before one can read it
     own = _read_json(folder / CONFIG).get("model_type") == "kindling"
     device = model.head.weight.device
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32).to(device).eval()
@@ -139,15 +139,16 @@ def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
 
 
 def holds_model(folder: Path) -> bool:
-    """Return whether a folder is laid out as the hub serves models, and is no run of ours."""
+    """Return whether a folder has the layout of a model on the hub, and is not a run."""
     return (folder / CONFIG).is_file() and not (folder / "config.yaml").is_file()
 
 
 def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the shape and the weights of a folder as the hub serves it, in float32, under the names of our `GPT`.
+    """Return config and weights of a folder with the hub's layout, in float32, under the names of our `GPT`.
 
-    What training alone uses is as in the folder's "kindling" key, or as `ModelConfig` has it. Raises HubFormatError for
-    other architectures, for settings that ours does not have, and for files that are missing, damaged or do not fit.
+    Settings that only training uses come from the folder's "kindling" key, else from the defaults of `ModelConfig`. Raises
+    HubFormatError for other architectures, for settings that we do not have, and for files that are missing or damaged, or do
+    not fit each other.
     """
     path = folder / CONFIG
     content = _read_json(path)
@@ -160,17 +161,17 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         cfg = our_config(content, name)
     except KindlingError as e:
         raise HubFormatError(f"{path}: {e}") from None
-    except Exception as e:  # transformers and pydantic check types, each with errors of its own
+    except Exception as e:  # transformers and pydantic check types, and raise errors of their own
         raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
     try:
         weights = our_weights(_read_weights(folder), cfg, name)
-    except (HubFormatError, RuntimeError) as e:  # torch's own, of sizes that no computer has
+    except (HubFormatError, RuntimeError) as e:  # RuntimeError: torch's, for sizes that fit no memory
         raise HubFormatError(f"{folder}: {e if isinstance(e, HubFormatError) else one_line(e)}") from None
     if OWN not in content:
         return cfg, weights
     try:
         return as_it_was(cfg, content[OWN], weights)
-    except Exception as e:  # of types, of unknown names, of values
+    except Exception as e:  # wrong types, unknown names or impossible values
         raise HubFormatError(
             f'{path} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'
         ) from None
@@ -189,13 +190,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that the weights are in; raises HubFormatError if there are none in safetensors."""
+    """Return the files with the weights; raises HubFormatError if there are none in safetensors."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         shards = _read_json(folder / INDEX).get("weight_map")
         names = set(shards.values()) if isinstance(shards, dict) else set()
-        # only files of the folder itself
+        # only files directly in the folder
         if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
             raise HubFormatError(f"{folder / INDEX} must name the files of the weights, but does not; fetch it again")
         if missing := sorted(n for n in names if not (folder / n).is_file()):
@@ -210,7 +211,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the sha256 of the weights' file, or of the hashes of its parts in the order of their names."""
+    """Return the sha256 of the file with the weights. If there are several, of their hashes in the order of their names."""
     hashes = [sha256_file(path) for path in weight_files(folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode("ascii")).hexdigest()
 
@@ -231,7 +232,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise HubFormatError unless the folder's tokenizer gives every text the ids that `tokenizer` gives it."""
+    """Raise HubFormatError unless the folder's tokenizer and `tokenizer` give the same ids for every text."""
     from tokenizers import Tokenizer as Backend
 
     path = folder / "tokenizer.json"
@@ -254,11 +255,11 @@ def require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _what_counts(tokenizer_json: str) -> dict[str, Any]:
-    """Return the content of a tokenizer.json without what no id of ours depends on."""
+    """Return the content of a tokenizer.json, without what our ids do not depend on."""
     content = json.loads(tokenizer_json)
     for name in ("version", "post_processor", "padding", "truncation"):
         content.pop(name, None)
-    # special tokens are never looked for in a text, so it does not matter how they would be
+    # we never search a text for special tokens, so how to match them does not count
     added = content.get("added_tokens", [])
     content["added_tokens"] = [{"id": t["id"], "content": t["content"]} if t.get("special") else t for t in added]
     return content

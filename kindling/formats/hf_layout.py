@@ -1,11 +1,11 @@
-"""What our shapes and weights are called by transformers, both ways; no file is touched here.
+"""Our configs and weights in transformers' names and layout, and back. Reads and writes no files.
 
-    architecture(cfg)                       # "gpt2" or "llama" where the stock class computes the same, else "kindling"
+    architecture(cfg)                       # "gpt2" or "llama" if the stock class computes the same, else "kindling"
     hub_config(cfg, ids), hub_weights(weights, cfg)
     our_config(content), our_weights(tensors, cfg, "llama")
 
-GPT-2's linear layers are stored (in, out) and always have biases; Llama's queries, keys and values are three matrices.
-Limits: dropout is in a folder of Llama's only where that class has it, on the attention weights.
+GPT-2's linear layers are stored as (in, out) and always have biases. Llama has three matrices for queries, keys and values.
+Limit: transformers' Llama has dropout only on the attention weights, so only that is kept.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ CLASSES: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
     "kindling": "KindlingForCausalLM",
 }
-CODE = "modeling_kindling.py"  # the class for all other shapes
+CODE = "modeling_kindling.py"  # holds the class for all other shapes
 OWN = "kindling"  # the key of our ModelConfig in config.json
-STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # what the stock classes hold, besides any number
+STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # the settings that the stock classes support; numbers are free
     "gpt2": {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2")},
     "llama": {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)},
 }
 for _settings in STOCK.values():
     _settings |= {"final_norm": (True,), "attn_out_proj": (True,)}
     _settings |= {"head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,)}
-# settings that training alone uses, or that say where it runs; weights fit whatever they are
+# settings that only training uses, or that choose the backbone; any weights fit them
 TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"} | {a: a for a in STOCK["gpt2"]["activation"]}
-# our parameters by the hub's names; ours that are several of the hub's are joined in this order
+# the hub's names of our parameters; several names mean that ours is their concatenation, in this order
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {
         "wte": ("transformer.wte",),
@@ -71,16 +71,16 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("lm_head",),
     },
 }
-# masks and frequencies that older versions saved with the weights
+# masks and frequencies, which older versions saved with the weights
 NO_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
 
 class HubFormatError(KindlingError):
-    """A model that the format cannot hold, or a folder that holds no model of ours."""
+    """A model that the format cannot hold, or a folder that Kindling cannot read."""
 
 
 def obstacles(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
-    """Return the settings that the stock class of that name cannot hold, such as "model.head_bias=True"."""
+    """Return the settings that the stock class does not support, such as "model.head_bias=True"."""
     found = [f for f, held in STOCK[name].items() if getattr(cfg, f) not in held]
     if name == "gpt2" and cfg.kv_heads != cfg.n_head:
         found.append("n_kv_head")
@@ -88,25 +88,25 @@ def obstacles(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
 
 
 def architecture(cfg: ModelConfig) -> Architecture:
-    """Return the stock class that computes exactly what `cfg` says, or "kindling" for the file that holds every shape."""
+    """Return the stock class that computes exactly the model of `cfg`, else "kindling", whose file supports every shape."""
     if not obstacles(cfg, "gpt2"):
         return "gpt2"
     return "kindling" if obstacles(cfg, "llama") else "llama"
 
 
 MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
-"""The properties that say what a setting of None derives."""
+"""The properties that give the value of settings whose None means "derive"."""
 
 
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Return the settings in which two shapes differ; "derive" and the value that it gives are the same."""
+    """Return the settings in which two shapes differ. None and the value that it derives are the same."""
     unused = {*TRAINING} | (set() if "rope" in (a.position, b.position) else {"rope_theta"})
     names = [f.name for f in fields(ModelConfig) if f.name not in unused]
     return [f for f in names if getattr(a, MEANING.get(f, f)) != getattr(b, MEANING.get(f, f))]
 
 
 def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig:
-    """Return the config of the class that `architecture` names, with our own in it; `ids` are the control tokens'."""
+    """Return the config of the class that `architecture` names, with our config in it; `ids` are those of special tokens."""
     from transformers import GPT2Config, LlamaConfig
 
     to = architecture(cfg)
@@ -144,13 +144,13 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
 
 
 def hub_weights(weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Return the weights of our `GPT` under the names of the class that `architecture` names, and in its layout."""
+    """Return the weights of our `GPT` in names and layout of the class that `architecture` names."""
     to = architecture(cfg)
     out: dict[str, Tensor] = {}
     for name, shape in _shapes(cfg, to).items():
         weight = weights.get(name)
         if weight is None:
-            weight = torch.zeros(shape)  # a bias that GPT-2 has and we do not
+            weight = torch.zeros(shape)  # a bias that GPT-2 has and ours does not
         names = hub_names(name, to)
         for theirs, part in zip(names, weight.split(_rows(cfg, shape, len(names)))):
             out[theirs] = (part.T if _turned(name, shape, to) else part).contiguous()
@@ -158,8 +158,8 @@ def hub_weights(weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Te
 
 
 def our_weights(tensors: Mapping[str, Tensor], cfg: ModelConfig, to: Architecture) -> dict[str, Tensor]:
-    """Return the weights of our `GPT` of a file of that class; raises HubFormatError unless all are there, and no others."""
-    if to == "gpt2" and not any(name.startswith("transformer.") for name in tensors):  # as OpenAI's are on the hub
+    """Return the weights of our `GPT` from those of a class; raises HubFormatError if some are missing or left over."""
+    if to == "gpt2" and not any(name.startswith("transformer.") for name in tensors):  # like OpenAI's files on the hub
         tensors = {name if name.startswith("lm_head.") else f"transformer.{name}": t for name, t in tensors.items()}
     if cfg.n_layer > len(tensors):
         raise HubFormatError(
@@ -183,7 +183,7 @@ def our_weights(tensors: Mapping[str, Tensor], cfg: ModelConfig, to: Architectur
 
 
 def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Take a tensor out; raises HubFormatError unless it is there, of that shape, and of real numbers."""
+    """Remove a tensor and return it; raises HubFormatError if it is missing, or has another shape or type."""
     if name not in tensors:
         raise HubFormatError(f"the weights must be all that the config asks for, but {name} is missing; fetch them all")
     tensor = tensors.pop(name)
@@ -196,7 +196,7 @@ def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
 
 
 def _drop_tied_head(tensors: dict[str, Tensor], to: Architecture) -> None:
-    """Leave out a tied head that was saved once more; raises HubFormatError if it is another matrix."""
+    """Remove a tied head that was saved as well; raises HubFormatError if it differs from the embedding."""
     (embedding,), (head,) = hub_names("wte.weight", to), hub_names("head.weight", to)
     if head in tensors and not torch.equal(tensors.pop(head), tensors.get(embedding, torch.empty(0))):
         raise HubFormatError(
@@ -205,7 +205,7 @@ def _drop_tied_head(tensors: dict[str, Tensor], to: Architecture) -> None:
 
 
 def hub_names(name: str, to: Architecture) -> list[str]:
-    """Return the names under which the class has our parameter: one, or those of queries, keys and values."""
+    """Return the class's names of our parameter: one name, or three for queries, keys and values."""
     if to == "kindling":
         return [name]
     stem, _, kind = name.rpartition(".")
@@ -215,26 +215,26 @@ def hub_names(name: str, to: Architecture) -> list[str]:
 
 
 def _rows(cfg: ModelConfig, shape: tuple[int, ...], n_parts: int) -> list[int]:
-    """Return the rows of each part of a parameter."""
+    """Return the number of rows of each part of a parameter."""
     return [shape[0]] if n_parts == 1 else [n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
 
 
 def _turned(name: str, shape: tuple[int, ...], to: Architecture) -> bool:
-    """Return whether the class holds a matrix the other way round."""
+    """Return whether the class stores a matrix transposed."""
     return to == "gpt2" and len(shape) == 2 and name.startswith("blocks.")
 
 
 def _shapes(cfg: ModelConfig, to: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of our GPT's parameters, with the biases that GPT-2 always has."""
-    with torch.device("meta"):  # no memory is taken
+    """Return names and shapes of our GPT's parameters, including the biases that GPT-2 always has."""
+    with torch.device("meta"):  # needs no memory
         gpt = GPT(replace(cfg, backbone="kindling", bias=cfg.bias or to == "gpt2"))
     return {name: tuple(p.shape) for name, p in gpt.named_parameters()}
 
 
 def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
-    """Return our config of a config.json; what training alone uses is as `ModelConfig` has it.
+    """Return our config for a config.json; settings that only training uses have the defaults of `ModelConfig`.
 
-    Raises HubFormatError for what transformers computes otherwise than we do, ConfigError for other shapes of no sense.
+    Raises HubFormatError for what transformers computes differently from us, and ConfigError for impossible shapes.
     """
     from transformers import GPT2Config, LlamaConfig
 
@@ -244,12 +244,12 @@ def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
     if name == "llama":
         return _of_llama(LlamaConfig.from_dict(content))
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
-    content = by_present_names({"pair_rows": 0} | content)  # older folders do not have it
+    content = by_present_names({"pair_rows": 0} | content)  # older folders do not have this key
     return ModelConfig(**{f: content[f] for f in shape}, tie_embeddings=content["tie_word_embeddings"])
 
 
 def _require(settings: dict[str, tuple[Any, Any]]) -> None:
-    """Raise HubFormatError for the first setting whose value is not the one that ours computes."""
+    """Raise HubFormatError for the first setting with a value that we do not compute."""
     for name, (value, must) in settings.items():
         if value not in must:
             raise HubFormatError(
@@ -297,10 +297,10 @@ def _of_llama(theirs: LlamaConfig) -> ModelConfig:
 def as_it_was(
     cfg: ModelConfig, kept: dict[str, Any], weights: dict[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return shape and weights as they were before they were written, where `kept`, our config of then, still holds.
+    """Return config and weights as they were before they were written, if `kept`, our config of that time, still fits.
 
-    What transformers computes decides: a folder that was trained on or given another vocabulary since has its shape of
-    now, and only what training alone uses of then.
+    If the folder has changed since, such as by another vocabulary, the config is that of the folder now, and only settings
+    for training are taken from `kept`.
     """
     then = ModelConfig(**by_present_names(kept))
     biases = {name for name in weights if name.endswith(".bias")}
@@ -314,7 +314,7 @@ def as_it_was(
 
 @torch.no_grad()
 def load_into(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
-    """Put the weights of our `GPT` into a model of that shape, on whichever backbone it runs."""
+    """Copy the weights of our `GPT` into a model of the same shape, on either backbone."""
     if isinstance(model, TransformersGPT2):
         weights = {f"gpt2.{name}": weight for name, weight in hub_weights(weights, model.cfg).items()}
     for name, p in model.named_parameters():

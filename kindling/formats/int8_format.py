@@ -1,10 +1,10 @@
-"""A run's weights as int8, for `autocomplete.py`: written here with torch, read there without.
+"""Writes a run's weights as int8 for `autocomplete.py`, which reads them without torch.
 
     write(folder, model, tokenizer, "runs/demo, step 1100")
 
-Each matrix has one scale for each row, its largest absolute value over 127 (symmetric, rounded to nearest); norms, biases
-and positions stay float32. Everything is in one safetensors file under the names of a checkpoint, the scales as
-`NAME.scale`. Limit: byte-level tokenizers only, which `tokenizers` can read.
+Each row of a matrix has one scale, its largest absolute value over 127 (symmetric, rounded to nearest). Norms, biases and
+positions stay float32. One safetensors file holds everything under the names of a checkpoint, and the scales as
+`NAME.scale`. Limit: no SentencePiece tokenizers, because `tokenizers` must read them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tensors(model: GPT) -> dict[str, Tensor]:
-    """Return everything that the export holds, by name."""
+    """Return the tensors of the export, by name."""
     out: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if p.dim() == 2 and name != "wpe.weight":
@@ -51,7 +51,7 @@ def tensors(model: GPT) -> dict[str, Tensor]:
 
 
 def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
-    """Write config, weights and tokenizer into an existing folder; raises Int8Error for a tokenizer that it cannot hold."""
+    """Write config, weights and tokenizer into an existing folder; raises Int8Error for a SentencePiece tokenizer."""
     from safetensors.torch import save_file
 
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -73,6 +73,6 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
 
 
 def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
-    """Compare the model with its export as NumPy computes it, on rows (B, T) of at least 2 tokens."""
+    """Compare the model with its export, run in NumPy, on rows (B, T) of at least 2 tokens."""
     exported = Model(folder)
     return compare(model, lambda row: torch.from_numpy(exported.logits(row.tolist())), rows)

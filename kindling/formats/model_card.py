@@ -1,9 +1,9 @@
-"""The model card of a run: what it is, what it was trained on and how, how good it is, and how it is loaded.
+"""The model card of a run: what the model is, its data, its training, its evaluation, and how to load it.
 
     text = card(RunDirectory(Path("runs/demo")), "demo", checkpoint, ["model.safetensors", "config.json"])
 
-Markdown with the YAML front matter of the Hugging Face hub. Every figure is read from the run's own files; what is not
-known is left out. The licence is for whoever publishes the model. Absolute paths are shortened to their last part.
+Markdown with the YAML front matter of the Hugging Face hub. All figures are read from the run's files; what is not known is
+left out. Who publishes the model chooses the licence. Absolute paths are shortened to their last part.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, 
 from kindling.runs.metrics import read_metrics
 from kindling.tables import Section, as_markdown
 
-NATURAL = {"english": "en"}  # as the hub writes them
+NATURAL = {"english": "en"}  # natural languages, and the hub's codes
 CODE = set(LANGUAGES.values()) - {"markdown", "text"}
-NEW_TOKENS = 64  # of the example
-PATHS = ("path", "init_from", "decontaminate")  # settings that may name a file of this machine
+NEW_TOKENS = 64  # in the example
+PATHS = ("path", "init_from", "decontaminate")  # settings that may hold a path of this machine
 
 
 def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | None = None) -> str:
-    """Return the card of a run's checkpoint, to be published as `name` (a folder, or a name on the hub), as Markdown.
+    """Return the card of a checkpoint as Markdown; `name` is the title.
 
-    `files` are listed where given. Raises KindlingError if config, manifest or ledger of the run cannot be read.
+    `files` are listed if given. Raises KindlingError if the run's config, manifest or ledger cannot be read.
     """
     cfg, ledger = run.config(), _read_ledger(run)
     manifest = read_manifest(run.data)
@@ -62,7 +62,7 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
 
 
 class _Shortener:
-    """Replaces the absolute paths that a config names by their last part, in any text or figures."""
+    """Replaces the absolute paths in a config by their last part, in any value."""
 
     def __init__(self, cfg: Config):
         settings = [asdict(s) for s in cfg.data.sources] + [asdict(s) for s in (cfg.data, cfg.train, cfg.tokenizer)]
@@ -71,7 +71,7 @@ class _Shortener:
         self._paths = sorted(found, key=len, reverse=True)
 
     def __call__(self, value: Any) -> Any:
-        """Return the same with the paths shortened."""
+        """Return `value` with the paths shortened."""
         if isinstance(value, str):
             for path in self._paths:
                 value = value.replace(path, Path(path).name)
@@ -219,7 +219,7 @@ def _training(cfg: Config, run: RunDirectory, checkpoint: Path, step: int) -> Se
 
 
 def _environment(checkpoint: Path) -> dict[str, Any]:
-    """Return device, precision and torch's version of the run; nothing if the training state is gone."""
+    """Return device, precision and torch version of the run; empty if there is no training state."""
     try:
         return load_state(checkpoint, mapped=True)["environment"]
     except (CheckpointError, KeyError):
@@ -261,7 +261,7 @@ def _splits(manifest: dict[str, Any], cfg: Config) -> Section:
 
 
 def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: _Shortener) -> str:
-    """Return what was evaluated on a split, said to be of other weights if it is; nothing if nothing was."""
+    """Return the section on the evaluation of a split; empty if there is none. It says so if the weights were others."""
     path = run.path / report.file_name("eval.json", split)
     if not path.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""How far what was exported is from the model that it was exported of, in logits and in loss.
+"""The difference between a model and its export, in logits and in loss.
 
 difference = compare(model, lambda row: exported.logits(row), rows)
 """
@@ -16,19 +16,19 @@ from model import LanguageModel
 
 
 class Difference(NamedTuple):
-    """What a model and its export compute on the same rows; not a number if a logit of either is none."""
+    """How a model and its export differ on the same rows; NaN if a logit of either is NaN."""
 
     largest: float
-    """Absolute difference of a logit."""
+    """Largest absolute difference of a logit."""
     loss: float
-    """Of the model, in nats a token."""
+    """Loss of the model, in nats per token."""
     changed: float
-    """Of the export."""
+    """Loss of the export."""
 
 
 @torch.no_grad()
 def compare(model: LanguageModel, its_logits: Callable[[Tensor], Tensor], rows: Tensor) -> Difference:
-    """Compare on rows (B, T) of tokens; `its_logits` gives the export's logits (T, V) for one row (T,)."""
+    """Compare on rows (B, T) of tokens; `its_logits` returns the export's logits (T, V) for one row (T,)."""
     was_training = model.training
     model.eval()
     rows = rows.to(model.head.weight.device)

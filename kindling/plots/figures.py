@@ -1,11 +1,11 @@
-"""Drawings of runs and models: numbers in, a figure out.
+"""Plots of runs and models: from numbers to a figure.
 
     figure = training_curves(curves, "runs/demo, step 1100")
     Path("training_curves.png").write_bytes(png(figure))
 
-What is drawn is computed by inspection.py; text_plots.py has the drawings of a text. Every line has a dash and a marker
-besides its colour (Okabe and Ito 2008), and colour maps are monotone in lightness, so that all can be read in black and
-white. Characters that the font does not have, that are wide or that control something are shown as Python's escapes.
+inspection.py computes the numbers; text_plots.py has the plots of a text. Every line has a dash and a marker besides its
+colour (Okabe and Ito 2008), and colour maps are monotone in lightness, so every plot can be read in black and white.
+Characters that are not in the font, wide characters and control characters are shown as Python escapes.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ DPI = 130
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-FEW = 40  # points of a line that are marked one by one
+FEW = 40  # a line with at most this many points has a marker at each one
 
 
 @dataclass
 class Curves:
-    """A run's metrics: arrays (N,) by logged step and (M,) by validation, NaN for what is not known or not finite."""
+    """A run's metrics: arrays (N,) by logged step and (M,) by validation; NaN for what is unknown or not finite."""
 
     steps: np.ndarray
     tokens: np.ndarray
     loss: np.ndarray
     lr: np.ndarray
     grad_norm: np.ndarray
-    skipped: np.ndarray  # steps so far that were skipped
+    skipped: np.ndarray  # the number of steps skipped so far
     val_steps: np.ndarray
     val_tokens: np.ndarray
     val_loss: np.ndarray
@@ -60,7 +60,7 @@ class Histogram(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """A matrix's largest singular value, and its stable rank, of at most `full`; NaN of a matrix of zeros."""
+    """A matrix's largest singular value and its stable rank, at most `full`; NaN for a matrix of zeros."""
 
     layer: int | None
     norm: float
@@ -77,14 +77,14 @@ def png(figure: Figure) -> bytes:
 
 
 def style() -> AbstractContextManager[Any]:
-    """Return the context that all drawing happens in: names may hold dollars, which are no formulas."""
+    """Return the style for all plots, as a context. Formulas are off, because names may contain dollar signs."""
     sizes: dict[Any, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9}
     look: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
     return matplotlib.rc_context({"text.parse_math": False, "lines.markersize": 4.5, **sizes, **look})
 
 
 def new_figure(width: float, height: float, title: str, note: str = "") -> Figure:
-    """Return an empty figure of that size in inches, with a title and a note under it, wrapped."""
+    """Return an empty figure of this size in inches, with a title and a note below it, both wrapped."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("\n".join(title_lines(title, note, width)), fontsize=12, x=0.01, ha="left")
@@ -92,12 +92,12 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Figur
 
 
 def title_lines(title: str, note: str, width: float) -> list[str]:
-    """Return a title and a note in lines that fit a figure of that width in inches."""
+    """Return a title and a note as lines that fit a figure of this width in inches."""
     return [line for text in (title, note) for line in textwrap.wrap(visible(text), int(10.5 * width))]
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Return colour, dash and marker of the numbered line; no two of the first 49 have the same dash and marker."""
+    """Return colour, dash and marker of a line; no two of the first 49 lines have the same dash and marker."""
     n = len(COLORS)
     shift = number // n
     return {"color": COLORS[number % n], "linestyle": DASHES[number % n], "marker": MARKERS[(number + shift) % n]}
@@ -109,13 +109,13 @@ def _has_glyph(character: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """Return `text` with every character shown that one line of one column a character can show, the others as escapes."""
+    """Return `text` with escapes for all characters that do not take exactly one column of one line."""
     return "".join(c if (c.isascii() and c.isprintable()) or _plain(c) else ascii(c)[1:-1] for c in text)
 
 
 def _plain(c: str) -> bool:
     wide = unicodedata.east_asian_width(c) in "WF" or unicodedata.combining(c) or unicodedata.category(c)[0] == "M"
-    turned = unicodedata.bidirectional(c) in ("R", "AL")  # would be drawn to the left
+    turned = unicodedata.bidirectional(c) in ("R", "AL")  # right-to-left text
     return c.isprintable() and not wide and not turned and _has_glyph(c)
 
 
@@ -159,7 +159,7 @@ def training_curves(curves: Curves, title: str) -> Figure:
 
 
 def _line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, name: str | None = None) -> None:
-    """Draw a line with gaps where y is NaN; points that stand alone are seen by their markers."""
+    """Draw a line with gaps where y is NaN; isolated points are visible by their markers."""
     if not np.isfinite(y).any():
         if name is None or not ax.lines:
             ax.text(0.5, 0.5, "nothing recorded", transform=ax.transAxes, ha="center", color="#666666")
@@ -168,12 +168,12 @@ def _line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, name: str | None 
     shown = ~np.isfinite(np.append(y[1:], np.nan)) & ~np.isfinite(np.insert(y[:-1], 0, np.nan))
     marked = sorted({*range(0, len(x), every), *np.flatnonzero(shown).tolist(), len(x) - 1})
     ax.plot(x, y, linewidth=1.6, markevery=marked, label=name, **line_style(number))
-    if ax.texts:  # another line of the panel has nothing
+    if ax.texts:  # the note of another line without points
         ax.texts[0].remove()
 
 
 def _skipped(ax: Axes, curves: Curves) -> None:
-    """Mark where steps were skipped since the line before."""
+    """Mark the logged steps before which steps were skipped."""
     counts = np.nan_to_num(curves.skipped)
     where = curves.steps[np.diff(counts, prepend=0) > 0]
     if len(where):
@@ -190,7 +190,7 @@ def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
 
 
 def _log_scale(ax: Axes, subs: tuple[int, ...]) -> None:
-    """Use a logarithmic scale with plain numbers: formulas are off."""
+    """Use a logarithmic scale with plain numbers, because formulas are off."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
@@ -203,7 +203,7 @@ def _legend(ax: Axes, **place: Any) -> None:
 
 
 def compare_curves(runs: list[tuple[str, Curves]], notes: list[str]) -> Figure:
-    """Draw losses and bits per byte of several runs against training tokens, with `notes` on what does not compare."""
+    """Draw losses and bits per byte of several runs against training tokens, with `notes` on what is not comparable."""
     with style():
         figure = new_figure(
             10.8, 8.0 + 0.25 * len(runs) + 0.2 * len(notes), f"Training of {len(runs)} runs", " ".join(notes)
@@ -233,7 +233,7 @@ def compare_curves(runs: list[tuple[str, Curves]], notes: list[str]) -> Figure:
 
 
 def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
-    """Draw the distribution of the weights of each kind of matrix, a line for each layer: the deeper, the darker."""
+    """Draw the distribution of the weights of each kind of matrix, with a line for each layer: the deeper, the darker."""
     columns = 2
     rows = -(-len(kinds) // columns)
     with style():
@@ -262,12 +262,15 @@ def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
 
 
 def _depth(number: int, count: int) -> tuple[float, float, float, float]:
-    """Return the colour of a layer, from light to dark; yellow is left out, which cannot be seen on white."""
+    """Return the colour of a layer, from light to dark; without yellow, which is hard to see on white."""
     return matplotlib.colormaps["viridis"](0.72 * (count - 1 - number) / max(1, count - 1))
 
 
 def spectral_norms(kinds: dict[str, list[Spectrum]], n_layer: int, title: str) -> Figure:
-    """Draw the largest singular value and the stable rank of each matrix, a line for each kind; embeddings left, head right."""
+    """Draw the largest singular value and the stable rank of each matrix, with a line for each kind.
+
+    Embeddings are at the left, the head at the right.
+    """
     with style():
         figure = new_figure(10.8, 8.6, f"Singular values of {title}")
         norms, ranks = figure.subplots(2, 1, sharex=True)

@@ -1,9 +1,9 @@
-"""A run's report as one HTML file that needs nothing else: pictures and style are inside, and no script.
+"""A run's report as one HTML file: pictures and style are inside, and there are no scripts.
 
     text = page("runs/demo", facts, sections, pictures, samples, samples_note, config_yaml)
 
-It can be opened from a mail, in light and dark mode, and printed. Whatever comes from outside, such as names and what a model
-wrote, is escaped; the page's own policy lets the browser load nothing from anywhere.
+It can be sent by mail, read in light and dark mode, and printed. All texts from outside, such as names and what a model wrote,
+are escaped. The page's policy forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kindling.tables import Section, as_html, as_html_text
 
 
 class Picture(NamedTuple):
-    """A PNG with what is under it, and what is said of it to who cannot see it."""
+    """A PNG with its caption, and a text for those who cannot see it."""
 
     png: bytes
     caption: str
@@ -25,7 +25,7 @@ class Picture(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What the model wrote: a line on where it is from, the prompt (part of it, often), its text, and what came of it."""
+    """A text of the model: a line that says where it is from, the prompt, the text, and the verdict on it."""
 
     what: str
     prompt: str
@@ -68,7 +68,7 @@ def page(
     samples_note: str,
     config: str,
 ) -> str:
-    """Return the page; `facts` are names and values, `sections` tables that come after the pictures, `config` is YAML."""
+    """Return the page; `facts` are names and values, `sections` are tables after the pictures, `config` is YAML."""
     rows = "\n".join(f"<tr><td>{as_html_text(name)}</td><td>{as_html_text(value)}</td></tr>" for name, value in facts)
     shown = as_html_text(title)
     return f"""<!DOCTYPE html>
@@ -105,7 +105,7 @@ def page(
 
 
 def _picture(picture: Picture) -> str:
-    # of the PNG's header: the page does not jump while it loads
+    # from the PNG's header; with the size, the page does not jump while it loads
     width, height = struct.unpack(">II", picture.png[16:24])
     data = base64.b64encode(picture.png).decode("ascii")
     return (
@@ -121,5 +121,5 @@ def _sample(sample: Sample) -> str:
 
 
 def _lines(text: str) -> str:
-    """Return a text of many lines as HTML; control characters but newlines and tabs are shown as escapes."""
+    """Return a text of several lines escaped for HTML; control characters but newline and tab are visible escapes."""
     return html.escape("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text))

@@ -1,11 +1,11 @@
-"""What is drawn of a run and its model, as numbers.
+"""The numbers behind the plots of a run and its model.
 
     curves = curves_of(read_metrics(run.path / "metrics.jsonl"))
-    spectra(matrices(model))["qkv"][0].norm        # the largest singular value of layer 0's
+    spectra(matrices(model))["qkv"][0].norm        # the largest singular value of layer 0's qkv
     tokens = units(model, tokenizer, text, runtime)
 
-Limit: singular values come from the Gram matrix of the smaller side, so only those near the largest are exact; the smallest
-are not asked for.
+Limit: singular values are computed from the Gram matrix of the smaller side, so only the largest ones are exact. The smallest
+are not used.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from model import LanguageModel
 
 BINS = 81
 LINES = 30  # of a held-out document
-FEWEST = 8  # lines, below which a longer document is looked for
-PROBED = 200  # documents of a split that are looked at
+FEWEST = 8  # lines; if a document has fewer, a longer one is searched
+PROBED = 200  # documents of a split that are searched
 LABELLED = 48  # tokens of a heatmap
-CHARS = 64  # for each token of the context, that are encoded of a file
+CHARS = 64  # characters of a file that are encoded, for each token of the context
 
 
 class InspectionError(KindlingError):
-    """A text that cannot be looked at, or a run without what is to be drawn."""
+    """A text or a run that cannot be drawn."""
 
 
 @dataclass
 class Subject:
-    """What is looked at: a run with the weights of one checkpoint."""
+    """What is drawn: a run with the weights of one checkpoint."""
 
     run: RunDirectory
     model: LanguageModel
@@ -58,17 +58,17 @@ class Subject:
 
     @cached_property
     def name(self) -> str:
-        """The run and its step, for titles."""
+        """The run's path and the checkpoint's step, for titles."""
         return f"{self.run.path}, step {int(self.checkpoint.name.removeprefix('step_')):,}"
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the run's metrics."""
+        """The lines of the run's metrics.jsonl."""
         return read_metrics(self.run.path / "metrics.jsonl")
 
 
 def curves_of(lines: list[dict[str, Any]]) -> Curves:
-    """Return the curves of a run's metrics; what is null or missing is NaN. A validation's tokens are those of its step."""
+    """Return the curves of a run's metrics; null and missing values are NaN. A validation has the tokens of its step."""
 
     def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
         values = [row.get(name) for row in rows]
@@ -110,8 +110,8 @@ class Matrix:
 
 
 def matrices(model: LanguageModel) -> dict[str, list[Matrix]]:
-    """Return the model's matrices by kind, in the order of the computation; a tied head is its embedding."""
-    gpt = model.for_generation()  # of a transformers backbone a copy under our names
+    """Return the model's matrices by kind, in the order of the forward pass; a tied head is listed as the embedding."""
+    gpt = model.for_generation()  # for a transformers backbone a copy under our names
     tied = gpt.head.weight is gpt.wte.weight
     embedding = "token embedding, tied to the head" if tied else "token embedding"
     found = {embedding: [Matrix(embedding, None, gpt.wte.weight)]}
@@ -130,12 +130,12 @@ def matrices(model: LanguageModel) -> dict[str, list[Matrix]]:
 
 
 def histograms(found: dict[str, list[Matrix]]) -> dict[str, list[Histogram]]:
-    """Return the distribution of each matrix's weights, all of a kind between the same edges, from the least to the greatest."""
+    """Return the distribution of each matrix's weights; all matrices of a kind have the same edges."""
     out: dict[str, list[Histogram]] = {}
     for kind, own in found.items():
         limit = max(m.weight.abs().max().item() for m in own)
         _require_finite(limit, kind)
-        limit = limit or 1.0  # of zeros alone
+        limit = limit or 1.0  # for a matrix of zeros
         edges = np.linspace(-limit, limit, BINS + 1)
         out[kind] = []
         for m in own:
@@ -153,10 +153,10 @@ def _require_finite(value: float, kind: str) -> None:
 
 
 def spectrum(m: Matrix) -> Spectrum:
-    """Return the largest singular value of a matrix, and its stable rank ||W||_F² / ||W||₂² (Rudelson and Vershynin 2007)."""
+    """Return the largest singular value of a matrix and its stable rank ||W||_F² / ||W||₂² (Rudelson and Vershynin 2007)."""
     w = m.weight if m.weight.size(0) >= m.weight.size(1) else m.weight.T  # (long, short)
-    scale = w.abs().max().item() or 1.0  # squares of small weights must not vanish
-    gram = ((w / scale).T @ (w / scale)).cpu().double()  # (short, short), where there is float64
+    scale = w.abs().max().item() or 1.0  # scaled, because squares of small weights would become 0
+    gram = ((w / scale).T @ (w / scale)).cpu().double()  # (short, short), on the CPU, which has float64
     largest = math.sqrt(max(0.0, torch.linalg.eigvalsh(gram)[-1].item()))
     norm = scale * largest
     stable = math.nan if largest == 0 else gram.diagonal().sum().item() / largest**2
@@ -173,9 +173,9 @@ def spectra(found: dict[str, list[Matrix]]) -> dict[str, list[Spectrum]]:
 
 @dataclass
 class Text:
-    """Token ids (N,) that are looked at; `predicted` (N,) bool says whose loss is shown. `what` says which text it is.
+    """A text to draw: its token ids (N,), for which tokens the loss is shown (N,), and `what`, which says which text it is.
 
-    The first id is what the text begins with in training, and is `started`: no part of it.
+    If `started`, the first id is the token that begins a document in training, and not part of the text.
     """
 
     ids: list[int]
@@ -185,14 +185,14 @@ class Text:
 
 
 def given_text(tokenizer: Tokenizer, text: str, block_size: int, name: str, crop: bool = False) -> Text:
-    """Return a text as the model reads it, from the token that begins a document.
+    """Return a text as the model reads it, after the token that begins a document.
 
-    Raises InspectionError if it is empty, or longer than the context unless `crop` takes its beginning; TokenizerError if
-    the tokenizer cannot hold it.
+    Raises InspectionError if it is empty, or longer than the context; with `crop` a longer text is cut at its end. Raises
+    TokenizerError if the tokenizer cannot encode it.
     """
     if not text:
         raise InspectionError(f"{name} must hold a text, but is empty; give some, or leave it out for held-out text")
-    # of a large file only as much is encoded as can be shown
+    # of a large file, only what can be shown is encoded
     ids = tokenizer.encode(text[: CHARS * block_size] if crop else text)
     if len(ids) > block_size and not crop:
         raise InspectionError(
@@ -207,9 +207,9 @@ def given_text(tokenizer: Tokenizer, text: str, block_size: int, name: str, crop
 
 
 def held_out_text(dataset: TokenDataset, tokenizer: Tokenizer, block_size: int) -> Text:
-    """Return the beginning of the first held-out document that decodes to itself and is not very short, or a conversation.
+    """Return the beginning of the first held-out document or conversation that is not very short.
 
-    Raises InspectionError if no document decodes to itself.
+    Documents that do not encode to their tokens again are skipped. Raises InspectionError if none is left.
     """
     best: Text | None = None
     start, n_lines = 0, 0
@@ -233,7 +233,7 @@ def held_out_text(dataset: TokenDataset, tokenizer: Tokenizer, block_size: int) 
 
 
 def _document(dataset: TokenDataset, number: int, ids: list[int], tokenizer: Tokenizer, block_size: int) -> Text | None:
-    """Return what is shown of a document's `ids`, or None if its text would come back as other tokens."""
+    """Return the text of a document's `ids` to draw, or None if it would not encode to the same tokens."""
     name = f"document {number:,} of the {dataset.split} split"
     if isinstance(dataset, Examples):
         predicted = dataset.example(number).supervised[: len(ids)].tolist()
@@ -243,7 +243,7 @@ def _document(dataset: TokenDataset, number: int, ids: list[int], tokenizer: Tok
         return Text(ids[: block_size + 1], predicted[: block_size + 1], what, started=False)
     ids = [i for i in ids if i != tokenizer.bos_id]
     text = tokenizer.decode(ids)
-    # a document of megabytes is not encoded again whole
+    # only the beginning is encoded again, as a document may have megabytes
     if "\ufffd" in text or not text.strip() or tokenizer.encode(text[:2000])[:50] != ids[:50]:
         return None
     beginning = "".join(text.splitlines(keepends=True)[:LINES])
@@ -253,14 +253,14 @@ def _document(dataset: TokenDataset, number: int, ids: list[int], tokenizer: Tok
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Return the text that each token adds: nothing where a character is not whole yet."""
+    """Return the text that each token adds; empty while a character is incomplete."""
     stream = TextStream(tokenizer)
     out = [stream.add(i) for i in ids]
     return [*out[:-1], out[-1] + stream.finish()] if out else []
 
 
 def units(model: LanguageModel, tokenizer: Tokenizer, text: Text, runtime: Runtime) -> list[Unit]:
-    """Return the loss of each token over the text that it spells; tokens that spell one character together are one."""
+    """Return each token's text and loss; tokens that spell one character together are one unit."""
     ids = np.array(text.ids, dtype=np.int64)
     targets = np.where(text.predicted, ids, IGNORE)[1:]
     losses = np.full(len(ids), math.nan)
@@ -278,7 +278,7 @@ def units(model: LanguageModel, tokenizer: Tokenizer, text: Text, runtime: Runti
 
 
 def attention(model: LanguageModel, tokenizer: Tokenizer, text: Text) -> tuple[np.ndarray, list[str]]:
-    """Return all heads' weights (n_layer, n_head, T, T) of the text's first tokens, at most 48, and what these spell."""
+    """Return all heads' attention weights (n_layer, n_head, T, T) for the text's first tokens, at most 48, and their texts."""
     T = min(LABELLED, len(text.ids), model.cfg.block_size)
     idx = torch.tensor([text.ids[:T]], device=model.head.weight.device)  # (1, T)
     weights = model.attention_weights(idx)[:, 0].float().cpu().numpy()  # (n_layer, n_head, T, T)

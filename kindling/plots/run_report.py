@@ -1,9 +1,9 @@
-"""What a run's report says: its facts, pictures, samples, evaluation and data, put together for html_report.page.
+"""The content of a run's report: facts, pictures, samples, evaluation and data, for html_report.page.
 
     html = report_of(subject, text, plots)
 
-Results and samples of an evaluation are shown if it was of these weights. Limit: a fine-tuned run's answers are those that it
-gave at the end of its training.
+Results and samples of an evaluation are shown only if it was of the same weights. Limit: the answers of a fine-tuned run are
+those from the end of its training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kindling.tables import Section
 
 SAMPLES = 6
 SAMPLE_CHARS = 1500
-NEW_TOKENS = 120  # of a sample that is made for the report
+NEW_TOKENS = 120  # of a sample made for the report
 
 CAPTIONS = {
     "training_curves.png": "Loss, validation perplexity, learning rate and gradient norm over training.",
@@ -39,7 +39,7 @@ CAPTIONS = {
 
 
 def pictures_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> list[Picture]:
-    """Return the plots that the report shows, with their captions; single layers of attention stay files."""
+    """Return the plots for the report with their captions; attention of single layers is left out."""
     alts = {
         "training_curves.png": curves_in_words(subject.metrics),
         "token_loss.png": f"The tokens of {text.what}, each on a background that is darker the greater its loss.",
@@ -55,7 +55,7 @@ def pictures_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> list[P
 
 
 def curves_in_words(lines: list[dict[str, Any]]) -> str:
-    """Return between which values the losses moved."""
+    """Return a sentence with the first and the last value of each loss."""
     parts = []
     for key, name in (("loss", "training loss"), ("val_loss", "validation loss")):
         known = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
@@ -73,7 +73,7 @@ VALIDATION = (
 
 
 def facts_of(subject: Subject) -> list[tuple[str, str]]:
-    """Return what the run is, by name and value."""
+    """Return the facts about the run, as names and values."""
     cfg, model, folder = subject.run.config(), subject.model, subject.checkpoint
     state = load_state(folder, mapped=True)
     environment = state.get("environment", {})
@@ -101,7 +101,7 @@ def facts_of(subject: Subject) -> list[tuple[str, str]]:
 
 
 def ledger_sections(folder: Path) -> list[Section]:
-    """Return the data's ledger as a table: what was read, dropped, changed and kept."""
+    """Return the data's ledger as tables: what was read, dropped, changed and kept."""
     try:
         ledger = Ledger.read(folder)
         cells = [[label, f"{n:,}", f"{n_bytes / 1e6:,.2f}"] for label, (n, n_bytes) in ledger.totals()]
@@ -124,7 +124,7 @@ def ledger_sections(folder: Path) -> list[Section]:
 
 
 def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
-    """Return what eval.json holds if it is of these weights, else nothing and why not."""
+    """Return the content of eval.json if it is of these weights, else an empty dict and the reason."""
     again = f"evaluate with `python evaluate.py {subject.run.path}`"
     path = subject.run.path / "eval.json"
     if not path.is_file():
@@ -139,7 +139,7 @@ def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
 
 
 def evaluation_sections(subject: Subject) -> list[Section]:
-    """Return the tables of the evaluation, or a note that there is none of these weights."""
+    """Return the tables of the evaluation, or a note that there is none for these weights."""
     results, why_not = evaluation_of(subject)
     if results:
         try:
@@ -150,7 +150,7 @@ def evaluation_sections(subject: Subject) -> list[Section]:
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file, none if there is no file; lines that are no objects are left out."""
+    """Yield the objects of a JSONL file, if it exists; lines that are not objects are skipped."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -162,7 +162,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def samples_of(subject: Subject) -> tuple[list[Sample], str]:
-    """Return a few texts of the run and where they are from: its answers, its evaluation's samples, or new ones."""
+    """Return a few texts of the run and a note on their origin: answers, samples of the evaluation, or new samples."""
     instructions = subject.run.config().data.instructions
     answers = list(rows_of(subject.run.path / "answers.jsonl")) if instructions else []
     if answers:
@@ -211,7 +211,7 @@ def _graded(row: dict[str, Any]) -> Sample:
 
 
 def new_samples(subject: Subject) -> list[Sample]:
-    """Continue the config's prompts, or answer them if the run was fine-tuned."""
+    """Continue the config's prompts, or answer them if the run is fine-tuned."""
     cfg, model, tokenizer = subject.run.config(), subject.model.for_generation(), subject.tokenizer
     out = []
     for number, prompt in enumerate(cfg.train.sample_prompts[:SAMPLES], 1):
@@ -224,7 +224,7 @@ def new_samples(subject: Subject) -> list[Sample]:
                 )
             else:
                 text = complete(model, tokenizer, prompt, sampling).text
-        except GenerationError as e:  # a prompt that does not fit is no reason to lose the rest
+        except GenerationError as e:  # if one prompt does not fit, show the others
             text = f"({e})"
         out.append(Sample(f"Sample {number}", prompt, text))
     return out

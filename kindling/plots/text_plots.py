@@ -1,8 +1,8 @@
-"""Drawings of what a model makes of a text: attention as heatmaps, and each token's loss over the text itself.
+"""Plots of a model on a text: attention as heatmaps, and the text with each token's loss.
 
     figure = token_losses([Unit("def", 3.1), Unit(" f", 6.0)], 8.3, "runs/demo, step 1100", "its first 2 tokens")
 
-The same rules as in figures.py. A map is white for little and dark for much, so that it prints as it is seen.
+The rules of figures.py hold here too. Colour maps are white for low and dark for high values, so prints look the same.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from matplotlib.figure import Figure
 from kindling.plots.figures import style, title_lines, visible
 
 MAP = "Blues"
-LABEL = 14  # characters of a token beside a heatmap
+LABEL = 14  # characters of a token's label, at most
 COLUMNS = 92  # of text
 TAB = 4
 LONGEST = 160  # rows of text that are drawn
-LISTED = 12  # tokens of each end in the list beside the text
+LISTED = 12  # tokens in each list beside the text: the hardest and the easiest
 MONO = "DejaVu Sans Mono"
-ADVANCE = 0.602  # em, of each of its characters
+ADVANCE = 0.602  # width of each character, in em
 SCALE = PowerNorm(0.5, 0, 1)  # of attention weights
 
 
 class Unit(NamedTuple):
-    """A piece of text that one token spells, or one character that several do, with its loss in nats; NaN: not predicted."""
+    """A token's text, or a character that several tokens spell, and its loss in nats; NaN: not predicted."""
 
     text: str
     loss: float
 
 
 def label(text: str) -> str:
-    """Return a token as the label of a heatmap: spaces and newlines can be seen, and its end is cut off if it is long."""
+    """Return a token as a label: spaces and newlines are visible, and a long token is cut at its end."""
     shown = "".join({" ": "·", "\n": "⏎", "\t": "⇥"}.get(c) or visible(c) for c in text)
     return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
 def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: str) -> Figure:
-    """Draw each head's weights (n_head, T, T): a row for each token that looks, a column for each that is looked at."""
+    """Draw each head's attention weights (n_head, T, T): a row for each query token, a column for each key token."""
     n_head, T, _ = weights.shape
     names = [label(token) for token in tokens]
     columns, cell, size = (1, 7.2, 8.5) if n_head == 1 else (2, 4.8, 7.0)
@@ -61,7 +61,7 @@ def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: st
             _heatmap(ax, weights[number])
             ax.set_title(f"head {number}")
             font: dict[str, Any] = {"fontsize": size, "family": MONO, "clip_on": False}
-            for i, name in enumerate(names):  # as ticks they would take three times as long
+            for i, name in enumerate(names):  # drawing them as ticks would take three times as long
                 ax.text(i, T - 0.5 + T / 100, name, rotation=90, ha="center", va="top", **font)
                 if number % columns == 0:
                     ax.text(-0.5 - T / 100, i, name, ha="right", va="center", **font)
@@ -69,7 +69,7 @@ def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: st
 
 
 def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
-    """Draw the weights (n_layer, n_head, T, T) of all heads, small, a row for each layer."""
+    """Draw the attention weights (n_layer, n_head, T, T) of all heads as small heatmaps, a row for each layer."""
     n_layer, n_head = weights.shape[:2]
     cell = min(10.0 / n_head - 0.1, max(24.0 / n_layer, 0.9), 2.6)
     with style():
@@ -86,10 +86,10 @@ def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
 def _grid(
     rows: int, columns: int, cell: float, margins: tuple[float, float, float], title: str, note: str
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a bar of weights and a grid of square axes, row by row, `cell` inches wide.
+    """Return a figure with a colour bar and a grid of square axes, listed row by row, each `cell` inches wide.
 
-    `margins` in inches are those to the left of the grid, and above and below each axes. Places are computed here: finding
-    them out by drawing all labels first takes as long as the drawing.
+    `margins`, in inches: to the left of the grid, above each axes and below each axes. Places are computed here, because
+    matplotlib's layout would draw all labels first, which takes as long as the plot.
     """
     left, above, below = margins
     wide = max(left + 0.2 + columns * (cell + 0.1) + 1.1, 9.2)
@@ -114,7 +114,7 @@ def _grid(
 
 
 def _heatmap(ax: Axes, weights: np.ndarray) -> None:
-    """Draw weights (T, T) below the diagonal; above it, where no token may look, is grey."""
+    """Draw attention weights (T, T); above the diagonal, which causal attention hides, is grey."""
     ax.set_facecolor("#dddddd")
     seen = np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
     ax.imshow(seen, cmap=MAP, norm=SCALE, interpolation="nearest", aspect="equal")
@@ -127,7 +127,7 @@ def _heatmap(ax: Axes, weights: np.ndarray) -> None:
 
 
 class Piece(NamedTuple):
-    """What is drawn of a unit in one row: from which column, which characters, and the unit's number."""
+    """The part of a unit in one row: its first column, its characters, and the unit's number."""
 
     column: int
     text: str
@@ -135,14 +135,14 @@ class Piece(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the picture; `line` counts the lines of the text from 1, and is None where a long one goes on."""
+    """A row of the picture; `line` is the line of the text, from 1, or None where a long line continues."""
 
     line: int | None
     pieces: list[Piece]
 
 
 def rows_of(units: list[Unit], columns: int = COLUMNS) -> list[Row]:
-    """Lay out a text in rows of at most `columns` characters; newlines end a row as ⏎, tabs are as wide as they reach."""
+    """Lay out a text in rows of at most `columns` characters; a newline is ⏎ at the end of a row, tabs reach the tab stop."""
     rows, column, line = [Row(1, [])], 0, 1
     for number, unit in enumerate(units):
         for c in unit.text:
@@ -163,18 +163,15 @@ def rows_of(units: list[Unit], columns: int = COLUMNS) -> list[Row]:
 
 
 def token_losses(units: list[Unit], guess: float, title: str, what: str) -> Figure:
-    """Draw a text with each token's background shaded by its loss, up to `guess`, the loss of a uniform guess, in nats.
+    """Draw a text with each token's background shaded by its loss in nats, up to `guess`, the loss of a uniform guess.
 
-    Beside it are the hardest and the easiest tokens. `what` says which text it is.
+    Beside it are lists of the hardest and the easiest tokens. `what` says which text it is.
     """
     rows = rows_of(units)
     left_out = len(rows) - LONGEST
     rows = rows[:LONGEST]
     size = 9.5
-    width, height = (
-        0.602 * size / 72,
-        1.5 * size / 72,
-    )  # of a character's cell in inches: the font's advance is 0.602 em
+    width, height = ADVANCE * size / 72, 1.5 * size / 72  # of a character's cell, in inches
     list_rows = 2 * LISTED + 5
     left, top, below, side = 0.55, 0.75, 0.85, 2.0
     text_width, text_height = COLUMNS * width, max(len(rows), list_rows) * height
@@ -220,7 +217,7 @@ def _draw_rows(ax: Axes, rows: list[Row], units: list[Unit], mapping: ScalarMapp
 
 
 def text_color(background: Sequence[float] | np.ndarray) -> str:
-    """Return black or white, whichever has the greater contrast (WCAG 2.2, relative luminance) on an RGB colour."""
+    """Return black or white, whichever has more contrast on an RGB colour (WCAG 2.2, relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
