@@ -1,7 +1,7 @@
 """What the tests share: small real inputs, the scripts run as a user would run them, and the order of the tests.
 
-Every test begins in the same state of the process, whichever ran before it: `same_state` sees to that. So the order is free:
-`make test-shuffled` takes another one each time.
+Each test starts with the same process state (see `same_state`), so the order of the tests does not matter. `make test-shuffled`
+runs them in a random order.
 """
 
 import atexit
@@ -21,15 +21,18 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 import warm
+from hypothesis import HealthCheck
 
 if TYPE_CHECKING:
     from kindling.runs.checkpoint import RunDirectory
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # what asks the hub fails at once instead of retrying
+os.environ["HF_HUB_OFFLINE"] = "1"  # a request to the hub fails at once, without retries
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # with more, each is a process that imports torch first
 
-# how long an example takes says more about the machine than about the code
-hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# the time of an example and the number of rejected ones depend on chance
+by_chance = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=by_chance)
 hypothesis.settings.load_profile("kindling")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +40,13 @@ SHARED = ROOT.parent / "shared" / "data"
 
 from config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig  # noqa: E402
 
-# the files that take longest begin first, so that no process is left with one at the end
+# the slowest files start first; otherwise one worker is busy with one of them after all others have finished
 SLOW_FIRST = ("test_evaluate.py", "test_scripts.py", "test_model.py", "test_sft_train.py", "test_distributed.py")
 SLOW_FIRST += ("test_trainer.py", "test_build.py", "test_process.py", "test_visualize.py", "test_fsdp.py")
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--shuffle", metavar="SEED", help="run the files in another order, and the tests of each file")
+    parser.addoption("--shuffle", metavar="SEED", help="shuffle the files, and the tests in each file")
 
 
 def pytest_report_header(config) -> str | None:
@@ -72,8 +75,8 @@ HANDLERS = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
 
 def reset_libraries() -> None:
-    """Give this process's global settings, of the libraries that it has loaded, the values that they have at the start."""
-    sys.setrecursionlimit(1000)  # torch raises it when it compiles
+    """Reset the global settings of Python and of the loaded libraries to their values at the start of a process."""
+    sys.setrecursionlimit(1000)  # torch's compiler raises it
     sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
     random.seed(0)
     if "numpy" in sys.modules:
@@ -88,7 +91,7 @@ def reset_libraries() -> None:
 
 @pytest.fixture(autouse=True)
 def same_state() -> Iterator[None]:
-    """Let each test begin in the same state of the process, and undo what it leaves changed."""
+    """Start each test with the same process state, and undo its changes afterwards."""
     reset_libraries()
     os.chdir(ROOT)
     environment, path = dict(os.environ), list(sys.path)
@@ -199,9 +202,9 @@ def script(
 ) -> subprocess.CompletedProcess:
     """Run one of the project's scripts, or a module of kindling by its dotted name, in `cwd`; return what it printed.
 
-    With `fresh`, or an environment of its own, in an interpreter of its own: as a user would, and some seconds later than in
-    a fork of `warm.py`'s process. `before` is code that its process runs before the script. The time limit is there to end
-    what hangs: it is far above what a busy machine takes.
+    The script runs in a fork (see warm.py). With `fresh`, or with an `env`, it runs in a new interpreter, as for a user, which
+    takes some seconds longer. `before` is code to run in its process before the script. The time limit only ends a script that
+    hangs; it is far longer than a script needs on a busy machine.
     """
     environment = {**(os.environ if env is None else env), "PYTHONPATH": str(ROOT)}
     argv = [str(ROOT / name), *map(str, args)]
@@ -224,7 +227,7 @@ def script(
 
 
 def signal_at_step(n: int, number: int) -> str:
-    """Return code, to run before a script, that sends its process a signal when it begins its n-th step."""
+    """Return code for `before` that makes the process send itself a signal when its n-th training step starts."""
     return f"""
 import itertools, os
 from kindling.training import trainer
@@ -259,7 +262,7 @@ def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Pope
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    atexit.register(process.terminate)  # of a test that failed; it ends its ranks
+    atexit.register(process.terminate)  # after a failed test; torchrun then ends its ranks
     return process
 
 

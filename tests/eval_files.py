@@ -1,4 +1,4 @@
-"""Small files of lm-eval's tasks in the plain forms that harness_data.py takes, with rows made up here."""
+"""Small files for lm-eval's tasks, in the plain formats that harness_data.py reads; the rows are made up."""
 
 import gzip
 import json

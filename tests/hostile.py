@@ -1,11 +1,11 @@
-"""Programs that try to pass without solving their problem, to do harm, or to use up the machine.
+"""Programs that try to pass without solving their problem, to do harm, or to exhaust the machine.
 
     for hostile in HOSTILE:
         verdict = attempt((hostile, targets, limits), slot=0)
 
-Each is given as a solution of HumanEval/162, `string_to_md5`, whose expected values nobody can guess, and which no program
-here computes. `$NAME` stands for a target outside the sandbox (see Targets). A program that gets where it wants to, and can
-tell, exits with "reached", which shows in the reason of its verdict.
+Each is submitted as a solution of HumanEval/162, `string_to_md5`: nobody can guess its expected values, and no program here
+computes them. `$NAME` stands for a target outside the sandbox (see Targets). A program that reaches its target exits with
+"reached", if it can tell; the reason of its verdict then says so.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Hostile:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is outside, to be left alone; each is known to the programs as a `$NAME`."""
+    """Targets outside the sandbox, which no program may reach; programs get each as `$NAME`."""
 
     canary: str
-    """A file that everybody may write."""
+    """A file that anybody may write to."""
     folder: str
-    """Its folder, where everybody may write."""
+    """Its folder, where anybody may write."""
     tcp: int
     """A port of this machine on which something listens."""
     udp: int
@@ -59,7 +59,7 @@ class Targets:
 
 
 class Outcome(NamedTuple):
-    """What came of a program, how long it took, and the memory that the judging process has had at most."""
+    """The verdict on a program, its time, and the peak memory and open files of the process that judged it."""
 
     verdict: str
     reason: str
@@ -75,13 +75,15 @@ def problem() -> Any:
 
 
 def attempt(job: tuple[Hostile, Targets, Limits], slot: int) -> Outcome:
-    """Judge a hostile program, in this process."""
+    """Judge a hostile program from this process."""
     hostile, targets, limits = job
     names = {"judge": os.getpid(), **asdict(targets)}
     source = Template(hostile.source).safe_substitute({name.upper(): repr(value) for name, value in names.items()})
     started = time.monotonic()
     verdict, reason = judge(problem(), source, limits=limits, slot=slot)
-    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage counts what the parent was before exec
+    status = Path("/proc/self/status").read_text(
+        encoding="utf-8"
+    )  # getrusage also counts the parent's memory, before exec
     peak = int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
     return Outcome(verdict, reason, time.monotonic() - started, peak, len(os.listdir("/proc/self/fd")))
 
@@ -100,7 +102,7 @@ def forge(name: str, attacks: str, source: str) -> None:
 
 
 def reach(name: str, attacks: str, body: str) -> None:
-    """Add a program whose call does something to the outside, and says so if no error comes of it."""
+    """Add a program whose function does something outside the sandbox, and says so if that raises no error."""
     body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
     _add(
         "reach",
@@ -111,7 +113,7 @@ def reach(name: str, attacks: str, body: str) -> None:
 
 
 def use_up(name: str, attacks: str, source: str) -> None:
-    """Add a program that wants more than its share."""
+    """Add a program that tries to use more resources than it may."""
     _add("use up", name, attacks, source)
 
 

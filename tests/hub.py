@@ -92,7 +92,7 @@ WORDS = (
 
 
 def document(kind: str, n: int) -> str:
-    """Return document `n` of a kind: different from every other one, and Python where the source holds Python."""
+    """Return document `n` of a kind: no two are equal, and it is Python if the source holds Python."""
     digits = hashlib.sha256(f"{kind} {n}".encode()).digest()
     words = [WORDS[b % len(WORDS)] + (str(b) if b % 3 else "") for b in digits * 3]
     if "python" in kind:
@@ -102,7 +102,7 @@ def document(kind: str, n: int) -> str:
 
 
 def local_copy(source: SourceConfig, folder: Path, n_documents: int = 120) -> SourceConfig:
-    """Write a copy of a data set of the hub under `folder`; return the source that reads it from there."""
+    """Write a small local copy of a data set of the hub under `folder`; return the source that reads the copy."""
     import pyarrow
     import pyarrow.parquet
 
@@ -115,7 +115,7 @@ def local_copy(source: SourceConfig, folder: Path, n_documents: int = 120) -> So
     (root / file).parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / file)
     subsets = [s for path, s in LAYOUTS if path == source.path and s is not None]
-    if subsets:  # as the hub does, the card says which files make up a subset
+    if subsets:  # as on the hub, the card says which files belong to a subset
         entry = "- config_name: {}\n  data_files:\n  - split: train\n    path: {}/*\n"
         card = "".join(entry.format(s, Path(LAYOUTS[source.path, s][0]).parent) for s in subsets)
         (root / "README.md").write_text(f"---\nconfigs:\n{card}---\n", encoding="utf-8")

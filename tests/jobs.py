@@ -1,4 +1,4 @@
-"""Jobs for the tests of `map_jobs`, good and bad, in a file that a fresh worker imports at once."""
+"""Good and bad jobs for the tests of `map_jobs`. This file imports little, so a new worker is ready quickly."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def explode():
 
 
 class Poison:
-    """Can be pickled, but not made again."""
+    """Can be pickled, but not unpickled."""
 
     def __reduce__(self):
         return explode, ()
@@ -66,6 +66,6 @@ def touch(job, slot):
 
 
 def raise_limit(job, slot):
-    """Return the limit of memory that a process has which set it to `job`."""
+    """Start a process that sets its memory limit to `job` bytes; return the limit that it then has."""
     code = f"import resource as r; r.setrlimit(r.RLIMIT_AS, ({job}, {job})); print(r.getrlimit(r.RLIMIT_AS)[0])"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)

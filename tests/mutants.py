@@ -1,4 +1,4 @@
-"""One small mistake in a right program: the mutants that the judge's tests tell from the originals."""
+"""Correct programs with one small mistake each (mutants), which a problem's tests must reject."""
 
 import ast
 import copy
@@ -34,7 +34,7 @@ SWAPS = {
 
 
 def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, str, object]]:
-    """Yield mistakes as (kind, node, field, value that the field gets)."""
+    """Yield possible mistakes as (kind, node, field, new value of the field)."""
     docstring = function.body[0] if ast.get_docstring(function) is not None else None
     for node in ast.walk(function):
         if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in SWAPS:

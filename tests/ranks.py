@@ -1,4 +1,4 @@
-"""What two ranks do in test_distributed.py: run by torchrun, writes what each of them saw to the file that is its argument."""
+"""The work of two ranks in test_distributed.py. torchrun runs it; it writes the results of both to a file in the given folder."""
 
 import json
 import os
@@ -26,7 +26,7 @@ STEPS = 50
 
 
 class Rows:
-    """Pseudo-random rows, each a function of its position, of which some targets are not supervised."""
+    """Pseudo-random rows, each a function of its position; some of their targets are not supervised."""
 
     n_rows = 1000
 
@@ -78,7 +78,7 @@ def curve(folder: Path, world: World = ALONE, **train) -> list[float]:
 
 
 def validation(world: World = ALONE) -> tuple[float, int]:
-    """Return loss and targets over five batches, which two ranks cannot share out evenly."""
+    """Return loss and number of targets over five batches, which two ranks cannot share evenly."""
     trainer = trainer_of(config(), Path(os.devnull).parent / "shm", world)
     return mean_loss(trainer.model, [Rows().rows(4 * i, 4) for i in range(5)], trainer.runtime)
 

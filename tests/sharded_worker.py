@@ -1,4 +1,4 @@
-"""One of the two processes that test_sharded.py trains in: `python tests/sharded_worker.py FOLDER RANK` leaves RANK.json."""
+"""One of the two training processes of test_fsdp.py: `python tests/sharded_worker.py FOLDER RANK` writes RANK.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kindling.training.optim import make_optimizers
 from model import LanguageModel, build_model
 
 WORLD, STEPS, SAVED_AT = 2, 5, 3
-READY = "ready"  # this file says that the checkpoints of one process are there
+READY = "ready"  # this file appears when the checkpoints of one process are written
 ROWS = 4  # a step, over all processes
 # odd numbers of rows, which two processes cannot share evenly
 SIZE = dict(block_size=16, vocab_size=257, n_layer=2, n_head=3, n_embd=36, d_ff=99)
@@ -43,7 +43,7 @@ ARCHITECTURES = {
 
 
 class Run:
-    """A model of one of the architectures in training, on all processes or one."""
+    """Training of a model of one architecture, on all processes or on one."""
 
     def __init__(self, name: str, world: int = 1, rank: int = 0, param_dtype: torch.dtype | None = None):
         cfg, train = ARCHITECTURES[name]
@@ -64,7 +64,7 @@ class Run:
         return idx[:, :-1], targets, positions
 
     def train(self, steps: int = 1) -> list[float]:
-        """Do steps, in micro-batches of one row; return their losses over all processes."""
+        """Train steps in micro-batches of one row; return the losses over all processes."""
         return [self._train_step() for _ in range(steps)]
 
     def _train_step(self) -> float:
@@ -76,7 +76,7 @@ class Run:
         return total
 
     def backward(self) -> float:
-        """Leave the clipped gradients of the step; return its loss over all processes."""
+        """Compute the clipped gradients of the next step; return its loss over all processes."""
         idx, targets, positions = self.batch()
         n_targets, total = (targets != IGNORE).sum(), torch.zeros(())
         mine = range(self.rank * ROWS // self.world, (self.rank + 1) * ROWS // self.world)
@@ -92,13 +92,13 @@ class Run:
         return float(total)
 
     def validate(self) -> float:
-        """The loss of the next step's rows, without gradients."""
+        """Return the loss of the next step's rows, without gradients."""
         idx, targets, positions = self.batch()
         with torch.no_grad():
             return float(self.model(idx, targets, positions)[0])
 
     def digest(self) -> str:
-        """Of weights and optimisers."""
+        """Return a digest of weights and optimisers."""
         return fsdp.digest(self.model, self.optimizers)
 
     def save(self, folder: Path) -> None:
@@ -110,13 +110,13 @@ class Run:
         fsdp.save(folder, self.model, self.optimizers)
 
     def load(self, folder: Path) -> None:
-        """Take up the run where `folder` has it."""
+        """Load the state that was saved in `folder`."""
         fsdp.load(folder, self.model, self.optimizers)
         self.step = SAVED_AT
 
 
 def of_architecture(name: str, rank: int, folder: Path) -> dict:
-    """Train, validate, save, go on; go on from what was saved by two processes, and by one."""
+    """Train, validate, save and train on; then resume from the checkpoint of two processes, and from that of one."""
     run, out = Run(name, WORLD, rank), {}
     out["is_sharded"] = fsdp.is_sharded(run.model)
     out["local_share"] = sum(p.to_local().numel() for p in run.model.parameters()) / run.model.n_parameters()
@@ -140,7 +140,7 @@ def of_architecture(name: str, rank: int, folder: Path) -> dict:
 
 
 def roll_back(rank: int, folder: Path) -> dict:
-    """Load an older state right after validation, whose gathered parameters must not survive it."""
+    """Load an older state right after validation; the gathered parameters of the validation must not remain."""
     run = Run("gpt2", WORLD, rank)
     run.load(folder / "gpt2-by-2")
     run.train(1)
@@ -150,7 +150,7 @@ def roll_back(rank: int, folder: Path) -> dict:
 
 
 def bad_step(rank: int) -> dict:
-    """Tell the optimisers of a step that is not finite."""
+    """Return whether the optimisers change anything on NaN gradients: with the flag for a bad step, and without it."""
     run = Run("modern", WORLD, rank)
     run.train(2)
     before = run.digest()
@@ -175,7 +175,7 @@ def in_bfloat16(rank: int, name: str) -> dict:
 
 
 def refusals(rank: int, folder: Path) -> dict:
-    """What each process hears when only one of them has trouble."""
+    """Return the error that each process gets when only one of them has a problem."""
     run, out = Run("gpt2", WORLD, rank), {}
     taken = folder / "taken"
     if rank == 1:  # a folder where this process's file is to be

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -44,6 +45,7 @@ def test_code_150m_untied_has_the_count_that_the_readme_gives():
     assert replace(preset("code-150m").model, tie_embeddings=False).n_parameters == 161_339_904
 
 
+@cache
 def values_for(hint):
     """A strategy for any value that a field of this type can hold."""
     if get_origin(hint) is Literal:
@@ -62,15 +64,18 @@ def values_for(hint):
     return plain[hint] if hint in plain else configs(hint)
 
 
+@cache
 def configs(cls):
     """A strategy for valid instances of a config class: one or more fields of the default replaced by arbitrary values."""
+
+    hints = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
 
     @st.composite
     def draw_config(draw):
         changed = {}
-        for f in fields(cls):
-            if is_dataclass(hint := get_type_hints(cls)[f.name]) or draw(st.booleans()):
-                changed[f.name] = draw(values_for(hint))
+        for name, hint in hints.items():
+            if is_dataclass(hint) or draw(st.booleans()):
+                changed[name] = draw(values_for(hint))
         try:
             return cls(**changed)
         except ConfigError:

@@ -1,4 +1,4 @@
-"""Runs of a second: a model that says what it is told to, in a folder as training leaves it behind."""
+"""Run folders like those of a fine-tuning, made in a moment, with a model whose output is known."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from model import GPT
 
 
 def bigram_model(tokenizer: Tokenizer, follows: dict[str, str | None], block_size: int) -> GPT:
-    """A model that says `follows[c]` after the byte c whatever came before; None is the end of text."""
+    """Return a model that always writes `follows[c]` after the character c; None means the end of text."""
     V = tokenizer.vocab_size
     cfg = ModelConfig(
         block_size=block_size, vocab_size=V, n_layer=1, n_head=1, n_embd=V, tie_embeddings=False, final_norm=False
@@ -32,7 +32,7 @@ def bigram_model(tokenizer: Tokenizer, follows: dict[str, str | None], block_siz
 
 
 def make_run(folder: Path, tokenizer: Tokenizer, model: GPT, kind: str = "docstrings", **manifest) -> RunDirectory:
-    """A run as fine-tuning leaves it behind: config, tokenizer, manifest, one checkpoint."""
+    """Write a run like that of a fine-tuning: config, tokenizer, manifest, one checkpoint."""
     data = folder.parent / f".{folder.name}-data"
     data.mkdir(parents=True)
     splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "max_id": -1, "shards": []} for name in ("val", "test")}

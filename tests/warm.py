@@ -1,12 +1,12 @@
-"""Runs the project's scripts in forks of one process that has imported the heavy libraries already.
+"""Runs the project's scripts in forks of one process that has already imported the heavy libraries.
 
     result = run(["main.py", "--name", "base"], cwd=folder, env=dict(os.environ), timeout_s=300)
 
-An interpreter that imports torch takes 3 to 5 seconds; a fork of one that did takes a tenth. The process is a fresh one: it
-knows nothing of the tests that ran before, imports nothing of the project, and runs one script at a time. A script runs as
-`__main__`, with its own working directory, environment and pipes, and ends as an interpreter ends. Two things differ from a
-user's run: the libraries are in `sys.modules`, and all forks have the same seed for the hashes of strings. A test that is
-about either of these, or about signals, starts an interpreter.
+A new interpreter needs 3 to 5 seconds to import torch; a fork of one that has done so starts in a tenth of a second. The warm
+process is not the process of the tests, so it does not depend on the tests that ran before. It imports nothing of the project,
+and runs one script at a time. The script runs as `__main__`, with its own working directory, environment and pipes, and ends as
+an interpreter ends. Two things differ from a user's run: the libraries are in `sys.modules` already, and all forks have the same
+hash seed, so sets have the same order in all of them. Tests that depend on one of the two start a new interpreter.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 SCRIPTS = ("main.py", "sft_train.py", "evaluate.py", "generate.py", "data_pipeline.py", "export.py", "visualize.py")
 LIBRARIES = ["torch", "torch._dynamo", "torch.utils.tensorboard", "numpy", "tyro", "pydantic", "yaml", "tqdm"]
 LIBRARIES += ["safetensors.torch", "tokenizers", "rensa", "regex", "typeguard", "multiprocessing.synchronize"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as no test has changed it yet
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before a test changes it
 REQUEST_BYTES = 2**17
 
 
 class _Server:
-    """The warm process, and the socket to talk with it."""
+    """The warm process, and the socket for requests and answers."""
 
     def __init__(self) -> None:
         self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -101,7 +101,7 @@ def _become(request: dict, streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    # new objects: those of the warm process took their streams for files, in which one can seek
+    # new objects, because those of the warm process were made for /dev/null, which is seekable
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
@@ -110,18 +110,18 @@ def _become(request: dict, streams: list[int]) -> None:
     os.environ.update(request["env"])
     sys.argv = request["argv"]
     sys.path[0] = os.path.dirname(request["argv"][0])
-    multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # read when it was imported; spawned workers are told it
+    multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # spawned workers get it
 
 
 def _serve(asked: socket.socket) -> None:
-    """Fork for each request, tell the fork's process id and then its exit code; in a fork, run the script."""
+    """For each request, fork, run the script in the fork, and send the fork's process id, then its exit code."""
     import gc
     import importlib
     import runpy
 
     for library in LIBRARIES:
         importlib.import_module(library)
-    gc.freeze()  # a fork that collects garbage leaves shared memory shared
+    gc.freeze()  # garbage collection in a fork then does not copy shared memory
     while True:
         raw, streams, _, _ = socket.recv_fds(asked, REQUEST_BYTES, 3)
         if not raw:
