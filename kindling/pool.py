@@ -132,8 +132,7 @@ class _Worker:
 def map_jobs(function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers: int, limit_s: float) -> Iterator[Any]:
     """Yield `function(job, slot)` for each job in order, or a Lost; `slot` is the number of the worker.
 
-    The function must be at the top level of a module, so that a new process can import it. Raises PoolError if a worker
-    cannot start.
+    A new process must be able to import the function. Raises PoolError if a worker cannot start.
     """
     queue = enumerate(jobs)
     done: dict[int, Any] = {}

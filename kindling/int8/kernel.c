@@ -58,7 +58,7 @@ static void product(const Model *model, const Matrix *m, const float *x, float *
                       id = i + 3 < n ? i + 3 : last;
         const int8_t *a = m->q + i * k, *b = m->q + ib * k, *c = m->q + ic * k, *d = m->q + id * k;
         int32_t sa = 0, sb = 0, sc = 0, sd = 0;
-        for (int64_t j = 0; j < 4 * k; j += 64) __builtin_prefetch(a + 8 * k + j); /* two rounds ahead; past the end it does no harm */
+        for (int64_t j = 0; j < 4 * k; j += 64) __builtin_prefetch(a + 8 * k + j); /* two rounds ahead; harmless at the end */
         for (int64_t j = 0; j < k; j++) {
             sa += a[j] * r[j];
             sb += b[j] * r[j];
