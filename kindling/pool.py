@@ -134,8 +134,7 @@ def map_jobs(
 ) -> Generator[Any, None, None]:
     """Yield `function(job, slot)` for each job in order, or a Lost; `slot` is the number of the worker.
 
-    The function must be at the top level of a module, so that a new process can import it. Raises PoolError if a worker
-    cannot start.
+    A new process must be able to import the function. Raises PoolError if a worker cannot start.
     """
     queue = enumerate(jobs)
     done: dict[int, Any] = {}

@@ -7,9 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define SHARED (1 << 18) /* products of fewer multiplications are done before another thread has heard of them */
+#define SHARED (1 << 18) /* products with fewer multiplications end before another thread has started */
 
-/* int8 rows (n, k) with a scale for each; bias (n) or NULL; q is NULL where the model has no such matrix */
+/* int8 rows (n, k) with a scale for each; bias (n) or NULL; q is NULL if the model has no such matrix */
 typedef struct { const int8_t *q; const float *scale, *bias; int64_t n, k; } Matrix;
 typedef struct { const float *weight, *bias; } Norm;
 typedef struct { Norm norm_1, norm_2; Matrix qkv, proj, up, gate, down; } Block;
@@ -18,7 +18,7 @@ typedef struct {
     int64_t n_layer, n_head, n_kv, head_dim, n_embd, d_ff, block_size, activation, rms, qk_norm;
     double eps;
     const Block *blocks;
-    Matrix wte, wtp, head;        /* wtp: of pairs of tokens */
+    Matrix wte, wtp, head;        /* wtp: the bigram hash embedding */
     Norm norm_f;                  /* weight NULL: none */
     const float *wpe, *cos, *sin; /* (block_size, n_embd), (block_size, head_dim); NULL: none */
     float *keys, *values;         /* (n_layer, n_kv, block_size, head_dim) */
@@ -26,7 +26,7 @@ typedef struct {
     int16_t *rounded;
 } Model;
 
-/* e to the x, to 4e-6 of it, which unlike expf a compiler can vectorise: 2 to a whole number, times a polynomial (Cephes) */
+/* e^x to a relative 4e-6, as a power of 2 times a polynomial (Cephes); unlike expf, compilers vectorise it */
 static inline float exponential(float x) {
     x = fminf(fmaxf(x, -87), 88);
     const float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -58,7 +58,7 @@ static void product(const Model *model, const Matrix *m, const float *x, float *
                       id = i + 3 < n ? i + 3 : last;
         const int8_t *a = m->q + i * k, *b = m->q + ib * k, *c = m->q + ic * k, *d = m->q + id * k;
         int32_t sa = 0, sb = 0, sc = 0, sd = 0;
-        for (int64_t j = 0; j < 4 * k; j += 64) __builtin_prefetch(a + 8 * k + j); /* two rounds ahead; no fault at the end */
+        for (int64_t j = 0; j < 4 * k; j += 64) __builtin_prefetch(a + 8 * k + j); /* two rounds ahead; harmless at the end */
         for (int64_t j = 0; j < k; j++) {
             sa += a[j] * r[j];
             sb += b[j] * r[j];
@@ -103,7 +103,7 @@ static void place(const Model *model, float *x, int64_t position) {
     }
 }
 
-/* what each head of the token at `position` attends to, into y */
+/* the attention output of each head for the token at `position`, into y */
 static void attend(const Model *model, int64_t layer, int64_t position, float *y) {
     const int64_t D = model->head_dim, n_head = model->n_head, n_kv = model->n_kv, S = position + 1;
     float *q = model->qkv, *k = q + n_head * D, *v = k + n_kv * D;
@@ -154,7 +154,7 @@ static void activate(const Model *model, float *restrict h, const float *restric
     }
 }
 
-/* the logits after one more token, whose row of the table of pairs is `pair` */
+/* the logits after one more token, whose row of the bigram hash embedding is `pair` */
 void step(const Model *model, int64_t token, int64_t pair, int64_t position, float *logits) {
     const int64_t C = model->n_embd;
     float *x = model->x, *y = model->y, *h = model->h;
