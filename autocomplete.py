@@ -27,7 +27,7 @@ if __name__ == "__main__":  # one thread: the products of one token are too smal
 
 import numpy as np
 
-from kindling.generation.healing import Healing, longest_prompt, take_back, token_texts
+from kindling.generation.healing import Healing, longest_prompt, split_for_healing, token_texts
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
@@ -66,7 +66,7 @@ def stream(
     """Yield new tokens after the prompt `ids`, until end-of-text, the limit, or a full context."""
     model.length = 0
     rng = np.random.default_rng(sampling.seed)
-    logits = model.read(ids)
+    logits = model.forward_cached(ids)
     out: list[int] = []
     for left in range(min(sampling.max_new_tokens, model.block_size - len(ids)), 0, -1):
         mask = None if healing is None else healing.allowed(out)
@@ -76,7 +76,7 @@ def stream(
         out.append(token)
         yield token
         if left > 1:
-            logits = model.read([token])
+            logits = model.forward_cached([token])
 
 
 class Completer:
@@ -118,7 +118,7 @@ class Completer:
 
     def complete(self, ids: list[int], sampling: Sampling) -> Iterator[str]:
         """Yield the text that the model writes after the prompt, in pieces of whole characters."""
-        kept, healing = take_back(ids, self.spellings)
+        kept, healing = split_for_healing(ids, self.spellings)
         # tokens taken back from the prompt are generated again, and are not part of the result
         limit = min(sampling.max_new_tokens, self.model.block_size - len(ids)) + len(ids) - len(kept)
         said = len(self._decode(kept[-1:])) + len(healing.text)

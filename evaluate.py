@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kindling.data.shards import TokenDataset
     from kindling.device import Runtime
     from kindling.evaluation.perplexity import Losses
-    from kindling.evaluation.samples import Chat
+    from kindling.evaluation.samples import ChatFormat
     from kindling.runs.checkpoint import RunDirectory
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
@@ -91,13 +91,13 @@ class Subject:
         return self.run.heldout(self.flags.split)
 
     @cached_property
-    def chat(self) -> Chat | None:
+    def chat(self) -> ChatFormat | None:
         """How to prompt the model; None if it was not fine-tuned."""
-        from kindling.evaluation.samples import Chat
+        from kindling.evaluation.samples import ChatFormat
 
         data = self.run.config().data
         mined = all(source.kind == "docstrings" for source in data.sources)
-        return Chat(data.template, mined) if data.instructions else None
+        return ChatFormat(data.template, mined) if data.instructions else None
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
@@ -179,14 +179,14 @@ def evaluate(subject: Subject) -> int:
 
 def sandbox_refusal(flags: Flags) -> str | None:
     """Return why no program can be run here, or None. Warn if programs will run without a sandbox."""
-    from kindling.evaluation.check_correctness import limits_of
+    from kindling.evaluation.check_correctness import program_limits
     from kindling.sandbox.bubblewrap import SandboxError
     from kindling.sandbox.self_test import self_test
 
     if not flags.eval.n_samples:
         return None
     try:
-        self_test(flags.sandbox, limits_of(flags.eval))
+        self_test(flags.sandbox, program_limits(flags.eval))
     except SandboxError as e:
         return str(e)
     if flags.sandbox == "none":
@@ -277,10 +277,10 @@ def main(argv: list[str] | None = None) -> int:
         side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
     from kindling.device import resolve
-    from kindling.distributed import joined
+    from kindling.distributed import process_group
     from kindling.runs.checkpoint import load_model
 
-    with joined(flags.device) as world:
+    with process_group(flags.device) as world:
         run, checkpoint = world.on_main(lambda: chosen(flags))
         runtime = resolve(replace(run.config().train, device=flags.device), world)
         model, _ = load_model(run, runtime.device, checkpoint)

@@ -195,12 +195,12 @@ def _report(new: Completion, seconds: float, sampling: Sampling) -> None:
 
 def _print_end(text: str, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling) -> None:
     """Print only the new text, exactly as it is to be appended to the file."""
-    from kindling.generation.completion import complete_end
+    from kindling.generation.completion import complete_document
 
     _print_bytes()
     started = time.perf_counter()
     try:
-        new = complete_end(model, tokenizer, text, sampling, _say)
+        new = complete_document(model, tokenizer, text, sampling, _say)
     finally:
         if sys.stdout.isatty():  # in a file it would be part of the text
             print(flush=True)
@@ -217,14 +217,14 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
     """Print a JSON line for each sample of each prompt, in order, as soon as it and all earlier ones are done."""
     from tqdm import tqdm
 
-    from kindling.generation.completion import complete_batch, document_ids
+    from kindling.generation.completion import complete_batch, encode_document
     from kindling.generation.healing import longest_prompt
     from kindling.tokenization.tokenizer import TokenizerError
 
     block_size, ids = model.cfg.block_size, []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids.append(document_ids(tokenizer, prompt))
+            ids.append(encode_document(tokenizer, prompt))
         except TokenizerError as e:
             raise GenerationError(f"line {number} of {flags.prompts}: {e}") from None
     longest = longest_prompt(block_size, flags.sampling.max_new_tokens)
@@ -290,14 +290,14 @@ def main(argv: list[str] | None = None) -> int:
     text = None if flags.complete is None else read_text(flags.complete, "--complete")
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
     from kindling.device import resolve
-    from kindling.generation.inference import ready
+    from kindling.generation.inference import prepare_for_inference
     from kindling.runs.checkpoint import find_run, load_model
 
     run = find_run(flags.run)
     if flags.chat:
         _require_chat(run)
     loaded, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
-    model = ready(loaded, flags.precision)
+    model = prepare_for_inference(loaded, flags.precision)
     if flags.chat:
         _chat(run, model, flags.sampling)
     elif text is not None:

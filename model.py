@@ -5,8 +5,8 @@
 
 `config.ModelConfig` chooses between the architectures. Parameter names: `wte`, `wpe`, `blocks.N` with `norm_1`,
 `attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the bigram
-hash embedding. Given `positions` that restart with each document of a packed block (`shards.document_positions`), no token sees
-another document. For generation, a `Cache` keeps keys and values (cache.py).
+hash embedding. Given `position_ids` that restart with each document of a packed block (`shards.document_position_ids`), no
+token sees another document. For generation, a `Cache` keeps keys and values (cache.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from config import IGNORE, ModelConfig
 from kindling.cache import Cache
 from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
 from kindling.loss import linear_cross_entropy, nll_and_grad
-from kindling.positions import document_mask, pair_ids, previous_tokens, rotary_tables, rotate, sinusoidal_positions
+from kindling.positions import bigram_ids, document_mask, previous_tokens, rotary_tables, rotate, sinusoidal_positions
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of each position
 # takes the keys and values of new tokens, returns those of all tokens so far
@@ -160,20 +160,20 @@ class LanguageModel(nn.Module):
         @property
         def head(self) -> nn.Linear: ...
 
-    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return the features (B, T, C) that the head turns into logits."""
         raise NotImplementedError
 
-    def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+    def attention_weights(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return every head's attention weights (n_layer, B, n_head, T, T) for idx (B, T)."""
         raise NotImplementedError
 
     def for_generation(self) -> GPT:
-        """Return the model as a GPT, which has `read`: itself or a copy."""
+        """Return the model as a GPT, which has `forward_cached`: itself or a copy."""
         raise NotImplementedError
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+        self, idx: Tensor, targets: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (B, T, vocab_size), or with targets the summed loss and the count of supervised tokens, as tensors.
 
@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"a sequence must be at most block_size={self.cfg.block_size} tokens, but has {idx.size(1)}; crop it"
             )
-        x = self.hidden(idx, positions)  # (B, T, C)
+        x = self.hidden(idx, position_ids)  # (B, T, C)
         if targets is None:
             return self.head(x)  # (B, T, vocab_size)
         weight, bias = self.head.weight, self.head.bias
@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
 
     _nll_and_grad = staticmethod(nll_and_grad)
 
-    def compile_parts(self) -> None:
+    def enable_compile(self) -> None:
         """Compile the transformer blocks (once, as they share their code) and the loss kernel, in place.
 
         Parameters keep their names, so checkpoints stay the same.
@@ -204,8 +204,8 @@ class LanguageModel(nn.Module):
             block.compile(dynamic=False)
         self._nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
 
-    def decompile_parts(self) -> None:
-        """Undo `compile_parts`."""
+    def disable_compile(self) -> None:
+        """Undo `enable_compile`."""
         for block in self.compilable():
             block._compiled_call_impl = None
         self._nll_and_grad = nll_and_grad
@@ -218,7 +218,7 @@ class LanguageModel(nn.Module):
         """Count the trainable parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def n_multiplied(self) -> int:
+    def n_matmul_parameters(self) -> int:
         """Count the parameters that every token is multiplied with: all but the lookup tables."""
         tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} - {self.head.weight}
         return self.n_parameters() - sum(table.numel() for table in tables)
@@ -270,32 +270,32 @@ class GPT(LanguageModel):
             nn.init.zeros_(module.bias)
 
     def embed(
-        self, idx: Tensor, positions: Tensor | None = None, before: Tensor | None = None
+        self, idx: Tensor, position_ids: Tensor | None = None, before: Tensor | None = None
     ) -> tuple[Tensor, Rotary | None]:
         """Return the first block's input (B, T, C), and for rotary positions cos and sin of each position, else None.
 
-        They are (T, D), or (B, 1, T, D) with positions (B, T). `before` (B,) is the token before each row's first one; it is
+        They are (T, D), or (B, 1, T, D) with position_ids (B, T). `before` (B,) is the token before each row's first one; it is
         used where that one is not at position 0.
         """
         T = idx.size(1)
         x = self.wte(idx)  # (B, T, C)
         if self.wtp is not None:
-            previous = previous_tokens(idx, positions, before)  # (B, T)
-            x = x + self.wtp(pair_ids(idx, previous, self.cfg.bigram_rows))
+            previous = previous_tokens(idx, position_ids, before)  # (B, T)
+            x = x + self.wtp(bigram_ids(idx, previous, self.cfg.bigram_rows))
         if self.wpe is not None:
-            x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
+            x = x + (self.wpe.weight[:T] if position_ids is None else self.wpe(position_ids))
         elif self.cfg.position == "sinusoidal":
-            x = x + (self.positions[:T] if positions is None else self.positions[positions])
+            x = x + (self.positions[:T] if position_ids is None else self.positions[position_ids])
         rope = None
-        if self.cfg.position == "rope" and positions is None:
+        if self.cfg.position == "rope" and position_ids is None:
             rope = self.rope_cos[:T], self.rope_sin[:T]  # (T, D)
         elif self.cfg.position == "rope":
-            rope = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
+            rope = self.rope_cos[position_ids][:, None], self.rope_sin[position_ids][:, None]  # (B, 1, T, D)
         return self.dropout(x), rope
 
-    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        x, rope = self.embed(idx, positions)  # (B, T, C)
-        mask = None if positions is None else document_mask(positions)  # (B, 1, T, T), once for all blocks
+    def hidden(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        x, rope = self.embed(idx, position_ids)  # (B, T, C)
+        mask = None if position_ids is None else document_mask(position_ids)  # (B, 1, T, T), once for all blocks
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             # `checkpoint` restores the random state, so dropout is the same the second time
@@ -307,17 +307,17 @@ class GPT(LanguageModel):
         return Cache(self.cfg, n_rows, self.wte.weight.new_empty(0, dtype=self.cache_dtype))
 
     @torch.no_grad()
-    def read(self, idx: Tensor, cache: Cache) -> Tensor:
+    def forward_cached(self, idx: Tensor, cache: Cache) -> Tensor:
         """Run the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last token.
 
         No row may get longer than block_size tokens.
         """
-        positions = cache.positions(idx.size(1))  # (B, T)
-        x, rope = self.embed(idx, positions, cache.last)  # (B, T, C)
+        position_ids = cache.positions(idx.size(1))  # (B, T)
+        x, rope = self.embed(idx, position_ids, cache.last)  # (B, T, C)
         S = int(cache.lengths.max()) + idx.size(1)
-        mask = cache.mask(positions, S)  # (B, 1, T, S)
+        mask = cache.mask(position_ids, S)  # (B, 1, T, S)
         for layer, block in enumerate(self.blocks):
-            extend = partial(cache.extend, layer, positions=positions, S=S)
+            extend = partial(cache.extend, layer, position_ids=position_ids, S=S)
             x = block(x, rope, mask, extend)
         cache.lengths += idx.size(1)
         cache.last.copy_(idx[:, -1])
@@ -328,11 +328,11 @@ class GPT(LanguageModel):
         return self
 
     @torch.no_grad()
-    def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+    def attention_weights(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
         was_training = self.training
         self.eval()  # without dropout
-        x, rope = self.embed(idx, positions)
-        mask = None if positions is None else document_mask(positions)  # (B, 1, T, T)
+        x, rope = self.embed(idx, position_ids)
+        mask = None if position_ids is None else document_mask(position_ids)  # (B, 1, T, T)
         layers = []
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -348,7 +348,7 @@ class GPT(LanguageModel):
 class TransformersGPT2(LanguageModel):
     """The same interface on transformers' `GPT2LMHeadModel`; the project behind `code-225m` runs its model so.
 
-    Limit: no mask across documents. The config refuses `document_mask`, and `hidden` raises ValueError for positions.
+    Limit: no mask across documents. The config refuses `document_mask`, and `hidden` raises ValueError for position_ids.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -371,13 +371,13 @@ class TransformersGPT2(LanguageModel):
         else:
             self.gpt2.activation_checkpointing_disable()
 
-    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        require_no_positions(positions)
+    def hidden(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        require_no_positions(position_ids)
         return self.gpt2.transformer(idx).last_hidden_state
 
     @torch.no_grad()
-    def attention_weights(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        require_no_positions(positions)
+    def attention_weights(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        require_no_positions(position_ids)
         return gpt2_attention(self.gpt2, idx)
 
     def compilable(self) -> list[nn.Module]:

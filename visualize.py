@@ -24,7 +24,7 @@ from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
-    from kindling.plots.inspection import Subject, Text
+    from kindling.plots.inspection import InspectedRun, Text
     from kindling.runs.checkpoint import RunDirectory
 
 PLOTS, REPORT, CURVES = "plots", "report.html", "compare_curves.png"
@@ -71,7 +71,7 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
     return text
 
 
-def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
+def text_of(subject: InspectedRun, flags: Flags, given: str | None) -> Text:
     """Return the text for attention and losses."""
     from kindling.plots.inspection import given_text, held_out_text
 
@@ -85,7 +85,7 @@ def text_of(subject: Subject, flags: Flags, given: str | None) -> Text:
     return given_text(tokenizer, given, block_size, "--text")
 
 
-def draw(subject: Subject, text: Text) -> dict[str, bytes]:
+def draw(subject: InspectedRun, text: Text) -> dict[str, bytes]:
     """Return all plots as PNGs, by their paths in the folder of plots."""
     from kindling.plots import text_plots
     from kindling.plots.figures import png, spectral_norms, training_curves, weight_histograms
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         compare([*([] if flags.run is None else [flags.run]), *flags.compare])
         return 0
     from kindling.device import resolve
-    from kindling.plots.inspection import Subject
+    from kindling.plots.inspection import InspectedRun
     from kindling.plots.run_report import report_of
     from kindling.runs.checkpoint import find_run, load_model
 
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     given = require(flags, run)
     runtime = resolve(replace(run.config().train, device=flags.device))
     model, checkpoint = load_model(run, runtime.device)
-    subject = Subject(run, model, checkpoint, run.tokenizer(), runtime)
+    subject = InspectedRun(run, model, checkpoint, run.tokenizer(), runtime)
     text = text_of(subject, flags, given)
     plots = draw(subject, text)
     files = {f"{PLOTS}/{name}": content for name, content in plots.items()}

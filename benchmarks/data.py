@@ -85,7 +85,7 @@ def theirs(corpus: str, tokenizer: str, filter_processes: int) -> None:
     from datasets import load_dataset
     from tokenizers import Tokenizer
 
-    from kindling.data.filters import first_refusal
+    from kindling.data.filters import first_failed_filter
     from kindling.data.sources import local_files
 
     cfg = config(corpus, tokenizer, **PLAIN)
@@ -99,7 +99,7 @@ def theirs(corpus: str, tokenizer: str, filter_processes: int) -> None:
 
     def keep(row: dict[str, Any]) -> bool:
         language = row["language"].lower() if has_language else "python"
-        return first_refusal(row["content"], "", language, cfg.data) is None
+        return first_failed_filter(row["content"], "", language, cfg.data) is None
 
     rows = rows.filter(keep, num_proc=filter_processes if filter_processes > 1 else None)
     seen: set[bytes] = set()
@@ -241,7 +241,7 @@ def near_duplicates() -> dict[str, Any]:
     Of two halves of the files only the first is in the index. A copy is found if it is matched at all. A file of the
     other half that is matched is a mistake if the exact similarity of the pair is below the threshold.
     """
-    from kindling.data.duplicates import NearDuplicates, signature, word_hashes
+    from kindling.data.duplicates import MinHashIndex, signature, word_hashes
     from kindling.data.sources import local_files
 
     if CORPUS.exists():
@@ -260,7 +260,7 @@ def near_duplicates() -> dict[str, Any]:
         words = re.findall(r"\w+", text.lower())
         return set(itertools.pairwise(words))
 
-    index = NearDuplicates(0.6)
+    index = MinHashIndex(0.6)
     for text in half:
         index.add(signature(word_hashes(text)))
     out: dict[str, Any] = {"files": len(half), "other files": len(others)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kindling.evaluation.check_correctness import Verdict, judge
+from kindling.evaluation.check_correctness import Verdict, check_answers
 from kindling.evaluation.tasks import Problem, load
 from kindling.pool import map_jobs
 
@@ -26,7 +26,7 @@ ROUNDS, NEW_TOKENS, BATCH = 3, 64, 32
 
 def reference(problem: Problem, slot: int) -> Verdict:
     """Judge a problem's own solution."""
-    return judge(problem, problem.solution, slot=slot)
+    return check_answers(problem, problem.solution, slot=slot)
 
 
 def sandbox_seconds(n_workers: int, times: int) -> tuple[float, list[Verdict]]:

@@ -95,7 +95,7 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
     from autocomplete import Sampling, stream
     from kindling.formats.int8_format import write
     from kindling.generation.decoding import stream as torch_stream
-    from kindling.generation.inference import ready
+    from kindling.generation.inference import prepare_for_inference
     from kindling.generation.sampling import Sampling as TorchSampling
     from kindling.int8.model import Model
     from kindling.tokenization.tokenizer import train_bpe
@@ -112,7 +112,7 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     for precision in ("fp32", "bf16", "int8"):
-        gpt = ready(backbone, precision)
+        gpt = prepare_for_inference(backbone, precision)
         ways[f"generate.py, {precision}"] = timed(lambda gpt=gpt: torch_stream(gpt, ids, greedy, -1))
     (folder / "code-50m").mkdir()
     write(folder / "code-50m", backbone.for_generation(), train_bpe(["def"], cfg.tokenizer, 300), "random weights")

@@ -175,7 +175,7 @@ def train_ours(spec: Spec) -> dict[str, Any]:
     found = {"steps": trainer.state.step, "tokens": tokens, "seconds": trainer.state.elapsed_s, "compile_s": compile_s}
     way = {"precision": runtime.precision, "compiled": compiled, "parameters": model.n_parameters()}
     out = {**found, **way, "skipped": trainer.state.skipped, "points": curve.points}
-    model.decompile_parts()  # other shapes come
+    model.disable_compile()  # other shapes come
     out |= whole_splits(loss_of, data, cfg.model) if spec.final else {}
     return out | ({"functions": functions(model.eval(), data, cfg)} if spec.functions else {})
 
@@ -184,17 +184,19 @@ def functions(model: Any, data: Path, cfg: Config) -> dict[str, dict[str, int]]:
     """Return of each held-out split how many signatures of functions the model continued, and how many of these compile."""
     from config import EvalConfig
     from kindling.data.shards import TokenDataset
-    from kindling.evaluation.check_correctness import grade_all
+    from kindling.evaluation.check_correctness import grade_samples
     from kindling.evaluation.code_eval import syntax
-    from kindling.evaluation.heldout import from_documents
+    from kindling.evaluation.heldout import problems_from_documents
     from kindling.evaluation.samples import write
     from kindling.tokenization.tokenizer import load_json
 
     tokenizer, how, out = load_json(data / "tokenizer.json", cfg.tokenizer), EvalConfig(), {}
     for split in ("val", "test"):
-        problems = from_documents(TokenDataset(data, split), tokenizer, how.signatures, how.n_workers, lambda n: None)
+        problems = problems_from_documents(
+            TokenDataset(data, split), tokenizer, how.signatures, how.n_workers, lambda n: None
+        )
         written = write(model, tokenizer, [(problem, 1) for problem in problems], None, how)
-        rates = syntax(written, grade_all(written, None, "none", how), "")  # without tests nothing is run
+        rates = syntax(written, grade_samples(written, None, "none", how), "")  # without tests nothing is run
         out[split] = {key: rates[key] for key in ("samples", "passes", "non_trivial")}
         print(f"  ours: {rates['passes']} of {rates['samples']} functions of the {split} split compile", flush=True)
     return out

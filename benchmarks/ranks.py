@@ -34,7 +34,7 @@ def measure(shape: str, compiled: bool, result: Path) -> None:
     import torch
 
     from kindling import device
-    from kindling.distributed import joined
+    from kindling.distributed import process_group
     from kindling.runs.checkpoint import RunDirectory
     from kindling.training.dry_run import Noise
     from kindling.training.trainer import Trainer
@@ -45,7 +45,7 @@ def measure(shape: str, compiled: bool, result: Path) -> None:
     batch, micro = BATCH.get(shape, (cfg.train.batch_size, cfg.train.micro_batch))
     train = replace(cfg.train, batch_size=batch, micro_batch_size=micro)
     cfg = replace(cfg, train=train)
-    with joined() as world:
+    with process_group() as world:
         torch.set_num_threads(2 // world.size)
         runtime = device.resolve(train, world)
         device.seed_all(0)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from kindling.data.shards import Batch
     from kindling.device import Runtime
     from kindling.tokenization.tokenizer import Tokenizer
-    from kindling.training.prefetch import Batches
+    from kindling.training.prefetch import TrainingRows
     from kindling.training.trainer import Trainer
 
 DEMO = Path("runs/demo")
@@ -169,7 +169,7 @@ def variants(cfg: Config, examples: Examples, n_packed: int, runtime: Runtime) -
     bucketed = ExampleRows(examples, block_size, seed, packing=False, batch_size=n_padded)
     longest = PaddedToLongest(examples, block_size, seed)
 
-    def variant(name: str, batches: Batches, n_rows: int, wasted: float) -> Variant:
+    def variant(name: str, batches: TrainingRows, n_rows: int, wasted: float) -> Variant:
         device.seed_all(0)
         train = replace(cfg.train, batch_size=n_rows, micro_batch_size=None, packing=name == PACKED)
         model = build_model(cfg.model).to(runtime.device)

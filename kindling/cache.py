@@ -1,7 +1,7 @@
 """The key / value cache of a `model.GPT`: in generation, each new token then costs the work of one token.
 
     cache = gpt.new_cache(n_rows)
-    logits = gpt.read(idx, cache)       # after the next tokens of each row
+    logits = gpt.forward_cached(idx, cache)       # after the next tokens of each row
 
 Limit: memory for the whole context is allocated at once.
 """
@@ -31,19 +31,19 @@ class Cache:
         """Return the positions of the next T tokens of each row, (B, T)."""
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
 
-    def mask(self, positions: Tensor, S: int) -> Tensor | None:
-        """Return which of S keys each token at `positions` (B, T) may see, (B, 1, T, S) bool.
+    def mask(self, position_ids: Tensor, S: int) -> Tensor | None:
+        """Return which of S keys each token at `position_ids` (B, T) may see, (B, 1, T, S) bool.
 
         None if no mask is needed: for one row, if T = S (plainly causal) or T = 1 (sees every key).
         """
-        B, T = positions.shape
+        B, T = position_ids.shape
         if B == 1 and T in (1, S):
             return None
-        seen = torch.arange(S, device=positions.device)  # (S,)
-        return (seen <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+        seen = torch.arange(S, device=position_ids.device)  # (S,)
+        return (seen <= position_ids[:, :, None])[:, None]  # (B, 1, T, S)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, S: int) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, n_kv_head, T, D) of a layer at `positions`; return all of the layer, (B, n_kv_head, S, D)."""
+    def extend(self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor, S: int) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values (B, n_kv_head, T, D) at `position_ids`; return all of it, (B, n_kv_head, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
         if k.size(0) == 1:  # faster than indexing
             start = S - k.size(2)
@@ -51,7 +51,7 @@ class Cache:
         else:
             rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
             for store, new in ((keys, k), (values, v)):
-                store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
+                store[rows, :, position_ids] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
         return keys[:, :, :S], values[:, :, :S]
 
     def copy_row(self, row: int, other: Cache, source: int = 0) -> None:

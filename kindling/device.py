@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from config import TrainConfig
-from kindling.distributed import ALONE, World
+from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +37,7 @@ class Runtime:
 
     device: torch.device
     precision: str
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context for forward passes: weights stay float32, matrix products run in `precision`."""
@@ -83,7 +83,7 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
     return tensor.to(runtime.device)
 
 
-def resolve(cfg: TrainConfig, world: World = ALONE) -> Runtime:
+def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> Runtime:
     """Choose device and precision from `cfg` and the hardware; raises DeviceError if the machine does not have them.
 
     With several ranks on CUDA, each rank uses the GPU with its local rank.

@@ -31,7 +31,7 @@ class WorldError(KindlingError):
     """The ranks cannot work together, or no longer do."""
 
 
-class MainFailed(SystemExit):
+class MainRankFailed(SystemExit):
     """Ends a rank without a message, because the main rank prints the error."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class World:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do `work` on the main rank only, and return its result on every rank. If it raises, the others raise MainFailed."""
+        """Do `work` on the main rank only, and return its result on every rank. If it raises, the others raise MainRankFailed."""
         if self.size == 1:
             return work()
         import torch.distributed as dist
@@ -107,14 +107,14 @@ class World:
         finally:
             dist.broadcast_object_list(box, src=0, group=self.patient)
         if not box[0]:  # only other ranks come here: the main one has raised its error
-            raise MainFailed
+            raise MainRankFailed
         return box[1]
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank: first on the main one, then on one rank of each other machine, then on the rest.
 
         So files that it writes, to a shared disk or to the disk of each machine, are made once, and the other ranks find them.
-        If it raises on one rank, the others raise MainFailed.
+        If it raises on one rank, the others raise MainRankFailed.
         """
         if self.size == 1:
             return work()
@@ -128,22 +128,22 @@ class World:
                 except BaseException as e:  # raised below, after the other ranks know
                     failed = e
             if self._reduced([float(failed is not None)], "MAX", patient=True)[0]:
-                raise MainFailed if failed is None else failed
+                raise MainRankFailed if failed is None else failed
         return result
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[World]:
+def process_group(device: str = "auto") -> Iterator[World]:
     """Connect the ranks, if torchrun started any, and disconnect them at the end. Only the main rank prints to stdout.
 
     `device` as in `train.device`: unless it is the CPU, each rank takes a GPU of its machine, if there are any. Raises
     WorldError if the ranks cannot connect, or if one is lost later.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     import torch
     import torch.distributed as dist

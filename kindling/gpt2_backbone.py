@@ -42,9 +42,9 @@ def build_gpt2(cfg: ModelConfig) -> GPT2LMHeadModel:
     )  # fmt: skip
 
 
-def require_no_positions(positions: Tensor | None) -> None:
+def require_no_positions(position_ids: Tensor | None) -> None:
     """Raise ValueError if positions are given: GPT-2 on transformers has no mask across documents."""
-    if positions is not None:
+    if position_ids is not None:
         raise ValueError("positions must be None on transformers' GPT-2, but are given; use --model.backbone kindling")
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-PAIR_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
+BIGRAM_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
 
 
 def sinusoidal_positions(block_size: int, n_embd: int) -> Tensor:
@@ -33,32 +33,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def document_mask(positions: Tensor) -> Tensor:
+def document_mask(position_ids: Tensor) -> Tensor:
     """Return which keys each query may see, (B, 1, T, T) bool: itself, and the tokens before it in its document.
 
-    positions (B, T) int64: a document begins wherever they are 0.
+    position_ids (B, T) int64: a document begins wherever they are 0.
     """
-    document = (positions == 0).cumsum(dim=1)  # (B, T)
+    document = (position_ids == 0).cumsum(dim=1)  # (B, T)
     same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
     return same.tril()
 
 
-def previous_tokens(idx: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
+def previous_tokens(idx: Tensor, position_ids: Tensor | None, before: Tensor | None) -> Tensor:
     """Return the token before each one of idx (B, T) in its document, (B, T); -1 where none is.
 
-    positions (B, T) int64 are 0 where a document begins; None: each row is one document. `before` (B,) is the token
+    position_ids (B, T) int64 are 0 where a document begins; None: each row is one document. `before` (B,) is the token
     before each row's first, None where there is none.
     """
     first = idx.new_full((idx.size(0),), -1) if before is None else before  # (B,)
     previous = torch.cat((first[:, None], idx[:, :-1]), dim=1)  # (B, T)
-    return previous if positions is None else previous.masked_fill(positions == 0, -1)
+    return previous if position_ids is None else previous.masked_fill(position_ids == 0, -1)
 
 
-def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
+def bigram_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
     """Return the row of the bigram hash embedding (modded-nanogpt) for each token of idx and the one before it in `previous`.
 
     Where `previous` is -1, nothing stands before the token, and the row is 0; otherwise a hash picks one of the other rows.
     Exact in int64 for any vocabulary up to 2^30.
     """
-    hashed = previous * PAIR_PRIMES[0] + idx * PAIR_PRIMES[1]
+    hashed = previous * BIGRAM_PRIMES[0] + idx * BIGRAM_PRIMES[1]
     return (1 + hashed % (n_rows - 1)) * (previous >= 0)

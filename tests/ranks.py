@@ -13,7 +13,7 @@ import torch
 from config import IGNORE, Config, ModelConfig, TrainConfig
 from kindling.data.shards import Batch
 from kindling.device import Runtime, seed_all, seed_rank
-from kindling.distributed import ALONE, World, joined
+from kindling.distributed import SINGLE_PROCESS, World, process_group
 from kindling.runs.checkpoint import RunDirectory, load_state
 from kindling.runs.fsdp import whole
 from kindling.runs.metrics import read_metrics
@@ -62,7 +62,7 @@ def config(**train) -> Config:
     )
 
 
-def trainer_of(cfg: Config, folder: Path, world: World = ALONE) -> Trainer:
+def trainer_of(cfg: Config, folder: Path, world: World = SINGLE_PROCESS) -> Trainer:
     seed_all(0)
     model = build_model(cfg.model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,13 +71,13 @@ def trainer_of(cfg: Config, folder: Path, world: World = ALONE) -> Trainer:
     return Trainer(cfg, RunDirectory(folder), model, Rows(), lambda _: {"val_loss": 1.0}, runtime)
 
 
-def curve(folder: Path, world: World = ALONE, **train) -> list[float]:
+def curve(folder: Path, world: World = SINGLE_PROCESS, **train) -> list[float]:
     """Return the loss of each step of a whole run."""
     fit(trainer_of(config(**train), folder, world))
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
-def validation(world: World = ALONE) -> tuple[float, int]:
+def validation(world: World = SINGLE_PROCESS) -> tuple[float, int]:
     """Return loss and number of targets over five batches, which two ranks cannot share evenly."""
     trainer = trainer_of(config(), Path(os.devnull).parent / "shm", world)
     return mean_loss(trainer.model, [Rows().rows(4 * i, 4) for i in range(5)], trainer.runtime)
@@ -184,7 +184,7 @@ def signalled(folder: Path, world: World) -> dict:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    with joined() as world:
+    with process_group() as world:
         seen = {
             "rank": world.rank,
             "sum": world.sum([world.rank + 1.0, 10.0]),

@@ -8,7 +8,7 @@ from conftest import ROOT, script, tiny_flags, torchrun
 from kindling.distributed import World
 from kindling.errors import ConfigError
 from kindling.training import trainer
-from kindling.training.validation import share_of_rank
+from kindling.training.validation import batches_of_rank
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(seen):
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_every_batch_counts_on_one_rank_and_each_rank_has_as_many(size):
     batches = list(range(7))
-    shares = [list(share_of_rank(batches, World(rank, size))) for rank in range(size)]
+    shares = [list(batches_of_rank(batches, World(rank, size))) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(batch for share in shares for batch, counts in share if counts) == batches
 

@@ -8,17 +8,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import IGNORE, ModelConfig
-from kindling.data.shards import document_positions
+from kindling.data.shards import document_position_ids
 from kindling.device import has_compiler
 from kindling.errors import ConfigError
-from kindling.int8.model import pair_ids as numpy_pair_ids
-from kindling.positions import PAIR_PRIMES, document_mask, pair_ids, rotary_tables, rotate, sinusoidal_positions
+from kindling.int8.model import bigram_ids as numpy_pair_ids
+from kindling.positions import BIGRAM_PRIMES, bigram_ids, document_mask, rotary_tables, rotate, sinusoidal_positions
 from model import GPT, Norm, TransformersGPT2, build_model
 from presets import preset
 
 
 def positions_of(idx, eos_id):
-    return torch.from_numpy(document_positions(idx.numpy(), eos_id))
+    return torch.from_numpy(document_position_ids(idx.numpy(), eos_id))
 
 
 SMALL = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
@@ -286,8 +286,8 @@ def test_the_transformers_backbone_keeps_the_contract():
 def test_the_row_of_a_pair_is_that_of_exact_integers_also_in_numpy(ids, n_rows):
     idx = torch.tensor(ids).clamp(min=0)
     previous = torch.tensor(ids).roll(1)
-    rows = pair_ids(idx, previous, n_rows)
-    first, second = PAIR_PRIMES
+    rows = bigram_ids(idx, previous, n_rows)
+    first, second = BIGRAM_PRIMES
     expected = [
         0 if p < 0 else 1 + (p * first + i * second) % (n_rows - 1) for i, p in zip(idx.tolist(), previous.tolist())
     ]
@@ -302,7 +302,7 @@ def test_a_token_has_the_row_of_it_and_the_one_before_and_the_first_has_row_0():
     assert torch.equal(model.embed(idx)[0], plain)  # the table starts at zero
     added = randomise(model).embed(idx)[0] - model.wte(idx)
     assert torch.allclose(added[:, 0], model.wtp.weight[0].expand(2, -1), atol=1e-6)
-    rows = pair_ids(idx[:, 1:], idx[:, :-1], cfg.bigram_rows)
+    rows = bigram_ids(idx[:, 1:], idx[:, :-1], cfg.bigram_rows)
     assert torch.allclose(added[:, 1:], model.wtp.weight[rows], atol=1e-6)
 
 
@@ -485,7 +485,7 @@ def test_compiled_blocks_agree_with_eager_ones_and_compile_once_for_all_steps(na
     eager = [run(idx) for idx in batches]
     torch._dynamo.reset()
     counters.clear()
-    model.compile_parts()
+    model.enable_compile()
     compiled, graphs = [], []
     for idx in batches:
         compiled.append(run(idx))
@@ -546,4 +546,4 @@ def test_the_parameters_that_multiply_are_those_of_the_linear_layers_and_norms(n
         model = GPT(cfg)
     tables = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.n_embd
     positions = cfg.block_size * cfg.n_embd if cfg.position == "learned" else 0
-    assert model.n_multiplied() == model.n_parameters() - tables - positions - cfg.bigram_rows * cfg.n_embd
+    assert model.n_matmul_parameters() == model.n_parameters() - tables - positions - cfg.bigram_rows * cfg.n_embd

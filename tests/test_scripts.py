@@ -18,7 +18,7 @@ from conftest import ROOT, assert_one_clear_line, script, signal_at_step, tiny_f
 from test_build import limited
 
 from config import TokenizerConfig
-from kindling.data.shards import TokenDataset, sealed
+from kindling.data.shards import TokenDataset, with_checksum
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory, load_model
 from kindling.tokenization.tokenizer import train_bpe
@@ -313,7 +313,7 @@ def test_data_of_another_tokenizer_or_past_the_vocabulary_is_refused(work, corpu
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest.update({k: v for k, v in content.items() if k in manifest})
         manifest["splits"]["train"].update({k: v for k, v in content.items() if k not in manifest})
-        write_json(path, sealed(manifest))
+        write_json(path, with_checksum(manifest))
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         assert_one_clear_line(script("main.py", *tiny_flags(corpus), cwd=tmp_path), *words)
 

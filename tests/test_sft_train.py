@@ -15,7 +15,7 @@ from test_examples import TASKS
 
 from kindling.data import prompts
 from kindling.data.build import fingerprint
-from kindling.data.shards import sealed
+from kindling.data.shards import with_checksum
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
@@ -316,10 +316,10 @@ def test_a_changed_template_is_noticed_wherever_it_would_be_used(work, corpus):
     before = dict(manifest)
     manifest["template"] = manifest["template"].replace("Assistant:", "Assistant: ")  # as if prompts.py had been edited
     try:
-        write_json(folder / "manifest.json", sealed(manifest))
+        write_json(folder / "manifest.json", with_checksum(manifest))
         assert_one_clear_line(script("generate.py", "runs/base-sft", "--chat", cwd=work), "user-assistant", "--fresh")
         shards = work / "data" / manifest["fingerprint"] / "manifest.json"
-        write_json(shards, sealed(manifest))
+        write_json(shards, with_checksum(manifest))
         assert_one_clear_line(script("sft_train.py", *mined(corpus), cwd=work), "user-assistant", "--fresh")
     finally:
         for path in (folder / "manifest.json", shards):

@@ -10,7 +10,7 @@ from conftest import assert_one_clear_line, make_run, script
 
 import visualize
 from config import ModelConfig
-from kindling.data.shards import sealed
+from kindling.data.shards import with_checksum
 from kindling.errors import KindlingError
 from kindling.files import write_json
 from kindling.plots import run_report
@@ -192,7 +192,7 @@ def test_a_comparison_says_when_tokenizers_and_texts_differ(run, original, capsy
     manifest = json.loads((run.data / "manifest.json").read_text(encoding="utf-8"))
     manifest["tokenizer_sha256"] = "0" * 64
     manifest["splits"]["val"]["bytes"] += 1
-    write_json(run.data / "manifest.json", sealed(manifest))
+    write_json(run.data / "manifest.json", with_checksum(manifest))
     assert main([str(run.path), "--compare", str(original.path)]) == 0
     said = capsys.readouterr().err
     assert "different tokenizers" in said and "different texts" in said

@@ -38,13 +38,13 @@ def audit(splits: dict[str, ExampleRows], tokenizer: Tokenizer) -> None:
 
 def _check_row(rows: ExampleRows, number: int, tokenizer: Tokenizer) -> int:
     """Check one row; return the number of its examples."""
-    batch = rows.of_bins([number], 1)
+    batch = rows.batch_of_bins([number], 1)
     idx, targets = batch.idx[0], batch.targets[0]
     at = 0
     for item in rows.bins[number]:
         segments = rows.examples.segments_of(item)
         stop = at + int(segments[:, [PROMPT, RESPONSE]].sum()) - 1
-        places = None if batch.positions is None else batch.positions[0, at:stop]
+        places = None if batch.position_ids is None else batch.position_ids[0, at:stop]
         if wrong := _wrong_with(idx[at:stop], targets[at:stop], places, segments, tokenizer):
             raise AuditError(_violation(rows, f"example {item}", wrong))
         at = stop
@@ -59,10 +59,10 @@ def _violation(rows: ExampleRows, what: str, wrong: str) -> str:
 
 
 def _wrong_with(
-    idx: np.ndarray, targets: np.ndarray, positions: np.ndarray | None, segments: np.ndarray, tokenizer: Tokenizer
+    idx: np.ndarray, targets: np.ndarray, position_ids: np.ndarray | None, segments: np.ndarray, tokenizer: Tokenizer
 ) -> str | None:
     """Return what is wrong with an example in a row, or None. idx, targets and positions are (n,)."""
-    if positions is not None and not np.array_equal(positions, np.arange(len(idx))):
+    if position_ids is not None and not np.array_equal(position_ids, np.arange(len(idx))):
         return "its positions must count from 0"
     if not (targets != IGNORE).any():
         return "it must have at least one supervised token"
@@ -113,7 +113,7 @@ def table(cfg: Config, splits: dict[str, ExampleRows]) -> str:
 def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
     """Return an example as a text with the supervised parts in green, or in [[brackets]]."""
     number = rows.n_rows // 2  # from the middle, because the first ones are the longest
-    batch = rows.of_bins([number], 1)
+    batch = rows.batch_of_bins([number], 1)
     n = int(rows.examples.lengths[rows.bins[number][0]]) - 1
     ids = np.append(batch.idx[0, :n], batch.targets[0, n - 1])
     supervised = np.concatenate(([False], batch.targets[0, :n] != IGNORE))

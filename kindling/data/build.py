@@ -31,8 +31,8 @@ from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
 from kindling.data.ledger import DocumentLog, Ledger
 from kindling.data.mixture import Mixture, Reader
-from kindling.data.process_document import Examined
-from kindling.data.prompts import rendered
+from kindling.data.process_document import ProcessedDocument
+from kindling.data.prompts import rendered_template
 from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
 from kindling.data.sources import SourceFiles, documents, local_files
 from kindling.data.workers import WorkerPool
@@ -98,7 +98,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
                 (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
             ]
     if cfg.data.instructions:
-        parts["context"], parts["template"] = cfg.model.block_size, rendered(cfg.data.template)
+        parts["context"], parts["template"] = cfg.model.block_size, rendered_template(cfg.data.template)
     if tokenizer is not None:
         parts["tokenizer_sha256"] = tokenizer.sha256
     elif cfg.tokenizer.kind != "pretrained":
@@ -113,12 +113,12 @@ def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | 
 
     To train a tokenizer, the sources are read twice: first for the tokenizer, then for the shards.
     """
-    with whole_or_absent(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
+    with atomic_folder(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
         started = time.perf_counter()
         tokenizer, notes = begin(cfg, files, pool, tokenizer)
         path = (partial / "tokenizer.json").absolute()
 
-        def read(i: int) -> Iterator[Examined]:
+        def read(i: int) -> Iterator[ProcessedDocument]:
             return pool.map(documents(cfg.data.sources[i], files[i]), path)
 
         ledger = fill(cfg, files, partial, folder.name, tokenizer, read, notes)
@@ -128,7 +128,7 @@ def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | 
 
 
 @contextlib.contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, and rename it to `folder` at the end: a killed process leaves no half folder.
 
     If another process was faster, its folder stays. Raises DataError for a disk that is full or not writable.
@@ -181,8 +181,8 @@ def begin(
     Also returns notes for the ledger. Raises TokenizerError if the tokenizer does not fit into `model.vocab_size`.
     """
     notes: list[str] = []
-    if pool.unrecognisable:
-        notes.append(f"{len(pool.unrecognisable)} problems of data.decontaminate are too short to be recognised")
+    if pool.undetectable:
+        notes.append(f"{len(pool.undetectable)} problems of data.decontaminate are too short to be recognised")
     if tokenizer is None and cfg.tokenizer.kind == "pretrained":
         tokenizer = load_pretrained(cfg.tokenizer)
     elif tokenizer is None:
@@ -223,7 +223,7 @@ def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tu
 # -- the second pass: the shards --------------------------------------------------------------------------------------
 
 
-def id_type(tokenizer: Tokenizer) -> np.dtype:
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """Return the type that stores token ids: two bytes if they suffice, else four."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
@@ -237,7 +237,7 @@ def fill(
     DataError for a split without documents.
     """
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    dtype = id_type(tokenizer)
+    dtype = token_dtype(tokenizer)
     writer_of = ExampleWriter if cfg.data.instructions else ShardWriter
     writers = {split: writer_of(partial, split, dtype) for split in SPLITS}
     ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
@@ -258,7 +258,10 @@ def fill(
     of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
     how: dict[str, Any] = {}  # only of conversations: how they were made
     if of_examples:
-        how = {"max_exchanges": max(w.max_exchanges for w in of_examples), "template": rendered(cfg.data.template)}
+        how = {
+            "max_exchanges": max(w.max_exchanges for w in of_examples),
+            "template": rendered_template(cfg.data.template),
+        }
     write_manifest(
         partial,
         **how,
@@ -309,7 +312,7 @@ def _write_documents(
                 )
                 if isinstance(writer, ExampleWriter):
                     assert examined.segments is not None
-                    n_bytes = examined.supervised_bytes
+                    n_bytes = examined.response_bytes
                     writer.add_example(examined.ids, examined.segments, n_bytes, examined.language, source)
                 else:
                     writer.add(examined.ids, kept, examined.language, source)

@@ -1,6 +1,6 @@
 """Encodes a conversation and marks which tokens to train on, or says why it is dropped.
 
-    example = example_of((Exchange("Add a and b.", "return a + b"),), cfg, tokenizer, context=1024)
+    example = encode_conversation((Exchange("Add a and b.", "return a + b"),), cfg, tokenizer, context=1024)
     example.targets      # IGNORE (-100) where the next token belongs to a prompt
 
 A conversation is dropped if it would teach the model anything other than to answer and stop: if a response is empty,
@@ -20,7 +20,7 @@ import numpy as np
 
 from config import IGNORE, DataConfig
 from kindling.data.filters import Drop
-from kindling.data.prompts import Exchange, Segment, encode, flatten, marker_in, prompt_text
+from kindling.data.prompts import Exchange, Segment, encode, find_marker, flatten, prompt_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
@@ -62,7 +62,7 @@ class _Turn(NamedTuple):
     segment: Segment
 
 
-def joined(exchanges: tuple[Exchange, ...]) -> str:
+def conversation_text(exchanges: tuple[Exchange, ...]) -> str:
     """Return the text of a conversation without a template, for the filters and the search for duplicates."""
     return "\n".join(part for e in exchanges for part in (e.instruction, e.input, e.response) if part)
 
@@ -84,14 +84,16 @@ def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokeniz
             return Drop("empty instruction", repr(e.instruction))
         if not e.response.strip():
             return Drop("empty response", repr(e.response))
-        if marker := marker_in(cfg.template, e.response):
+        if marker := find_marker(cfg.template, e.response):
             return Drop("template marker", repr(marker))
-        if token := tokenizer.spelt_control_token(e.response):
+        if token := tokenizer.find_control_token_text(e.response):
             return Drop("control token", repr(token))
     return None
 
 
-def example_of(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int) -> Example | Drop:
+def encode_conversation(
+    exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int
+) -> Example | Drop:
     """Encode a conversation as an example of at most `context` + 1 tokens, or return why it is dropped.
 
     The conversation must be `normalized`, and `refusal` must have let it pass.
@@ -106,8 +108,8 @@ def example_of(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Toke
         if (tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])) != texts:
             return Drop("not reproducible", repr(exchange.response[:40]))
     asked = [f"{e.instruction}\n{e.input}" for e in exchanges]
-    changes = [(SPELT, 0)] if any(map(tokenizer.spelt_control_token, asked)) else []
-    changes += [(MARKED, 0)] if any(marker_in(cfg.template, text) for text in asked) else []
+    changes = [(SPELT, 0)] if any(map(tokenizer.find_control_token_text, asked)) else []
+    changes += [(MARKED, 0)] if any(find_marker(cfg.template, text) for text in asked) else []
     length = sum(len(part) for turn in turns for part in turn.segment)
     room = context + 1  # the last token is only a target
     if length > room:

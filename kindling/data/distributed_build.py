@@ -30,7 +30,7 @@ from typing import Any, Literal
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import DATA, fingerprint, list_files
-from kindling.data.parts import Plan, gather, make_plan, read_plan, require_splittable, run_part
+from kindling.data.parts import Plan, gather, make_plan, read_plan, require_parts_possible, run_part
 from kindling.data.shards import SPLITS, read_manifest
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError, require
@@ -82,7 +82,7 @@ def gather_step(folder: Path, cwd: Path, data: object, rank: int, world_size: in
     gather(read_plan(folder))
 
 
-def executor_of(kind: str) -> Any:
+def load_executor(kind: str) -> Any:
     """Return datatrove's class for an executor; raises KindlingError if a library or command is missing."""
     try:
         if kind == "local":
@@ -110,7 +110,7 @@ def run_executor(plan: Plan, flags: Flags) -> None:
     # other processes could not import a function of __main__
     module = importlib.import_module("kindling.data.distributed_build")
 
-    executor, n_workers = executor_of(flags.executor), flags.config.data.workers or 1
+    executor, n_workers = load_executor(flags.executor), flags.config.data.workers or 1
     logs, cwd = plan.logs, Path.cwd()
     for number in plan.missing():  # else datatrove would skip a part that was deleted
         (logs / "parts" / "completions" / f"{number:05d}").unlink(missing_ok=True)
@@ -157,9 +157,9 @@ def check(flags: Flags) -> None:
     slurm = flags.executor == "slurm"
     partition = flags.slurm.partition
     require(not slurm or bool(partition), "--slurm.partition", "set", partition, "name one that `sinfo` shows")
-    require_splittable(flags.config)
+    require_parts_possible(flags.config)
     if flags.executor != "inline":
-        executor_of(flags.executor)
+        load_executor(flags.executor)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Mines instruction pairs from Python source: docstring and signature are the instruction, the body is the response.
 
-    for pair in pairs_of(source):
+    for pair in mine_pairs(source):
         print(pair.instruction, pair.response, sep="\\n")
 
 A response is the code of the source with its comments and layout, indented by four spaces. If moving the body to four
@@ -42,7 +42,7 @@ class Pair:
     response: str
 
 
-def pairs_of(source: str) -> list[Pair]:
+def mine_pairs(source: str) -> list[Pair]:
     """Return the pairs of a Python source in the order of the file, without functions inside functions.
 
     Raises what ast.parse raises for source that is not Python: SyntaxError, ValueError, RecursionError, MemoryError.

@@ -3,7 +3,7 @@
 Both compare words (letters, digits and underscores, in lower case), so layout and punctuation do not count. The worker
 processes compute signatures; the building process keeps the index.
 
-    index = NearDuplicates(threshold=0.6)
+    index = MinHashIndex(threshold=0.6)
     if index.find(mark) is None:
         index.add(mark)
 
@@ -86,7 +86,7 @@ def signature(words: np.ndarray) -> bytes:
     return ((slots * np.uint32(2654435769)) >> np.uint32(24)).astype(np.uint8).tobytes()
 
 
-class NearDuplicates:
+class MinHashIndex:
     """An index of the signatures of the documents kept so far (locality-sensitive hashing). About 0.5 kB for each.
 
     The index of `rensa` needs 1.6 to 3.5 kB for each document, too much for millions of them. Here the four bytes of each

@@ -25,7 +25,7 @@ import numpy as np
 
 from config import IGNORE, Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
-from kindling.data.prompts import rendered
+from kindling.data.prompts import rendered_template
 from kindling.data.shards import Batch, DataError, ShardWriter, ShuffledRows, TokenDataset
 from kindling.files import sha256_file
 
@@ -106,7 +106,7 @@ class Examples(TokenDataset):
     def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
         rows = self._rows_in_order(cfg, batch_size)
         for first in range(0, rows.n_rows, batch_size):
-            yield rows.of_bins(range(first, min(first + batch_size, rows.n_rows)), n_rows=batch_size)
+            yield rows.batch_of_bins(range(first, min(first + batch_size, rows.n_rows)), n_rows=batch_size)
 
     def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> ExampleRows:
         return ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)
@@ -124,7 +124,7 @@ def open_split(cfg: Config, folder: Path, split: str) -> TokenDataset:
 
 def require_template(manifest: dict[str, Any], template: str) -> None:
     """Raise DataError if the examples of a manifest were made with another version of the template."""
-    if manifest.get("template") != rendered(template):
+    if manifest.get("template") != rendered_template(template):
         raise DataError(
             f"the examples of {manifest['fingerprint']} must have been made with the template {template} as it is in prompts.py, "
             f"but it was another then; take the change of the template back, or fine-tune anew with --fresh"
@@ -205,24 +205,24 @@ class ExampleRows(ShuffledRows):
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""
-        return self.of_bins([self.row_at(first + i) for i in range(count)], count)
+        return self.batch_of_bins([self.row_at(first + i) for i in range(count)], count)
 
-    def of_bins(self, bins: range | list[int], n_rows: int) -> Batch:
+    def batch_of_bins(self, bins: range | list[int], n_rows: int) -> Batch:
         """Return these bins as the rows of a batch, and rows of padding up to `n_rows`."""
         width = self.block_size
         if not self.packing:
             width = self._width(np.array([self.bins[b][0] for b in bins]))
         idx = np.full((n_rows, width), self.pad_id, dtype=np.int64)
         targets = np.full_like(idx, IGNORE)
-        positions = np.zeros_like(idx)  # a token of padding is a document of its own
+        position_ids = np.zeros_like(idx)  # a token of padding is a document of its own
         for row, number in enumerate(bins):
             at = 0
             for item in self.bins[number]:
                 example = self.examples.example(item)
                 place = slice(at, at := at + len(example.ids) - 1)
                 idx[row, place], targets[row, place] = example.ids[:-1], example.targets
-                positions[row, place] = np.arange(len(example.ids) - 1)
-        return Batch(idx, targets, positions if self.packing else None)
+                position_ids[row, place] = np.arange(len(example.ids) - 1)
+        return Batch(idx, targets, position_ids if self.packing else None)
 
     @property
     def wasted(self) -> float:

@@ -28,16 +28,16 @@ class Drop(NamedTuple):
     value: str
 
 
-def first_refusal(text: str, path: str, language: str, cfg: DataConfig) -> Drop | None:
+def first_failed_filter(text: str, path: str, language: str, cfg: DataConfig) -> Drop | None:
     """Return the first filter that refuses the document, or None. Slow filters come last.
 
     `path` is the path inside the document's repository or folder, or empty if unknown.
     """
     if "\0" in text:
         return Drop("NUL", f"a NUL at character {text.index(chr(0))}: binary, not text")
-    if cfg.drop_tests and (why := evidence_of_test(text, path, language)):
+    if cfg.drop_tests and (why := test_file_reason(text, path, language)):
         return Drop("test file", why)
-    if cfg.drop_generated and (line := generated_mark(text, language)):
+    if cfg.drop_generated and (line := generated_file_reason(text, language)):
         return Drop("generated", f"{line!r}")
     if not cfg.min_chars <= len(text) <= cfg.max_chars:
         return Drop("characters", f"{len(text):,}, not {cfg.min_chars:,} to {cfg.max_chars:,}")
@@ -82,7 +82,7 @@ _TEST_SUITE = {
 }
 
 
-def evidence_of_test(text: str, path: str, language: str) -> str | None:
+def test_file_reason(text: str, path: str, language: str) -> str | None:
     """Return what shows that a document is a test file, or None. The rules are those of the preset `autocomplete`."""
     *folders, name = path.split("/")
     if found := _TEST_FOLDERS.intersection(f.lower() for f in folders):
@@ -106,7 +106,7 @@ _GENERATED = re.compile(
 )
 
 
-def generated_mark(text: str, language: str) -> str | None:
+def generated_file_reason(text: str, language: str) -> str | None:
     """Return the comment line among the first ten which says that a program wrote the file, or None.
 
     Other places prove nothing, because generators themselves have such words in strings.

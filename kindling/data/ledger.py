@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from kindling.data.shards import DataError, way_out
+from kindling.data.shards import DataError, repair_advice
 from kindling.files import write_json
 
 DOCUMENTS = "documents.jsonl.gz"
@@ -175,7 +175,7 @@ def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
             for line in f:
                 yield json.loads(line)
     except (OSError, EOFError, ValueError, zlib.error) as e:
-        raise DataError(f"{path} must be a whole log of documents, but is not ({e}); {way_out(folder)}") from None
+        raise DataError(f"{path} must be a whole log of documents, but is not ({e}); {repair_advice(folder)}") from None
 
 
 def explain(folder: Path, keys: set[str], ending: str = "") -> list[str]:

@@ -14,9 +14,9 @@ from array import array
 from collections.abc import Callable, Generator, Iterator
 
 from config import DataConfig
-from kindling.data.duplicates import NearDuplicates
+from kindling.data.duplicates import MinHashIndex
 from kindling.data.filters import Drop
-from kindling.data.process_document import Examined
+from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
 
 
@@ -29,29 +29,31 @@ def split_of(digest: bytes, cfg: DataConfig) -> str:
 
 
 @dataclasses.dataclass
-class Drawn:
+class DrawnDocument:
     """A document that the mixture drew: dropped, or kept in a split. Documents are numbered in the order of drawing."""
 
     source: int
-    examined: Examined
+    examined: ProcessedDocument
     drop: Drop | None = None
     split: str = ""
     original: int | None = None  # the number of the document that it duplicates
     repeated: bool = False
 
 
-Reader = Callable[[int], Iterator[Examined]]  # takes the number of a source, gives its documents in their order
+Reader = Callable[
+    [int], Iterator[ProcessedDocument]
+]  # takes the number of a source, gives its documents in their order
 
 
-class Originals:
+class Deduplicator:
     """Finds duplicates among the documents kept so far. Needs about 0.7 kB for each of them."""
 
     def __init__(self, cfg: DataConfig):
         self._exact: dict[bytes, int] | None = {} if cfg.dedup else None
-        self._near = None if cfg.near_dedup is None else NearDuplicates(cfg.near_dedup)
+        self._near = None if cfg.near_dedup is None else MinHashIndex(cfg.near_dedup)
         self._numbers = array("q")  # of the documents in `_near`
 
-    def check(self, examined: Examined, number: int) -> tuple[Drop | None, int | None]:
+    def check(self, examined: ProcessedDocument, number: int) -> tuple[Drop | None, int | None]:
         """Check document `number` against the documents kept so far, and remember it if it is kept.
 
         Returns why it is dropped and the number of its original, or None and None.
@@ -84,8 +86,8 @@ class Mixture:
         self._dry: set[int] = set()  # the sources that were read to their end
         self._in_train = [bytearray() for _ in cfg.sources]  # of each document: is it in training?
 
-    def __iter__(self) -> Generator[Drawn, None, None]:
-        originals, number = Originals(self.data), 0
+    def __iter__(self) -> Generator[DrawnDocument, None, None]:
+        originals, number = Deduplicator(self.data), 0
         streams = {i: self._read(i) for i in range(len(self.reads))}
         drawn = dict.fromkeys(streams, 0)
         while streams:
@@ -105,7 +107,7 @@ class Mixture:
             number += 1
             yield document
 
-    def _read(self, i: int) -> Iterator[Drawn]:
+    def _read(self, i: int) -> Iterator[DrawnDocument]:
         """Yield the documents of a source; in a repetition, only those of the training split."""
         label, again = self.data.sources[i].label, self.reads[i] > 0
         self.reads[i] += 1
@@ -115,10 +117,10 @@ class Mixture:
                 if examined.broken is not None:
                     self.broken[i] = f"{label}: {examined.broken}"
                 if not again:
-                    yield Drawn(i, examined, examined.drop)
+                    yield DrawnDocument(i, examined, examined.drop)
                 elif n < len(self._in_train[i]) and self._in_train[i][n] and examined.drop is None:
                     found = True
-                    yield Drawn(i, examined, split="train", repeated=True)
+                    yield DrawnDocument(i, examined, split="train", repeated=True)
         except DataError as e:
             if not again:
                 raise
@@ -126,7 +128,7 @@ class Mixture:
         if again and not found:  # without this, the source would be repeated for ever
             self.broken.setdefault(i, f"{label}: in its repetition nothing of it was there any more")
 
-    def _went_dry(self, i: int, streams: dict[int, Iterator[Drawn]]) -> dict[int, Iterator[Drawn]]:
+    def _went_dry(self, i: int, streams: dict[int, Iterator[DrawnDocument]]) -> dict[int, Iterator[DrawnDocument]]:
         """Return the streams to go on with when source `i` is exhausted, and note it the first time."""
         label, first = self.data.sources[i].label, i not in self._dry
         self._dry.add(i)

@@ -27,9 +27,9 @@ import numpy as np
 
 from config import Config
 from kindling.config_io import from_yaml, to_yaml
-from kindling.data.build import DATA, begin, fill, fingerprint, id_type, list_files, whole_or_absent
+from kindling.data.build import DATA, atomic_folder, begin, fill, fingerprint, list_files, token_dtype
 from kindling.data.filters import Drop
-from kindling.data.process_document import Examined
+from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
 from kindling.data.sources import WHOLE_FILES, LocalFile, SourceFiles, documents, within_limits
 from kindling.data.workers import WorkerPool
@@ -82,7 +82,7 @@ def cut(files: list[LocalFile], n: int) -> list[list[LocalFile]]:
     return out
 
 
-def require_splittable(cfg: Config) -> None:
+def require_parts_possible(cfg: Config) -> None:
     """Raise DataError for sources that only the single build can read."""
     for source in cfg.data.sources:
         if source.is_instructions:
@@ -102,7 +102,7 @@ def make_plan(cfg: Config, files: SourceFiles, name: str, n_parts: int, pool: Wo
     folder = (DATA / f"parts-{name}").absolute()
     if not folder.is_dir():
         data = dataclasses.replace(cfg.data, workers=None)  # each machine chooses its own number
-        with whole_or_absent(folder) as partial:
+        with atomic_folder(folder) as partial:
             tokenizer, notes = begin(cfg, files, pool)
             (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
             rows = [[(f.key, str(f.path.absolute()), f.size, f.mtime_ns) for f in fs or ()] for fs in files]
@@ -167,9 +167,9 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
     started, n_documents, n_bytes = time.perf_counter(), 0, 0
     mine = [cut(files, plan.n_parts)[number] for files in plan.files]
     every = [f for files in mine for f in files]
-    dtype = id_type(load_json(plan.tokenizer_file, plan.cfg.tokenizer))
+    dtype = token_dtype(load_json(plan.tokenizer_file, plan.cfg.tokenizer))
     require_unchanged(plan, every)
-    with whole_or_absent(plan.part(number)) as partial:
+    with atomic_folder(plan.part(number)) as partial:
         for i, source in enumerate(plan.cfg.data.sources):
             with open(partial / f"{i}.jsonl", "w", encoding="ascii") as lines, open(partial / f"{i}.ids", "wb") as ids:
                 for examined in pool.map(documents(source, mine[i]), plan.tokenizer_file):
@@ -188,15 +188,15 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
     )
 
 
-def _to_line(e: Examined) -> list[Any]:
+def _to_line(e: ProcessedDocument) -> list[Any]:
     """Return what a part stores of a document besides its ids, for the gathering and the ledger."""
     digest, signature = (base64.b64encode(b).decode("ascii") for b in (e.digest, e.signature))
     return [e.key, e.language, e.size, e.drop, e.changes, digest, signature, None if e.ids is None else len(e.ids)]
 
 
-def _from_line(line: list[Any], ids: np.ndarray | None) -> Examined:
+def _from_line(line: list[Any], ids: np.ndarray | None) -> ProcessedDocument:
     key, language, size, drop, changes, digest, signature, _ = line
-    return Examined(
+    return ProcessedDocument(
         key,
         language,
         size,
@@ -208,7 +208,7 @@ def _from_line(line: list[Any], ids: np.ndarray | None) -> Examined:
     )
 
 
-def read_part(folder: Path, source: int, dtype: np.dtype) -> Iterator[Examined]:
+def read_part(folder: Path, source: int, dtype: np.dtype) -> Iterator[ProcessedDocument]:
     """Yield the documents of a source that are in a part, in the source's order."""
     with open(folder / f"{source}.jsonl", encoding="ascii") as lines, open(folder / f"{source}.ids", "rb") as ids:
         for line in map(json.loads, lines):
@@ -250,14 +250,14 @@ def gather(plan: Plan) -> Path:
     for number in range(plan.n_parts):
         require_whole(plan.part(number))
     tokenizer = load_json(plan.tokenizer_file, cfg.tokenizer)
-    dtype = id_type(tokenizer)
+    dtype = token_dtype(tokenizer)
 
-    def read(i: int) -> Iterator[Examined]:
+    def read(i: int) -> Iterator[ProcessedDocument]:
         rows = (e for number in range(plan.n_parts) for e in read_part(plan.part(number), i, dtype))
         # for rows, each part applied the limits to its own files only
         return rows if cfg.data.sources[i].kind in WHOLE_FILES else within_limits(cfg.data.sources[i], rows)
 
-    with whole_or_absent(folder) as partial:
+    with atomic_folder(folder) as partial:
         ledger = fill(cfg, files, partial, plan.name, tokenizer, read, plan.notes)
     seconds = time.perf_counter() - started
     print(f"gathered in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s of source")

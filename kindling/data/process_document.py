@@ -1,6 +1,6 @@
 """Processes one document: reads it, applies the filters, computes hashes, and tokenises it.
 
-    process = Examiner(cfg.data, benchmarks, tokenizer, context=cfg.model.block_size)
+    process = DocumentProcessor(cfg.data, benchmarks, tokenizer, context=cfg.model.block_size)
     examined = process(document)          # examined.drop says why it is dropped; else examined.ids holds its token ids
 
 The result depends on the document, the settings and the tokenizer alone. This runs in the worker processes of workers.py,
@@ -16,10 +16,10 @@ from itertools import chain
 import numpy as np
 
 from config import DataConfig
-from kindling.data.conversations import example_of, joined, normalized, refusal
-from kindling.data.docstrings import Pair, pairs_of
+from kindling.data.conversations import conversation_text, encode_conversation, normalized, refusal
+from kindling.data.docstrings import Pair, mine_pairs
 from kindling.data.duplicates import Benchmarks, signature, word_hashes
-from kindling.data.filters import COMPILE_BYTES, Drop, first_refusal, strip_header
+from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
 from kindling.data.prompts import Exchange
 from kindling.data.sources import Document
 from kindling.errors import one_line
@@ -29,7 +29,7 @@ _NO_WORDS = np.empty(0, dtype=np.uint64)
 
 
 @dataclasses.dataclass
-class Examined:
+class ProcessedDocument:
     """A processed document. `drop` says which filter dropped it and why; else `ids` is set, or `text` without a tokenizer.
 
     `size` is the number of bytes read. `changes` names what was cut off or is unusual, with the number of bytes cut.
@@ -46,11 +46,11 @@ class Examined:
     text: str | None = None
     ids: np.ndarray | None = None
     segments: np.ndarray | None = None  # of a conversation: see conversations.Example
-    supervised_bytes: int = 0
+    response_bytes: int = 0
     broken: str | None = None  # why the stream broke off here
 
 
-class Examiner:
+class DocumentProcessor:
     """Processes documents, one at a time; the result depends on the document, the settings and the tokenizer alone."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Examiner:
         """`context` is the model's block size in tokens; an example of fine-tuning must fit into it."""
         self.cfg, self.benchmarks, self.tokenizer, self.context = cfg, benchmarks, tokenizer, context
 
-    def all_of(self, document: Document) -> list[Examined]:
+    def all_of(self, document: Document) -> list[ProcessedDocument]:
         """Process a document. Returns one result, or for a file with docstrings to mine, one for each example in it."""
         if not document.mined or document.path is None:
             return [self(document)]
@@ -74,7 +74,7 @@ class Examiner:
         if len(raw) > COMPILE_BYTES:
             return [_dropped(document, "too large to parse", f"{len(raw):,} bytes, above {COMPILE_BYTES:,}")]
         try:
-            pairs = pairs_of(raw.decode("utf-8"))
+            pairs = mine_pairs(raw.decode("utf-8"))
         except (SyntaxError, ValueError, RecursionError) as e:  # bytes that are not UTF-8 are a ValueError too
             return [_dropped(document, "file is no Python", one_line(e))]
         mined = [self(_conversation_from(document, pair)) for pair in pairs]
@@ -83,16 +83,16 @@ class Examiner:
             examined.group = group
         return mined or [_dropped(document, "undocumented file", "")]
 
-    def __call__(self, document: Document) -> Examined:
+    def __call__(self, document: Document) -> ProcessedDocument:
         """Process a document that is a text or a conversation."""
-        out = Examined(document.key, document.language, document.size)
+        out = ProcessedDocument(document.key, document.language, document.size)
         examine = self._examine_conversation if document.exchanges else self._examine_text
         out.drop = examine(document, out)
         if document.broken:
             out.broken = document.unreadable
         return out
 
-    def _examine_text(self, document: Document, out: Examined) -> Drop | None:
+    def _examine_text(self, document: Document, out: ProcessedDocument) -> Drop | None:
         """Process a text: fill in `out`, and return why the document is dropped, or None."""
         text = self._read(document, out)
         if isinstance(text, Drop):
@@ -102,7 +102,7 @@ class Examiner:
         except UnicodeEncodeError as e:
             return Drop("not UTF-8", f"{e.reason} at character {e.start:,}")
         text, content, out.changes = self._changed(text, content, document)
-        if drop := first_refusal(text, document.inner, document.language, self.cfg):
+        if drop := first_failed_filter(text, document.inner, document.language, self.cfg):
             return drop
         if drop := self._marked(text, content, out):
             return drop
@@ -119,7 +119,7 @@ class Examiner:
         )
         return None
 
-    def _read(self, document: Document, out: Examined) -> str | Drop:
+    def _read(self, document: Document, out: ProcessedDocument) -> str | Drop:
         """Return the text of a document, from its file if it has one, or why it cannot be read."""
         if document.path is None:
             return Drop("unreadable", document.unreadable or "no text") if document.text is None else document.text
@@ -138,7 +138,7 @@ class Examiner:
             return Drop("not UTF-8", f"{e.reason} at byte {e.start:,}")
 
     def _changed(self, text: str, content: bytes, document: Document) -> tuple[str, bytes, tuple[tuple[str, int], ...]]:
-        """Cut off the byte-order mark and a long header. Returns the text, its bytes in UTF-8, and `Examined.changes`."""
+        """Cut off the byte-order mark and a long header. Returns the text, its UTF-8 bytes, and `ProcessedDocument.changes`."""
         changes = [("newlines around it cut off", document.trimmed)] if document.trimmed else []
         if text.startswith("\ufeff"):
             text, content = text[1:], content[3:]
@@ -153,27 +153,27 @@ class Examiner:
             changes.append(("CRLF line ends, kept", 0))
         return text, content, tuple(changes)
 
-    def _examine_conversation(self, document: Document, out: Examined) -> Drop | None:
+    def _examine_conversation(self, document: Document, out: ProcessedDocument) -> Drop | None:
         """Process a conversation: fill in `out`, and return why the document is dropped, or None."""
         assert self.tokenizer is not None, "examples are made with the tokenizer of the run that is fine-tuned"
         exchanges = normalized(document.exchanges, self.tokenizer)
-        text = joined(exchanges)
+        text = conversation_text(exchanges)
         try:
             content = text.encode("utf-8")
         except UnicodeEncodeError as e:
             return Drop("not UTF-8", f"{e.reason} at character {e.start:,}")
         # without a language, because a conversation need not be code
-        drop = refusal(exchanges, self.cfg, self.tokenizer) or first_refusal(text, document.inner, "", self.cfg)
+        drop = refusal(exchanges, self.cfg, self.tokenizer) or first_failed_filter(text, document.inner, "", self.cfg)
         if drop := drop or self._marked(text, content, out):
             return drop
-        example = example_of(exchanges, self.cfg, self.tokenizer, self.context)
+        example = encode_conversation(exchanges, self.cfg, self.tokenizer, self.context)
         if isinstance(example, Drop):
             return example
         out.ids, out.segments, out.changes = example.ids, example.segments, example.changes
-        out.supervised_bytes = example.n_bytes
+        out.response_bytes = example.n_bytes
         return None
 
-    def _marked(self, text: str, content: bytes, out: Examined) -> Drop | None:
+    def _marked(self, text: str, content: bytes, out: ProcessedDocument) -> Drop | None:
         """Compute the hashes for deduplication; return a Drop if the text contains a problem of a benchmark."""
         wanted = self.benchmarks is not None or self.cfg.near_dedup is not None
         words = word_hashes(text) if wanted else _NO_WORDS
@@ -185,8 +185,8 @@ class Examiner:
         return None
 
 
-def _dropped(document: Document, rule: str, value: str) -> Examined:
-    return Examined(document.key, document.language, document.size, Drop(rule, value))
+def _dropped(document: Document, rule: str, value: str) -> ProcessedDocument:
+    return ProcessedDocument(document.key, document.language, document.size, Drop(rule, value))
 
 
 def _conversation_from(document: Document, pair: Pair) -> Document:

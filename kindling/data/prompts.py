@@ -71,13 +71,13 @@ def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
     raise ValueError(f"no template is called {template!r}")
 
 
-def marker_in(template: str, text: str) -> str | None:
+def find_marker(template: str, text: str) -> str | None:
     """Return the first marker of the template at a line start of `text`, or None. Only the template may write it."""
     found = MARKERS[template].search(text)
     return None if found is None else found[0]
 
 
-def rendered(template: str) -> str:
+def rendered_template(template: str) -> str:
     """Return the template in all its forms as one text, to notice when a template changes."""
     forms = [(Exchange("{instruction}", input=about), first) for about in ("", "{input}") for first in (True, False)]
     return "\0".join(prompt_text(template, exchange, first) for exchange, first in forms)

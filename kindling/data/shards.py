@@ -41,14 +41,14 @@ class Batch(NamedTuple):
 
     idx: np.ndarray
     targets: np.ndarray  # IGNORE where nothing is supervised
-    positions: np.ndarray | None = None  # position in the document, to mask documents from each other; None: no mask
+    position_ids: np.ndarray | None = None  # position in the document, to mask documents from each other; None: no mask
 
     def part(self, rows: slice) -> Batch:
         """Return some of the rows."""
-        return Batch(self.idx[rows], self.targets[rows], None if self.positions is None else self.positions[rows])
+        return Batch(self.idx[rows], self.targets[rows], None if self.position_ids is None else self.position_ids[rows])
 
 
-def document_positions(idx: np.ndarray, eos_id: int) -> np.ndarray:
+def document_position_ids(idx: np.ndarray, eos_id: int) -> np.ndarray:
     """Return each token's position in its own document, (B, T) int64, of packed rows idx (B, T) int64.
 
     An end-of-text token has position 0 and belongs to the document after it. Generation from an empty prompt starts with
@@ -129,7 +129,7 @@ class ShardWriter:
         self.info.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
 
 
-def way_out(folder: Path, fingerprint: str = "") -> str:
+def repair_advice(folder: Path, fingerprint: str = "") -> str:
     """Return the advice for a data folder that cannot be used."""
     if (folder.parent / "config.yaml").is_file():  # the copy in a run, which a build does not restore
         source = f"data/{fingerprint}" if fingerprint else "the folder under data/ that the run was trained on"
@@ -137,15 +137,15 @@ def way_out(folder: Path, fingerprint: str = "") -> str:
     return f"delete {folder} and run again to rebuild it"
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Return `content` with its own sha256, which `is_as_written` checks."""
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` with its own sha256, which `checksum_matches` checks."""
     said = {key: value for key, value in content.items() if key != "sha256"}
     return {**said, "sha256": sha256_text(json.dumps(said, sort_keys=True, ensure_ascii=True))}
 
 
-def is_as_written(content: dict[str, Any]) -> bool:
-    """Return whether `content` is unchanged since it was sealed. Without a sha256, from an old version: True."""
-    return "sha256" not in content or sealed(content)["sha256"] == content["sha256"]
+def checksum_matches(content: dict[str, Any]) -> bool:
+    """Return whether `content` is unchanged since its checksum was added. Without a sha256, from an old version: True."""
+    return "sha256" not in content or with_checksum(content)["sha256"] == content["sha256"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -154,12 +154,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise DataError(f"{path} must be readable JSON, but is not ({e}); {way_out(folder)}") from None
+        raise DataError(f"{path} must be readable JSON, but is not ({e}); {repair_advice(folder)}") from None
     keys = {"format", "fingerprint", "dtype", "tokenizer_sha256", "vocab_size", "eos_id", "splits"}
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not keys <= manifest.keys():
-        raise DataError(f"{path} must be a whole manifest of format {FORMAT}, but is not; {way_out(folder)}")
-    if not is_as_written(manifest):
-        raise DataError(f"{path} must be as it was written, but has changed; {way_out(folder)}")
+        raise DataError(f"{path} must be a whole manifest of format {FORMAT}, but is not; {repair_advice(folder)}")
+    if not checksum_matches(manifest):
+        raise DataError(f"{path} must be as it was written, but has changed; {repair_advice(folder)}")
     return manifest
 
 
@@ -177,12 +177,12 @@ class TokenDataset:
         except (KeyError, TypeError) as e:
             raise DataError(
                 f"{folder / 'manifest.json'} must list the shards of the {split} split, but does not ({e!r}); "
-                f"{way_out(folder, self.manifest['fingerprint'])}"
+                f"{repair_advice(folder, self.manifest['fingerprint'])}"
             ) from None
         self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
 
     def _open(self, shard: dict[str, Any]) -> np.ndarray:
-        path, advice = self.folder / shard["file"], way_out(self.folder, self.manifest["fingerprint"])
+        path, advice = self.folder / shard["file"], repair_advice(self.folder, self.manifest["fingerprint"])
         try:
             found = sha256_file(path)
             if found == shard["sha256"]:  # parse the header only if the file is intact; a pickle is refused
@@ -200,7 +200,7 @@ class TokenDataset:
 
     def _open_table(self, entry: dict[str, Any]) -> np.ndarray:
         """Open a table beside the shards; raises DataError if it is damaged."""
-        path, advice = self.folder / entry["file"], way_out(self.folder, self.manifest["fingerprint"])
+        path, advice = self.folder / entry["file"], repair_advice(self.folder, self.manifest["fingerprint"])
         try:
             if whole := sha256_file(path) == entry["sha256"]:
                 table = np.lib.format.open_memmap(path, mode="r")
@@ -259,7 +259,7 @@ class TokenDataset:
             )
 
 
-class Batches(Protocol):
+class TrainingRows(Protocol):
     """Training rows, addressed by their position in the run: `PackedBlocks` and `ExampleRows`."""
 
     dataset: TokenDataset
@@ -328,10 +328,10 @@ class PackedBlocks(ShuffledRows):
 
 def packed(dataset: TokenDataset, idx: np.ndarray, targets: np.ndarray, document_mask: bool) -> Batch:
     """Return packed rows as a batch; with `document_mask`, with the positions in their documents."""
-    return Batch(idx, targets, document_positions(idx, dataset.manifest["eos_id"]) if document_mask else None)
+    return Batch(idx, targets, document_position_ids(idx, dataset.manifest["eos_id"]) if document_mask else None)
 
 
-def rows_of_rank(position: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+def rank_rows(position: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
     """Return the positions of one rank's rows in the batch that begins at `position`; together the ranks cover the batch."""
     share = batch_size // world_size
     return range(position + rank * share, position + (rank + 1) * share)
@@ -371,4 +371,4 @@ def blocks_in_order(
 def write_manifest(folder: Path, **content: Any) -> None:
     """Write the manifest, the last file of a data folder; `splits` maps names to SplitInfo."""
     content["splits"] = {name: asdict(info) for name, info in content["splits"].items()}
-    write_json(folder / "manifest.json", sealed({"format": FORMAT, **content}))
+    write_json(folder / "manifest.json", with_checksum({"format": FORMAT, **content}))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from config import DataConfig, TokenizerConfig
 from kindling.data.duplicates import Benchmarks
 from kindling.data.filters import Drop
-from kindling.data.process_document import Examined, Examiner
+from kindling.data.process_document import DocumentProcessor, ProcessedDocument
 from kindling.data.shards import DataError
 from kindling.data.sources import Document
 from kindling.errors import one_line
@@ -44,13 +44,13 @@ class WorkerPool:
         cfg: DataConfig,
         tokenizer_cfg: TokenizerConfig,
         context: int = 0,
-        examine: Callable[[list[Document], Path | None], list[Examined]] | None = None,
+        examine: Callable[[list[Document], Path | None], list[ProcessedDocument]] | None = None,
     ):
         """`examine` replaces `_examine_batch` as what a worker does with a batch."""
         self._n_workers, self._examine = cfg.n_workers, examine or _examine_batch
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
         self._arguments = (cfg, benchmarks, context, tokenizer_cfg)
-        self.unrecognisable = [] if benchmarks is None else benchmarks.lost
+        self.undetectable = [] if benchmarks is None else benchmarks.lost
         self._generation = 0
         self._start()
 
@@ -74,12 +74,12 @@ class WorkerPool:
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def map(self, stream: Iterable[Document], tokenizer_file: Path | None = None) -> Iterator[Examined]:
+    def map(self, stream: Iterable[Document], tokenizer_file: Path | None = None) -> Iterator[ProcessedDocument]:
         """Process a stream of documents, a few batches ahead of the consumer; yield the results in the stream's order.
 
         With `tokenizer_file` the results hold token ids, without it the text.
         """
-        window: deque[tuple[list[Document], Future[list[Examined]], int]] = deque()
+        window: deque[tuple[list[Document], Future[list[ProcessedDocument]], int]] = deque()
         for batch in _batches(stream):
             window.append((batch, *self._submit(batch, tokenizer_file)))
             if len(window) > 2 * self._n_workers:
@@ -88,8 +88,12 @@ class WorkerPool:
             yield from self._result(tokenizer_file, *window.popleft())
 
     def _result(
-        self, tokenizer_file: Path | None, batch: list[Document], future: Future[list[Examined]], generation: int
-    ) -> list[Examined]:
+        self,
+        tokenizer_file: Path | None,
+        batch: list[Document],
+        future: Future[list[ProcessedDocument]],
+        generation: int,
+    ) -> list[ProcessedDocument]:
         while True:
             try:
                 return future.result()
@@ -101,17 +105,19 @@ class WorkerPool:
                     return [examined for document in batch for examined in self._alone(document, tokenizer_file)]
             future, generation = self._submit(batch, tokenizer_file)
 
-    def _submit(self, batch: list[Document], tokenizer_file: Path | None) -> tuple[Future[list[Examined]], int]:
+    def _submit(
+        self, batch: list[Document], tokenizer_file: Path | None
+    ) -> tuple[Future[list[ProcessedDocument]], int]:
         """Give a batch to a worker; return its future and the generation of workers that got it."""
         try:
             with sigint_blocked():  # submitting may start a process, which must not get Ctrl-C before it ignores it
                 return self._executor.submit(self._examine, batch, tokenizer_file), self._generation
         except BrokenProcessPool:  # an earlier batch broke the pool; its own future will say so
-            broken: Future[list[Examined]] = Future()
+            broken: Future[list[ProcessedDocument]] = Future()
             broken.set_exception(BrokenProcessPool())
             return broken, self._generation
 
-    def _alone(self, document: Document, tokenizer_file: Path | None) -> list[Examined]:
+    def _alone(self, document: Document, tokenizer_file: Path | None) -> list[ProcessedDocument]:
         started = time.monotonic()
         try:
             return self._submit([document], tokenizer_file)[0].result()
@@ -121,7 +127,7 @@ class WorkerPool:
             drop = (
                 Drop("timeout", f"more than {DOCUMENT_LIMIT_S} s") if slow else Drop("crash", "its worker process died")
             )
-            return [Examined(document.key, document.language, document.size, drop)]
+            return [ProcessedDocument(document.key, document.language, document.size, drop)]
 
     def _restart(self) -> None:
         """Replace the workers; raises DataError if the new ones cannot even start."""
@@ -176,7 +182,10 @@ def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sink = open(os.devnull, "w", encoding="utf-8")
     _worker.update(
-        examiner=Examiner(cfg, benchmarks, context=context), tokenizer_cfg=tokenizer_cfg, tokenizer_file=None, sink=sink
+        examiner=DocumentProcessor(cfg, benchmarks, context=context),
+        tokenizer_cfg=tokenizer_cfg,
+        tokenizer_file=None,
+        sink=sink,
     )
 
 
@@ -186,7 +195,7 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:
+def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[ProcessedDocument]:
     if tokenizer_file != _worker["tokenizer_file"]:
         tokenizer = None if tokenizer_file is None else load_json(tokenizer_file, _worker["tokenizer_cfg"])
         _worker["examiner"].tokenizer, _worker["tokenizer_file"] = tokenizer, tokenizer_file
@@ -198,10 +207,10 @@ def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[E
             examined += _worker["examiner"].all_of(document)
         except MemoryError:
             drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
-            examined.append(Examined(document.key, document.language, document.size, drop))
+            examined.append(ProcessedDocument(document.key, document.language, document.size, drop))
         except BaseException as e:  # any failure of a library, a panic of Rust included, costs only this document
             drop = Drop("unexpected", one_line(e))
-            examined.append(Examined(document.key, document.language, document.size, drop))
+            examined.append(ProcessedDocument(document.key, document.language, document.size, drop))
         finally:
             faulthandler.cancel_dump_traceback_later()
     return examined

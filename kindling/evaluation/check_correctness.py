@@ -1,7 +1,7 @@
 """Checks whether samples solve their problems: programs run in the sandbox, and their answers are compared here.
 
-    graded = grade_all(samples, chat, "bwrap", cfg)
-    verdict, reason = judge(problem, program)
+    graded = grade_samples(samples, chat, "bwrap", cfg)
+    verdict, reason = check_answers(problem, program)
 
 The tests and the expected values stay in this process. Where a test calls a function of the program, only the arguments go
 into the sandbox and only values come back. So a program cannot see the expected values, change the comparison or claim that it
@@ -18,8 +18,8 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.data.filters import syntax_error
-from kindling.evaluation.extraction import from_answer, from_completion, is_empty, is_trivial
-from kindling.evaluation.samples import Chat, Sample
+from kindling.evaluation.extraction import extract_from_answer, extract_from_completion, is_empty, is_trivial
+from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem
 from kindling.pool import Lost, map_jobs
 from kindling.sandbox.bubblewrap import SandboxError
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Graded:
+class GradedSample:
     """The verdict on a sample."""
 
     program: str
@@ -51,28 +51,28 @@ class Graded:
     """It also has a statement other than a docstring, `pass`, `...` or NotImplementedError."""
 
 
-def limits_of(cfg: EvalConfig) -> Limits:
+def program_limits(cfg: EvalConfig) -> Limits:
     """Return the limits of each program."""
     return Limits(cfg.cpu_s, 2.0 * cfg.cpu_s + 8, cfg.memory_mb * 2**20)
 
 
-def grade_all(
+def grade_samples(
     samples: Sequence[Sample],
-    chat: Chat | None,
+    chat: ChatFormat | None,
     mode: Mode,
     cfg: EvalConfig,
     progress: Callable[[int], object] | None = None,
-) -> list[Graded]:
+) -> list[GradedSample]:
     """Return the verdict on each sample, in their order. The same text for the same problem is judged once."""
-    limits = limits_of(cfg)
+    limits = program_limits(cfg)
     unique = {_key(sample): sample for sample in samples}
     grade_one = partial(grade, is_answer=chat is not None, mode=mode, limits=limits)
-    results: dict[tuple[str, str, str, bool], Graded] = {}
+    results: dict[tuple[str, str, str, bool], GradedSample] = {}
     jobs = map_jobs(grade_one, unique.values(), cfg.n_workers, limits.wall_s + START_S + 10)
     for (key, sample), result in zip(unique.items(), jobs):
         if isinstance(result, Lost):  # the text, or an answer, killed the worker process
             verdict = "timeout" if result.reason == "timeout" else "exception"
-            result = Graded(sample.text, verdict, f"while judging it: {result.reason}", False, False)
+            result = GradedSample(sample.text, verdict, f"while judging it: {result.reason}", False, False)
         results[key] = result
         if progress is not None:
             progress(1)
@@ -84,25 +84,27 @@ def _key(sample: Sample) -> tuple[str, str, str, bool]:
     return sample.problem.benchmark, sample.problem.task_id, sample.text, sample.cut_short
 
 
-def grade(sample: Sample, slot: int, is_answer: bool, mode: Mode, limits: Limits) -> Graded:
-    """Extract the program from a sample, compile it, and judge it if its problem has tests.
+def grade(sample: Sample, slot: int, is_answer: bool, mode: Mode, limits: Limits) -> GradedSample:
+    """Extract the program from a sample, compile it, and check its answers if its problem has tests.
 
     `is_answer`: the sample answers an instruction, rather than continuing the prompt. Call this in a worker (pool.map_jobs),
     because parsing untrusted text can kill the process.
     """
     problem = sample.problem
     head = problem.answer_head if is_answer else problem.head
-    cut = from_answer if is_answer else from_completion
+    cut = extract_from_answer if is_answer else extract_from_completion
     program = cut(head, sample.text, problem.entry_point, sample.cut_short)
     error = syntax_error(program)
     if error is not None:
-        return Graded(program, "syntax", error, False, False)
-    verdict = judge(problem, program, mode, limits, slot) if problem.tests else Verdict("")
+        return GradedSample(program, "syntax", error, False, False)
+    verdict = check_answers(problem, program, mode, limits, slot) if problem.tests else Verdict("")
     name = problem.entry_point
-    return Graded(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))
+    return GradedSample(program, *verdict, not is_empty(program, head, name), not is_trivial(program, name))
 
 
-def judge(problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0) -> Verdict:
+def check_answers(
+    problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0
+) -> Verdict:
     """Run the problem's tests against a program. Every failure is a verdict; only Ctrl-C raises."""
     try:
         with Program(program, mode, limits, slot) as loaded:

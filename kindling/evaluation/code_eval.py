@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from config import EvalConfig
 from kindling.data.examples import Examples
 from kindling.data.shards import TokenDataset
-from kindling.distributed import ALONE, World
-from kindling.evaluation.check_correctness import VERDICTS, Graded, grade_all
-from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, from_conversations, from_documents
+from kindling.distributed import SINGLE_PROCESS, World
+from kindling.evaluation.check_correctness import VERDICTS, GradedSample, grade_samples
+from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, problems_from_conversations, problems_from_documents
 from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
 from kindling.evaluation.report import file_name
-from kindling.evaluation.samples import Chat, Sample, write
+from kindling.evaluation.samples import ChatFormat, Sample, write
 from kindling.evaluation.tasks import Problem, load, source_of
 from kindling.files import write_atomic
 from kindling.sandbox.process import Mode
@@ -39,7 +39,7 @@ class CodeResults:
     """The samples of all ranks, their verdicts in the same order, and the figures."""
 
     samples: list[Sample]
-    graded: list[Graded]
+    graded: list[GradedSample]
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,17 +47,17 @@ def evaluate_code(
     model: LanguageModel,
     tokenizer: Tokenizer,
     heldout: TokenDataset,
-    chat: Chat | None,
+    chat: ChatFormat | None,
     benchmarks: dict[str, int],
     mode: Mode,
     cfg: EvalConfig,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> CodeResults:
     """Generate samples on all ranks and grade them on the main rank; the other ranks return no verdicts.
 
     `benchmarks` gives the number of samples for each problem of a benchmark. Held-out problems get one sample each.
     """
-    problems = world.on_main(lambda: problems_of(heldout, tokenizer, chat, benchmarks, cfg))
+    problems = world.on_main(lambda: select_problems(heldout, tokenizer, chat, benchmarks, cfg))
     n_samples = sum(count for _, count in problems)
     if not problems:
         return CodeResults([], [])
@@ -68,20 +68,20 @@ def evaluate_code(
     if not world.main:
         return CodeResults(samples, [])
     with progress_bar("running samples", n_samples, "sample") as bar:
-        graded = grade_all(samples, chat, mode, cfg, bar.update)
+        graded = grade_samples(samples, chat, mode, cfg, bar.update)
     return CodeResults(samples, graded, code_figures(samples, graded, benchmarks, mode, cfg))
 
 
-def problems_of(
-    heldout: TokenDataset, tokenizer: Tokenizer, chat: Chat | None, benchmarks: dict[str, int], cfg: EvalConfig
+def select_problems(
+    heldout: TokenDataset, tokenizer: Tokenizer, chat: ChatFormat | None, benchmarks: dict[str, int], cfg: EvalConfig
 ) -> list[tuple[Problem, int]]:
     """Return the held-out problems and those of the benchmarks, each with its number of samples."""
     if isinstance(heldout, Examples):
         assert chat is not None
-        wanted = from_conversations(heldout, tokenizer, cfg.signatures, chat.mined, cfg.n_workers)
+        wanted = problems_from_conversations(heldout, tokenizer, cfg.signatures, chat.docstring_format, cfg.n_workers)
     else:
         with progress_bar("held-out code", cfg.signatures, "function") as bar:
-            wanted = from_documents(heldout, tokenizer, cfg.signatures, cfg.n_workers, bar.update)
+            wanted = problems_from_documents(heldout, tokenizer, cfg.signatures, cfg.n_workers, bar.update)
     out = [(problem, 1) for problem in wanted]
     for name, count in benchmarks.items():
         out += [(problem, count) for problem in load(name, source_of(name, cfg))[: cfg.limit]]
@@ -89,7 +89,7 @@ def problems_of(
 
 
 def code_figures(
-    samples: Sequence[Sample], graded: Sequence[Graded], benchmarks: dict[str, int], mode: Mode, cfg: EvalConfig
+    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: dict[str, int], mode: Mode, cfg: EvalConfig
 ) -> dict[str, Any]:
     """Return the figures on syntax and functional correctness, as in eval.json."""
     out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
@@ -102,7 +102,7 @@ def code_figures(
     return out | ({"functional": functional} if functional else {})
 
 
-def summary(samples: Sequence[Sample], graded: Sequence[Graded], mode: Mode) -> dict[str, Any]:
+def summary(samples: Sequence[Sample], graded: Sequence[GradedSample], mode: Mode) -> dict[str, Any]:
     """Return the figures of one benchmark's samples."""
     counts: dict[str, list[int]] = {}
     levels: dict[str, str] = {}
@@ -133,17 +133,17 @@ def summary(samples: Sequence[Sample], graded: Sequence[Graded], mode: Mode) -> 
     return out
 
 
-def syntax(samples: Sequence[Sample], graded: Sequence[Graded], python: str) -> dict[str, Any]:
+def syntax(samples: Sequence[Sample], graded: Sequence[GradedSample], python: str) -> dict[str, Any]:
     """Return how many samples compile: of all, of each kind of prompt, and of each prompt."""
 
-    def rates(items: Sequence[Graded]) -> dict[str, int]:
+    def rates(items: Sequence[GradedSample]) -> dict[str, int]:
         return {
             "samples": len(items),
             "passes": sum(g.compiles for g in items),
             "non_trivial": sum(g.non_trivial for g in items),
         }
 
-    groups: dict[str, dict[str, list[Graded]]] = {}
+    groups: dict[str, dict[str, list[GradedSample]]] = {}
     for s, g in zip(samples, graded):
         groups.setdefault(s.problem.benchmark, {}).setdefault(s.problem.task_id, []).append(g)
     by_prompt = {}

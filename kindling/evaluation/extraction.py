@@ -1,7 +1,7 @@
 """Extracts the program from generated text.
 
-    program = from_completion(prompt, text, "add")
-    program = from_answer(head, answer, "add")
+    program = extract_from_completion(prompt, text, "add")
+    program = extract_from_answer(head, answer, "add")
 
 A base model does not stop after the program. The program is the text up to the end of the requested function, and the helpers
 directly after it that it uses. There are no stop words: a line at the left margin ends the function, unless the line is inside
@@ -36,7 +36,7 @@ _FENCE = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^\1```|\Z)", re.MULTILINE | r
 _STATEMENT = re.compile(r"(?:@|(?:async|def|class|import|from|try|if|for|with)\b|[A-Za-z_]\w*(?: *:[^=\n]*)? *=)")
 
 
-def parsed(text: str) -> ast.Module | None:
+def parse_or_none(text: str) -> ast.Module | None:
     """Return the syntax tree of a text, or None if it cannot be parsed."""
     try:
         return compiled(text, ast.PyCF_ONLY_AST)
@@ -55,9 +55,9 @@ def is_empty(text: str, head: str, name: str) -> bool:
 
     With an empty name: whether the text has no statement.
     """
-    tree = parsed(text)
+    tree = parse_or_none(text)
     node = function(tree, name) if name else tree
-    given = function(parsed(head), name)
+    given = function(parse_or_none(head), name)
     own, shown = ([] if n is None else list(map(ast.dump, n.body)) for n in (node, given))
     return not (own[len(shown) :] if own[: len(shown)] == shown else own)
 
@@ -67,7 +67,7 @@ def is_trivial(text: str, name: str) -> bool:
 
     With an empty name: whether the whole text does nothing.
     """
-    tree = parsed(text)
+    tree = parse_or_none(text)
     node = function(tree, name) if name else tree
     return node is None or all(map(is_placeholder, node.body))
 
@@ -125,7 +125,7 @@ def _uses(code: str, name: str) -> bool:
     return bool(found) and found.count(name) == len(found)
 
 
-def from_completion(head: str, completion: str, name: str, cut_short: bool = False) -> str:
+def extract_from_completion(head: str, completion: str, name: str, cut_short: bool = False) -> str:
     """Return the program: `head` and the part of the completion that belongs to it.
 
     `cut_short`: a limit ended the text, so its last line may be incomplete and is left out where that is needed to parse it.
@@ -133,38 +133,38 @@ def from_completion(head: str, completion: str, name: str, cut_short: bool = Fal
     text = (head + completion)[:MAX_CHARS]
     ends, goes_on = _ends(text, len(head), name)
     if not ends:
-        if cut_short and "\n" in completion and parsed(text) is None:
+        if cut_short and "\n" in completion and parse_or_none(text) is None:
             whole_lines = text[: text.rindex("\n") + 1]
-            return text if parsed(whole_lines) is None else whole_lines
+            return text if parse_or_none(whole_lines) is None else whole_lines
         return text
     # a helper that is broken or incomplete is left out, and the function is kept
     if goes_on and _NAMED.match(text, ends[-1]) and "\n" in text[ends[-1] :]:
         ends.append(len(text))
-    return text[: next((end for end in reversed(ends) if parsed(text[:end]) is not None), ends[0])]
+    return text[: next((end for end in reversed(ends) if parse_or_none(text[:end]) is not None), ends[0])]
 
 
-def from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> str:
+def extract_from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> str:
     """Return the program in an answer to an instruction: a function in a code block or in the text, or only a body.
 
     `head` is the problem's code up to the end of the function's docstring, or empty. If the answer has a function, the code
     before the function in `head`, such as imports, is put before it. If the answer is a body, the whole `head` is.
     """
     answer = answer[:MAX_CHARS]
-    node = function(parsed(head), name)
+    node = function(parse_or_none(head), name)
     before = "" if node is None else "".join(head.splitlines(keepends=True)[: node.lineno - 1])
     blocks = [m[2] for m in _FENCE.finditer(answer)]
     programs = []
     for block in [*blocks, answer]:
         code = _from_definition(block, name)
         if code is not None:
-            programs.append(from_completion("", before + code, name, cut_short))
+            programs.append(extract_from_completion("", before + code, name, cut_short))
     if programs:  # a block may only repeat the question
         return next((program for program in programs if not is_trivial(program, name)), programs[0])
     block = re.sub(r"\A(?:[ \t\r]*\n)+", "", blocks[0] if blocks else answer)
     if not head or _is_module(block):  # not a body
-        return from_completion("", before + block, name, cut_short)
-    bodies = [from_completion(head, body, name, cut_short) for body in _indented(block)]
-    return next((program for program in bodies if parsed(program) is not None), bodies[0])
+        return extract_from_completion("", before + block, name, cut_short)
+    bodies = [extract_from_completion(head, body, name, cut_short) for body in _indented(block)]
+    return next((program for program in bodies if parse_or_none(program) is not None), bodies[0])
 
 
 def _from_definition(block: str, name: str) -> str | None:
@@ -173,14 +173,14 @@ def _from_definition(block: str, name: str) -> str | None:
         starts = [m.start() for m in re.finditer(r"^", text, re.MULTILINE) if _STATEMENT.match(text, m.start())]
         own = next((start for start in starts if _defines(text, start, name)), None)
         if own is not None:  # prose can begin like a statement, but it rarely parses
-            candidates = (s for s in starts if s < own and parsed(f"{text[s:own]}def f(): pass") is not None)
+            candidates = (s for s in starts if s < own and parse_or_none(f"{text[s:own]}def f(): pass") is not None)
             return text[next(candidates, own) :]
     return None
 
 
 def _is_module(code: str) -> bool:
     """Return whether code defines functions or classes, and is not a body without its indentation."""
-    nodes = getattr(parsed(code), "body", [])
+    nodes = getattr(parse_or_none(code), "body", [])
     is_any = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes)
     return is_any and syntax_error(code) is None  # compile() refuses a `return` outside functions, ast.parse() does not
 

@@ -1,7 +1,7 @@
 """Held-out functions and instructions as problems without tests: samples for them are only compiled.
 
-    problems = from_documents(run.heldout("val"), tokenizer, 100, 2, bar.update)
-    problems = from_conversations(run.heldout("val"), tokenizer, 100, mined=True, n_workers=2)
+    problems = problems_from_documents(run.heldout("val"), tokenizer, 100, 2, bar.update)
+    problems = problems_from_conversations(run.heldout("val"), tokenizer, 100, mined=True, n_workers=2)
 
 A base model gets the signature of a function in a held-out file. A fine-tuned model gets a held-out instruction, as the same
 tokens as in training.
@@ -16,10 +16,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from kindling.data.docstrings import pairs_of
+from kindling.data.docstrings import mine_pairs
 from kindling.data.examples import PROMPT, RESPONSE, Examples
 from kindling.data.shards import LANGUAGE, TokenDataset
-from kindling.evaluation.extraction import ERRORS, from_answer, parsed
+from kindling.evaluation.extraction import ERRORS, extract_from_answer, parse_or_none
 from kindling.evaluation.tasks import Problem
 from kindling.pool import Lost, map_jobs
 
@@ -53,7 +53,7 @@ def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] 
 def _signatures(text: str, slot: int) -> list[tuple[str, str]]:
     """Return the names and signatures of the documented functions in Python code; nothing for any other text."""
     try:
-        pairs = pairs_of(text)
+        pairs = mine_pairs(text)
     except ERRORS:
         return []
     # no methods: the code after one is further to the left and still inside its class
@@ -73,7 +73,7 @@ def _documents(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
             yield tokenizer.decode([i for i in ids if i != tokenizer.bos_id])
 
 
-def from_documents(
+def problems_from_documents(
     dataset: TokenDataset, tokenizer: Tokenizer, n: int, n_workers: int, progress: Callable[[int], object]
 ) -> list[Problem]:
     """Return up to `n` signatures of documented Python functions in a split, at most PER_DOCUMENT of a document, in order.
@@ -98,12 +98,14 @@ def from_documents(
 
 def _is_code(text: str, slot: int) -> bool:
     """Return whether a response, or its code block, is Python that does something."""
-    tree = parsed(from_answer("", text, ""))
+    tree = parse_or_none(extract_from_answer("", text, ""))
     nodes = [] if tree is None else tree.body
     return any(not isinstance(n, ast.Expr) or isinstance(n.value, ast.Call) for n in nodes)
 
 
-def from_conversations(dataset: Examples, tokenizer: Tokenizer, n: int, mined: bool, n_workers: int) -> list[Problem]:
+def problems_from_conversations(
+    dataset: Examples, tokenizer: Tokenizer, n: int, mined: bool, n_workers: int
+) -> list[Problem]:
     """Return the first instruction of up to `n` conversations in a split whose response is Python, in order.
 
     `mined`: they were made from docstrings. An instruction then ends with a signature, and the response is the body.

@@ -126,10 +126,12 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
 def token_losses(model: LanguageModel, batch: Batch, runtime: Runtime) -> np.ndarray:
     """Return the loss in nats of each supervised token in a batch, row by row, (n,) float64."""
     idx, targets = (torch.from_numpy(rows).to(runtime.device) for rows in (batch.idx, batch.targets))  # (B, T)
-    positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(runtime.device)  # (B, T)
+    position_ids = (
+        None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(runtime.device)
+    )  # (B, T)
     supervised = targets != IGNORE  # (B, T)
     with runtime.autocast():
-        x = model.hidden(idx, positions)[supervised]  # (n, C)
+        x = model.hidden(idx, position_ids)[supervised]  # (n, C)
         nll = linear_nll(x, model.head.weight, model.head.bias, targets[supervised])  # (n,)
     return nll.cpu().numpy().astype(np.float64)
 

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatFormat:
     """How to prompt a fine-tuned model."""
 
     template: str
-    mined: bool
+    docstring_format: bool
     """It was fine-tuned on docstrings: a prompt is a task and a signature, and the answer is the body of the function."""
 
 
@@ -54,15 +54,15 @@ class Sample:
     """The prompt lost its beginning."""
 
 
-def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: Chat | None) -> list[int]:
+def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) -> list[int]:
     """Return the prompt of a problem as token ids."""
     if problem.ids:
         return list(problem.ids)
     if chat is None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        prompt = problem.prompt.removesuffix("\n") if joins_newlines(tokenizer) else problem.prompt
+        prompt = problem.prompt.removesuffix("\n") if merges_newline_with_indent(tokenizer) else problem.prompt
         return bos + tokenizer.encode(prompt)
-    if chat.mined:
+    if chat.docstring_format:
         exchanges = [Exchange(problem.mined_instruction)]
     else:
         exchanges = [Exchange(asked, said) for asked, said in problem.shots] + [Exchange(problem.instruction)]
@@ -73,7 +73,7 @@ def write(
     model: LanguageModel,
     tokenizer: Tokenizer,
     problems: Sequence[tuple[Problem, int]],
-    chat: Chat | None,
+    chat: ChatFormat | None,
     cfg: EvalConfig,
     progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
@@ -95,7 +95,7 @@ def write(
     prompts = [whole[i][-longest:] for i, _ in order]
     seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
-    own_newline = chat is None and joins_newlines(tokenizer)
+    own_newline = chat is None and merges_newline_with_indent(tokenizer)
     begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     samples = {}
     for row in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, begins):
@@ -114,7 +114,7 @@ def write(
     return [samples[key] for key in sorted(samples)]
 
 
-def joins_newlines(tokenizer: Tokenizer) -> bool:
+def merges_newline_with_indent(tokenizer: Tokenizer) -> bool:
     """Return whether the tokenizer merges a newline with the indentation after it."""
     line = tokenizer.encode("def f(x):\n")
     return tokenizer.encode("def f(x):\n    return x")[: len(line)] != line

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kindling.data.prompts import Exchange, encode, flatten
 from kindling.generation.decoding import stream, stream_batch
-from kindling.generation.healing import longest_prompt, take_back, token_texts
+from kindling.generation.healing import longest_prompt, split_for_healing, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def extend(
     return Completion("".join(pieces), n_tokens, ended_by)
 
 
-def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of the beginning of a document, as in training. For an empty text, this is the end-of-text token."""
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text) or [tokenizer.eos_id]
 
@@ -130,7 +130,7 @@ def complete(
     model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling, say: Say | None = None
 ) -> Completion:
     """Return what the model writes after `prompt`; an empty prompt starts a new document."""
-    ids = document_ids(tokenizer, prompt)
+    ids = encode_document(tokenizer, prompt)
     if len(ids) > model.cfg.block_size:
         print(
             f"note: the prompt has {len(ids)} tokens and the context {model.cfg.block_size}: its beginning is cropped",
@@ -139,13 +139,13 @@ def complete(
     return extend(model, tokenizer, ids, sampling, TextStream(tokenizer, sampling.stop, ids[-1:]), say)
 
 
-def spellings_of(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+def token_spellings(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """Return the text of each token, as healing.py needs it."""
     (*_, before) = tokenizer.encode("x")
     return token_texts(tokenizer.decode_batch, before, tokenizer.vocab_size, vocab_size, tokenizer.cfg.special_tokens)
 
 
-def complete_end(
+def complete_document(
     model: LanguageModel, tokenizer: Tokenizer, text: str, sampling: Sampling, say: Say | None = None
 ) -> Completion:
     """Return what the model writes at the end of a document, also where the end is inside a token.
@@ -154,7 +154,7 @@ def complete_end(
     The completion ends at the end of the context.
     """
     block_size = model.cfg.block_size
-    ids = document_ids(tokenizer, text)
+    ids = encode_document(tokenizer, text)
     room = longest_prompt(block_size, sampling.max_new_tokens)
     if len(ids) > room:
         print(
@@ -163,7 +163,7 @@ def complete_end(
         )
     ids = ids[-room:]
     limit = min(sampling.max_new_tokens, block_size - len(ids))
-    kept, healing = take_back(ids, spellings_of(tokenizer, model.cfg.vocab_size))
+    kept, healing = split_for_healing(ids, token_spellings(tokenizer, model.cfg.vocab_size))
     its_own = replace(
         sampling, max_new_tokens=limit + len(ids) - len(kept)
     )  # the tokens that were taken back are written again

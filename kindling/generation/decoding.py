@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from kindling.generation.sampling import Drawer, Sampling, draw
+from kindling.generation.sampling import Sampling, SamplingState, sample_tokens
 from model import GPT, LanguageModel
 
 CHECK_EVERY = 8  # a caller sees a row after this many tokens again
@@ -46,17 +46,17 @@ def stream(
     gpt = model.for_generation()
     block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
     device = cache.lengths.device
-    drawer = Drawer.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
+    drawer = SamplingState.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
     ids, n_prompt, n_read = list(ids), len(ids), 0
     for _ in range(sampling.max_new_tokens):
         if len(ids) > block_size:  # all positions change, so the cache is void
             n_read = len(ids) - block_size
             cache.lengths.zero_()
         with _reading():
-            logits = gpt.read(torch.tensor([ids[n_read:]], device=device), cache)  # (1, V)
+            logits = gpt.forward_cached(torch.tensor([ids[n_read:]], device=device), cache)  # (1, V)
             if allowed is not None and (mask := allowed(ids[n_prompt:])) is not None:
                 logits = logits.masked_fill(torch.from_numpy(~mask).to(device), -torch.inf)
-            (token,) = draw(logits, sampling, [drawer])
+            (token,) = sample_tokens(logits, sampling, [drawer])
         if token == eos_id:
             return
         n_read = len(ids)
@@ -69,7 +69,7 @@ class Row:
     """One text of a batch: the new tokens after the prompt with this number."""
 
     number: int
-    drawer: Drawer
+    drawer: SamplingState
     limit: int
     """The most tokens it can get: `max_new_tokens`, or what the context has left."""
     out: list[int] = field(default_factory=list)
@@ -150,14 +150,14 @@ class _Batch:
             if prompt != self.read:
                 self.read = prompt
                 self.single.lengths.zero_()
-                self.first = self.gpt.read(torch.tensor([prompt], device=self.device), self.single)
+                self.first = self.gpt.forward_cached(torch.tensor([prompt], device=self.device), self.single)
                 if self.begins is not None:
                     self.first = self.first.masked_fill(~self.begins, -torch.inf)
             self.cache.copy_row(place, self.single)
             limit = min(self.sampling.max_new_tokens, self.gpt.cfg.block_size - len(prompt))
-            drawer = Drawer.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
+            drawer = SamplingState.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
             self.active[place] = Row(number, drawer, limit)
-            self._take(place, draw(self.first, self.sampling, [drawer])[0])
+            self._take(place, sample_tokens(self.first, self.sampling, [drawer])[0])
 
     def step(self) -> None:
         """Give each active row its next token."""
@@ -165,8 +165,8 @@ class _Batch:
         last = [self.active[place].out[-1] if place in self.active else 0 for place in range(self.n_rows)]
         self.cache.lengths[[place for place in range(self.n_rows) if place not in self.active]] = 0  # idle rows
         with _reading():
-            logits = self.gpt.read(torch.tensor(last, device=self.device)[:, None], self.cache)  # (B, V)
-            tokens = draw(logits[places], self.sampling, [self.active[place].drawer for place in places])
+            logits = self.gpt.forward_cached(torch.tensor(last, device=self.device)[:, None], self.cache)  # (B, V)
+            tokens = sample_tokens(logits[places], self.sampling, [self.active[place].drawer for place in places])
         for place, token in zip(places, tokens):
             self._take(place, token)
 

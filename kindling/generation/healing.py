@@ -1,6 +1,6 @@
 """Token healing: continues a prompt that ends inside a word or an indentation. Also, how long a prompt may be.
 
-    kept, healing = take_back(ids, spellings)
+    kept, healing = split_for_healing(ids, spellings)
     # generate after `kept`, choosing each token from healing.allowed(new): the new text begins with healing.text
 
 A tokenizer joins "ret" and "urn", or a newline and the indentation after it. So in training a model has rarely seen text
@@ -61,7 +61,7 @@ class Healing:
         )
 
 
-def take_back(ids: Sequence[int], spellings: Sequence[str]) -> tuple[list[int], Healing]:
+def split_for_healing(ids: Sequence[int], spellings: Sequence[str]) -> tuple[list[int], Healing]:
     """Return the tokens of the prompt that are kept, at least one, and the text that must come next, which may be empty."""
     n = 0
     while n < min(N_BACK, len(ids) - 1) and spellings[ids[-n - 1]]:

@@ -1,6 +1,6 @@
 """Prepares a model for generation: weights in the precision, and on a CPU in the memory layout, that are fastest for one token.
 
-    gpt = ready(model, "int8")
+    gpt = prepare_for_inference(model, "int8")
 
 To generate one token, every weight is read once, so time depends on bytes: bf16 halves them, int8 quarters them. Limits: the
 prepared model cannot be trained; int8 runs on the CPU only and multiplies in bfloat16.
@@ -46,8 +46,8 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def ready(model: LanguageModel, precision: Precision) -> GPT:
-    """Return `model` as a GPT that is ready for `read`. A GPT is changed in place.
+def prepare_for_inference(model: LanguageModel, precision: Precision) -> GPT:
+    """Return `model` as a GPT that is ready for `forward_cached`. A GPT is changed in place.
 
     Raises KindlingError for int8 on any device but the CPU.
     """

@@ -85,7 +85,7 @@ class Sampling:
         return self.greedy or self.temperature == 0
 
 
-def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def apply_repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
     """Return the logits (..., V), lowered for the tokens that were `seen` (..., V) bool.
 
     Positive logits are divided by the penalty, negative ones multiplied: division would make those more likely.
@@ -108,7 +108,7 @@ def next_token_probabilities(
 
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1:
-        logits = penalized(logits, seen, sampling.repetition_penalty)
+        logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
     if sampling.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
@@ -130,7 +130,7 @@ def next_token_probabilities(
 
 
 @dataclass
-class Drawer:
+class SamplingState:
     """What the draws of one text depend on beside the logits: its random state, and the tokens it already has."""
 
     generator: torch.Generator
@@ -138,7 +138,7 @@ class Drawer:
     """(V,) bool. None without a repetition penalty."""
 
     @classmethod
-    def of(cls, sampling: Sampling, seed: int, ids: Sequence[int], vocab_size: int, eos_id: int) -> Drawer:
+    def of(cls, sampling: Sampling, seed: int, ids: Sequence[int], vocab_size: int, eos_id: int) -> SamplingState:
         """Return the state after the prompt `ids`.
 
         The end-of-text token gets no penalty: a conversation has many of them, and its next answer must be able to end.
@@ -153,7 +153,7 @@ class Drawer:
         return cls(generator, seen)
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Drawer]) -> list[int]:
+def sample_tokens(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[SamplingState]) -> list[int]:
     """Return the next token for each row of logits (B, V), drawn with the row's own drawer, which is updated."""
     import torch
 
@@ -163,7 +163,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Drawer]) ->
         seen = torch.stack([drawer.seen for drawer in drawers if drawer.seen is not None])  # (B, V)
     if sampling.is_greedy:
         if seen is not None:
-            logits = penalized(logits.float(), seen, sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits.float(), seen, sampling.repetition_penalty)
         tokens = logits.argmax(-1).tolist()
     else:
         up_to = next_token_probabilities(logits, sampling, seen).double().cumsum(-1)  # (B, V)

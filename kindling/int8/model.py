@@ -1,7 +1,7 @@
 """A model with int8 weights in NumPy: every architecture of `config.ModelConfig`, with a key / value cache.
 
     model = Model(Path("runs/demo/export/int8"))
-    logits = model.read(ids)            # then one token at a time: model.read([token])
+    logits = model.forward_cached(ids)            # then one token at a time: model.forward_cached([token])
 
 The weights stay int8 and memory-mapped; blocks of rows are converted to float32 when they are multiplied. After
 `model.compile()`, single tokens are run by a kernel in C (`kernel.py`).
@@ -104,8 +104,8 @@ def erf(x: Array) -> Array:
     return np.copysign(1 - series, x)
 
 
-def pair_ids(idx: Array, previous: Array, n_rows: int) -> Array:
-    """Return the bigram hash embedding's row of each token and the one before it (-1: none), as `positions.pair_ids` does."""
+def bigram_ids(idx: Array, previous: Array, n_rows: int) -> Array:
+    """Return the bigram hash embedding's row of each token and the one before it (-1: none), as `positions.bigram_ids` does."""
     return (1 + (previous * 2_654_435_761 + idx * 2_246_822_519) % (n_rows - 1)) * (previous >= 0)
 
 
@@ -228,7 +228,7 @@ class Model:
         """Context length in tokens."""
         return self.m["block_size"]
 
-    def read(self, ids: list[int]) -> Array:
+    def forward_cached(self, ids: list[int]) -> Array:
         """Run the next tokens; return the logits (V,) after the last. They must fit in the context."""
         if self.step is not None and len(ids) == 1 and self.length < self.block_size:
             pair = 0 if self.wtp is None else int(self._pairs(ids, self.wtp)[0])
@@ -244,7 +244,7 @@ class Model:
     def _pairs(self, ids: list[int], table: Matrix) -> Array:
         """Return the rows (T,) of the bigram hash embedding for the next tokens."""
         idx = np.array([self.last if self.length else -1, *ids], np.int64)
-        return pair_ids(idx[1:], idx[:-1], len(table.q))
+        return bigram_ids(idx[1:], idx[:-1], len(table.q))
 
     def _hidden(self, ids: list[int]) -> Array:
         """Return the features (T, C) of the next tokens, and store their keys and values."""

@@ -47,7 +47,7 @@ class InspectionError(KindlingError):
 
 
 @dataclass
-class Subject:
+class InspectedRun:
     """What is drawn: a run with the weights of one checkpoint."""
 
     run: RunDirectory

@@ -21,7 +21,7 @@ from kindling.evaluation.report import FORMAT, sections
 from kindling.generation.completion import answer, complete
 from kindling.generation.sampling import GenerationError, Sampling
 from kindling.plots.html_report import Picture, Sample, page
-from kindling.plots.inspection import Subject, Text
+from kindling.plots.inspection import InspectedRun, Text
 from kindling.runs.checkpoint import load_state, weights_sha256
 from kindling.tables import Section
 
@@ -38,7 +38,7 @@ CAPTIONS = {
 }
 
 
-def pictures_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> list[Picture]:
+def pictures_of(subject: InspectedRun, text: Text, plots: dict[str, bytes]) -> list[Picture]:
     """Return the plots for the report with their captions; attention of single layers is left out."""
     alts = {
         "training_curves.png": curves_in_words(subject.metrics),
@@ -72,7 +72,7 @@ VALIDATION = (
 )
 
 
-def facts_of(subject: Subject) -> list[tuple[str, str]]:
+def facts_of(subject: InspectedRun) -> list[tuple[str, str]]:
     """Return the facts about the run, as names and values."""
     cfg, model, folder = subject.run.config(), subject.model, subject.checkpoint
     state = load_state(folder, mapped=True)
@@ -123,7 +123,7 @@ def ledger_sections(folder: Path) -> list[Section]:
         return [Section("Data", notes=[f"the ledger cannot be read ({one_line(e)})"])]
 
 
-def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
+def evaluation_of(subject: InspectedRun) -> tuple[dict[str, Any], str]:
     """Return the content of eval.json if it is of these weights, else an empty dict and the reason."""
     again = f"evaluate with `python evaluate.py {subject.run.path}`"
     path = subject.run.path / "eval.json"
@@ -138,7 +138,7 @@ def evaluation_of(subject: Subject) -> tuple[dict[str, Any], str]:
     return {}, f"eval.json is of other weights, or by another version; {again}"
 
 
-def evaluation_sections(subject: Subject) -> list[Section]:
+def evaluation_sections(subject: InspectedRun) -> list[Section]:
     """Return the tables of the evaluation, or a note that there is none for these weights."""
     results, why_not = evaluation_of(subject)
     if results:
@@ -161,7 +161,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def samples_of(subject: Subject) -> tuple[list[Sample], str]:
+def samples_of(subject: InspectedRun) -> tuple[list[Sample], str]:
     """Return a few texts of the run and a note on their origin: answers, samples of the evaluation, or new samples."""
     instructions = subject.run.config().data.instructions
     answers = list(rows_of(subject.run.path / "answers.jsonl")) if instructions else []
@@ -210,7 +210,7 @@ def _graded(row: dict[str, Any]) -> Sample:
     )
 
 
-def new_samples(subject: Subject) -> list[Sample]:
+def new_samples(subject: InspectedRun) -> list[Sample]:
     """Continue the config's prompts, or answer them if the run is fine-tuned."""
     cfg, model, tokenizer = subject.run.config(), subject.model.for_generation(), subject.tokenizer
     out = []
@@ -230,7 +230,7 @@ def new_samples(subject: Subject) -> list[Sample]:
     return out
 
 
-def report_of(subject: Subject, text: Text, plots: dict[str, bytes]) -> str:
+def report_of(subject: InspectedRun, text: Text, plots: dict[str, bytes]) -> str:
     """Return the report as HTML."""
     samples, note = samples_of(subject)
     return page(

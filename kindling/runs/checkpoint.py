@@ -26,8 +26,8 @@ from torch import nn
 from config import Config
 from kindling.config_io import from_yaml, to_yaml
 from kindling.data.examples import open_split
-from kindling.data.shards import SplitInfo, TokenDataset, is_as_written, read_manifest, sealed
-from kindling.distributed import ALONE, MainFailed, World
+from kindling.data.shards import SplitInfo, TokenDataset, checksum_matches, read_manifest, with_checksum
+from kindling.distributed import SINGLE_PROCESS, MainRankFailed, World
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
 from kindling.runs import fsdp
@@ -142,7 +142,7 @@ class RunDirectory:
                 )
             yield
 
-    def set_aside(self) -> Path:
+    def keep_as_old(self) -> Path:
         """Rename the run to NAME.old-1, or the next free number, and return the new path. Nothing is deleted."""
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
@@ -188,7 +188,7 @@ class RunDirectory:
             return world.on_main(lambda: self._finish(partial, step, state))
 
     @contextlib.contextmanager
-    def _writing(self, step: int, world: World = ALONE) -> Iterator[Path]:
+    def _writing(self, step: int, world: World = SINGLE_PROCESS) -> Iterator[Path]:
         """Yield the folder to write the checkpoint of `step` to. Turn every failure into a CheckpointError."""
         from safetensors import SafetensorError
 
@@ -196,7 +196,7 @@ class RunDirectory:
         try:
             yield partial
         # a full disk can raise any of these
-        except (OSError, RuntimeError, SafetensorError, CheckpointError, MainFailed) as e:
+        except (OSError, RuntimeError, SafetensorError, CheckpointError, MainRankFailed) as e:
             if world.main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -219,7 +219,7 @@ class RunDirectory:
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
-        write_json(partial / MANIFEST, sealed({"step": step, "best": state.get("best"), "files": files}))
+        write_json(partial / MANIFEST, with_checksum({"step": step, "best": state.get("best"), "files": files}))
         sync(partial / MANIFEST)
         sync(partial)
         final = self.path / f"step_{step:06d}"
@@ -274,7 +274,7 @@ class RunDirectory:
             )
         return None
 
-    def back_to(self, before: int) -> Path | None:
+    def roll_back_to(self, before: int) -> Path | None:
         """Return the newest whole checkpoint of a step before `before`. Rename the later ones, so that no run resumes them."""
         folder = self.newest(before)
         for later in self.checkpoints() if folder is not None else []:
@@ -305,7 +305,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {folder} must be whole, but cannot be read ({type(e).__name__}: {e})"
         ) from None
-    if not is_as_written(manifest):
+    if not checksum_matches(manifest):
         raise CheckpointError(f"checkpoint {folder} must be as it was written, but its {MANIFEST} has changed")
     weights = {WEIGHTS} if WEIGHTS in expected else {name for name in expected if name.startswith(f"{SHARDED}/")}
     if not weights or set(expected) != weights | {STATE} or f"step_{step:06d}" != folder.name:

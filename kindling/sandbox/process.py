@@ -77,7 +77,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-class Remote:
+class RemoteObject:
     """An object that stays in the program's process. It can be passed back, its attributes can be used, and it equals nothing."""
 
     __slots__ = ("_number", "_program", "_type")
@@ -136,12 +136,12 @@ class Program:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def call(self, name: str | Remote, *args: Any, **named: Any) -> Any:
+    def call(self, name: str | RemoteObject, *args: Any, **named: Any) -> Any:
         """Call a function of the program by its name and return its answer. Raises ProgramError."""
         return self.request("call", name, args, named)
 
     def request(self, *request: Any) -> Any:
-        """Send one request and return the answer as a plain value or a Remote. Raises ProgramError."""
+        """Send one request and return the answer as a plain value or a RemoteObject. Raises ProgramError."""
         data = _literal(request).encode("utf-8", "surrogatepass")
         self._send(len(data).to_bytes(4, "big") + data)
         return self._decoded(self._receive())
@@ -217,7 +217,7 @@ class Program:
             number, type_name = inner
             if type(number) is not int or not isinstance(type_name, str):
                 raise ValueError(tag)
-            return Remote(self, number, one_line(type_name))
+            return RemoteObject(self, number, one_line(type_name))
         if not isinstance(inner, list):
             raise ValueError(tag)
         values = [self._value(v) for v in inner] if tag != "d" else []
@@ -261,7 +261,7 @@ def _literal(value: Any) -> str:
         name = value.__name__
         if getattr(builtins, name, None) is value:
             return name
-    if kind is Remote:
+    if kind is RemoteObject:
         return f"handles[{value._number}]"
     if kind is dict:
         return "{" + ",".join(f"{_literal(k)}:{_literal(v)}" for k, v in value.items()) + "}"

@@ -125,7 +125,7 @@ def _texts(path: Path) -> Iterator[str | None]:
         yield None
 
 
-def hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:
+def split_held_out(documents: list[str]) -> tuple[list[str], list[str], str]:
     """Return the documents to train on, the documents to measure on, and a sentence about the choice.
 
     Documents are ordered by their hash, so the first ones are a random choice that depends on their content alone.
@@ -255,7 +255,7 @@ def main() -> None:
     if cfg is not None and cfg.tokenizer not in compared.values():
         compared[cfg.preset] = cfg.tokenizer
     documents, unreadable, cut = read_documents(flags.files, flags.max_bytes)
-    learnt, measured, which = hold_out(documents)
+    learnt, measured, which = split_held_out(documents)
     size = f"{sum(len(t.encode('utf-8')) for t in documents) / 1e6:.2f} MB"
     print(f"{len(documents):,} documents, {size}: {which}")
     if unreadable:

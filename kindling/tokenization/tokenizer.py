@@ -68,7 +68,7 @@ class Tokenizer:
     def _control_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
 
-    def spelt_control_token(self, text: str) -> str | None:
+    def find_control_token_text(self, text: str) -> str | None:
         """Return a special token that is written in `text`, or None. It is encoded like any text."""
         return next((token for token in self._spellings if token in text), None)
 

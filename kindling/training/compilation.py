@@ -23,7 +23,7 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s
     if cfg.train.max_minutes is not None:
         pays = cfg.train.max_minutes - elapsed_s / 60 >= COMPILE_MINUTES
     else:
-        pays = 6 * model.n_multiplied() * cfg.tokens >= COMPILE_FLOPS
+        pays = 6 * model.n_matmul_parameters() * cfg.tokens >= COMPILE_FLOPS
     if not pays:
         return False
     if not device.has_compiler(runtime.device.type):

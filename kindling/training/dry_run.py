@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config, ModelConfig
 from kindling import device
-from kindling.data.shards import Batch, TokenDataset, document_positions
+from kindling.data.shards import Batch, TokenDataset, document_position_ids
 from kindling.device import Runtime
 from kindling.errors import KindlingError
 from kindling.runs.checkpoint import RunDirectory
@@ -90,7 +90,7 @@ class Noise:
         rows = np.random.default_rng(first).integers(0, self.cfg.vocab_size, (count, self.cfg.block_size + 1))
         idx = rows[:, :-1]
         # any token can be the end of text: the document mask costs the same wherever documents end
-        return Batch(idx, rows[:, 1:], document_positions(idx, 0) if self.cfg.document_mask else None)
+        return Batch(idx, rows[:, 1:], document_position_ids(idx, 0) if self.cfg.document_mask else None)
 
     @property
     def dataset(self) -> TokenDataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kindling.data.shards import Batch, Batches
+from kindling.data.shards import Batch, TrainingRows
 
 
 class Prefetch:
@@ -13,7 +13,7 @@ class Prefetch:
     A row depends on its row index alone, so it does not matter when it is read.
     """
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: TrainingRows):
         self._batches = batches
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[range, Future[Batch]] | None = None

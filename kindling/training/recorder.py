@@ -1,6 +1,6 @@
 """Records which documents were in the batch of a skipped step.
 
-    recorder = FlightRecorder(run.path, batches)
+    recorder = SkippedStepRecorder(run.path, batches)
     recorder.record(step=7, first_row=192, n_rows=32, loss=math.nan, grad_norm=math.inf, limit=9.1)
 
 appends a line to `skipped.jsonl` of the run:
@@ -29,15 +29,15 @@ from kindling.errors import one_line
 from kindling.files import append_line
 
 if TYPE_CHECKING:
-    from kindling.data.shards import Batches
+    from kindling.data.shards import TrainingRows
 
 SKIPPED = "skipped.jsonl"
 
 
-class FlightRecorder:
+class SkippedStepRecorder:
     """Records what was in a skipped step. It costs nothing until then, and an error in it never ends the run."""
 
-    def __init__(self, run_path: Path, batches: Batches):
+    def __init__(self, run_path: Path, batches: TrainingRows):
         """Rows that are not traceable, as those of a test, are recorded without their documents."""
         self.path, self.batches = run_path / SKIPPED, batches
 

@@ -49,7 +49,7 @@ def checkpoint_before(
     """
     folder = None
     if state.rollbacks < MAX_ROLLBACKS:
-        folder = world.on_main(lambda: run.back_to(rollback.first_step))
+        folder = world.on_main(lambda: run.roll_back_to(rollback.first_step))
     if folder is None:
         again = f" after {state.rollbacks} roll-backs" if state.rollbacks else ""
         raise TrainingError(

@@ -14,7 +14,7 @@ from config import Config
 from kindling.data.audit import audit, picture, table, wants_color
 from kindling.data.examples import ExampleRows, Examples, require_template
 from kindling.data.shards import PackedBlocks
-from kindling.distributed import joined
+from kindling.distributed import process_group
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.loop import fit
@@ -33,7 +33,7 @@ def train_stage(
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
     tokenizer = None if base is None else base.tokenizer()
-    with joined(cfg.train.device) as world, locked(cfg, run, fresh, world) as resuming:
+    with process_group(cfg.train.device) as world, locked(cfg, run, fresh, world) as resuming:
         dataset = world.main_first(lambda: training_data(cfg, run if resuming else None, tokenizer))
         rows = training_rows(cfg, dataset)
         if tokenizer is not None:

@@ -1,8 +1,8 @@
 """Starts a run, or resumes it from its newest checkpoint, in pre-training and in fine-tuning.
 
 In the order of the calls: `may_resume` decides between the two and checks the config, `training_data` and `training_rows`
-open the data, `start_or_resume` makes the model and the trainer and loads the weights. HARMLESS and ALLOWED are the settings
-that a resumed run may change.
+open the data, `start_or_resume` makes the model and the trainer and loads the weights. KEEPS_EVERY_BIT and MAY_CHANGE
+are the settings that a resumed run may change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kindling.data.build import DATA, prepare
 from kindling.data.examples import ExampleRows, Examples, open_split
 from kindling.data.shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
 from kindling.device import Runtime
-from kindling.distributed import ALONE, World
+from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
@@ -34,7 +34,7 @@ from kindling.training.validation import validate
 from model import LanguageModel, build_model
 
 # settings that a resumed run may change. These keep every bit of the result
-HARMLESS = {"data.workers"} | {
+KEEPS_EVERY_BIT = {"data.workers"} | {
     f"train.{field}"
     for field in (
         "sample_prompts",
@@ -47,7 +47,7 @@ HARMLESS = {"data.workers"} | {
     )
 }
 # the others may change the result, and print a note
-ALLOWED = HARMLESS | {
+MAY_CHANGE = KEEPS_EVERY_BIT | {
     f"train.{field}"
     for field in (
         *("max_steps", "epochs", "max_minutes", "threads", "device", "precision", "compile", "micro_batch_size"),
@@ -84,7 +84,7 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
     changes = changed_fields(saved, given)
     changes.pop("name", None)
     said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
-    refused = [text for field, text in said.items() if field not in ALLOWED]
+    refused = [text for field, text in said.items() if field not in MAY_CHANGE]
     if refused:
         raise KindlingError(
             f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
@@ -93,7 +93,7 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
     for field, text in said.items():
         print(
             f"note: {text}"
-            + ("" if field in HARMLESS else ": from here on the run differs from one without the change")
+            + ("" if field in KEEPS_EVERY_BIT else ": from here on the run differs from one without the change")
         )
 
 
@@ -146,7 +146,7 @@ def start_or_resume(
     resuming: bool,
     dataset: TokenDataset,
     rows: PackedBlocks | ExampleRows,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Trainer:
     """Return a trainer at the run's newest whole checkpoint, or at step 0. The folder of a new run is created.
 
@@ -258,5 +258,5 @@ def _initial_sha256(source: str) -> str | None:
 
 def _create(cfg: Config, run: RunDirectory, dataset: TokenDataset) -> None:
     if run.exists() or run.checkpoints():  # move the old run only after all checks passed
-        print(f"the old run is kept as {run.set_aside()}")
+        print(f"the old run is kept as {run.keep_as_old()}")
     run.create(cfg, dataset.folder)

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from config import IGNORE, Config
 from kindling import device
-from kindling.data.shards import rows_of_rank
+from kindling.data.shards import rank_rows
 from kindling.device import Runtime
-from kindling.distributed import MainFailed, replicated
+from kindling.distributed import MainRankFailed, replicated
 from kindling.errors import require
 from kindling.runs.checkpoint import (
     CheckpointError,
@@ -40,8 +40,8 @@ from kindling.runs.checkpoint import (
 from kindling.runs.fsdp import digest, is_sharded, shard, synchronize_gradients, whole
 from kindling.training.guard import SpikeGuard
 from kindling.training.optim import make_optimizers
-from kindling.training.prefetch import Batches, Prefetch
-from kindling.training.recorder import FlightRecorder
+from kindling.training.prefetch import Prefetch, TrainingRows
+from kindling.training.recorder import SkippedStepRecorder
 from kindling.training.rollback import Rollback, after_rollback, checkpoint_before, rollback_after
 from kindling.training.schedule import learning_rate_scale, share_done
 from kindling.training.state import TrainingState
@@ -80,7 +80,7 @@ class Trainer:
         cfg: Config,
         run: RunDirectory,
         model: LanguageModel,
-        batches: Batches,
+        batches: TrainingRows,
         evaluate: Callable[[LanguageModel], dict[str, float]],
         runtime: Runtime,
     ):
@@ -105,7 +105,7 @@ class Trainer:
         self.prefetch = Prefetch(batches)
         self.scaler = runtime.grad_scaler()
         self.guard = SpikeGuard(cfg.train.spike_ratio)
-        self.recorder = FlightRecorder(run.path, batches)
+        self.recorder = SkippedStepRecorder(run.path, batches)
         self.state = TrainingState()
         self.pending_rollback: Rollback | None = None  # set after too many bad steps in a row; later steps are ignored
         self.rate_scale = 0.0  # factor on the peak learning rates at the newest step
@@ -141,7 +141,7 @@ class Trainer:
             failure = e
         if self.world.max([float(failure is not None)])[0]:
             if required:
-                raise failure or MainFailed
+                raise failure or MainRankFailed
             self.say(f"warning: {failure}; the run goes on and tries again at the next checkpoint")
             return False
         if self.world.main:
@@ -217,7 +217,7 @@ class Trainer:
 
     def _rank_range(self, row: int) -> range:
         """Return this rank's rows of the batch that begins at `row`."""
-        return rows_of_rank(row, self.train.batch_size, self.world.rank, self.world.size)
+        return rank_rows(row, self.train.batch_size, self.world.rank, self.world.size)
 
     def forward_backward(self, synchronized: bool = True) -> tuple[Tensor, int]:
         """Accumulate the gradients of the step's mean loss; return this loss (a tensor) and the supervised tokens of all ranks.
@@ -305,13 +305,13 @@ class Trainer:
         with self.preserve_state():
             try:
                 device.trust_compiler()
-                self.model.compile_parts()
+                self.model.enable_compile()
                 self.forward_backward(synchronized=False)  # a rank that fails must not leave the others waiting
             except Exception as e:  # compiler errors have no common class
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         reasons = [said for said in self.world.gather(reason) if said]
         if reasons:
-            self.model.decompile_parts()
+            self.model.disable_compile()
             self.say(f"warning: torch.compile failed ({reasons[0]}); training goes on uncompiled")
             return False
         self.compiled = True

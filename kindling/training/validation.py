@@ -23,14 +23,14 @@ VALIDATION_ROWS = 16
 
 def summed_loss(model: nn.Module, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch and its number of supervised tokens, for training and for validation."""
-    idx, targets, positions = (
+    idx, targets, position_ids = (
         None if rows is None else device.to_device(rows, runtime) for rows in batch
     )  # (B, T) each
     with runtime.autocast():
-        return model(idx, targets, positions)
+        return model(idx, targets, position_ids)
 
 
-def share_of_rank(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+def batches_of_rank(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
     """Yield the batches of this rank, every `world.size`-th one, each with True.
 
     All ranks get the same number, since all take part in every pass of a sharded model. If the last round is short, spare
@@ -53,7 +53,7 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) 
     model.eval()
     total, count = 0.0, 0
     shown = None if runtime.world.main else True  # None: shown if there is a terminal
-    share = share_of_rank(batches, runtime.world)
+    share = batches_of_rank(batches, runtime.world)
     for batch, counts in tqdm(share, desc="evaluating", unit="batch", leave=False, disable=shown):
         loss, n = summed_loss(model, batch, runtime)
         if counts:

@@ -98,19 +98,19 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "words"), FAULTS, ids=[f.__name__ for f, _ in FAULTS])
 def test_the_audit_finds_a_fault_wherever_it_came_in(rows, monkeypatch, fault, words):
-    of_bins = ExampleRows.of_bins
+    batch_of_bins = ExampleRows.batch_of_bins
     # one with padding, and with as many examples as there are, so that each fault is one
-    padded = [n for n in range(rows.n_rows) if rows.of_bins([n], 1).targets[0, -1] == IGNORE]
+    padded = [n for n in range(rows.n_rows) if rows.batch_of_bins([n], 1).targets[0, -1] == IGNORE]
     faulted = max(padded, key=lambda n: (len(rows.bins[n]), n))
     assert len(rows.bins[faulted]) > 1 or not rows.packing
 
     def faulty(self, bins, n_rows):
-        batch = of_bins(self, bins, n_rows)
+        batch = batch_of_bins(self, bins, n_rows)
         if list(bins) == [faulted]:
             fault(*batch)
         return Batch(*batch)
 
-    monkeypatch.setattr(ExampleRows, "of_bins", faulty)
+    monkeypatch.setattr(ExampleRows, "batch_of_bins", faulty)
     with pytest.raises(AuditError) as error:
         audit({"train": rows}, TOKENIZER)
     assert words in str(error.value) and "\n" not in str(error.value) and "train split" in str(error.value)

@@ -21,11 +21,11 @@ import data_pipeline
 from config import DataConfig, SourceConfig, TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
-from kindling.data.duplicates import NearDuplicates, signature, word_hashes
+from kindling.data.duplicates import MinHashIndex, signature, word_hashes
 from kindling.data.filters import Drop, strip_header
 from kindling.data.ledger import explain, read_documents
 from kindling.data.mixture import split_of
-from kindling.data.process_document import Examined
+from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
 from kindling.data.workers import WorkerPool
@@ -302,7 +302,7 @@ def test_no_near_duplicate_straddles_the_splits_and_planted_copies_are_dropped(c
         assert re.sub("reordered_|commented_|copied_", "", original) == re.sub(
             "reordered_|commented_|copied_", "", x["key"]
         )
-    index = NearDuplicates(0.65)
+    index = MinHashIndex(0.65)
     for text in texts_of(folder, "train", cfg.tokenizer):
         index.add(signature(word_hashes(text)))
     for text in texts_of(folder, "val", cfg.tokenizer):
@@ -469,10 +469,10 @@ def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_
         assert "and the answer too" not in text and "### Input:\nan answer, " in text
 
 
-def kill_on_poison(batch: list[Document], tokenizer_file: Path | None) -> list[Examined]:
+def kill_on_poison(batch: list[Document], tokenizer_file: Path | None) -> list[ProcessedDocument]:
     if any(d.text == "poison" for d in batch):
         os._exit(9)
-    return [Examined(d.key, d.language, d.size, text=d.text) for d in batch]
+    return [ProcessedDocument(d.key, d.language, d.size, text=d.text) for d in batch]
 
 
 @pytest.mark.slow

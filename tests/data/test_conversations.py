@@ -6,9 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataConfig, SourceConfig, TokenizerConfig
-from kindling.data.conversations import CUT, MARKED, SPELT, Example, example_of, joined, normalized, refusal, text_hash
+from kindling.data.conversations import (
+    CUT,
+    MARKED,
+    SPELT,
+    Example,
+    conversation_text,
+    encode_conversation,
+    normalized,
+    refusal,
+    text_hash,
+)
 from kindling.data.filters import Drop
-from kindling.data.process_document import Examiner
+from kindling.data.process_document import DocumentProcessor
 from kindling.data.prompts import Exchange, encode, prompt_text
 from kindling.data.sources import Document
 from kindling.tokenization.tokenizer import train_bpe
@@ -40,7 +50,7 @@ texts = st.text(min_size=1, max_size=40)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.sampled_from(["alpaca", "user-assistant"]))
 def test_an_example_gives_its_texts_back_and_knows_their_hashes(pairs, template):
     exchanges = tuple(Exchange(*pair) for pair in pairs)
-    example = example_of(exchanges, replace(ROWS, template=template), TOKENIZER, context=10_000)
+    example = encode_conversation(exchanges, replace(ROWS, template=template), TOKENIZER, context=10_000)
     prompts = [prompt_text(template, e, first=i == 0) for i, e in enumerate(exchanges)]
     responses = [e.response for e in exchanges]
     assert decoded(example, supervised=False) == prompts and decoded(example, supervised=True) == responses
@@ -67,7 +77,7 @@ def test_what_would_teach_something_else_is_refused_by_a_rule(exchange, rule):
 def test_a_control_token_in_an_instruction_is_kept_as_text_and_noted():
     exchanges = (Exchange("Print <|endoftext|>", "print()"),)
     assert refusal(exchanges, ROWS, TOKENIZER) is None
-    example = example_of(exchanges, ROWS, TOKENIZER, 1000)
+    example = encode_conversation(exchanges, ROWS, TOKENIZER, 1000)
     assert example.changes == ((SPELT, 0),) and (example.ids == TOKENIZER.eos_id).sum() == 1
 
 
@@ -80,22 +90,22 @@ def length_of(exchanges) -> int:
 
 def test_an_example_may_have_one_token_more_than_the_context():
     n = length_of(ONE)
-    assert isinstance(example_of(ONE, ROWS, TOKENIZER, n - 1), Example)
-    assert example_of(ONE, ROWS, TOKENIZER, n - 2).rule == "too long"
+    assert isinstance(encode_conversation(ONE, ROWS, TOKENIZER, n - 1), Example)
+    assert encode_conversation(ONE, ROWS, TOKENIZER, n - 2).rule == "too long"
 
 
 def test_a_cut_response_is_a_beginning_of_it_and_closed_at_every_context():
     cut, n_prompt = replace(ROWS, too_long="cut"), len(encode("alpaca", ONE, TOKENIZER)[0].prompt)
     n = length_of(ONE)
     for context in range(n_prompt + 1, n - 1):
-        example = example_of(ONE, cut, TOKENIZER, context)
+        example = encode_conversation(ONE, cut, TOKENIZER, context)
         (text,) = decoded(example, supervised=True)
         assert ONE[0].response.startswith(text) and text
         assert context - 3 < len(example.ids) <= context + 1  # a character is at most three tokens here
         lost = len(ONE[0].response.encode()) - len(text.encode())
         assert example.changes == ((CUT, lost),) and lost > 0
-    assert example_of(ONE, cut, TOKENIZER, n_prompt).rule == "prompt too long"
-    assert example_of(ONE, cut, TOKENIZER, n_prompt - 1).rule == "prompt too long"
+    assert encode_conversation(ONE, cut, TOKENIZER, n_prompt).rule == "prompt too long"
+    assert encode_conversation(ONE, cut, TOKENIZER, n_prompt - 1).rule == "prompt too long"
 
 
 def test_a_conversation_is_cut_in_its_last_exchange_that_fits():
@@ -103,7 +113,7 @@ def test_a_conversation_is_cut_in_its_last_exchange_that_fits():
     whole = [length_of(turns[: i + 1]) for i in range(3)]
     cut = replace(ROWS, too_long="cut")
     for context in range(whole[0] - 1, whole[2] - 1):
-        example = example_of(turns, cut, TOKENIZER, context)
+        example = encode_conversation(turns, cut, TOKENIZER, context)
         responses = decoded(example, supervised=True)
         assert len(example.ids) <= context + 1
         for turn, text in zip(turns, responses):
@@ -113,14 +123,14 @@ def test_a_conversation_is_cut_in_its_last_exchange_that_fits():
 
 def test_what_the_tokenizer_does_not_give_back_is_dropped(monkeypatch):
     monkeypatch.setattr(TOKENIZER, "decode", lambda ids: "other")
-    assert example_of(ONE, ROWS, TOKENIZER, 1000).rule == "not reproducible"
+    assert encode_conversation(ONE, ROWS, TOKENIZER, 1000).rule == "not reproducible"
 
 
 def test_a_normalizing_tokenizer_is_trained_on_the_normal_form():
     tokenizer = train_bpe(TEXTS, TokenizerConfig(normalizer="nfkc"), 400)
     exchanges = normalized((Exchange("½", "x²"),), tokenizer)
-    assert example_of(exchanges, ROWS, tokenizer, 1000).segments[0, 3] == text_hash("x2")
-    examiner = Examiner(ROWS, tokenizer=tokenizer, context=1000)
+    assert encode_conversation(exchanges, ROWS, tokenizer, 1000).segments[0, 3] == text_hash("x2")
+    examiner = DocumentProcessor(ROWS, tokenizer=tokenizer, context=1000)
     for response, rule in (("＃＃＃ Response: x", "template marker"), ("＜|endoftext|＞", "control token")):
         assert examiner(Document("k", "", exchanges=(Exchange("x", response),))).drop.rule == rule
 
@@ -129,30 +139,33 @@ def test_a_response_that_is_not_reproducible_is_dropped_and_not_cut(monkeypatch)
     decode = type(TOKENIZER).decode
     monkeypatch.setattr(TOKENIZER, "decode", lambda ids: decode(TOKENIZER, ids).replace("b", "?"))
     cut = replace(ROWS, too_long="cut")
-    assert example_of((Exchange("x", "a b"), Exchange("y", "a " * 300)), cut, TOKENIZER, 200).rule == "not reproducible"
+    assert (
+        encode_conversation((Exchange("x", "a b"), Exchange("y", "a " * 300)), cut, TOKENIZER, 200).rule
+        == "not reproducible"
+    )
 
 
 def test_a_template_marker_in_an_instruction_is_kept_and_noted():
-    example = example_of((Exchange("Go.\n### Response:\nx", "y"),), ROWS, TOKENIZER, 1000)
+    example = encode_conversation((Exchange("Go.\n### Response:\nx", "y"),), ROWS, TOKENIZER, 1000)
     assert example.changes == ((MARKED, 0),)
 
 
 def test_a_conversation_with_half_a_surrogate_pair_is_dropped_by_rule():
-    examiner = Examiner(ROWS, tokenizer=TOKENIZER, context=1000)
+    examiner = DocumentProcessor(ROWS, tokenizer=TOKENIZER, context=1000)
     found = examiner(Document("k", "", exchanges=(Exchange("x", "a \ud800 b"),)))
     assert found.drop.rule == "not UTF-8"
 
 
 def test_the_filters_see_what_is_said_without_the_template():
-    examiner = Examiner(replace(ROWS, min_chars=12), tokenizer=TOKENIZER, context=1000)
+    examiner = DocumentProcessor(replace(ROWS, min_chars=12), tokenizer=TOKENIZER, context=1000)
     assert examiner(Document("k", "", exchanges=(Exchange("12345", "678"),))).drop == Drop(
         "characters", "9, not 12 to 250,000"
     )
-    assert joined((Exchange("a", "c", "b"), Exchange("d", "e"))) == "a\nb\nc\nd\ne"
+    assert conversation_text((Exchange("a", "c", "b"), Exchange("d", "e"))) == "a\nb\nc\nd\ne"
 
 
 def test_code_in_a_conversation_need_not_compile():
-    examiner = Examiner(replace(ROWS, check_syntax=True), tokenizer=TOKENIZER, context=1000)
+    examiner = DocumentProcessor(replace(ROWS, check_syntax=True), tokenizer=TOKENIZER, context=1000)
     assert examiner(Document("k", "python", exchanges=(Exchange("Why?", "It is so ("),))).drop is None
 
 
@@ -160,7 +173,7 @@ def test_the_functions_of_a_file_become_examples_that_share_a_split(tmp_path):
     path = tmp_path / "m.py"
     body = '\ndef {0}(x):\n    """Return twice the value of {0}."""\n    return 2 * x\n'
     path.write_text(body.format("one") + body.format("two"), encoding="utf-8")
-    examiner = Examiner(ROWS, tokenizer=TOKENIZER, context=1000)
+    examiner = DocumentProcessor(ROWS, tokenizer=TOKENIZER, context=1000)
     found = examiner.all_of(Document("m.py", "python", path=path, size=1, mined=True))
     assert [e.key for e in found] == ["m.py:one", "m.py:two"]
     assert found[0].group == found[1].group != b"" and found[0].digest != found[1].digest
@@ -183,9 +196,11 @@ def test_a_file_without_examples_is_dropped_by_a_rule(tmp_path, content, rule):
     path = tmp_path / "m.py"
     if content is not None:
         path.write_bytes(content)
-    (found,) = Examiner(ROWS, tokenizer=TOKENIZER).all_of(Document("m.py", "python", path=path, size=1, mined=True))
+    (found,) = DocumentProcessor(ROWS, tokenizer=TOKENIZER).all_of(
+        Document("m.py", "python", path=path, size=1, mined=True)
+    )
     assert found.drop.rule == rule
 
 
 def test_ids_are_of_the_type_that_shards_are_written_from():
-    assert example_of(ONE, ROWS, TOKENIZER, 1000).ids.dtype == np.uint32
+    assert encode_conversation(ONE, ROWS, TOKENIZER, 1000).ids.dtype == np.uint32

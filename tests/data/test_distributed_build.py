@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 import data_pipeline
 from config import Config, SourceConfig
 from kindling.data import build, distributed_build, parts
-from kindling.data.build import fingerprint, list_files, prepare, whole_or_absent
+from kindling.data.build import atomic_folder, fingerprint, list_files, prepare
 from kindling.data.filters import Drop
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.parts import cut, gather, make_plan, read_part, read_plan, run_part
-from kindling.data.process_document import Examined
+from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
 from kindling.data.sources import LocalFile
 from kindling.data.workers import WorkerPool
@@ -140,7 +140,7 @@ def test_what_a_dead_process_left_is_cleared_away_but_not_what_another_machine_i
     mine = Path("data", f".building-b@{platform.node()}@{os.getppid()}")
     for folder in (here, elsewhere, mine):
         folder.mkdir(parents=True)
-    with whole_or_absent(Path("data/c")):
+    with atomic_folder(Path("data/c")):
         assert not here.exists() and elsewhere.exists() and mine.exists()
     assert Path("data/c").is_dir()
 
@@ -148,7 +148,7 @@ def test_what_a_dead_process_left_is_cleared_away_but_not_what_another_machine_i
 @settings(max_examples=30)
 @given(
     st.builds(
-        Examined,
+        ProcessedDocument,
         key=st.text(st.characters(exclude_categories=())).filter(lambda s: json.loads(json.dumps(s)) == s),
         language=st.text(),
         size=st.integers(0, 2**50),

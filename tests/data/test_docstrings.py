@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kindling.data.docstrings import Pair, _are_equal, pairs_of
+from kindling.data.docstrings import Pair, _are_equal, mine_pairs
 
 DOC = "Return the sum of a and b."
 
@@ -36,7 +36,7 @@ def assert_each_pair_is_its_function(source: str) -> list[Pair]:
     """Assert that every pair of `source` parses to the code of a function of its name, lines as in the source."""
     functions = functions_of(source)
     stripped = "\n".join(line.strip() for line in source.split("\n"))
-    pairs = pairs_of(source)
+    pairs = mine_pairs(source)
     for pair in pairs:
         task, signature = pair.instruction.split("\n")
         (function,) = ast.parse(f'{signature}\n    """doc"""\n{pair.response}').body
@@ -86,7 +86,7 @@ def test_a_pair_is_the_first_paragraph_and_the_signature_and_then_the_body_as_it
                       len(b))
                     # not any more in the function
     '''
-    assert pairs_of(dedent(source)) == [
+    assert mine_pairs(dedent(source)) == [
         Pair(
             "Outer.Inner.total",
             f"{DOC}\nasync def total(self, a: int, *args, b='x, y') -> dict[str, int]:",
@@ -130,7 +130,7 @@ def test_indentation_newlines_and_odd_characters_change_nothing(unit, depth, new
     source += ["", f"{margin}x = 3", ""]
     inner = "    " if unit == "\t" else unit
     expected = "\n".join("    " + line.replace("{}", inner) if line else "" for line in lines).lstrip("\n")
-    (pair,) = pairs_of("\ufeff" * bom + newline.join(source))
+    (pair,) = mine_pairs("\ufeff" * bom + newline.join(source))
     assert pair.response == expected
     assert pair.name == "".join(f"C{i}." for i in range(depth)) + "f"
 
@@ -158,7 +158,7 @@ def test_functions_are_found_in_order_wherever_they_are_but_inside_functions():
             function.format("last"),
         ]
     )
-    found = [pair.name for pair in pairs_of(source)]
+    found = [pair.name for pair in mine_pairs(source)]
     assert found == [
         *("in_if", "in_elif", "in_else", "in_try", "in_except", "in_try_else", "in_finally", "in_with", "in_for"),
         *("in_case", "C.method", "last"),
@@ -168,13 +168,13 @@ def test_functions_are_found_in_order_wherever_they_are_but_inside_functions():
 def test_a_function_at_the_end_of_a_thousand_elif_is_found():
     chain = "".join(f"elif a == {i}:\n    pass\n" for i in range(1, 1000))
     source = f"if a == 0:\n    pass\n{chain}else:\n    def f(a):\n        '''{DOC}'''\n        return a\n"
-    assert [pair.name for pair in pairs_of(source)] == ["f"]
+    assert [pair.name for pair in mine_pairs(source)] == ["f"]
 
 
 def pair_of(docstring: str, body: str = "return a + b", signature: str = "def f(a, b):") -> Pair | None:
     """Return the pair of one function, or None where it is left out."""
     lines = [signature, *f'"""{docstring}"""'.split("\n"), *body.split("\n")]
-    found = pairs_of("\n    ".join(lines) + "\n")
+    found = mine_pairs("\n    ".join(lines) + "\n")
     assert len(found) <= 1
     return found[0] if found else None
 
@@ -313,7 +313,7 @@ def test_type_parameters_are_part_of_the_signature():
     ],
 )
 def test_a_body_is_moved_whole_or_the_function_left_out(source, response):
-    assert [pair.response for pair in pairs_of(source)] == ([] if response is None else [response])
+    assert [pair.response for pair in mine_pairs(source)] == ([] if response is None else [response])
     assert_each_pair_is_its_function(source)
 
 
@@ -354,4 +354,4 @@ def test_a_strangers_bad_escape_is_no_warning_of_ours():
 @pytest.mark.parametrize("source", ["def f(:\n", "print 'python 2'", "x = '\ud800'", "x\0", "x = 1" + "+1" * 100_000])
 def test_what_is_no_python_raises_what_the_parser_raises(source):
     with pytest.raises((SyntaxError, ValueError, RecursionError, MemoryError)):
-        pairs_of(source)
+        mine_pairs(source)

@@ -16,7 +16,7 @@ from kindling.data.duplicates import (
     SLOTS,
     BenchmarkError,
     Benchmarks,
-    NearDuplicates,
+    MinHashIndex,
     _problems,
     benchmark_files,
     benchmark_path,
@@ -58,7 +58,7 @@ def test_the_estimate_is_the_jaccard_similarity_of_word_pairs(corpus):
         if len(lines) < 30:
             continue
         other = "\n".join(line for line in lines if rng.random() > 0.1)
-        index = NearDuplicates(0.01)
+        index = MinHashIndex(0.01)
         index.add(mark(text))
         found = index.find(mark(other))
         assert found is not None
@@ -69,7 +69,7 @@ def test_the_estimate_is_the_jaccard_similarity_of_word_pairs(corpus):
 
 def test_the_index_finds_what_comparing_all_pairs_finds():
     rng = np.random.default_rng(0)
-    index, marks = NearDuplicates(0.7), []
+    index, marks = MinHashIndex(0.7), []
     for i in range(2500):  # beyond two growths
         if i % 3 == 2:  # a copy of an earlier one with some slots changed
             slots = np.frombuffer(marks[int(rng.integers(len(marks)))], np.uint8).copy()
@@ -88,7 +88,7 @@ def test_the_index_finds_what_comparing_all_pairs_finds():
 
 
 def test_texts_too_short_for_a_signature_are_never_near_duplicates():
-    index = NearDuplicates(0.5)
+    index = MinHashIndex(0.5)
     assert [index.add(mark("x =")), index.add(mark("x ="))] == [0, 1]
     assert index.find(mark("x =")) is None
 

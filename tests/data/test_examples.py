@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from config import IGNORE, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
 from kindling import device
-from kindling.data.conversations import Example, example_of
+from kindling.data.conversations import Example, encode_conversation
 from kindling.data.examples import PROMPT, RESPONSE, ExampleRows, Examples, ExampleWriter, pack
 from kindling.data.prompts import Exchange, prompt_text
-from kindling.data.shards import SPLITS, DataError, SplitInfo, sealed, write_manifest
+from kindling.data.shards import SPLITS, DataError, SplitInfo, with_checksum, write_manifest
 from kindling.files import write_json
 from kindling.tokenization.tokenizer import Tokenizer, train_bpe
 from kindling.training.validation import mean_loss
@@ -37,7 +37,7 @@ def write_examples(folder: Path, conversations: list[tuple[Exchange, ...]], toke
     writers = {split: ExampleWriter(folder, split, np.dtype("<u2")) for split in SPLITS}
     for writer in writers.values():
         for exchanges in conversations:
-            example = example_of(exchanges, PAIRS, tokenizer, context)
+            example = encode_conversation(exchanges, PAIRS, tokenizer, context)
             if isinstance(example, Example):
                 writer.add_example(example.ids, example.segments, example.n_bytes, source=exchanges[0].instruction[:5])
         writer.close()
@@ -88,7 +88,7 @@ def test_packing_takes_the_fullest_bin_that_still_has_room():
 
 
 def test_examples_come_back_as_they_were_written(examples):
-    expected = [example_of(exchanges, PAIRS, TOKENIZER, 128) for exchanges in conversations()]
+    expected = [encode_conversation(exchanges, PAIRS, TOKENIZER, 128) for exchanges in conversations()]
     assert examples.n_examples == len(expected) == 16
     for number, want in enumerate(expected):
         found = examples.example(number)
@@ -154,10 +154,10 @@ def test_examples_of_a_packed_row_count_their_own_positions_and_padding_is_alone
     rows = ExampleRows(examples, 128, seed=0)
     assert rows.n_rows < 16
     for number in range(rows.n_rows):
-        batch = rows.of_bins([number], 1)
+        batch = rows.batch_of_bins([number], 1)
         lengths = [len(examples.example(i).ids) - 1 for i in rows.bins[number]]
         filled = sum(lengths)
-        assert batch.positions[0].tolist() == [p for n in lengths for p in range(n)] + [0] * (128 - filled)
+        assert batch.position_ids[0].tolist() == [p for n in lengths for p in range(n)] + [0] * (128 - filled)
         assert (batch.targets[0, filled:] == IGNORE).all()
         assert (batch.idx[0, filled:] != TOKENIZER.eos_id).all()
 
@@ -175,7 +175,7 @@ def test_padded_rows_are_of_like_lengths_and_as_wide_as_the_longest_wants(folder
     for epoch in range(3):
         for first in range(0, 16, 4):
             batch = rows.rows(epoch * 16 + first, 4)
-            assert batch.positions is None and batch.idx.shape[1] % 32 == 0
+            assert batch.position_ids is None and batch.idx.shape[1] % 32 == 0
             longest = max(int((t != IGNORE).nonzero()[0].max()) for t in batch.targets) + 1
             assert longest <= batch.idx.shape[1] < longest + 32
             places += batch.idx.size if epoch == 0 else 0
@@ -201,7 +201,7 @@ def test_batches_of_like_lengths_stay_whole_where_epochs_end_in_the_middle_of_on
 
 def test_what_packing_wastes_is_what_its_rows_leave_empty(examples):
     rows = ExampleRows(examples, 128, seed=0)
-    padding = sum((rows.of_bins([n], 1).positions[0, 1:] == 0).sum() for n in range(rows.n_rows))
+    padding = sum((rows.batch_of_bins([n], 1).position_ids[0, 1:] == 0).sum() for n in range(rows.n_rows))
     starts = sum(len(b) - 1 for b in rows.bins)
     assert rows.wasted == pytest.approx((padding - starts) / (128 * rows.n_rows))
 
@@ -231,9 +231,9 @@ def test_no_example_of_a_packed_row_sees_another(examples):
     cfg = ModelConfig(block_size=128, vocab_size=512, n_layer=2, n_head=2, n_embd=32)
     model, rows = build_model(cfg), ExampleRows(examples, 128, 0)
     number = next(n for n in range(rows.n_rows) if len(rows.bins[n]) > 1)
-    batch = rows.of_bins([number], 1)
-    idx, positions = torch.from_numpy(batch.idx), torch.from_numpy(batch.positions)
-    second = int((batch.positions[0] == 0).nonzero()[0][1])
+    batch = rows.batch_of_bins([number], 1)
+    idx, positions = torch.from_numpy(batch.idx), torch.from_numpy(batch.position_ids)
+    second = int((batch.position_ids[0] == 0).nonzero()[0][1])
     changed = idx.clone()
     changed[0, :second] = (changed[0, :second] + 1) % 512
     with torch.no_grad():
@@ -250,7 +250,7 @@ def assert_the_mask_holds(examples: Examples, context: int, n_rows: int) -> None
     )
     model, rows = build_model(cfg), ExampleRows(examples, context, 0)
     for number in range(min(n_rows, rows.n_rows)):
-        batch = rows.of_bins([number], 1)
+        batch = rows.batch_of_bins([number], 1)
         # by the segments alone: at which places the next token is one of a response
         reached = np.zeros(context, dtype=bool)
         at = 0
@@ -262,7 +262,9 @@ def assert_the_mask_holds(examples: Examples, context: int, n_rows: int) -> None
                 place += int(segment[RESPONSE])
             at = place
         assert ((batch.targets[0] != IGNORE) == reached).all()
-        logits = model(torch.from_numpy(batch.idx), None, torch.from_numpy(batch.positions)).detach().requires_grad_()
+        logits = (
+            model(torch.from_numpy(batch.idx), None, torch.from_numpy(batch.position_ids)).detach().requires_grad_()
+        )
         torch.nn.functional.cross_entropy(
             logits[0], torch.from_numpy(batch.targets[0]), ignore_index=IGNORE, reduction="sum"
         ).backward()
@@ -271,9 +273,9 @@ def assert_the_mask_holds(examples: Examples, context: int, n_rows: int) -> None
         assert (norms[torch.from_numpy(reached)] > 0).all()
         # and so with the project's own loss, by which the features would be trained
         features = (
-            model.hidden(torch.from_numpy(batch.idx), torch.from_numpy(batch.positions)).detach().requires_grad_()
+            model.hidden(torch.from_numpy(batch.idx), torch.from_numpy(batch.position_ids)).detach().requires_grad_()
         )
-        model.hidden = lambda idx, positions=None, features=features: features
+        model.hidden = lambda idx, position_ids=None, features=features: features
         model(torch.from_numpy(batch.idx), torch.from_numpy(batch.targets))[0].backward()
         del model.hidden
         assert (features.grad[0].abs().sum(-1)[~torch.from_numpy(reached)] == 0).all()
@@ -340,12 +342,12 @@ def test_documents_are_no_examples(folder, tmp_path):
     other.mkdir()
     for name in SplitInfo(**manifest["splits"]["train"]).files:
         (other / name).write_bytes((folder / name).read_bytes())
-    write_json(other / "manifest.json", sealed(manifest))
+    write_json(other / "manifest.json", with_checksum(manifest))
     with pytest.raises(DataError, match="must hold conversations, but holds documents"):
         Examples(other, "train")
 
 
 def test_the_transformers_backbone_is_evaluated_on_padded_rows(examples):
     cfg = ModelConfig(block_size=128, vocab_size=512, n_layer=1, n_head=2, n_embd=16)
-    assert all(b.positions is not None for b in examples.in_order(cfg, 4))
-    assert all(b.positions is None for b in examples.in_order(replace(cfg, backbone="transformers"), 4))
+    assert all(b.position_ids is not None for b in examples.in_order(cfg, 4))
+    assert all(b.position_ids is None for b in examples.in_order(replace(cfg, backbone="transformers"), 4))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from config import DataConfig
 from kindling.data.filters import (
     alphanumeric_share,
-    evidence_of_test,
-    first_refusal,
-    generated_mark,
+    first_failed_filter,
+    generated_file_reason,
     non_ascii_share,
     strip_header,
     syntax_error,
+    test_file_reason,
 )
 
 STRICT = DataConfig(
@@ -51,18 +51,18 @@ STRICT = DataConfig(
     ],
 )
 def test_each_filter_drops_what_it_should_by_its_name_and_says_the_value(text, rule, value):
-    drop = first_refusal(text, "a.py", "python", STRICT)
+    drop = first_failed_filter(text, "a.py", "python", STRICT)
     assert (None if drop is None else drop.rule) == rule
     assert drop is None or value in drop.value
 
 
 def test_by_default_nothing_is_dropped_but_what_is_broken():
-    assert first_refusal("// DO NOT EDIT\n" + "é" * 5000, "tests/test_a.c", "c", DataConfig()) is None
+    assert first_failed_filter("// DO NOT EDIT\n" + "é" * 5000, "tests/test_a.c", "c", DataConfig()) is None
 
 
 def test_only_python_is_compiled():
-    assert first_refusal("int main() { return 0; }\n", "a.c", "c", DataConfig()) is None
-    assert first_refusal("int main() { return 0; }\n", "a.py", "python", DataConfig()).rule == "syntax"
+    assert first_failed_filter("int main() { return 0; }\n", "a.c", "c", DataConfig()) is None
+    assert first_failed_filter("int main() { return 0; }\n", "a.py", "python", DataConfig()).rule == "syntax"
 
 
 @given(st.text())
@@ -94,7 +94,7 @@ def test_the_non_ascii_share_is_that_of_str_isascii(text):
     ],
 )
 def test_test_files_are_known_by_name_and_folder_and_not_by_words_that_begin_so(key, language, is_test):
-    assert bool(evidence_of_test("x = 1\n", key, language)) == is_test
+    assert bool(test_file_reason("x = 1\n", key, language)) == is_test
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_test_files_are_known_by_name_and_folder_and_not_by_words_that_begin_so(
     ],
 )
 def test_suites_of_test_classes_are_known_by_their_content(text, language, is_suite):
-    assert bool(evidence_of_test(text, "a.src", language)) == is_suite
+    assert bool(test_file_reason(text, "a.src", language)) == is_suite
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_suites_of_test_classes_are_known_by_their_content(text, language, is_su
     ],
 )
 def test_generated_files_are_known_by_a_comment_in_their_first_lines(text, is_generated):
-    assert bool(generated_mark(text, "python" if text.startswith(("#", '"')) else "c")) == is_generated
+    assert bool(generated_file_reason(text, "python" if text.startswith(("#", '"')) else "c")) == is_generated
 
 
 LICENCE = [f"line {i} of a licence" for i in range(25)]

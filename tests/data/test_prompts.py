@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import TokenizerConfig
-from kindling.data.prompts import Exchange, encode, marker_in, prompt_text
+from kindling.data.prompts import Exchange, encode, find_marker, prompt_text
 from kindling.tokenization.tokenizer import train_bpe
 
 TOKENIZER = train_bpe(
@@ -90,4 +90,4 @@ def test_the_beginning_token_stands_once_before_a_conversation():
     ],
 )
 def test_a_marker_at_the_start_of_a_line_of_a_response_is_found(template, response, marker):
-    assert marker_in(template, response) == marker
+    assert find_marker(template, response) == marker

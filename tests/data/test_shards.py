@@ -15,8 +15,8 @@ from kindling.data.shards import (
     SplitInfo,
     TokenDataset,
     blocks_in_order,
-    rows_of_rank,
-    sealed,
+    rank_rows,
+    with_checksum,
     write_manifest,
 )
 from kindling.files import write_json
@@ -70,7 +70,7 @@ def without_tables(folder: Path) -> None:
     for split, info in manifest["splits"].items():
         del info["table"]
         (folder / f"{split}-documents.npy").unlink()
-    write_json(folder / "manifest.json", sealed(manifest))
+    write_json(folder / "manifest.json", with_checksum(manifest))
 
 
 def test_a_folder_without_the_table_opens_and_its_documents_end_with_their_end_tokens(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_row_depends_on_seed_and_position_alone(position, count, seed):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_ranks_share_a_batch_without_overlap(world_size):
-    ranks = [rows_of_rank(40, 8, rank, world_size) for rank in range(world_size)]
+    ranks = [rank_rows(40, 8, rank, world_size) for rank in range(world_size)]
     assert [i for rows in ranks for i in rows] == list(range(40, 48))
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import assert_one_clear_line, script
 
 from config import DataConfig, SourceConfig
-from kindling.data.process_document import Examiner
+from kindling.data.process_document import DocumentProcessor
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.data.sources import documents, local_files
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_read_say_why_and_do_not_end_the_rest():
     ]
     Path("rows.jsonl").write_bytes(b"\n".join(rows))
     found = read(SourceConfig(kind="jsonl", path="rows.jsonl"))
-    drops = [Examiner(DataConfig())(d).drop for d in found]
+    drops = [DocumentProcessor(DataConfig())(d).drop for d in found]
     assert [d and d.rule for d in drops] == [None, *["unreadable"] * 4, "not UTF-8", "unreadable", None]
     for drop, word in zip(drops[1:5], ("not JSON", "not among other", "is a int", "must be an object")):
         assert word in drop.value
@@ -80,7 +80,7 @@ def test_the_documents_of_a_text_file_count_every_byte_but_the_separators():
     Path("a.txt").write_bytes(b"\n\nfirst \xff\n<end>\nsecond\n\n<end>\n")
     found = read(SourceConfig(kind="text", path="a.txt", separator="<end>"))
     assert sum(d.size for d in found) == Path("a.txt").stat().st_size - 2 * len("<end>")
-    examined = [Examiner(DataConfig())(d) for d in found]
+    examined = [DocumentProcessor(DataConfig())(d) for d in found]
     assert examined[1].text == "second" and examined[1].changes == (("newlines around it cut off", 3),)
     assert [e.drop and e.drop.rule for e in examined] == ["not UTF-8", None, "characters"]
 

@@ -9,8 +9,8 @@ from test_extraction import NASTY
 
 from config import EvalConfig
 from kindling.evaluation import check_correctness, tasks
-from kindling.evaluation.check_correctness import VERDICTS, Graded, grade, grade_all, judge
-from kindling.evaluation.samples import Chat, Sample
+from kindling.evaluation.check_correctness import VERDICTS, GradedSample, check_answers, grade, grade_samples
+from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import PROBLEMS, Problem, load
 from kindling.pool import Lost, map_jobs
 from kindling.sandbox.process import Limits
@@ -26,7 +26,7 @@ def sample(problem: Problem, number: int, text: str, cut_short: bool = False) ->
     return Sample(problem, number, text, [], cut_short, cropped=False)
 
 
-def graded(texts: list[tuple[Problem, str]], chat: bool) -> list[Graded]:
+def graded(texts: list[tuple[Problem, str]], chat: bool) -> list[GradedSample]:
     jobs = [sample(problem, 0, text) for problem, text in texts]
     grade_one = partial(grade, is_answer=chat, mode=MODE, limits=LIMITS)
     return list(map_jobs(grade_one, jobs, n_workers=2, limit_s=LIMIT_S))
@@ -34,7 +34,7 @@ def graded(texts: list[tuple[Problem, str]], chat: bool) -> list[Graded]:
 
 def failures(texts: list[tuple[Problem, str]], chat: bool) -> list[str]:
     results = zip(texts, graded(texts, chat))
-    return [f"{p.task_id}: {g}" for (p, _), g in results if not (isinstance(g, Graded) and g.verdict == "passed")]
+    return [f"{p.task_id}: {g}" for (p, _), g in results if not (isinstance(g, GradedSample) and g.verdict == "passed")]
 
 
 def completion(problem: Problem) -> str:
@@ -168,7 +168,7 @@ def test_verdicts_name_what_happened():
         "    return 'x' * 2**40\n": "memory",
         "    while True:\n        pass\n": "timeout",
     }.items():
-        verdict_of = judge(p, p.head + body, MODE, Limits(cpu_s=1, wall_s=20))
+        verdict_of = check_answers(p, p.head + body, MODE, Limits(cpu_s=1, wall_s=20))
         assert verdict_of.verdict == verdict, (body, verdict_of)
 
 
@@ -192,22 +192,22 @@ def test_each_text_is_judged_once_and_results_keep_their_order(monkeypatch):
 
     monkeypatch.setattr(check_correctness, "map_jobs", counted)
     told: list[int] = []
-    found = grade_all(written, None, MODE, EvalConfig(workers=2), told.append)
+    found = grade_samples(written, None, MODE, EvalConfig(workers=2), told.append)
     assert [g.verdict for g in found] == ["wrong", "exception", "passed", "wrong", "passed", "passed", "syntax"]
     assert len(jobs_seen) == 5 == sum(told)
 
 
 def test_answers_are_judged_as_answers():
     text = "```python\ndef add(a, b):\n    return a + b\n```"
-    (as_answer,) = grade_all([sample(OURS[0], 0, text)], Chat("alpaca", False), MODE, EvalConfig(workers=2))
-    (as_completion,) = grade_all([sample(OURS[0], 0, text)], None, MODE, EvalConfig(workers=2))
+    (as_answer,) = grade_samples([sample(OURS[0], 0, text)], ChatFormat("alpaca", False), MODE, EvalConfig(workers=2))
+    (as_completion,) = grade_samples([sample(OURS[0], 0, text)], None, MODE, EvalConfig(workers=2))
     assert (as_answer.verdict, as_completion.verdict) == ("passed", "syntax")
 
 
 def test_what_is_lost_while_it_is_judged_is_a_verdict(monkeypatch):
     lost = [Lost("timeout"), Lost("crash"), Lost("MemoryError: ")]
     monkeypatch.setattr(check_correctness, "map_jobs", lambda *_: iter(lost))
-    found = grade_all([sample(OURS[0], i, str(i)) for i in range(3)], None, MODE, EvalConfig(workers=2))
+    found = grade_samples([sample(OURS[0], i, str(i)) for i in range(3)], None, MODE, EvalConfig(workers=2))
     assert [g.verdict for g in found] == ["timeout", "exception", "exception"]
     assert [g.reason for g in found] == [f"while judging it: {one.reason}" for one in lost]
     assert not any(g.compiles or g.non_trivial for g in found)

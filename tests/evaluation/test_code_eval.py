@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from kindling.evaluation.check_correctness import Graded
+from kindling.evaluation.check_correctness import GradedSample
 from kindling.evaluation.code_eval import summary, syntax
 from kindling.evaluation.samples import Sample
 from kindling.evaluation.tasks import load
@@ -14,8 +14,8 @@ def sample(problem, number, text, cropped=False) -> Sample:
     return Sample(problem, number, text, [], False, cropped)
 
 
-def result(verdict, compiles=True, non_trivial=True) -> Graded:
-    return Graded("", verdict, "", compiles, non_trivial)
+def result(verdict, compiles=True, non_trivial=True) -> GradedSample:
+    return GradedSample("", verdict, "", compiles, non_trivial)
 
 
 def test_the_summary_of_a_benchmark_by_hand():

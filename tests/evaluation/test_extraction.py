@@ -9,7 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kindling.evaluation import extraction
-from kindling.evaluation.extraction import end_of_function, from_answer, from_completion, is_empty, is_trivial
+from kindling.evaluation.extraction import (
+    end_of_function,
+    extract_from_answer,
+    extract_from_completion,
+    is_empty,
+    is_trivial,
+)
 from kindling.evaluation.tasks import load
 from kindling.pool import Lost, map_jobs
 
@@ -49,8 +55,8 @@ def dump(text: str) -> str:
 )
 def test_a_continuation_ends_with_the_function(garbage):
     for head, body in ((HEAD, BODY), ("", FUNCTION), ("import os\n" + HEAD, "    # first\n" + BODY)):
-        assert dump(from_completion(head, body + garbage, "add")) == dump(head + body)
-        assert dump(from_completion(head, body + garbage, "add", cut_short=True)) == dump(head + body)
+        assert dump(extract_from_completion(head, body + garbage, "add")) == dump(head + body)
+        assert dump(extract_from_completion(head, body + garbage, "add", cut_short=True)) == dump(head + body)
 
 
 @pytest.mark.parametrize(
@@ -78,31 +84,34 @@ def test_a_continuation_ends_with_the_function(garbage):
 def test_strings_brackets_and_comments_may_reach_the_margin(body):
     head = "def add(a, b):\n"
     for garbage in ("x = 1\n", "def other():\n    pass\n", "", "}\n", '"""\n'):
-        assert from_completion(head, body + garbage, "add") == head + body
-        assert from_completion("", head + body + garbage, "add") == head + body
+        assert extract_from_completion(head, body + garbage, "add") == head + body
+        assert extract_from_completion("", head + body + garbage, "add") == head + body
     crlf = (head + body).replace("\n", "\r\n")
-    assert from_completion("", crlf + "x = 1\r\n", "add") == crlf
+    assert extract_from_completion("", crlf + "x = 1\r\n", "add") == crlf
 
 
 def test_the_asked_function_may_come_after_imports_constants_and_helpers():
     before = "import math\nfrom os import (\npath,\nsep)\nPI: float = 3\n\ndef helper(x):\n    return x\n\n\n"
     before += "class Node:\n    pass\n\n@cache\n"
-    assert from_completion("", before + FUNCTION + "print(1)\n", "add") == before + FUNCTION
-    assert from_completion("", before + "async  " + FUNCTION + "print(1)\n", "add") == before + "async  " + FUNCTION
+    assert extract_from_completion("", before + FUNCTION + "print(1)\n", "add") == before + FUNCTION
+    assert (
+        extract_from_completion("", before + "async  " + FUNCTION + "print(1)\n", "add")
+        == before + "async  " + FUNCTION
+    )
 
 
 def test_a_function_whose_name_begins_alike_is_another():
     before = "def address(a):\n    return a\n\n"
-    assert from_completion("", before + FUNCTION + "x\n", "add") == before + FUNCTION
+    assert extract_from_completion("", before + FUNCTION + "x\n", "add") == before + FUNCTION
 
 
 def test_helpers_behind_the_function_are_kept_if_it_uses_them():
     function = "def add(a, b):\n    return plus(a, Pair(b))\n\n"
     helpers = "def plus(a, b):\n    return a + deep(b)\n\nclass Pair:\n    pass\n\ndef deep(x):\n    return x\n\n"
     for garbage in ("", "def plus(a, b):\n    return 0\n", "def main():\n    print(1)\n", "print(1)\n", "de"):
-        assert from_completion("", function + helpers + garbage, "add") == function + helpers
+        assert extract_from_completion("", function + helpers + garbage, "add") == function + helpers
     other = "def main():\n    pass\n"
-    assert from_completion("", function + other + helpers, "add") == function
+    assert extract_from_completion("", function + other + helpers, "add") == function
 
 
 def test_half_a_helper_does_not_take_the_function_with_it():
@@ -113,7 +122,7 @@ def test_half_a_helper_does_not_take_the_function_with_it():
         "def plus(a, b):\n    return (",
         "def plus(a, b):\n    x = )\n\nx = 1\n",
     ):
-        assert from_completion("", function + half, "add") == function
+        assert extract_from_completion("", function + half, "add") == function
 
 
 def test_a_broken_function_is_not_mended():
@@ -125,38 +134,38 @@ def test_a_broken_function_is_not_mended():
         "    s = 'a\n",
         "    return '''\n",
     ):
-        program = from_completion(HEAD, broken + "\nprint(add(1, 2))\n\n\nx = 1\n", "add")
-        assert program.startswith(HEAD + broken) and extraction.parsed(program) is None
+        program = extract_from_completion(HEAD, broken + "\nprint(add(1, 2))\n\n\nx = 1\n", "add")
+        assert program.startswith(HEAD + broken) and extraction.parse_or_none(program) is None
 
 
 def test_a_continuation_that_begins_at_the_margin_is_no_body():
     for text in ("return a + b\n", "This function adds.\n"):
-        assert extraction.parsed(from_completion("def add(a, b):\n", text + "x = 1\n", "add")) is None
-    assert from_completion(HEAD, FUNCTION + "print(1)\n", "add") == HEAD + FUNCTION  # it begins anew
+        assert extraction.parse_or_none(extract_from_completion("def add(a, b):\n", text + "x = 1\n", "add")) is None
+    assert extract_from_completion(HEAD, FUNCTION + "print(1)\n", "add") == HEAD + FUNCTION  # it begins anew
 
 
 @pytest.mark.parametrize("text", ["", "\n", "   ", "\n\n   \n\t", "    "])
 def test_nothing_stays_nothing(text):
-    assert from_completion(HEAD, text, "add") == HEAD + text
-    assert is_trivial(from_completion(HEAD, text, "add", True), "add")
-    assert is_trivial(from_answer(HEAD, text, "add"), "add")
-    assert is_trivial(from_answer("def add(a):\n", text, "add"), "add")
-    assert is_trivial(from_answer("", text, "add"), "add")
+    assert extract_from_completion(HEAD, text, "add") == HEAD + text
+    assert is_trivial(extract_from_completion(HEAD, text, "add", True), "add")
+    assert is_trivial(extract_from_answer(HEAD, text, "add"), "add")
+    assert is_trivial(extract_from_answer("def add(a):\n", text, "add"), "add")
+    assert is_trivial(extract_from_answer("", text, "add"), "add")
 
 
 def test_half_a_last_line_is_left_out_only_if_it_must_be():
     half, whole = BODY + "    for x in (a,", BODY + "    ret"
-    assert from_completion(HEAD, half, "add", cut_short=True) == HEAD + BODY
-    assert from_completion(HEAD, half, "add") == HEAD + half
-    assert from_completion(HEAD, whole, "add", cut_short=True) == HEAD + whole
-    assert from_completion(HEAD, "    retu (", "add", cut_short=True) == HEAD + "    retu ("  # the only line
+    assert extract_from_completion(HEAD, half, "add", cut_short=True) == HEAD + BODY
+    assert extract_from_completion(HEAD, half, "add") == HEAD + half
+    assert extract_from_completion(HEAD, whole, "add", cut_short=True) == HEAD + whole
+    assert extract_from_completion(HEAD, "    retu (", "add", cut_short=True) == HEAD + "    retu ("  # the only line
     open_bracket = "    x = [\n    1,\n    2"
-    assert from_completion(HEAD, open_bracket, "add", cut_short=True) == HEAD + open_bracket
+    assert extract_from_completion(HEAD, open_bracket, "add", cut_short=True) == HEAD + open_bracket
 
 
 def test_without_a_name_there_is_no_end():
     assert end_of_function("x = 1\ny = 2\nz = 3\n", 0, "") is None
-    assert from_completion("", "x = 1\ny = 2\n", "") == "x = 1\ny = 2\n"
+    assert extract_from_completion("", "x = 1\ny = 2\n", "") == "x = 1\ny = 2\n"
 
 
 # -- properties
@@ -205,9 +214,9 @@ MARGIN = st.builds(
 def test_real_functions_come_back_exactly_whatever_follows(function, garbage):
     name, head, body = function
     garbage = garbage.replace("def f(", f"def not_{name}(")
-    assert from_completion(head, body + garbage, name) == head + body
-    assert from_completion("", head + body + garbage, name) == head + body
-    assert dump(from_answer("", f"Sure, here it is:\n\n{head}{body}\n{garbage}", name)) == dump(head + body)
+    assert extract_from_completion(head, body + garbage, name) == head + body
+    assert extract_from_completion("", head + body + garbage, name) == head + body
+    assert dump(extract_from_answer("", f"Sure, here it is:\n\n{head}{body}\n{garbage}", name)) == dump(head + body)
 
 
 def test_there_are_functions_to_try():
@@ -229,18 +238,18 @@ def test_once_the_function_is_over_more_text_changes_nothing(head, tokens, data)
     for n in range(len(text) + 1):
         end = end_of_function(head + text[:n], len(head), "add")
         if end is not None:
-            programs[from_completion(head, text[:n], "add")] = end
+            programs[extract_from_completion(head, text[:n], "add")] = end
         else:
             assert not programs, "what was over goes on"
     assert len(programs) <= 1
-    assert not programs or from_completion(head, text, "add", cut_short=True) in programs
+    assert not programs or extract_from_completion(head, text, "add", cut_short=True) in programs
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(["", HEAD]), st.lists(TOKENS, max_size=25), st.booleans())
 def test_a_program_is_the_beginning_of_what_was_written(head, tokens, cut_short):
     text = "".join(tokens)
-    program = from_completion(head, text, "add", cut_short)
+    program = extract_from_completion(head, text, "add", cut_short)
     assert (head + text).startswith(program) and program.startswith(head)
 
 
@@ -250,9 +259,9 @@ def test_a_program_is_the_beginning_of_what_was_written(head, tokens, cut_short)
     st.sampled_from([HEAD, "", "def add(a):\n", IMPORTS + HEAD]),
 )
 def test_no_answer_is_too_strange(text, head):
-    from_answer(head, text, "add")
-    from_answer(head, f"```python\n{text}\n```", "add", cut_short=True)
-    from_completion(head, text, "add", cut_short=True)
+    extract_from_answer(head, text, "add")
+    extract_from_answer(head, f"```python\n{text}\n```", "add", cut_short=True)
+    extract_from_completion(head, text, "add", cut_short=True)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +311,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize("head", [HEAD, IMPORTS + HEAD])
 def test_the_program_is_found_in_an_answer(head, answer):
-    program = from_answer(head, answer, "add")
+    program = extract_from_answer(head, answer, "add")
     scope: dict = {}
     exec(program, scope)
     assert scope["add"](2, 3) == 5
@@ -314,23 +323,23 @@ def test_the_program_is_found_in_an_answer(head, answer):
 
 def test_a_body_of_an_answer_is_as_written():
     body = '    if a:\n        text = """\none\n  two\n    \n"""\n        return text\n    return b\n'
-    assert from_answer(HEAD, body, "add") == HEAD + body
-    assert from_answer(HEAD, f"```python\n{body}```", "add") == HEAD + body
-    assert from_answer("def add(a, b):\n", body, "add") == "def add(a, b):\n" + body
+    assert extract_from_answer(HEAD, body, "add") == HEAD + body
+    assert extract_from_answer(HEAD, f"```python\n{body}```", "add") == HEAD + body
+    assert extract_from_answer("def add(a, b):\n", body, "add") == "def add(a, b):\n" + body
 
 
 def test_a_function_of_an_answer_is_as_written():
     code = 'import re\n\nPATTERN = re.compile("x")\n\n\n@cache\n'
     code += 'def add(a, b):\n    text = """\none\n   \n    ```\n"""\n    return text\n'
     for answer in (f"```python\n{code}```", f"Look:\n\n{code}\nDone.", code):
-        assert from_answer("", answer, "add") == code or from_answer("", answer, "add") == code + "\n"
+        assert extract_from_answer("", answer, "add") == code or extract_from_answer("", answer, "add") == code + "\n"
 
 
 def test_a_body_that_is_half_a_line_short_loses_that_line():
     for margin in ("    ", ""):
         answer = f"{margin}x = a + b\n{margin}return (x +"
-        assert from_answer(HEAD, answer, "add", cut_short=True) == HEAD + "    x = a + b\n"
-        assert extraction.parsed(from_answer(HEAD, answer, "add")) is None
+        assert extract_from_answer(HEAD, answer, "add", cut_short=True) == HEAD + "    x = a + b\n"
+        assert extraction.parse_or_none(extract_from_answer(HEAD, answer, "add")) is None
 
 
 def test_bodies_whose_first_line_opens_a_block_are_indented_rightly():
@@ -339,11 +348,13 @@ def test_bodies_whose_first_line_opens_a_block_are_indented_rightly():
         "for x in a:\n        b += x\n    return b",
         "    for x in a:\n        b += x\n    return b",
     ):
-        assert dump(from_answer(HEAD, body, "add")) == dump(HEAD + "    for x in a:\n        b += x\n    return b\n")
+        assert dump(extract_from_answer(HEAD, body, "add")) == dump(
+            HEAD + "    for x in a:\n        b += x\n    return b\n"
+        )
 
 
 def test_a_body_without_margin_that_is_broken_stays_broken():
-    assert extraction.parsed(from_answer(HEAD, "x = 1\nretrn x +\n", "add")) is None
+    assert extraction.parse_or_none(extract_from_answer(HEAD, "x = 1\nretrn x +\n", "add")) is None
 
 
 def test_imports_and_helpers_of_an_answer_are_kept_and_those_of_the_question_put_before():
@@ -351,12 +362,12 @@ def test_imports_and_helpers_of_an_answer_are_kept_and_those_of_the_question_put
     answer += "def add(a, b):\n    return later(helper(a)) + b\n\ndef later(x):\n    return x\n\nprint(1)\n"
     for text in (answer, f"```\n{answer}```"):
         scope: dict = {}
-        exec(from_answer(IMPORTS + HEAD, text, "add"), scope)
+        exec(extract_from_answer(IMPORTS + HEAD, text, "add"), scope)
         assert scope["add"](2, 3) == 5 and scope["half"](2) == 1
 
 
 def test_another_signature_is_the_models_choice():
-    program = from_answer(HEAD, "def add(*numbers: int) -> int:\n    return sum(numbers)\n", "add")
+    program = extract_from_answer(HEAD, "def add(*numbers: int) -> int:\n    return sum(numbers)\n", "add")
     assert program == "def add(*numbers: int) -> int:\n    return sum(numbers)\n"
 
 
@@ -365,18 +376,18 @@ def test_a_function_of_another_name_or_in_a_class_is_not_the_one_that_was_asked_
         "def plus(a, b):\n    return a + b\n",
         "class Solution:\n    def add(self, a, b):\n        return a + b\n",
     ):
-        program = from_answer(IMPORTS + HEAD, answer, "add")
+        program = extract_from_answer(IMPORTS + HEAD, answer, "add")
         assert program == IMPORTS + answer and is_trivial(program, "add")
 
 
 def test_a_fence_inside_a_docstring_is_no_block():
     answer = 'def add(a, b):\n    """Add.\n\n    ```python\n    add(1, 2)\n    ```\n    """\n    return a + b\n'
-    assert from_answer(HEAD, answer, "add") == answer
-    assert from_answer(HEAD, f"```python\n{answer}```\n", "add") == answer
+    assert extract_from_answer(HEAD, answer, "add") == answer
+    assert extract_from_answer(HEAD, f"```python\n{answer}```\n", "add") == answer
 
 
 def test_prose_alone_is_no_program():
-    assert extraction.parsed(from_answer(HEAD, "I cannot help with that.\n", "add")) is None
+    assert extraction.parse_or_none(extract_from_answer(HEAD, "I cannot help with that.\n", "add")) is None
 
 
 # -- every reference
@@ -387,10 +398,10 @@ def test_every_reference_survives_as_a_completion(ending):
     for p in REFERENCES:
         body = p.solution.removeprefix(p.prompt)
         body += "" if body.endswith("\n") else "\n"
-        assert dump(from_completion(p.head, body + ending, p.entry_point)) == dump(p.solution), p.task_id
+        assert dump(extract_from_completion(p.head, body + ending, p.entry_point)) == dump(p.solution), p.task_id
     for p in load("mbpp"):
         program = p.solution if p.solution.endswith("\n") else p.solution + "\n"
-        assert dump(from_completion("", program + ending, p.entry_point)) == dump(p.solution), p.task_id
+        assert dump(extract_from_completion("", program + ending, p.entry_point)) == dump(p.solution), p.task_id
 
 
 def test_every_reference_survives_as_an_answer():
@@ -406,11 +417,14 @@ def test_every_reference_survives_as_an_answer():
             "fenced": f"```\n{body}\n```",
         }
         for form, answer in bodies.items():
-            assert dump(from_answer(p.answer_head, answer, p.entry_point)) == dump(p.solution), (p.task_id, form)
+            assert dump(extract_from_answer(p.answer_head, answer, p.entry_point)) == dump(p.solution), (
+                p.task_id,
+                form,
+            )
         for answer in (f"```python\n{p.solution}\n```\nDone.", f"Here it is.\n\n{p.solution}"):
-            assert dump(from_answer(p.answer_head, answer, p.entry_point)) == dump(whole), p.task_id
+            assert dump(extract_from_answer(p.answer_head, answer, p.entry_point)) == dump(whole), p.task_id
     for p in load("mbpp"):
-        answer = from_answer(p.answer_head, f"Sure:\n```python\n{p.solution}\n```", p.entry_point)
+        answer = extract_from_answer(p.answer_head, f"Sure:\n```python\n{p.solution}\n```", p.entry_point)
         assert dump(answer) == dump(p.solution), p.task_id
 
 
@@ -485,10 +499,10 @@ NASTY = {
 
 def _extract(text: str, slot: int) -> tuple[str, ...]:
     programs = (
-        from_completion(HEAD, text, "add"),
-        from_completion(HEAD, "    " + text + "\nprint(1)\n", "add", True),
-        from_answer(HEAD, text, "add"),
-        from_answer("", f"```\n{FUNCTION}    {text}\n```", "add"),
+        extract_from_completion(HEAD, text, "add"),
+        extract_from_completion(HEAD, "    " + text + "\nprint(1)\n", "add", True),
+        extract_from_answer(HEAD, text, "add"),
+        extract_from_answer("", f"```\n{FUNCTION}    {text}\n```", "add"),
     )
     return tuple(str(is_trivial(p, "add")) for p in programs)
 

@@ -15,13 +15,22 @@ from config import ModelConfig, TokenizerConfig, TrainConfig
 from kindling import device
 from kindling.data.build import prepare
 from kindling.data.examples import Examples
-from kindling.data.shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, sealed, write_manifest
+from kindling.data.shards import (
+    SPLITS,
+    DataError,
+    PackedBlocks,
+    ShardWriter,
+    TokenDataset,
+    with_checksum,
+    write_manifest,
+)
 from kindling.errors import ConfigError
 from kindling.evaluation import perplexity
 from kindling.evaluation.perplexity import document_losses, text_losses
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.tokenization.tokenizer import train_bpe
+from kindling.training.loop import fit
 from kindling.training.trainer import Trainer
 from kindling.training.validation import validate
 from model import build_model
@@ -131,7 +140,7 @@ def test_a_stride_costs_as_many_rows_as_the_context_holds_strides(dataset):
     seen = []
     model, _ = model_of()
     hidden = model.hidden
-    model.hidden = lambda idx, positions=None: seen.append(idx) or hidden(idx, positions)
+    model.hidden = lambda idx, position_ids=None: seen.append(idx) or hidden(idx, position_ids)
     document_losses(model, dataset, RUNTIME, stride=4, batch_size=1)
     assert len(seen) == 1 + math.ceil((len(dataset) - 1 - T) / 4)
 
@@ -161,7 +170,7 @@ def test_a_mask_without_tokens_has_no_loss_and_no_division_by_nothing(dataset):
 def test_a_split_without_the_table_has_the_same_losses_but_no_languages(folder, dataset, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     del manifest["splits"]["val"]["table"]
-    write_json(tmp_path / "manifest.json", sealed(manifest))
+    write_json(tmp_path / "manifest.json", with_checksum(manifest))
     (tmp_path / "val-00000.npy").write_bytes((folder / "val-00000.npy").read_bytes())
     model, _ = model_of()
     new, old = (document_losses(model, d, RUNTIME) for d in (dataset, TokenDataset(tmp_path, "val")))
@@ -202,7 +211,7 @@ def test_a_real_run_is_evaluated_by_language_and_source_to_the_figures_of_its_va
     device.seed_all(0)
     rows = PackedBlocks(TokenDataset(folder, "train"), 32, 0)
     trainer = Trainer(cfg, run, build_model(cfg.model), rows, lambda m: {"val_loss": 1.0}, RUNTIME)
-    trainer.fit()
+    fit(trainer)
     heldout = run.heldout("val")
     expected, losses = validate(trainer.model, heldout, RUNTIME), document_losses(trainer.model, heldout, RUNTIME)
     for name, value in expected.items():

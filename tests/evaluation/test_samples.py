@@ -7,7 +7,14 @@ import torch
 from config import EvalConfig, ModelConfig, TokenizerConfig
 from kindling.data.prompts import ALPACA
 from kindling.evaluation import samples
-from kindling.evaluation.samples import Chat, Sample, joins_newlines, newline_tokens, prompt_ids, write
+from kindling.evaluation.samples import (
+    ChatFormat,
+    Sample,
+    merges_newline_with_indent,
+    newline_tokens,
+    prompt_ids,
+    write,
+)
 from kindling.evaluation.tasks import STOP, load
 from kindling.generation.decoding import stream_batch
 from kindling.generation.sampling import Sampling
@@ -55,7 +62,7 @@ class Scripted(LanguageModel):
 
 def scripted(tokenizer, problem, text, chat=None, n=1, progress=None, **settings) -> list[Sample]:
     cfg = replace(CFG, max_new_tokens=2000, **settings)
-    if chat is None and joins_newlines(tokenizer):
+    if chat is None and merges_newline_with_indent(tokenizer):
         text = "\n" + text
     return write(
         Scripted(tokenizer, prompt_ids(problem, tokenizer, chat), text), tokenizer, [(problem, n)], chat, cfg, progress
@@ -123,7 +130,9 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(model, tok
 
 @pytest.mark.parametrize("max_new_tokens", [80, 160, 5000])
 def test_at_most_half_of_the_context_is_kept_free_of_the_prompt(model, tokenizer, max_new_tokens):
-    (w,) = write(model, tokenizer, [(SHOTS[0], 1)], Chat("alpaca", False), replace(CFG, max_new_tokens=max_new_tokens))
+    (w,) = write(
+        model, tokenizer, [(SHOTS[0], 1)], ChatFormat("alpaca", False), replace(CFG, max_new_tokens=max_new_tokens)
+    )
     assert w.cropped and len(w.ids) <= 80 and w.cut_short == (len(w.ids) == 80)
 
 
@@ -165,7 +174,7 @@ def test_what_ends_an_example_is_code_elsewhere(tokenizer):
 
 def test_an_answer_goes_on_to_its_end(tokenizer):
     text = "Sure:\n```python\ndef add(a, b):\n    return a + b\n\nprint(1)\n```\nIt adds.\n" + "Really.\n" * 20
-    (w,) = scripted(tokenizer, GRADED[0], text, Chat("alpaca", False))
+    (w,) = scripted(tokenizer, GRADED[0], text, ChatFormat("alpaca", False))
     assert w.text == text
 
 
@@ -180,7 +189,7 @@ def test_progress_adds_up_to_the_samples(tokenizer, text):
 
 
 def test_a_base_model_is_given_the_prompt_alone_without_the_newline_that_it_writes_itself(tokenizer):
-    assert joins_newlines(tokenizer)
+    assert merges_newline_with_indent(tokenizer)
     for p in (GRADED[0], MBPP[0], SHOTS[0]):
         ids = prompt_ids(p, tokenizer, None)
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -191,7 +200,7 @@ def test_what_a_base_model_is_given_is_how_the_prompt_with_its_solution_begins(t
     spm = train_sentencepiece(
         [p.solution for p in GRADED], TokenizerConfig(kind="sentencepiece", unk_token="<unk>"), 600
     )
-    assert not joins_newlines(spm)
+    assert not merges_newline_with_indent(spm)
     for own in (tokenizer, spm):
         for p in GRADED:
             ids = [i for i in prompt_ids(p, own, None) if i != own.bos_id]
@@ -204,8 +213,8 @@ def test_tokens_that_begin_with_a_newline_are_known(tokenizer):
     assert not begins[-3:].any()
 
 
-def said(problem, tokenizer, template, mined) -> str:
-    ids = prompt_ids(problem, tokenizer, Chat(template, mined))
+def said(problem, tokenizer, template, docstring_format) -> str:
+    ids = prompt_ids(problem, tokenizer, ChatFormat(template, docstring_format))
     assert ids.count(tokenizer.bos_id) == (tokenizer.bos_id is not None)
     return "|".join(tokenizer.decode(part) for part in split(ids[tokenizer.bos_id is not None :], tokenizer.eos_id))
 

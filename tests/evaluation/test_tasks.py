@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import shared_file
 
-from kindling.data.docstrings import pairs_of
+from kindling.data.docstrings import mine_pairs
 from kindling.evaluation.tasks import FILES, MBPP_TEST, PROBLEMS, TaskError, load
 
 
@@ -209,7 +209,7 @@ def test_a_model_that_was_fine_tuned_on_docstrings_is_asked_in_their_form():
     for p in [*load("problems"), *load("humaneval")]:
         task, signature = p.mined_instruction.split("\n")
         assert task and ">>>" not in task and signature.startswith(f"def {p.entry_point}(") and signature.endswith(":")
-        pairs = [pair for pair in pairs_of(p.solution) if pair.name == p.entry_point]
+        pairs = [pair for pair in mine_pairs(p.solution) if pair.name == p.entry_point]
         if p.benchmark == "problems":
             assert [pair.instruction for pair in pairs] == [p.mined_instruction]
     for p in load("mbpp"):

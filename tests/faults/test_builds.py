@@ -21,7 +21,7 @@ def built(data: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for folder in folders for p in sorted(folder.iterdir())}
 
 
-def set_aside(place: Path) -> None:
+def keep_as_old(place: Path) -> None:
     """Move a whole build out of the way, so that the next start has to build."""
     for folder in (place / "data").glob("[!.]*"):
         folder.rename(place / f"done-{time.monotonic_ns()}")
@@ -60,7 +60,7 @@ def test_killed_builds_leave_nothing_and_are_built_again_to_the_same_bytes(work,
         whole_s = time.perf_counter() - started
         different += built(place / "data") != wanted
         for _ in range(KILLS):
-            set_aside(place)
+            keep_as_old(place)
             child = Forked("data_pipeline.py", argv, place)
             killed = child.kill_after(rng.uniform(0.1, 1.0) * whole_s)
             kills += killed
@@ -68,7 +68,7 @@ def test_killed_builds_leave_nothing_and_are_built_again_to_the_same_bytes(work,
             left = built(place / "data")
             half += bool(left) and left != wanted  # it may have been killed after the folder had its name
             alive += bool(survivors(child.pid))
-        set_aside(place)
+        keep_as_old(place)
         completed("data_pipeline.py", argv, place)
         different += built(place / "data") != wanted or bool(list((place / "data").glob(".*")))
     note = f"{KILLS} with one worker and {KILLS} with two, {late} of them just after the end; no worker outlived its parent"

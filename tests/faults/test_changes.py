@@ -16,7 +16,7 @@ import pytest
 from config import Config, ModelConfig
 from faults.runs import Forked, completed, flags, stopping_at
 from kindling.config_io import changed_fields
-from kindling.data.shards import sealed
+from kindling.data.shards import with_checksum
 from kindling.errors import KindlingError
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory
@@ -97,7 +97,7 @@ def test_every_changed_setting_is_refused_by_name_or_said(work, record, capsys):
                 silent += [] if field in str(e) else [field]
             else:
                 out = capsys.readouterr().out
-                says = f"note: {field} " in out and ("differs" in out or field in start_or_resume.HARMLESS)
+                says = f"note: {field} " in out and ("differs" in out or field in start_or_resume.KEEPS_EVERY_BIT)
                 outcome["said"] += says
                 silent += [] if says or field == "name" else [field]
                 outcome["another run"] += field == "name"
@@ -125,7 +125,7 @@ def words(field: str, value: Any) -> list[str]:
 def test_settings_that_are_called_harmless_change_no_bit(work, corpus, stopped, record):
     began, cfg, different = time.perf_counter(), RunDirectory(stopped).config(), []
     wanted = (work / "base.digest").read_text(encoding="utf-8")
-    for field in sorted(start_or_resume.HARMLESS):
+    for field in sorted(start_or_resume.KEEPS_EVERY_BIT):
         section, name = field.split(".")
         (_, value) = changed_fields(cfg, next(changed(cfg, section, name)))[field]
         copy = f"harmless-{name.replace('_', '-')}"
@@ -134,7 +134,7 @@ def test_settings_that_are_called_harmless_change_no_bit(work, corpus, stopped, 
         end = completed("main.py", [*given, *words(field, value)], work)
         assert f"note: {field} " in end.text and "resuming at step 7" in end.text, end.text
         different += [field] if end.digest != wanted else []
-    tried, note = len(start_or_resume.HARMLESS), ", ".join(sorted(start_or_resume.HARMLESS))
+    tried, note = len(start_or_resume.KEEPS_EVERY_BIT), ", ".join(sorted(start_or_resume.KEEPS_EVERY_BIT))
     record(
         "harmless setting on resume", tried, tried - len(different), len(different), time.perf_counter() - began, note
     )
@@ -186,7 +186,7 @@ def data_changed(place: Path) -> str:
     path = place / "runs/changed/data/manifest.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
-    write_json(path, sealed(content))
+    write_json(path, with_checksum(content))
     return "must be resumed on the data that it was started with"
 
 

@@ -26,7 +26,7 @@ from config import ModelConfig
 from faults.runs import Forked, flags
 from kindling.data.examples import Examples
 from kindling.data.ledger import read_documents
-from kindling.data.shards import DataError, sealed
+from kindling.data.shards import DataError, with_checksum
 from kindling.files import sha256_file, write_json
 from kindling.formats import gguf_format, hf_format
 from kindling.formats.model_card import _read_ledger
@@ -85,7 +85,7 @@ def reseal(path: Path) -> None:
                     entry["sha256"] = sha256_file(path)
         if path.name == "tokenizer.json":
             content["tokenizer_sha256"] = sha256_file(path)
-        write_json(manifest, sealed(content))
+        write_json(manifest, with_checksum(content))
 
 
 class Attacks:

@@ -18,12 +18,12 @@ from kindling.generation.completion import (
     answer,
     complete,
     complete_batch,
-    complete_end,
-    document_ids,
-    spellings_of,
+    complete_document,
+    encode_document,
+    token_spellings,
 )
 from kindling.generation.decoding import stream
-from kindling.generation.healing import take_back
+from kindling.generation.healing import split_for_healing
 from kindling.generation.sampling import GenerationError, Sampling
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, train_bpe, train_sentencepiece
 from model import GPT
@@ -91,8 +91,8 @@ def pieces_of(tokenizer, ids: Sequence[int]) -> list[str]:
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_the_pieces_of_random_ids_joined_are_the_whole_text(tokenizers, data):
-    tokenizer = data.draw(st.sampled_from(tokenizers))
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
+    tokenizer = data.sample_tokens(st.sampled_from(tokenizers))
+    ids = data.sample_tokens(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
 
 
@@ -226,8 +226,8 @@ def test_a_question_that_fills_the_context_is_refused_in_one_line(tokenizer, cap
 @settings(deadline=None, max_examples=40)
 @given(st.integers(20, 400), st.integers(1, 300), st.integers(1, 5), st.integers(0, 10**6))
 def test_prompt_and_answer_never_exceed_the_context(tokenizer, block_size, max_new_tokens, n, seed):
-    draw = random.Random(seed)
-    script = [draw.randrange(tokenizer.vocab_size) for _ in range(30)]
+    sample_tokens = random.Random(seed)
+    script = [sample_tokens.randrange(tokenizer.vocab_size) for _ in range(30)]
     model = Scripted(script, tokenizer.vocab_size, block_size)  # which asserts that no prompt is longer
     heard: list[str] = []
     sampling = Sampling(max_new_tokens=max_new_tokens)
@@ -291,7 +291,7 @@ def test_an_answer_ends_before_a_stop_string_and_is_not_cut(tokenizer):
 def test_a_batch_of_texts_is_what_each_prompt_gets_alone(model, tokenizer, stop):
     prompts = ["a", "b c", "\n", "add(a"]
     sampling = Sampling(temperature=1.0, top_k=None, max_new_tokens=7, stop=stop)
-    ids = [document_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [encode_document(tokenizer, prompt) for prompt in prompts]
     seeds = [3, 4, 5, 6]
     assert all(len(one) + 7 <= 16 for one in ids)
     got = dict(complete_batch(model, tokenizer, ids, seeds, sampling))
@@ -318,8 +318,8 @@ def test_a_batch_says_what_ended_each(model, tokenizer):
 class Liking(Scripted):
     """Likes each token better the earlier it is among its `ids`, whatever came before."""
 
-    def read(self, idx, cache):
-        super().read(idx, cache)
+    def forward_cached(self, idx, cache):
+        super().forward_cached(idx, cache)
         logits = torch.zeros(1, self.cfg.vocab_size)
         logits[0, self.script] = torch.arange(len(self.script), 0, -1.0)
         return logits  # (1, V)
@@ -331,9 +331,11 @@ def test_a_cut_inside_a_word_goes_on_with_the_rest_of_the_word():
     assert word not in tokenizer.encode("x ret"), "what no training text goes on with"
     model = Liking([word], tokenizer.vocab_size, 64)
     heard: list[str] = []
-    new = complete_end(model, tokenizer, "x ret", Sampling(greedy=True, max_new_tokens=1), heard.append)
+    new = complete_document(model, tokenizer, "x ret", Sampling(greedy=True, max_new_tokens=1), heard.append)
     assert new.text.startswith("urn") and "".join(heard) == new.text
-    assert complete_end(model, tokenizer, "x ret", Sampling(greedy=True, stop=("ret", "zz"))).text.startswith("urn ")
+    assert complete_document(model, tokenizer, "x ret", Sampling(greedy=True, stop=("ret", "zz"))).text.startswith(
+        "urn "
+    )
 
 
 @pytest.fixture(scope="module")
@@ -348,20 +350,20 @@ def test_what_is_taken_back_is_written_again_and_not_said_twice(drawn, tokenizer
     tokenizer, text = tokenizers[which], "x" + text
     if which == 1:
         text = " ".join(text.split())  # it holds no other spaces
-    ids = document_ids(tokenizer, text)
-    kept, healing = take_back(ids, spellings_of(tokenizer, drawn.cfg.vocab_size))
+    ids = encode_document(tokenizer, text)
+    kept, healing = split_for_healing(ids, token_spellings(tokenizer, drawn.cfg.vocab_size))
     assert tokenizer.decode(kept) + healing.text == tokenizer.decode(ids)
     sampling = Sampling(temperature=2.0, top_k=None, max_new_tokens=12, seed=seed)
     out = list(stream(drawn, kept, sampling, tokenizer.eos_id, healing.allowed))
     whole = tokenizer.decode(kept + out)
     assert whole.startswith(tokenizer.decode(ids))
-    new = complete_end(drawn, tokenizer, text, replace(sampling, max_new_tokens=12 - len(ids) + len(kept)))
+    new = complete_document(drawn, tokenizer, text, replace(sampling, max_new_tokens=12 - len(ids) + len(kept)))
     assert tokenizer.decode(ids) + new.text == whole
 
 
 def test_a_control_token_is_never_what_was_taken_back(tokenizer):
     model = Liking([tokenizer.bos_id, tokenizer.eos_id], tokenizer.vocab_size, 64)
-    new = complete_end(model, tokenizer, "x <", Sampling(greedy=True, max_new_tokens=9))
+    new = complete_document(model, tokenizer, "x <", Sampling(greedy=True, max_new_tokens=9))
     assert not new.text.startswith("s>") and not new.text.startswith("|endoftext|>")
 
 
@@ -369,7 +371,7 @@ def test_the_end_of_a_long_file_leaves_room_and_the_beginning_has_its_token(toke
     for text, max_new_tokens, n_read, n_new in (("b" * 10, 9, 11, 9), ("b" * 99, 9, 55, 9), ("b" * 99, 60, 32, 32)):
         model = says(tokenizer, "cd", block_size=64, eos=False)
         model.script = tokenizer.encode("b" * 3 + "cd" * 99)  # three are taken back
-        new = complete_end(model, tokenizer, text, Sampling(greedy=True, max_new_tokens=max_new_tokens))
+        new = complete_document(model, tokenizer, text, Sampling(greedy=True, max_new_tokens=max_new_tokens))
         assert len(model.contexts[0]) == n_read - 3 and len(model.contexts[-1]) < 64
         assert (model.contexts[0][0] == tokenizer.bos_id) == (len(text) == 10)
         assert len(new.text) == n_new and new.ended_by == ("limit" if n_new == max_new_tokens else "context")

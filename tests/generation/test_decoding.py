@@ -44,7 +44,7 @@ class Scripted(LanguageModel):
     def new_cache(self, n_rows):
         return Cache(self.cfg, n_rows, self.weight)
 
-    def read(self, idx, cache):
+    def forward_cached(self, idx, cache):
         before = self.contexts[-1] if int(cache.lengths) else []
         self.contexts.append(before + idx[0].tolist())
         cache.lengths += idx.shape[1]
@@ -128,9 +128,9 @@ def test_reading_in_pieces_and_token_by_token_gives_the_logits_of_the_whole(shap
     gpt = model.for_generation()
     cache = gpt.new_cache(3)
     for start, stop in ((0, 3), (3, 5)):
-        assert torch.allclose(gpt.read(idx[:, start:stop], cache), whole[:, stop - 1], atol=1e-4)
+        assert torch.allclose(gpt.forward_cached(idx[:, start:stop], cache), whole[:, stop - 1], atol=1e-4)
     for t in range(5, 16):
-        assert torch.allclose(gpt.read(idx[:, t : t + 1], cache), whole[:, t], atol=1e-4)
+        assert torch.allclose(gpt.forward_cached(idx[:, t : t + 1], cache), whole[:, t], atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,25 +2,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kindling.generation.healing import Healing, take_back, token_texts
+from kindling.generation.healing import Healing, split_for_healing, token_texts
 
 VOCABULARY = ["", "a", "b", "ab", "abc", " ", " →", "bc", "c"]
 
 
-def spelt(healing: Healing, draw) -> str:
+def spelt(healing: Healing, sample_tokens) -> str:
     """What comes of drawing from the allowed tokens until the text is spelt."""
     out: list[int] = []
     while (mask := healing.allowed(out)) is not None:
         allowed = [token for token, holds in enumerate(mask) if holds]
         assert allowed, (healing.text, out)
-        out.append(draw(allowed))
+        out.append(sample_tokens(allowed))
     return "".join(VOCABULARY[token] for token in out)
 
 
 @given(st.lists(st.integers(1, len(VOCABULARY) - 1), min_size=2, max_size=8), st.randoms())
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_drawn_there_is_a_next_token_and_it_spells_what_was_taken_back(ids, random):
-    kept, healing = take_back(ids, VOCABULARY)
+    kept, healing = split_for_healing(ids, VOCABULARY)
     assert (
         kept == ids[: max(1, len(ids) - 3)] and "".join(VOCABULARY[token] for token in ids[len(kept) :]) == healing.text
     )
@@ -40,7 +40,7 @@ def test_all_is_allowed_once_the_text_is_spelt_and_when_there_is_none():
 
 @pytest.mark.parametrize("ids", [[1], [0, 0, 0], [3, 0]])
 def test_a_first_token_and_those_without_a_text_are_never_taken_back(ids):
-    kept, healing = take_back(ids, VOCABULARY)
+    kept, healing = split_for_healing(ids, VOCABULARY)
     assert kept == ids and healing.text == ""
 
 

@@ -7,7 +7,7 @@ import torch
 from config import ModelConfig
 from kindling.errors import KindlingError
 from kindling.generation.decoding import stream
-from kindling.generation.inference import Int8Linear, ready
+from kindling.generation.inference import Int8Linear, prepare_for_inference
 from kindling.generation.sampling import Sampling
 from model import GPT, TransformersGPT2
 
@@ -36,9 +36,9 @@ def model_of(cfg: ModelConfig) -> GPT:
 def logits(model: GPT) -> torch.Tensor:
     """The logits after IDS, of which the last five were read one by one."""
     cache = model.new_cache(1)
-    model.read(IDS[:, :15], cache)
+    model.forward_cached(IDS[:, :15], cache)
     for i in range(15, 20):
-        out = model.read(IDS[:, i : i + 1], cache)
+        out = model.forward_cached(IDS[:, i : i + 1], cache)
     return out.float()
 
 
@@ -48,7 +48,7 @@ def test_the_logits_stay_within_what_the_precision_holds(shape, precision, toler
     model = model_of(SHAPES[shape])
     with torch.no_grad():
         expected = model(IDS)[:, -1]
-    found = logits(ready(model, precision))
+    found = logits(prepare_for_inference(model, precision))
     assert (found - expected).norm() < tolerance * expected.norm()
     assert precision == "fp32" or not torch.equal(found, expected)
 
@@ -56,25 +56,25 @@ def test_the_logits_stay_within_what_the_precision_holds(shape, precision, toler
 def test_float32_keeps_every_name_and_shape_and_the_tie():
     model = model_of(CFG)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ready(model, "fp32")
+    prepare_for_inference(model, "fp32")
     assert model.head.weight is model.wte.weight
     assert {name: p.shape for name, p in model.named_parameters()} == {name: p.shape for name, p in before.items()}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_tall_matrices_are_laid_out_by_columns_on_a_cpu():
-    model = ready(model_of(CFG), "fp32")
+    model = prepare_for_inference(model_of(CFG), "fp32")
     assert model.blocks[0].mlp.up.weight.stride() == (1, 256) and model.blocks[0].mlp.down.weight.is_contiguous()
 
 
 def test_rotary_angles_and_the_cache_stay_float32():
-    model = ready(model_of(SHAPES["llama"]), "bf16")
+    model = prepare_for_inference(model_of(SHAPES["llama"]), "bf16")
     assert model.rope_cos.dtype == torch.float32 and model.wte.weight.dtype == torch.bfloat16
     assert model.new_cache(1).keys.dtype == torch.float32
 
 
 def test_int8_replaces_every_linear_layer_and_takes_a_quarter_of_the_room():
-    model = ready(model_of(SHAPES["llama"]), "int8")
+    model = prepare_for_inference(model_of(SHAPES["llama"]), "int8")
     assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     layers = [m for m in model.modules() if isinstance(m, Int8Linear)]
     assert len(layers) == 2 * 5 + 1 and all(layer.weight.dtype == torch.int8 for layer in layers)
@@ -100,7 +100,7 @@ def test_an_int8_layer_of_any_width_is_right(width):
 
 def test_int8_on_another_device_is_refused():
     with pytest.raises(KindlingError, match=r"int8 must run on the CPU"):
-        ready(model_of(CFG).to("meta"), "int8")
+        prepare_for_inference(model_of(CFG).to("meta"), "int8")
 
 
 def test_a_transformers_backbone_is_copied_and_its_text_stays():
@@ -108,6 +108,6 @@ def test_a_transformers_backbone_is_copied_and_its_text_stays():
     backbone = TransformersGPT2(replace(CFG, backbone="transformers")).eval()
     before = copy.deepcopy(backbone.state_dict())
     greedy = Sampling(greedy=True, max_new_tokens=20)
-    text = list(stream(ready(backbone, "fp32"), IDS[0].tolist(), greedy, -1))
+    text = list(stream(prepare_for_inference(backbone, "fp32"), IDS[0].tolist(), greedy, -1))
     assert text == list(stream(backbone, IDS[0].tolist(), greedy, -1))
     assert all(torch.equal(p, before[name]) for name, p in backbone.state_dict().items())

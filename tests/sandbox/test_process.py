@@ -32,7 +32,7 @@ from kindling.pool import Lost, map_jobs
 from kindling.sandbox import bubblewrap, process, syscall_filter
 from kindling.sandbox import self_test as probing
 from kindling.sandbox.bubblewrap import SandboxError
-from kindling.sandbox.process import Limits, Program, ProgramError, Remote
+from kindling.sandbox.process import Limits, Program, ProgramError, RemoteObject
 from kindling.sandbox.self_test import self_test
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap (apt install bubblewrap)")
@@ -514,7 +514,7 @@ def test_an_object_stays_with_the_program_and_is_equal_to_nothing():
     source = "class Node:\n    def __init__(self, data):\n        self.data, self.left = data, None\ndef depth(n):\n"
     with Program(source + "    return 1 + depth(n.left) if n else 0", "none") as program:
         node = program.call("Node", 5)
-        assert type(node) is Remote and node.data == 5 and node.left is None
+        assert type(node) is RemoteObject and node.data == 5 and node.left is None
         node.left = program.call("Node", 6)
         assert program.call("depth", node) == 2 and node.left.data == 6
         assert node not in [1, node.left] and not node.__eq__(node)

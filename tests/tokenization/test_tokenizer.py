@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from config import TokenizerConfig
 from kindling.errors import ConfigError
 from kindling.tokenization.bpe import SYMBOLS
-from kindling.tokenization.compare import COMPARED, hold_out, read_documents
+from kindling.tokenization.compare import COMPARED, read_documents, split_held_out
 from kindling.tokenization.tokenizer import (
     Tokenizer,
     TokenizerError,
@@ -310,16 +310,16 @@ def test_documents_are_held_out_by_their_content_whatever_the_files_are_called(t
     (tmp_path / "src" / "again.py").write_bytes((tmp_path / "src" / "m3.py").read_bytes())
     documents, unreadable, cut = read_documents((tmp_path / "src",), 10**6)
     assert (len(documents), unreadable, cut) == (30, 1, False)
-    learnt, measured, _ = hold_out(documents)
+    learnt, measured, _ = split_held_out(documents)
     assert (len(learnt), len(measured)) == (24, 6) and not set(learnt) & set(measured)
     for file in sorted((tmp_path / "src").iterdir()):
         file.rename(file.with_name("x" + file.name))
-    assert hold_out(read_documents((tmp_path / "src",), 10**6)[0])[:2] == (learnt, measured)
+    assert split_held_out(read_documents((tmp_path / "src",), 10**6)[0])[:2] == (learnt, measured)
     assert read_documents((tmp_path / "src",), 300)[2]
 
 
 def test_a_control_token_that_a_text_spells_out_is_found_with_every_kind():
     for kind in ("bpe", "handwritten", "sentencepiece"):
         tokenizer = train(CODE, TokenizerConfig(kind=kind), 340)
-        assert tokenizer.spelt_control_token("a <|endoftext|> in a text") == "<|endoftext|>", kind
-        assert tokenizer.spelt_control_token("endoftext") is None
+        assert tokenizer.find_control_token_text("a <|endoftext|> in a text") == "<|endoftext|>", kind
+        assert tokenizer.find_control_token_text("endoftext") is None

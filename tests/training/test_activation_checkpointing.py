@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from config import IGNORE, ModelConfig
-from kindling.data.shards import document_positions
+from kindling.data.shards import document_position_ids
 from kindling.device import has_compiler
 from model import LanguageModel, build_model
 from presets import preset
@@ -39,7 +39,7 @@ def batch(cfg: ModelConfig, masked: bool) -> tuple[torch.Tensor, torch.Tensor, t
     idx[0, [7, 20]] = EOS
     targets = idx.roll(-1, 1)
     targets[:, -1] = IGNORE
-    return idx, targets, torch.from_numpy(document_positions(idx.numpy(), EOS)) if masked else None
+    return idx, targets, torch.from_numpy(document_position_ids(idx.numpy(), EOS)) if masked else None
 
 
 def step(model: LanguageModel, masked: bool = False, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
@@ -132,9 +132,9 @@ def test_compiled_blocks_give_the_same_gradients(name):
     cfg = MODELS[name]
     masked = cfg.backbone == "kindling"
     plain = build(cfg, False)
-    plain.compile_parts()
+    plain.enable_compile()
     expected = step(plain, masked)
     again = build(cfg, True)
-    again.compile_parts()
+    again.enable_compile()
     assert_same_bits(expected, step(again, masked))
     assert saved_bytes(again) < saved_bytes(plain)

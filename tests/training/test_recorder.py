@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_examples import PAIRS, TOKENIZER, conversations
 
 from kindling import files
-from kindling.data.conversations import Example, example_of
+from kindling.data.conversations import Example, encode_conversation
 from kindling.data.examples import ExampleRows, Examples, ExampleWriter
 from kindling.data.ledger import DOCUMENTS, DocumentLog, documents_within, locate, read_documents
 from kindling.data.shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, write_manifest
-from kindling.training.recorder import SKIPPED, FlightRecorder
+from kindling.training.recorder import SKIPPED, SkippedStepRecorder
 
 BLOCK = 16
 LENGTHS = [5, 1, 40, 16, 17, 2, 2, 2, 60, 9, 31]  # of the documents; the third and others are longer than a row
@@ -60,7 +60,7 @@ def examples(tmp_path_factory) -> Examples:
     folder = tmp_path_factory.mktemp("examples")
     log, writers = DocumentLog(folder), {split: ExampleWriter(folder, split, np.dtype("<u2")) for split in SPLITS}
     for number, exchanges in enumerate(conversations()):
-        example = example_of(exchanges, PAIRS, TOKENIZER, 128)
+        example = encode_conversation(exchanges, PAIRS, TOKENIZER, 128)
         assert isinstance(example, Example)
         for split, writer in writers.items():
             about = {"key": f"pairs.jsonl:{number}", "source": "pairs", "language": "python", "bytes": example.n_bytes}
@@ -76,7 +76,7 @@ def examples(tmp_path_factory) -> Examples:
 def recorded(path: Path, batches, first_row: int = 0, n_rows: int = 4, **numbers: float) -> dict:
     """Record a step, and return the newest line of the file. It must be standard JSON, without NaN."""
     numbers = {"loss": 1.5, "grad_norm": math.inf, "limit": 9.0} | numbers
-    FlightRecorder(path, batches).record(step=7, first_row=first_row, n_rows=n_rows, **numbers)
+    SkippedStepRecorder(path, batches).record(step=7, first_row=first_row, n_rows=n_rows, **numbers)
     text = (path / SKIPPED).read_text(encoding="utf-8")
     assert text.endswith("\n")
 
@@ -201,7 +201,7 @@ def test_lines_are_appended_also_after_a_resume(blocks, tmp_path):
 
 
 def test_nothing_is_written_before_a_step_is_skipped(blocks, tmp_path):
-    FlightRecorder(tmp_path, blocks)
+    SkippedStepRecorder(tmp_path, blocks)
     assert not (tmp_path / SKIPPED).exists()
 
 
@@ -263,7 +263,7 @@ def test_a_full_disk_is_a_warning_and_leaves_no_half_line(blocks, tmp_path, monk
             return getattr(self.file, name)
 
     monkeypatch.setattr(files, "open", Full, raising=False)
-    FlightRecorder(tmp_path, blocks).record(step=9, first_row=0, n_rows=2, loss=1.0, grad_norm=1.0, limit=0.5)
+    SkippedStepRecorder(tmp_path, blocks).record(step=9, first_row=0, n_rows=2, loss=1.0, grad_norm=1.0, limit=0.5)
     assert (tmp_path / SKIPPED).read_bytes() == before
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("warning: the skipped step 9 cannot be recorded") and "No space left" in said

@@ -14,7 +14,7 @@ from config import TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples
-from kindling.data.shards import TokenDataset, sealed
+from kindling.data.shards import TokenDataset, with_checksum
 from kindling.files import sha256_file, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
@@ -31,7 +31,7 @@ def test_documents_are_masked_from_each_other_where_the_model_says_so(corpus, tm
     cfg = replace(cfg, model=replace(cfg.model, document_mask=document_mask))
     dataset = TokenDataset(prepare(cfg), "train")
     for batch in (training_rows(cfg, dataset).rows(0, 2), next(iter(dataset.in_order(cfg.model, 2)))):
-        assert (batch.positions is not None) == document_mask
+        assert (batch.position_ids is not None) == document_mask
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -44,7 +44,7 @@ def test_examples_are_packed_or_padded_as_the_config_says(tmp_path, packing):
     rows = training_rows(cfg, examples)
     assert isinstance(rows, ExampleRows)
     assert (rows.packing, rows.batch_size, rows.seed, rows.block_size) == (packing, 4, cfg.train.seed, 128)
-    assert (rows.rows(0, 2).positions is not None) == packing
+    assert (rows.rows(0, 2).position_ids is not None) == packing
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     for split, info in manifest["splits"].items():
         del info["table"]
         (old / f"{split}-documents.npy").unlink()
-    write_json(old / "manifest.json", sealed(manifest))
+    write_json(old / "manifest.json", with_checksum(manifest))
     run = RunDirectory(tmp_path / "runs" / "old")
     run.create(cfg, old)
     assert run.heldout("val").documents is None
