@@ -85,9 +85,9 @@ class FlightRecorder:
 
 def _cut(row: int, split: str, tokens: range, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the documents of one range of a row, cut to the range. Without documents, return the range itself."""
-    out: list[dict[str, Any]] = []
+    out = []
     for line in lines or [{"start": tokens.start, "tokens": len(tokens)}]:
         start, stop = max(tokens.start, line["start"]), min(tokens.stop, line["start"] + line["tokens"])
-        names = {name: line[name] for name in ("key", "source", "language") if name in line}
+        names: dict[str, Any] = {name: line[name] for name in ("key", "source", "language") if name in line}
         out.append({"row": row, "at": f"{split}:{start}", "tokens": stop - start, **names})
     return out
