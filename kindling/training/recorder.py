@@ -78,6 +78,6 @@ def _cut(row: int, split: str, tokens: range, lines: list[dict[str, Any]]) -> li
     out = []
     for line in lines or [{"start": tokens.start, "tokens": len(tokens)}]:
         start, stop = max(tokens.start, line["start"]), min(tokens.stop, line["start"] + line["tokens"])
-        names = {name: line[name] for name in ("key", "source", "language") if name in line}
+        names: dict[str, Any] = {name: line[name] for name in ("key", "source", "language") if name in line}
         out.append({"row": row, "at": f"{split}:{start}", "tokens": stop - start, **names})
     return out

@@ -118,8 +118,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(corpus, tmp_path, m
     )
     with pytest.raises(
         TrainingError,
-        TrainingError,
-        match=r"but skipped 3: their loss or gradient was not finite, or a spike; go on with --train.precision fp32 or "
+        match=r"but skipped 3 \(loss or gradient not finite, or a gradient spike\); resume with --train.precision fp32 or "
         r"--train.spike-ratio 0, or start over",
     ):
         fit(trainer)
