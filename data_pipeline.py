@@ -22,7 +22,7 @@ from kindling.data.examples import open_split
 from kindling.data.explain import explain_path, locate_token
 from kindling.data.ledger import Ledger
 from kindling.data.shards import SPLITS
-from kindling.stopping import exit_on_terminate
+from kindling.stopping import exit_on_sigterm
 
 
 @dataclass
@@ -58,5 +58,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_terminate()
+    exit_on_sigterm()
     run_script(main)

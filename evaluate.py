@@ -115,7 +115,7 @@ def require(flags: Flags, run: RunDirectory) -> None:
 
 def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
     """Return the run that the flags name and its newest checkpoint. Raises what `require` raises."""
-    from kindling.runs.checkpoint import find_run, require_checkpoint
+    from kindling.runs.loading import find_run, require_checkpoint
 
     run = find_run(flags.run)
     require(flags, run)
@@ -253,7 +253,7 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
     """Print the results of runs side by side, and write them as Markdown into the first run."""
     from kindling.evaluation.compare_runs import compare
     from kindling.files import write_atomic
-    from kindling.runs.checkpoint import find_run
+    from kindling.runs.loading import find_run
 
     paths = [find_run(path).path for path in runs]
     text, markdown = compare(paths)
@@ -271,14 +271,14 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare evaluated runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.compare:
-        from kindling.distributed import require_one
+        from kindling.distributed import require_single_process
 
-        require_one("--compare")
+        require_single_process("--compare")
         side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
     from kindling.device import resolve
     from kindling.distributed import process_group
-    from kindling.runs.checkpoint import load_model
+    from kindling.runs.loading import load_model
 
     with process_group(flags.device) as world:
         run, checkpoint = world.on_main(lambda: chosen(flags))

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_cli(Flags, __doc__ or "", argv)
     import torch
 
-    from kindling.runs.checkpoint import find_run, load_model
+    from kindling.runs.loading import find_run, load_model
 
     if flags.type is not None and flags.to != "gguf":
         raise ExportError(f"--type must be left out with --to {flags.to}, but is {flags.type}; it is for --to gguf")

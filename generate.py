@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
     from kindling.device import resolve
     from kindling.generation.inference import prepare_for_inference
-    from kindling.runs.checkpoint import find_run, load_model
+    from kindling.runs.loading import find_run, load_model
 
     run = find_run(flags.run)
     if flags.chat:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import require_documents
-from kindling.stopping import exit_on_terminate
+from kindling.stopping import exit_on_sigterm
 
 if TYPE_CHECKING:
     from kindling.training.trainer import Trainer
@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     require_documents(flags.config)
     if flags.dry_run:
         from kindling import device
-        from kindling.distributed import require_one
+        from kindling.distributed import require_single_process
         from kindling.runs.checkpoint import RUNS, RunDirectory, step_of
         from kindling.training.dry_run import dry_run
         from kindling.training.start_or_resume import new_model
 
-        require_one("--dry-run")
+        require_single_process("--dry-run")
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
         saved = [] if flags.fresh else RunDirectory(RUNS / flags.config.run_name).checkpoints()
@@ -73,7 +73,7 @@ def samples(trainer: Trainer) -> str:
     from kindling.generation.completion import complete
     from kindling.generation.sampling import Sampling
 
-    tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
+    tokenizer, model = trainer.run.tokenizer(), trainer.unsharded_model().eval()
     out = []
     for seed, prompt in enumerate(trainer.train.sample_prompts):
         text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
@@ -82,5 +82,5 @@ def samples(trainer: Trainer) -> str:
 
 
 if __name__ == "__main__":
-    exit_on_terminate()
+    exit_on_sigterm()
     run_script(main)

@@ -200,17 +200,17 @@ class LanguageModel(nn.Module):
 
         Parameters keep their names, so checkpoints stay the same.
         """
-        for block in self.compilable():
+        for block in self.modules_to_compile():
             block.compile(dynamic=False)
         self._nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
 
     def disable_compile(self) -> None:
         """Undo `enable_compile`."""
-        for block in self.compilable():
+        for block in self.modules_to_compile():
             block._compiled_call_impl = None
         self._nll_and_grad = nll_and_grad
 
-    def compilable(self) -> list[nn.Module]:
+    def modules_to_compile(self) -> list[nn.Module]:
         """Return the repeated modules that are worth compiling."""
         raise NotImplementedError
 
@@ -341,7 +341,7 @@ class GPT(LanguageModel):
         self.train(was_training)
         return torch.stack(layers)  # (n_layer, B, n_head, T, T)
 
-    def compilable(self) -> list[nn.Module]:
+    def modules_to_compile(self) -> list[nn.Module]:
         return list(self.blocks)
 
 
@@ -380,7 +380,7 @@ class TransformersGPT2(LanguageModel):
         require_no_positions(position_ids)
         return gpt2_attention(self.gpt2, idx)
 
-    def compilable(self) -> list[nn.Module]:
+    def modules_to_compile(self) -> list[nn.Module]:
         return list(self.gpt2.transformer.h)
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
-from kindling.stopping import exit_on_terminate
+from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Flags:
 
 def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     """Return the flags, applied to the preset for the base run, and the base run."""
-    from kindling.runs.checkpoint import find_run
+    from kindling.runs.loading import find_run
 
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
     named = flags.base or flags.config.train.init_from
@@ -102,7 +102,7 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
-    from kindling.distributed import require_one
+    from kindling.distributed import require_single_process
     from kindling.runs.checkpoint import CheckpointError
     from kindling.training.stage import audit_examples, train_stage
     from kindling.training.start_or_resume import training_data, training_rows
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if flags.explain is None and not flags.audit:
         return train_stage(cfg, flags.fresh, report, base)
-    require_one("--audit" if flags.explain is None else "--explain")
+    require_single_process("--audit" if flags.explain is None else "--explain")
     tokenizer = base.tokenizer()
     dataset = training_data(cfg, None, tokenizer)
     if flags.explain is not None:
@@ -151,7 +151,7 @@ def samples(trainer: Trainer) -> str:
     from kindling.generation.completion import answer
     from kindling.generation.sampling import GenerationError, Sampling
 
-    tokenizer, model, out = trainer.run.tokenizer(), trainer.whole_model().eval(), []
+    tokenizer, model, out = trainer.run.tokenizer(), trainer.unsharded_model().eval(), []
     for seed, instruction in enumerate(trainer.train.sample_prompts):
         sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
         try:
@@ -176,7 +176,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
 
     heldout = trainer.run.heldout("val")
     assert isinstance(heldout, Examples)
-    tokenizer, model = trainer.run.tokenizer(), trainer.whole_model().eval()
+    tokenizer, model = trainer.run.tokenizer(), trainer.unsharded_model().eval()
     n = min(trainer.train.held_out_answers, heldout.n_examples)
     lines, stopped = [], 0
     for seed in tqdm(range(n), desc="answering held-out instructions", unit="answer", leave=False):
@@ -193,5 +193,5 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    exit_on_terminate()
+    exit_on_sigterm()
     run_script(main)

@@ -143,7 +143,7 @@ def compare(paths: list[Path]) -> None:
     from kindling.data.shards import read_manifest
     from kindling.plots.figures import compare_curves, png
     from kindling.plots.inspection import curves_of
-    from kindling.runs.checkpoint import find_run
+    from kindling.runs.loading import find_run
     from kindling.runs.metrics import read_metrics
 
     runs = [find_run(path) for path in paths]
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.device import resolve
     from kindling.plots.inspection import InspectedRun
     from kindling.plots.run_report import report_of
-    from kindling.runs.checkpoint import find_run, load_model
+    from kindling.runs.loading import find_run, load_model
 
     run = find_run(flags.run)
     given = require(flags, run)

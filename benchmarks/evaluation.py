@@ -43,7 +43,7 @@ def generation(path: str | None) -> dict[str, float]:
 
     from kindling.generation.decoding import stream_batch
     from kindling.generation.sampling import Sampling
-    from kindling.runs.checkpoint import find_run, load_model
+    from kindling.runs.loading import find_run, load_model
     from model import build_model
     from presets import preset
 

@@ -69,7 +69,7 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
         loss, _ = model(row[:, :-1], row[:, 1:])
         loss = loss / (WORLD * cfg.model.block_size)
         loss.backward()
-        norm = fsdp.whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.train.grad_clip))
+        norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), cfg.train.grad_clip))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -50,7 +50,7 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     @property
-    def product_dtype(self) -> torch.dtype:
+    def matmul_dtype(self) -> torch.dtype:
         """The type of products outside autocast that may lose precision: bfloat16 if `precision` is bf16, else float32."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
@@ -60,7 +60,7 @@ class Runtime:
         return self.device.type != "cpu"
 
     @property
-    def skips_steps(self) -> bool:
+    def supports_found_inf(self) -> bool:
         """Whether fused AdamW supports `found_inf` here, which skips a step that is not finite without waiting for the device."""
         return self.device.type in ("cpu", "cuda")
 
@@ -130,7 +130,7 @@ def has_compiler(kind: str) -> bool:
     return kind == "cpu" and any(shutil.which(name) for name in names if name)
 
 
-def trust_compiler() -> None:
+def skip_vector_isa_test() -> None:
     """Skip torch.compile's test builds of the CPU's vector instructions if the compiler is GCC 12 or newer, which has them all.
 
     The test builds take six seconds the first time, and one second at each start. Which instructions the CPU has is still

@@ -49,9 +49,9 @@ class World:
     size: int = 1
     local_rank: int = 0
     """The rank among those of the same machine."""
-    hosts: Any = None
+    cpu_group: Any = None
     """The process group for values on the CPU at each step; None if there is one rank."""
-    patient: Any = None
+    slow_group: Any = None
     """The process group with a long timeout, for slow work such as building data."""
 
     @property
@@ -67,17 +67,17 @@ class World:
         """Return the largest of the ranks' values, in float64."""
         return self._reduced(values, "MAX")
 
-    def _reduced(self, values: Sequence[float], how: str, patient: bool = False) -> list[float]:
+    def _reduced(self, values: Sequence[float], how: str, slow_group: bool = False) -> list[float]:
         if self.size == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=self.patient if patient else self.hosts)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=self.slow_group if slow_group else self.cpu_group)
         return tensor.tolist()
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """Replace a tensor on the device by its sum over the ranks, without waiting for a GPU."""
         if self.size > 1:
             import torch.distributed as dist
@@ -91,7 +91,7 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.hosts)
+        dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -105,7 +105,7 @@ class World:
             if self.main:
                 box = [True, work()]
         finally:
-            dist.broadcast_object_list(box, src=0, group=self.patient)
+            dist.broadcast_object_list(box, src=0, group=self.slow_group)
         if not box[0]:  # only other ranks come here: the main one has raised its error
             raise MainRankFailed
         return box[1]
@@ -127,7 +127,7 @@ class World:
                     result = work()
                 except BaseException as e:  # raised below, after the other ranks know
                     failed = e
-            if self._reduced([float(failed is not None)], "MAX", patient=True)[0]:
+            if self._reduced([float(failed is not None)], "MAX", slow_group=True)[0]:
                 raise MainRankFailed if failed is None else failed
         return result
 
@@ -164,12 +164,12 @@ def process_group(device: str = "auto") -> Iterator[World]:
         attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
-        hosts, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (STEP_LIMIT, PATIENCE))
+        cpu_group, slow_group = (dist.new_group(backend="gloo", timeout=limit) for limit in (STEP_LIMIT, PATIENCE))
     except (RuntimeError, ValueError) as e:
         raise WorldError(
             f"the ranks must reach each other, but did not ({_first_line(e)}); see docs/scale.md"
         ) from None
-    world = World(rank, size, local_rank, hosts, patient)
+    world = World(rank, size, local_rank, cpu_group, slow_group)
     with contextlib.ExitStack() as stack:
         if not world.main:
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -186,7 +186,7 @@ def process_group(device: str = "auto") -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def replicated(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model in torch's DistributedDataParallel, which averages gradients over the ranks in a backward pass."""
     from torch.nn.parallel import DistributedDataParallel
 
@@ -208,7 +208,7 @@ def _is_lost(error: RuntimeError) -> bool:
     )
 
 
-def require_one(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise WorldError if torchrun started several processes; `what` names the option that needs a single one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise WorldError(f"{what} must be run as one process, but torchrun started several; leave torchrun out")

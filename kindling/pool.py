@@ -3,7 +3,7 @@
     for result in map_jobs(function, jobs, n_workers=2, limit_s=30):
         ...
 
-A job that kills its process, or takes too long, gives a `Lost` instead of a result; the other jobs are not affected.
+A job that kills its process, or takes too long, gives a `FailedJob` instead of a result; the other jobs are not affected.
 Results come in the order of the jobs, with any number of workers. Made for jobs of milliseconds. The workers of the data
 pipeline, which share what is slow to load, are in data/workers.py.
 """
@@ -34,7 +34,7 @@ class PoolError(KindlingError):
 
 
 @dataclass(frozen=True)
-class Lost:
+class FailedJob:
     """A job without a result, and the reason: `timeout`, `crash`, or the error that it raised."""
 
     reason: str
@@ -59,7 +59,7 @@ def _work(pipe: Connection, slot: int) -> None:
         try:
             result = ForkingPickler.dumps(function(job, slot))
         except Exception as e:
-            result = ForkingPickler.dumps(Lost(one_line(e)))
+            result = ForkingPickler.dumps(FailedJob(one_line(e)))
         pipe.send_bytes(result)
 
 
@@ -114,14 +114,14 @@ class _Worker:
             self.pipe.send((function, job))
 
     def result(self) -> Any:
-        """Return the result that the process has sent, or a Lost."""
+        """Return the result that the process has sent, or a FailedJob."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             self.end()
-            return Lost("crash")
+            return FailedJob("crash")
         except Exception as e:  # a result that cannot be unpickled
-            return Lost(one_line(e))
+            return FailedJob(one_line(e))
 
     def end(self) -> None:
         self.process.kill()
@@ -132,7 +132,7 @@ class _Worker:
 def map_jobs(
     function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers: int, limit_s: float
 ) -> Generator[Any, None, None]:
-    """Yield `function(job, slot)` for each job in order, or a Lost; `slot` is the number of the worker.
+    """Yield `function(job, slot)` for each job in order, or a FailedJob; `slot` is the number of the worker.
 
     A new process must be able to import the function. Raises PoolError if a worker cannot start.
     """
@@ -171,7 +171,7 @@ def map_jobs(
                     done[worker.number] = worker.result()
                 elif now >= worker.deadline:
                     worker.end()
-                    done[worker.number] = Lost("timeout")
+                    done[worker.number] = FailedJob("timeout")
                 else:
                     continue
                 worker.number = None

@@ -39,6 +39,6 @@ class StopRequest:
         return 0 if self.signal is None else 128 + self.signal
 
 
-def exit_on_terminate() -> None:
+def exit_on_sigterm() -> None:
     """Turn SIGTERM into SystemExit, so that a script cleans up before it ends."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

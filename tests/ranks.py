@@ -15,7 +15,7 @@ from kindling.data.shards import Batch
 from kindling.device import Runtime, seed_all, seed_rank
 from kindling.distributed import SINGLE_PROCESS, World, process_group
 from kindling.runs.checkpoint import RunDirectory, load_state
-from kindling.runs.fsdp import whole
+from kindling.runs.fsdp import full_tensor
 from kindling.runs.metrics import read_metrics
 from kindling.training.loop import fit
 from kindling.training.trainer import Trainer
@@ -103,7 +103,7 @@ def resumed(folder: Path, world: World, **train) -> list[str]:
 def learned(trainer: Trainer) -> list[bytes]:
     """Return all that a step may change but the learning rates."""
     state = [t for o in trainer.optimizers for s in o.state.values() for t in s.values()]
-    return [whole(t.detach()).numpy().tobytes() for t in (*trainer.model.parameters(), *state)]
+    return [full_tensor(t.detach()).numpy().tobytes() for t in (*trainer.model.parameters(), *state)]
 
 
 def poisoned(folder: Path, world: World, **train) -> dict:

@@ -86,7 +86,7 @@ class Run:
             loss, _ = self.model(idx[part], targets[part], None if positions is None else positions[part])
             (loss / n_targets).backward()
             total += loss.detach() / n_targets
-        self.norm = float(fsdp.whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
+        self.norm = float(fsdp.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
         if self.world > 1:
             dist.all_reduce(total)
         return float(total)
@@ -125,7 +125,7 @@ def of_architecture(name: str, rank: int, folder: Path) -> dict:
     out["validation_loss"] = run.validate()  # leaves the root's parameters gathered
     run.save(folder / f"{name}-by-2")
     out["saved_digest"] = run.digest()
-    gathered = {n: fsdp.whole(p.detach()) for n, p in run.model.named_parameters()}
+    gathered = {n: fsdp.full_tensor(p.detach()) for n, p in run.model.named_parameters()}
     if rank == 0:
         torch.save(gathered, folder / f"{name}-gathered.pt")
     out["losses"] = losses + run.train(STEPS - SAVED_AT)

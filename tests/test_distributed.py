@@ -141,7 +141,7 @@ def test_a_batch_that_ranks_cannot_share_out_is_refused_in_a_line(tmp_path):
 
 
 def test_micro_batches_follow_from_the_number_of_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "replicated", lambda model, device: model)
+    monkeypatch.setattr(trainer, "wrap_ddp", lambda model, device: model)
     cfg = ranks.config(batch_size=24, micro_batch_size=8)
     shapes = [
         (t.rank_rows, t.micro_batch) for t in (ranks.trainer_of(cfg, tmp_path, World(0, n)) for n in (1, 2, 4, 8))

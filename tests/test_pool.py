@@ -12,7 +12,7 @@ from conftest import ROOT
 from jobs import double, explode, misbehave, raise_limit, slot_and_pid
 
 from kindling import pool
-from kindling.pool import Lost, PoolError, map_jobs
+from kindling.pool import FailedJob, PoolError, map_jobs
 
 LIMIT_S = 60
 DEADLINE_S = 120  # for what must come to pass, however busy the machine is
@@ -48,8 +48,8 @@ def test_slots_tell_the_workers_apart():
 def test_a_job_that_misbehaves_loses_only_itself():
     jobs = [1, "die", 2, "raise", 3, "leave", "exit", 4, "memory", 5, "lambda", 6, "poison", "deep", 7, "die"]
     results = list(map_jobs(misbehave, jobs, 2, LIMIT_S))
-    assert [r for r in results if not isinstance(r, Lost)] == [1, 2, 3, 4, 5, 6, 7]
-    lost = {job: result.reason for job, result in zip(jobs, results) if isinstance(result, Lost)}
+    assert [r for r in results if not isinstance(r, FailedJob)] == [1, 2, 3, 4, 5, 6, 7]
+    lost = {job: result.reason for job, result in zip(jobs, results) if isinstance(result, FailedJob)}
     assert lost["die"] == lost["leave"] == lost["exit"] == "crash"
     assert lost["raise"] == "ValueError: two\nlines"
     assert lost["memory"].startswith("MemoryError")
@@ -64,7 +64,7 @@ def test_a_job_that_hangs_is_ended_at_its_limit():
     # the limit is as long as a job that does nothing may take on a busy machine
     started = time.monotonic()
     results = list(map_jobs(misbehave, ["hang", 1, "sleep", 2], 2, 5))
-    assert results == [Lost("timeout"), 1, Lost("timeout"), 2]
+    assert results == [FailedJob("timeout"), 1, FailedJob("timeout"), 2]
     assert time.monotonic() - started < DEADLINE_S  # the jobs sleep for longer
 
 

@@ -20,7 +20,8 @@ from test_build import limited
 from config import TokenizerConfig
 from kindling.data.shards import TokenDataset, with_checksum
 from kindling.files import write_json
-from kindling.runs.checkpoint import RunDirectory, load_model
+from kindling.runs.checkpoint import RunDirectory
+from kindling.runs.loading import load_model
 from kindling.tokenization.tokenizer import train_bpe
 
 

@@ -67,7 +67,7 @@ def conversation_text(exchanges: tuple[Exchange, ...]) -> str:
     return "\n".join(part for e in exchanges for part in (e.instruction, e.input, e.response) if part)
 
 
-def normalized(exchanges: tuple[Exchange, ...], tokenizer: Tokenizer) -> tuple[Exchange, ...]:
+def normalize_exchanges(exchanges: tuple[Exchange, ...], tokenizer: Tokenizer) -> tuple[Exchange, ...]:
     """Return the exchanges with their texts normalised as the tokenizer does it; filters and hashes must use these."""
     if tokenizer.cfg.normalizer == "none":
         return exchanges
@@ -96,7 +96,7 @@ def encode_conversation(
 ) -> Example | Drop:
     """Encode a conversation as an example of at most `context` + 1 tokens, or return why it is dropped.
 
-    The conversation must be `normalized`, and `refusal` must have let it pass.
+    The conversation must come from `normalize_exchanges`, and `refusal` must have let it pass.
     """
     try:
         turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))

@@ -34,7 +34,7 @@ from kindling.data.parts import Plan, gather, make_plan, read_plan, require_part
 from kindling.data.shards import SPLITS, read_manifest
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError, require
-from kindling.stopping import exit_on_terminate
+from kindling.stopping import exit_on_sigterm
 
 
 @dataclasses.dataclass
@@ -195,5 +195,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_terminate()
+    exit_on_sigterm()
     run_script(main)

@@ -161,7 +161,7 @@ class Benchmarks:
         """Read the benchmarks: `humaneval`, `mbpp`, or files; raises BenchmarkError for one that cannot be read."""
         hashes: dict[int, list[str]] = {}
         self.n_problems = 0
-        self.lost: list[str] = []  # problems that are too short or too common to be recognised
+        self.undetectable: list[str] = []  # problems that are too short or too common to be recognised
         for name in names:
             for problem, text in _problems(benchmark_path(name)):
                 words = _WORD.findall(text.lower())
@@ -174,7 +174,7 @@ class Benchmarks:
                     hashes.setdefault(gram, []).append(problem)
                 self.n_problems += 1
                 if not len(grams):
-                    self.lost.append(problem)
+                    self.undetectable.append(problem)
         self._hashes = np.array(sorted(hashes), dtype=np.uint64)
         self._problems = [hashes[h] for h in self._hashes.tolist()]
         self._filter = np.zeros(2**FILTER_BITS, dtype=bool)  # of the high bits of the hashes; it ends most searches

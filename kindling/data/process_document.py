@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from config import DataConfig
-from kindling.data.conversations import conversation_text, encode_conversation, normalized, refusal
+from kindling.data.conversations import conversation_text, encode_conversation, normalize_exchanges, refusal
 from kindling.data.docstrings import Pair, mine_pairs
 from kindling.data.duplicates import Benchmarks, signature, word_hashes
 from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
@@ -156,7 +156,7 @@ class DocumentProcessor:
     def _examine_conversation(self, document: Document, out: ProcessedDocument) -> Drop | None:
         """Process a conversation: fill in `out`, and return why the document is dropped, or None."""
         assert self.tokenizer is not None, "examples are made with the tokenizer of the run that is fine-tuned"
-        exchanges = normalized(document.exchanges, self.tokenizer)
+        exchanges = normalize_exchanges(document.exchanges, self.tokenizer)
         text = conversation_text(exchanges)
         try:
             content = text.encode("utf-8")

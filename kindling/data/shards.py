@@ -262,8 +262,12 @@ class TokenDataset:
 class TrainingRows(Protocol):
     """Training rows, addressed by their position in the run: `PackedBlocks` and `ExampleRows`."""
 
-    dataset: TokenDataset
     n_rows: int  # of an epoch
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """The split that the rows are cut from."""
+        ...
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""

@@ -50,7 +50,7 @@ class WorkerPool:
         self._n_workers, self._examine = cfg.n_workers, examine or _examine_batch
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
         self._arguments = (cfg, benchmarks, context, tokenizer_cfg)
-        self.undetectable = [] if benchmarks is None else benchmarks.lost
+        self.undetectable = [] if benchmarks is None else benchmarks.undetectable
         self._generation = 0
         self._start()
 

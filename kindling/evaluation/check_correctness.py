@@ -21,7 +21,7 @@ from kindling.data.filters import syntax_error
 from kindling.evaluation.extraction import extract_from_answer, extract_from_completion, is_empty, is_trivial
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem
-from kindling.pool import Lost, map_jobs
+from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
 
@@ -70,7 +70,7 @@ def grade_samples(
     results: dict[tuple[str, str, str, bool], GradedSample] = {}
     jobs = map_jobs(grade_one, unique.values(), cfg.n_workers, limits.wall_s + START_S + 10)
     for (key, sample), result in zip(unique.items(), jobs):
-        if isinstance(result, Lost):  # the text, or an answer, killed the worker process
+        if isinstance(result, FailedJob):  # the text, or an answer, killed the worker process
             verdict = "timeout" if result.reason == "timeout" else "exception"
             result = GradedSample(sample.text, verdict, f"while judging it: {result.reason}", False, False)
         results[key] = result

@@ -21,7 +21,7 @@ from kindling.data.examples import PROMPT, RESPONSE, Examples
 from kindling.data.shards import LANGUAGE, TokenDataset
 from kindling.evaluation.extraction import ERRORS, extract_from_answer, parse_or_none
 from kindling.evaluation.tasks import Problem
-from kindling.pool import Lost, map_jobs
+from kindling.pool import FailedJob, map_jobs
 
 if TYPE_CHECKING:
     from kindling.tokenization.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def problems_from_documents(
     found = map_jobs(_signatures, _documents(dataset, tokenizer), n_workers, LIMIT_S)
     try:
         for signatures in found if n else ():
-            for name, line in [] if isinstance(signatures, Lost) else signatures:
+            for name, line in [] if isinstance(signatures, FailedJob) else signatures:
                 problem = _problem(FUNCTIONS, name, f"{line}\n", f"{line}\n")
                 if problem.task_id not in problems and len(problems) < n:
                     problems[problem.task_id] = problem

@@ -216,7 +216,7 @@ def benchmark_hits(
     """
     benchmarks = {name: Benchmarks((name,)) for name in names}
     any_of_them = Benchmarks(names)  # a single search is enough for most documents, which have no hit
-    hits = Hits({name: BenchmarkHits(b.n_problems, b.lost) for name, b in benchmarks.items()}, 0, len(dataset))
+    hits = Hits({name: BenchmarkHits(b.n_problems, b.undetectable) for name, b in benchmarks.items()}, 0, len(dataset))
     for start, stop in pieces(len(dataset), max_tokens):
         for documents in _documents(dataset, start, stop):
             texts = tokenizer.decode_batch([ids for _, ids in documents])
@@ -243,7 +243,7 @@ def _contamination(hits: Hits, files: dict[str, str]) -> dict[str, Any]:
                 f"{problem} in {hit.documents:,} documents, the first at token {hit.position:,}: {hit.words!r}"
                 for problem, hit in sorted(found.hits.items())
             ],
-            "too_short": len(found.lost),
+            "too_short": len(found.undetectable),
         }
     return out
 

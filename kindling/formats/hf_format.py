@@ -28,11 +28,11 @@ from kindling.formats.hf_layout import (
     OWN,
     HubFormatError,
     architecture,
-    as_it_was,
     hub_config,
     hub_weights,
     our_config,
     our_weights,
+    restore_config,
 )
 from kindling.formats.parity import Difference, compare
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -170,7 +170,7 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if OWN not in content:
         return cfg, weights
     try:
-        return as_it_was(cfg, content[OWN], weights)
+        return restore_config(cfg, content[OWN], weights)
     except Exception as e:  # wrong types, unknown names or impossible values
         raise HubFormatError(
             f'{path} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'

@@ -79,7 +79,7 @@ class HubFormatError(KindlingError):
     """A model that the format cannot hold, or a folder that Kindling cannot read."""
 
 
-def obstacles(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
+def unsupported_settings(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
     """Return the settings that the stock class does not support, such as "model.head_bias=True"."""
     found = [f for f, held in STOCK[name].items() if getattr(cfg, f) not in held]
     if name == "gpt2" and cfg.kv_heads != cfg.n_head:
@@ -89,9 +89,9 @@ def obstacles(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
 
 def architecture(cfg: ModelConfig) -> Architecture:
     """Return the stock class that computes exactly the model of `cfg`, else "kindling", whose file supports every shape."""
-    if not obstacles(cfg, "gpt2"):
+    if not unsupported_settings(cfg, "gpt2"):
         return "gpt2"
-    return "kindling" if obstacles(cfg, "llama") else "llama"
+    return "kindling" if unsupported_settings(cfg, "llama") else "llama"
 
 
 MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
@@ -294,7 +294,7 @@ def _of_llama(theirs: LlamaConfig) -> ModelConfig:
     )  # fmt: skip
 
 
-def as_it_was(
+def restore_config(
     cfg: ModelConfig, kept: dict[str, Any], weights: dict[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return config and weights as they were before they were written, if `kept`, our config of that time, still fits.

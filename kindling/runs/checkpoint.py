@@ -28,12 +28,11 @@ from kindling.config_io import from_yaml, to_yaml
 from kindling.data.examples import open_split
 from kindling.data.shards import SplitInfo, TokenDataset, checksum_matches, read_manifest, with_checksum
 from kindling.distributed import SINGLE_PROCESS, MainRankFailed, World
-from kindling.errors import KindlingError, one_line
+from kindling.errors import one_line
 from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
 from kindling.runs import fsdp
 from kindling.runs.fsdp import CheckpointError
 from kindling.tokenization.tokenizer import Tokenizer, load_json
-from model import LanguageModel, build_model
 
 RUNS = Path("runs")
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -328,14 +327,14 @@ def weights_sha256(folder: Path) -> str:
     return sha256_text("".join(parts))
 
 
-def in_parts(folder: Path) -> bool:
+def is_sharded_checkpoint(folder: Path) -> bool:
     """Return whether a checkpoint is sharded: weights and optimiser state in parts."""
     return (folder / SHARDED).is_dir()
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a verified checkpoint's weights into the model. Raises CheckpointError unless names and shapes match."""
-    if in_parts(folder):
+    if is_sharded_checkpoint(folder):
         load_sharded(folder, model)
         return
     from safetensors import SafetensorError
@@ -385,52 +384,3 @@ def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
             f"{folder / STATE} must hold tensors and plain values only, but does not ({one_line(e, 120)}); "
             f"delete {folder} to fall back to the checkpoint before, or start over with --fresh"
         ) from None
-
-
-def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
-    """Return the run at `path`, a folder or a name under runs/. None: the newest run, or the newest pre-trained one."""
-    if path is None:
-        found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
-        if pretrained:
-            found = [folder for folder in found if _is_pretrained(folder)]
-        if not found:
-            raise CheckpointError(
-                f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS}/, but there is none; "
-                f"train one with `python main.py`"
-            )
-        return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
-    for candidate in (path, RUNS / path):
-        if (candidate / "config.yaml").is_file():
-            return RunDirectory(candidate)
-    names = ", ".join(sorted(str(p.parent) for p in RUNS.glob("*/config.yaml"))) or "none"
-    raise CheckpointError(f"{path} must be the folder of a run, with a config.yaml, but is not; there are: {names}")
-
-
-def _is_pretrained(folder: Path) -> bool:
-    """Return whether a run was trained on documents. If its config cannot be read, warn and return False."""
-    try:
-        return not RunDirectory(folder).config().data.instructions
-    except KindlingError as e:
-        print(f"warning: {e}; {folder} is ignored", file=sys.stderr)
-        return False
-
-
-def require_checkpoint(run: RunDirectory) -> Path:
-    """Return the folder of a run's newest whole checkpoint. Raises CheckpointError if there is none."""
-    folder = run.newest()
-    if folder is None:
-        cfg = run.config()
-        command = f"sft_train.py {cfg.train.init_from}" if cfg.data.instructions else "main.py"
-        raise CheckpointError(
-            f"{run.path} must have a checkpoint, but has none yet; "
-            f"train on with `python {command} --preset {cfg.preset} --name {run.path.name}`"
-        )
-    return folder
-
-
-def load_model(run: RunDirectory, device: torch.device, folder: Path | None = None) -> tuple[LanguageModel, Path]:
-    """Return the model of a verified checkpoint, ready for inference, and its folder. Default: the newest whole one."""
-    folder = folder or require_checkpoint(run)
-    model = build_model(run.config().model)
-    load_weights(folder, model)
-    return model.to(device).eval(), folder

@@ -67,7 +67,7 @@ def shard(model: LanguageModel, mesh_size: int, param_dtype: torch.dtype | None)
     mesh = init_device_mesh(next(model.parameters()).device.type, (mesh_size,))
     # inputs are not cast: they include RoPE's tables, and bfloat16 is too coarse for their angles
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.compilable():
+    for block in model.modules_to_compile():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
@@ -98,7 +98,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor gathered from all processes, which must all call this; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -112,7 +112,7 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            tensor = whole(value.detach()).cpu().contiguous()
+            tensor = full_tensor(value.detach()).cpu().contiguous()
             result.update(str((tensor.dtype, tuple(tensor.shape))).encode())
             result.update(tensor.view(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, dict):

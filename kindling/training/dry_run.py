@@ -77,7 +77,7 @@ class Sweep:
         return min(self.measured, key=self.step_s)
 
 
-class Noise:
+class RandomRows:
     """Rows of random tokens."""
 
     n_rows = 1
@@ -105,7 +105,7 @@ class Noise:
 def trainer_of(micro_batch: int, cfg: Config, model: LanguageModel, runtime: Runtime) -> Trainer:
     """Return a trainer on random tokens. Its step is one micro-batch, and it writes nothing."""
     cfg = replace(cfg, train=replace(cfg.train, batch_size=micro_batch, micro_batch_size=None))
-    return Trainer(cfg, RunDirectory(Path(os.devnull)), model, Noise(cfg.model), lambda _: {}, runtime)
+    return Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), lambda _: {}, runtime)
 
 
 def seconds_of(work: Callable[[], Any], runtime: Runtime, deadline: float) -> float:

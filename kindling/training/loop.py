@@ -38,7 +38,7 @@ def fit(trainer: Trainer) -> int:
     save fails.
     """
     trainer.model.train()
-    warm_up(trainer)
+    compile_and_prepare(trainer)
     state, main = trainer.state, trainer.world.main
     with (
         StopRequest() as stop,
@@ -49,7 +49,7 @@ def fit(trainer: Trainer) -> int:
     return stop.exit_code
 
 
-def warm_up(trainer: Trainer) -> None:
+def compile_and_prepare(trainer: Trainer) -> None:
     """Compile if it pays, run one pass for DDP, and print what changed in the environment of a resumed run."""
     wanted = wants_compile(trainer.cfg, trainer.model, trainer.runtime, trainer.state.elapsed_s)
     if not trainer.world.max([float(not wanted)])[0]:  # only if all ranks want it: a machine may have no compiler
@@ -80,10 +80,10 @@ class TrainingLoop:
         trainer = self.trainer
         if trainer.state.step == 0 and self.train.init_from is not None:
             trainer.state.first_eval = self.evaluate()
-        stopping = self.agree()  # for the elapsed time: compiling takes longer on some ranks
-        while self.goes_on() and not stopping:
+        stopping = self.sync_signal_and_clock()  # for the elapsed time: compiling takes longer on some ranks
+        while self.has_next_step() and not stopping:
             seconds = self.step()
-            stopping = self.agree()
+            stopping = self.sync_signal_and_clock()
             self.bar.advance(seconds)
             if self.finished() or stopping or trainer.pending_rollback:
                 self.finish_launched()
@@ -103,7 +103,7 @@ class TrainingLoop:
                 trainer.state.best = best_on_disk
         if stopping and self.saved_step != trainer.state.step:
             trainer.save(required=True)
-        self.stop.signal = self.agree() or None  # a signal may have arrived meanwhile
+        self.stop.signal = self.sync_signal_and_clock() or None  # a signal may have arrived meanwhile
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class TrainingLoop:
         """Return whether all steps are done, or all minutes are over."""
         return self.trainer.share() >= 1
 
-    def goes_on(self) -> bool:
+    def has_next_step(self) -> bool:
         """Return whether to do another step. With `max_minutes` a session does at least one, to end annealed and saved."""
         overdue = self.train.max_minutes is not None and self.trainer.state.step == self.first_step
         return not self.finished() or overdue
@@ -130,7 +130,7 @@ class TrainingLoop:
         wanted = self.due(self.train.save_every) or improved
         return self.finished() or (wanted and not self.trainer.state.skipped_in_a_row)
 
-    def agree(self) -> int:
+    def sync_signal_and_clock(self) -> int:
         """Return the signal that any rank has received, or 0. Set the elapsed time of all ranks to the main rank's."""
         world, state = self.trainer.world, self.trainer.state
         number, elapsed_s = world.max([self.stop.signal or 0, state.elapsed_s if world.main else 0.0])
@@ -185,7 +185,7 @@ class TrainingLoop:
             state.step,
             tokens=state.step * self.train.batch_size * trainer.cfg.model.block_size,
             loss=mean,
-            lr=self.train.lr * trainer.rate_scale,
+            lr=self.train.lr * trainer.lr_scale,
             grad_norm=window.norm,
             tokens_per_s=rate,
             elapsed_s=state.elapsed_s,

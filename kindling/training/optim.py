@@ -131,7 +131,7 @@ def make_optimizers(model: LanguageModel, cfg: TrainConfig, dtype: torch.dtype) 
     Embeddings and head may have learning rates of their own. A tied head counts as an embedding. Only matrices have weight
     decay. Each group keeps its peak rate as `peak_lr`. Muon computes its products in `dtype`.
     """
-    inside = {id(p) for part in model.compilable() for p in part.parameters()}
+    inside = {id(p) for part in model.modules_to_compile() for p in part.parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, bool], list[Tensor]] = defaultdict(list)  # by rate, and whether it is a matrix
     hidden: list[Tensor] = []

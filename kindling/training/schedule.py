@@ -9,7 +9,7 @@ from config import TrainConfig
 LONGEST_WARMUP = 0.1  # as a fraction of `max_minutes`
 
 
-def share_done(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
+def fraction_done(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
     """Return the fraction of the run that is done, 0 to 1: of its minutes if `max_minutes` is set, else of its steps."""
     if cfg.max_minutes is not None:
         return min(1.0, elapsed_s / (60 * cfg.max_minutes))
@@ -26,7 +26,7 @@ def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
     """
     warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     if cfg.max_minutes is not None:
-        progress = share_done(step, elapsed_s, cfg)
+        progress = fraction_done(step, elapsed_s, cfg)
         return min(max(warmup, min(1.0, progress / LONGEST_WARMUP)), _decay(progress, cfg))
     if step < cfg.warmup_steps:
         return warmup

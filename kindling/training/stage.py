@@ -18,7 +18,7 @@ from kindling.distributed import process_group
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.loop import fit
-from kindling.training.start_or_resume import locked, start_or_resume, training_data, training_rows
+from kindling.training.start_or_resume import lock_run, start_or_resume, training_data, training_rows
 from kindling.training.trainer import Trainer
 
 
@@ -33,7 +33,7 @@ def train_stage(
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
     tokenizer = None if base is None else base.tokenizer()
-    with process_group(cfg.train.device) as world, locked(cfg, run, fresh, world) as resuming:
+    with process_group(cfg.train.device) as world, lock_run(cfg, run, fresh, world) as resuming:
         dataset = world.main_first(lambda: training_data(cfg, run if resuming else None, tokenizer))
         rows = training_rows(cfg, dataset)
         if tokenizer is not None:
@@ -45,7 +45,7 @@ def train_stage(
         digest = trainer.digest()
         if world.main:
             commands = report(trainer)
-            print(effort(trainer, digest, time.perf_counter() - started))
+            print(summary_line(trainer, digest, time.perf_counter() - started))
             print(f"results in {run.path}; next: " + "\n        or: ".join(commands))
     return 0
 
@@ -107,7 +107,7 @@ def train_to_end(trainer: Trainer) -> int:
     return 0
 
 
-def effort(trainer: Trainer, digest: str, seconds: float) -> str:
+def summary_line(trainer: Trainer, digest: str, seconds: float) -> str:
     """Return the line with the time of training, the `seconds` of the whole stage, skipped steps, and the state's digest."""
     state = trainer.state
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""

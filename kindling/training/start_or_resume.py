@@ -27,9 +27,10 @@ from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
-from kindling.runs.checkpoint import CheckpointError, RunDirectory, find_run, load_state, load_weights, weights_sha256
+from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, weights_sha256
+from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
-from kindling.training.trainer import Trainer, require_shareable
+from kindling.training.trainer import Trainer, require_divisible_batch
 from kindling.training.validation import validate
 from model import LanguageModel, build_model
 
@@ -63,7 +64,7 @@ def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
     """
     resuming = run.exists() and not fresh
     if resuming:
-        reconcile(run.config(), cfg, run)
+        check_config_changes(run.config(), cfg, run)
     elif run.checkpoints() and not fresh:
         raise CheckpointError(
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
@@ -79,7 +80,7 @@ def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
     return resuming
 
 
-def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
+def check_config_changes(saved: Config, given: Config, run: RunDirectory) -> None:
     """Print the settings that differ from the saved ones. Raises KindlingError if one of them must not change."""
     changes = changed_fields(saved, given)
     changes.pop("name", None)
@@ -98,7 +99,7 @@ def reconcile(saved: Config, given: Config, run: RunDirectory) -> None:
 
 
 @contextlib.contextmanager
-def locked(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
+def lock_run(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
     """Hold the run's lock on the main rank, and yield the result of `may_resume` on every rank. Raises what either raises."""
     with contextlib.ExitStack() as stack:
 
@@ -156,11 +157,11 @@ def start_or_resume(
     saved = None if folder is None else load_state(folder)
     device.set_threads(cfg.train.threads or (None if saved is None else _saved_threads(saved["environment"], world)))
     runtime = device.resolve(cfg.train, world)
-    require_shareable(cfg, runtime)
+    require_divisible_batch(cfg, runtime)
     model = new_model(cfg, runtime)
     initial_sha256 = None
     if saved is not None:
-        require_same_start(run, cfg.train.init_from, saved.get("initial_sha256"))
+        require_same_initial_weights(run, cfg.train.init_from, saved.get("initial_sha256"))
     elif cfg.train.init_from is not None:
         tokenizer = load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
         initial_sha256 = load_initial_weights(model, cfg.train.init_from, tokenizer)
@@ -233,7 +234,7 @@ def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def require_same_start(run: RunDirectory, source: str | None, began_with: str | None) -> None:
+def require_same_initial_weights(run: RunDirectory, source: str | None, began_with: str | None) -> None:
     """Raise CheckpointError if `source` now has other weights than the run started from. It may also be gone."""
     if source is None or began_with is None:
         return

@@ -26,24 +26,24 @@ from config import IGNORE, Config
 from kindling import device
 from kindling.data.shards import rank_rows
 from kindling.device import Runtime
-from kindling.distributed import MainRankFailed, replicated
+from kindling.distributed import MainRankFailed, wrap_ddp
 from kindling.errors import require
 from kindling.runs.checkpoint import (
     CheckpointError,
     RunDirectory,
-    in_parts,
-    load_model,
+    is_sharded_checkpoint,
     load_sharded,
     load_state,
     load_weights,
 )
-from kindling.runs.fsdp import digest, is_sharded, shard, synchronize_gradients, whole
+from kindling.runs.fsdp import digest, full_tensor, is_sharded, shard, synchronize_gradients
+from kindling.runs.loading import load_model
 from kindling.training.guard import SpikeGuard
 from kindling.training.optim import make_optimizers
 from kindling.training.prefetch import Prefetch, TrainingRows
-from kindling.training.recorder import SkippedStepRecorder
 from kindling.training.rollback import Rollback, after_rollback, checkpoint_before, rollback_after
-from kindling.training.schedule import learning_rate_scale, share_done
+from kindling.training.schedule import fraction_done, learning_rate_scale
+from kindling.training.skipped_steps import SkippedStepRecorder
 from kindling.training.state import TrainingState
 from kindling.training.validation import summed_loss
 from model import LanguageModel
@@ -60,7 +60,7 @@ class LaunchedStep(NamedTuple):
     norm_limit: float  # a larger norm is an outlier
 
 
-def require_shareable(cfg: Config, runtime: Runtime) -> None:
+def require_divisible_batch(cfg: Config, runtime: Runtime) -> None:
     """Raise ConfigError if the batch cannot be divided by the number of ranks, or if fp16 is combined with FSDP."""
     ranks, train = runtime.world.size, cfg.train
     must = f"a multiple of the {ranks} ranks"
@@ -86,11 +86,11 @@ class Trainer:
     ):
         """`cfg` must have its number of steps (`Config.with_steps`).
 
-        Raises ConfigError as `require_shareable` does.
+        Raises ConfigError as `require_divisible_batch` does.
         """
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.evaluate = model, batches, evaluate
-        require_shareable(cfg, runtime)
+        require_divisible_batch(cfg, runtime)
         ranks = self.world.size
         self.rank_rows = cfg.train.batch_size // ranks  # rows of a step on each rank
         largest = min(cfg.train.micro_batch, self.rank_rows)
@@ -98,9 +98,9 @@ class Trainer:
         model.checkpoint_activations = cfg.train.activation_checkpointing
         if sharded := ranks > 1 and cfg.train.parallel == "fsdp":
             shard(model, ranks, torch.bfloat16 if runtime.precision == "bf16" else None)
-        self.optimizers = make_optimizers(model, cfg.train, runtime.product_dtype)
+        self.optimizers = make_optimizers(model, cfg.train, runtime.matmul_dtype)
         # DDP averages gradients over the ranks, FSDP sums them: with this scale both give the sum
-        self.ddp_model = model if ranks == 1 or sharded else replicated(model, runtime.device)
+        self.ddp_model = model if ranks == 1 or sharded else wrap_ddp(model, runtime.device)
         self.loss_scale = 1 if ranks == 1 or sharded else ranks
         self.prefetch = Prefetch(batches)
         self.scaler = runtime.grad_scaler()
@@ -108,7 +108,7 @@ class Trainer:
         self.recorder = SkippedStepRecorder(run.path, batches)
         self.state = TrainingState()
         self.pending_rollback: Rollback | None = None  # set after too many bad steps in a row; later steps are ignored
-        self.rate_scale = 0.0  # factor on the peak learning rates at the newest step
+        self.lr_scale = 0.0  # factor on the peak learning rates at the newest step
         self.compiled = False
         self.resumed_environment: dict[str, Any] = {}
 
@@ -155,7 +155,7 @@ class Trainer:
         self.resumed_environment = saved["environment"]
 
     def _load(self, folder: Path, saved: dict[str, Any]) -> None:
-        if in_parts(folder):
+        if is_sharded_checkpoint(folder):
             load_sharded(folder, self.model, self.optimizers)
         else:
             load_weights(folder, self.model)
@@ -196,7 +196,7 @@ class Trainer:
         """Return what else the exact bits of the run depend on, besides config and data."""
         return {**self.runtime.describe(), "compiled": self.compiled}
 
-    def whole_model(self) -> LanguageModel:
+    def unsharded_model(self) -> LanguageModel:
         """Return a model for anything but training: this one, or if it is sharded, a whole one from the newest checkpoint."""
         return load_model(self.run, self.runtime.device)[0] if is_sharded(self.model) else self.model
 
@@ -213,7 +213,7 @@ class Trainer:
 
     def share(self) -> float:
         """Return the fraction of the run that is done, 0 to 1."""
-        return share_done(self.state.step, self.state.elapsed_s, self.train)
+        return fraction_done(self.state.step, self.state.elapsed_s, self.train)
 
     def _rank_range(self, row: int) -> range:
         """Return this rank's rows of the batch that begins at `row`."""
@@ -241,7 +241,7 @@ class Trainer:
                 self.scaler.scale(loss * self.loss_scale).backward()
             total += loss.detach()
         if synchronized:
-            self.world.add_up(total)
+            self.world.all_reduce_sum(total)
         return total, n_targets
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -258,19 +258,19 @@ class Trainer:
         device itself checks this.
         """
         state = self.state
-        self.rate_scale = learning_rate_scale(state.step, state.elapsed_s, self.train)
+        self.lr_scale = learning_rate_scale(state.step, state.elapsed_s, self.train)
         loss, n_targets = self.forward_backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf))
         norm_limit = self.guard.limit(state.step + 1)
         bad = (~(torch.isfinite(loss) & torch.isfinite(norm) & (norm <= norm_limit))).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * self.rate_scale
+                group["lr"] = group["peak_lr"] * self.lr_scale
             # as GradScaler.step does, but in every precision, and with one value for both optimisers
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # AdamW reads it without declaring it
-            if self.runtime.skips_steps or not bad.item():
+            if self.runtime.supports_found_inf or not bad.item():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()  # after a skipped step too: it lowers the scale, and the next unscale_ needs it
@@ -304,7 +304,7 @@ class Trainer:
         reason = ""
         with self.preserve_state():
             try:
-                device.trust_compiler()
+                device.skip_vector_isa_test()
                 self.model.enable_compile()
                 self.forward_backward(synchronized=False)  # a rank that fails must not leave the others waiting
             except Exception as e:  # compiler errors have no common class

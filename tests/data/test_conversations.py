@@ -13,7 +13,7 @@ from kindling.data.conversations import (
     Example,
     conversation_text,
     encode_conversation,
-    normalized,
+    normalize_exchanges,
     refusal,
     text_hash,
 )
@@ -128,7 +128,7 @@ def test_what_the_tokenizer_does_not_give_back_is_dropped(monkeypatch):
 
 def test_a_normalizing_tokenizer_is_trained_on_the_normal_form():
     tokenizer = train_bpe(TEXTS, TokenizerConfig(normalizer="nfkc"), 400)
-    exchanges = normalized((Exchange("½", "x²"),), tokenizer)
+    exchanges = normalize_exchanges((Exchange("½", "x²"),), tokenizer)
     assert encode_conversation(exchanges, ROWS, tokenizer, 1000).segments[0, 3] == text_hash("x2")
     examiner = DocumentProcessor(ROWS, tokenizer=tokenizer, context=1000)
     for response, rule in (("＃＃＃ Response: x", "template marker"), ("＜|endoftext|＞", "control token")):

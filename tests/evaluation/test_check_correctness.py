@@ -12,7 +12,7 @@ from kindling.evaluation import check_correctness, tasks
 from kindling.evaluation.check_correctness import VERDICTS, GradedSample, check_answers, grade, grade_samples
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import PROBLEMS, Problem, load
-from kindling.pool import Lost, map_jobs
+from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.process import Limits
 
 MODE = "bwrap" if shutil.which("bwrap") else "none"  # nothing but references and their mutants runs here
@@ -112,7 +112,7 @@ def compare_mutants(problems: list[Problem]) -> tuple[list[str], int]:
     assert {g.verdict for g in judged} <= set(VERDICTS) - {"syntax", "sandbox"}
     different = []
     for p, (_, kind), g, result in zip(problems, made, judged, plain):
-        passed = not isinstance(result, Lost) and result == "passed"
+        passed = not isinstance(result, FailedJob) and result == "passed"
         if (g.verdict == "passed") != passed:
             different.append(f"{p.task_id} ({kind}): {g.verdict} {g.reason}, plainly {result}")
     return different, sum(g.verdict == "passed" for g in judged)
@@ -154,7 +154,7 @@ def test_nasty_texts_are_verdicts_or_lost_and_nothing_else():
     for is_answer in (False, True):
         grade_one = partial(grade, is_answer=is_answer, mode=MODE, limits=Limits(cpu_s=2))
         for job, result in zip(jobs, map_jobs(grade_one, jobs, n_workers=2, limit_s=LIMIT_S)):
-            assert isinstance(result, Lost) or result.verdict != "passed", job.text[:50]
+            assert isinstance(result, FailedJob) or result.verdict != "passed", job.text[:50]
 
 
 def test_verdicts_name_what_happened():
@@ -205,7 +205,7 @@ def test_answers_are_judged_as_answers():
 
 
 def test_what_is_lost_while_it_is_judged_is_a_verdict(monkeypatch):
-    lost = [Lost("timeout"), Lost("crash"), Lost("MemoryError: ")]
+    lost = [FailedJob("timeout"), FailedJob("crash"), FailedJob("MemoryError: ")]
     monkeypatch.setattr(check_correctness, "map_jobs", lambda *_: iter(lost))
     found = grade_samples([sample(OURS[0], i, str(i)) for i in range(3)], None, MODE, EvalConfig(workers=2))
     assert [g.verdict for g in found] == ["timeout", "exception", "exception"]

@@ -17,7 +17,7 @@ from kindling.evaluation.extraction import (
     is_trivial,
 )
 from kindling.evaluation.tasks import load
-from kindling.pool import Lost, map_jobs
+from kindling.pool import FailedJob, map_jobs
 
 HEAD = 'def add(a, b):\n    """Return the sum."""\n'
 IMPORTS = "import math\n\ndef half(x):\n    return x / 2\n\n\n"
@@ -510,7 +510,7 @@ def _extract(text: str, slot: int) -> tuple[str, ...]:
 def test_nasty_texts_cost_only_themselves():
     results = list(map_jobs(_extract, NASTY.values(), n_workers=2, limit_s=20))
     assert len(results) == len(NASTY)
-    assert not [name for name, result in zip(NASTY, results) if isinstance(result, Lost)]
+    assert not [name for name, result in zip(NASTY, results) if isinstance(result, FailedJob)]
 
 
 def test_generation_never_parses(monkeypatch):

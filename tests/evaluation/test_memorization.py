@@ -309,7 +309,7 @@ def test_a_planted_problem_is_found_with_its_documents_and_place(tmp_path, texts
     hits = benchmark_hits(("humaneval", "mbpp"), dataset, tokenizer)
     position = sum(len(tokenizer.encode(text)) + 1 for text in texts)
     humaneval = hits.benchmarks["humaneval"]
-    assert (humaneval.problems, humaneval.lost, hits.benchmarks["mbpp"].problems) == (164, [], 974)
+    assert (humaneval.problems, humaneval.undetectable, hits.benchmarks["mbpp"].problems) == (164, [], 974)
     assert {name: (hit.documents, hit.position) for name, hit in humaneval.hits.items()} == {
         "HumanEval/0": (2, position),
         "HumanEval/2": (1, position),
@@ -331,7 +331,7 @@ def test_problems_that_cannot_be_recognised_are_named(tmp_path, texts, tokenizer
     (tmp_path / "exam.jsonl").write_text('{"task_id": "a", "text": "too short"}\n', encoding="utf-8")
     name = str(tmp_path / "exam.jsonl")
     hits = benchmark_hits((name,), split_of(tmp_path / "data", texts, tokenizer), tokenizer).benchmarks[name]
-    assert (hits.problems, hits.lost, hits.hits) == (1, ["exam/a"], {})
+    assert (hits.problems, hits.undetectable, hits.hits) == (1, ["exam/a"], {})
 
 
 def test_part_of_the_data_is_read_in_even_pieces_and_counted(tmp_path, texts, tokenizer, monkeypatch):

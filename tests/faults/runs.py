@@ -32,7 +32,7 @@ from conftest import ROOT, tiny_flags
 import main  # noqa: F401
 from kindling import cli
 from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, verify, weights_sha256
-from kindling.stopping import exit_on_terminate
+from kindling.stopping import exit_on_sigterm
 from kindling.training import (
     start_or_resume,  # noqa: F401
     trainer,
@@ -129,7 +129,7 @@ class Forked:
             if self.harm is not None:
                 self.harm(writer)
             module = importlib.import_module(self.script.removesuffix(".py"))
-            exit_on_terminate()
+            exit_on_sigterm()
             try:
                 cli.run_script(lambda: module.main(self.argv))
             except SystemExit as e:

@@ -91,7 +91,7 @@ def test_every_changed_setting_is_refused_by_name_or_said(work, record, capsys):
             (field,) = changed_fields(start, new)
             capsys.readouterr()
             try:
-                start_or_resume.reconcile(start, new, run)
+                start_or_resume.check_config_changes(start, new, run)
             except KindlingError as e:
                 outcome["refused"] += field in str(e) and "\n" not in str(e)
                 silent += [] if field in str(e) else [field]

@@ -14,7 +14,8 @@ from faults.runs import completed, damage, final_weights, flags, same_json
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.shards import SPLITS, TokenDataset
 from kindling.errors import KindlingError
-from kindling.runs.checkpoint import RunDirectory, find_run, load_model
+from kindling.runs.checkpoint import RunDirectory
+from kindling.runs.loading import find_run, load_model
 from kindling.runs.metrics import read_metrics
 from kindling.tokenization.tokenizer import load_json
 
@@ -120,7 +121,7 @@ def test_every_flip_in_the_other_files_of_a_run_is_found_or_changes_nothing(run,
     began, rng, outcome, unnoticed = time.perf_counter(), random.Random(7), Counter(), []
     names = ["config.yaml", "tokenizer.json", *(f"data/{p.name}" for p in sorted(run.data.iterdir()))]
     files = {run.path / name: (run.path / name).read_bytes() for name in names if name != "data/ledger.json"}
-    as_it_was = used_run(run)
+    restore_config = used_run(run)
     for trial in range(TRIALS):
         path = sorted(files)[trial % len(files)]
         changed = damage(files[path], rng)
@@ -131,7 +132,7 @@ def test_every_flip_in_the_other_files_of_a_run_is_found_or_changes_nothing(run,
             assert "\n" not in str(e)
             outcome["found"] += 1
         else:
-            if used == as_it_was:
+            if used == restore_config:
                 outcome["the same"] += 1
             else:
                 unnoticed.append((path.name, changed))

@@ -13,7 +13,7 @@ from conftest import shared_file
 from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
 from kindling.formats.hf_format import difference, read, write
-from kindling.formats.hf_layout import HubFormatError, architecture, obstacles
+from kindling.formats.hf_layout import HubFormatError, architecture, unsupported_settings
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
@@ -526,9 +526,9 @@ def test_biases_that_were_trained_since_are_kept(tmp_path):
 
 
 def test_obstacles_are_named_with_their_values():
-    assert obstacles(preset("autocomplete").model, "gpt2") == ["model.head_bias=True"]
-    assert obstacles(preset("code-50m").model, "gpt2") == []
-    named = obstacles(preset("demo").model, "llama")
+    assert unsupported_settings(preset("autocomplete").model, "gpt2") == ["model.head_bias=True"]
+    assert unsupported_settings(preset("code-50m").model, "gpt2") == []
+    named = unsupported_settings(preset("demo").model, "llama")
     assert set(named) == {"model.activation=relu2", "model.qk_norm=True", "model.bigram_rows=32768"}
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import script
 
-from kindling.runs.checkpoint import RunDirectory, load_model, verify
+from kindling.runs.checkpoint import RunDirectory, verify
+from kindling.runs.loading import load_model
 
 ALIKE = [
     *("--data.sources.0.path", "corpus", "--data.sources.0.max-bytes", "None", "--data.workers", "1"),

@@ -28,7 +28,7 @@ from jobs import misbehave
 
 from kindling.evaluation.check_correctness import VERDICTS, judge
 from kindling.evaluation.tasks import load
-from kindling.pool import Lost, map_jobs
+from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox import bubblewrap, process, syscall_filter
 from kindling.sandbox import self_test as probing
 from kindling.sandbox.bubblewrap import SandboxError
@@ -137,7 +137,7 @@ def outcomes():
 @pytest.mark.parametrize("program", HOSTILE, ids=lambda program: program.name)
 def test_a_hostile_program_neither_passes_nor_reaches_what_it_wants(program, outcomes):
     outcome = outcomes[program.name]
-    assert not isinstance(outcome, Lost), outcome  # it has not got at the process that judges
+    assert not isinstance(outcome, FailedJob), outcome  # it has not got at the process that judges
     assert outcome.verdict in set(VERDICTS) - {"passed", "sandbox"}
     assert "reached" not in outcome.reason and "secret" not in outcome.reason
     assert outcome.reason.isprintable() and 0 < len(outcome.reason) <= process.MAX_REASON
@@ -657,7 +657,7 @@ def test_a_machine_whose_numbers_are_not_known_has_no_filter():
 def test_only_the_job_that_kills_its_worker_is_lost():
     jobs = ["a", "die", "b", "raise", "c"]
     found = list(map_jobs(misbehave, jobs, 2, 60.0))
-    assert found == ["a", Lost("crash"), "b", Lost("ValueError: two\nlines"), "c"]
+    assert found == ["a", FailedJob("crash"), "b", FailedJob("ValueError: two\nlines"), "c"]
 
 
 def test_a_worker_that_dies_between_jobs_costs_none():

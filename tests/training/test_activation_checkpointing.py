@@ -102,7 +102,7 @@ def test_a_block_keeps_its_input_alone(name):
 def test_every_block_is_computed_twice_in_training_and_once_in_evaluation(name):
     model = build(MODELS[name], True)
     calls = []
-    for block in model.compilable():
+    for block in model.modules_to_compile():
         next(block.children()).register_forward_hook(lambda *_: calls.append(1))  # its first norm
     step(model)
     assert len(calls) == 2 * 3

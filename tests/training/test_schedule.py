@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import TrainConfig
-from kindling.training.schedule import learning_rate_scale, share_done
+from kindling.training.schedule import fraction_done, learning_rate_scale
 
 CFG = TrainConfig(max_steps=100, warmup_steps=10, min_lr_ratio=0.1)
 
@@ -41,5 +41,5 @@ def test_by_the_clock_the_rate_follows_the_elapsed_share_and_the_steps_do_not_co
 
 def test_a_run_is_done_by_its_minutes_where_they_are_set_and_else_by_its_steps():
     timed = replace(CFG, max_minutes=2)
-    assert [share_done(10**6, s, timed) for s in (0, 60, 120, 121)] == [0, 0.5, 1, 1]
-    assert [share_done(s, 10**6, CFG) for s in (0, 25, 100, 101)] == [0, 0.25, 1, 1]
+    assert [fraction_done(10**6, s, timed) for s in (0, 60, 120, 121)] == [0, 0.5, 1, 1]
+    assert [fraction_done(s, 10**6, CFG) for s in (0, 25, 100, 101)] == [0, 0.25, 1, 1]

@@ -596,7 +596,7 @@ def test_waiting_for_a_step_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatc
 
 
 def test_where_the_optimiser_does_not_heed_it_a_bad_step_is_left_out_by_the_host(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(device.Runtime, "skips_steps", False)
+    monkeypatch.setattr(device.Runtime, "supports_found_inf", False)
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
     for optimizer in trainer.optimizers:
         monkeypatch.setattr(optimizer, "step", lambda: pytest.fail("a step was done"))

@@ -1,4 +1,4 @@
-"""recorder.py: what was in a skipped step, and how to get from a row to its documents."""
+"""skipped_steps.py: what was in a skipped step, and how to get from a row to its documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kindling.data.conversations import Example, encode_conversation
 from kindling.data.examples import ExampleRows, Examples, ExampleWriter
 from kindling.data.ledger import DOCUMENTS, DocumentLog, documents_within, locate, read_documents
 from kindling.data.shards import SPLITS, DataError, PackedBlocks, ShardWriter, TokenDataset, write_manifest
-from kindling.training.recorder import SKIPPED, SkippedStepRecorder
+from kindling.training.skipped_steps import SKIPPED, SkippedStepRecorder
 
 BLOCK = 16
 LENGTHS = [5, 1, 40, 16, 17, 2, 2, 2, 60, 9, 31]  # of the documents; the third and others are longer than a row
