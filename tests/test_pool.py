@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +122,7 @@ def test_a_worker_that_was_killed_while_it_waited_is_replaced():
     results = map_jobs(slot_and_pid, range(3), 1, LIMIT_S)
     _, pid = next(results)  # its next job comes with the next call
     os.kill(pid, signal.SIGKILL)
-    assert wait_until(lambda: not is_running(pid))
+    assert wait_until(lambda: not active_children())
     rest = list(results)
     assert len(rest) == 2 and pid not in {other for _, other in rest}
 

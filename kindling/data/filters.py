@@ -172,7 +172,7 @@ def _stack_depth() -> int:
     try:
         sys.setrecursionlimit(1)  # always too low: changes nothing, and the error says how deep the stack is
     except RecursionError as e:
-        return int(re.search(r"depth (\d+)", str(e))[1])
+        return int(str(e).partition("depth ")[2].partition(":")[0])
     raise AssertionError("a recursion limit of 1 was accepted")
 
 
@@ -181,9 +181,9 @@ def compiled(text: str, flags: int = 0) -> Any:
 
     Raises SyntaxError, ValueError, MemoryError, RecursionError or OverflowError as a function of the text alone.
     """
-    given = {"flags": flags, "dont_inherit": True}
+    arguments = (text, "<document>", "exec", flags, True)  # True: without the __future__ imports of this file
     with fixed_parser_limits():
-        return compile(text, "<document>", "exec", **given)  # with **: named, the first calls count as one more in C
+        return compile(*arguments)  # with *: else the first calls, which are slower, count as one more in C
 
 
 def syntax_error(text: str) -> str | None:
