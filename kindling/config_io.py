@@ -52,8 +52,11 @@ def from_yaml(text: str, where: str = "config") -> Config:
         raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); mend it") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend it")
+    sections: dict[str, Any] = {
+        name: by_present_names(section) if isinstance(section, dict) else section for name, section in data.items()
+    }
     try:
-        return Config(**{name: by_present_names(v) if isinstance(v, dict) else v for name, v in data.items()})
+        return Config(**sections)
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     except (ValidationError, TypeError) as e:

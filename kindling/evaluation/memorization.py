@@ -188,7 +188,7 @@ class BenchmarkHits:
     """The problems of one benchmark that were found in the data."""
 
     problems: int  # in the benchmark
-    lost: list[str]  # names of problems that are too short or plain to be recognised in any data
+    undetectable: list[str]  # names of problems that are too short or plain to be recognised in any data
     hits: dict[str, ProblemHit] = field(default_factory=dict)  # by the problem's name
 
 

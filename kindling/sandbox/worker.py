@@ -57,7 +57,8 @@ def encode(value, handles, depth=0):
         return f'{{"b":"{value.hex()}"}}'
     if isinstance(value, dict):
         return f'{{"d":[{",".join([f"[{items(pair)}]" for pair in dict.items(value)])}]}}'
-    for kind, tag in ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f")):
+    kinds: tuple[tuple[type, str], ...] = ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f"))
+    for kind, tag in kinds:
         if isinstance(value, kind):
             return f'{{"{tag}":[{items(kind.__iter__(value))}]}}'
     handles.append(value)
@@ -68,7 +69,7 @@ def serve(requests, answers, max_bytes):
     """Answer requests until the input is closed."""
     module = type(sys)("solution")  # not __main__: code under `if __name__ == "__main__"` must not run
     sys.modules["solution"] = module
-    handles = []
+    handles: list[object] = []
     scope = {"handles": handles, "nan": float("nan"), "inf": float("inf")}
 
     def perform(action, *rest):
