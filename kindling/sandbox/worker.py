@@ -57,7 +57,7 @@ def encode(value, handles, depth=0):
         return f'{{"b":"{value.hex()}"}}'
     if isinstance(value, dict):
         return f'{{"d":[{",".join([f"[{items(pair)}]" for pair in dict.items(value)])}]}}'
-    kinds: tuple[tuple[type, str], ...] = ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f"))
+    kinds: tuple[tuple[Any, str], ...] = ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f"))
     for kind, tag in kinds:
         if isinstance(value, kind):
             return f'{{"{tag}":[{items(kind.__iter__(value))}]}}'
