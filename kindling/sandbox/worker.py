@@ -57,10 +57,10 @@ def encode(value, handles, depth=0):
         return f'{{"b":"{value.hex()}"}}'
     if isinstance(value, dict):
         return f'{{"d":[{",".join([f"[{items(pair)}]" for pair in dict.items(value)])}]}}'
-    kinds: tuple[tuple[Any, str], ...] = ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f"))
-    for kind, tag in kinds:
+    for kind, tag in ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f")):
         if isinstance(value, kind):
-            return f'{{"{tag}":[{items(kind.__iter__(value))}]}}'
+            # the class's own __iter__, as a stranger's subclass may have another
+            return f'{{"{tag}":[{items(kind.__iter__(value))}]}}'  # type: ignore[arg-type]
     handles.append(value)
     return f'{{"h":[{len(handles) - 1},{quoted(type(value).__name__)}]}}'
 
