@@ -129,6 +129,11 @@ class _Worker:
         self.pipe.close()
 
 
+def _start_worker(slot: int, workers: dict[int, _Worker]) -> None:
+    with sigint_blocked():  # else Ctrl-C could reach a process that does not ignore it yet, or is not in `workers`
+        workers[slot] = _Worker(slot)
+
+
 def map_jobs(
     function: Callable[[Any, int], Any], jobs: Iterable[Any], n_workers: int, limit_s: float
 ) -> Generator[Any, None, None]:
@@ -140,14 +145,10 @@ def map_jobs(
     done: dict[int, Any] = {}
     workers: dict[int, _Worker] = {}
 
-    def start(slot: int) -> None:
-        with sigint_blocked():  # else Ctrl-C could reach a process that does not ignore it yet, or is not in `workers`
-            workers[slot] = _Worker(slot)
-
     following, more = 0, True
     try:
         for slot in range(n_workers):
-            start(slot)
+            _start_worker(slot, workers)
         for worker in workers.values():
             worker.ready()
         while more or any(w.number is not None for w in workers.values()):
@@ -158,7 +159,7 @@ def map_jobs(
                         break
                     if not workers[slot].process.is_alive():
                         workers[slot].end()
-                        start(slot)
+                        _start_worker(slot, workers)
                         workers[slot].ready()
                     workers[slot].take(item[0], function, item[1], limit_s)
             busy = [w for w in workers.values() if w.number is not None]
