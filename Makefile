@@ -30,7 +30,7 @@ run: .venv/.installed ## train the demo model on this machine's Python source (3
 	@$(BIN)/python main.py
 
 clean: ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 ##@ Check
 
