@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-harness test-scatter bench bench-all
+.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-harness test-distributed-build bench bench-all
 
 help: ## show this list
-	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python must be 3.11 or later, but is $$($(PYTHON) --version 2>&1); name another with make PYTHON=python3.11" >&2; exit 1; }
@@ -34,7 +34,7 @@ clean: ## remove .venv and caches; runs/ and data/ stay
 
 ##@ Check
 
-test: .venv/.installed-dev ## lint, then run the test suite (3 to 10 minutes, offline)
+test: .venv/.installed-dev ## check the style, then run the test suite (3 to 10 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 
@@ -54,8 +54,8 @@ test-harness: .venv/.installed-dev ## install lm-eval, and run the tests that ne
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
 	@$(BIN)/python -m pytest tests/evaluation/test_harness_data.py tests/evaluation/test_harness_model.py tests/evaluation/test_harness.py
 
-test-scatter: .venv/.installed-dev ## install datatrove, and run the tests of distributed data builds
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-scatter.txt
+test-distributed-build: .venv/.installed-dev ## install datatrove, and run the tests of distributed data builds
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-distributed-build.txt
 	@$(BIN)/python -m pytest tests/data/test_distributed_build.py
 
 lint: .venv/.installed-dev ## check style and types (half a minute at first, then seconds)

@@ -7,6 +7,9 @@
 The result is `data/PRESET-FINGERPRINT/`. The fingerprint covers every setting and the name, size and time of every local
 input file: if nothing changed, the next call reuses the shards at once; any change builds new ones. The number of workers
 does not change the result. The build itself is in kindling/data/build.py.
+
+Related: `python -m kindling.data.distributed_build` splits a build over processes or machines, and
+`python -m kindling.tokenization.compare` compares tokenizers on your files.
 """
 
 from __future__ import annotations

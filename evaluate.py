@@ -68,14 +68,14 @@ class Flags:
     harness_data: Path | None = None
     """A folder with the data of these tasks. Without it, they come from the hub."""
     harness_limit: int | None = None
-    """Only this many questions of each task, from its beginning."""
+    """Only the first so many questions of each task."""
     compare: tuple[Path, ...] = ()
     """Print the results of these evaluated runs side by side, and mark significant differences to the first."""
     eval: EvalConfig = DEFAULTS
 
 
 @dataclass
-class Subject:
+class EvalContext:
     """The run to evaluate, loaded."""
 
     run: RunDirectory
@@ -103,7 +103,7 @@ class Subject:
 def require(flags: Flags, run: RunDirectory) -> None:
     """Raise a KindlingError before the long work, if the run cannot be written, or a text or a task does not exist."""
     if not os.access(run.path, os.W_OK):
-        raise EvaluationError(f"{run.path} must be writable for the results, but is not; mend its permissions")
+        raise EvaluationError(f"{run.path} must be writable for the results, but is not; correct its permissions")
     for path in flags.text:
         if not path.expanduser().is_file():
             raise EvaluationError(f"--text must name files that exist, but {path} does not; check the path")
@@ -127,7 +127,7 @@ def tasks_of(flags: Flags) -> list[str]:
     return [task.strip() for task in (flags.harness or "").split(",") if task.strip()]
 
 
-def evaluate(subject: Subject) -> int:
+def evaluate(subject: EvalContext) -> int:
     """Run each measurement of the flags, save the results and print them; return the exit code."""
     from kindling.data.build import DATA
     from kindling.data.shards import read_manifest
@@ -194,7 +194,7 @@ def sandbox_refusal(flags: Flags) -> str | None:
     return None
 
 
-def heldout_losses(subject: Subject) -> Losses:
+def heldout_losses(subject: EvalContext) -> Losses:
     """Return the losses of the held-out split."""
     from kindling.evaluation.perplexity import document_losses
     from kindling.evaluation.progress import progress_bar
@@ -205,7 +205,7 @@ def heldout_losses(subject: Subject) -> Losses:
         return document_losses(subject.model, dataset, subject.runtime, subject.flags.eval.stride, progress=bar.update)
 
 
-def text_figures(subject: Subject) -> dict[str, Any]:
+def text_figures(subject: EvalContext) -> dict[str, Any]:
     """Return the figures of the files that --text names."""
     from kindling.evaluation.perplexity import text_losses
     from kindling.evaluation.progress import progress_bar
@@ -226,7 +226,7 @@ def text_figures(subject: Subject) -> dict[str, Any]:
     return out
 
 
-def header(subject: Subject) -> dict[str, Any]:
+def header(subject: EvalContext) -> dict[str, Any]:
     """Return what is evaluated, on which data and how."""
     from kindling.data.shards import read_manifest
     from kindling.evaluation.report import FORMAT
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         run, checkpoint = world.on_main(lambda: chosen(flags))
         runtime = resolve(replace(run.config().train, device=flags.device), world)
         model, _ = load_model(run, runtime.device, checkpoint)
-        return evaluate(Subject(run, checkpoint, model, run.tokenizer(), runtime, flags))
+        return evaluate(EvalContext(run, checkpoint, model, run.tokenizer(), runtime, flags))
 
 
 if __name__ == "__main__":

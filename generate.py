@@ -155,7 +155,7 @@ def read_prompts(path: Path) -> list[str]:
             prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not (prompt if path.suffix == ".jsonl" else prompt.strip()):
             what = f"is {line.strip()[:60]!r}" if line.strip() else "is empty"
-            raise GenerationError(f"line {number} of {path} must {must}, but {what}; mend it or take it out")
+            raise GenerationError(f"line {number} of {path} must {must}, but {what}; correct it or take it out")
         prompts.append(prompt)
     return prompts
 

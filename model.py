@@ -235,7 +235,7 @@ class GPT(LanguageModel):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation; None: that of the weights
+        self.cache_dtype: torch.dtype | None = None  # of keys and values in generation; None: the weights' type
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wtp = nn.Embedding(cfg.bigram_rows, cfg.n_embd) if cfg.bigram_rows else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.position == "learned" else None

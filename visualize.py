@@ -53,7 +53,7 @@ class Flags:
 def require(flags: Flags, run: RunDirectory) -> str | None:
     """Return the text of --text or --file, or None; raises VisualizationError for flags that cannot be used."""
     if not os.access(run.path, os.W_OK):
-        raise VisualizationError(f"{run.path} must be writable for the plots, but is not; mend its permissions")
+        raise VisualizationError(f"{run.path} must be writable for the plots, but is not; correct its permissions")
     if flags.text is not None and flags.file is not None:
         raise VisualizationError("only one of --text and --file must be given, but both are; leave one out")
     if flags.file is not None:
@@ -130,7 +130,7 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
             written.replace(path)
     except OSError as e:
         raise VisualizationError(
-            f"{folder} must be writable for the plots, but is not ({e}); free some space or mend its permissions"
+            f"{folder} must be writable for the plots, but is not ({e}); free some space or fix its permissions"
         ) from None
     finally:
         for written in partial.values():

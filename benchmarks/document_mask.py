@@ -32,7 +32,7 @@ def main() -> None:
 
     from kindling import device
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.training.dry_run import Noise
+    from kindling.training.dry_run import RandomRows
     from kindling.training.trainer import Trainer
     from model import build_model
     from presets import preset
@@ -47,7 +47,7 @@ def main() -> None:
         device.seed_all(0)
         c = replace(cfg, train=train, model=replace(cfg.model, document_mask=mask))
         model = build_model(c.model).to(runtime.device)
-        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, Noise(c.model), lambda _: {}, runtime))
+        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, RandomRows(c.model), lambda _: {}, runtime))
         trainers[-1].compile()
         for _ in range(3):
             trainers[-1].train_step()

@@ -36,7 +36,7 @@ def measure(shape: str, compiled: bool, result: Path) -> None:
     from kindling import device
     from kindling.distributed import process_group
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.training.dry_run import Noise
+    from kindling.training.dry_run import RandomRows
     from kindling.training.trainer import Trainer
     from model import build_model
     from presets import preset
@@ -50,7 +50,7 @@ def measure(shape: str, compiled: bool, result: Path) -> None:
         runtime = device.resolve(train, world)
         device.seed_all(0)
         model = build_model(cfg.model).to(runtime.device)
-        trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, Noise(cfg.model), lambda _: {}, runtime)
+        trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), lambda _: {}, runtime)
         if compiled:
             trainer.compile()
         seconds: list[float] = []

@@ -91,13 +91,13 @@ def our_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
     """Return our trainer; exits if it must compile and cannot."""
     from kindling import device
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.training.dry_run import Noise
+    from kindling.training.dry_run import RandomRows
     from kindling.training.trainer import Trainer
     from model import build_model
 
     device.seed_all(0)
     model = build_model(cfg.model).to(runtime.device)
-    trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, Noise(cfg.model), lambda _: {}, runtime)
+    trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), lambda _: {}, runtime)
     model.train()
     compile_s = None
     if compiled:
@@ -121,9 +121,9 @@ def peer_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
     from peer import Peer
 
     from kindling import device
-    from kindling.training.dry_run import Noise
+    from kindling.training.dry_run import RandomRows
 
-    peer, noise, rows = Peer(cfg.model, runtime, 1e-3), Noise(cfg.model), cfg.train.batch_size
+    peer, noise, rows = Peer(cfg.model, runtime, 1e-3), RandomRows(cfg.model), cfg.train.batch_size
     first = itertools.count(0, rows)
 
     def step() -> int:

@@ -26,6 +26,10 @@ def by_old_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 def by_present_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings that may have old names under their present ones."""
+    if twice := [name for name, old in OLD_NAMES.items() if name in settings and old in settings]:
+        raise ConfigError(
+            f"{twice[0]} must be set once, but is also set as {OLD_NAMES[twice[0]]}; delete one of the two"
+        )
     present = {old: name for name, old in OLD_NAMES.items()}
     return {present.get(name, name): value for name, value in settings.items()}
 
@@ -49,13 +53,13 @@ def from_yaml(text: str, where: str = "config") -> Config:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); mend it") from None
+        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); correct it") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; mend it")
-    sections: dict[str, Any] = {
-        name: by_present_names(section) if isinstance(section, dict) else section for name, section in data.items()
-    }
+        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; correct it")
     try:
+        sections: dict[str, Any] = {
+            name: by_present_names(section) if isinstance(section, dict) else section for name, section in data.items()
+        }
         return Config(**sections)
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None

@@ -23,7 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from kindling.errors import KindlingError, one_line
+from kindling.errors import KindlingError
 
 MEMORY_BYTES = 2**30  # that a job may use
 START_S = 60.0
@@ -59,7 +59,7 @@ def _work(pipe: Connection, slot: int) -> None:
         try:
             result = ForkingPickler.dumps(function(job, slot))
         except Exception as e:
-            result = ForkingPickler.dumps(FailedJob(one_line(e)))
+            result = ForkingPickler.dumps(FailedJob(f"{type(e).__name__}: {e}"))
         pipe.send_bytes(result)
 
 
@@ -121,7 +121,7 @@ class _Worker:
             self.end()
             return FailedJob("crash")
         except Exception as e:  # a result that cannot be unpickled
-            return FailedJob(one_line(e))
+            return FailedJob(f"{type(e).__name__}: {e}")
 
     def end(self) -> None:
         self.process.kill()

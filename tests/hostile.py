@@ -20,7 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from kindling.evaluation.check_correctness import judge
+from kindling.evaluation.check_correctness import check_answers
 from kindling.evaluation.tasks import load
 from kindling.sandbox.process import Limits
 
@@ -80,7 +80,7 @@ def attempt(job: tuple[Hostile, Targets, Limits], slot: int) -> Outcome:
     names = {"judge": os.getpid(), **asdict(targets)}
     source = Template(hostile.source).safe_substitute({name.upper(): repr(value) for name, value in names.items()})
     started = time.monotonic()
-    verdict, reason = judge(problem(), source, limits=limits, slot=slot)
+    verdict, reason = check_answers(problem(), source, limits=limits, slot=slot)
     status = Path("/proc/self/status").read_text(
         encoding="utf-8"
     )  # getrusage also counts the parent's memory, before exec

@@ -144,6 +144,6 @@ def test_micro_batches_follow_from_the_number_of_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "wrap_ddp", lambda model, device: model)
     cfg = ranks.config(batch_size=24, micro_batch_size=8)
     shapes = [
-        (t.rank_rows, t.micro_batch) for t in (ranks.trainer_of(cfg, tmp_path, World(0, n)) for n in (1, 2, 4, 8))
+        (t.rows_per_rank, t.micro_batch) for t in (ranks.trainer_of(cfg, tmp_path, World(0, n)) for n in (1, 2, 4, 8))
     ]
     assert shapes == [(24, 8), (12, 6), (6, 6), (3, 3)]

@@ -122,6 +122,31 @@ def test_neither_files_nor_packages_import_each_other_in_a_circle():
     assert circles({own: others for own, others in packages.items() if own not in (".", "kindling")}) == []
 
 
+@pytest.mark.parametrize(
+    "path", sorted(p for p in TRACKED if p.startswith(("tests/", "benchmarks/")) and (ROOT / p).exists())
+)
+def test_what_tests_and_benchmarks_import_is_there(path):
+    """Also inside functions, which run only when somebody measures."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and f"{node.module.replace('.', '/')}.py" in SOURCES:
+            defined = names_in(f"{node.module.replace('.', '/')}.py")
+            assert {alias.name for alias in node.names} <= defined, f"{path}:{node.lineno}"
+
+
+@cache
+def names_in(path: str) -> frozenset[str]:
+    """Return the names that a file defines or imports at its top level."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return frozenset(found)
+
+
 def test_no_package_imports_a_script():
     scripts = {f"{name}.py" for name in FLOORS[-1].split()}
     assert {

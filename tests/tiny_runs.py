@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from config import Config, DataConfig, ModelConfig, SourceConfig
-from kindling.data.prompts import rendered
+from kindling.data.prompts import rendered_template
 from kindling.data.shards import FORMAT
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory
@@ -45,7 +45,7 @@ def make_run(folder: Path, tokenizer: Tokenizer, model: GPT, kind: str = "docstr
         "eos_id": tokenizer.eos_id,
         "splits": splits,
         "max_exchanges": 1,
-        "template": rendered("alpaca"),
+        "template": rendered_template("alpaca"),
     }
     write_json(data / "manifest.json", {**about, **manifest})
     write_json(data / "ledger.json", {})

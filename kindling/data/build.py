@@ -1,6 +1,6 @@
 """Builds the data: reads the sources, filters, deduplicates, splits and tokenises, and writes token shards.
 
-    folder = prepare(cfg)      # builds the folder, or finds it built
+    folder = prepare(cfg)      # builds the folder unless it exists
 
 Worker processes filter and tokenise the documents. The results keep the order of the source, so the number of workers
 does not change a byte. The result is `data/PRESET-FINGERPRINT/`. The fingerprint covers every setting and the name, size
@@ -115,7 +115,7 @@ def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | 
     """
     with atomic_folder(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
         started = time.perf_counter()
-        tokenizer, notes = begin(cfg, files, pool, tokenizer)
+        tokenizer, notes = load_or_train_tokenizer(cfg, files, pool, tokenizer)
         path = (partial / "tokenizer.json").absolute()
 
         def read(i: int) -> Iterator[ProcessedDocument]:
@@ -173,7 +173,7 @@ def _stale(folder: Path) -> bool:
 # -- the first pass: a tokenizer --------------------------------------------------------------------------------------
 
 
-def begin(
+def load_or_train_tokenizer(
     cfg: Config, files: SourceFiles, pool: WorkerPool, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, list[str]]:
     """Return the tokenizer of a build: `tokenizer` if given, else the pretrained one, else one that is trained now.
@@ -212,9 +212,9 @@ def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tu
     texts, total = [], 0
     with contextlib.closing(iter(mixture)) as stream:
         for document in stream:
-            if document.split == "train" and document.examined.text is not None:
-                texts.append(document.examined.text)
-                total += document.examined.size
+            if document.split == "train" and document.processed.text is not None:
+                texts.append(document.processed.text)
+                total += document.processed.size
                 if total >= cfg.tokenizer.train_bytes:
                     break
     return texts, list(mixture.broken.values())
@@ -294,29 +294,29 @@ def _write_documents(
         tqdm(total=total, unit="B", unit_scale=True, desc="data", mininterval=0.5) as bar,
     ):
         for document in stream:
-            examined, source = document.examined, cfg.data.sources[document.source].label
-            line: dict[str, Any] = {"key": examined.key, "source": source, "language": examined.language}
-            line |= {"bytes": examined.size} | ({"changes": examined.changes} if examined.changes else {})
+            processed, source = document.processed, cfg.data.sources[document.source].label
+            line: dict[str, Any] = {"key": processed.key, "source": source, "language": processed.language}
+            line |= {"bytes": processed.size} | ({"changes": processed.changes} if processed.changes else {})
             if document.drop is not None:
-                ledger.drop(document.source, examined.language, examined.size, document.drop.rule)
-                drops.setdefault(document.drop.rule, f"{examined.key}: {document.drop.value}")
+                ledger.drop(document.source, processed.language, processed.size, document.drop.rule)
+                drops.setdefault(document.drop.rule, f"{processed.key}: {document.drop.value}")
                 of = {} if document.original is None else {"of": document.original}
                 log.write(**line, dropped=document.drop.rule, value=document.drop.value, **of)
             else:
-                assert examined.ids is not None
-                n_tokens, writer = len(examined.ids), writers[document.split]
+                assert processed.ids is not None
+                n_tokens, writer = len(processed.ids), writers[document.split]
                 again = {"repeated": True} if document.repeated else {}
                 log.write(**line, split=document.split, start=writer.position, tokens=n_tokens, **again)
                 kept = ledger.keep(
-                    document.source, examined.language, examined.size, examined.changes, n_tokens, document.repeated
+                    document.source, processed.language, processed.size, processed.changes, n_tokens, document.repeated
                 )
                 if isinstance(writer, ExampleWriter):
-                    assert examined.segments is not None
-                    n_bytes = examined.response_bytes
-                    writer.add_example(examined.ids, examined.segments, n_bytes, examined.language, source)
+                    assert processed.segments is not None
+                    n_bytes = processed.response_bytes
+                    writer.add_example(processed.ids, processed.segments, n_bytes, processed.language, source)
                 else:
-                    writer.add(examined.ids, kept, examined.language, source)
-            bar.update(0 if document.repeated else examined.size)
+                    writer.add(processed.ids, kept, processed.language, source)
+            bar.update(0 if document.repeated else processed.size)
             if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
                 break
     return drops

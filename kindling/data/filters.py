@@ -35,7 +35,7 @@ def first_failed_filter(text: str, path: str, language: str, cfg: DataConfig) ->
     """
     if "\0" in text:
         return Drop("NUL", f"a NUL at character {text.index(chr(0))}: binary, not text")
-    if cfg.drop_tests and (why := test_file_reason(text, path, language)):
+    if cfg.drop_tests and (why := evidence_of_test_file(text, path, language)):
         return Drop("test file", why)
     if cfg.drop_generated and (line := generated_file_reason(text, language)):
         return Drop("generated", f"{line!r}")
@@ -82,7 +82,7 @@ _TEST_SUITE = {
 }
 
 
-def test_file_reason(text: str, path: str, language: str) -> str | None:
+def evidence_of_test_file(text: str, path: str, language: str) -> str | None:
     """Return what shows that a document is a test file, or None. The rules are those of the preset `autocomplete`."""
     *folders, name = path.split("/")
     if found := _TEST_FOLDERS.intersection(f.lower() for f in folders):
@@ -172,7 +172,9 @@ def _stack_depth() -> int:
     try:
         sys.setrecursionlimit(1)  # always too low: changes nothing, and the error says how deep the stack is
     except RecursionError as e:
-        return int(str(e).partition("depth ")[2].partition(":")[0])
+        found = re.search(r"depth (\d+)", str(e))
+        assert found, f"CPython words its error otherwise: {e}"
+        return int(found[1])
     raise AssertionError("a recursion limit of 1 was accepted")
 
 

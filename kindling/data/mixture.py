@@ -33,7 +33,7 @@ class DrawnDocument:
     """A document that the mixture drew: dropped, or kept in a split. Documents are numbered in the order of drawing."""
 
     source: int
-    examined: ProcessedDocument
+    processed: ProcessedDocument
     drop: Drop | None = None
     split: str = ""
     original: int | None = None  # the number of the document that it duplicates
@@ -53,19 +53,19 @@ class Deduplicator:
         self._near = None if cfg.near_dedup is None else MinHashIndex(cfg.near_dedup)
         self._numbers = array("q")  # of the documents in `_near`
 
-    def check(self, examined: ProcessedDocument, number: int) -> tuple[Drop | None, int | None]:
+    def check(self, processed: ProcessedDocument, number: int) -> tuple[Drop | None, int | None]:
         """Check document `number` against the documents kept so far, and remember it if it is kept.
 
         Returns why it is dropped and the number of its original, or None and None.
         """
         if self._exact is not None:
-            original = self._exact.setdefault(examined.digest, number)
+            original = self._exact.setdefault(processed.digest, number)
             if original != number:
                 return Drop("duplicate", "the same content as"), original
         if self._near is not None:
-            if similar := self._near.find(examined.signature):
+            if similar := self._near.find(processed.signature):
                 return Drop("near-duplicate", f"similarity {similar[1]:.2f} to"), self._numbers[similar[0]]
-            self._near.add(examined.signature)
+            self._near.add(processed.signature)
             self._numbers.append(number)
         return None, None
 
@@ -96,14 +96,16 @@ class Mixture:
             if document is None:
                 streams = self._went_dry(i, streams)
                 continue
-            examined = document.examined
+            processed = document.processed
             if document.drop is None and not document.repeated:
-                document.drop, document.original = originals.check(examined, number)
-                document.split = split_of(examined.group or examined.digest, self.data) if document.drop is None else ""
+                document.drop, document.original = originals.check(processed, number)
+                document.split = (
+                    split_of(processed.group or processed.digest, self.data) if document.drop is None else ""
+                )
             if self.reads[i] == 1:
                 self._in_train[i].append(document.split == "train")
             if document.drop is None:
-                drawn[i] += examined.size if examined.ids is None else len(examined.ids)
+                drawn[i] += processed.size if processed.ids is None else len(processed.ids)
             number += 1
             yield document
 
@@ -113,14 +115,14 @@ class Mixture:
         self.reads[i] += 1
         found = False
         try:
-            for n, examined in enumerate(self.read(i)):
-                if examined.broken is not None:
-                    self.broken[i] = f"{label}: {examined.broken}"
+            for n, processed in enumerate(self.read(i)):
+                if processed.broken is not None:
+                    self.broken[i] = f"{label}: {processed.broken}"
                 if not again:
-                    yield DrawnDocument(i, examined, examined.drop)
-                elif n < len(self._in_train[i]) and self._in_train[i][n] and examined.drop is None:
+                    yield DrawnDocument(i, processed, processed.drop)
+                elif n < len(self._in_train[i]) and self._in_train[i][n] and processed.drop is None:
                     found = True
-                    yield DrawnDocument(i, examined, split="train", repeated=True)
+                    yield DrawnDocument(i, processed, split="train", repeated=True)
         except DataError as e:
             if not again:
                 raise

@@ -27,7 +27,7 @@ import numpy as np
 
 from config import Config
 from kindling.config_io import from_yaml, to_yaml
-from kindling.data.build import DATA, atomic_folder, begin, fill, fingerprint, list_files, token_dtype
+from kindling.data.build import DATA, atomic_folder, fill, fingerprint, list_files, load_or_train_tokenizer, token_dtype
 from kindling.data.filters import Drop
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
@@ -103,7 +103,7 @@ def make_plan(cfg: Config, files: SourceFiles, name: str, n_parts: int, pool: Wo
     if not folder.is_dir():
         data = dataclasses.replace(cfg.data, workers=None)  # each machine chooses its own number
         with atomic_folder(folder) as partial:
-            tokenizer, notes = begin(cfg, files, pool)
+            tokenizer, notes = load_or_train_tokenizer(cfg, files, pool)
             (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
             rows = [[(f.key, str(f.path.absolute()), f.size, f.mtime_ns) for f in fs or ()] for fs in files]
             content = {"format": PLAN_FORMAT, "parts": n_parts, "notes": notes, "files": rows}
@@ -172,11 +172,11 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
     with atomic_folder(plan.part(number)) as partial:
         for i, source in enumerate(plan.cfg.data.sources):
             with open(partial / f"{i}.jsonl", "w", encoding="ascii") as lines, open(partial / f"{i}.ids", "wb") as ids:
-                for examined in pool.map(documents(source, mine[i]), plan.tokenizer_file):
-                    lines.write(json.dumps(_to_line(examined)) + "\n")
-                    if examined.ids is not None:
-                        ids.write(examined.ids.astype(dtype).tobytes())
-                    n_documents, n_bytes = n_documents + 1, n_bytes + examined.size
+                for processed in pool.map(documents(source, mine[i]), plan.tokenizer_file):
+                    lines.write(json.dumps(_to_line(processed)) + "\n")
+                    if processed.ids is not None:
+                        ids.write(processed.ids.astype(dtype).tobytes())
+                    n_documents, n_bytes = n_documents + 1, n_bytes + processed.size
         require_unchanged(plan, every)  # while they were read
         hashes = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
         (partial / "done.json").write_text(json.dumps(hashes), encoding="ascii")

@@ -1,7 +1,7 @@
 """Processes one document: reads it, applies the filters, computes hashes, and tokenises it.
 
     process = DocumentProcessor(cfg.data, benchmarks, tokenizer, context=cfg.model.block_size)
-    examined = process(document)          # examined.drop says why it is dropped; else examined.ids holds its token ids
+    processed = process(document)          # processed.drop says why it is dropped; else processed.ids holds its token ids
 
 The result depends on the document, the settings and the tokenizer alone. This runs in the worker processes of workers.py,
 because a document can crash or hang it.
@@ -79,8 +79,8 @@ class DocumentProcessor:
             return [_dropped(document, "file is no Python", one_line(e))]
         mined = [self(_conversation_from(document, pair)) for pair in pairs]
         group = hashlib.sha256(raw).digest()[:16]
-        for examined in mined:
-            examined.group = group
+        for processed in mined:
+            processed.group = group
         return mined or [_dropped(document, "undocumented file", "")]
 
     def __call__(self, document: Document) -> ProcessedDocument:

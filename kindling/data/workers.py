@@ -46,8 +46,8 @@ class WorkerPool:
         context: int = 0,
         examine: Callable[[list[Document], Path | None], list[ProcessedDocument]] | None = None,
     ):
-        """`examine` replaces `_examine_batch` as what a worker does with a batch."""
-        self._n_workers, self._examine = cfg.n_workers, examine or _examine_batch
+        """`examine` replaces `_process_batch` as what a worker does with a batch."""
+        self._n_workers, self._process = cfg.n_workers, examine or _process_batch
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
         self._arguments = (cfg, benchmarks, context, tokenizer_cfg)
         self.undetectable = [] if benchmarks is None else benchmarks.undetectable
@@ -102,7 +102,7 @@ class WorkerPool:
                 # try each alone
                 if generation == self._generation:
                     self._restart()
-                    return [examined for document in batch for examined in self._alone(document, tokenizer_file)]
+                    return [processed for document in batch for processed in self._alone(document, tokenizer_file)]
             future, generation = self._submit(batch, tokenizer_file)
 
     def _submit(
@@ -111,7 +111,7 @@ class WorkerPool:
         """Give a batch to a worker; return its future and the generation of workers that got it."""
         try:
             with sigint_blocked():  # submitting may start a process, which must not get Ctrl-C before it ignores it
-                return self._executor.submit(self._examine, batch, tokenizer_file), self._generation
+                return self._executor.submit(self._process, batch, tokenizer_file), self._generation
         except BrokenProcessPool:  # an earlier batch broke the pool; its own future will say so
             broken: Future[list[ProcessedDocument]] = Future()
             broken.set_exception(BrokenProcessPool())
@@ -182,7 +182,7 @@ def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sink = open(os.devnull, "w", encoding="utf-8")
     _worker.update(
-        examiner=DocumentProcessor(cfg, benchmarks, context=context),
+        processor=DocumentProcessor(cfg, benchmarks, context=context),
         tokenizer_cfg=tokenizer_cfg,
         tokenizer_file=None,
         sink=sink,
@@ -195,22 +195,22 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _examine_batch(batch: list[Document], tokenizer_file: Path | None) -> list[ProcessedDocument]:
+def _process_batch(batch: list[Document], tokenizer_file: Path | None) -> list[ProcessedDocument]:
     if tokenizer_file != _worker["tokenizer_file"]:
         tokenizer = None if tokenizer_file is None else load_json(tokenizer_file, _worker["tokenizer_cfg"])
-        _worker["examiner"].tokenizer, _worker["tokenizer_file"] = tokenizer, tokenizer_file
-    examined = []
+        _worker["processor"].tokenizer, _worker["tokenizer_file"] = tokenizer, tokenizer_file
+    processed = []
     for document in batch:
         # ends this process if the document hangs in C code, where no Python signal handler would run
         faulthandler.dump_traceback_later(DOCUMENT_LIMIT_S, exit=True, file=_worker["sink"])
         try:
-            examined += _worker["examiner"].all_of(document)
+            processed += _worker["processor"].all_of(document)
         except MemoryError:
             drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
-            examined.append(ProcessedDocument(document.key, document.language, document.size, drop))
+            processed.append(ProcessedDocument(document.key, document.language, document.size, drop))
         except BaseException as e:  # any failure of a library, a panic of Rust included, costs only this document
             drop = Drop("unexpected", one_line(e))
-            examined.append(ProcessedDocument(document.key, document.language, document.size, drop))
+            processed.append(ProcessedDocument(document.key, document.language, document.size, drop))
         finally:
             faulthandler.cancel_dump_traceback_later()
-    return examined
+    return processed

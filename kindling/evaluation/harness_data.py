@@ -191,7 +191,7 @@ def _read(path: Path) -> str:
 
 def _unreadable(path: Path, error: Exception) -> HarnessError:
     return HarnessError(
-        f"{path} must be readable, but is not ({one_line(error)}); fetch it again or mend its permissions"
+        f"{path} must be readable, but is not ({one_line(error)}); fetch it again or fix its permissions"
     )
 
 

@@ -72,7 +72,7 @@ def save(run_path: Path, results: Results, losses: Losses | None = None) -> list
         write_atomic(run_path / name, _json(results, indent=1) + "\n")
     except OSError as e:
         raise ReportError(
-            f"{run_path} must be writable for {name}, but is not ({e}); free some space or mend its permissions"
+            f"{run_path} must be writable for {name}, but is not ({e}); free some space or fix its permissions"
         ) from None
     return names[::-1] if lines else names[:0:-1]
 

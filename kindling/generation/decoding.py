@@ -46,7 +46,7 @@ def stream(
     gpt = model.for_generation()
     block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
     device = cache.lengths.device
-    drawer = SamplingState.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
+    sampling_state = SamplingState.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
     ids, n_prompt, n_read = list(ids), len(ids), 0
     for _ in range(sampling.max_new_tokens):
         if len(ids) > block_size:  # all positions change, so the cache is void
@@ -56,7 +56,7 @@ def stream(
             logits = gpt.forward_cached(torch.tensor([ids[n_read:]], device=device), cache)  # (1, V)
             if allowed is not None and (mask := allowed(ids[n_prompt:])) is not None:
                 logits = logits.masked_fill(torch.from_numpy(~mask).to(device), -torch.inf)
-            (token,) = sample_tokens(logits, sampling, [drawer])
+            (token,) = sample_tokens(logits, sampling, [sampling_state])
         if token == eos_id:
             return
         n_read = len(ids)
@@ -69,7 +69,7 @@ class Row:
     """One text of a batch: the new tokens after the prompt with this number."""
 
     number: int
-    drawer: SamplingState
+    sampling_state: SamplingState
     limit: int
     """The most tokens it can get: `max_new_tokens`, or what the context has left."""
     out: list[int] = field(default_factory=list)
@@ -129,9 +129,8 @@ class _Batch:
         self.begins = None if begins is None else begins.to(self.device)
         self.active: dict[int, Row] = {}  # by row of the cache
         self.waiting = iter(range(len(prompts)))
-        self.read: list[
-            int
-        ] = []  # the prompt that `single` holds; samples of one prompt come one after another, so it is often the next one, too
+        # the prompt that `single` holds; samples of one prompt come one after another, so it is often the next one, too
+        self.read: list[int] = []
         self.first = torch.empty(0)  # (1, V), the logits after it
         self.due: list[tuple[int, Row]] = []  # rows to yield, each with its place in the cache
 
@@ -155,9 +154,11 @@ class _Batch:
                     self.first = self.first.masked_fill(~self.begins, -torch.inf)
             self.cache.copy_row(place, self.single)
             limit = min(self.sampling.max_new_tokens, self.gpt.cfg.block_size - len(prompt))
-            drawer = SamplingState.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
-            self.active[place] = Row(number, drawer, limit)
-            self._take(place, sample_tokens(self.first, self.sampling, [drawer])[0])
+            sampling_state = SamplingState.of(
+                self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id
+            )
+            self.active[place] = Row(number, sampling_state, limit)
+            self._take(place, sample_tokens(self.first, self.sampling, [sampling_state])[0])
 
     def step(self) -> None:
         """Give each active row its next token."""
@@ -166,7 +167,9 @@ class _Batch:
         self.cache.lengths[[place for place in range(self.n_rows) if place not in self.active]] = 0  # idle rows
         with _reading():
             logits = self.gpt.forward_cached(torch.tensor(last, device=self.device)[:, None], self.cache)  # (B, V)
-            tokens = sample_tokens(logits[places], self.sampling, [self.active[place].drawer for place in places])
+            tokens = sample_tokens(
+                logits[places], self.sampling, [self.active[place].sampling_state for place in places]
+            )
         for place, token in zip(places, tokens):
             self._take(place, token)
 

@@ -153,14 +153,14 @@ class SamplingState:
         return cls(generator, seen)
 
 
-def sample_tokens(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[SamplingState]) -> list[int]:
-    """Return the next token for each row of logits (B, V), drawn with the row's own drawer, which is updated."""
+def sample_tokens(logits: torch.Tensor, sampling: Sampling, sampling_states: Sequence[SamplingState]) -> list[int]:
+    """Return the next token for each row of logits (B, V), drawn with the row's own sampling_state, which is updated."""
     import torch
 
     logits = logits.cpu()  # so that draws are the same on every device
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.stack([drawer.seen for drawer in drawers if drawer.seen is not None])  # (B, V)
+        seen = torch.stack([state.seen for state in sampling_states if state.seen is not None])  # (B, V)
     if sampling.is_greedy:
         if seen is not None:
             logits = apply_repetition_penalty(logits.float(), seen, sampling.repetition_penalty)
@@ -171,9 +171,11 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, drawers: Sequence[Sa
             raise GenerationError(
                 "a model's logits must be numbers, but are not; fall back to an older checkpoint, or use --precision fp32"
             )
-        drawn = torch.stack([torch.rand(1, generator=d.generator, dtype=torch.float64) for d in drawers])  # (B, 1)
+        drawn = torch.stack(
+            [torch.rand(1, generator=d.generator, dtype=torch.float64) for d in sampling_states]
+        )  # (B, 1)
         tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True).squeeze(1).tolist()
-    for drawer, token in zip(drawers, tokens):
-        if drawer.seen is not None:
-            drawer.seen[token] = True
+    for sampling_state, token in zip(sampling_states, tokens):
+        if sampling_state.seen is not None:
+            sampling_state.seen[token] = True
     return tokens

@@ -217,7 +217,9 @@ class Model:
         try:
             from kindling.int8.kernel import KernelError, build
         except ImportError:
-            raise CompletionError("--kernel c must find kernel.py and .c beside this file; copy them") from None
+            raise CompletionError(
+                "--kernel c must find kindling/int8/kernel.py and kernel.c, but one is missing; copy them"
+            ) from None
         try:
             self.step = build(self)
         except KernelError as e:

@@ -39,6 +39,7 @@ from kindling.sandbox.bubblewrap import SandboxError
 Mode = Literal["bwrap", "none"]
 WORKER = Path(__file__).with_name("worker.py")
 START_S = 30.0  # a process that has not started by then never will
+DEATH_S = 5.0  # for a process whose pipe is closed to end; a busy machine takes its time
 # bytes. From this many, building a set of numbers with equal hashes takes a second; from 2**20, a minute
 MAX_ANSWER = 2**17
 MAX_REASON = 200  # characters
@@ -180,7 +181,7 @@ class Program:
     def _death(self) -> ProgramError:
         """Return why the program's process ended."""
         try:
-            code = self._process.wait(max(1.0, self._deadline - time.monotonic()))
+            code = self._process.wait(DEATH_S)
         except subprocess.TimeoutExpired:  # it closed the pipe but still runs
             return ProgramError("exception", "the program stopped answering")
         number = -code if code < 0 else code - 128

@@ -110,7 +110,7 @@ class ByteLevelBPE:
                 self.merges[vocab[left], vocab[right]] = rank, vocab[left + right]
             except (KeyError, ValueError):
                 raise ValueError(
-                    f"merge {rank} must join two tokens to a third, but is {pair}; mend the file"
+                    f"merge {rank} must join two tokens to a third, but is {pair}; correct the file"
                 ) from None
         self._byte_ids = [vocab.get(symbol, NO_TOKEN) for symbol in SYMBOLS]
         self._spelt = {i: _spell(token) for token, i in vocab.items()}

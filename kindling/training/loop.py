@@ -117,7 +117,7 @@ class TrainingLoop:
         return not self.finished() or overdue
 
     def due(self, every: int) -> bool:
-        """Return whether it is time for what happens every `every` steps, and at the end of the run."""
+        """Return whether the step is a multiple of `every`, or the run is finished."""
         return self.finished() or self.trainer.state.step % every == 0
 
     def must_roll_back(self) -> bool:

@@ -51,7 +51,7 @@ def checkpoint_before(
     if state.rollbacks < MAX_ROLLBACKS:
         folder = world.on_main(lambda: run.roll_back_to(rollback.first_step))
     if folder is None:
-        again = f" after {state.rollbacks} roll-backs" if state.rollbacks else ""
+        again = f" after {state.rollbacks} rollbacks" if state.rollbacks else ""
         raise TrainingError(
             f"training must skip fewer than {train.max_skipped_steps} steps in a row, but skipped {rollback.n_steps}{again} "
             f"(loss or gradient not finite, or a gradient spike); resume with --train.precision fp32 or --train.spike-ratio 0, "

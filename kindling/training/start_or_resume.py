@@ -158,11 +158,11 @@ def start_or_resume(
     device.set_threads(cfg.train.threads or (None if saved is None else _saved_threads(saved["environment"], world)))
     runtime = device.resolve(cfg.train, world)
     require_divisible_batch(cfg, runtime)
-    model = new_model(cfg, runtime)
-    initial_sha256 = None
     if saved is not None:
         require_same_initial_weights(run, cfg.train.init_from, saved.get("initial_sha256"))
-    elif cfg.train.init_from is not None:
+    model = new_model(cfg, runtime)
+    initial_sha256 = None
+    if saved is None and cfg.train.init_from is not None:
         tokenizer = load_json(dataset.folder / "tokenizer.json", cfg.tokenizer)
         initial_sha256 = load_initial_weights(model, cfg.train.init_from, tokenizer)
     if not resuming:

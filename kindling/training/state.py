@@ -8,6 +8,8 @@ from typing import Any
 
 # fields with another name in the file, the name that earlier versions of the code gave them
 NAMES_IN_FILE = {"row_index": "position", "excluded_rows": "avoided"}
+# fields that files of earlier versions may lack
+NEWER = {"first_eval", "last_eval_step", "initial_sha256", "streak", "excluded_rows", "rollbacks"}
 
 
 @dataclass
@@ -66,10 +68,8 @@ class TrainingState:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TrainingState:
         """Return the state that `to_dict` saved. Files of earlier versions of the code may lack some fields."""
-        values = {
-            name: saved[key] for name in cls.__dataclass_fields__ if (key := NAMES_IN_FILE.get(name, name)) in saved
-        }
-        state = cls(**values)
+        keys = {name: NAMES_IN_FILE.get(name, name) for name in cls.__dataclass_fields__}
+        state = cls(**{name: saved[key] for name, key in keys.items() if key in saved or name not in NEWER})
         state.streak = (state.streak[0], state.streak[1])
         if "last_eval_step" not in saved:
             state.last_eval_step = state.step

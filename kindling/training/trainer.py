@@ -92,9 +92,9 @@ class Trainer:
         self.model, self.batches, self.evaluate = model, batches, evaluate
         require_divisible_batch(cfg, runtime)
         ranks = self.world.size
-        self.rank_rows = cfg.train.batch_size // ranks  # rows of a step on each rank
-        largest = min(cfg.train.micro_batch, self.rank_rows)
-        self.micro_batch = max(n for n in range(1, largest + 1) if self.rank_rows % n == 0)
+        self.rows_per_rank = cfg.train.batch_size // ranks  # rows of a step on each rank
+        largest = min(cfg.train.micro_batch, self.rows_per_rank)
+        self.micro_batch = max(n for n in range(1, largest + 1) if self.rows_per_rank % n == 0)
         model.checkpoint_activations = cfg.train.activation_checkpointing
         if sharded := ranks > 1 and cfg.train.parallel == "fsdp":
             shard(model, ranks, torch.bfloat16 if runtime.precision == "bf16" else None)
@@ -107,7 +107,7 @@ class Trainer:
         self.guard = SpikeGuard(cfg.train.spike_ratio)
         self.recorder = SkippedStepRecorder(run.path, batches)
         self.state = TrainingState()
-        self.pending_rollback: Rollback | None = None  # set after too many bad steps in a row; later steps are ignored
+        self.pending_rollback: Rollback | None = None  # set after too many bad steps in a row
         self.lr_scale = 0.0  # factor on the peak learning rates at the newest step
         self.compiled = False
         self.resumed_environment: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class Trainer:
         return {
             **self.state.to_dict(),
             "guard": self.guard.state_dict(),
-            # with FSDP each rank saves its part of them beside the weights
+            # with FSDP each rank saves its part of the optimisers beside the weights
             "optimizers": [] if self.train.parallel == "fsdp" else [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": self.world.gather(device.rng_state(self.runtime)),
@@ -232,9 +232,9 @@ class Trainer:
         if synchronized:
             n_targets = int(self.world.sum([n_targets])[0])
         total = torch.zeros((), device=self.runtime.device)
-        for start in range(0, self.rank_rows, self.micro_batch):
+        for start in range(0, self.rows_per_rank, self.micro_batch):
             micro = batch.part(slice(start, start + self.micro_batch))
-            last = start + self.micro_batch >= self.rank_rows
+            last = start + self.micro_batch >= self.rows_per_rank
             with self._gradient_exchange(last and synchronized):
                 loss, _ = summed_loss(self.ddp_model, micro, self.runtime)
                 loss = loss / max(1, n_targets)

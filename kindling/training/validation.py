@@ -23,9 +23,8 @@ VALIDATION_ROWS = 16
 
 def summed_loss(model: nn.Module, batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a batch and its number of supervised tokens, for training and for validation."""
-    idx, targets, position_ids = (
-        None if rows is None else device.to_device(rows, runtime) for rows in batch
-    )  # (B, T) each
+    # (B, T) each
+    idx, targets, position_ids = (None if rows is None else device.to_device(rows, runtime) for rows in batch)
     with runtime.autocast():
         return model(idx, targets, position_ids)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import data_pipeline
 from config import DataConfig, SourceConfig, TokenizerConfig
 from kindling.data import build
-from kindling.data.build import prepare
+from kindling.data.build import fingerprint, list_files, prepare
 from kindling.data.duplicates import MinHashIndex, signature, word_hashes
 from kindling.data.filters import Drop, strip_header
 from kindling.data.ledger import explain, read_documents
@@ -480,13 +480,13 @@ def test_a_document_that_kills_its_worker_is_dropped_and_only_that_one():
     poisoned = {100, 101, 333}
     stream = [Document(str(i), "python", text="poison" if i in poisoned else "fine", size=9000) for i in range(400)]
     with WorkerPool(DataConfig(workers=2), TokenizerConfig(), examine=kill_on_poison) as pool:
-        examined = []
+        processed = []
         for e in pool.map(stream):
             time.sleep(0.002)  # a consumer that works, so that a pool is found broken while it is being fed
-            examined.append(e)
-    assert [e.key for e in examined] == [str(i) for i in range(400)]
+            processed.append(e)
+    assert [e.key for e in processed] == [str(i) for i in range(400)]
     crash = Drop("crash", "its worker process died")
-    assert {e.key: e.drop for e in examined if e.drop} == {str(i): crash for i in poisoned}
+    assert {e.key: e.drop for e in processed if e.drop} == {str(i): crash for i in poisoned}
 
 
 def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
@@ -579,3 +579,12 @@ def test_the_real_corpus_builds(tmp_path):
     source = SourceConfig(kind="jsonl", path=str(path), max_documents=600)
     folder = prepare(replace(cfg, data=replace(cfg.data, sources=(source,))))
     assert ledger_of(folder)["read"][0] == 600 and ledger_of(folder)["dropped"]["characters"][0] > 5
+
+
+def test_settings_have_their_old_names_in_the_fingerprint_so_that_old_data_is_found(corpus, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(build.json, "dumps", lambda parts, **how: hashed.append(parts) or "{}")
+    cfg = tiny_config(corpus)
+    fingerprint(cfg, list_files(cfg))
+    (parts,) = hashed
+    assert parts["data"]["when_dry"] == "repeat" and "stopping_strategy" not in parts["data"]

@@ -130,9 +130,9 @@ def test_a_normalizing_tokenizer_is_trained_on_the_normal_form():
     tokenizer = train_bpe(TEXTS, TokenizerConfig(normalizer="nfkc"), 400)
     exchanges = normalize_exchanges((Exchange("½", "x²"),), tokenizer)
     assert encode_conversation(exchanges, ROWS, tokenizer, 1000).segments[0, 3] == text_hash("x2")
-    examiner = DocumentProcessor(ROWS, tokenizer=tokenizer, context=1000)
+    processor = DocumentProcessor(ROWS, tokenizer=tokenizer, context=1000)
     for response, rule in (("＃＃＃ Response: x", "template marker"), ("＜|endoftext|＞", "control token")):
-        assert examiner(Document("k", "", exchanges=(Exchange("x", response),))).drop.rule == rule
+        assert processor(Document("k", "", exchanges=(Exchange("x", response),))).drop.rule == rule
 
 
 def test_a_response_that_is_not_reproducible_is_dropped_and_not_cut(monkeypatch):
@@ -151,30 +151,30 @@ def test_a_template_marker_in_an_instruction_is_kept_and_noted():
 
 
 def test_a_conversation_with_half_a_surrogate_pair_is_dropped_by_rule():
-    examiner = DocumentProcessor(ROWS, tokenizer=TOKENIZER, context=1000)
-    found = examiner(Document("k", "", exchanges=(Exchange("x", "a \ud800 b"),)))
+    processor = DocumentProcessor(ROWS, tokenizer=TOKENIZER, context=1000)
+    found = processor(Document("k", "", exchanges=(Exchange("x", "a \ud800 b"),)))
     assert found.drop.rule == "not UTF-8"
 
 
 def test_the_filters_see_what_is_said_without_the_template():
-    examiner = DocumentProcessor(replace(ROWS, min_chars=12), tokenizer=TOKENIZER, context=1000)
-    assert examiner(Document("k", "", exchanges=(Exchange("12345", "678"),))).drop == Drop(
+    processor = DocumentProcessor(replace(ROWS, min_chars=12), tokenizer=TOKENIZER, context=1000)
+    assert processor(Document("k", "", exchanges=(Exchange("12345", "678"),))).drop == Drop(
         "characters", "9, not 12 to 250,000"
     )
     assert conversation_text((Exchange("a", "c", "b"), Exchange("d", "e"))) == "a\nb\nc\nd\ne"
 
 
 def test_code_in_a_conversation_need_not_compile():
-    examiner = DocumentProcessor(replace(ROWS, check_syntax=True), tokenizer=TOKENIZER, context=1000)
-    assert examiner(Document("k", "python", exchanges=(Exchange("Why?", "It is so ("),))).drop is None
+    processor = DocumentProcessor(replace(ROWS, check_syntax=True), tokenizer=TOKENIZER, context=1000)
+    assert processor(Document("k", "python", exchanges=(Exchange("Why?", "It is so ("),))).drop is None
 
 
 def test_the_functions_of_a_file_become_examples_that_share_a_split(tmp_path):
     path = tmp_path / "m.py"
     body = '\ndef {0}(x):\n    """Return twice the value of {0}."""\n    return 2 * x\n'
     path.write_text(body.format("one") + body.format("two"), encoding="utf-8")
-    examiner = DocumentProcessor(ROWS, tokenizer=TOKENIZER, context=1000)
-    found = examiner.all_of(Document("m.py", "python", path=path, size=1, mined=True))
+    processor = DocumentProcessor(ROWS, tokenizer=TOKENIZER, context=1000)
+    found = processor.all_of(Document("m.py", "python", path=path, size=1, mined=True))
     assert [e.key for e in found] == ["m.py:one", "m.py:two"]
     assert found[0].group == found[1].group != b"" and found[0].digest != found[1].digest
     assert TOKENIZER.decode(found[1].ids).endswith(

@@ -158,9 +158,9 @@ def test_what_a_dead_process_left_is_cleared_away_but_not_what_another_machine_i
         signature=st.binary(max_size=128),
     )
 )
-def test_what_a_part_keeps_of_a_document_is_all_that_was_found(examined):
-    again = parts._from_line(json.loads(json.dumps(parts._to_line(examined))), None)
-    assert dataclasses.asdict(again) == dataclasses.asdict(examined)
+def test_what_a_part_keeps_of_a_document_is_all_that_was_found(processed):
+    again = parts._from_line(json.loads(json.dumps(parts._to_line(processed))), None)
+    assert dataclasses.asdict(again) == dataclasses.asdict(processed)
 
 
 def test_a_killed_call_is_made_again_and_does_only_what_is_missing(repo, in_tmp, capsys):

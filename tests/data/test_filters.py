@@ -16,7 +16,7 @@ from kindling.data.filters import (
     non_ascii_share,
     strip_header,
     syntax_error,
-    test_file_reason,
+    evidence_of_test_file,
 )
 
 STRICT = DataConfig(
@@ -94,7 +94,7 @@ def test_the_non_ascii_share_is_that_of_str_isascii(text):
     ],
 )
 def test_test_files_are_known_by_name_and_folder_and_not_by_words_that_begin_so(key, language, is_test):
-    assert bool(test_file_reason("x = 1\n", key, language)) == is_test
+    assert bool(evidence_of_test_file("x = 1\n", key, language)) == is_test
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_test_files_are_known_by_name_and_folder_and_not_by_words_that_begin_so(
     ],
 )
 def test_suites_of_test_classes_are_known_by_their_content(text, language, is_suite):
-    assert bool(test_file_reason(text, "a.src", language)) == is_suite
+    assert bool(evidence_of_test_file(text, "a.src", language)) == is_suite
 
 
 @pytest.mark.parametrize(

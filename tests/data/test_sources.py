@@ -80,9 +80,9 @@ def test_the_documents_of_a_text_file_count_every_byte_but_the_separators():
     Path("a.txt").write_bytes(b"\n\nfirst \xff\n<end>\nsecond\n\n<end>\n")
     found = read(SourceConfig(kind="text", path="a.txt", separator="<end>"))
     assert sum(d.size for d in found) == Path("a.txt").stat().st_size - 2 * len("<end>")
-    examined = [DocumentProcessor(DataConfig())(d) for d in found]
-    assert examined[1].text == "second" and examined[1].changes == (("newlines around it cut off", 3),)
-    assert [e.drop and e.drop.rule for e in examined] == ["not UTF-8", None, "characters"]
+    processed = [DocumentProcessor(DataConfig())(d) for d in found]
+    assert processed[1].text == "second" and processed[1].changes == (("newlines around it cut off", 3),)
+    assert [e.drop and e.drop.rule for e in processed] == ["not UTF-8", None, "characters"]
 
 
 def test_a_byte_order_mark_costs_no_row():

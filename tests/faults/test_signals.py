@@ -9,6 +9,7 @@ import pytest
 
 from faults.runs import Forked, completed, final_weights, flags, newest_step, say
 from kindling.runs.checkpoint import RunDirectory
+from kindling.stopping import StopRequest
 from kindling.training import trainer
 
 pytestmark = pytest.mark.faults
@@ -18,7 +19,7 @@ STEPS = 30
 
 def tell_where_the_signal_came(pipe: int) -> None:
     """Have the process say whether a signal came while the gradients of a step were being accumulated."""
-    accumulate, handle = trainer.Trainer.forward_backward, trainer.StopRequest._handle
+    accumulate, handle = trainer.Trainer.forward_backward, StopRequest._handle
     inside = []
 
     def accumulated(self):
@@ -32,7 +33,7 @@ def tell_where_the_signal_came(pipe: int) -> None:
         say(pipe, "signal", int(bool(inside)))
         return handle(self, number, frame)
 
-    trainer.Trainer.forward_backward, trainer.StopRequest._handle = accumulated, handled
+    trainer.Trainer.forward_backward, StopRequest._handle = accumulated, handled
 
 
 def test_twenty_signals_end_saved_and_resume_to_the_same_bits(work, corpus, record):

@@ -99,21 +99,21 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely(seed, min_p, t
 def test_a_penalty_counts_the_prompt_and_each_token_that_is_drawn(temperature):
     logits = torch.tensor([[4.0, 3.0, 2.0, -1.0]])
     sampling = Sampling(temperature=temperature, top_k=1, repetition_penalty=100.0)
-    drawer = SamplingState.of(sampling, 0, [1], 4, eos_id=3)
+    sampling_state = SamplingState.of(sampling, 0, [1], 4, eos_id=3)
     # 0 is new and the largest, then 2; of what is left all are penalised but the end of text
-    assert [sample_tokens(logits, sampling, [drawer])[0] for _ in range(4)] == [0, 2, 0, 0]
+    assert [sample_tokens(logits, sampling, [sampling_state])[0] for _ in range(4)] == [0, 2, 0, 0]
 
 
 def test_the_end_of_text_is_never_penalised():
     sampling = Sampling(greedy=True, repetition_penalty=100.0)
-    drawer = SamplingState.of(sampling, 0, [3, 1, 3], 4, eos_id=3)
-    assert sample_tokens(torch.tensor([[0.5, 0.5, 0.5, 1.0]]), sampling, [drawer]) == [3]
+    sampling_state = SamplingState.of(sampling, 0, [3, 1, 3], 4, eos_id=3)
+    assert sample_tokens(torch.tensor([[0.5, 0.5, 0.5, 1.0]]), sampling, [sampling_state]) == [3]
 
 
 def test_rows_have_penalties_of_their_own():
     sampling = Sampling(greedy=True, repetition_penalty=10.0)
-    drawers = [SamplingState.of(sampling, 0, ids, 4, eos_id=3) for ids in ([0], [1])]
-    assert sample_tokens(torch.tensor([[2.0, 1.5, 0.0, 0.0]]).expand(2, 4), sampling, drawers) == [1, 0]
+    sampling_states = [SamplingState.of(sampling, 0, ids, 4, eos_id=3) for ids in ([0], [1])]
+    assert sample_tokens(torch.tensor([[2.0, 1.5, 0.0, 0.0]]).expand(2, 4), sampling, sampling_states) == [1, 0]
 
 
 @pytest.mark.parametrize(

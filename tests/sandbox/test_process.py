@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import misbehave
 
-from kindling.evaluation.check_correctness import VERDICTS, judge
+from kindling.evaluation.check_correctness import VERDICTS, check_answers
 from kindling.evaluation.tasks import load
 from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox import bubblewrap, process, syscall_filter
@@ -276,7 +276,7 @@ def test_a_bwrap_that_makes_no_sandbox_is_an_error_and_no_verdict(script, tmp_pa
         SandboxError, match=r"bubblewrap must be able .*(No permissions|without a word).*--sandbox none"
     ):
         self_test("bwrap")
-    assert judge(GOOD_PROBLEM, GOOD_PROBLEM.solution).verdict == "sandbox"
+    assert check_answers(GOOD_PROBLEM, GOOD_PROBLEM.solution).verdict == "sandbox"
 
 
 def test_without_bwrap_no_line_is_executed(tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_without_bwrap_no_line_is_executed(tmp_path, monkeypatch):
     source = f"open({str(tmp_path / 'was-here')!r}, 'w').close()\n" + GOOD_PROBLEM.solution
     with pytest.raises(SandboxError, match=r"sudo apt install bubblewrap .*--sandbox none"):
         self_test("bwrap")
-    verdict = judge(GOOD_PROBLEM, source)
+    verdict = check_answers(GOOD_PROBLEM, source)
     assert verdict.verdict == "sandbox" and "apt install bubblewrap" in verdict.reason
     assert not (tmp_path / "was-here").exists()
 
@@ -295,7 +295,7 @@ def test_a_machine_that_can_start_no_process_is_no_verdict_on_a_program(monkeypa
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert judge(GOOD_PROBLEM, GOOD_PROBLEM.solution, mode="none").verdict == "sandbox"
+    assert check_answers(GOOD_PROBLEM, GOOD_PROBLEM.solution, mode="none").verdict == "sandbox"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -399,7 +399,7 @@ def add():
 @pytest.mark.parametrize("mode", MODES)
 def test_each_failure_has_its_verdict_and_a_reason(mode, add):
     limits = replace(SHORT, wall_s=60.0)
-    got = {source: judge(add, source, mode, limits) for source in VERDICT_OF}
+    got = {source: check_answers(add, source, mode, limits) for source in VERDICT_OF}
     assert {source: verdict.verdict for source, verdict in got.items()} == {s: v for s, (v, _) in VERDICT_OF.items()}
     assert [source for source, (_, reason) in VERDICT_OF.items() if reason not in got[source].reason] == []
 
@@ -433,7 +433,7 @@ def test_a_program_has_the_limits_that_it_was_given(mode):
 
 
 def judge_a_sleeper(limits):
-    judge(GOOD_PROBLEM, "import os, time\nos.fork()\ntime.sleep(60)", "bwrap", limits)
+    check_answers(GOOD_PROBLEM, "import os, time\nos.fork()\ntime.sleep(60)", "bwrap", limits)
 
 
 @needs_bwrap
@@ -537,8 +537,8 @@ def test_an_object_stays_with_the_program_and_is_equal_to_nothing():
 @pytest.mark.parametrize("mode", MODES)
 def test_trees_of_the_programs_own_nodes_are_judged(mode):
     tree = next(p for p in load("mbpp") if "Node" in p.remote)
-    assert judge(tree, tree.solution, mode).verdict == "passed"
-    assert judge(tree, tree.solution.replace("return True", "return False"), mode).verdict == "wrong"
+    assert check_answers(tree, tree.solution, mode).verdict == "passed"
+    assert check_answers(tree, tree.solution.replace("return True", "return False"), mode).verdict == "wrong"
 
 
 @needs_bwrap
@@ -573,7 +573,9 @@ def devnull():
 
 def judge_job(job, slot):
     problem, source = job
-    return judge(problem, source, "bwrap" if shutil.which("bwrap") else "none", Limits(wall_s=60.0), slot).verdict
+    return check_answers(
+        problem, source, "bwrap" if shutil.which("bwrap") else "none", Limits(wall_s=60.0), slot
+    ).verdict
 
 
 @pytest.mark.slow

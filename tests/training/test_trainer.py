@@ -781,6 +781,6 @@ def test_nothing_is_saved_between_skipped_steps_so_that_there_is_something_to_go
 
 def test_a_run_that_goes_back_again_and_again_ends_with_a_way_out(corpus, tmp_path):
     trainer = spoiled(tmp_path / "r", corpus, steps=range(12, 1000))
-    with pytest.raises(TrainingError, match="skipped 3 after 3 roll-backs"):
+    with pytest.raises(TrainingError, match="skipped 3 after 3 rollbacks"):
         fit(trainer)
     assert trainer.run.newest().name == "step_000010"
