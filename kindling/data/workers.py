@@ -31,7 +31,7 @@ from kindling.tokenization.tokenizer import load_json
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-DOCUMENT_LIMIT_S = 10  # a worker that spends longer on one document is killed, and the document dropped
+DOCUMENT_LIMIT_S = 10  # a worker that spends more CPU time on one document is killed, and the document dropped
 WORKER_MEMORY_BYTES = 2**30  # in addition to what a worker uses at its start
 BATCH_BYTES, BATCH_DOCUMENTS = 2**19, 64
 
@@ -201,8 +201,7 @@ def _process_batch(batch: list[Document], tokenizer_file: Path | None) -> list[P
         _worker["processor"].tokenizer, _worker["tokenizer_file"] = tokenizer, tokenizer_file
     processed = []
     for document in batch:
-        # ends this process if the document hangs in C code, where no Python signal handler would run
-        faulthandler.dump_traceback_later(DOCUMENT_LIMIT_S, exit=True, file=_worker["sink"])
+        _limit_time(DOCUMENT_LIMIT_S)
         try:
             processed += _worker["processor"].all_of(document)
         except MemoryError:
@@ -212,5 +211,21 @@ def _process_batch(batch: list[Document], tokenizer_file: Path | None) -> list[P
             drop = Drop("unexpected", one_line(e))
             processed.append(ProcessedDocument(document.key, document.language, document.size, drop))
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            _limit_time(0)
     return processed
+
+
+def _limit_time(cpu_s: float) -> None:
+    """End this process after `cpu_s` seconds of CPU time, even inside C code, or after 60 times as long in all; 0: no limit.
+
+    The limit is CPU time, because a busy machine must not drop other documents than an idle one.
+    """
+    wall_s = 60 * cpu_s
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)  # sends SIGPROF, which ends a process without a handler for it
+    else:  # Windows
+        wall_s = cpu_s
+    if wall_s:
+        faulthandler.dump_traceback_later(wall_s, exit=True, file=_worker["sink"])
+    else:
+        faulthandler.cancel_dump_traceback_later()

@@ -489,6 +489,33 @@ def test_a_document_that_kills_its_worker_is_dropped_and_only_that_one():
     assert {e.key: e.drop for e in processed if e.drop} == {str(i): crash for i in poisoned}
 
 
+LIMITED = """
+import os, signal, time
+from config import DataConfig
+from kindling.data import workers
+from kindling.data.sources import Document
+
+def spend(document):
+    os.write(1, b"begun ")
+    if document.key == "busy":
+        while True:
+            pass
+    time.sleep(0.5)
+    return []
+
+workers.DOCUMENT_LIMIT_S = 0.3
+workers._worker.update(processor=spend, tokenizer_file=None, sink=open(os.devnull, "w"))
+spend.all_of = spend
+workers._process_batch([Document("waits", "python", text=""), Document("busy", "python", text="")], None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer of CPU time on this system")
+def test_a_document_is_limited_in_cpu_time_so_that_a_busy_machine_drops_no_more():
+    result = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (-signal.SIGPROF, b"begun begun "), result.stderr
+
+
 def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
     shutil.copytree(corpus, "repo")
     with open("repo/huge.py", "wb") as f:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from config import DataConfig
 from kindling.data.filters import (
     alphanumeric_share,
+    evidence_of_test_file,
     first_failed_filter,
     generated_file_reason,
     non_ascii_share,
     strip_header,
     syntax_error,
-    evidence_of_test_file,
 )
 
 STRICT = DataConfig(
