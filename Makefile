@@ -41,7 +41,7 @@ test: .venv/.installed-dev ## check the style, then run the test suite (3 to 10 
 test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, more runs and signals
 	@$(BIN)/python -m pytest -m slow
 
-test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred, and write a table of the outcomes (15 minutes)
+test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred; writes a table (15 minutes)
 	@$(BIN)/python -m pytest -n 0 -m faults tests/faults
 
 # SEED=7 repeats an order; without it the order is new
@@ -71,7 +71,7 @@ bench: .venv/.installed-dev ## compare speed with other implementations on this 
 	@$(BIN)/python benchmarks/generation.py
 	@$(BIN)/python benchmarks/summary.py
 
-bench-all: bench ## measure all other figures too, and the training race in full (over an hour more)
+bench-all: bench ## measure all other figures too (over an hour more)
 	@$(BIN)/python benchmarks/time_to_loss.py
 	@$(BIN)/python benchmarks/ablation.py
 	@$(BIN)/python benchmarks/data.py

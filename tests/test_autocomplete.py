@@ -205,7 +205,7 @@ def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
         asked.append(list(ids))
         return np.array([len(text) for text in texts] + [0] * (320 - len(texts)), np.float32)
 
-    monkeypatch.setattr(Model, "read", logits)
+    monkeypatch.setattr(Model, "forward_cached", logits)
     cut = "class Stack:\n    def __in"
     ids, _ = completer.prompt_ids(cut, 1)
     text = written(completer, cut, Sampling(0.0, 0, 1, 0))

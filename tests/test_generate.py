@@ -178,7 +178,7 @@ def test_what_ends_a_text_is_said(ask, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p", "a\n\nb\n", "line 2 of .* must hold a prompt, but is empty; mend it or take it out"),
+        ("p", "a\n\nb\n", "line 2 of .* must hold a prompt, but is empty; correct it or take it out"),
         ("p", "a\n  \n", "line 2 .* is empty"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'line 2 .* text `prompt` .*but is \'{"text": "b"}\''),
         ("p.jsonl", '{"prompt": ""}\n', "line 1 .*at least one character"),

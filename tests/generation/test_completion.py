@@ -91,8 +91,8 @@ def pieces_of(tokenizer, ids: Sequence[int]) -> list[str]:
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_the_pieces_of_random_ids_joined_are_the_whole_text(tokenizers, data):
-    tokenizer = data.sample_tokens(st.sampled_from(tokenizers))
-    ids = data.sample_tokens(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
+    tokenizer = data.draw(st.sampled_from(tokenizers))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
 
 
@@ -226,8 +226,8 @@ def test_a_question_that_fills_the_context_is_refused_in_one_line(tokenizer, cap
 @settings(deadline=None, max_examples=40)
 @given(st.integers(20, 400), st.integers(1, 300), st.integers(1, 5), st.integers(0, 10**6))
 def test_prompt_and_answer_never_exceed_the_context(tokenizer, block_size, max_new_tokens, n, seed):
-    sample_tokens = random.Random(seed)
-    script = [sample_tokens.randrange(tokenizer.vocab_size) for _ in range(30)]
+    rng = random.Random(seed)
+    script = [rng.randrange(tokenizer.vocab_size) for _ in range(30)]
     model = Scripted(script, tokenizer.vocab_size, block_size)  # which asserts that no prompt is longer
     heard: list[str] = []
     sampling = Sampling(max_new_tokens=max_new_tokens)

@@ -7,13 +7,13 @@ from kindling.generation.healing import Healing, split_for_healing, token_texts
 VOCABULARY = ["", "a", "b", "ab", "abc", " ", " →", "bc", "c"]
 
 
-def spelt(healing: Healing, sample_tokens) -> str:
+def spelt(healing: Healing, draw) -> str:
     """What comes of drawing from the allowed tokens until the text is spelt."""
     out: list[int] = []
     while (mask := healing.allowed(out)) is not None:
         allowed = [token for token, holds in enumerate(mask) if holds]
         assert allowed, (healing.text, out)
-        out.append(sample_tokens(allowed))
+        out.append(draw(allowed))
     return "".join(VOCABULARY[token] for token in out)
 
 
