@@ -34,8 +34,9 @@ def parse_cli(
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(f.name == "config" for f in dataclasses.fields(flags)):
-        from kindling.config_io import preset_from_argv
+        from kindling.config_io import preset_from_argv, with_present_flags
 
+        argv = with_present_flags(argv)
         made_with: Callable[..., Flags] = flags
         default = made_with(config=preset_from_argv(argv, default_preset))
     else:

@@ -34,6 +34,18 @@ def by_present_names(settings: dict[str, Any]) -> dict[str, Any]:
     return {present.get(name, name): value for name, value in settings.items()}
 
 
+def with_present_flags(argv: list[str]) -> list[str]:
+    """Return a command line in which settings have their present names, so that a command of an earlier version works."""
+    out = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        section, dot, setting = flag.partition(".")
+        present = {old.replace("_", "-"): name.replace("_", "-") for name, old in OLD_NAMES.items()}
+        setting = present.get(setting.replace("_", "-"), setting) if section.startswith("--") else setting
+        out.append(section + dot + setting + equals + value)
+    return out
+
+
 def to_yaml(cfg: Config) -> str:
     """Return `cfg` as YAML, with every field in the order of its class."""
     import yaml

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import script
 
+from kindling.config_io import with_present_flags
 from kindling.runs.checkpoint import RunDirectory, verify
 from kindling.runs.loading import load_model
 
@@ -40,6 +41,19 @@ def work(tmp_path) -> Path:
 def done(result) -> str:
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_the_command_that_began_it_is_understood():
+    old = ["--data.when-dry", "stop", "--model.pair_rows=9", "--train.decay-share", "0.5", "a.when-dry", "--x=when-dry"]
+    new = ["--data.stopping-strategy", "stop", "--model.bigram-rows=9", "--train.decay-fraction", "0.5", *old[-2:]]
+    assert with_present_flags(old) == new
+
+
+def test_it_is_resumed_by_the_command_that_began_it(work):
+    old = {"--model.bigram-rows": "--model.pair-rows", "--data.stopping-strategy": "--data.when-dry"}
+    old |= {"--train.decay-fraction": "--train.decay-share"}
+    out = done(script("main.py", *(old.get(word, word) for word in PRETRAINING), "--name", "old", cwd=work))
+    assert "resuming at step 8" in out
 
 
 def test_its_settings_are_read_by_the_names_of_now(work):
