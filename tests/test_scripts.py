@@ -415,7 +415,7 @@ def test_a_disk_that_is_really_full_loses_nothing(work, corpus, tmp_path):
     """A run on a filesystem with room for its start, but not for another checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], capture_output=True).returncode:
         pytest.skip("cannot mount a small filesystem here")
     try:
         shutil.copytree(work / "data", tmp_path / "data")

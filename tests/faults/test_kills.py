@@ -54,7 +54,8 @@ def test_two_hundred_kills_lose_nothing(work, corpus, record):
         acknowledged = max([acknowledged, *saved])
         if not killed:
             assert child.code == 0, child.text
-        if not killed or processes.kills == KILLS:
+        # twice a run is let go on to its end, also where the machine is so busy that no run gets there by itself
+        if not killed or processes.kills in (KILLS // 2, KILLS):
             end = child if not killed else completed("main.py", flags(corpus, run.path.name, **settings), work)
             different += end.digest != whole.digest or final_weights(run) != wanted
             finished, number, acknowledged = finished + 1, number + 1, 0
