@@ -17,6 +17,7 @@ ConfigFlags = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversion
 
 # settings that have another name now. The old ones stand in runs of earlier versions, and in exports, whose format stays
 OLD_NAMES = {"bigram_rows": "pair_rows", "stopping_strategy": "when_dry", "decay_fraction": "decay_share"}
+PRESENT_NAMES = {old: name for name, old in OLD_NAMES.items()}
 
 
 def by_old_names(settings: dict[str, Any]) -> dict[str, Any]:
@@ -30,17 +31,16 @@ def by_present_names(settings: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"{twice[0]} must be set once, but is also set as {OLD_NAMES[twice[0]]}; delete one of the two"
         )
-    present = {old: name for name, old in OLD_NAMES.items()}
-    return {present.get(name, name): value for name, value in settings.items()}
+    return {PRESENT_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def with_present_flags(argv: list[str]) -> list[str]:
     """Return a command line in which settings have their present names, so that a command of an earlier version works."""
+    present = {old.replace("_", "-"): name.replace("_", "-") for old, name in PRESENT_NAMES.items()}
     out = []
     for word in argv:
         flag, equals, value = word.partition("=")
         section, dot, setting = flag.partition(".")
-        present = {old.replace("_", "-"): name.replace("_", "-") for name, old in OLD_NAMES.items()}
         setting = present.get(setting.replace("_", "-"), setting) if section.startswith("--") else setting
         out.append(section + dot + setting + equals + value)
     return out
