@@ -414,6 +414,9 @@ class TrainConfig:
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 if the hardware has it, else fp16 on CUDA, else fp32."""
+    deterministic: bool = False
+    """On a GPU: use only kernels that give the same bits each time, so that a resumed run ends with the bits of one that was
+    not stopped. Slower. A CPU's kernels always do."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: if there is a compiler, and the run is long enough to win back the time of compiling."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

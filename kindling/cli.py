@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, one_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,6 +62,15 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KindlingError as e:
         rank = os.environ.get("RANK", "0")  # under torchrun; most often all ranks fail for the same reason
         print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as e:  # torch's errors for a lack of memory, which this file must not import
+        if "out of memory" not in str(e).lower():
+            raise
+        print(
+            "error: the model and what it works on must fit into the memory of the device, but do not "
+            f"({one_line(e, 120)}); use a smaller batch, --train.precision bf16, or --device cpu",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

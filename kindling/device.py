@@ -6,13 +6,15 @@ No other file of the project asks which device it runs on.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# FLOP of a run from which compiling it pays: it takes some seconds to a minute, and saves up to half of the time
+COMPILE_FLOPS = {"cpu": 2e13, "cuda": 1e15}
 
 
 class DeviceError(KindlingError):
@@ -95,8 +99,10 @@ def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> Runtime:
         raise DeviceError(
             f"the device must be one of this machine ({there}), but is {kind!r}; set --device auto, or --train.device auto"
         )
-    if kind == "cuda" and cfg.precision != "fp32":  # TensorFloat-32 for products that stay float32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if kind == "cuda":  # TensorFloat-32 for products that stay float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+    if kind == "cuda" and cfg.deterministic:  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = cfg.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(kind) else "fp16" if kind == "cuda" else "fp32"
@@ -148,6 +154,23 @@ def skip_vector_isa_test() -> None:
 
         if inductor.cpp.vec_isa_ok is None:
             inductor.cpp.vec_isa_ok = True
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool, runtime: Runtime) -> Iterator[None]:
+    """On a GPU, use only kernels that give the same bits each time, if `wanted`. A CPU's always do.
+
+    torch raises RuntimeError for an operation that has no such kernel.
+    """
+    if not wanted or runtime.device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def set_threads(threads: int | None) -> None:
@@ -237,6 +260,49 @@ def peak_memory_bytes(runtime: Runtime) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error says that a tensor did not fit into the memory of its device."""
+    # MPS and the CPU's allocator raise a plain RuntimeError
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in said for word in words)
+    )
+
+
+def release_memory(runtime: Runtime) -> None:
+    """Return memory that torch holds but does not use, after an error for lack of it."""
+    gc.collect()  # the frames of an error may be in a cycle
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif runtime.device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def describe_memory(runtime: Runtime) -> str:
+    """Return the name and size of the memory of the device as a text, such as "the GPU's 15.8 GB"."""
+    if runtime.device.type == "cuda":
+        return f"the GPU's {torch.cuda.get_device_properties(runtime.device).total_memory / 1e9:.1f} GB"
+    return "this machine's memory"
+
+
+def rows_at_once(device: torch.device, row_bytes: int, least: int) -> int:
+    """Return how many rows of `row_bytes` bytes to compute together: `least`, or more on a GPU with much memory.
+
+    On CUDA it is the largest power of two whose rows take a 64th of the memory, since few large products keep a GPU busier
+    than many small ones. Elsewhere it is always `least`, because sums of float32 depend on it, and so the bits of a run.
+    """
+    if device.type != "cuda":
+        return least
+    fitting = torch.cuda.get_device_properties(device).total_memory // 64 // row_bytes
+    return max(least, 2 ** (max(1, fitting).bit_length() - 1))
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether the device computes in float64; Apple's GPUs do not."""
+    return device.type != "mps"
 
 
 def available_memory_bytes(runtime: Runtime) -> float | None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE
+from kindling.device import rows_at_once
 
-CHUNK = 1024  # rows at a time: 200 MB of float32 logits at a vocabulary of 49,152
+CHUNK = 1024  # rows at a time: 200 MB of float32 logits at a vocabulary of 49,152. A large GPU takes more
 
 NllAndGrad = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -52,8 +53,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight)
         db = None if bias is None else torch.zeros_like(bias)
         loss = torch.zeros((), device=x.device)
-        for start in range(0, x.size(0), CHUNK):
-            rows = slice(start, start + CHUNK)
+        chunk = rows_at_once(x.device, 4 * weight.size(0), CHUNK)
+        for start in range(0, x.size(0), chunk):
+            rows = slice(start, start + chunk)
             x_chunk = x[rows].to(dtype)
             nll, grad = kernel(F.linear(x_chunk, w, b), targets[rows])
             loss += nll

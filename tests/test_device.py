@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from config import TrainConfig
 from kindling import device
@@ -63,3 +65,21 @@ def test_a_compiler_that_knows_all_vector_instructions_is_not_tried_out(monkeypa
     with inductor.patch({"cpp.vec_isa_ok": given}):
         device.skip_vector_isa_test()
         assert inductor.cpp.vec_isa_ok is (trusted if given is None else given)
+
+
+def test_rows_at_once_fill_a_64th_of_a_gpu_and_are_fixed_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: SimpleNamespace(total_memory=memory))
+    gpu, row = torch.device("cuda"), 4 * 49_152
+    for gigabytes, expected in ((80, 4096), (16, 1024), (4, 1024)):
+        memory = gigabytes * 2**30
+        assert device.rows_at_once(gpu, row, 1024) == expected
+    assert device.rows_at_once(torch.device("cpu"), row, 1024) == 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_deterministic_kernels_are_used_on_a_gpu_where_they_are_wanted_and_only_there(kind, wanted, expected):
+    with device.deterministic_kernels(wanted, device.Runtime(torch.device(kind), "bf16")):
+        assert torch.are_deterministic_algorithms_enabled() == expected
+    assert not torch.are_deterministic_algorithms_enabled()

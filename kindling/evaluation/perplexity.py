@@ -42,6 +42,7 @@ from kindling.loss import linear_nll
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 from model import LanguageModel
 
+BATCH_ROWS = 16  # predicted at a time
 POOL = 32  # batches of texts whose rows are sorted by length at a time
 PROBED_ROWS = 100  # the first rows of a file, in which the column of the text is searched
 BOM = "\ufeff"
@@ -146,7 +147,7 @@ def document_losses(
     dataset: TokenDataset,
     runtime: Runtime,
     stride: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_ROWS,
     progress: Progress | None = None,
 ) -> Losses:
     """Return the losses of a split, where the first token is no target; for conversations, those of the responses.
@@ -292,7 +293,7 @@ def text_losses(
     runtime: Runtime,
     field: str = "text",
     stride: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_ROWS,
     progress: Progress | None = None,
 ) -> Losses:
     """Return the losses of a file. In .jsonl and .json (.gz too), each row is a document; any other file is one document.

@@ -157,10 +157,14 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, sampling_states: Seq
     """Return the next token for each row of logits (B, V), drawn with the row's own sampling_state, which is updated."""
     import torch
 
-    logits = logits.cpu()  # so that draws are the same on every device
+    from kindling.device import has_float64
+
+    if not has_float64(logits.device):
+        logits = logits.cpu()
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.stack([state.seen for state in sampling_states if state.seen is not None])  # (B, V)
+        seen = seen.to(logits.device)
     if sampling.is_greedy:
         if seen is not None:
             logits = apply_repetition_penalty(logits.float(), seen, sampling.repetition_penalty)
@@ -171,8 +175,9 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, sampling_states: Seq
             raise GenerationError(
                 "a model's logits must be numbers, but are not; fall back to an older checkpoint, or use --precision fp32"
             )
-        drawn = torch.stack(
-            [torch.rand(1, generator=d.generator, dtype=torch.float64) for d in sampling_states]
+        # drawn on the CPU, so the numbers are the same on every device
+        drawn = torch.stack([torch.rand(1, generator=d.generator, dtype=torch.float64) for d in sampling_states]).to(
+            logits.device
         )  # (B, 1)
         tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True).squeeze(1).tolist()
     for sampling_state, token in zip(sampling_states, tokens):

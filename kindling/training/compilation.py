@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from config import Config
@@ -9,7 +10,6 @@ from kindling import device
 from kindling.device import Runtime
 from model import LanguageModel
 
-COMPILE_FLOPS = 2e13  # about a minute and a half on a small CPU: compiling takes longer than it saves in a shorter run
 COMPILE_MINUTES = 1.5
 
 
@@ -23,7 +23,7 @@ def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s
     if cfg.train.max_minutes is not None:
         pays = cfg.train.max_minutes - elapsed_s / 60 >= COMPILE_MINUTES
     else:
-        pays = 6 * model.n_matmul_parameters() * cfg.tokens >= COMPILE_FLOPS
+        pays = 6 * model.n_matmul_parameters() * cfg.tokens >= device.COMPILE_FLOPS.get(runtime.device.type, math.inf)
     if not pays:
         return False
     if not device.has_compiler(runtime.device.type):

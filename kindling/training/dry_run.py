@@ -158,7 +158,9 @@ def grow(
             continue
         try:
             measured.append(measure(size))
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not device.is_out_of_memory(e):
+                raise
             untried |= dict.fromkeys(sizes[i:], NO_MEMORY)
             break
         known.append((size, measured[-1].peak_bytes))
@@ -196,7 +198,9 @@ def sweep(first: Trainer, cfg: Config, compiled: bool, limit_s: float) -> Sweep:
         step_s = seconds_of(first.train_step, runtime, deadline)
         update_bytes = device.peak_memory_bytes(runtime)
         smallest = measure(1)
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not device.is_out_of_memory(e):
+            raise
         raise too_large(weights) from None
     sizes = [n for n in range(2, cfg.train.batch_size + 1) if cfg.train.batch_size % n == 0]
     measured, untried = grow(smallest, sizes, cfg.train.micro_batch, measure, resident, room, deadline)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from kindling import device
 from kindling.runs.metrics import MetricsLog, NoLog
 from kindling.stopping import StopRequest
 from kindling.training.compilation import wants_compile
+from kindling.training.out_of_memory import out_of_memory
 from kindling.training.progress import ProgressBar
 from kindling.training.trainer import LaunchedStep, Trainer
 
@@ -35,17 +37,28 @@ def fit(trainer: Trainer) -> int:
     """Train to `max_steps`, or for `max_minutes`; return 0, or 130 / 143 after a signal. The run is saved in each case.
 
     Raises TrainingError if too many steps in a row are skipped and the run cannot roll back, CheckpointError if the last
-    save fails.
+    save fails, OutOfMemoryError if a step does not fit into the memory of the device.
     """
     trainer.model.train()
-    compile_and_prepare(trainer)
+    try:
+        return compile_and_loop(trainer)
+    except RuntimeError as e:
+        if not device.is_out_of_memory(e):
+            raise
+    raise out_of_memory(trainer)
+
+
+def compile_and_loop(trainer: Trainer) -> int:
+    """Compile the model if it pays, and train to the end; return and raise as `fit` does."""
     state, main = trainer.state, trainer.world.main
-    with (
-        StopRequest() as stop,
-        contextlib.closing(MetricsLog(trainer.run.path, state.step) if main else NoLog()) as log,
-        ProgressBar(trainer.train, state.step, state.elapsed_s, shown=main) as bar,
-    ):
-        TrainingLoop(trainer, stop, log, bar).run()
+    with device.deterministic_kernels(trainer.train.deterministic, trainer.runtime):
+        compile_and_prepare(trainer)
+        with (
+            StopRequest() as stop,
+            contextlib.closing(MetricsLog(trainer.run.path, state.step) if main else NoLog()) as log,
+            ProgressBar(trainer.train, state.step, state.elapsed_s, shown=main) as bar,
+        ):
+            TrainingLoop(trainer, stop, log, bar).run()
     return stop.exit_code
 
 

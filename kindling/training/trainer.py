@@ -308,6 +308,8 @@ class Trainer:
                 self.model.enable_compile()
                 self.forward_backward(synchronized=False)  # a rank that fails must not leave the others waiting
             except Exception as e:  # compiler errors have no common class
+                if device.is_out_of_memory(e):
+                    raise
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         reasons = [said for said in self.world.gather(reason) if said]
         if reasons:

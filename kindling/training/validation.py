@@ -62,12 +62,14 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) 
     return total / max(1, all_count), int(all_count)
 
 
-def validate(model: LanguageModel, dataset: TokenDataset, runtime: Runtime) -> dict[str, float]:
-    """Return loss (nats a token), perplexity and bits per byte over the whole of one split.
+def validate(
+    model: LanguageModel, dataset: TokenDataset, runtime: Runtime, n_rows: int = VALIDATION_ROWS
+) -> dict[str, float]:
+    """Return loss (nats a token), perplexity and bits per byte over the whole of one split, `n_rows` rows at a time.
 
     Bits per byte divides the loss of all supervised tokens, with end-of-text, by the UTF-8 bytes of the documents (of the
     responses, if the split has examples). So it can be compared across tokenizers.
     """
-    loss, count = mean_loss(model, dataset.in_order(model.cfg, VALIDATION_ROWS), runtime)
+    loss, count = mean_loss(model, dataset.in_order(model.cfg, n_rows), runtime)
     bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
