@@ -4,6 +4,7 @@
     python evaluate.py runs/demo --text book.txt
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
+    python evaluate.py runs/demo --grade                          # run what an evaluation with --sandbox later has written
     python evaluate.py --compare runs/demo runs/demo-sft
     torchrun --nproc-per-node 2 evaluate.py runs/demo             # the processes share files and samples
 
@@ -61,8 +62,11 @@ class Flags:
     """Also measure the losses of these files: texts, or rows of .jsonl (.gz)."""
     field: str = "text"
     """The column of the text in such rows."""
-    sandbox: Literal["bwrap", "none"] = "bwrap"
-    """none: run generated code with limits of time and memory only. It can then do whatever you can."""
+    sandbox: Literal["bwrap", "none", "later"] = "bwrap"
+    """none: run generated code with limits of time and memory only. It can then do whatever you can. later: write the samples
+    but run none; --grade does it, also on another machine."""
+    grade: bool = False
+    """Only run the samples that an earlier evaluation has written to the run, and add the results."""
     harness: str | None = None
     """Tasks of lm-evaluation-harness, separated by commas: hellaswag,arc_easy (pip install -r requirements-harness.txt)."""
     harness_data: Path | None = None
@@ -93,11 +97,16 @@ class EvalContext:
     @cached_property
     def chat(self) -> ChatFormat | None:
         """How to prompt the model; None if it was not fine-tuned."""
-        from kindling.evaluation.samples import ChatFormat
+        return chat_format(self.run)
 
-        data = self.run.config().data
-        mined = all(source.kind == "docstrings" for source in data.sources)
-        return ChatFormat(data.template, mined) if data.instructions else None
+
+def chat_format(run: RunDirectory) -> ChatFormat | None:
+    """Return how to prompt a run's model; None if it was not fine-tuned."""
+    from kindling.evaluation.samples import ChatFormat
+
+    data = run.config().data
+    mined = all(source.kind == "docstrings" for source in data.sources)
+    return ChatFormat(data.template, mined) if data.instructions else None
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
@@ -183,7 +192,7 @@ def sandbox_refusal(flags: Flags) -> str | None:
     from kindling.sandbox.bubblewrap import SandboxError
     from kindling.sandbox.self_test import self_test
 
-    if not flags.eval.n_samples:
+    if flags.sandbox == "later" or not flags.eval.n_samples:
         return None
     try:
         self_test(flags.sandbox, program_limits(flags.eval))
@@ -196,13 +205,14 @@ def sandbox_refusal(flags: Flags) -> str | None:
 
 def heldout_losses(subject: EvalContext) -> Losses:
     """Return the losses of the held-out split."""
-    from kindling.evaluation.perplexity import document_losses
+    from kindling.evaluation.perplexity import BATCH_ROWS, document_losses
     from kindling.evaluation.progress import progress_bar
 
-    dataset = subject.heldout
+    dataset, stride = subject.heldout, subject.flags.eval.stride
+    n_rows = min(BATCH_ROWS, subject.run.config().train.micro_batch)  # what could be trained can be evaluated
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     with progress_bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as bar:
-        return document_losses(subject.model, dataset, subject.runtime, subject.flags.eval.stride, progress=bar.update)
+        return document_losses(subject.model, dataset, subject.runtime, stride, n_rows, bar.update)
 
 
 def text_figures(subject: EvalContext) -> dict[str, Any]:
@@ -249,6 +259,27 @@ def header(subject: EvalContext) -> dict[str, Any]:
     }
 
 
+def grade_earlier(flags: Flags) -> int:
+    """Run the samples that an earlier evaluation wrote, add the results to the run and print them; return the exit code."""
+    from kindling.evaluation import report
+    from kindling.evaluation.grade_written import grade_written
+    from kindling.evaluation.progress import progress_bar
+    from kindling.runs.loading import find_run
+
+    run = find_run(flags.run)
+    if flags.sandbox == "later":
+        raise EvaluationError("--grade must be given without --sandbox later, but is given with it; leave one out")
+    refusal = sandbox_refusal(flags)
+    if refusal is not None:
+        raise EvaluationError(refusal)
+    with progress_bar("running samples", 0, "sample") as bar:
+        found = grade_written(run.path, flags.split, chat_format(run), flags.sandbox, flags.eval, bar.update)
+    results, losses, files = found
+    print(report.table(results, losses, color=sys.stdout.isatty()))
+    print(f"\nwritten to {run.path}: {', '.join(files)}; next: python evaluate.py --compare {run.path} RUN")
+    return 0
+
+
 def side_by_side(runs: tuple[Path, ...]) -> None:
     """Print the results of runs side by side, and write them as Markdown into the first run."""
     from kindling.evaluation.compare_runs import compare
@@ -276,6 +307,11 @@ def main(argv: list[str] | None = None) -> int:
         require_single_process("--compare")
         side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
+    if flags.grade:
+        from kindling.distributed import require_single_process
+
+        require_single_process("--grade")
+        return grade_earlier(flags)
     from kindling.device import resolve
     from kindling.distributed import process_group
     from kindling.runs.loading import load_model

@@ -135,6 +135,44 @@ def test_without_bubblewrap_losses_are_saved_and_no_code_is_run(work, tmp_path):
     assert {s["benchmark"] for s in samples(tmp_path / "runs/base")} == {"held-out functions"}
 
 
+@needs_bwrap
+@pytest.mark.parametrize("name", ["base", "base-sft"])
+def test_samples_can_be_written_without_a_sandbox_and_graded_later(work, tmp_path, name):
+    """Then all files are those of one evaluation, but for its time."""
+    shutil.copytree(work / f"runs/{name}", tmp_path / f"runs/{name}")
+    shutil.copytree(work / "data", tmp_path / "data")
+    run, tools = tmp_path / "runs" / name, tmp_path / "bin"
+    tools.mkdir()
+    result = script(
+        "evaluate.py", name, *LITTLE, "--sandbox", "later", cwd=tmp_path, env={**os.environ, "PATH": str(tools)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--grade" in results(run)["functional"]["skipped"] and "--grade" in result.stdout
+    assert {s["verdict"] for s in samples(run)} <= {"", "syntax"}
+    for checkpoint in run.glob("step_*"):
+        shutil.rmtree(checkpoint)  # grading needs no weights
+    result = script("evaluate.py", name, "--grade", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert samples(run) == samples(work / "runs" / name)
+    found, expected = results(run), results(work / "runs" / name)
+    assert found.pop("seconds") != expected.pop("seconds") and found == expected
+    assert "pass@1" in (run / "eval.md").read_text(encoding="utf-8")
+
+
+def test_samples_that_cannot_be_graded_are_one_clear_line(work, tmp_path):
+    shutil.copytree(work / "runs/base", tmp_path / "runs/base")
+    run = tmp_path / "runs/base"
+    assert_one_clear_line(script("evaluate.py", "base", "--grade", "--sandbox", "later", cwd=tmp_path), "--grade")
+    line = json.loads((run / "samples.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    (run / "samples.jsonl").write_text(json.dumps({**line, "task_id": "none/1"}) + "\n", encoding="utf-8")
+    flags = ["--grade", "--sandbox", "none"]
+    assert_one_clear_line(script("evaluate.py", "base", *flags, cwd=tmp_path), "none/1", "--eval.humaneval")
+    (run / "samples.jsonl").write_text("{", encoding="utf-8")
+    assert_one_clear_line(script("evaluate.py", "base", *flags, cwd=tmp_path), "samples.jsonl")
+    (run / "eval.json").unlink()
+    assert_one_clear_line(script("evaluate.py", "base", *flags, cwd=tmp_path), "eval.json")
+
+
 @pytest.mark.slow
 def test_without_a_sandbox_it_says_so_and_the_results_carry_it(work, tmp_path):
     shutil.copytree(work / "runs/base", tmp_path / "runs/base")

@@ -19,7 +19,7 @@ from config import EvalConfig
 from kindling.data.examples import Examples
 from kindling.data.shards import TokenDataset
 from kindling.distributed import SINGLE_PROCESS, World
-from kindling.evaluation.check_correctness import VERDICTS, GradedSample, grade_samples
+from kindling.evaluation.check_correctness import VERDICTS, GradedSample, When, grade_samples
 from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, problems_from_conversations, problems_from_documents
 from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
@@ -27,7 +27,6 @@ from kindling.evaluation.report import file_name
 from kindling.evaluation.samples import ChatFormat, Sample, write
 from kindling.evaluation.tasks import Problem, load, source_of
 from kindling.files import write_atomic
-from kindling.sandbox.process import Mode
 
 if TYPE_CHECKING:
     from kindling.tokenization.tokenizer import Tokenizer
@@ -49,7 +48,7 @@ def evaluate_code(
     heldout: TokenDataset,
     chat: ChatFormat | None,
     benchmarks: dict[str, int],
-    mode: Mode,
+    mode: When,
     cfg: EvalConfig,
     world: World = SINGLE_PROCESS,
 ) -> CodeResults:
@@ -89,20 +88,31 @@ def select_problems(
 
 
 def code_figures(
-    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: dict[str, int], mode: Mode, cfg: EvalConfig
+    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: dict[str, int], mode: When, cfg: EvalConfig
 ) -> dict[str, Any]:
     """Return the figures on syntax and functional correctness, as in eval.json."""
     out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
     if cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
         out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
-    functional = {}
+    if benchmarks and mode == "later":
+        out["functional"] = {"skipped": "the samples were not run; `python evaluate.py RUN --grade` runs them"}
+    elif benchmarks:
+        out["functional"] = functional_figures(samples, graded, list(benchmarks), mode)
+    return out
+
+
+def functional_figures(
+    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: Sequence[str], mode: When
+) -> dict[str, Any]:
+    """Return the figures on functional correctness of each benchmark, as in eval.json."""
+    out = {}
     for name in benchmarks:
         pairs = [(s, g) for s, g in zip(samples, graded) if s.problem.benchmark == name]
-        functional[name] = summary([s for s, _ in pairs], [g for _, g in pairs], mode)
-    return out | ({"functional": functional} if functional else {})
+        out[name] = summary([s for s, _ in pairs], [g for _, g in pairs], mode)
+    return out
 
 
-def summary(samples: Sequence[Sample], graded: Sequence[GradedSample], mode: Mode) -> dict[str, Any]:
+def summary(samples: Sequence[Sample], graded: Sequence[GradedSample], mode: When) -> dict[str, Any]:
     """Return the figures of one benchmark's samples."""
     counts: dict[str, list[int]] = {}
     levels: dict[str, str] = {}

@@ -9,8 +9,6 @@ Results on other documents or questions are shown but not compared.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +17,6 @@ from typing import Any
 
 from kindling.evaluation.intervals import FEWEST, Difference, Z, paired_difference, paired_ratio_difference, pass_at_k
 from kindling.evaluation.report import (
-    FORMAT,
     READING,
     Losses,
     ReportError,
@@ -31,6 +28,7 @@ from kindling.evaluation.report import (
     pass_cell,
     rate_cell,
 )
+from kindling.evaluation.results_file import read_results
 from kindling.tables import Section, as_markdown, as_text
 
 COLUMNS = ["", "run", "value", "difference to run 1"]
@@ -64,7 +62,7 @@ def compare(runs: list[Path]) -> tuple[str, str]:
     if len({path.resolve() for path in runs}) < max(2, len(runs)):
         given = ", ".join(map(str, runs)) or "none"
         raise ReportError(f"a comparison must be of two or more different runs, but is of {given}; name others")
-    evaluated = [_read(path, number) for number, path in enumerate(runs, 1)]
+    evaluated = [Evaluated(path, number, *read_results(path)) for number, path in enumerate(runs, 1)]
     try:
         found = [_runs(evaluated), *filter(None, (part(evaluated) for part in (_bits, _syntax, _functional, _harness)))]
         found.append(_explanation(found))
@@ -76,40 +74,6 @@ def compare(runs: list[Path]) -> tuple[str, str]:
         ) from None
     title = f"Comparison of {len(runs)} runs on the validation split"
     return as_text([title, READING], found), as_markdown(title, [READING], found)
-
-
-def _read(path: Path, place: int) -> Evaluated:
-    """Read a run's eval.json and losses.jsonl."""
-    again = f"evaluate again with `python evaluate.py {path}`"
-    file = path / "eval.json"
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReportError(
-            f"{path} must be an evaluated run, but holds no eval.json; evaluate it with `python evaluate.py {path}`"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise ReportError(f"{file} must be whole JSON, but cannot be read ({e}); {again}") from None
-    if not isinstance(results, dict):
-        raise ReportError(f"{file} must hold an object, but holds a {type(results).__name__}; {again}")
-    if results.get("format") != FORMAT:
-        given = f"format {results['format']}" if "format" in results else "the old format"
-        raise ReportError(f"{file} must be of format {FORMAT}, but is of {given}; {again}")
-    run = Evaluated(path, place, results)
-    if "losses_sha256" in results:
-        run.losses = _read_losses(path / "losses.jsonl", results["losses_sha256"], again)
-    return run
-
-
-def _read_losses(path: Path, sha256: str, again: str) -> Losses:
-    """Read losses.jsonl, which must be the file that was saved together with eval.json."""
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise ReportError(f"{path} must be there, as eval.json says, but cannot be read ({e}); {again}") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ReportError(f"{path} must be the file that eval.json was saved with, but has changed; {again}")
-    return [json.loads(line) for line in content.splitlines()]
 
 
 def _section(heading: str, runs: list[Evaluated], parts: list[dict[str, Any]]) -> Section | None:

@@ -15,7 +15,8 @@ prompt, and the first new token must begin with a newline.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from config import EvalConfig
+    from kindling.generation.decoding import Row
+    from kindling.generation.sampling import Sampling
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
 
@@ -79,9 +82,9 @@ def write(
 ) -> list[Sample]:
     """Return the samples, in the order of the problems. Each problem comes with its number of samples.
 
-    `progress` is called with 1 after each sample.
+    `progress` is called with 1 after each sample. If the memory of the device has no room for `cfg.batch_size` samples at a
+    time, fewer are generated at a time, which changes none of them.
     """
-    from kindling.generation.decoding import stream_batch
     from kindling.generation.healing import longest_prompt
     from kindling.generation.sampling import Sampling
 
@@ -98,8 +101,8 @@ def write(
     own_newline = chat is None and merges_newline_with_indent(tokenizer)
     begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     samples = {}
-    for row in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, begins):
-        i, number = order[row.number]
+    for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, begins):
+        i, number = order[place]
         problem, text = problems[i][0], tokenizer.decode(row.out)
         if own_newline:
             text = text.removeprefix("\n")
@@ -112,6 +115,45 @@ def write(
             if progress is not None:
                 progress(1)
     return [samples[key] for key in sorted(samples)]
+
+
+def _rows_in_memory(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    eos_id: int,
+    seeds: Sequence[int],
+    n_rows: int,
+    begins: torch.Tensor | None,
+) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of `decoding.stream_batch`, each with the number of its prompt.
+
+    When memory runs out, the prompts that have not ended begin again, half as many at a time. Raises the error for lack of
+    memory if one alone does not fit.
+    """
+    from kindling import device
+    from kindling.generation.decoding import stream_batch
+
+    left = list(range(len(prompts)))
+    while left:
+        numbers, ended = left, set()
+        rows = stream_batch(
+            model, [prompts[n] for n in numbers], sampling, eos_id, [seeds[n] for n in numbers], n_rows, begins
+        )
+        try:
+            for row in rows:
+                yield numbers[row.number], row
+                if row.ended:
+                    ended.add(numbers[row.number])
+        except RuntimeError as e:
+            if n_rows == 1 or not device.is_out_of_memory(e):
+                raise
+        left = [n for n in numbers if n not in ended]
+        if left:
+            del rows
+            device.release_memory(device.Runtime(model.head.weight.device, "fp32"))
+            n_rows = max(1, n_rows // 2)
+            print(f"note: memory has no room for more samples at a time: from here on {n_rows}", file=sys.stderr)
 
 
 def merges_newline_with_indent(tokenizer: Tokenizer) -> bool:

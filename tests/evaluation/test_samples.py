@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -83,6 +84,27 @@ def test_samples_are_the_same_whatever_the_batch(model, tokenizer):
     assert len({tuple(w.ids) for w in expected}) == len(expected)
     for batch_size in (1, 3, 64):
         assert write(model, tokenizer, problems, None, replace(CFG, batch_size=batch_size)) == expected
+
+
+def test_samples_are_the_same_when_memory_has_no_room_for_the_batch(model, tokenizer, monkeypatch, capsys):
+    problems, cfg = [(problem, 3) for problem in GRADED[:3]], replace(CFG, batch_size=8)
+    expected = write(model, tokenizer, problems, None, cfg)
+    forward, calls = GPT.forward_cached, itertools.count()
+
+    def full(self, idx, cache):
+        if len(idx) > 3 or (len(idx) == 2 and next(calls) == 20):  # at once, and once more in the middle
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, cache)
+
+    monkeypatch.setattr(GPT, "forward_cached", full)
+    counted: list[int] = []
+    assert write(model, tokenizer, problems, None, cfg, counted.append) == expected
+    assert sum(counted) == len(expected)
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == [f"note: memory has no room for more samples at a time: from here on {n}" for n in (4, 2, 1)]
+    monkeypatch.setattr(GPT, "forward_cached", lambda *given: full(None, [0] * 9, None))
+    with pytest.raises(torch.OutOfMemoryError):  # one alone does not fit either
+        write(model, tokenizer, problems, None, replace(CFG, batch_size=1))
 
 
 def test_samples_do_not_depend_on_other_problems_or_on_their_number(model, tokenizer):

@@ -1,0 +1,91 @@
+"""Grades the samples of an earlier evaluation, which may have been made on a machine without a sandbox.
+
+python evaluate.py runs/demo --sandbox later        # there: the samples are written, none is run
+python evaluate.py runs/demo --grade                # here: they are run, and the results are added
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kindling.evaluation.check_correctness import GradedSample, When, grade_samples
+from kindling.evaluation.code_eval import functional_figures
+from kindling.evaluation.report import ReportError, file_name, save
+from kindling.evaluation.results_file import read_results
+from kindling.evaluation.samples import ChatFormat, Sample
+from kindling.evaluation.tasks import FILES, Problem, load, source_of
+from kindling.files import write_atomic
+
+if TYPE_CHECKING:
+    from config import EvalConfig
+    from kindling.evaluation.report import Losses, Results
+
+Line = dict[str, Any]
+
+
+def grade_written(
+    run: Path,
+    split: str,
+    chat: ChatFormat | None,
+    mode: When,
+    cfg: EvalConfig,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Results, Losses, list[str]]:
+    """Run the samples of benchmarks in a run's samples.jsonl. Return the results with them, and the names of the files written.
+
+    Verdicts go to samples.jsonl, figures to eval.json and eval.md. The benchmarks are read from the files of `cfg`, which must
+    be those that the samples were made for. `progress` is called after each sample. Raises ReportError if there are no such
+    samples, or a problem is not in its benchmark.
+    """
+    results, losses = read_results(run, split)
+    path = run / file_name("samples.jsonl", split)
+    lines = read_samples(path)
+    places = [i for i, line in enumerate(lines) if line["benchmark"] in FILES]
+    if not places:
+        raise ReportError(
+            f"{path} must hold samples of a benchmark, but holds none; write some with `python evaluate.py {run} --sandbox later`"
+        )
+    samples = rebuild([lines[i] for i in places], path, cfg)
+    graded = grade_samples(samples, chat, mode, cfg, progress)
+    for i, g in zip(places, graded):
+        lines[i] |= {"verdict": g.verdict, "reason": g.reason, **compiled(g), "program": g.program}
+    results["functional"] = functional_figures(
+        samples, graded, list(dict.fromkeys(s.problem.benchmark for s in samples)), mode
+    )
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
+    return results, losses, [*save(run, results, losses), path.name]
+
+
+def compiled(graded: GradedSample) -> Line:
+    """Return the part of a line that says whether the program compiles."""
+    return {"compiles": graded.compiles, "non_trivial": graded.non_trivial}
+
+
+def read_samples(path: Path) -> list[Line]:
+    """Return the lines of a samples.jsonl. Raises ReportError if it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as e:
+        raise ReportError(
+            f"{path} must be as evaluate.py writes it, but cannot be read ({e}); evaluate the run again"
+        ) from None
+
+
+def rebuild(lines: list[Line], path: Path, cfg: EvalConfig) -> list[Sample]:
+    """Return the samples of these lines of `path`, each with its problem. Raises ReportError if a problem is not known."""
+    problems: dict[tuple[str, str], Problem] = {}
+    for name in dict.fromkeys(line["benchmark"] for line in lines):
+        problems |= {(name, problem.task_id): problem for problem in load(name, source_of(name, cfg))}
+    samples = []
+    for line in lines:
+        problem = problems.get((line["benchmark"], line["task_id"]))
+        if problem is None:
+            raise ReportError(
+                f"{path} must be of problems that are in their benchmarks, but {line['task_id']} is not in {line['benchmark']}; "
+                f"name the file that it is in with --eval.humaneval or --eval.mbpp"
+            )
+        samples.append(Sample(problem, line["sample"], line["text"], [], line["cut_short"], line["prompt_cropped"]))
+    return samples
