@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-harness test-distributed-build bench bench-all
+.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-gpu test-harness test-distributed-build bench gpu bench-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-shuffled: .venv/.installed-dev ## run the test suite in a random order with
 	trap "kill $$loops" EXIT; trap 'exit 130' INT TERM; \
 	$(BIN)/python -m pytest --shuffle $${SEED:-$$(date +%s)}
 
+test-gpu: .venv/.installed-dev ## run the tests that need a CUDA GPU (a minute or two; skipped where there is none)
+	@$(BIN)/python -m pytest -m gpu tests/gpu
+
 test-harness: .venv/.installed-dev ## install lm-eval, and run the tests that need it
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0
 	@$(BIN)/python -m pytest tests/evaluation/test_harness_data.py tests/evaluation/test_harness_model.py tests/evaluation/test_harness.py
@@ -70,6 +73,9 @@ bench: .venv/.installed-dev ## compare speed with other implementations on this 
 	@$(BIN)/python benchmarks/data.py --repeats 1
 	@$(BIN)/python benchmarks/generation.py
 	@$(BIN)/python benchmarks/summary.py
+
+gpu: .venv/.installed-dev ## check and measure everything on a CUDA GPU (9 minutes on a fast one)
+	@$(BIN)/python benchmarks/gpu.py
 
 bench-all: bench ## measure all other figures too (over an hour more)
 	@$(BIN)/python benchmarks/time_to_loss.py

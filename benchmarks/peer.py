@@ -1,4 +1,4 @@
-"""The peer that training is measured against: transformers' GPT-2 in a plain loop, as people write it (nanoGPT's style).
+"""The peer that training is measured against: a model of transformers in a plain loop, as people write it (nanoGPT's style).
 
     peer = Peer(preset("demo").model, device.resolve(preset("demo").train), lr=1e-3)
     peer.compile()
@@ -6,7 +6,8 @@
 
 AdamW (fused, betas 0.9 and 0.95, weight decay 0.1 on matrices), linear warmup and then cosine to a tenth by the share of the
 run that is over, gradients clipped at 1, the cross-entropy of whole logits, dropout 0, under autocast where the precision is
-not float32. Of a `config.ModelConfig` only layers, width, heads, context and vocabulary count: the rest is GPT-2's.
+not float32. Of a `config.ModelConfig` only layers, width, heads, context and vocabulary count: the rest is GPT-2's. A shape with
+SwiGLU has Llama as its peer.
 """
 
 from __future__ import annotations
@@ -56,14 +57,41 @@ def gpt2(cfg: ModelConfig) -> nn.Module:
     )
 
 
+def llama(cfg: ModelConfig) -> nn.Module:
+    """Return transformers' LlamaForCausalLM of that shape, with the weights that the library gives it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=cfg.vocab_size,
+            max_position_embeddings=cfg.block_size,
+            hidden_size=cfg.n_embd,
+            intermediate_size=cfg.ff_width,
+            num_hidden_layers=cfg.n_layer,
+            num_attention_heads=cfg.n_head,
+            num_key_value_heads=cfg.kv_heads,
+            tie_word_embeddings=cfg.tie_embeddings,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def transformers_model(cfg: ModelConfig) -> nn.Module:
+    """Return transformers' model that is closest to a shape: Llama for SwiGLU, else GPT-2."""
+    return llama(cfg) if cfg.activation == "swiglu" else gpt2(cfg)
+
+
 class Peer:
-    """A GPT-2 in training."""
+    """A model of transformers in training."""
 
     def __init__(self, cfg: ModelConfig, runtime: Runtime, lr: float, seed: int = 0):
         """`lr` is the peak learning rate."""
         torch.manual_seed(seed)
         self.cfg, self.runtime, self.lr = cfg, runtime, lr
-        self.model = gpt2(cfg).to(runtime.device).train()
+        self.model = transformers_model(cfg).to(runtime.device).train()
         self._loss = self.loss
         parameters = list(self.model.parameters())
         groups = [
@@ -74,7 +102,7 @@ class Peer:
 
     def compile(self) -> None:
         """Compile the whole model and its loss; that happens in the next step."""
-        self._loss = torch.compile(self.loss)
+        self._loss = torch.compile(self.loss, dynamic=False)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss in nats of idx and targets, both (B, T) int64."""

@@ -25,13 +25,13 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from child import Child, ChildError
 from throughput_worker import Way, configured, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,32 +51,21 @@ class Worker:
     def __init__(self, shape: str, way: Way, cache: Path):
         """Start it and wait until it is ready; exits with its last words if it cannot. `cache`: an empty folder."""
         self.way = way
-        self.log = open(cache / "log.txt", "w+", encoding="utf-8")
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
-        self.process = subprocess.Popen(
-            [sys.executable, WORKER, json.dumps([shape, *way])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=environment,
-        )
-        self.about = self._answer()
+        command = [sys.executable, str(WORKER), json.dumps([shape, *way])]
+        self.child = Child(command, cache / "log.txt", environment)
         self.turns: list[dict[str, Any]] = []
-
-    def _answer(self) -> dict[str, Any]:
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):  # other lines are what libraries print
-                return json.loads(line)
-        self.process.wait()
-        self.log.seek(0)
-        sys.exit(f"{self.way} must train, but ended with code {self.process.returncode}:\n{self.log.read()[-2000:]}")
+        try:
+            self.about = self.child.answer()
+        except ChildError as e:
+            sys.exit(f"{self.way} must train, but {e}")
 
     def turn(self, seconds: float) -> None:
         """Let it work for about that long."""
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        self.turns.append(self._answer())
+        try:
+            self.turns.append(self.child.ask(seconds))
+        except ChildError as e:
+            sys.exit(f"{self.way} must train, but {e}")
 
     @property
     def speeds(self) -> list[float]:
@@ -85,10 +74,7 @@ class Worker:
 
     def close(self) -> None:
         """End it."""
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
+        self.child.close()
 
 
 def ways_of(kind: str) -> list[Way]:

@@ -47,6 +47,18 @@ SLOW_FIRST += ("test_trainer.py", "test_build.py", "test_process.py", "test_visu
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--shuffle", metavar="SEED", help="shuffle the files, and the tests in each file")
+    parser.addoption("--gpu-device", choices=["cuda", "mps", "cpu"], default="cuda", help="where tests/gpu run")
+
+
+@pytest.fixture(scope="session")
+def gpu(request) -> str:
+    """The kind of device for the tests in tests/gpu: cuda, or what --gpu-device names."""
+    import torch
+
+    kind = request.config.getoption("gpu_device")
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; --gpu-device cpu runs these tests on the CPU, at toy size")
+    return kind
 
 
 def pytest_report_header(config) -> str | None:

@@ -1,0 +1,82 @@
+"""A process that answers requests, each in a line of JSON: to measure one way at a time, in memory of its own.
+
+child = Child([sys.executable, "worker.py"], Path("log.txt"))
+about = child.answer()                  # what it says when it is ready
+found = child.ask({"seconds": 2.0}, limit_s=60)
+child.close()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+LAST_WORDS = 2000  # characters
+
+
+class ChildError(Exception):
+    """A process ended, or did not answer in time."""
+
+
+class Child:
+    """A process that reads lines of JSON from standard input, and answers each with a line of JSON."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None):
+        """Start it. What it prints to standard error goes to the file `log`."""
+        self._log = open(log, "w+", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):  # other lines are what libraries print
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def answer(self, limit_s: float | None = None) -> dict[str, Any]:
+        """Return its next answer. Raises ChildError if it ends first, or after `limit_s` seconds."""
+        try:
+            line = self._lines.get(timeout=limit_s)
+        except queue.Empty:
+            raise ChildError(f"no answer within {limit_s:.0f} s") from None
+        if line is None:
+            code = self.process.wait()
+            raise ChildError(f"it ended with code {code}: {self.last_words()}")
+        return json.loads(line)
+
+    def ask(self, request: Any, limit_s: float | None = None) -> dict[str, Any]:
+        """Send a request, and return the answer. Raises ChildError as `answer` does."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except OSError:  # it has ended; `answer` says why
+            pass
+        return self.answer(limit_s)
+
+    def last_words(self) -> str:
+        """Return the end of what it has printed to standard error."""
+        self._log.flush()
+        self._log.seek(0)
+        return self._log.read().strip()[-LAST_WORDS:]
+
+    def close(self, patience_s: float = 30.0) -> None:
+        """End it: it may finish its work for `patience_s` seconds, then it is killed."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()

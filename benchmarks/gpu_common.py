@@ -1,0 +1,110 @@
+"""What the sections of gpu.py share: the settings of a run, its clock, and the processes that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+MANY_CORES = 8  # from here on, a section is prepared while the one before it runs
+
+
+@dataclass
+class Plan:
+    """The settings of one run of gpu.py."""
+
+    device: str
+    toy: bool
+    corpus: Path | None
+    """A folder with source.jsonl.gz, instructions.jsonl.gz and starcoder2_tokenizer.json. None: this machine's Python."""
+    out: Path
+    work: Path
+    """A temporary folder, for runs and caches."""
+    ends: float
+    """When all must be done, by time.perf_counter."""
+    save: Callable[[], None] = lambda: None
+    """Writes the results that there are so far."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """The results, by section."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left for all sections."""
+        return self.ends - time.perf_counter()
+
+
+class Section(Protocol):
+    """A part of gpu.py that stands alone."""
+
+    name: str
+
+    def prepare(self, plan: Plan) -> None:
+        """Start, in the background, what is not measured."""
+
+    def run(self, plan: Plan, limit_s: float) -> None:
+        """Measure for at most `limit_s` seconds, and add what is found to `plan.found[self.name]` as it comes."""
+
+    def close(self) -> None:
+        """End what is still running."""
+
+
+class Command:
+    """A script that runs in the background, with its output in a file."""
+
+    def __init__(self, argv: Sequence[str | Path], log: Path, cwd: Path, env: dict[str, str] | None = None):
+        """Run `argv` with this Python, in `cwd`."""
+        self.log, self.started, self.took_s = log, time.perf_counter(), 0.0
+        with open(log, "w", encoding="utf-8") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, argv)],
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path_of_modules(), **(env or {})},
+                start_new_session=True,  # so that its processes end with it
+            )
+
+    def wait(self, limit_s: float) -> str:
+        """Wait for its end; return "" if it succeeded, else the reason. After `limit_s` seconds it is killed."""
+        try:
+            code = self.process.wait(max(0.1, limit_s))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return f"not finished within {limit_s:.0f} s"
+        self.took_s = time.perf_counter() - self.started
+        return "" if code == 0 else f"exit code {code}: {self.last_line()}"
+
+    def kill(self) -> None:
+        """End it and its processes at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def output(self) -> str:
+        """Return what it has printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def last_line(self) -> str:
+        """Return its error, or else the last line that it printed."""
+        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines or ["nothing was printed"])[-1][-300:]
+
+
+def path_of_modules() -> str:
+    """Return PYTHONPATH with the project first, so that a script finds it from any folder."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+def say(text: str) -> None:
+    """Print a line at once, with the seconds since the start of the machine's clock."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

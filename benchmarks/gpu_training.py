@@ -1,0 +1,201 @@
+"""The section `real` of gpu.py: two presets trained by the clock, one fine-tuned, all evaluated, by the project's own scripts.
+
+`code-50m` and `modern-50m` train for the same minutes on the same documents. `code-50m` is then fine-tuned on instructions.
+Generated code runs in the sandbox if it works here. Otherwise the samples are kept, and `python evaluate.py RUN --grade` runs
+them elsewhere, from the runs that are packed into `runs.tar.gz` without their weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_common import ROOT, Command, Plan, say
+
+NAMES = ("code-50m", "modern-50m")
+TUNED = "code-50m-sft"
+FULL_S = 240.0  # of each training, if there is time
+LEAST_S = 20.0
+STARTS_S = 25.0  # what a training takes beside its own minutes: imports, validation, samples
+AFTER_S = 150.0  # for the fine-tuning and all evaluations
+BUILD_S = 180.0
+
+
+class Training:
+    """Builds the data, trains, fine-tunes and evaluates."""
+
+    name = "real"
+
+    def __init__(self) -> None:
+        self.builds: dict[str, Command] = {}
+        self.running: list[Command] = []
+
+    def prepare(self, plan: Plan) -> None:
+        """Start to build the data of both presets, one after the other."""
+        if not self.builds:
+            self.builds[NAMES[0]] = self.command(plan, "data_pipeline.py", *self.flags(plan, NAMES[0]))
+
+    def run(self, plan: Plan, limit_s: float) -> None:
+        """Do all of it in about `limit_s` seconds."""
+        ends = time.perf_counter() + limit_s
+        found = plan.found[self.name] = {"runs": {}, "sandbox": sandbox_of()}
+        self.prepare(plan)
+        for name in NAMES:
+            if name not in self.builds:
+                self.builds[name] = self.command(plan, "data_pipeline.py", *self.flags(plan, name))
+            reason = self.builds[name].wait(BUILD_S)
+            if reason:
+                found["runs"][name] = {"failed": f"building the data: {reason}"}
+        train_s = (ends - time.perf_counter() - AFTER_S) / len(NAMES) - STARTS_S
+        train_s = 3.0 if plan.toy else max(LEAST_S, min(FULL_S, train_s))
+        found["train_s"] = train_s
+        for name in NAMES:
+            if name not in found["runs"]:
+                found["runs"][name] = self.train(plan, name, train_s)
+                say(f"real: {name}: {found['runs'][name]}")
+                plan.save()
+        after = [name for name in NAMES if "failed" not in found["runs"][name]]
+        evaluations = {name: self.evaluate(plan, name) for name in after}
+        if NAMES[0] in after:
+            found["runs"][TUNED] = self.fine_tune(plan, ends - time.perf_counter())
+            plan.save()
+            if "failed" not in found["runs"][TUNED]:
+                evaluations[TUNED] = self.evaluate(plan, TUNED)
+        for name, command in evaluations.items():
+            reason = command.wait(max(10.0, ends - time.perf_counter()))
+            found["runs"][name] |= results_of(plan.work / "runs" / name, reason)
+            say(f"real: {name} evaluated: {reason or 'done'}")
+            plan.save()
+        found["packed"] = pack(plan)
+
+    def flags(self, plan: Plan, name: str) -> list[str]:
+        """Return the flags of a preset: the corpus that is there, or this machine's Python."""
+        flags = ["--preset", name, "--data.val-fraction", "0.01", "--data.test-fraction", "0.005"]
+        if plan.corpus is not None:
+            source = plan.corpus / "source.jsonl.gz"
+            flags += ["--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(source)]
+            if name == NAMES[0]:
+                tokenizer = plan.corpus / "starcoder2_tokenizer.json"
+                flags += ["--tokenizer.kind", "pretrained", "--tokenizer.path", str(tokenizer)]
+        else:
+            flags += ["--data.sources.0.kind", "local-python"]
+            flags += ["--data.sources.0.max-bytes", "1000000" if plan.toy else "200000000"]
+            if name == NAMES[0]:
+                flags += ["--tokenizer.kind", "bpe"]
+        if plan.toy:
+            flags += ["--data.val-fraction", "0.1", "--data.max-tokens", "100000"]
+            flags += ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.block-size", "64"]
+            if plan.corpus is None or name != NAMES[0]:
+                flags += ["--model.vocab-size", "512"]
+            flags += ["--model.bigram-rows", "1000"] if name != NAMES[0] else []
+        return flags
+
+    def command(self, plan: Plan, script: str, *flags: str) -> Command:
+        """Start a script of the project in the folder of the runs."""
+        log = plan.work / f"real-{len(self.running)}-{script}.log"
+        command = Command([ROOT / script, *flags], log, plan.work, {"HF_HUB_OFFLINE": "1"})
+        self.running.append(command)
+        return command
+
+    def train(self, plan: Plan, name: str, train_s: float) -> dict[str, Any]:
+        """Train a preset for so many seconds; return its speed, loss and tokens."""
+        flags = [*self.flags(plan, name), "--name", name, "--train.max-minutes", f"{train_s / 60:.4f}"]
+        flags += ["--train.device", plan.device, "--train.eval-every", "1000000", "--train.save-every", "1000000"]
+        rows = 8 if plan.toy else best_rows(plan, name)
+        flags += ["--train.batch-size", str(max(32, rows)), "--train.micro-batch-size", str(rows)]
+        flags += ["--train.warmup-steps", "20" if plan.toy else "100"]
+        command = self.command(plan, "main.py", *flags)
+        reason = command.wait(train_s + (60 if plan.toy else 120))
+        if reason:
+            return {"failed": f"training: {reason}"}
+        lines = [json.loads(line) for line in (plan.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "tokens_per_s" in line]
+        last = next(line for line in reversed(lines) if "val_loss" in line)
+        return {
+            "seconds": steps[-1]["elapsed_s"], "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"],
+            "tokens_per_s": sorted(line["tokens_per_s"] for line in steps)[len(steps) // 2],
+            "skipped_steps": steps[-1]["skipped_steps"], "val_loss": last["val_loss"],
+            "bits_per_byte": last["val_bits_per_byte"], "micro_batch": rows,
+        }  # fmt: skip
+
+    def fine_tune(self, plan: Plan, limit_s: float) -> dict[str, Any]:
+        """Fine-tune the first run on instructions; return the loss on responses before and after."""
+        if plan.corpus is None:
+            flags = ["--preset", "docstrings", "--data.sources.0.max-bytes", "300000" if plan.toy else "30000000"]
+        else:
+            pairs = plan.corpus / "instructions.jsonl.gz"
+            flags = ["--preset", "alpaca", "--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(pairs)]
+        flags += ["--name", TUNED, "--train.device", plan.device]
+        flags += ["--train.max-steps", "10", "--data.val-fraction", "0.1"] if plan.toy else []
+        command = self.command(plan, "sft_train.py", NAMES[0], *flags)
+        reason = command.wait(max(20.0, limit_s))
+        if reason:
+            return {"failed": f"fine-tuning: {reason}"}
+        before, after = re.search(r"loss, nats a token +([\d.]+) +([\d.]+)", command.output()).groups()
+        return {"val_loss_before": float(before), "val_loss": float(after), "seconds": command.took_s}
+
+    def evaluate(self, plan: Plan, name: str) -> Command:
+        """Start the evaluation of a run."""
+        benchmarks = ["problems:1"] if plan.toy else ["problems:5", "humaneval:5"]
+        flags = [name, "--device", plan.device, "--sandbox", plan.found[self.name]["sandbox"]]
+        flags += ["--eval.benchmarks", *benchmarks, "--eval.batch-size", "128", "--eval.max-new-tokens", "200"]
+        flags += ["--eval.limit", "2", "--eval.signatures", "2"] if plan.toy else []
+        return self.command(plan, "evaluate.py", *flags)
+
+    def close(self) -> None:
+        """End what is still running."""
+        for command in self.running:
+            if command.process.poll() is None:
+                command.kill()
+
+
+def best_rows(plan: Plan, name: str) -> int:
+    """Return the micro-batch that section `fast` found best, or 8."""
+    sides = plan.found.get("fast", {}).get("shapes", {}).get(name, {}).get("sides", {})
+    return int(sides.get("ours", {}).get("rows", 8))
+
+
+def sandbox_of() -> str:
+    """Return how code can be run here: in bubblewrap, or later and elsewhere."""
+    from kindling.sandbox.bubblewrap import SandboxError
+    from kindling.sandbox.self_test import self_test
+
+    try:
+        self_test("bwrap")
+    except SandboxError:
+        return "later"
+    return "bwrap"
+
+
+def results_of(run: Path, reason: str) -> dict[str, Any]:
+    """Return the figures of a run's eval.json."""
+    try:
+        results = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {"evaluation": reason or "no results were written"}
+    syntax, functional = results["syntax"], results.get("functional", {})
+    losses = results["language_modelling"]["all"]
+    passed = {name: part["pass_at"] for name, part in functional.items() if isinstance(part, dict)}
+    return {
+        "evaluation": reason or "done",
+        "perplexity": losses["perplexity"],
+        "eval_bits_per_byte": losses["bits_per_byte"],
+        "syntax": {name: syntax[name] for name in ("samples", "passes", "non_trivial")},
+        "pass_at": passed,
+    }
+
+
+def pack(plan: Plan) -> str:
+    """Pack the runs without their weights and shards into runs.tar.gz; return its name."""
+    target = plan.out / "runs.tar.gz"
+    with tarfile.open(target, "w:gz") as tar:
+        for run in sorted((plan.work / "runs").glob("*")):
+            for path in sorted(run.iterdir()):
+                if path.is_file() and os.path.getsize(path) < 2**23:
+                    tar.add(path, arcname=f"{run.name}/{path.name}")
+    return target.name

@@ -1,0 +1,149 @@
+"""The benchmark of GPUs, at toy size on the CPU, and its arithmetic on numbers made up."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import child
+import gpu
+import gpu_checks
+import gpu_common
+import gpu_speed
+import gpu_tables
+
+MACHINE = {"gpu": "H100", "torch": "2.11", "threads": 16, "cores": 16, "instructions": [], "stolen_share": None}
+
+
+def test_the_share_of_time_without_a_kernel():
+    assert gpu_speed.idle_share([]) is None
+    assert gpu_speed.idle_share([(0, 10)]) == 0
+    assert gpu_speed.idle_share([(0, 4), (2, 5), (3, 4), (8, 10)]) == pytest.approx(0.3)  # 5 to 8
+
+
+def test_kernels_are_counted_by_kind_and_shares_add_up():
+    names = {
+        "nvjet_hsh_128x256": "products",
+        "sm90_xmma_gemm_bf16": "products",
+        "flash_fwd_kernel": "attention",
+        "triton_poi_fused_gelu": "compiled",
+        "multi_tensor_apply_kernel<FusedAdam>": "optimiser and gradients",
+        "Memcpy HtoD": "copies",
+        "something": "other",
+    }
+    assert {name: gpu_speed.kind_of(name) for name in names} == names
+    found = gpu_speed.shares([("nvjet", 6.0), ("flash", 3.0), ("gemm", 1.0)])
+    assert found == {"products": 0.7, "attention": 0.3}
+
+
+REPORT = """<testsuites><testsuite>
+<testcase name="test_a[bf16-False]"><properties><property name="same bits" value="True"/><property name="loss" value="2 2"/>
+</properties></testcase>
+<testcase name="test_b"><failure message="assert 1 == 2
+with more">trace</failure></testcase>
+<testcase name="test_c"><skipped message="no GPU"/></testcase>
+<testcase name="test_d[compiled-bf16-demo]"><properties><property name="errors" value="1e-2 2e-3 3e-2"/></properties></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_tests_are_counted_from_their_report(tmp_path):
+    path = tmp_path / "report.xml"
+    path.write_text(REPORT, encoding="utf-8")
+    found = gpu_checks.counts(path, "exit code 1")
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)
+    assert found["failures"] == {"test_b": "assert 1 == 2 with more"}
+    killed = gpu_checks.counts(tmp_path / "none.xml", "not finished within 9 s")
+    assert killed["failed"] == 1 and killed["failures"] == {"all": "not finished within 9 s"}
+    table = "\n".join(
+        gpu_tables.right({"parts": {"runs": {**found, "seconds": 3.0}, "more": {**killed, "seconds": 9.0}}})
+    )
+    assert "| compiled-bf16 | 1.0e-02 | 2.0e-03 | 3.0e-02 |" in table
+    assert "| bf16, the usual kernels | True | 2 and 2 |" in table and "**more**, all: not finished" in table
+
+
+def test_a_section_that_fails_is_in_the_results_and_the_next_one_runs(tmp_path, monkeypatch):
+    class Fails:
+        name = "right"
+        prepare = close = staticmethod(lambda *given: None)
+
+        def run(self, plan, limit_s):
+            plan.found["right"] = {"parts": {}}
+            raise ValueError("broken\nhere")
+
+    class Works(Fails):
+        def run(self, plan, limit_s):
+            plan.found["decoding"] = {"batches": {}, "precision": "bf16", "limit_s": limit_s}
+
+    saved = []
+    plan = gpu_common.Plan("cpu", True, None, tmp_path, tmp_path, ends=float("inf"), save=lambda: saved.append(1))
+    gpu.run_sections(plan, {"right": Fails(), "decoding": Works()}, minutes=10)
+    assert plan.found["right"]["failed"] == "ValueError: broken here" and "failed" not in plan.found["decoding"]
+    assert len(saved) == 2 and gpu_tables.verdict(plan.found) == ["right: ValueError: broken here"]
+    text = gpu_tables.markdown({"machine": MACHINE, "seconds": 3, "toy": False, "sections": plan.found})
+    assert "Failed: ValueError: broken here" in text and "## decoding" in text
+
+
+def test_a_section_that_was_cut_off_leaves_a_table():
+    found = {"real": {"runs": {"code-50m": {"failed": "training: exit code 1: error: no"}}}}
+    text = gpu_tables.markdown({"machine": MACHINE, "seconds": 3, "toy": True, "sections": found})
+    assert "Incomplete" in text and gpu_tables.verdict(found) == ["real, code-50m: training: exit code 1: error: no"]
+
+
+def test_a_process_that_ends_or_hangs_says_so(tmp_path):
+    echo = "import sys, json\nfor line in sys.stdin: print(json.dumps({'got': json.loads(line)}), flush=True)"
+    told = child.Child([sys.executable, "-c", echo], tmp_path / "log")
+    assert told.ask([1, 2], 60) == {"got": [1, 2]}
+    with pytest.raises(child.ChildError, match="no answer within 0 s"):
+        told.answer(0.1)
+    told.close()
+    dead = child.Child([sys.executable, "-c", "raise SystemExit('gone')"], tmp_path / "log2")
+    with pytest.raises(child.ChildError, match="ended with code 1: gone"):
+        dead.ask(1, 60)
+    dead.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--device", "cpu"], "--toy"),
+        (["--minutes", "0", "--toy"], "above 0"),
+        (["--corpus", "nowhere", "--toy"], "source.jsonl.gz"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused(monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        gpu.parse()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_every_section_runs_at_toy_size(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--device",
+        "cpu",
+        "--toy",
+        "--minutes",
+        "10",
+        "--out",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=env)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]
+    assert list(found) == ["right", "fast", "decoding", "real"] and not gpu_tables.verdict(found)
+    assert all(part["passed"] for part in found["right"]["parts"].values())
+    assert set(found["fast"]["shapes"]) == set(gpu_speed.TOY_SHAPES)
+    assert all(shape["times"] > 0 and len(shape["sides"]) == 2 for shape in found["fast"]["shapes"].values())
+    assert set(found["real"]["runs"]) == {"code-50m", "modern-50m", "code-50m-sft"}
+    with tarfile.open(tmp_path / "runs.tar.gz") as tar:
+        assert {"code-50m/eval.json", "code-50m/samples.jsonl", "code-50m-sft/config.yaml"} <= set(tar.getnames())
+    assert "Toy sizes" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
