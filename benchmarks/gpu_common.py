@@ -97,7 +97,7 @@ class Command:
         """Return its error, or else the last line that it printed."""
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["nothing was printed"])[-1][-300:]
+        return (errors or lines or ["nothing was printed"])[-1][:300]
 
 
 def path_of_modules() -> str:

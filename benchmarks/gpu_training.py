@@ -75,7 +75,8 @@ class Training:
 
     def flags(self, plan: Plan, name: str) -> list[str]:
         """Return the flags of a preset: the corpus that is there, or this machine's Python."""
-        flags = ["--preset", name, "--data.val-fraction", "0.01", "--data.test-fraction", "0.005"]
+        held_out = ("0.1", "0.1") if plan.toy else ("0.01", "0.005")
+        flags = ["--preset", name, "--data.val-fraction", held_out[0], "--data.test-fraction", held_out[1]]
         if plan.corpus is not None:
             source = plan.corpus / "source.jsonl.gz"
             flags += ["--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(source)]
@@ -83,13 +84,22 @@ class Training:
                 tokenizer = plan.corpus / "starcoder2_tokenizer.json"
                 flags += ["--tokenizer.kind", "pretrained", "--tokenizer.path", str(tokenizer)]
         else:
-            flags += ["--data.sources.0.kind", "local-python"]
-            flags += ["--data.sources.0.max-bytes", "1000000" if plan.toy else "200000000"]
+            flags += ["--data.sources.0.kind", "local-python", "--data.sources.0.path", "None"]
+            flags += ["--data.sources.0.max-bytes", "4000000" if plan.toy else "200000000"]
             if name == NAMES[0]:
                 flags += ["--tokenizer.kind", "bpe"]
         if plan.toy:
-            flags += ["--data.val-fraction", "0.1", "--data.max-tokens", "100000"]
-            flags += ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.block-size", "64"]
+            flags += ["--data.max-tokens", "500000"]
+            flags += [
+                "--model.n-layer",
+                "2",
+                "--model.n-head",
+                "2",
+                "--model.n-embd",
+                "32",
+                "--model.block-size",
+                "256",
+            ]
             if plan.corpus is None or name != NAMES[0]:
                 flags += ["--model.vocab-size", "512"]
             flags += ["--model.bigram-rows", "1000"] if name != NAMES[0] else []
@@ -126,12 +136,14 @@ class Training:
     def fine_tune(self, plan: Plan, limit_s: float) -> dict[str, Any]:
         """Fine-tune the first run on instructions; return the loss on responses before and after."""
         if plan.corpus is None:
-            flags = ["--preset", "docstrings", "--data.sources.0.max-bytes", "300000" if plan.toy else "30000000"]
+            flags = ["--preset", "docstrings", "--data.sources.0.max-bytes", "2000000" if plan.toy else "30000000"]
         else:
             pairs = plan.corpus / "instructions.jsonl.gz"
             flags = ["--preset", "alpaca", "--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(pairs)]
         flags += ["--name", TUNED, "--train.device", plan.device]
-        flags += ["--train.max-steps", "10", "--data.val-fraction", "0.1"] if plan.toy else []
+        flags += (
+            ["--train.max-steps", "10", "--data.val-fraction", "0.1", "--data.test-fraction", "0.1"] if plan.toy else []
+        )
         command = self.command(plan, "sft_train.py", NAMES[0], *flags)
         reason = command.wait(max(20.0, limit_s))
         if reason:
@@ -194,7 +206,7 @@ def pack(plan: Plan) -> str:
     """Pack the runs without their weights and shards into runs.tar.gz; return its name."""
     target = plan.out / "runs.tar.gz"
     with tarfile.open(target, "w:gz") as tar:
-        for run in sorted((plan.work / "runs").glob("*")):
+        for run in sorted(path.parent for path in (plan.work / "runs").glob("*/config.yaml")):
             for path in sorted(run.iterdir()):
                 if path.is_file() and os.path.getsize(path) < 2**23:
                     tar.add(path, arcname=f"{run.name}/{path.name}")

@@ -7,7 +7,7 @@ import sys
 import tarfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_one_clear_line
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -123,8 +123,8 @@ def test_flags_that_cannot_be_used_are_refused(monkeypatch, capsys, flags, said)
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_every_section_runs_at_toy_size(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def at_toy_size(out, *flags: str) -> dict:
+    """Run the benchmark on the CPU; return the results of its sections."""
     command = [
         sys.executable,
         "benchmarks/gpu.py",
@@ -132,18 +132,39 @@ def test_every_section_runs_at_toy_size(tmp_path):
         "cpu",
         "--toy",
         "--minutes",
-        "10",
+        "30",
         "--out",
-        str(tmp_path),
+        str(out),
+        *flags,
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=env)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=env)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]
+    assert "Toy sizes" in (out / "gpu.md").read_text(encoding="utf-8")
+    return json.loads((out / "gpu.json").read_text(encoding="utf-8"))["sections"]
+
+
+def test_a_section_alone_runs_at_toy_size(tmp_path):
+    found = at_toy_size(tmp_path, "--sections", "decoding")
+    assert list(found) == ["decoding"] and set(found["decoding"]["batches"]) == {"1", "3"}
+    assert all(batch["times"] > 0 for batch in found["decoding"]["batches"].values())
+
+
+@pytest.mark.slow
+def test_every_section_runs_at_toy_size(tmp_path):
+    found = at_toy_size(tmp_path)
     assert list(found) == ["right", "fast", "decoding", "real"] and not gpu_tables.verdict(found)
-    assert all(part["passed"] for part in found["right"]["parts"].values())
+    parts = found["right"]["parts"]
+    assert set(parts) == set(gpu_checks.PARTS) and sum(part["passed"] for part in parts.values()) > 60
     assert set(found["fast"]["shapes"]) == set(gpu_speed.TOY_SHAPES)
     assert all(shape["times"] > 0 and len(shape["sides"]) == 2 for shape in found["fast"]["shapes"].values())
     assert set(found["real"]["runs"]) == {"code-50m", "modern-50m", "code-50m-sft"}
     with tarfile.open(tmp_path / "runs.tar.gz") as tar:
         assert {"code-50m/eval.json", "code-50m/samples.jsonl", "code-50m-sft/config.yaml"} <= set(tar.getnames())
-    assert "Toy sizes" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+    assert_one_clear_line(result, "CUDA", "--toy")

@@ -44,6 +44,8 @@ def test_a_packed_row_gives_the_logits_of_each_document_alone(gpu, name, precisi
 def test_dropout_follows_its_random_state(gpu, how, masked):
     if how == "compiled" and not device.has_compiler(gpu):
         pytest.skip("needs a compiler")
+    if gpu == "cpu" and how == "compiled" and not masked:
+        pytest.skip("at toy size one is enough for this")
     cfg = replace(shape_of("code-50m", gpu), dropout=0.3)
     runtime = runtime_of(gpu, "bf16" if device.has_bf16(gpu) else "fp32")
     model = model_of(cfg).to(runtime.device).train()

@@ -12,8 +12,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_a_models_numbers_are_those_of_float64(gpu, name, precision, how, record_property):
-    if gpu == "cpu" and (how == "compiled" or precision == "fp16") and name not in ("demo", "grouped"):
+    if gpu == "cpu" and precision == "fp16" and name not in ("demo", "grouped"):
         pytest.skip("at toy size two shapes are enough for this")
+    if gpu == "cpu" and how == "compiled" and (precision, name) != ("bf16", "demo"):
+        pytest.skip("at toy size one shape is enough for this")
     if how == "compiled" and not device.has_compiler(gpu):
         pytest.skip("needs a compiler")
     cfg = shape_of(name, gpu)

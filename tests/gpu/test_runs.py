@@ -16,6 +16,11 @@ pytestmark = pytest.mark.gpu
 STEPS = 12
 
 
+def run(gpu: str, *command, cwd: Path, before: str = ""):
+    """Run a script; on a GPU in a new process, as forks of one cannot use it."""
+    return script(*command, cwd=cwd, fresh=gpu != "cpu", before=before)
+
+
 def flags_of(corpus, kind: str, precision: str, *more: str) -> list[str]:
     flags = tiny_flags(corpus)
     flags[flags.index("--train.device") + 1] = kind
@@ -45,11 +50,11 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(
         pytest.skip("at toy size one run in fp16 is enough")
     flags = flags_of(corpus, gpu, precision, "--train.deterministic", str(deterministic), "--train.save-every", "100")
     name = f"{precision}-{deterministic}"
-    whole = ended(script("main.py", *flags, "--name", name, cwd=work, fresh=True))
+    whole = ended(run(gpu, "main.py", *flags, "--name", name, cwd=work))
     stop = signal_at_step(5, signal.SIGTERM)
-    stopped = script("main.py", *flags, "--name", f"{name}-stopped", cwd=work, fresh=True, before=stop)
+    stopped = run(gpu, "main.py", *flags, "--name", f"{name}-stopped", cwd=work, before=stop)
     assert stopped.returncode == 143 and "stopped and saved at step 5" in stopped.stdout, stopped.stderr
-    resumed = ended(script("main.py", *flags, "--name", f"{name}-stopped", cwd=work, fresh=True))
+    resumed = ended(run(gpu, "main.py", *flags, "--name", f"{name}-stopped", cwd=work))
     record_property("same bits", str(resumed[0] == whole[0]))
     record_property("loss", f"{whole[1]} {resumed[1]}")
     assert resumed[1] == pytest.approx(whole[1], rel=1e-3)
@@ -61,11 +66,11 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(
 def test_a_checkpoint_goes_from_the_gpu_to_the_cpu_and_back(gpu, corpus, work, first):
     kinds = [gpu, "cpu"] if first == "gpu" else ["cpu", gpu]
     name = f"moved-from-{first}"
-    ended(script("main.py", *flags_of(corpus, kinds[0], "fp32"), "--name", name, cwd=work, fresh=True))
+    ended(run(gpu, "main.py", *flags_of(corpus, kinds[0], "fp32"), "--name", name, cwd=work))
     losses = []
     for kind in kinds:
         only_losses = ["--eval.benchmarks", "none", "--eval.signatures", "0", "--device", kind]
-        result = script("evaluate.py", name, *only_losses, cwd=work, fresh=True)
+        result = run(gpu, "evaluate.py", name, *only_losses, cwd=work)
         assert result.returncode == 0, result.stderr
         results = json.loads((work / "runs" / name / "eval.json").read_text(encoding="utf-8"))
         losses.append(results["language_modelling"]["all"]["loss"])
@@ -73,10 +78,22 @@ def test_a_checkpoint_goes_from_the_gpu_to_the_cpu_and_back(gpu, corpus, work, f
     longer = [*flags_of(corpus, kinds[1], "fp32", "--train.max-steps", str(STEPS + 4)), "--name", name]
     longer.pop(i := longer.index("--train.max-steps"))
     longer.pop(i)  # the first of the two
-    result = script("main.py", *longer, cwd=work, fresh=True)
+    result = run(gpu, "main.py", *longer, cwd=work)
     assert result.returncode == 0 and f"resuming at step {STEPS}" in result.stdout, result.stderr
     texts = [
-        script("generate.py", name, "--device", kind, "--prompt", "import ", "--greedy", "True", cwd=work, fresh=True)
+        run(
+            gpu,
+            "generate.py",
+            name,
+            "--device",
+            kind,
+            "--prompt",
+            "import ",
+            "--greedy",
+            "--max-new-tokens",
+            "20",
+            cwd=work,
+        )
         for kind in kinds
     ]
     assert texts[0].returncode == 0 and texts[0].stdout == texts[1].stdout, [text.stderr for text in texts]
@@ -88,7 +105,7 @@ def base(gpu, corpus, work) -> str:
     flags = flags_of(corpus, gpu, "auto")
     flags[flags.index("--train.compile") + 1] = "on" if device.has_compiler(gpu) else "off"
     flags[flags.index("--model.block-size") + 1] = "128"
-    result = script("main.py", *flags, "--name", "base", cwd=work, fresh=True)
+    result = run(gpu, "main.py", *flags, "--name", "base", cwd=work)
     ended(result)
     assert "warning" not in result.stderr, result.stderr
     return "base"
@@ -107,7 +124,7 @@ def test_fine_tuning_works_packed_and_padded(gpu, corpus, work, base, packing):
     flags = ["--preset", "alpaca", "--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(pairs)]
     flags += ["--data.val-fraction", "0.2", "--data.test-fraction", "0.1", "--train.held-out-answers", "2"]
     flags += ["--train.device", gpu, "--train.packing", str(packing), "--name", f"sft-{packing}", "--data.workers", "1"]
-    result = script("sft_train.py", base, *flags, cwd=work, fresh=True)
+    result = run(gpu, "sft_train.py", base, *flags, cwd=work)
     assert result.returncode == 0, result.stderr
     before, after = map(float, re.search(r"loss, nats a token +([\d.]+) +([\d.]+)", result.stdout).groups())
     assert after < before
@@ -129,7 +146,7 @@ def test_a_trained_run_is_evaluated_without_a_sandbox_and_graded_later(gpu, work
         "--eval.signatures",
         "3",
     ]
-    result = script("evaluate.py", base, *little, "--device", gpu, "--sandbox", "later", cwd=work, fresh=True)
+    result = run(gpu, "evaluate.py", base, *little, "--device", gpu, "--sandbox", "later", cwd=work)
     assert result.returncode == 0, result.stderr
     samples = (work / "runs" / base / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(samples) == 9
