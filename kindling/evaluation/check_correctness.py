@@ -19,7 +19,8 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kindling.data.filters import syntax_error
-from kindling.evaluation.extraction import extract_from_answer, extract_from_completion, is_empty, is_trivial
+from kindling.evaluation.answers import extract_from_answer
+from kindling.evaluation.extraction import extract_from_completion, is_empty, is_trivial
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem
 from kindling.pool import FailedJob, map_jobs
