@@ -2,8 +2,8 @@
 
     program = extract_from_answer(head, answer, "add")
 
-The function may stand in a fence of any kind, in the text, or in a class; or the answer is only its body. Helpers that the function
-uses may stand in other fences. The text is untrusted, and parsing it can kill the process: call this in a worker.
+The function may stand in a fence of any kind, in the text, or in a class; or the answer is only its body. Helpers that the
+function uses may stand in other fences. The text is untrusted, and parsing it can kill the process: call this in a worker.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def _with_helpers(question: _Question, program: str, others: Sequence[str]) -> s
 def _unknown_names(program: str) -> set[str]:
     """Return the names that a program uses and nowhere binds."""
     tree = parse_or_none(program)
-    used, bound = set(), set(dir(builtins))
+    used: set[str] = set()
+    bound = set(dir(builtins))
     for node in [] if tree is None else ast.walk(tree):
         if isinstance(node, ast.Name):
             (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)

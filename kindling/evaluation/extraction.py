@@ -52,13 +52,13 @@ def _statements(tree: ast.Module | None, name: str) -> list[ast.stmt] | None:
     """Return the statements of the function `name`, which may also be assigned; None if there is none. Without a name: all."""
     if tree is None or not name:
         return None if tree is None else tree.body
-    assigned = [
+    assigned: list[ast.stmt] = [
         node for node in tree.body if name in bound_names(node) and isinstance(node, (ast.Assign, ast.AnnAssign))
     ]
     if not assigned:
         node = function(tree, name)
         return None if node is None else node.body
-    value = assigned[-1].value
+    value = getattr(assigned[-1], "value", None)
     if isinstance(value, ast.Attribute):  # the method of a class, see answers.py
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         methods = [function(ast.Module(node.body, []), name) for node in classes]

@@ -43,6 +43,8 @@ class RemoteObject:
     def __ne__(self, other: object) -> bool:
         raise TypeError(f"the program answered with an object of type {self._type}, which is no plain value")
 
+    __lt__ = __le__ = __gt__ = __ge__ = __ne__
+
     def __bool__(self) -> bool:
         raise TypeError(f"the program answered with an object of type {self._type}, which is no plain value")
 

@@ -151,7 +151,7 @@ class Answers:
 
     def decode(self, content: Any, changed: Any = ()) -> Any:
         """Return an answer, and write what the call has changed into the caller's own objects."""
-        new = [(self._given[number], self._changed(self._given[number], inner)) for number, inner in changed]
+        new = [(target, self._changed(target, inner)) for target, inner in ((self._argument(n), i) for n, i in changed)]
         value = self.value(content)
         for target, parts in new:
             _write(target, parts)
@@ -161,8 +161,13 @@ class Answers:
             _require_finite([value, *self._given])
         return value
 
-    def _changed(self, target: Any, inner: Any) -> Any:
+    def _argument(self, number: Any) -> Any:
+        if type(number) is not int or number < 0:
+            raise ValueError("no number of an argument")
         self._refers = True
+        return self._given[number]
+
+    def _changed(self, target: Any, inner: Any) -> Any:
         if type(target) is bytearray:
             return bytes.fromhex(inner)
         if type(target) in (list, deque):
@@ -206,8 +211,7 @@ class Answers:
         if tag == "c":
             return complex(*self._all(inner))
         if tag == "a":
-            self._refers = True
-            return self._given[_natural(inner)]
+            return self._argument(inner)
         if tag in ("h", "x", "G", "w"):
             number, name = inner
             if type(number) is not int or not isinstance(name, str):
@@ -217,7 +221,8 @@ class Answers:
 
     def _of_a_class(self, tag: str, inner: Any) -> Any:
         if tag == "r":
-            return range(*self._all(inner))
+            found = range(*self._all(inner))
+            return found if len(found) <= MAX_EXPANDED else _refused(found)
         if tag == "y":
             found = getattr(builtins, inner)
             return found if type(found) is type else _refused(inner)
@@ -271,12 +276,6 @@ def _refused(name: Any) -> Any:
     raise ValueError(f"{name} is no form of an answer")
 
 
-def _natural(number: Any) -> int:
-    if type(number) is not int or number < 0:
-        raise ValueError("no number of an argument")
-    return number
-
-
 def _set_attributes(target: Any, values: dict[Any, Any]) -> None:
     known = attributes(target)
     for name in known.keys() - values.keys():
@@ -292,9 +291,13 @@ def _write(target: Any, parts: Any) -> None:
     """Write what a call has changed into the caller's own object."""
     if isinstance(target, (list, bytearray)):
         target[:] = parts
-    elif isinstance(target, (dict, set)):
+    elif isinstance(target, dict):
         target.clear()
-        dict.update(target, parts) if isinstance(target, dict) else target.update(parts)
+        for key, value in parts.items():  # a Counter's update() adds
+            target[key] = value
+    elif isinstance(target, set):
+        target.clear()
+        target.update(parts)
     elif isinstance(target, deque):
         target.clear()
         target.extend(parts)

@@ -101,7 +101,7 @@ class Values:
         values = content if isinstance(content, bytes) else self.read_all(content)
         if isinstance(target, dict):
             for key, value in zip(values[::2], values[1::2]):
-                dict.__setitem__(target, key, value)
+                target[key] = value
         elif isinstance(target, set):
             target.update(values)
         elif hasattr(target, "extend") and type(target).__name__ not in self.own:
@@ -214,8 +214,10 @@ class Values:
 
 def flat(mapping):
     """Return keys and values in one list, in turn."""
-    pairs = dict.items(mapping) if isinstance(mapping, dict) else mapping
-    return [part for pair in pairs for part in pair]
+    if isinstance(mapping, dict):  # an OrderedDict keeps its order beside the dict
+        ordered = getattr(sys.modules.get("collections"), "OrderedDict", dict)
+        mapping = ordered.items(mapping) if type(mapping) is ordered else dict.items(mapping)
+    return [part for pair in mapping for part in pair]
 
 
 def attributes(value):
