@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Coroutine, Generator, Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kindling.sandbox.process import Program
+from typing import Any, Protocol
 
 MAX_LENGTH = 2**20  # list() makes room for as many items as an object says it has
 SAID = frozenset(
@@ -24,6 +21,16 @@ QUESTIONS = frozenset(
     for name in dir(kind)
     if name.startswith("is") or name.endswith("swith")
 )
+
+
+class Program(Protocol):
+    """What an object needs of its program (process.py)."""
+
+    def request(self, *request: Any) -> Any:
+        """Send one request and return the answer."""
+
+    def handle(self, value: Any) -> tuple[int | str, str]:
+        """Return the number and the type of an object of the program."""
 
 
 class RemoteObject:
