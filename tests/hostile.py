@@ -322,6 +322,14 @@ for name, attacks, data in [
     ("handle-far", "an object that is not there", """b'{"ok":{"h":[99999999999999999999,"str"]}}'"""),
     ("handle-true", "an object whose number is none", """b'{"ok":{"h":[true,"str"]}}'"""),
     ("handle-code", "an object whose number is code", """b'{"ok":{"h":["0] or exit() or [0","str"]}}'"""),
+    ("changed", "a change of an argument that was not given", """b'{"ok":"x","changed":[[0,["3e"]]]}'"""),
+    ("class", "an object of a class that nobody shares", """b'{"ok":{"o":["Path",["x",1]]}}'"""),
+    ("popen", "an object of a class that starts processes", """b'{"ok":{"v":["Popen",["reached"]]}}'"""),
+    ("builtin", "a builtin that is no type", """b'{"ok":{"y":"exec"}}'"""),
+    ("range", "a range without end", """b'{"ok":{"r":[0,1000000000000000000]}}'"""),
+    ("decimal", "a number that fills the memory", """b'{"ok":{"v":["Decimal",["1e999999999"]]}}'"""),
+    ("interrupt", "the user's Ctrl-C, as an error's name", """b'{"error":[["KeyboardInterrupt"],"x",null]}'"""),
+    ("assertion", "the error by which a test fails", """b'{"error":[["AssertionError"],"x",null]}'"""),
 ]:  # fmt: skip
     answer(name, f"the protocol: {attacks}", data)
 forge(
@@ -381,6 +389,24 @@ forge(
     "answer-generator",
     "objects that answer when asked later",
     "def string_to_md5(text):\n    return (c for c in '3e25960a79dbc69b674cd4ec67a72c62')",
+)
+forge(
+    "answer-endless",
+    "a generator without end, of which each item is long",
+    "def string_to_md5(text):\n    while True:\n        yield 'x' * 1_000_000",
+)
+forge(
+    "answer-methods",
+    "an object with every method",
+    """
+    class Any:
+        __getattr__ = lambda self, name: lambda *args, **named: True
+        __call__ = __getitem__ = lambda self, *args: True
+        __len__ = lambda self: 2 ** 60
+        __iter__ = lambda self: iter("3e25960a79dbc69b674cd4ec67a72c62")
+    def string_to_md5(text):
+        return Any()
+    """,
 )
 forge(
     "encoder",

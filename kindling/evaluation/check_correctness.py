@@ -11,19 +11,22 @@ passed. To pass, it must give the right answers.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kindling.data.filters import syntax_error
-from kindling.evaluation.extraction import extract_from_answer, extract_from_completion, is_empty, is_trivial
+from kindling.evaluation.answers import extract_from_answer
+from kindling.evaluation.extraction import extract_from_completion, is_empty, is_trivial
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem
 from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
+from kindling.sandbox.values import NotPlain
 
 if TYPE_CHECKING:
     from config import EvalConfig
@@ -110,28 +113,45 @@ def check_answers(
     problem: Problem, program: str, mode: Mode = "bwrap", limits: Limits = DEFAULT, slot: int = 0
 ) -> Verdict:
     """Run the problem's tests against a program. Every failure is a verdict; only Ctrl-C raises."""
+    module = ModuleType("tests_of_problem")
+    sys.modules[module.__name__] = module  # where dataclasses look up the names in their types
+    scope = module.__dict__
     try:
-        with Program(program, mode, limits, slot) as loaded:
-
-            def remote(name: str) -> Any:
-                return lambda *args, **named: loaded.call(name, *args, **named)
-
-            scope: dict[str, Any] = {"__name__": "tests"}
-            exec(_compiled(problem.trusted), scope)
-            scope |= {name: remote(name) for name in problem.remote}
+        exec(_compiled(problem.trusted), scope)
+        with Program(program, mode, limits, slot, own_classes(scope, problem)) as loaded:
+            scope |= {name: loaded.function(name) for name in problem.remote}
             random.seed(0)  # some tests use random arguments
-            exec(_compiled(problem.tests), scope)
+            try:
+                exec(_compiled(problem.tests), scope)
+            except BaseException:
+                if loaded.failure is None:
+                    raise
+            if loaded.failure is not None:  # also if the test has caught it
+                raise loaded.failure
     except ProgramError as e:
         return Verdict(e.kind, e.reason)
-    except SandboxError as e:
+    except (SandboxError, NotPlain) as e:
         return Verdict("sandbox", str(e))
-    except AssertionError:
-        return Verdict("wrong", "a test failed")
     except KeyboardInterrupt:
         raise
-    except BaseException as e:  # the test cannot compare an answer of this type
+    except BaseException as e:
+        raised = getattr(e, "of_program", None)
+        if isinstance(raised, ProgramError):
+            return Verdict(raised.kind, raised.reason)
+        if isinstance(e, AssertionError):
+            return Verdict("wrong", "a test failed")
+        # the test cannot compare an answer of this type
         return Verdict("wrong", one_line(f"an answer does not fit its test ({type(e).__name__}: {e})"))
     return Verdict("passed")
+
+
+def own_classes(scope: dict[str, Any], problem: Problem) -> dict[str, type]:
+    """Return the classes that the problem gives to its tests and to programs, by name; not those that a program is to write."""
+    return {
+        name: value
+        for name, value in scope.items()
+        if isinstance(value, type) and value.__module__ == scope["__name__"] and name not in problem.remote
+    }
 
 
 @lru_cache(maxsize=2048)

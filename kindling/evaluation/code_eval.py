@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from kindling.evaluation.check_correctness import VERDICTS, GradedSample, When, 
 from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, problems_from_conversations, problems_from_documents
 from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
-from kindling.evaluation.report import file_name
+from kindling.evaluation.references import left_out_problems
+from kindling.evaluation.report import describe_left_out, file_name
 from kindling.evaluation.samples import ChatFormat, Sample, write
 from kindling.evaluation.tasks import Problem, load, source_of
 from kindling.files import write_atomic
@@ -31,6 +33,9 @@ from kindling.files import write_atomic
 if TYPE_CHECKING:
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
+
+LeftOut = Mapping[str, Mapping[str, str]]
+"""Problems that are not counted: by benchmark and task, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def evaluate_code(
 
     `benchmarks` gives the number of samples for each problem of a benchmark. Held-out problems get one sample each.
     """
-    problems = world.on_main(lambda: select_problems(heldout, tokenizer, chat, benchmarks, cfg))
+    problems, left_out = world.on_main(lambda: select_problems(heldout, tokenizer, chat, benchmarks, mode, cfg))
     n_samples = sum(count for _, count in problems)
     if not problems:
         return CodeResults([], [])
@@ -68,13 +73,18 @@ def evaluate_code(
         return CodeResults(samples, [])
     with progress_bar("running samples", n_samples, "sample") as bar:
         graded = grade_samples(samples, chat, mode, cfg, bar.update)
-    return CodeResults(samples, graded, code_figures(samples, graded, benchmarks, mode, cfg))
+    return CodeResults(samples, graded, code_figures(samples, graded, benchmarks, mode, cfg, left_out))
 
 
 def select_problems(
-    heldout: TokenDataset, tokenizer: Tokenizer, chat: ChatFormat | None, benchmarks: dict[str, int], cfg: EvalConfig
-) -> list[tuple[Problem, int]]:
-    """Return the held-out problems and those of the benchmarks, each with its number of samples."""
+    heldout: TokenDataset,
+    tokenizer: Tokenizer,
+    chat: ChatFormat | None,
+    benchmarks: dict[str, int],
+    mode: When,
+    cfg: EvalConfig,
+) -> tuple[list[tuple[Problem, int]], LeftOut]:
+    """Return the held-out problems and those of the benchmarks, each with its number of samples, and what is left out."""
     if isinstance(heldout, Examples):
         assert chat is not None
         wanted = problems_from_conversations(heldout, tokenizer, cfg.signatures, chat.docstring_format, cfg.n_workers)
@@ -82,13 +92,23 @@ def select_problems(
         with progress_bar("held-out code", cfg.signatures, "function") as bar:
             wanted = problems_from_documents(heldout, tokenizer, cfg.signatures, cfg.n_workers, bar.update)
     out = [(problem, 1) for problem in wanted]
+    loaded = {name: load(name, source_of(name, cfg))[: cfg.limit] for name in benchmarks}
+    left_out = {} if mode == "later" else left_out_problems(loaded, mode, cfg)
+    for name, reasons in left_out.items():
+        if reasons:
+            print(f"note: {name}: {describe_left_out(reasons)}", file=sys.stderr)
     for name, count in benchmarks.items():
-        out += [(problem, count) for problem in load(name, source_of(name, cfg))[: cfg.limit]]
-    return out
+        out += [(problem, count) for problem in loaded[name] if problem.task_id not in left_out.get(name, {})]
+    return out, left_out
 
 
 def code_figures(
-    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: dict[str, int], mode: When, cfg: EvalConfig
+    samples: Sequence[Sample],
+    graded: Sequence[GradedSample],
+    benchmarks: dict[str, int],
+    mode: When,
+    cfg: EvalConfig,
+    left_out: LeftOut,
 ) -> dict[str, Any]:
     """Return the figures on syntax and functional correctness, as in eval.json."""
     out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
@@ -97,18 +117,23 @@ def code_figures(
     if benchmarks and mode == "later":
         out["functional"] = {"skipped": "the samples were not run; `python evaluate.py RUN --grade` runs them"}
     elif benchmarks:
-        out["functional"] = functional_figures(samples, graded, list(benchmarks), mode)
+        out["functional"] = functional_figures(samples, graded, list(benchmarks), mode, left_out)
     return out
 
 
 def functional_figures(
-    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: Sequence[str], mode: When
+    samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: Sequence[str], mode: When, left_out: LeftOut
 ) -> dict[str, Any]:
-    """Return the figures on functional correctness of each benchmark, as in eval.json."""
+    """Return the figures on functional correctness of each benchmark, as in eval.json. `left_out` problems do not count."""
     out = {}
     for name in benchmarks:
-        pairs = [(s, g) for s, g in zip(samples, graded) if s.problem.benchmark == name]
-        out[name] = summary([s for s, _ in pairs], [g for _, g in pairs], mode)
+        reasons = left_out.get(name, {})
+        pairs = [
+            (s, g) for s, g in zip(samples, graded) if s.problem.benchmark == name and s.problem.task_id not in reasons
+        ]
+        out[name] = summary([s for s, _ in pairs], [g for _, g in pairs], mode) | (
+            {"left_out": reasons} if reasons else {}
+        )
     return out
 
 

@@ -1,24 +1,22 @@
 """Extracts the program from generated text.
 
     program = extract_from_completion(prompt, text, "add")
-    program = extract_from_answer(head, answer, "add")
 
 A base model does not stop after the program. The program is the text up to the end of the requested function, and the helpers
 directly after it that it uses. There are no stop words: a line at the left margin ends the function, unless the line is inside
-a string or a bracket. The text is parsed only to tell code from prose in an answer, to find how a body is indented, and to
-tell half a line from a whole one. Limits: a function inside a class is not found; helpers must be plain functions or classes.
-The text is untrusted, and parsing it can kill the process: call this in a worker. Only `end_of_function` parses nothing.
+a string or a bracket. `name = lambda ...` is a function too. The text is parsed only to tell half a line from a whole one.
+Limits: helpers must be plain functions or classes. Answers have many more forms; answers.py reads them. The text is untrusted,
+and parsing it can kill the process: call this in a worker. Only `end_of_function` parses nothing.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-import textwrap
 from collections.abc import Iterator
 
 from kindling.data.docstrings import is_placeholder
-from kindling.data.filters import compiled, syntax_error
+from kindling.data.filters import compiled
 
 ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError)  # that parsing can raise
 MAX_CHARS = 2**16  # a small model writes no longer programs
@@ -32,8 +30,7 @@ _TOKEN = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _NAMED = re.compile(r"(?:async +def|def|class) +(\w+)")
-_FENCE = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^\1```|\Z)", re.MULTILINE | re.DOTALL)
-_STATEMENT = re.compile(r"(?:@|(?:async|def|class|import|from|try|if|for|with)\b|[A-Za-z_]\w*(?: *:[^=\n]*)? *=)")
+_ASSIGNED = re.compile(r"(\w+)[ \t]*(?::[^=\n]*)?=(?!=)")
 
 
 def parse_or_none(text: str) -> ast.Module | None:
@@ -45,9 +42,39 @@ def parse_or_none(text: str) -> ast.Module | None:
 
 
 def function(tree: ast.Module | None, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """Return the first function of that name at the top of a module."""
+    """Return the last function of that name at the top of a module, which is the one that counts."""
     nodes = [] if tree is None else tree.body
-    return next((n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name == name), None)
+    found = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.name == name]
+    return found[-1] if found else None
+
+
+def _statements(tree: ast.Module | None, name: str) -> list[ast.stmt] | None:
+    """Return the statements of the function `name`, which may also be assigned; None if there is none. Without a name: all."""
+    if tree is None or not name:
+        return None if tree is None else tree.body
+    assigned: list[ast.stmt] = [
+        node for node in tree.body if name in bound_names(node) and isinstance(node, (ast.Assign, ast.AnnAssign))
+    ]
+    if not assigned:
+        node = function(tree, name)
+        return None if node is None else node.body
+    value = getattr(assigned[-1], "value", None)
+    if isinstance(value, ast.Attribute):  # the method of a class, see answers.py
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        methods = [function(ast.Module(node.body, []), name) for node in classes]
+        return next((method.body for method in methods if method is not None), [assigned[-1]])
+    return [assigned[-1]]
+
+
+def bound_names(node: ast.stmt) -> set[str]:
+    """Return the names that a statement defines, imports or assigns."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return set()
 
 
 def is_empty(text: str, head: str, name: str) -> bool:
@@ -55,10 +82,9 @@ def is_empty(text: str, head: str, name: str) -> bool:
 
     With an empty name: whether the text has no statement.
     """
-    tree = parse_or_none(text)
-    node = function(tree, name) if name else tree
-    given = function(parse_or_none(head), name)
-    own, shown = ([] if n is None else list(map(ast.dump, n.body)) for n in (node, given))
+    trees = parse_or_none(text), parse_or_none(head)
+    found = _statements(trees[0], name), _statements(trees[1], name) if name else None
+    own, shown = (list(map(ast.dump, statements or ())) for statements in found)
     return not (own[len(shown) :] if own[: len(shown)] == shown else own)
 
 
@@ -67,9 +93,8 @@ def is_trivial(text: str, name: str) -> bool:
 
     With an empty name: whether the whole text does nothing.
     """
-    tree = parse_or_none(text)
-    node = function(tree, name) if name else tree
-    return node is None or all(map(is_placeholder, node.body))
+    statements = _statements(parse_or_none(text), name)
+    return statements is None or all(map(is_placeholder, statements))
 
 
 def end_of_function(text: str, start: int, name: str) -> int | None:
@@ -84,9 +109,9 @@ def end_of_function(text: str, start: int, name: str) -> int | None:
 def _ends(text: str, start: int, name: str) -> tuple[list[int], bool]:
     """Return where the function and each helper after it end, and whether the text after that may still belong to them."""
     own, ends = None, []
-    for margin in _margins(text):
+    for margin in margins(text):
         if own is None:
-            own = margin if _defines(text, margin, name) else None
+            own = margin if defines(text, margin, name) else None
         elif margin > start:
             ends.append(margin)
             if "\n" not in text[margin:]:  # half a line can become anything
@@ -98,7 +123,7 @@ def _ends(text: str, start: int, name: str) -> tuple[list[int], bool]:
     return ends, True
 
 
-def _margins(text: str) -> Iterator[int]:
+def margins(text: str) -> Iterator[int]:
     """Yield the positions where a line of code begins at the left margin, outside strings, brackets and comments."""
     depth, joined = 0, -1
     for token in _TOKEN.finditer(text):
@@ -113,9 +138,13 @@ def _margins(text: str) -> Iterator[int]:
             yield token.start()
 
 
-def _defines(text: str, position: int, name: str) -> bool:
+def defines(text: str, position: int, name: str) -> bool:
+    """Return whether the line of code at a position begins the function `name`, or assigns to it."""
     match = _NAMED.match(text, position)
-    return match is not None and match[1] == name and not match[0].startswith("class")
+    if match is not None and not match[0].startswith("class"):
+        return match[1] == name
+    assigned = _ASSIGNED.match(text, position)
+    return assigned is not None and assigned[1] == name
 
 
 def _uses(code: str, name: str) -> bool:
@@ -141,54 +170,3 @@ def extract_from_completion(head: str, completion: str, name: str, cut_short: bo
     if goes_on and _NAMED.match(text, ends[-1]) and "\n" in text[ends[-1] :]:
         ends.append(len(text))
     return text[: next((end for end in reversed(ends) if parse_or_none(text[:end]) is not None), ends[0])]
-
-
-def extract_from_answer(head: str, answer: str, name: str, cut_short: bool = False) -> str:
-    """Return the program in an answer to an instruction: a function in a code block or in the text, or only a body.
-
-    `head` is the problem's code up to the end of the function's docstring, or empty. If the answer has a function, the code
-    before the function in `head`, such as imports, is put before it. If the answer is a body, the whole `head` is.
-    """
-    answer = answer[:MAX_CHARS]
-    node = function(parse_or_none(head), name)
-    before = "" if node is None else "".join(head.splitlines(keepends=True)[: node.lineno - 1])
-    blocks = [m[2] for m in _FENCE.finditer(answer)]
-    programs = []
-    for block in [*blocks, answer]:
-        code = _from_definition(block, name)
-        if code is not None:
-            programs.append(extract_from_completion("", before + code, name, cut_short))
-    if programs:  # a block may only repeat the question
-        return next((program for program in programs if not is_trivial(program, name)), programs[0])
-    block = re.sub(r"\A(?:[ \t\r]*\n)+", "", blocks[0] if blocks else answer)
-    if not head or _is_module(block):  # not a body
-        return extract_from_completion("", before + block, name, cut_short)
-    bodies = [extract_from_completion(head, body, name, cut_short) for body in _indented(block)]
-    return next((program for program in bodies if parse_or_none(program) is not None), bodies[0])
-
-
-def _from_definition(block: str, name: str) -> str | None:
-    """Return the code from the first statement on that belongs to the function; None if the function is not defined."""
-    for text in (block, block.lstrip(), textwrap.dedent(block)):
-        starts = [m.start() for m in re.finditer(r"^", text, re.MULTILINE) if _STATEMENT.match(text, m.start())]
-        own = next((start for start in starts if _defines(text, start, name)), None)
-        if own is not None:  # prose can begin like a statement, but it rarely parses
-            candidates = (s for s in starts if s < own and parse_or_none(f"{text[s:own]}def f(): pass") is not None)
-            return text[next(candidates, own) :]
-    return None
-
-
-def _is_module(code: str) -> bool:
-    """Return whether code defines functions or classes, and is not a body without its indentation."""
-    nodes = getattr(parse_or_none(code), "body", [])
-    is_any = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes)
-    return is_any and syntax_error(code) is None  # compile() refuses a `return` outside functions, ast.parse() does not
-
-
-def _indented(body: str) -> Iterator[str]:
-    """Yield the possible indentations of a body, the most likely first."""
-    if body[:1].isspace():
-        yield body
-    yield textwrap.indent(textwrap.dedent(body), "    ")
-    if not re.match(r"[^\n]*\n\S", body):  # only the first line has lost its indentation
-        yield "    " + body.lstrip()

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kindling.evaluation.check_correctness import GradedSample, When, grade_samples
+from kindling.evaluation.check_correctness import GradedSample, grade_samples
 from kindling.evaluation.code_eval import functional_figures
+from kindling.evaluation.references import left_out_problems
 from kindling.evaluation.report import ReportError, file_name, save
 from kindling.evaluation.results_file import read_results
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import FILES, Problem, load, source_of
 from kindling.files import write_atomic
+from kindling.sandbox.process import Mode
 
 if TYPE_CHECKING:
     from config import EvalConfig
@@ -30,7 +32,7 @@ def grade_written(
     run: Path,
     split: str,
     chat: ChatFormat | None,
-    mode: When,
+    mode: Mode,
     cfg: EvalConfig,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Results, Losses, list[str]]:
@@ -49,12 +51,14 @@ def grade_written(
             f"{path} must hold samples of a benchmark, but holds none; write some with `python evaluate.py {run} --sandbox later`"
         )
     samples = rebuild([lines[i] for i in places], path, cfg)
+    asked: dict[str, dict[str, Problem]] = {}
+    for s in samples:
+        asked.setdefault(s.problem.benchmark, {})[s.problem.task_id] = s.problem
+    left_out = left_out_problems({name: list(tasks.values()) for name, tasks in asked.items()}, mode, cfg)
     graded = grade_samples(samples, chat, mode, cfg, progress)
     for i, g in zip(places, graded):
         lines[i] |= {"verdict": g.verdict, "reason": g.reason, **compiled(g), "program": g.program}
-    results["functional"] = functional_figures(
-        samples, graded, list(dict.fromkeys(s.problem.benchmark for s in samples)), mode
-    )
+    results["functional"] = functional_figures(samples, graded, list(asked), mode, left_out)
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
     return results, losses, [*save(run, results, losses), path.name]
 

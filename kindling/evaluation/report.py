@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,8 @@ def _functional(part: dict[str, Any]) -> list[Section]:
             solved.notes.append(f"{name}: pass@k needs at least k samples of each problem, and {each} were taken")
         if benchmark.get("cropped"):
             solved.notes.append(f"{name}: {benchmark['cropped']:,} prompts cropped to the model's context")
+        if benchmark.get("left_out"):
+            solved.notes.append(f"{name}: {describe_left_out(benchmark['left_out'])}")
         if benchmark.get("sandbox") == "none":
             solved.warnings.append(f"{name}: NOT SANDBOXED, the samples could do what the user can")
     modes = dict.fromkeys(b["sandbox"] for b in part.values() if b.get("sandbox", "none") != "none")
@@ -354,3 +357,10 @@ def harness_cell(task: dict[str, Any]) -> str:
     """Return a task's value with its interval of 1.96 standard errors on each side."""
     value, stderr = task.get("value"), task.get("stderr")
     return number(value, NONE if value is None or stderr is None else Interval(value - Z * stderr, value + Z * stderr))
+
+
+def describe_left_out(left_out: Mapping[str, str]) -> str:
+    """Return one line on what is left out."""
+    shown = [f"{task} ({reason})" for task, reason in left_out.items()]
+    more = [f"and {len(shown) - 5:,} more"] if len(shown) > 5 else []
+    return f"{len(shown):,} problems left out: {'; '.join([*shown[:5], *more])}"

@@ -256,11 +256,12 @@ def _parameters(test: str, name: str) -> list[str]:
 
 def _mined(head: str, name: str) -> str:
     """Return an instruction in the form of docstrings.py: the first paragraph of the docstring, then the signature."""
-    node = next(n for n in ast.parse(head).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    functions = (n for n in ast.parse(head).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    node = next(n for n in functions if n.name == name)
     texts = (s.value.value for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
     docstring = inspect.cleandoc(str(next(texts, "")))  # in HumanEval/115 an import precedes the docstring
     paragraph = " ".join(docstring.split("\n\n")[0].split(">>>")[0].split())
-    empty = ast.FunctionDef(
+    empty = type(node)(
         name=node.name, args=node.args, body=[], decorator_list=[], returns=node.returns, lineno=node.lineno
     )
     return f"{paragraph}\n{ast.unparse(empty)}"

@@ -1,0 +1,125 @@
+"""Objects that stay in the program's process: the trusted side sees them through these classes.
+
+What they answer is a value and never a verdict. So an object is equal to nothing, is neither true nor false, and has no
+comparison or arithmetic, which would show the program what it is compared with.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Coroutine, Generator, Iterator
+from typing import Any, Protocol
+
+MAX_LENGTH = 2**20  # list() makes room for as many items as an object says it has
+SAID = frozenset(
+    {"__name__", "__qualname__", "__doc__", "__module__", "__defaults__", "__annotations__", "__dict__", "__wrapped__"}
+)
+# questions to a plain value, whose answer is the verdict: assert f(x).startswith("a"). A plain value would not be an object here
+QUESTIONS = frozenset(
+    name
+    for kind in (str, bytes, int, float, set, range, collections.Counter)
+    for name in dir(kind)
+    if name.startswith("is") or name.endswith("swith")
+)
+
+
+class Program(Protocol):
+    """What an object needs of its program (process.py)."""
+
+    def request(self, *request: Any) -> Any:
+        """Send one request and return the answer."""
+
+    def handle(self, value: Any) -> tuple[int | str, str]:
+        """Return the number and the type of an object of the program."""
+
+
+class RemoteObject:
+    """An object of the program. It can be passed back and called, and its attributes can be used; it equals nothing."""
+
+    __slots__ = ("_number", "_program", "_type")
+    __hash__ = None  # type: ignore[assignment]  # mypy expects a method; None makes it unhashable
+
+    def __init__(self, program: Program, number: int | str, type_name: str):
+        """`number`: the name of a function or class, or which of the program's other objects it is."""
+        for name, value in (("_program", program), ("_number", number), ("_type", type_name)):
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        raise TypeError(f"the program answered with an object of type {self._type}, which is no plain value")
+
+    __lt__ = __le__ = __gt__ = __ge__ = __ne__
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"the program answered with an object of type {self._type}, which is no plain value")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in QUESTIONS or (name.startswith("__") and name not in SAID):
+            raise AttributeError(f"the program answered with an object of type {self._type}, which has no {name}")
+        return self._program.request("get", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._program.request("set", self, name, value)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._program.request("call", self, args, named)
+
+    def __len__(self) -> int:
+        length = self._program.request("len", self)
+        if type(length) is not int or not 0 <= length <= MAX_LENGTH:
+            raise TypeError(f"the length of an object of type {self._type} must be up to {MAX_LENGTH:,}")
+        return length
+
+    def __iter__(self) -> Any:
+        return RemoteIterator(self._program, *self._program.handle(self._program.request("iter", self)))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._program.request("item", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._program.request("setitem", self, key, value)
+
+
+class RemoteIterator(RemoteObject, Iterator[Any]):
+    """An iterator of the program: each item is asked for when it is wanted, so it may have no end."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> RemoteIterator:
+        return self
+
+    def __next__(self) -> Any:
+        return self._program.request("next", self)
+
+
+class RemoteCoroutine(RemoteObject, Coroutine[Any, Any, Any]):
+    """What an `async` function of the program answers with. It is run in the program's process."""
+
+    __slots__ = ()
+    cr_code = gi_code = None  # asyncio looks for them
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        yield from ()
+        return self._program.request("await", self)
+
+    def send(self, value: Any) -> Any:
+        raise StopIteration(self._program.request("await", self))
+
+    def throw(self, *error: Any) -> Any:
+        raise error[0]
+
+    def close(self) -> None:
+        """Do nothing: it has not begun."""
+
+
+def remote_generator(remote: RemoteObject) -> Generator[Any, Any, Any]:
+    """Return a generator that is driven by one of the program's."""
+    told = None
+    while True:
+        try:
+            item = remote._program.request("send", remote, told)
+        except StopIteration as e:
+            return e.value
+        told = yield item
