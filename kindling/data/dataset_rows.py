@@ -1,4 +1,4 @@
-"""Reads the rows of text, JSONL and Parquet files, and takes a text or a conversation from a row.
+"""Reads the rows of text, JSON and Parquet files, and takes a text or a conversation from a row.
 
     for row in rows_of(source, path):
         text = text_of(row, source.field)              # or, for instructions,
@@ -9,54 +9,24 @@ A bad row raises BadRow; the rows after it can still be read. A damaged file rai
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import SourceConfig
 from kindling.data.prompts import Exchange
-from kindling.errors import one_line
+from kindling.rows import open_text, read_rows
 
 # the columns for the path of a row's file, and for its repository, in the data sets that we know
 PATH_COLUMNS = ("path", "max_stars_repo_path", "url")
 REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
 
 
-class NotJson(str):
-    """Why a line could not be parsed."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a JSONL file: its value, or `NotJson`, and its bytes."""
-
-    content: Any
-    size: int
-
-
-def n_bytes_of(text: str) -> int:
-    """Return the number of bytes of a text in its file, where a surrogate stands for a byte that is not UTF-8."""
-    try:
-        return len(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # a surrogate from an escape in JSON
-        return len(text.encode("utf-8", "surrogatepass"))
-
-
-def open_text(path: Path, encoding: str = "utf-8") -> Any:
-    """Open a text file, or one packed by gzip if its name ends in .gz. Line ends stay as they are."""
-    # a bad byte becomes a surrogate, and the filters drop its document; the rest of the file can be read
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
-
-
 def rows_of(source: SourceConfig, path: Path) -> Iterator[Any]:
-    """Yield the rows of a file: strings of a text file, `Line`s of JSONL, values of Parquet or of a JSON list."""
+    """Yield the rows of a file: strings of a text file, `Row`s of JSON, values of Parquet."""
     if source.kind == "text":
         return _split_text(path, source.separator)
-    return _json_rows(path) if source.kind == "jsonl" else _parquet_rows(path, source)
+    return read_rows(path) if source.kind == "jsonl" else _parquet_rows(path, source)
 
 
 def _split_text(path: Path, separator: str) -> Iterator[str]:
@@ -73,24 +43,6 @@ def _split_text(path: Path, separator: str) -> Iterator[str]:
                 yield from whole
         if rest:
             yield rest
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    """Yield the rows of a file with one JSON object in each line, or with one list of objects."""
-    with open_text(path, "utf-8-sig") as f:
-        if ".json" in path.suffixes[-2:]:
-            if f.read(4096).lstrip().startswith("["):
-                f.seek(0)
-                yield from json.load(f)
-                return
-            f.seek(0)
-        for line in f:
-            if line.strip():
-                try:
-                    content = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    content = NotJson(f"not JSON: {one_line(e)}")
-                yield Line(content, n_bytes_of(line))
 
 
 def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:

@@ -22,20 +22,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
-from kindling.data.dataset_rows import (
-    PATH_COLUMNS,
-    REPOSITORY_COLUMNS,
-    BadRow,
-    Line,
-    NotJson,
-    conversation_of,
-    n_bytes_of,
-    rows_of,
-    text_of,
-)
+from kindling.data.dataset_rows import PATH_COLUMNS, REPOSITORY_COLUMNS, BadRow, conversation_of, rows_of, text_of
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
+from kindling.rows import PACKED, Broken, Row, n_bytes_of
 
 LANGUAGES = {
     ".py": "python",
@@ -171,7 +162,7 @@ def _cannot_list(error: OSError) -> None:
 
 def language_of(source: SourceConfig, path: Path) -> str:
     """Return the source's language; without one, the language of the file's suffix."""
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    suffix = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
     return source.language or LANGUAGES.get(suffix, "unknown")
 
 
@@ -217,13 +208,13 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of a row, which is a `Line` of JSONL or a value; only a dict can be used."""
-    size = 0  # of the whole row, if it is a line
-    if isinstance(row, Line):
-        row, size = row.content, row.size
+    """Return the document of a row, which is a `Row` of JSON or a value; only a dict can be used."""
+    size, where = 0, ""  # of the whole row, if it is JSON
+    if isinstance(row, Row):
+        row, size, where = row.content, row.size, f"line {row.line:,}: "
     if not isinstance(row, dict):
-        why = row if isinstance(row, NotJson) else f"a row must be an object, but is a {type(row).__name__}"
-        return Document(key, language, size=size, unreadable=str(why))
+        why = row if isinstance(row, Broken) else f"a row must be an object, but is a {type(row).__name__}"
+        return Document(key, language, size=size, unreadable=f"{where}{why}")
     folder, path = (
         next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
     )
