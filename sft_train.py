@@ -27,6 +27,7 @@ from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
+from kindling.files import write_text
 from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
@@ -188,7 +189,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         stopped += len(ids) < room
         texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")
-    (trainer.run.path / ANSWERS).write_text("".join(lines), encoding="utf-8")
+    write_text(trainer.run.path / ANSWERS, "".join(lines))
     return stopped, n
 
 

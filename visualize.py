@@ -22,6 +22,7 @@ import tyro
 
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
+from kindling.files import UNENCODABLE
 
 if TYPE_CHECKING:
     from kindling.plots.inspection import InspectedRun, Text
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     text = text_of(subject, flags, given)
     plots = draw(subject, text)
     files = {f"{PLOTS}/{name}": content for name, content in plots.items()}
-    files[REPORT] = report_of(subject, text, plots).encode("utf-8")
+    files[REPORT] = report_of(subject, text, plots).encode("utf-8", UNENCODABLE)
     write_all(run.path, files)
     print(f"{len(plots)} plots in {run.path / PLOTS}/, and {run.path / REPORT} ({len(files[REPORT]) / 1e6:.1f} MB)")
     return 0

@@ -22,10 +22,19 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
-from kindling.data.dataset_rows import PATH_COLUMNS, REPOSITORY_COLUMNS, BadRow, conversation_of, rows_of, text_of
+from kindling.data.dataset_rows import (
+    PATH_COLUMNS,
+    REPOSITORY_COLUMNS,
+    BadRow,
+    conversation_of,
+    is_missing,
+    rows_of,
+    text_of,
+)
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
+from kindling.files import printable
 from kindling.rows import PACKED, Broken, Row, n_bytes_of
 
 LANGUAGES = {
@@ -216,22 +225,28 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
         why = row if isinstance(row, Broken) else f"a row must be an object, but is a {type(row).__name__}"
         return Document(key, language, size=size, unreadable=f"{where}{why}")
     folder, path = (
-        next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
+        next((str(row[c]) for c in columns if row.get(c) and not is_missing(row[c])), "")
+        for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
     )
     if path:
         key = ":".join((key, "/".join(part for part in (folder, path) if part)))
+    inner = "" if "://" in path else path  # the address of a page says nothing about the text
     if source.language is None:
         named = row.get("language") or row.get("lang")
-        language = named.lower() if isinstance(named, str) else LANGUAGES.get(Path(path).suffix, language)
+        language = (
+            printable(named.lower())
+            if isinstance(named, str) and named.strip()
+            else LANGUAGES.get(Path(inner).suffix, language)
+        )
     try:
         if source.is_instructions:
             exchanges = conversation_of(source, row)
             size = sum(n_bytes_of(text) for e in exchanges for text in (e.instruction, e.input, e.response))
-            return Document(key, language, size=size, inner=path, exchanges=exchanges)
+            return Document(key, language, size=size, inner=inner, exchanges=exchanges)
         text = text_of(row, source.field)
     except BadRow as e:
         return Document(key, language, size=size, unreadable=str(e))
-    return Document(key, language, text=text, size=n_bytes_of(text), inner=path)
+    return Document(key, language, text=text, size=n_bytes_of(text), inner=inner)
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:

@@ -21,6 +21,7 @@ from kindling.data.examples import PROMPT, RESPONSE, Examples
 from kindling.data.shards import LANGUAGE, TokenDataset
 from kindling.evaluation.extraction import ERRORS, extract_from_answer, parse_or_none
 from kindling.evaluation.tasks import Problem
+from kindling.files import UNENCODABLE
 from kindling.pool import FailedJob, map_jobs
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ _SIGNATURE = re.compile(r"^(?:async )?def (\w+)\(.*:$", re.MULTILINE)
 
 
 def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
-    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()  # the same prompt has the same id in every run
+    digest = hashlib.sha256(
+        prompt.encode("utf-8", UNENCODABLE)
+    ).hexdigest()  # the same prompt has the same id in every run
     return Problem(
         benchmark=kind,
         task_id=digest[:12],
