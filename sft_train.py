@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
 
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
     named = flags.base or flags.config.train.init_from
-    base = find_run(None if named is None else Path(named), pretrained=True)
+    base = find_run(None if named is None else Path(named).expanduser(), pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
     return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
 

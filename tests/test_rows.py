@@ -314,7 +314,7 @@ def test_columns_of_two_kinds_are_refused_in_one_line(tmp_path):
 
 # -- the family -------------------------------------------------------------------------------------------------------
 
-strings = st.text(st.characters(exclude_categories=()), max_size=6)
+strings = st.text(st.characters() | st.characters(categories=("Cs",)), max_size=6)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | strings,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(strings, inner, max_size=3),

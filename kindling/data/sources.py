@@ -141,17 +141,27 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
     # fnmatch's **/*.py wants a slash; without the prefix it matches at the top level too, as in pathlib
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
     wanted = re.compile("|".join(fnmatch.translate(p) for p in patterns)).match
+    links: list[str] = []
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = [
             d
             for d in subfolders
             if not d.startswith(".") and d not in ("__pycache__", "site-packages", "dist-packages")
         ]
+        links += [path for d in subfolders if os.path.islink(path := os.path.join(folder, d))]
         above = Path(folder).relative_to(root).as_posix()
         for name in names:
             inner = name if above == "." else f"{above}/{name}"
             if wanted(inner) and (found := _regular(os.path.join(folder, name))) is not None:
                 yield LocalFile(prefix + inner, Path(folder, name), found.st_size, found.st_mtime_ns)
+    if links:  # they are not followed, because they can lead in a circle or to the same files again
+        print(
+            f"warning: {len(links)} linked folders are left out, such as {links[0]}; name its target as a source to read it",
+            file=sys.stderr,
+        )
+
+
+UNKNOWN = os.stat_result((stat.S_IFREG, *[0] * 9), {"st_mtime_ns": 0})  # of a file that may not be asked
 
 
 def _regular(path: str) -> os.stat_result | None:
@@ -161,7 +171,9 @@ def _regular(path: str) -> os.stat_result | None:
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
             return None
-        raise
+        return (
+            UNKNOWN  # such as a file in a folder that may be listed but not entered; reading it says why it cannot be
+        )
     return found if stat.S_ISREG(found.st_mode) else None
 
 
