@@ -28,9 +28,9 @@ if __name__ == "__main__":  # one thread: the products of one token are too smal
 import numpy as np
 
 from kindling.errors import KindlingError
-from kindling.files import expand_home
 from kindling.generation.healing import Healing, longest_prompt, split_for_healing, token_texts
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
+from kindling.paths import expand_home
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
 MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as Code-AutoComplete-LLM has them

@@ -144,6 +144,7 @@ def compare(paths: list[Path]) -> None:
     from kindling.data.shards import read_manifest
     from kindling.plots.figures import compare_curves, png
     from kindling.plots.inspection import curves_of
+    from kindling.public_paths import public_names
     from kindling.runs.loading import find_run
     from kindling.runs.metrics import read_metrics
 
@@ -152,13 +153,13 @@ def compare(paths: list[Path]) -> None:
         given = ", ".join(map(str, paths))
         raise VisualizationError(f"--compare must name two or more different runs, but names {given}; name others")
     curves = []
-    for run in runs:
+    for run, name in zip(runs, public_names([run.path for run in runs])):
         lines = read_metrics(run.path / "metrics.jsonl")
         if not lines:
             raise VisualizationError(
                 f"{run.path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
             )
-        curves.append((str(run.path), curves_of(lines)))
+        curves.append((name, curves_of(lines)))
     manifests = [read_manifest(run.data) for run in runs]
     notes = []
     if len({manifest["tokenizer_sha256"] for manifest in manifests}) > 1:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from kindling.errors import KindlingError, one_line
-from kindling.files import expand_home
+from kindling.paths import expand_home
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

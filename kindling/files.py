@@ -14,8 +14,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kindling.errors import KindlingError
-
 UNENCODABLE = "backslashreplace"  # how a character that UTF-8 cannot hold is written
 
 
@@ -38,18 +36,6 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8."""
     path.write_text(text, encoding="utf-8", errors=UNENCODABLE)
-
-
-def expand_home(path: Path | str, flag: str) -> Path:
-    """Return a path with `~` or `~user` expanded; raises KindlingError if there is no such user. `flag` named it."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        user = Path(path).parts[0]
-        raise KindlingError(
-            f"{flag} must begin with the home of a user, but {str(path)!r} begins with {user}, and there is no such user; "
-            f"write the whole path"
-        ) from None
 
 
 def printable(text: str, limit: int = 64) -> str:

@@ -14,7 +14,7 @@ from kindling.data import sources
 from kindling.data.process_document import DocumentProcessor
 from kindling.data.sources import documents, local_files
 from kindling.errors import KindlingError
-from kindling.files import expand_home
+from kindling.paths import expand_home
 
 
 @dataclass
