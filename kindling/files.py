@@ -43,6 +43,8 @@ def printable(text: str, limit: int = 64) -> str:
 
     Example: `printable("a\\udce9\\n")` is `a\\\\udce9`.
     """
+    if len(text) <= limit and text.isprintable() and " " not in text:  # nearly always
+        return text
     text = " ".join(text[: 4 * limit].split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:limit]
 
