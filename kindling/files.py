@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors=UNENCODABLE)
 
 
+@lru_cache(maxsize=256)  # a few labels stand in millions of rows
 def printable(text: str, limit: int = 64) -> str:
     """Return a name from outside as a label that can be written anywhere: one line of at most `limit` characters.
 

@@ -22,15 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
-from kindling.data.dataset_rows import (
-    PATH_COLUMNS,
-    REPOSITORY_COLUMNS,
-    BadRow,
-    conversation_of,
-    is_missing,
-    rows_of,
-    text_of,
-)
+from kindling.data.dataset_rows import PATH_COLUMNS, REPOSITORY_COLUMNS, BadRow, conversation_of, rows_of, text_of
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
@@ -230,14 +222,14 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
     """Return the document of a row, which is a `Row` of JSON or a value; only a dict can be used."""
-    size, where = 0, ""  # of the whole row, if it is JSON
+    size = line = 0  # of the whole row, if it is JSON
     if isinstance(row, Row):
-        row, size, where = row.content, row.size, f"line {row.line:,}: "
+        row, size, line = row
     if not isinstance(row, dict):
         why = row if isinstance(row, Broken) else f"a row must be an object, but is a {type(row).__name__}"
-        return Document(key, language, size=size, unreadable=f"{where}{why}")
-    folder, path = (
-        next((str(row[c]) for c in columns if row.get(c) and not is_missing(row[c])), "")
+        return Document(key, language, size=size, unreadable=f"line {line:,}: {why}" if line else str(why))
+    folder, path = (  # NaN is not equal to itself
+        next((str(value) for c in columns if (value := row.get(c)) and value == value), "")
         for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
     )
     if path:
