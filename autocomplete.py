@@ -27,8 +27,10 @@ if __name__ == "__main__":  # one thread: the products of one token are too smal
 
 import numpy as np
 
+from kindling.errors import KindlingError
 from kindling.generation.healing import Healing, longest_prompt, split_for_healing, token_texts
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
+from kindling.paths import expand_home
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
 MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as Code-AutoComplete-LLM has them
@@ -204,7 +206,9 @@ def read_text(args: argparse.Namespace) -> str:
         if args.file is None:
             text = os.fsencode(args.prompt).decode("utf-8")
         else:
-            text = (sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()).decode("utf-8")
+            text = (
+                sys.stdin.buffer.read() if args.file == "-" else expand_home(args.file, "file").read_bytes()
+            ).decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise CompletionError(f"{where} must be readable text in UTF-8, but is not ({e})") from None
     if not text:
@@ -214,6 +218,7 @@ def read_text(args: argparse.Namespace) -> str:
 
 def find_export(folder: Path) -> Path:
     """Return the export's folder: `folder` itself, or the one in a run."""
+    folder = expand_home(folder, "DIR")
     candidates = [folder, folder / "export" / "int8", Path("runs") / folder / "export" / "int8"]
     return next((path for path in candidates if (path / CONFIG).is_file()), folder)
 
@@ -270,7 +275,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(encoding="utf-8", newline="")  # so that the output can be appended to a file as it is
     try:
         sys.exit(main())
-    except CompletionError as e:
+    except (CompletionError, KindlingError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -243,8 +243,9 @@ class SourceConfig:
         """The patterns of the files to read."""
         if self.globs is not None:
             return self.globs
-        suffixes = {"text": ("txt",), "jsonl": ("jsonl", "json"), "parquet": ("parquet",)}.get(self.kind)
-        return ("**/*.py",) if suffixes is None else tuple(f"**/*.{s}{gz}" for s in suffixes for gz in ("", ".gz"))
+        suffixes = {"text": ("txt",), "jsonl": ("jsonl", "ndjson", "json"), "parquet": ("parquet",)}.get(self.kind)
+        packed = ("", ".gz", ".zst")
+        return ("**/*.py",) if suffixes is None else tuple(f"**/*.{s}{p}" for s in suffixes for p in packed)
 
     @property
     def is_instructions(self) -> bool:

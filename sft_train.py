@@ -27,6 +27,7 @@ from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
+from kindling.files import write_text
 from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
@@ -59,7 +60,7 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
 
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
     named = flags.base or flags.config.train.init_from
-    base = find_run(None if named is None else Path(named), pretrained=True)
+    base = find_run(None if named is None else Path(named).expanduser(), pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
     return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
 
@@ -188,7 +189,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         stopped += len(ids) < room
         texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")
-    (trainer.run.path / ANSWERS).write_text("".join(lines), encoding="utf-8")
+    write_text(trainer.run.path / ANSWERS, "".join(lines))
     return stopped, n
 
 

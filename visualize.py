@@ -22,6 +22,7 @@ import tyro
 
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
+from kindling.files import UNENCODABLE
 
 if TYPE_CHECKING:
     from kindling.plots.inspection import InspectedRun, Text
@@ -143,6 +144,7 @@ def compare(paths: list[Path]) -> None:
     from kindling.data.shards import read_manifest
     from kindling.plots.figures import compare_curves, png
     from kindling.plots.inspection import curves_of
+    from kindling.public_paths import public_names
     from kindling.runs.loading import find_run
     from kindling.runs.metrics import read_metrics
 
@@ -151,13 +153,13 @@ def compare(paths: list[Path]) -> None:
         given = ", ".join(map(str, paths))
         raise VisualizationError(f"--compare must name two or more different runs, but names {given}; name others")
     curves = []
-    for run in runs:
+    for run, name in zip(runs, public_names([run.path for run in runs])):
         lines = read_metrics(run.path / "metrics.jsonl")
         if not lines:
             raise VisualizationError(
                 f"{run.path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
             )
-        curves.append((str(run.path), curves_of(lines)))
+        curves.append((name, curves_of(lines)))
     manifests = [read_manifest(run.data) for run in runs]
     notes = []
     if len({manifest["tokenizer_sha256"] for manifest in manifests}) > 1:
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     text = text_of(subject, flags, given)
     plots = draw(subject, text)
     files = {f"{PLOTS}/{name}": content for name, content in plots.items()}
-    files[REPORT] = report_of(subject, text, plots).encode("utf-8")
+    files[REPORT] = report_of(subject, text, plots).encode("utf-8", UNENCODABLE)
     write_all(run.path, files)
     print(f"{len(plots)} plots in {run.path / PLOTS}/, and {run.path / REPORT} ({len(files[REPORT]) / 1e6:.1f} MB)")
     return 0

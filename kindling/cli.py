@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from kindling.errors import KindlingError, one_line
+from kindling.paths import expand_home
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+PATHS = ("path", "init_from", "decontaminate", "humaneval", "mbpp")  # settings that can name a file or folder
 Flags = TypeVar("Flags", bound="DataclassInstance")
 
 
@@ -41,7 +45,49 @@ def parse_cli(
         default = made_with(config=preset_from_argv(argv, default_preset))
     else:
         default = flags()
-    return tyro.cli(flags, default=default, args=argv, description=description.strip())
+    _require_utf8_settings(argv)
+    return with_home(tyro.cli(flags, default=default, args=argv, description=description.strip()))
+
+
+def _require_utf8_settings(argv: list[str]) -> None:
+    """Raise KindlingError for a setting that is not UTF-8: it could not be saved with the run."""
+    for before, argument in zip(["", *argv], argv):
+        flag, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        if re.match(r"--\w+\.", flag) and re.search("[\ud800-\udfff]", value):
+            raise KindlingError(
+                f"{flag} must be a name in UTF-8, but {value!a} is not; rename it, or make a link to it (ln -s) and name "
+                f"the link"
+            )
+
+
+def with_home(flags: Flags) -> Flags:
+    """Return the flags with `~` expanded in paths: a shell leaves it as it is in `--out=~/x`.
+
+    A config keeps its paths as they were given, and they are expanded where they are used. Raises KindlingError if a path
+    names a user that does not exist.
+    """
+
+    def name_of(flag: str) -> str:
+        return "--" + flag.removeprefix("config.").replace("_", "-")
+
+    def expanded(value: Any, flag: str) -> Any:
+        if isinstance(value, Path):
+            return expand_home(value, name_of(flag))
+        if isinstance(value, str) and flag.rpartition(".")[2] in PATHS:
+            expand_home(value, name_of(flag))  # only raises its error
+        if isinstance(value, tuple):
+            return tuple(
+                expanded(item, flag if isinstance(item, str) else f"{flag}.{i}") for i, item in enumerate(value)
+            )
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return value
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        new = {name: expanded(part, f"{flag}.{name}".lstrip(".")) for name, part in parts.items()}
+        new = {name: part for name, part in new.items() if part is not parts[name] and part != parts[name]}
+        return dataclasses.replace(value, **new) if new else value
+
+    out: Flags = expanded(flags, "")
+    return out
 
 
 def utf8(argument: str, flag: str) -> str:
@@ -64,6 +110,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as e:  # torch's errors for a lack of memory, which this file must not import
+        if "home directory" in str(e):
+            print(
+                f"error: a path must begin with the home of a user, but one does not ({e}); write it out",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         if "out of memory" not in str(e).lower():
             raise
         print(

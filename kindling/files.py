@@ -1,4 +1,9 @@
-"""Writing files so that no file is left half written, and their hashes."""
+"""Writing files so that no file is left half written, and their hashes.
+
+What is written holds strings that came from outside: columns, file names, errors, model output. Half of a surrogate pair in
+one, or a byte that was not UTF-8, is written as its escape (`\\udce9`), so that no write fails for it. In JSON the escape
+stands for the same string when it is read.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,11 @@ import errno
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+UNENCODABLE = "backslashreplace"  # how a character that UTF-8 cannot hold is written
 
 
 def sha256_file(path: Path) -> str:
@@ -18,12 +26,29 @@ def sha256_file(path: Path) -> str:
 
 def sha256_text(text: str) -> str:
     """Return the sha256 of a text in UTF-8, in hexadecimal."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", UNENCODABLE)).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8."""
+    path.write_text(text, encoding="utf-8", errors=UNENCODABLE)
+
+
+@lru_cache(maxsize=256)  # a few labels stand in millions of rows
+def printable(text: str, limit: int = 64) -> str:
+    """Return a name from outside as a label that can be written anywhere: one line of at most `limit` characters.
+
+    Example: `printable("a\\udce9\\n")` is `a\\\\udce9`.
+    """
+    if len(text) <= limit and text.isprintable() and " " not in text:  # nearly always
+        return text
+    text = " ".join(text[: 4 * limit].split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:limit]
 
 
 def sync(path: Path) -> None:
@@ -43,7 +68,7 @@ def sync(path: Path) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a whole line to a file, or nothing; raises OSError if it cannot."""
     with open(path, "ab", buffering=0) as f:
-        size, content = f.seek(0, 2), line.encode("utf-8") + b"\n"
+        size, content = f.seek(0, 2), line.encode("utf-8", UNENCODABLE) + b"\n"
         try:
             if f.write(content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -56,7 +81,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace a small file by `text`, or leave it as it is and raise OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        write_text(partial, text)
         sync(partial)
         partial.replace(path)
     except OSError:  # such as a full disk, where the partial file would waste space

@@ -183,6 +183,8 @@ def load_or_train_tokenizer(
     notes: list[str] = []
     if pool.undetectable:
         notes.append(f"{len(pool.undetectable)} problems of data.decontaminate are too short to be recognised")
+    if pool.unreadable is not None:
+        notes.append(pool.unreadable)
     if tokenizer is None and cfg.tokenizer.kind == "pretrained":
         tokenizer = load_pretrained(cfg.tokenizer)
     elif tokenizer is None:

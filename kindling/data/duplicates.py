@@ -14,10 +14,9 @@ near-duplicates.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 
 from config import DataConfig
 from kindling.errors import KindlingError, one_line
+from kindling.rows import DAMAGE, Broken, is_rows, open_text, read_rows
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
 SHINGLE = 2  # words; pairs find copies with changed names better than triples, and unrelated files still differ
@@ -158,12 +158,19 @@ class Benchmarks:
     """The word sequences of benchmarks, to keep documents that contain them out of training."""
 
     def __init__(self, names: tuple[str, ...]):
-        """Read the benchmarks: `humaneval`, `mbpp`, or files; raises BenchmarkError for one that cannot be read."""
+        """Read the benchmarks: `humaneval`, `mbpp`, or files; raises BenchmarkError for one that cannot be read.
+
+        A broken row costs only itself: it is in `unreadable`, and a warning says so.
+        """
         hashes: dict[int, list[str]] = {}
         self.n_problems = 0
         self.undetectable: list[str] = []  # problems that are too short or too common to be recognised
+        self.unreadable: list[str] = []  # broken rows, by file and line, and why
         for name in names:
             for problem, text in _problems(benchmark_path(name)):
+                if text is None:
+                    self.unreadable.append(problem)
+                    continue
                 words = _WORD.findall(text.lower())
                 telling = np.array([len(w) > 1 and not w.isdigit() for w in words], dtype=np.int64)
                 grams = window_hashes(word_hashes(text), NGRAM)
@@ -175,10 +182,16 @@ class Benchmarks:
                 self.n_problems += 1
                 if not len(grams):
                     self.undetectable.append(problem)
+        if self.unreadable:
+            print(f"warning: {self.unreadable_note()}", file=sys.stderr)
         self._hashes = np.array(sorted(hashes), dtype=np.uint64)
         self._problems = [hashes[h] for h in self._hashes.tolist()]
         self._filter = np.zeros(2**FILTER_BITS, dtype=bool)  # of the high bits of the hashes; it ends most searches
         self._filter[self._hashes >> np.uint64(64 - FILTER_BITS)] = True
+
+    def unreadable_note(self) -> str:
+        """Return how many rows of the benchmarks are broken, and the first of them."""
+        return f"{len(self.unreadable)} rows of data.decontaminate cannot be read, such as {self.unreadable[0]}"
 
     def _hits(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where a document has 13 words of a problem, and the indices of these hashes in `_hashes`."""
@@ -235,28 +248,39 @@ def _unreadable(name: object, why: str) -> str:
     )
 
 
-def _problems(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name and text of each problem: all strings of a row of a JSONL file, or the whole text file."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    stem = path.name.split(".")[0]
+def _problems(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield the name and text of each problem: all strings of a row of a JSON file, or the whole text file.
+
+    For a broken row, yields where it is and why, and None. Raises BenchmarkError if the file is damaged or has no other rows.
+    """
+    stem, found, why = path.name.split(".")[0], False, "it is empty"
     try:
-        with opener(path, "rt", encoding="utf-8") as f:
-            if ".json" not in path.suffixes[-2:] and ".jsonl" not in path.suffixes[-2:]:
-                yield stem, f.read()
-                return
-            for number, line in enumerate(f):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                name = str(row.pop("task_id", number)) if isinstance(row, dict) else str(number)
-                yield name if "/" in name else f"{stem}/{name}", " ".join(_strings(row))
-    except (OSError, EOFError, ValueError) as e:
+        if not is_rows(path):
+            with open_text(path) as f:
+                text = f.read()
+            text.encode("utf-8")  # raises an error for a byte that is not UTF-8
+            yield stem, text
+            return
+        for number, row in enumerate(read_rows(path)):
+            if isinstance(row.content, Broken):
+                why = f"line {row.line:,}: {row.content}"
+                yield f"{path.name}, {why}", None
+                continue
+            found, content = True, row.content
+            name = str(content.pop("task_id", number)) if isinstance(content, dict) else str(number)
+            yield name if "/" in name else f"{stem}/{name}", " ".join(_strings(content))
+    except DAMAGE as e:
         raise BenchmarkError(_unreadable(path, one_line(e))) from None
+    if not found:
+        raise BenchmarkError(_unreadable(path, why))
 
 
 def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+    """Yield the strings of a JSON value in their order, also of one that is nested as deeply as it can be."""
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (list, dict)):
+            todo += reversed(list(value.values()) if isinstance(value, dict) else value)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kindling.data.shards import DataError, repair_advice
-from kindling.files import write_json
+from kindling.files import UNENCODABLE, write_json
 
 DOCUMENTS = "documents.jsonl.gz"
 MATCHES = 20  # --explain shows at most this many documents
@@ -151,7 +151,7 @@ class DocumentLog:
         self._raw = open(folder / DOCUMENTS, "wb")
         # no file name and no time in the header, so that the bytes are always the same
         packed = gzip.GzipFile(filename="", mode="wb", compresslevel=5, fileobj=self._raw, mtime=0)
-        self._lines: IO[str] = io.TextIOWrapper(packed, encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._lines: IO[str] = io.TextIOWrapper(packed, encoding="utf-8", errors=UNENCODABLE, newline="\n")
         self._packed = packed
 
     def write(self, **line: Any) -> None:

@@ -145,6 +145,8 @@ def read_plan(folder: Path) -> Plan:
 def require_unchanged(plan: Plan, files: list[LocalFile]) -> None:
     """Raise DataError if a file has changed since the build was planned."""
     for f in files:
+        if f.size == f.mtime_ns == 0:  # a file that may not be asked, see sources.UNKNOWN
+            continue
         try:
             stat = f.path.stat()
             now = f"{stat.st_size:,} bytes of time {stat.st_mtime_ns}"

@@ -23,6 +23,7 @@ from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, stri
 from kindling.data.prompts import Exchange
 from kindling.data.sources import Document
 from kindling.errors import one_line
+from kindling.rows import n_bytes_of
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 _NO_WORDS = np.empty(0, dtype=np.uint64)
@@ -192,6 +193,6 @@ def _dropped(document: Document, rule: str, value: str) -> ProcessedDocument:
 def _conversation_from(document: Document, pair: Pair) -> Document:
     """Return a document of its own for a conversation that was mined from a file."""
     exchange = Exchange(pair.instruction, pair.response)
-    size = len(f"{pair.instruction}{pair.response}".encode())
+    size = n_bytes_of(f"{pair.instruction}{pair.response}")
     key = f"{document.key}:{pair.name}"
     return Document(key, document.language, size=size, inner=document.inner, exchanges=(exchange,))

@@ -22,20 +22,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
-from kindling.data.dataset_rows import (
-    PATH_COLUMNS,
-    REPOSITORY_COLUMNS,
-    BadRow,
-    Line,
-    NotJson,
-    conversation_of,
-    n_bytes_of,
-    rows_of,
-    text_of,
-)
+from kindling.data.dataset_rows import PATH_COLUMNS, REPOSITORY_COLUMNS, BadRow, conversation_of, rows_of, text_of
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
+from kindling.files import printable
+from kindling.rows import PACKED, Broken, Row, n_bytes_of
 
 LANGUAGES = {
     ".py": "python",
@@ -141,17 +133,27 @@ def _walk(root: Path, prefix: str, globs: tuple[str, ...]) -> Iterator[LocalFile
     # fnmatch's **/*.py wants a slash; without the prefix it matches at the top level too, as in pathlib
     patterns = [p for g in globs for p in (g, g.removeprefix("**/"))]
     wanted = re.compile("|".join(fnmatch.translate(p) for p in patterns)).match
+    links: list[str] = []
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = [
             d
             for d in subfolders
             if not d.startswith(".") and d not in ("__pycache__", "site-packages", "dist-packages")
         ]
+        links += [path for d in subfolders if os.path.islink(path := os.path.join(folder, d))]
         above = Path(folder).relative_to(root).as_posix()
         for name in names:
             inner = name if above == "." else f"{above}/{name}"
             if wanted(inner) and (found := _regular(os.path.join(folder, name))) is not None:
                 yield LocalFile(prefix + inner, Path(folder, name), found.st_size, found.st_mtime_ns)
+    if links:  # they are not followed, because they can lead in a circle or to the same files again
+        print(
+            f"warning: {len(links)} linked folders are left out, such as {links[0]}; name its target as a source to read it",
+            file=sys.stderr,
+        )
+
+
+UNKNOWN = os.stat_result((stat.S_IFREG, *[0] * 9), {"st_mtime_ns": 0})  # of a file that may not be asked
 
 
 def _regular(path: str) -> os.stat_result | None:
@@ -161,7 +163,9 @@ def _regular(path: str) -> os.stat_result | None:
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
             return None
-        raise
+        return (
+            UNKNOWN  # such as a file in a folder that may be listed but not entered; reading it says why it cannot be
+        )
     return found if stat.S_ISREG(found.st_mode) else None
 
 
@@ -171,7 +175,7 @@ def _cannot_list(error: OSError) -> None:
 
 def language_of(source: SourceConfig, path: Path) -> str:
     """Return the source's language; without one, the language of the file's suffix."""
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    suffix = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
     return source.language or LANGUAGES.get(suffix, "unknown")
 
 
@@ -217,30 +221,36 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of a row, which is a `Line` of JSONL or a value; only a dict can be used."""
-    size = 0  # of the whole row, if it is a line
-    if isinstance(row, Line):
-        row, size = row.content, row.size
+    """Return the document of a row, which is a `Row` of JSON or a value; only a dict can be used."""
+    size = line = 0  # of the whole row, if it is JSON
+    if isinstance(row, Row):
+        row, size, line = row
     if not isinstance(row, dict):
-        why = row if isinstance(row, NotJson) else f"a row must be an object, but is a {type(row).__name__}"
-        return Document(key, language, size=size, unreadable=str(why))
-    folder, path = (
-        next((str(row[c]) for c in columns if row.get(c)), "") for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
+        why = row if isinstance(row, Broken) else f"a row must be an object, but is a {type(row).__name__}"
+        return Document(key, language, size=size, unreadable=f"line {line:,}: {why}" if line else str(why))
+    folder, path = (  # NaN is not equal to itself
+        next((str(value) for c in columns if (value := row.get(c)) and value == value), "")
+        for columns in (REPOSITORY_COLUMNS, PATH_COLUMNS)
     )
     if path:
         key = ":".join((key, "/".join(part for part in (folder, path) if part)))
+    inner = "" if "://" in path else path  # the address of a page says nothing about the text
     if source.language is None:
         named = row.get("language") or row.get("lang")
-        language = named.lower() if isinstance(named, str) else LANGUAGES.get(Path(path).suffix, language)
+        language = (
+            printable(named.lower())
+            if isinstance(named, str) and named.strip()
+            else LANGUAGES.get(Path(inner).suffix, language)
+        )
     try:
         if source.is_instructions:
             exchanges = conversation_of(source, row)
             size = sum(n_bytes_of(text) for e in exchanges for text in (e.instruction, e.input, e.response))
-            return Document(key, language, size=size, inner=path, exchanges=exchanges)
+            return Document(key, language, size=size, inner=inner, exchanges=exchanges)
         text = text_of(row, source.field)
     except BadRow as e:
         return Document(key, language, size=size, unreadable=str(e))
-    return Document(key, language, text=text, size=n_bytes_of(text), inner=path)
+    return Document(key, language, text=text, size=n_bytes_of(text), inner=inner)
 
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:

@@ -51,6 +51,7 @@ class WorkerPool:
         benchmarks = Benchmarks(cfg.decontaminate) if cfg.decontaminate else None  # read once, not by every worker
         self._arguments = (cfg, benchmarks, context, tokenizer_cfg)
         self.undetectable = [] if benchmarks is None else benchmarks.undetectable
+        self.unreadable = benchmarks.unreadable_note() if benchmarks is not None and benchmarks.unreadable else None
         self._generation = 0
         self._start()
 

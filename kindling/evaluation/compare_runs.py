@@ -29,6 +29,7 @@ from kindling.evaluation.report import (
     rate_cell,
 )
 from kindling.evaluation.results_file import read_results
+from kindling.public_paths import public_names
 from kindling.tables import Section, as_markdown, as_text
 
 COLUMNS = ["", "run", "value", "difference to run 1"]
@@ -114,9 +115,9 @@ def _fraction(value: float) -> str:
 
 def _runs(runs: list[Evaluated]) -> Section:
     section = Section("Runs", ["run", "parameters", "preset", "checkpoint", "precision", "Python"])
-    for place, run in enumerate(runs, 1):
+    for place, (run, name) in enumerate(zip(runs, public_names([run.path for run in runs])), 1):
         details = [str(run.results.get(key) or "-") for key in ("preset", "checkpoint", "precision", "python")]
-        section.rows.append([f"{place} {run.path}", count(run.results.get("parameters")), *details])
+        section.rows.append([f"{place} {name}", count(run.results.get("parameters")), *details])
     first = runs[0].results.get("settings", {})
     for run in runs[1:]:
         own = run.results.get("settings", {})

@@ -18,21 +18,21 @@ from the punctuation.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.errors import KindlingError, one_line
+from kindling.rows import DAMAGE, PACKED, open_text, read_rows, usable
+from kindling.rows import SUFFIXES as ROW_SUFFIXES
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-PLAIN_SUFFIXES = (".txt", ".txt.gz")
+SUFFIXES = (*(s + p for s in ROW_SUFFIXES for p in ("", *PACKED)), ".parquet")
+PLAIN_SUFFIXES = (".txt", *(f".txt{p}" for p in PACKED))
 
 
 class HarnessError(KindlingError):
@@ -121,7 +121,12 @@ def load(folder: Path, task: str) -> Local | None:
         rows, note = _rows(path, task)
         if not rows:
             raise HarnessError(f"{path} must have the rows of {task}, but is empty; fetch it again")
-        content = Dataset.from_list(rows)
+        try:
+            content = Dataset.from_list(rows)
+        except (ValueError, TypeError, OverflowError) as e:  # Arrow's errors are among them
+            raise HarnessError(
+                f"{path} must have the same kind of value in a column of every row, but has not ({one_line(e)}); correct it"
+            ) from None
     if not isinstance(content, DatasetDict):
         content = DatasetDict({known.split if known else "test": content})
     elif known is None:
@@ -155,37 +160,40 @@ def _rows(path: Path, task: str) -> tuple[list[dict[str, Any]], str]:
             return read_table(path).to_pylist(), ""
         except (OSError, ArrowException) as e:
             raise _unreadable(path, e) from None
-    text = _read(path)
     if path.name.endswith(PLAIN_SUFFIXES):
+        text = _read(path)
         if task == "wikitext":
             return wikitext_pages(text), _share_of_unk(text)
         if task == "hellaswag":
             return hellaswag_rows(text.splitlines(), str(path)), ""
         raise HarnessError(f"{path} must be JSON lines, but is plain text; put {wanted(task)} there")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028
-        if not line.strip():
-            continue
-        where = f"{path}, line {number},"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise HarnessError(f"{where} must be JSON, but is not ({one_line(e, 80)}); fetch the file again") from None
-        if not isinstance(row, dict):
-            raise HarnessError(f"{where} must be a JSON object, but is a {type(row).__name__}; fetch the file again")
-        if task.startswith("arc_") and "query" in row:
-            row = arc_row(row, where)
-        _require_columns(where, TASKS[task].columns if task in TASKS else (), row)
-        rows.append(row)
-    return rows, ""
+    return list(_json_rows(path, task)), ""
+
+
+def _json_rows(path: Path, task: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON file with the columns of a task; raises HarnessError for one that lacks them."""
+    try:
+        for found in read_rows(path):
+            where = f"{path}, line {found.line},"
+            try:
+                row = usable(found)
+            except ValueError as e:
+                raise HarnessError(f"{path} must hold JSON objects, but {e}; fetch it again or correct it") from None
+            if task.startswith("arc_") and "query" in row:
+                row = arc_row(row, where)
+            _require_columns(where, TASKS[task].columns if task in TASKS else (), row)
+            yield row
+    except DAMAGE as e:
+        raise _unreadable(path, e) from None
 
 
 def _read(path: Path) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
-            return f.read()
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+        with open_text(path, "utf-8-sig") as f:
+            text = f.read()
+        text.encode("utf-8")  # raises an error for a byte that is not UTF-8
+        return text
+    except DAMAGE as e:
         raise _unreadable(path, e) from None
 
 

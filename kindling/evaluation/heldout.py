@@ -22,6 +22,7 @@ from kindling.data.shards import LANGUAGE, TokenDataset
 from kindling.evaluation.answers import extract_from_answer
 from kindling.evaluation.extraction import ERRORS, parse_or_none
 from kindling.evaluation.tasks import Problem
+from kindling.files import UNENCODABLE
 from kindling.pool import FailedJob, map_jobs
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ _SIGNATURE = re.compile(r"^(?:async )?def (\w+)\(.*:$", re.MULTILINE)
 
 
 def _problem(kind: str, name: str, prompt: str, head: str, ids: tuple[int, ...] = ()) -> Problem:
-    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()  # the same prompt has the same id in every run
+    digest = hashlib.sha256(
+        prompt.encode("utf-8", UNENCODABLE)
+    ).hexdigest()  # the same prompt has the same id in every run
     return Problem(
         benchmark=kind,
         task_id=digest[:12],

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,13 +31,13 @@ import numpy as np
 import torch
 
 from config import IGNORE, ModelConfig, SourceConfig
-from kindling.data.dataset_rows import open_text
 from kindling.data.examples import Examples
 from kindling.data.shards import BYTES, LANGUAGE, SOURCE, Batch, DataError, TokenDataset, blocks_in_order, row_starts
 from kindling.data.sources import Document, LocalFile, documents, language_of
 from kindling.device import Runtime
 from kindling.errors import one_line, require
 from kindling.loss import linear_nll
+from kindling.rows import DAMAGE, is_rows, open_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 from model import LanguageModel
 
@@ -203,7 +202,7 @@ class _Texts:
 
     def __init__(self, path: Path, field: str, tokenizer: Tokenizer):
         self.path, self.tokenizer = path, tokenizer
-        self.rows = ".jsonl" in path.suffixes[-2:] or ".json" in path.suffixes[-2:]
+        self.rows = is_rows(path)
         self.field = self._column(field) if self.rows else field
         self.notes: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # of documents that are left out, by the rule
@@ -230,7 +229,7 @@ class _Texts:
         try:  # read it here, as a source of texts would strip newlines at both ends
             with open_text(path) as f:
                 yield Document(path.name, language_of(source, path), text=f.read())
-        except (OSError, EOFError, zlib.error) as e:
+        except DAMAGE as e:
             yield Document(path.name, "", unreadable=one_line(e))
 
     def _leave_out(self, document: Document, rule: str, why: str) -> None:

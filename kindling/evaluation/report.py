@@ -19,7 +19,7 @@ from typing import Any
 
 from kindling.errors import KindlingError
 from kindling.evaluation.intervals import FEWEST, NONE, Interval, Z, bootstrap_ratio, pass_interval, rate_interval
-from kindling.files import write_atomic
+from kindling.files import UNENCODABLE, write_atomic
 from kindling.tables import Section, as_markdown, as_text
 
 FORMAT = 2  # of eval.json
@@ -64,7 +64,7 @@ def save(run_path: Path, results: Results, losses: Losses | None = None) -> list
     try:
         if lines:
             write_atomic(run_path / name, lines)
-            results = {**results, "losses_sha256": hashlib.sha256(lines.encode("utf-8")).hexdigest()}
+            results = {**results, "losses_sha256": hashlib.sha256(lines.encode("utf-8", UNENCODABLE)).hexdigest()}
         else:
             (run_path / name).unlink(missing_ok=True)
         name = names[1]

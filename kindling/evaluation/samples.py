@@ -174,7 +174,7 @@ def newline_tokens(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
 
 def _seed(seed: int, problem: Problem, number: int) -> int:
     name = f"{seed}/{problem.benchmark}/{problem.task_id}/{number}"
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:7], "little")
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:7], "little")
 
 
 def _without_next(problem: Problem, text: str) -> str:

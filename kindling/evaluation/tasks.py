@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-import gzip
 import inspect
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kindling.errors import KindlingError, did_you_mean, one_line
+from kindling.rows import read_rows, usable
 
 if TYPE_CHECKING:
     from config import EvalConfig
@@ -119,10 +118,7 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        yield _row(line, number)
+            yield from map(usable, read_rows(path))
             return
         import datasets
 
@@ -133,16 +129,6 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
             f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "
             f"({one_line(e)}); correct --eval.{name.partition('-')[0]}"
         ) from None
-
-
-def _row(line: str, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"line {number}: {e.msg}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number}: a {type(row).__name__}, not an object")
-    return row
 
 
 def _to_complete(benchmark: str, row: dict[str, Any]) -> Problem:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from kindling.errors import KindlingError, one_line
-from kindling.files import sha256_file, write_json
+from kindling.files import sha256_file, write_json, write_text
 from kindling.formats.hf_layout import (
     CODE,
     OWN,
@@ -61,7 +61,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
     try:
         _write_model(folder, model, tokenizer)
         _write_tokenizer(folder, tokenizer, model.cfg.block_size)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", card)
     except (OSError, SafetensorError) as e:
         raise HubFormatError(
             f"{folder} must be writable and have room for the model, but writing gave: {one_line(e)}; free some space or "

@@ -28,6 +28,7 @@ from kindling.data.sources import LANGUAGES
 from kindling.errors import one_line
 from kindling.evaluation import report
 from kindling.formats.hf_layout import CLASSES, architecture
+from kindling.public_paths import PublicPaths, is_on_hub
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
 from kindling.runs.metrics import read_metrics
 from kindling.tables import Section, as_markdown
@@ -35,7 +36,6 @@ from kindling.tables import Section, as_markdown
 NATURAL = {"english": "en"}  # natural languages, and the hub's codes
 CODE = set(LANGUAGES.values()) - {"markdown", "text"}
 NEW_TOKENS = 64  # in the example
-PATHS = ("path", "init_from", "decontaminate")  # settings that may hold a path of this machine
 
 
 def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | None = None) -> str:
@@ -46,7 +46,7 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
     cfg, ledger = run.config(), _read_ledger(run)
     manifest = read_manifest(run.data)
     step = int(checkpoint.name.removeprefix("step_"))
-    public = _Shortener(cfg)
+    public = PublicPaths(cfg)
     parts = [
         _front_matter(cfg, ledger),
         f"# {name}\n",
@@ -61,28 +61,6 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-class _Shortener:
-    """Replaces the absolute paths in a config by their last part, in any value."""
-
-    def __init__(self, cfg: Config):
-        settings = [asdict(s) for s in cfg.data.sources] + [asdict(s) for s in (cfg.data, cfg.train, cfg.tokenizer)]
-        values = [v for s in settings for key in PATHS for v in _listed(s.get(key))]
-        found = {v for v in values if v.startswith("~") or Path(v).is_absolute()}
-        self._paths = sorted(found, key=len, reverse=True)
-
-    def __call__(self, value: Any) -> Any:
-        """Return `value` with the paths shortened."""
-        if isinstance(value, str):
-            for path in self._paths:
-                value = value.replace(path, Path(path).name)
-            return value
-        if isinstance(value, Section):
-            return Section(**self(vars(value)))
-        if isinstance(value, dict):
-            return {self(key): self(item) for key, item in value.items()}
-        return type(value)(self(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
 def _read_ledger(run: RunDirectory) -> Ledger:
     try:
         return Ledger.read(run.data)
@@ -91,10 +69,6 @@ def _read_ledger(run: RunDirectory) -> Ledger:
             f"{run.data / 'ledger.json'} must be as the run wrote it, but cannot be read ({one_line(e)}); copy it back "
             f"from data/"
         ) from None
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _tables(sections: list[Section]) -> str:
@@ -110,11 +84,11 @@ def _front_matter(cfg: Config, ledger: Ledger) -> str:
     code = [language for language in languages if language in CODE]
     tags = ["kindling", *(["code"] if code else []), *code]
     tags += ["instruction-tuned"] if cfg.data.instructions else []
-    hub = [s.path for s in cfg.data.sources if s.kind == "datasets" and s.path and not Path(s.path).is_absolute()]
+    hub = [s.path for s in cfg.data.sources if s.path and is_on_hub(s)]
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if said := [NATURAL[one] for one in languages if one in NATURAL] + (["code"] if code else []):
         values["language"] = said
-    if names := [path for path in dict.fromkeys(hub) if re.fullmatch(r"[\w.-]+/[\w.-]+", path)]:
+    if names := [path for path in dict.fromkeys(hub) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)]:
         values["datasets"] = names
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}# license: choose one before you publish\n---\n"
 
@@ -260,7 +234,7 @@ def _splits(manifest: dict[str, Any], cfg: Config) -> Section:
     return Section("Splits", ["", "documents", "tokens", "MB"], rows, notes)
 
 
-def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: _Shortener) -> str:
+def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: PublicPaths) -> str:
     """Return the section on the evaluation of a split; empty if there is none. It says so if the weights were others."""
     path = run.path / report.file_name("eval.json", split)
     if not path.is_file():

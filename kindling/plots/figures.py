@@ -167,7 +167,8 @@ def _line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, name: str | None 
     every = max(1, len(x) // FEW)
     shown = ~np.isfinite(np.append(y[1:], np.nan)) & ~np.isfinite(np.insert(y[:-1], 0, np.nan))
     marked = sorted({*range(0, len(x), every), *np.flatnonzero(shown).tolist(), len(x) - 1})
-    ax.plot(x, y, linewidth=1.6, markevery=marked, label=name, **line_style(number))
+    label = f" {name}" if name is not None and name.startswith("_") else name  # matplotlib hides _a from the legend
+    ax.plot(x, y, linewidth=1.6, markevery=marked, label=label, **line_style(number))
     if ax.texts:  # the note of another line without points
         ax.texts[0].remove()
 

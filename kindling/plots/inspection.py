@@ -29,6 +29,7 @@ from kindling.evaluation.perplexity import token_losses
 from kindling.generation.completion import TextStream
 from kindling.plots.figures import Curves, Histogram, Spectrum
 from kindling.plots.text_plots import Unit
+from kindling.public_paths import public_path
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
 from kindling.tokenization.tokenizer import Tokenizer
@@ -58,8 +59,8 @@ class InspectedRun:
 
     @cached_property
     def name(self) -> str:
-        """The run's path and the checkpoint's step, for titles."""
-        return f"{self.run.path}, step {int(self.checkpoint.name.removeprefix('step_')):,}"
+        """The run's path, as others may see it, and the checkpoint's step, for titles."""
+        return f"{public_path(self.run.path)}, step {int(self.checkpoint.name.removeprefix('step_')):,}"
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

@@ -8,11 +8,13 @@ those from the end of its training.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from config import Config
 from kindling.config_io import to_yaml
 from kindling.data.ledger import Ledger
 from kindling.data.prompts import Exchange
@@ -22,6 +24,7 @@ from kindling.generation.completion import answer, complete
 from kindling.generation.sampling import GenerationError, Sampling
 from kindling.plots.html_report import Picture, Sample, page
 from kindling.plots.inspection import InspectedRun, Text
+from kindling.public_paths import PublicPaths, public_path
 from kindling.runs.checkpoint import load_state, weights_sha256
 from kindling.tables import Section
 
@@ -89,7 +92,7 @@ def facts_of(subject: InspectedRun) -> list[tuple[str, str]]:
         ("tokens", f"{state['position'] * model.cfg.block_size:,}"),
         ("training time", spent),
         ("trained on", how),
-        ("fine-tuned from", str(cfg.train.init_from or "")),
+        ("fine-tuned from", public_path(cfg.train.init_from or "")),
         ("weights' sha256", weights_sha256(folder)),
     ]
     validated = [line for line in subject.metrics if isinstance(line.get("val_loss"), float)]
@@ -125,7 +128,7 @@ def ledger_sections(folder: Path) -> list[Section]:
 
 def evaluation_of(subject: InspectedRun) -> tuple[dict[str, Any], str]:
     """Return the content of eval.json if it is of these weights, else an empty dict and the reason."""
-    again = f"evaluate with `python evaluate.py {subject.run.path}`"
+    again = f"evaluate with `python evaluate.py {public_path(subject.run.path)}`"
     path = subject.run.path / "eval.json"
     if not path.is_file():
         return {}, f"not evaluated yet; {again}"
@@ -233,12 +236,14 @@ def new_samples(subject: InspectedRun) -> list[Sample]:
 def report_of(subject: InspectedRun, text: Text, plots: dict[str, bytes]) -> str:
     """Return the report as HTML."""
     samples, note = samples_of(subject)
+    cfg = subject.run.config()
+    public = PublicPaths(cfg)
     return page(
         f"{subject.name}",
         facts_of(subject),
-        evaluation_sections(subject) + ledger_sections(subject.run.data),
+        public(evaluation_sections(subject) + ledger_sections(subject.run.data)),
         pictures_of(subject, text, plots),
         samples,
         note,
-        to_yaml(subject.run.config()),
+        to_yaml(Config(**public(dataclasses.asdict(cfg)))),
     )

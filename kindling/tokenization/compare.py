@@ -8,12 +8,9 @@ may have seen them. Speeds are those of one process that starts with an empty ca
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,6 +22,7 @@ import tyro
 from config import TokenizerConfig
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError, require
+from kindling.rows import DAMAGE, PACKED, is_rows, read_rows
 from kindling.tokenization.tokenizer import TokenizerError, load_pretrained, train
 from presets import STARCODER2, preset
 
@@ -34,7 +32,8 @@ COMPARED = {
     "SentencePiece": TokenizerConfig(kind="sentencepiece"),
     "StarCoder2": STARCODER2,
 }
-SUFFIXES = (".py", ".c", ".h", ".java", ".txt", ".md", ".jsonl", ".jsonl.gz")
+LINES = tuple(s + p for s in (".jsonl", ".ndjson") for p in ("", *PACKED))
+SUFFIXES = (".py", ".c", ".h", ".java", ".txt", ".md", *LINES)  # in a folder; most .json files there hold no rows
 FEWEST = 10  # with fewer documents, none are held out
 HELD_OUT = 0.2
 
@@ -110,19 +109,23 @@ def _files(paths: tuple[Path, ...]) -> list[Path]:
 def _texts(path: Path) -> Iterator[str | None]:
     """Yield the text of a file, or the texts of its rows; None for what cannot be read."""
     try:
-        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        if not is_rows(path):
             yield path.read_bytes().decode("utf-8-sig")
             return
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            for line in filter(bytes.strip, f):
-                try:
-                    row = json.loads(line)
-                    text = row.get("content", row.get("text")) if isinstance(row, dict) else None
-                    yield text if isinstance(text, str) and text.encode("utf-8") is not None else None
-                except ValueError:  # no JSON, not UTF-8, or half of a surrogate pair
-                    yield None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        for row in read_rows(path):
+            content = row.content
+            text = content.get("content", content.get("text")) if isinstance(content, dict) else None
+            yield text if isinstance(text, str) and _is_utf8(text) else None
+    except DAMAGE:
         yield None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a byte that is not UTF-8, or half of a surrogate pair
+        return False
+    return True
 
 
 def split_held_out(documents: list[str]) -> tuple[list[str], list[str], str]:
@@ -229,7 +232,8 @@ class Flags:
     """The command line."""
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files or folders: .py .c .h .java .txt .md, or .jsonl and .jsonl.gz with a field `content` or `text`."""
+    """Files or folders: .py .c .h .java .txt .md, or rows (.jsonl, .ndjson, .json; .gz and .zst too) with a field `content`
+    or `text`. In a folder, .json files are left out."""
     preset: str | None = None
     """Also compare the tokenizer of this preset, with its vocabulary size."""
     vocab_size: int | None = None

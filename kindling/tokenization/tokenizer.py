@@ -351,7 +351,26 @@ def from_json(text: str, cfg: TokenizerConfig, where: str = "the tokenizer") -> 
 
 
 def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
-    """Load the tokenizer that `cfg.path` names: a tokenizer.json, a folder that holds one, or a hub name."""
+    """Load the tokenizer that `cfg.path` names: a tokenizer.json, a folder that holds one, or a hub name.
+
+    Raises TokenizerError for one that puts a space before each text: every document would begin with it, and no example of
+    fine-tuning would be what its row says.
+    """
+    tokenizer = _load_pretrained(cfg)
+    probe = "x = 1\n"
+    try:
+        back = tokenizer.decode(tokenizer.encode(probe))
+    except TokenizerError:  # it cannot spell all letters
+        back = probe
+    if back == f" {probe}":
+        raise TokenizerError(
+            f"the tokenizer of tokenizer.path must give a text back as it was, but that of {cfg.path!r} puts a space "
+            f'before it; set "add_prefix_space": false in its tokenizer.json, or train one with --tokenizer.kind bpe'
+        )
+    return tokenizer
+
+
+def _load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
     assert cfg.path is not None
     path = Path(cfg.path).expanduser()
     if path.is_dir():

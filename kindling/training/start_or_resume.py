@@ -70,7 +70,7 @@ def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
     elif cfg.train.init_from is not None:
-        source = Path(cfg.train.init_from)
+        source = Path(cfg.train.init_from).expanduser()
         if hf_format.holds_model(source):
             _weights_of_hub(source, cfg.model)
             if cfg.tokenizer.kind == "pretrained":  # a tokenizer that is trained does not exist yet
@@ -201,11 +201,11 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
 
     Raises CheckpointError if `source` has none, or has another tokenizer.
     """
-    if hf_format.holds_model(hub := Path(source)):
+    if hf_format.holds_model(hub := Path(source).expanduser()):
         hf_format.require_same_tokenizer(hub, tokenizer)
         load_into(model, _weights_of_hub(hub, model.cfg))
         return hf_format.weights_sha256(hub)
-    run = find_run(Path(source))
+    run = find_run(Path(source).expanduser())
     folder = run.newest()
     if folder is None:
         raise CheckpointError(
@@ -253,9 +253,9 @@ def require_same_initial_weights(run: RunDirectory, source: str | None, began_wi
 
 def _initial_sha256(source: str) -> str | None:
     """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
-    if hf_format.holds_model(Path(source)):
-        return hf_format.weights_sha256(Path(source))
-    folder = find_run(Path(source)).newest()
+    if hf_format.holds_model(Path(source).expanduser()):
+        return hf_format.weights_sha256(Path(source).expanduser())
+    folder = find_run(Path(source).expanduser()).newest()
     return None if folder is None else weights_sha256(folder)
 
 

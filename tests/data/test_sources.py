@@ -171,7 +171,7 @@ def test_a_list_of_messages_is_a_conversation_in_either_spelling(spelling):
         (["hi"], "must hold a list of messages"),
         ([], "user and assistant in turn, but are of none"),
         ([{"role": "user", "content": "hi"}], "in turn, but are of user"),
-        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "in turn, but are of user, tool"),
+        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "but one of tool uses tools"),
         ([{"role": ["user"], "content": "a"}, {"role": {}, "content": "b"}], "in turn, but are of ['user'], {}"),
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}], "'assistant' is a NoneType"),
     ],

@@ -160,7 +160,7 @@ def test_a_part_that_a_run_lacks_is_said(tmp_path):
     sparse = {"format": 2, "harness": {"skipped": "lm_eval is not installed"}}
     text, document = compare([saved(tmp_path, "a"), saved(tmp_path, "b", sparse, None)])
     assert text.count("not evaluated for this: run 2") == 4
-    assert "None" not in text and "| 2 b |" not in document
+    assert "None" not in text and not any("| 2 b |" in line[1:] for line in document.splitlines())
     text, document = compare([tmp_path / "b", tmp_path / "a"])
     assert starred(document) == [] and cells(document, "all", 2)[1] == "-"
 

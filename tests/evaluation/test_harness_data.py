@@ -1,5 +1,6 @@
 """Local data of lm-eval's tasks: the plain forms give the hub's rows, and what cannot be read is named."""
 
+import gzip
 import re
 
 import pytest
@@ -125,13 +126,18 @@ ARC = arc_rows(1)[0]
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("gsm8k.jsonl", '{"question": "q", "answer": "a"}\n{"question"', "line 2, must be JSON"),
-        ("gsm8k.jsonl", "[1]\n", "line 1, must be a JSON object, but is a list"),
+        (
+            "gsm8k.jsonl",
+            '{"question": "q", "answer": "a"}\n{"question"',
+            "must hold JSON objects, but line 2 is not JSON",
+        ),
+        ("gsm8k.jsonl", "[1]\n", "must hold JSON objects, but line 1 is a list"),
         ("gsm8k.jsonl", '{"question": "q"}\n', "must have question, answer, but lacks answer among question"),
         ("gsm8k.jsonl", "", "is empty"),
         ("gsm8k.txt", "some text", "must be JSON lines"),
         ("gsm8k.jsonl", b"\xff\xfe", "must be readable"),
-        ("gsm8k.jsonl.gz", b"no gzip", "must be readable"),
+        ("gsm8k.jsonl.gz", b"no gzip", "must hold JSON objects, but line 1 is not JSON"),
+        ("gsm8k.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "must be readable"),
         ("gsm8k.parquet", b"no parquet", "must be readable"),
         ("hellaswag.txt", "\n".join(ACTIVITY[:5]), "six lines for each task, but has 5"),
         ("hellaswag.txt", "\n".join(ACTIVITY[1:] + ACTIVITY[:1]), "line 1, must be an activity"),

@@ -126,6 +126,18 @@ def test_data_sets_of_the_hub_are_named_and_paths_of_this_machine_are_not(made):
     assert "trained from the weights of `base`" in text and "book.txt" in text and "| stories |" in text
 
 
+@pytest.mark.parametrize("path", ["./set", "../set", "~/sets/stories", "here/set", "./a b", "sub/./set"])
+def test_a_folder_laid_out_as_a_data_set_is_none_of_the_hub(made, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here/set").mkdir(parents=True)
+    run, checkpoint = made
+    cfg = run.config()
+    source = SourceConfig(kind="datasets", path=path)
+    cfg = replace(cfg, data=replace(cfg.data, sources=(*cfg.data.sources, source)))
+    write_atomic(run.path / "config.yaml", to_yaml(cfg))
+    assert "datasets" not in front(card(run, "tiny", checkpoint))
+
+
 def test_the_evaluation_is_that_of_the_report(made):
     run, checkpoint = made
     markdown = evaluate(run, checkpoint)

@@ -53,6 +53,14 @@ def test_a_run_of_nothing_but_gaps_is_drawn():
     png(compare_curves([("a", curves(3, 2, math.nan)), ("b", curves(0, 0))], ["note"]))
 
 
+@pytest.mark.parametrize("names", [("_a", "_b"), ("_", "__"), ("a", "_b"), ("$x_", "a$b$"), ("\udce9", "caf\udce9")])
+def test_every_run_of_a_comparison_is_in_its_legend(names):
+    figure = compare_curves([(name, curves(5, 3)) for name in names], [])
+    shown = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+    assert shown == [visible(name) for name in names]
+    png(figure)
+
+
 def test_a_value_alone_between_gaps_is_marked():
     c = curves(200, 0)
     c.loss[100:103] = [math.nan, 7.0, math.nan]

@@ -260,6 +260,23 @@ def write_corpus(folder, n: int) -> None:
         (folder / "src" / f"m{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\n" * 5, encoding="utf-8")
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tokenizer_that_puts_a_space_before_a_text_is_refused_before_the_build(inside, tmp_path):
+    content = json.loads(train(["x = 1\n"] * 9, TokenizerConfig(), 300).to_json())
+    added = content["pre_tokenizer"] | {"add_prefix_space": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [added]} if inside else added
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    cfg = TokenizerConfig(kind="pretrained", path=str(tmp_path))
+    with pytest.raises(TokenizerError, match='puts a space before it; set "add_prefix_space": false') as error:
+        load_pretrained(cfg)
+    assert "\n" not in str(error.value)
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace('_space": true', '_space": false')
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    tokenizer = load_pretrained(cfg)
+    for text in ("x", " x", "", "\n", "\tx", "☃"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_compare_prints_a_table_of_all_that_can_be_had_and_saves_a_plot(tmp_path):
     write_corpus(tmp_path, 30)
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as f:

@@ -1,0 +1,278 @@
+"""Reads files of JSON rows: JSON Lines, a JSON array, or objects in a row; plain, or packed by gzip or zstd.
+
+    for row in read_rows(Path("rows.jsonl.gz")):
+        print(row.line, row.content)      # content is the value, or a `Broken` that says why there is none
+
+Everything that reads other people's rows reads them here. A broken row is a row too, with its line, and costs no more than
+itself. Damage to the file as a whole raises one of `DAMAGE`, after the rows before it. Only one row is held in memory, and
+of an array or a very long line a few megabytes more.
+
+What is read: UTF-8 with or without a byte-order mark; lines that end in LF, CRLF or CR; blank lines; several objects in one
+line; objects over many lines, as jq prints them; NaN and Infinity, as Python writes them. An array is a file that begins
+with [ and an object. In a file called .json any list is one. A byte that is not UTF-8 becomes a surrogate
+(`surrogateescape`), so that only its own row is lost.
+
+Limits: a value of more than 64 MB is broken. After a broken value that does not end in its own line, the reading goes on
+at the next value that begins as the others do.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kindling.errors import one_line
+
+DAMAGE = (OSError, EOFError, zlib.error, UnicodeError)  # what a damaged, cut or foreign file raises while it is read
+SUFFIXES = (".jsonl", ".ndjson", ".json")  # of files of rows; each may be followed by one of PACKED
+PACKED = (".gz", ".zst")
+LONGEST_LINE = 2**23  # characters; a longer line is read piece by piece
+LONGEST_VALUE = 2**26
+CHUNK = 2**20
+_TEXT_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
+_OTHER_PACKERS = {b"PK\3\4": "zip", b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"7z\xbc\xaf\x27\x1c": "7-zip"}
+_ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or a frame to skip
+_GAP = re.compile(r"[\s,\ufeff\x1e]*")  # between two values; \x1e begins one in a JSON text sequence (RFC 7464)
+_CUT_TOKEN = 16  # an error this near to the end of what was read can come from a token that is cut there
+_FIRST_KEY = re.compile(r'\{\s*("(?:[^"\\\r\n]|\\.){0,200}")\s*:')
+_parse_value = json.JSONDecoder().raw_decode
+
+
+class Broken(str):
+    """Why a row could not be parsed."""
+
+
+class Row(NamedTuple):
+    """One row of a file: its value, or `Broken`."""
+
+    content: Any
+    size: int  # bytes in the unpacked file
+    line: int  # where it begins, counted from 1
+
+
+def is_rows(path: Path) -> bool:
+    """Return whether a file's name says that it holds JSON rows."""
+    name = path.name.lower()
+    return name.endswith(SUFFIXES + tuple(s + p for s in SUFFIXES for p in PACKED))
+
+
+def n_bytes_of(text: str) -> int:
+    """Return the number of bytes of a text in its file, where a surrogate stands for a byte that is not UTF-8."""
+    try:
+        return len(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # a surrogate from an escape in JSON
+        return len(text.encode("utf-8", "surrogatepass"))
+
+
+def open_text(path: Path, encoding: str = "utf-8") -> io.TextIOBase:
+    """Open a text file for reading, also one that is packed by gzip or zstd, which its first bytes tell.
+
+    Line ends stay as they are, and a bad byte becomes a surrogate, so that the rest of the file can be read. Raises one of
+    `DAMAGE` for a text in UTF-16 and for other ways of packing.
+    """
+    with open(path, "rb") as f:
+        magic = f.read(10)
+    for marks, must in ((_TEXT_BOMS, "be UTF-8"), (_OTHER_PACKERS, "be plain or packed by gzip or zstd")):
+        for mark, name in marks.items():
+            if magic.startswith(mark):
+                raise UnicodeError(f"the file must {must}, but is {name}; convert it")
+    how: dict[str, Any] = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}
+    if _ZSTD.match(magic):
+        from pyarrow import CompressedInputStream, OSFile
+
+        return io.TextIOWrapper(CompressedInputStream(OSFile(str(path)), "zstd"), **how)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path, "rt", **how)
+    return open(path, **how)
+
+
+def usable(row: Row) -> dict[str, Any]:
+    """Return the object of a row; raises ValueError, which names the line, if it is broken, no object, or not UTF-8.
+
+    For files of which every row is needed, such as the problems of a benchmark.
+    """
+    where, content = f"line {row.line:,}", row.content
+    if isinstance(content, Broken):
+        raise ValueError(f"{where} is {content}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is a {type(content).__name__}, not an object")
+    try:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has text that cannot be decoded as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    return content
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file in their order. Raises one of `DAMAGE` where it cannot be read further."""
+    with open_text(path, "utf-8-sig") as f:
+        number, begun = 1, False
+        while line := f.readline(LONGEST_LINE):
+            if not line.isspace():
+                if not begun and _begins_array(line, path):
+                    yield from _Values(f, line, number).rows()
+                    return
+                begun = True
+                try:
+                    content = json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    if _goes_on(line, e):
+                        yield from _Values(f, line, number).rows()
+                        return
+                    yield from _odd_line(line, number, e)
+                else:
+                    yield Row(content, n_bytes_of(line), number)
+            number += 1
+
+
+def _begins_array(line: str, path: Path) -> bool:
+    """Return whether the first line of a file begins an array of rows. A list of anything else is a row, which is no object."""
+    line = line.lstrip("\ufeff \t")
+    inside = line[1:].lstrip()[:1]
+    return line.startswith("[") and (inside in ("", "{", "]") or (".json" in path.suffixes[-2:] and inside != "["))
+
+
+def _goes_on(line: str, error: Exception) -> bool:
+    """Return whether a line that is not JSON is the beginning of a value over several lines, or a piece of a very long line."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    if len(line) >= LONGEST_LINE:
+        return True
+    text, at = line.strip(), 0
+    while error.msg == "Extra data":  # several values in the line: the last of them may go on
+        try:
+            at = _parse_value(line, _gap_end(line, at))[1]
+        except json.JSONDecodeError as e:
+            error = e
+        except RecursionError:
+            return False
+    ends_early = error.pos >= len(line.rstrip()) and not error.msg.startswith("Unterminated string")
+    return ends_early and (text.startswith("{") or text == "[")
+
+
+def _gap_end(text: str, at: int) -> int:
+    found = _GAP.match(text, at)
+    assert found is not None  # an empty gap is one too
+    return found.end()
+
+
+def _odd_line(line: str, number: int, error: Exception) -> Iterator[Row]:
+    """Yield the rows of a line that is not one JSON value: several objects in a row, or else the broken line."""
+    rows = list(_Values(io.StringIO(), line, number).rows())
+    if any(isinstance(row.content, dict) for row in rows):
+        yield from rows
+        return
+    why = "not UTF-8: a byte cannot be decoded" if re.search("[\udc80-\udcff]", line) else _why(error)
+    yield Row(Broken(why), n_bytes_of(line), number)
+
+
+def _why(error: Exception) -> str:
+    # without its line and column, which count from where the text in memory begins
+    return f"not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)}"
+
+
+class _Values:
+    """Reads values that stand one after the other, and those in arrays, with commas, spaces, lines or nothing between them."""
+
+    def __init__(self, f: io.TextIOBase, text: str, line: int):
+        """`text` was read from `f` already; `line` is the number of its first line."""
+        self._f, self._text, self._at, self._line = f, text, 0, line
+        self._inside = 0  # an array: the line where it begins
+        self._last_key: str | None = None  # the first key of the last object
+        self._indent: str | None = None  # of the next value, if it begins a line
+        self._begins_line = True
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows up to the end of the file."""
+        while self._skip_gap():
+            bracket = self._text[self._at]
+            if bracket == ("]" if self._inside else "["):
+                self._inside = 0 if self._inside else self._line
+                self._advance(self._at + 1)
+                continue
+            line = self._line
+            try:
+                content, end = _parse_value(self._text, self._at)
+            except (ValueError, RecursionError) as e:
+                if not (self._may_be_cut(e) and self._read_more()):
+                    yield self._broken(e)
+                continue
+            if end == len(self._text) and isinstance(content, (int, float)) and self._read_more():
+                continue  # the rest of a number may follow
+            size = n_bytes_of(self._text[self._at : end])
+            self._advance(end)
+            if isinstance(content, dict) and content:
+                self._last_key = next(iter(content))
+            yield Row(content, size, line)
+        if self._inside:
+            yield Row(Broken("not whole: the list of rows does not end, so the file was cut short"), 0, self._inside)
+
+    def _skip_gap(self) -> bool:
+        """Go to the beginning of the next value; return whether there is one."""
+        while True:
+            end = _gap_end(self._text, self._at)
+            _, newline, indent = self._text[self._at : end].rpartition("\n")
+            begins_line, self._begins_line = newline or self._begins_line, False
+            if end > self._at or begins_line:  # else this was already done, before more was read
+                self._advance(end)
+                self._indent = indent if begins_line else None
+            if self._at < len(self._text):
+                return True
+            if not self._read_more():
+                return False
+
+    def _advance(self, end: int) -> None:
+        passed = self._text[self._at : end]
+        self._line += passed.count("\n") + (passed.count("\r") - passed.count("\r\n") if "\r" in passed else 0)
+        self._at, self._indent = end, None
+
+    def _read_more(self) -> bool:
+        """Read as much again as is held, so that a long value is parsed few times; return whether there was more."""
+        held = self._text[self._at :]
+        more = self._f.read(max(CHUNK, len(held)))
+        self._text, self._at = held + more, 0
+        return bool(more)
+
+    def _may_be_cut(self, error: Exception) -> bool:
+        """Return whether a value may be whole when more of the file is read."""
+        if not isinstance(error, json.JSONDecodeError) or len(self._text) - self._at > LONGEST_VALUE:
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _CUT_TOKEN
+
+    def _broken(self, error: Exception) -> Row:
+        """Pass a broken value, up to the next one that begins as it does; return it as a row."""
+        line, indent, size = self._line, self._indent, 0
+        next_value = self._beginning()
+        while not (found := next_value.search(self._text, self._at + 1)):
+            keep = max(self._at + 1, len(self._text) - 1000)  # the beginning of the next value may be cut
+            size += n_bytes_of(self._text[self._at : keep])
+            self._advance(keep)
+            if not self._read_more():
+                size += n_bytes_of(self._text[self._at :])
+                self._advance(len(self._text))
+                self._inside = 0
+                break
+        else:
+            size += n_bytes_of(self._text[self._at : found.end()])
+            self._advance(found.end())
+            self._indent = indent if "\n" in found[0] else None
+        return Row(Broken(_why(error)), size, line)
+
+    def _beginning(self) -> re.Pattern[str]:
+        """Return a pattern for the end of a broken value, before the next one."""
+        found = _FIRST_KEY.match(self._text, self._at)
+        key = found[1] if found else None if self._last_key is None else json.dumps(self._last_key)
+        if key is None:
+            return re.compile(r"(?=\{)" if self._text[self._at] != "{" else r"[\r\n][ \t]*(?=\{)")
+        before = r"[\r\n,}\]]" if self._inside else r"[\r\n}]"
+        name = r"\s*".join(re.escape(part) for part in ("{", key, ":"))
+        same_key = rf"{before}\s*(?={name})"
+        return re.compile(same_key if self._indent is None else rf"{same_key}|[\r\n]{re.escape(self._indent)}(?=\{{)")
