@@ -188,10 +188,14 @@ def process_group(device: str = "auto") -> Iterator[World]:
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model in torch's DistributedDataParallel, which averages gradients over the ranks in a backward pass."""
+    import inspect
+
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.12
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def _first_line(error: Exception) -> str:

@@ -81,7 +81,9 @@ def pytest_collection_modifyitems(config, items) -> None:
     items[:] = [item for path in order for item in files[path]]
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; the scripts of tests would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a shell's background job; the scripts of tests would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 UMASK = os.umask(0o022)
 os.umask(UMASK)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ def list_files(cfg: Config) -> SourceFiles:
     return [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
 
 
+def _version(package: str) -> str | None:
+    """Return the version of an installed package; None for one that only some configs need, and that is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = None) -> str:
     """Return a short hash of everything that the shards depend on, as far as it is known without reading the inputs."""
     import tokenizers
@@ -85,7 +93,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
     parts: dict[str, Any] = {
         "recipe": [FORMAT, RECIPE],
         "python": list(sys.version_info[:3]),
-        "libraries": [tokenizers.__version__, *map(version, ("rensa", "regex", "sentencepiece"))],
+        "libraries": [tokenizers.__version__, *map(_version, ("rensa", "regex", "sentencepiece"))],
         "benchmarks": benchmark_files(cfg.data),
         "data": by_old_names(dataclasses.asdict(dataclasses.replace(cfg.data, workers=None))),
         "tokenizer": dataclasses.asdict(cfg.tokenizer),

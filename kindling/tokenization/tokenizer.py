@@ -160,14 +160,24 @@ def _require_unicode(text: str) -> None:
         ) from None
 
 
+def _sentencepiece() -> Any:
+    """Return the package. Raises TokenizerError if it is not installed: nothing else needs it."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise TokenizerError(
+            "a tokenizer of kind sentencepiece must have the package sentencepiece, but it is not installed; "
+            "pip install -r requirements.txt, or use --tokenizer.kind bpe"
+        ) from None
+    return sentencepiece
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, BPE or unigram. Unknown characters become bytes; inside, a space is U+2581."""
 
     def __init__(self, model: bytes, cfg: TokenizerConfig):
-        from sentencepiece import SentencePieceProcessor
-
         self.cfg = cfg
-        self._model, self._processor = model, SentencePieceProcessor(model_proto=model)
+        self._model, self._processor = model, _sentencepiece().SentencePieceProcessor(model_proto=model)
         self._control = {
             i: self._processor.id_to_piece(i)
             for i in range(self._processor.vocab_size())
@@ -262,8 +272,6 @@ def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: in
 
 def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
     """Train SentencePiece. The ids are control tokens first, then all 256 bytes, then pieces."""
-    from sentencepiece import SentencePieceTrainer
-
     names = {"pad": cfg.pad_token, "unk": cfg.unk_token or "<unk>", "bos": cfg.bos_token, "eos": cfg.eos_token}
     present = [name for name, token in names.items() if token is not None]
     require_room(cfg, vocab_size)
@@ -273,7 +281,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
     control |= {f"{name}_piece": names[name] for name in present}
     model = io.BytesIO()
     try:
-        SentencePieceTrainer.train(
+        _sentencepiece().SentencePieceTrainer.train(
             # SentencePiece uses these two characters itself and would skip every text that contains one
             sentence_iterator=(text.replace("\u2585", " ").replace("\0", " ") for text in texts),
             model_writer=model,

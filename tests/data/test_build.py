@@ -615,3 +615,18 @@ def test_settings_have_their_old_names_in_the_fingerprint_so_that_old_data_is_fo
     fingerprint(cfg, list_files(cfg))
     (parts,) = hashed
     assert parts["data"]["when_dry"] == "repeat" and "stopping_strategy" not in parts["data"]
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch, corpus):
+    cfg = tiny_config(corpus)
+    files = list_files(cfg)
+    known = fingerprint(cfg, files)
+
+    def missing(name):
+        if name == "sentencepiece":
+            raise build.PackageNotFoundError(name)
+        return version(name)
+
+    version = build.version
+    monkeypatch.setattr(build, "version", missing)
+    assert fingerprint(cfg, files) != known

@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -340,3 +341,10 @@ def test_a_control_token_that_a_text_spells_out_is_found_with_every_kind():
         tokenizer = train(CODE, TokenizerConfig(kind=kind), 340)
         assert tokenizer.find_control_token_text("a <|endoftext|> in a text") == "<|endoftext|>", kind
         assert tokenizer.find_control_token_text("endoftext") is None
+
+
+def test_only_a_sentencepiece_tokenizer_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # importing it fails
+    assert train(CODE, TokenizerConfig(), 340).decode([*train(CODE, TokenizerConfig(), 340).encode("def f")]) == "def f"
+    with pytest.raises(TokenizerError, match="not installed; pip install -r requirements.txt"):
+        train(CODE, TokenizerConfig(kind="sentencepiece"), 340)
