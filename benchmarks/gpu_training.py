@@ -75,7 +75,8 @@ class Training:
 
     def flags(self, plan: Plan, name: str) -> list[str]:
         """Return the flags of a preset: the corpus that is there, or this machine's Python."""
-        held_out = ("0.1", "0.1") if plan.toy else ("0.01", "0.005")
+        few = plan.toy and plan.corpus is None  # documents
+        held_out = ("0.1", "0.1") if few else ("0.002", "0.002") if plan.toy else ("0.01", "0.005")
         flags = ["--preset", name, "--data.val-fraction", held_out[0], "--data.test-fraction", held_out[1]]
         if plan.corpus is not None:
             source = plan.corpus / "source.jsonl.gz"

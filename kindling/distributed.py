@@ -195,7 +195,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     devices = [device.index] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.12
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})
+    off: dict[str, Any] = {buffers: False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **off)
 
 
 def _first_line(error: Exception) -> str:

@@ -346,5 +346,5 @@ def test_a_control_token_that_a_text_spells_out_is_found_with_every_kind():
 def test_only_a_sentencepiece_tokenizer_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # importing it fails
     assert train(CODE, TokenizerConfig(), 340).decode([*train(CODE, TokenizerConfig(), 340).encode("def f")]) == "def f"
-    with pytest.raises(TokenizerError, match="not installed; pip install -r requirements.txt"):
+    with pytest.raises(TokenizerError, match=r"not installed; pip install -r requirements\.txt"):
         train(CODE, TokenizerConfig(kind="sentencepiece"), 340)
