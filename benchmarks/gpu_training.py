@@ -121,7 +121,7 @@ class Training:
         flags += ["--train.batch-size", str(max(32, rows)), "--train.micro-batch-size", str(rows)]
         flags += ["--train.warmup-steps", "20" if plan.toy else "100"]
         command = self.command(plan, "main.py", *flags)
-        reason = command.wait(train_s + (60 if plan.toy else 120))
+        reason = command.wait(train_s + (240 if plan.toy else 120))
         if reason:
             return {"failed": f"training: {reason}"}
         lines = [json.loads(line) for line in (plan.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
