@@ -75,11 +75,14 @@ FORMS: dict[str, tuple[str, bytes]] = {
     "lines called .json": (".json", lines()),
     "lines called .ndjson": (".ndjson", lines()),
     "lines after a record separator": (".jsonl", b"".join(b"\x1e" + lines([row]) for row in ROWS)),
-    "gzip": (".jsonl.gz", gzip.compress(lines())),
-    "gzip in two members": (".jsonl.gz", gzip.compress(lines(ROWS[:half])) + gzip.compress(lines(ROWS[half:]))),
-    "gzip with zeros after it": (".jsonl.gz", gzip.compress(lines()) + bytes(512)),
-    "gzip of an array": (".json.gz", gzip.compress(json.dumps(ROWS).encode())),
-    "gzip without its suffix": (".jsonl", gzip.compress(lines())),
+    "gzip": (".jsonl.gz", gzip.compress(lines(), mtime=0)),
+    "gzip in two members": (
+        ".jsonl.gz",
+        gzip.compress(lines(ROWS[:half]), mtime=0) + gzip.compress(lines(ROWS[half:]), mtime=0),
+    ),
+    "gzip with zeros after it": (".jsonl.gz", gzip.compress(lines(), mtime=0) + bytes(512)),
+    "gzip of an array": (".json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
+    "gzip without its suffix": (".jsonl", gzip.compress(lines(), mtime=0)),
     "a .gz that was unpacked on its way": (".jsonl.gz", lines()),
     "zstd": (".jsonl.zst", zst(lines())),
     "zstd in two frames": (".jsonl.zst", zst(lines(ROWS[:half])) + zst(lines(ROWS[half:]))),
@@ -252,10 +255,10 @@ def flipped(raw: bytes) -> bytes:
 
 
 DAMAGED = {
-    "gzip with flipped bytes": (".jsonl.gz", flipped(gzip.compress(lines()))),
-    "gzip that is cut": (".jsonl.gz", gzip.compress(lines())[:-200]),
-    "gzip without its end": (".jsonl.gz", gzip.compress(lines())[:-4]),
-    "gzip with more after it": (".jsonl.gz", gzip.compress(lines()) + b"and more"),
+    "gzip with flipped bytes": (".jsonl.gz", flipped(gzip.compress(lines(), mtime=0))),
+    "gzip that is cut": (".jsonl.gz", gzip.compress(lines(), mtime=0)[:-200]),
+    "gzip without its end": (".jsonl.gz", gzip.compress(lines(), mtime=0)[:-4]),
+    "gzip with more after it": (".jsonl.gz", gzip.compress(lines(), mtime=0) + b"and more"),
     "zstd with flipped bytes": (".jsonl.zst", flipped(zst(lines()))),
     "zstd that is cut": (".jsonl.zst", zst(lines())[:-20]),
     "UTF-16": (".jsonl", lines().decode().encode("utf-16")),
@@ -339,7 +342,7 @@ def test_rows_are_what_was_written_whatever_stands_between_them(tmp_path_factory
         raw = whole.encode("utf-8", "surrogatepass")
         if b"\xed" in raw:  # a surrogate as bytes is not UTF-8
             continue
-        path.write_bytes(gzip.compress(raw) if packed else raw)
+        path.write_bytes(gzip.compress(raw, mtime=0) if packed else raw)
         assert [row.content for row in read_rows(path)] == rows
 
 

@@ -137,7 +137,7 @@ ARC = arc_rows(1)[0]
         ("gsm8k.txt", "some text", "must be JSON lines"),
         ("gsm8k.jsonl", b"\xff\xfe", "must be readable"),
         ("gsm8k.jsonl.gz", b"no gzip", "must hold JSON objects, but line 1 is not JSON"),
-        ("gsm8k.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "must be readable"),
+        ("gsm8k.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "must be readable"),
         ("gsm8k.parquet", b"no parquet", "must be readable"),
         ("hellaswag.txt", "\n".join(ACTIVITY[:5]), "six lines for each task, but has 5"),
         ("hellaswag.txt", "\n".join(ACTIVITY[1:] + ACTIVITY[:1]), "line 1, must be an activity"),
