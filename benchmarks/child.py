@@ -47,6 +47,7 @@ class Child:
         try:
             line = self._lines.get(timeout=limit_s)
         except queue.Empty:
+            self.process.kill()  # or its late answer would be taken for the next one
             raise ChildError(f"no answer within {limit_s:.0f} s") from None
         if line is None:
             code = self.process.wait()

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
-import xml.etree.ElementTree as ElementTree
+import time
 from pathlib import Path
 from typing import Any
 
 from gpu_common import ROOT, Command, Plan, say
 
-PARTS = {  # by name: the file, and which of its tests
-    "numbers, fp32": ("test_numbers.py", "fp32 and not compiled"),
-    "numbers, fp32, compiled": ("test_numbers.py", "fp32 and compiled"),
-    "numbers, bf16": ("test_numbers.py", "bf16 and not compiled"),
-    "numbers, bf16, compiled": ("test_numbers.py", "bf16 and compiled"),
-    "numbers, fp16": ("test_numbers.py", "fp16 and not compiled"),
-    "numbers, fp16, compiled": ("test_numbers.py", "fp16 and compiled"),
-    "attention and decoding": ("test_attention.py", ""),
+PARTS = {  # by name: the file, and which of its tests. The slowest begin first
+    "stop and resume, bf16": ("test_runs.py", "stopped and bf16"),
+    "stop and resume, fp16": ("test_runs.py", "stopped and fp16"),
+    "from the GPU to the CPU and back": ("test_runs.py", "checkpoint"),
+    "fine-tuning and evaluation": ("test_runs.py", "not stopped and not checkpoint"),
+    **{
+        f"numbers, compiled, {precision}, shapes {part}": (
+            "test_numbers.py",
+            f"compiled and {precision} and ({chosen})",
+        )
+        for part, chosen in (("1", "demo or modern"), ("2", "code"), ("3", "not demo and not modern and not code"))
+        for precision in ("bf16", "fp16", "fp32")
+    },
     "steps": ("test_steps.py", ""),
-    "stop and resume": ("test_runs.py", "stopped"),
-    "whole runs": ("test_runs.py", "not stopped"),
+    "attention and decoding": ("test_attention.py", ""),
+    "numbers, eager": ("test_numbers.py", "eager"),
 }
 
 
@@ -35,30 +41,37 @@ class Checks:
         """Do nothing: tests are not timed."""
 
     def run(self, plan: Plan, limit_s: float) -> None:
-        """Run all parts, some at a time."""
+        """Run all parts, some at a time. What is not done after `limit_s` seconds is ended, and its tests so far count."""
         found = plan.found[self.name] = {"parts": {}}
-        at_once = 1 if plan.toy else max(1, min(len(PARTS), (os.cpu_count() or 1) // 2))
-        waiting, left = list(PARTS), plan.left_s
+        at_once = 1 if plan.toy else max(1, (os.cpu_count() or 1) * 3 // 4)
+        waiting, ends = list(PARTS), time.perf_counter() + limit_s
         while waiting or self.commands:
-            while waiting and len(self.commands) < at_once:
+            late = time.perf_counter() > ends
+            while waiting and len(self.commands) < at_once and not late:
                 part = waiting.pop(0)
                 self.commands[part] = self.start(plan, part)
-            part, command = next(
-                ((p, c) for p, c in self.commands.items() if c.process.poll() is not None),
-                next(iter(self.commands.items())),
-            )
-            reason = command.wait(limit_s - (left - plan.left_s))
-            del self.commands[part]
-            found["parts"][part] = counts(command.log.with_suffix(".xml"), reason) | {"seconds": command.took_s}
-            say(f"right: {part}: {line_of(found['parts'][part])}")
-            plan.save()
+            for part, command in list(self.commands.items()):
+                if late or command.process.poll() is not None:
+                    reason = command.wait(0.1)
+                    del self.commands[part]
+                    found["parts"][part] = counts(command.log.with_suffix(".jsonl"), reason) | {
+                        "seconds": command.took_s
+                    }
+                    say(f"right: {part}: {line_of(found['parts'][part])}")
+                    plan.save()
+            if late:
+                found["parts"] |= {
+                    part: counts(Path(os.devnull), "no time was left for it") | {"seconds": 0.0} for part in waiting
+                }
+                break
+            time.sleep(0.2)
 
     def start(self, plan: Plan, part: str) -> Command:
         """Start the tests of one part."""
         file, chosen = PARTS[part]
         log = plan.work / f"right-{part.replace(',', '').replace(' ', '-')}.log"
         argv = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", f"tests/gpu/{file}"]
-        argv += ["--gpu-device", plan.device, "--junitxml", str(log.with_suffix(".xml")), "--tb", "short"]
+        argv += ["--gpu-device", plan.device, "--results", str(log.with_suffix(".jsonl")), "--tb", "short"]
         argv += ["--basetemp", str(log.with_suffix(".tmp"))]
         return Command([*argv, *(["-k", chosen] if chosen else [])], log, ROOT)
 
@@ -68,35 +81,21 @@ class Checks:
             command.kill()
 
 
-def counts(report: Path, reason: str) -> dict[str, Any]:
-    """Return what a JUnit report says: counts, the failures with their reasons, and what tests have recorded.
+def counts(results: Path, reason: str) -> dict[str, Any]:
+    """Return what a file of results says: counts, the failures with their reasons, and what tests have recorded.
 
     `reason` says why the process failed, or is empty.
     """
-    try:
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        return {
-            "failed": 1,
-            "passed": 0,
-            "skipped": 0,
-            "failures": {"all": reason or "no report was written"},
-            "said": {},
-        }
-    failures, said, skipped = {}, {}, 0
-    for case in cases:
-        name = case.get("name", "?")
-        bad = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
-        if bad is not None:
-            failures[name] = " ".join((bad.get("message") or "?").split())[:300]
-        skipped += case.find("skipped") is not None
-        recorded = {p.get("name", "?"): p.get("value", "") for p in case.iter("property")}
-        if recorded:
-            said[name] = recorded
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.is_file() else []
+    by = {
+        outcome: [line for line in lines if line["outcome"] == outcome] for outcome in ("passed", "failed", "skipped")
+    }
+    failures = {line["test"]: " ".join(line["message"].split())[:300] for line in by["failed"]}
     if reason and not failures:  # it was killed, or pytest itself failed
         failures["all"] = reason
-    passed = len(cases) - len(failures.keys() - {"all"}) - skipped
-    return {"failed": len(failures), "passed": passed, "skipped": skipped, "failures": failures, "said": said}
+    said = {line["test"]: line["said"] for line in lines if line["said"]}
+    found = {"passed": len(by["passed"]), "failed": len(failures), "skipped": len(by["skipped"])}
+    return {**found, "failures": failures, "said": said}
 
 
 def line_of(part: dict[str, Any]) -> str:

@@ -79,8 +79,9 @@ class Command:
             code = self.process.wait(max(0.1, limit_s))
         except subprocess.TimeoutExpired:
             self.kill()
-            return f"not finished within {limit_s:.0f} s"
-        self.took_s = time.perf_counter() - self.started
+            return f"not finished after {time.perf_counter() - self.started:.0f} s"
+        finally:
+            self.took_s = time.perf_counter() - self.started
         return "" if code == 0 else f"exit code {code}: {self.last_line()}"
 
     def kill(self) -> None:
@@ -106,5 +107,5 @@ def path_of_modules() -> str:
 
 
 def say(text: str) -> None:
-    """Print a line at once, with the seconds since the start of the machine's clock."""
+    """Print a line at once, with the time of day."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from child import Child, ChildError
 from gpu_common import ROOT, Plan, path_of_modules, say
 
-BATCHES, PROMPT, NEW, TURNS = (1, 32, 256), 128, 128, 3
+BATCHES, PROMPT, NEW, TURNS = (1, 32, 256), 128, 128, 2
 TOY_BATCHES, TOY_PROMPT, TOY_NEW = (1, 3), 8, 8
 
 

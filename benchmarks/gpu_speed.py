@@ -10,17 +10,17 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from child import Child, ChildError
-from gpu_common import ROOT, Plan, path_of_modules, say
+from gpu_common import MANY_CORES, ROOT, Plan, path_of_modules, say
 
 if TYPE_CHECKING:
     from config import Config
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from kindling.training.trainer import LaunchedStep
 
 SHAPES = ("code-50m", "code-150m", "code-225m", "smallcoder-1", "modern-50m", "modern-150m", "autocomplete")
-WHOLE = ("code-50m", "modern-150m")  # also compiled as a whole, not block by block
+WHOLE = ("code-50m",)  # also compiled as a whole, not block by block
 TOY_SHAPES = ("code-50m", "smallcoder-1")
-TOKENS = (16_384, 32_768, 65_536)  # of a micro-batch, tried in this order
+TOKENS = (16_384, 32_768)  # of a micro-batch
 TOY_TOKENS = (128, 256)
 PROBE_S, TURN_S, TURNS = 0.7, 1.2, 3
-READY_S = 240.0  # a process that is not ready by then is left out
+READY_SHARE = 0.55  # of the section's time, in which processes may still get ready
+ASK_S = 90.0  # for one answer: a size that did not fit before may have to be compiled
 PROFILED_STEPS = 4
 
 
@@ -132,7 +133,6 @@ class Theirs(Side):
 
 def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
     """Get ready, say so, and answer requests."""
-    import torch
     from throughput_worker import best_product, matrix_parameters, products
 
     from kindling import device
@@ -143,37 +143,32 @@ def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
     compiles = not toy and device.has_compiler(device_kind)
     if compiles:
         side.compile()
-    started, ready, notes = time.perf_counter(), [], []
-    for tokens in TOY_TOKENS if toy else TOKENS:
-        n_rows = tokens // cfg.model.block_size
+    started, notes = time.perf_counter(), []
+    sizes = [tokens // cfg.model.block_size for tokens in (TOY_TOKENS if toy else TOKENS)]
+    for n_rows in sizes:
         try:
             for _ in range(2):
                 side.step(n_rows)
             device.synchronize(runtime)
-            ready.append(n_rows)
-        except RuntimeError as e:
-            notes.append(f"{n_rows} rows: {str(e).splitlines()[0][:100]}")
-            if not device.is_out_of_memory(e):
-                break
-        finally:
-            device.release_memory(runtime)
-        if (time.perf_counter() - started) * (1 + 1 / len(ready) if ready else 2) > READY_S:
-            break
-    about = {"rows": ready, "notes": notes, "compiled": compiles, "precision": runtime.precision}
+        except RuntimeError as e:  # there may be room when no other process works
+            notes.append(f"{n_rows} rows, while others worked: {' '.join(str(e).split())[:100]}")
+        device.release_memory(runtime)
+    about = {"sizes": sizes, "notes": notes, "compiled": compiles, "precision": runtime.precision}
     about |= {"ready_s": time.perf_counter() - started, "matrices": matrix_parameters(side.model)}
-    about["parameters"] = sum(p.numel() for p in side.model.parameters())
     answer(about)
     for line in sys.stdin:
         request = json.loads(line)
-        if "peak" in request:
-            measured = replace(cfg, train=replace(cfg.train, batch_size=max(ready, default=1)))
-            answer(best_product(products(measured, runtime), runtime))
-        elif "profile" in request:
-            answer(profiled(partial(side.step, request["profile"]), runtime))
-        else:
-            answer(turn(side, request["rows"], request["seconds"]))
-        if runtime.device.type == "cuda":
-            torch.cuda.empty_cache()  # the other processes need it
+        try:
+            if "peak" in request:
+                measured = replace(cfg, train=replace(cfg.train, batch_size=max(sizes)))
+                answer(best_product(products(measured, runtime), runtime))
+            elif "profile" in request:
+                answer(profiled(partial(side.step, request["profile"]), runtime))
+            else:
+                answer(turn(side, request["rows"], request["seconds"]))
+        except RuntimeError as e:
+            answer({"failed": " ".join(str(e).split())[:200]})
+        device.release_memory(runtime)  # the other processes need it
 
 
 def turn(side: Side, n_rows: int, seconds: float) -> dict[str, Any]:
@@ -194,6 +189,8 @@ def turn(side: Side, n_rows: int, seconds: float) -> dict[str, Any]:
 
 
 KINDS = {  # of kernels, by words in their names; the first that fits
+    "compiled": ("triton", "compiledfx", "graph_"),
+    "attention": ("flash", "fmha", "attention", "cudnn_generated", "sdpa"),
     "products": (
         "gemm",
         "cutlass",
@@ -204,12 +201,10 @@ KINDS = {  # of kernels, by words in their names; the first that fits
         "aten::addmm",
         "aten::bmm",
         "aten::baddbmm",
-        "linear",
+        "splitk",
     ),
-    "attention": ("flash", "fmha", "attention", "cudnn_sdpa"),
-    "optimiser and gradients": ("adam", "multi_tensor", "foreach", "lerp", "norm_kernel", "clip"),
-    "copies": ("memcpy", "memset", "copy_", "aten::to", "fill"),
-    "compiled": ("triton", "graph"),
+    "optimiser and gradients": ("adam", "multi_tensor", "foreach"),
+    "copies": ("memcpy", "memset", "copy_kernel", "aten::copy_", "aten::fill_", "aten::_to_copy"),
 }
 
 
@@ -229,24 +224,22 @@ def profiled(step: Callable[[], None], runtime: Runtime) -> dict[str, Any]:
     on_gpu = runtime.device.type == "cuda"
     step()
     device.synchronize(runtime)
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as prof:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as prof:
         for _ in range(PROFILED_STEPS):
             step()
         device.synchronize(runtime)
     if not on_gpu:
         times = {event.key: event.self_cpu_time_total for event in prof.key_averages()}
         return {"idle_share": None, "kinds": shares(times.items()), "slowest": slowest(times.items())}
-    spans = sorted(
+    spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in prof.events()
-        if event.device_type == DeviceType.CUDA
-    )
+        # annotations, such as that of a whole optimiser step, span the gaps between kernels
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
     named = [(name, stop - start) for start, stop, name in spans]
-    return {
-        "idle_share": idle_share([(start, stop) for start, stop, _ in spans]),
-        "kinds": shares(named),
-        "slowest": slowest(named),
-    }
+    idle = idle_share([(start, stop) for start, stop, _ in spans])
+    return {"idle_share": idle, "kinds": shares(named), "slowest": slowest(named)}
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float | None:
@@ -296,24 +289,22 @@ class Speed:
 
     name = "fast"
 
-    def __init__(self, shapes: tuple[str, ...] | None = None) -> None:
-        self.chosen = shapes
-        self.children: dict[tuple[str, str], Future[tuple[Child, dict[str, Any]]]] = {}
-        self.started: list[Child] = []
+    def __init__(self) -> None:
+        self.ready: dict[tuple[str, str], Future[tuple[Child, dict[str, Any]]]] = {}
+        self.children: dict[tuple[str, str], Child] = {}
         self.pool: ThreadPoolExecutor | None = None
+        self.lock, self.closed = threading.Lock(), False
 
     def prepare(self, plan: Plan) -> None:
         """Start the processes, some at a time, and let them compile."""
-        if self.pool is not None:
-            return
-        self.pool = ThreadPoolExecutor(1 if plan.toy else max(1, (os.cpu_count() or 1) // 3))
+        self.pool = ThreadPoolExecutor(1 if plan.toy else max(2, (os.cpu_count() or 1) // 2))
         for shape in self.shapes(plan):
             for side in sides_of(shape, plan.toy):
-                self.children[shape, side] = self.pool.submit(self.start, plan, shape, side)
+                self.ready[shape, side] = self.pool.submit(self.start, plan, shape, side)
 
     def shapes(self, plan: Plan) -> tuple[str, ...]:
         """Return the shapes to measure."""
-        return self.chosen or (TOY_SHAPES if plan.toy else SHAPES)
+        return TOY_SHAPES if plan.toy else SHAPES
 
     def start(self, plan: Plan, shape: str, side: str) -> tuple[Child, dict[str, Any]]:
         """Start the process of one shape and side; return it when it is ready, with what it says."""
@@ -321,86 +312,124 @@ class Speed:
         log = plan.work / f"fast-{shape}-{side.replace(', ', '-')}.log"
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([path_of_modules(), str(ROOT / "benchmarks")])}
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # sizes change, so pieces would not fit
-        child = Child([sys.executable, str(Path(__file__)), arguments], log, env)
-        self.started.append(child)
-        return child, child.answer(READY_S + 60)
+        env["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # several processes compile at a time
+        with self.lock:
+            if self.closed:
+                raise ChildError("it was not ready in time")
+            child = Child([sys.executable, str(Path(__file__)), arguments], log, env)
+            self.children[shape, side] = child
+        return child, child.answer()
 
     def run(self, plan: Plan, limit_s: float) -> None:
-        """Let the processes of one shape after another take turns."""
-        self.prepare(plan)
-        ends = time.perf_counter() + limit_s
-        found = plan.found[self.name] = {"shapes": {}, "compared_with": "transformers, bf16, compiled, fused AdamW"}
-        for number, shape in enumerate(self.shapes(plan)):
-            left = (ends - time.perf_counter()) / (len(self.shapes(plan)) - number)
+        """Wait until the processes are ready, end those that are not, and let one shape after another take its turn."""
+        started = time.perf_counter()
+        found: dict[str, Any] = {"shapes": {}}
+        plan.found[self.name] = found
+        if self.pool is None and (os.cpu_count() or 1) >= MANY_CORES:
+            self.prepare(plan)
+        if self.pool is not None:
+            wait(self.ready.values(), timeout=READY_SHARE * limit_s)
+            self.stop_preparing()
+        shapes = self.shapes(plan)
+        for number, shape in enumerate(shapes):
+            left_s = (started + limit_s - time.perf_counter()) / (len(shapes) - number)
+            found["shapes"][shape] = measured = {}
             try:
-                found["shapes"][shape] = self.measure(plan, shape, left)
-                say(f"fast: {shape}: {line_of(found['shapes'][shape])}")
+                if self.pool is None:  # few cores: only this shape's processes
+                    for side in sides_of(shape, plan.toy):
+                        self.ready[shape, side] = Future()
+                        self.ready[shape, side].set_result(self.start(plan, shape, side))
+                self.measure(plan, shape, left_s, measured)
+                say(f"fast: {shape}: {line_of(measured)}")
             except ChildError as e:
-                found["shapes"][shape] = {"failed": str(e)}
+                measured["failed"] = str(e)
                 say(f"fast: {shape}: failed: {e}")
+            for side in sides_of(shape, plan.toy):
+                self.end(shape, side)
             plan.save()
 
-    def measure(self, plan: Plan, shape: str, limit_s: float) -> dict[str, Any]:
-        """Measure one shape; raises ChildError if ours or the peer cannot be measured."""
+    def stop_preparing(self) -> None:
+        """End the processes that are not ready: they would disturb what is measured."""
+        assert self.pool is not None
+        with self.lock:
+            self.closed = True
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for key, future in self.ready.items():
+            if not future.done() and key in self.children:
+                self.end(*key)
+
+    def measure(self, plan: Plan, shape: str, limit_s: float, out: dict[str, Any]) -> None:
+        """Measure one shape, and put what is found into `out` as it comes.
+
+        Raises ChildError if ours or the peer cannot be measured.
+        """
         from throughput_worker import step_flops
 
         cfg, started = configured(shape, plan.device, plan.toy), time.perf_counter()
-        sides: dict[str, tuple[Child, dict[str, Any]]] = {}
-        out: dict[str, Any] = {"sides": {}}
+        children: dict[str, Child] = {}
+        sides = out["sides"] = {}
         for side in sides_of(shape, plan.toy):
             try:
-                sides[side] = self.children[shape, side].result(
-                    timeout=max(1.0, limit_s if side != "ours, whole" else 1.0)
-                )
-                out["sides"][side] = {"about": sides[side][1], "sizes": {}, "turns": []}
-            except (ChildError, TimeoutError) as e:
+                future = self.ready[shape, side]
+                if not future.done() or future.cancelled():
+                    raise ChildError("it was not ready in time")
+                child, about = future.result()
+                sides[side] = {"about": about, "sizes": {}, "failed_sizes": {}, "turns": []}
+                for n_rows in about["sizes"]:
+                    probed = child.ask({"rows": n_rows, "seconds": PROBE_S}, ASK_S)
+                    if "failed" in probed:
+                        sides[side]["failed_sizes"][n_rows] = probed["failed"]
+                    else:
+                        sides[side]["sizes"][n_rows] = probed["tokens_per_s"]
+                if not sides[side]["sizes"]:
+                    raise ChildError(f"no micro-batch could be measured: {sides[side]['failed_sizes']}")
+                children[side] = child
+            except ChildError as e:
                 if side != "ours, whole":
-                    raise ChildError(f"{side}: {e or 'it was not ready in time'}") from None
-                out["sides"][side] = {"failed": str(e) or "it was not ready in time"}
-        ask_s = 60 + 10 * TURN_S
-        for side, (child, about) in sides.items():
-            for n_rows in about["rows"]:
-                sizes = out["sides"][side]["sizes"]
-                with suppress(ChildError):  # a size that does not fit beside the other processes is left out
-                    sizes[n_rows] = child.ask({"rows": n_rows, "seconds": PROBE_S}, ask_s)["tokens_per_s"]
-            if not out["sides"][side]["sizes"]:
-                raise ChildError(f"{side}: no micro-batch could be measured ({'; '.join(about['notes'])})")
-        best = {
-            side: max(found["sizes"], key=found["sizes"].get)
-            for side, found in out["sides"].items()
-            if "sizes" in found
-        }
-        for number in range(TURNS):
-            for side in list(sides) if number % 2 == 0 else list(sides)[::-1]:
-                request = {"rows": best[side], "seconds": TURN_S}
-                out["sides"][side]["turns"].append(sides[side][0].ask(request, ask_s))
-            if number and time.perf_counter() - started > limit_s:
-                break
-        out["peak"] = sides["ours"][0].ask({"peak": True}, ask_s)
-        for side in sides:
-            turns, about = out["sides"][side]["turns"], sides[side][1]
-            rate = statistics.median(t["tokens_per_s"] for t in turns)
-            flops = step_flops(about["matrices"], cfg.model, 1) * rate
-            out["sides"][side] |= {
-                "rows": best[side],
-                "tokens_per_s": rate,
-                "share_of_peak": flops / out["peak"]["flops"],
-            }
-            out["sides"][side]["peak_bytes"] = max(t["peak_bytes"] for t in turns)
+                    raise ChildError(f"{side}: {e}") from None
+                sides[side] = {"failed": str(e)}
+        self.take_turns(children, sides, started + limit_s)
         out["times"] = statistics.median(
             ours["tokens_per_s"] / theirs["tokens_per_s"]
-            for ours, theirs in zip(out["sides"]["ours"]["turns"], out["sides"]["transformers"]["turns"])
+            for ours, theirs in zip(sides["ours"]["turns"], sides["transformers"]["turns"])
         )
-        out["profile"] = sides["ours"][0].ask({"profile": best["ours"]}, ask_s)
-        return out
+        out["peak"] = children["ours"].ask({"peak": True}, ASK_S)
+        for side in children:
+            rate = statistics.median(turn["tokens_per_s"] for turn in sides[side]["turns"])
+            flops = step_flops(sides[side]["about"]["matrices"], cfg.model, 1) * rate
+            sides[side] |= {"tokens_per_s": rate, "share_of_peak": flops / out["peak"]["flops"]}
+            sides[side]["peak_bytes"] = max(turn["peak_bytes"] for turn in sides[side]["turns"])
+        try:
+            out["profile"] = children["ours"].ask({"profile": sides["ours"]["rows"]}, ASK_S)
+        except ChildError as e:
+            out["profile"] = {"failed": str(e)}
+
+    def take_turns(self, children: dict[str, Child], sides: dict[str, Any], ends: float) -> None:
+        """Let each side work at its best size, in turn, at least twice."""
+        for side in children:
+            sides[side]["rows"] = max(sides[side]["sizes"], key=sides[side]["sizes"].get)
+        for number in range(TURNS):
+            for side in list(children) if number % 2 == 0 else list(children)[::-1]:
+                turn = children[side].ask({"rows": sides[side]["rows"], "seconds": TURN_S}, ASK_S)
+                if "failed" in turn:
+                    raise ChildError(f"{side}: {turn['failed']}")
+                sides[side]["turns"].append(turn)
+            if number and time.perf_counter() > ends:
+                break
+
+    def end(self, shape: str, side: str) -> None:
+        """End one process."""
+        child = self.children.pop((shape, side), None)
+        if child is not None:
+            child.process.kill()
+            child.close(1.0)
 
     def close(self) -> None:
         """End all processes."""
         if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-        for child in self.started:
-            child.process.kill()
-            child.close(1.0)
+            self.stop_preparing()
+        for key in list(self.children):
+            self.end(*key)
 
 
 def line_of(found: dict[str, Any]) -> str:

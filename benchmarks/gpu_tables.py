@@ -83,31 +83,35 @@ def fast(found: Results) -> list[str]:
         "| shape | ours, tokens/s | of the peak | rows | GiB | transformers, tokens/s | rows | GiB | times as fast | idle |"
     ]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    spent, notes = [], []
+    spent, notes, ways = [], [], set()
     for shape, measured in found["shapes"].items():
-        if "failed" in measured:
-            notes.append(f"- {shape}: failed: {measured['failed']}")
+        sides = measured.get("sides", {})
+        for side, way in sides.items():
+            notes += [f"- `{shape}`, {side}, {rows} rows: {why}" for rows, why in way.get("failed_sizes", {}).items()]
+            if "about" in way:
+                about = way["about"]
+                how = "compiled" if about["compiled"] else "not compiled"
+                ways.add(f"{side.partition(',')[0]} in {about['precision']}, {how}")
+        if "failed" in measured or "times" not in measured:
+            notes.append(f"- `{shape}`: failed: {measured.get('failed', 'it was cut off')}")
             continue
-        ours, theirs, idle = (
-            measured["sides"]["ours"],
-            measured["sides"]["transformers"],
-            measured["profile"]["idle_share"],
-        )
+        ours, theirs, profile = sides["ours"], sides["transformers"], measured.get("profile", {})
+        idle = profile.get("idle_share")
         lines.append(
             f"| `{shape}` | {ours['tokens_per_s']:,.0f} | {ours['share_of_peak']:.0%} | {ours['rows']} | "
             f"{ours['peak_bytes'] / 2**30:.1f} | {theirs['tokens_per_s']:,.0f} | {theirs['rows']} | "
             f"{theirs['peak_bytes'] / 2**30:.1f} | {measured['times']:.2f} | {'-' if idle is None else f'{idle:.0%}'} |"
         )
-        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in measured["profile"]["kinds"].items())
-        spent.append(f"- `{shape}`: {kinds}")
-        whole = measured["sides"].get("ours, whole", {})
+        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in profile.get("kinds", {}).items())
+        spent.append(f"- `{shape}`: {kinds or profile.get('failed', 'not known')}")
+        whole = sides.get("ours, whole", {})
         if "tokens_per_s" in whole:
             notes.append(
                 f"- `{shape}`, compiled as a whole: {whole['tokens_per_s']:,.0f} tokens/s at {whole['rows']} rows"
             )
         peak = measured["peak"]
         notes.append(f"- `{shape}`: peak {peak['flops'] / 1e12:.1f} TFLOP/s at {' x '.join(map(str, peak['sizes']))}")
-    return [*lines, "", "Where the time of a step goes:", "", *spent, "", *notes]
+    return [*lines, "", f"{'; '.join(sorted(ways))}.", "", "Where the time of a step goes:", "", *spent, "", *notes]
 
 
 def decoding(found: Results) -> list[str]:
@@ -123,14 +127,16 @@ def decoding(found: Results) -> list[str]:
 def real(found: Results) -> list[str]:
     """Return what the runs have learnt, beside what the study claims."""
     runs = found["runs"]
-    lines = [f"Each trained for {found['train_s']:.0f} s by the clock; code run: {found['sandbox']}.", ""]
+    compiled = any(run.get("compiled") for run in runs.values())
+    how = f"{'compiled' if compiled else 'not compiled'}; code run: {found['sandbox']}"
+    lines = [f"Each trained for {found['train_s']:.0f} s by the clock, {how}.", ""]
     lines += ["| | " + " | ".join(f"`{name}`" for name in runs) + " | the study says |"]
     lines += ["| --- | " + "---: | " * len(runs) + "--- |"]
     rows: dict[str, dict[str, str]] = {}
     for name, run in runs.items():
         cells: dict[str, str] = {}
         if "failed" in run:
-            cells["failed"] = run["failed"]
+            cells["failed"] = run["failed"].replace("|", "/")
         for key, label, form in (
             ("tokens", "tokens", "{:,}"),
             ("tokens_per_s", "tokens/s", "{:,.0f}"),

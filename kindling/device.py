@@ -265,7 +265,7 @@ def peak_memory_bytes(runtime: Runtime) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the error says that a tensor did not fit into the memory of its device."""
     # MPS and the CPU's allocator raise a plain RuntimeError
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in said for word in words)

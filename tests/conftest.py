@@ -5,6 +5,7 @@ runs them in a random order.
 """
 
 import atexit
+import json
 import os
 import random
 import shutil
@@ -47,6 +48,7 @@ SLOW_FIRST += ("test_trainer.py", "test_build.py", "test_process.py", "test_visu
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--shuffle", metavar="SEED", help="shuffle the files, and the tests in each file")
+    parser.addoption("--results", metavar="FILE", help="append each finished test to FILE, as a line of JSON")
     parser.addoption("--gpu-device", choices=["cuda", "mps", "cpu"], default="cuda", help="where tests/gpu run")
 
 
@@ -64,6 +66,28 @@ def gpu(request) -> str:
 def pytest_report_header(config) -> str | None:
     seed = config.getoption("shuffle")
     return None if seed is None else f"shuffled: the same order again with --shuffle {seed}"
+
+
+def pytest_configure(config) -> None:
+    if path := config.getoption("results"):
+        config.pluginmanager.register(ResultsFile(Path(path)))
+
+
+class ResultsFile:
+    """Appends each finished test to a file, so that a run that is cut off leaves what it found."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = "" if report.outcome != "failed" else str(report.longrepr if crash is None else crash.message)
+        said = {name: str(value) for name, value in report.user_properties}
+        line = {"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "message": message, "said": said}
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
 
 
 @pytest.hookimpl(trylast=True)
@@ -222,7 +246,8 @@ def script(
     takes some seconds longer. `before` is code to run in its process before the script. The time limit only ends a script that
     hangs; it is far longer than a script needs on a busy machine.
     """
-    environment = {**(os.environ if env is None else env), "PYTHONPATH": str(ROOT)}
+    environment = {**(os.environ if env is None else env)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
     argv = [str(ROOT / name), *map(str, args)]
     if name in warm.SCRIPTS and not fresh and env is None and sys.platform == "linux":
         return warm.run(argv, cwd, environment, timeout_s, before)

@@ -33,6 +33,10 @@ def test_kernels_are_counted_by_kind_and_shares_add_up():
         "sm90_xmma_gemm_bf16": "products",
         "flash_fwd_kernel": "attention",
         "triton_poi_fused_gelu": "compiled",
+        "triton_red_fused__to_copy_linear_add": "compiled",
+        "void flash_fwd_kernel<cutlass::bfloat16_t>": "attention",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",
+        "vectorized_layer_norm_kernel": "other",
         "multi_tensor_apply_kernel<FusedAdam>": "optimiser and gradients",
         "Memcpy HtoD": "copies",
         "something": "other",
@@ -42,24 +46,46 @@ def test_kernels_are_counted_by_kind_and_shares_add_up():
     assert found == {"products": 0.7, "attention": 0.3}
 
 
-REPORT = """<testsuites><testsuite>
-<testcase name="test_a[bf16-False]"><properties><property name="same bits" value="True"/><property name="loss" value="2 2"/>
-</properties></testcase>
-<testcase name="test_b"><failure message="assert 1 == 2
-with more">trace</failure></testcase>
-<testcase name="test_c"><skipped message="no GPU"/></testcase>
-<testcase name="test_d[compiled-bf16-demo]"><properties><property name="errors" value="1e-2 2e-3 3e-2"/></properties></testcase>
-</testsuite></testsuites>"""
+TESTED = """
+import pytest
+@pytest.mark.parametrize("deterministic", [False])
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_a(precision, deterministic, record_property):
+    record_property("same bits", "True")
+    record_property("loss", "2 2")
+def test_b():
+    assert 1 == 2, "with\\nmore"
+def test_c():
+    pytest.skip("no GPU")
+@pytest.mark.parametrize("which", ["compiled-bf16-demo"])
+def test_d(which, record_property):
+    record_property("errors", "1e-2 2e-3 3e-2")
+"""
 
 
-def test_the_tests_are_counted_from_their_report(tmp_path):
-    path = tmp_path / "report.xml"
-    path.write_text(REPORT, encoding="utf-8")
-    found = gpu_checks.counts(path, "exit code 1")
+def test_the_tests_are_counted_as_they_end(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTED, encoding="utf-8")
+    results = tmp_path / "results.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--rootdir",
+        str(ROOT),
+    ]
+    command += ["-p", "conftest", str(tmp_path / "test_it.py"), "--results", str(results)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, env=env).returncode == 1
+    found = gpu_checks.counts(results, "exit code 1")
     assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)
-    assert found["failures"] == {"test_b": "assert 1 == 2 with more"}
-    killed = gpu_checks.counts(tmp_path / "none.xml", "not finished within 9 s")
-    assert killed["failed"] == 1 and killed["failures"] == {"all": "not finished within 9 s"}
+    assert list(found["failures"]) == ["test_b"] and "with more assert 1 == 2" in found["failures"]["test_b"]
+    killed = gpu_checks.counts(tmp_path / "none.jsonl", "not finished after 9 s")
+    assert killed["failed"] == 1 and killed["failures"] == {"all": "not finished after 9 s"}
     table = "\n".join(
         gpu_tables.right({"parts": {"runs": {**found, "seconds": 3.0}, "more": {**killed, "seconds": 9.0}}})
     )

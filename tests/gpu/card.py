@@ -85,8 +85,8 @@ def results(cfg: ModelConfig, runtime: Runtime, compiled: bool) -> Results:
         device.skip_vector_isa_test()
         model.enable_compile()
     idx, targets = (rows.to(runtime.device) for rows in batch_of(cfg))
-    with torch.no_grad(), runtime.autocast():
-        logits = model(idx)
+    with runtime.autocast():
+        logits = model(idx).detach()  # with gradients, so that a compiled block serves the loss too
     scale = SCALE if runtime.precision == "fp16" else 1.0
     with runtime.autocast():
         loss, count = model(idx, targets)
