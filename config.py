@@ -299,7 +299,7 @@ class DataConfig:
     drop_tests: bool = False
     """Drop test files, recognised by their name, by a folder called test or tests, or by their test classes."""
     drop_generated: bool = False
-    """Drop source files with a comment in their first lines that says that they are generated."""
+    """Drop source files with a mark of their generator in a comment or docstring above the code (see data/generated.py)."""
     max_header_lines: int | None = None
     """Remove a comment block or module docstring at the start if it has more lines than this. None: keep it."""
     check_syntax: bool = True
