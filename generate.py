@@ -26,7 +26,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.data.prompts import Exchange
+from kindling.errors import one_line
 from kindling.generation.sampling import GenerationError, Sampling
+from kindling.rows import DAMAGE, Broken, is_rows, read_rows
 
 if TYPE_CHECKING:
     from kindling.generation.completion import Completion
@@ -69,7 +71,7 @@ class Flags:
     prompt: Text = None
     """The text to continue. Without this and the next three flags, a new document is started."""
     prompts: Optional[Path] = None
-    """A file of prompts to continue together: one on each line, or .jsonl with a field `prompt`. Prints JSON lines."""
+    """A file of prompts to continue together: one a line, or rows (.jsonl, .json) with a field `prompt`. Prints JSON lines."""
     complete: Optional[Path] = None
     """A file to continue at its end; - is stdin. Prints only the new text, by default at most 64 tokens."""
     chat: bool = False
@@ -140,23 +142,40 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file of lines or JSON lines. Raises GenerationError with the number of a bad line."""
+    """Return the prompts of a file of lines, or of JSON rows. Raises GenerationError with the number of a bad line."""
+    if is_rows(path):
+        return _prompts_of_rows(path)
     prompts = []
     lines = read_text(path, "--prompts").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
-        prompt: object = line.removesuffix("\r")
-        must = "hold a prompt"
-        if path.suffix == ".jsonl":
-            must = "be a JSON object with a text `prompt` of at least one character"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or not (prompt if path.suffix == ".jsonl" else prompt.strip()):
-            what = f"is {line.strip()[:60]!r}" if line.strip() else "is empty"
-            raise GenerationError(f"line {number} of {path} must {must}, but {what}; correct it or take it out")
+        prompt = line.removesuffix("\r")
+        if not prompt.strip():
+            raise GenerationError(
+                f"line {number} of {path} must hold a prompt, but is empty; correct it or take it out"
+            )
         prompts.append(prompt)
+    return prompts
+
+
+def _prompts_of_rows(path: Path) -> list[str]:
+    """Return the column `prompt` of a file of JSON rows."""
+    prompts = []
+    try:
+        for row in read_rows(path):
+            prompt = row.content.get("prompt") if isinstance(row.content, dict) else None
+            if not isinstance(prompt, str) or not prompt:
+                what = row.content if isinstance(row.content, Broken) else repr(json.dumps(row.content)[:60])
+                raise GenerationError(
+                    f"line {row.line} of {path} must be a JSON object with a text `prompt` of at least one character, but is "
+                    f"{what}; correct it or take it out"
+                )
+            prompts.append(prompt)
+    except DAMAGE as e:
+        raise GenerationError(
+            f"--prompts must be a readable file, but {path} is not ({one_line(e)}); name one"
+        ) from None
+    if not prompts:
+        raise GenerationError(f"--prompts must have at least one prompt, but {path} has none; write one")
     return prompts
 
 

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import re
@@ -164,6 +165,18 @@ def test_prompts_of_a_file_come_out_in_order_as_json_lines(ask, tmp_path):
     assert "é" in printed.out and "1 of 4 prompts are longer than the context of 64 tokens" in printed.err
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl.gz", "p.ndjson"])
+def test_prompts_are_rows_in_every_form_that_rows_have(tmp_path, name):
+    rows = [{"prompt": "a"}, {"prompt": "\n b"}]
+    lines = "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n"
+    content = {"p.json": json.dumps(rows).encode(), "p.jsonl.gz": gzip.compress(lines.encode())}
+    (tmp_path / name).write_bytes(content.get(name, b"\xef\xbb\xbf" + lines.encode()))
+    assert generate.read_prompts(tmp_path / name) == ["a", "\n b"]
+    (tmp_path / "cut.jsonl").write_bytes(gzip.compress(lines.encode())[:-9])
+    with pytest.raises(GenerationError, match="--prompts must be a readable file"):
+        generate.read_prompts(tmp_path / "cut.jsonl")
+
+
 def test_what_ends_a_text_is_said(ask, tmp_path):
     file = tmp_path / "prompts"
     file.write_bytes(b"1\r\n" + b"x" * 60 + b"\nx\n")
@@ -184,8 +197,9 @@ def test_what_ends_a_text_is_said(ask, tmp_path):
         ("p.jsonl", '{"prompt": ""}\n', "line 1 .*at least one character"),
         ("p.jsonl", "[1]\n", "line 1"),
         ("p.jsonl", '{"prompt": 1}\n', "line 1"),
-        ("p.jsonl", '{"prompt": "a"}\nnot json\n', "line 2 .*but is 'not json'"),
-        ("p.jsonl", '{"prompt": "a"}\n\n', "line 2 .*is empty"),
+        ("p.jsonl", '{"prompt": "a"}\n\nnot json\n', "line 3 .*but is not JSON"),
+        ("p.json", '[{"prompt": "a"}, {"prompt": null}]', "line 1 .*but is"),
+        ("p.jsonl", "\n", "at least one prompt"),
         ("p.jsonl", "[" * 100_000, "line 1"),
     ],
 )
