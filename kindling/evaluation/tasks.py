@@ -76,7 +76,7 @@ class Problem:
 def load(name: str, source: str | None = None) -> list[Problem]:
     """Return the problems of a benchmark: from `source`, a file or a data set on the hub, or else from `problems/`.
 
-    For MBPP, only those of its test split. Raises TaskError if there are none or they cannot be read.
+    Of all of MBPP, only those of its test split. Raises TaskError if there are none or they cannot be read.
     """
     if name not in FILES:
         raise TaskError(f"no benchmark is called {name!r}; {did_you_mean(name, FILES)}")
@@ -88,18 +88,31 @@ def load(name: str, source: str | None = None) -> list[Problem]:
         else:
             own = _rows(name, str(PROBLEMS / FILES[name])) if name == "mbpp-3shot" else ()
             shots = [row for row in own if row["task_id"] in MBPP_SHOTS]
-            problems = [_mbpp(name, row, shots) for row in rows if int(row["task_id"]) in MBPP_TEST]
+            problems = [_mbpp(name, row, shots) for row in _test_split(rows)]
     except (AttributeError, LookupError, StopIteration, SyntaxError, TypeError, ValueError) as e:
         raise TaskError(
             f"{origin} must hold problems in the format of {name}, but does not ({type(e).__name__}: {e}); "
             f"correct --eval.{name.partition('-')[0]}"
         ) from None
     if not problems:
-        ids = f" with a task_id from {MBPP_TEST[0]} to {MBPP_TEST[-1]}" if name.startswith("mbpp") else ""
         raise TaskError(
-            f"{origin} must hold problems{ids}, but has none in {len(rows)} rows; correct --eval.{name.partition('-')[0]}"
+            f"{origin} must hold problems, but has none in {len(rows)} rows; correct --eval.{name.partition('-')[0]}"
         )
     return problems
+
+
+def _test_split(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of MBPP's test split; of problems of one's own in its format, all rows.
+
+    All of MBPP, in full or sanitized, has test problems and others that are numbered above them.
+    """
+    ids = [row["task_id"] for row in rows]
+    if odd := [i for i in ids if not isinstance(i, (int, str))]:
+        raise TypeError(f"a task_id must be a number or a text, but is {odd[0]!r}")
+    in_test = [isinstance(i, int) and i in MBPP_TEST for i in ids]
+    if any(in_test) and any(isinstance(i, int) and i > MBPP_TEST[-1] for i in ids):
+        return [row for row, is_test in zip(rows, in_test) if is_test]
+    return rows
 
 
 def source_of(name: str, cfg: EvalConfig) -> str | None:

@@ -330,5 +330,20 @@ def test_a_column_of_mbpp_that_is_missing_or_odd_is_named(tmp_path, column):
         one_line("mbpp", write_rows(tmp_path / "x.jsonl", [row | {column: odd}]))
 
 
-def test_mbpp_without_a_problem_of_the_test_split_is_refused(tmp_path):
-    assert "from 11 to 510" in one_line("mbpp", write_rows(tmp_path / "x.jsonl", MBPP[:10]))
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        (range(1, 975), MBPP_TEST),  # all of MBPP
+        ((2, 3), (2, 3)),
+        (range(1, 51), range(1, 51)),
+        (("a/1", "a/2"), ("a/1", "a/2")),
+        ((600, 601), (600, 601)),
+    ],
+)
+def test_of_mbpp_the_test_split_is_taken_and_of_problems_of_ones_own_all(tmp_path, ids, kept):
+    rows = [
+        {"task_id": i, "prompt": "Add.", "code": "def f(a):\n    return a", "test_list": ["assert f(1) == 1"]}
+        for i in ids
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-8")  # an array on one line
+    assert [p.task_id for p in load("mbpp", str(tmp_path / "mine.json"))] == [f"MBPP/{i}" for i in kept]
