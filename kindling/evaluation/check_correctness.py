@@ -4,8 +4,9 @@
     verdict, reason = check_answers(problem, program)
 
 The tests and the expected values stay in this process. Where a test calls a function of the program, only the arguments go
-into the sandbox and only values come back. So a program cannot see the expected values, change the comparison or claim that it
-passed. To pass, it must give the right answers.
+into the sandbox and only values come back. So a program cannot see the expected values or claim that it passed. Limit: it can
+change its arguments, as any function can. A test that compares with an argument after the call (`f(x) == sorted(x)`) compares
+with what the program has left of it.
 """
 
 from __future__ import annotations

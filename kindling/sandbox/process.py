@@ -168,7 +168,7 @@ class Program:
         arguments = Arguments(self._own, self._known)
         data = arguments.encode(request)
         self._send(len(data).to_bytes(4, "big") + data)
-        return self._decoded(self._receive(), arguments.given, request[0] == "load")
+        return self._decoded(self._receive(), arguments.given, request[0])
 
     def _known(self, value: Any) -> int | str | None:
         """Return the number of an object of the program, or None for any other value."""
@@ -236,7 +236,7 @@ class Program:
             return ProgramError("exception", f"the process was ended by {signal.Signals(number).name}")
         return ProgramError("exception", f"the process ended by itself, with exit code {code}")
 
-    def _decoded(self, data: bytes, given: list[Any], is_load: bool) -> Any:
+    def _decoded(self, data: bytes, given: list[Any], action: str) -> Any:
         """Decode an answer. Any form that the worker does not write was forged by the program, and is an error."""
         try:
             answer = json.loads(data.decode("ascii"), parse_constant=_refused)
@@ -246,15 +246,18 @@ class Program:
             if kind == "ok":
                 return decoder.decode(content, changed)
             names, message, told = content
-            if kind != "error" or not all(isinstance(text, str) for text in [*names, message]):
+            if kind not in ("error", "unable") or not all(isinstance(text, str) for text in [*names, message]):
                 raise ValueError(kind)
-            told = decoder.decode(told, changed)
+            told, name = decoder.decode(told, changed), names[0]
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
             raise ProgramError("exception", f"the answer is malformed ({type(e).__name__})") from None
         known = {"MemoryError": "memory", "SyntaxError": "syntax", "IndentationError": "syntax", "TabError": "syntax"}
-        reason = f"{names[0]}: {message}" if message else names[0]
-        error = ProgramError(known.get(names[0], "exception"), reason)
-        raise (None if is_load else awaited(error, names, message, told, self._own)) or error
+        error = ProgramError(known.get(name, "exception"), f"{name}: {message}" if message else name)
+        if action == "load" or kind == "unable":  # not an error that the program raised in a call
+            raise error
+        # elsewhere a StopIteration would end the test's own loop in silence
+        ends = action in ("next", "send") or not {"StopIteration", "StopAsyncIteration"} & set(names)
+        raise (awaited(error, names, message, told, self._own) if ends else None) or error
 
     def _ended(self) -> str:
         """Kill the process and return what it wrote to its standard error."""

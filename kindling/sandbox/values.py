@@ -23,13 +23,14 @@ from itertools import groupby
 from types import GeneratorType
 from typing import Any
 
-from kindling.sandbox.remote import RemoteObject
+from kindling.sandbox.remote import QUESTIONS, RemoteObject
 
 PLAIN = frozenset({type(None), bool, int, float, str})
 SCALARS = PLAIN | {complex, bytes}
 DATES = (datetime.datetime, datetime.date, datetime.time)
 MAX_EXPANDED = 2**21  # values in an answer and its arguments, with every reference written out
 MAX_EXPONENT = 10_000  # of a Decimal: as an int, one of 10**9 would fill the memory
+MAX_FRACTION_BITS = 100_000  # of a numerator or denominator: their greatest common divisor takes the square of it
 MAX_SAME_HASH = 200  # a set of n values with one hash takes n * n comparisons
 FEW_BYTES = 2**17  # an answer of no more makes a set in a second, whatever its hashes
 
@@ -127,7 +128,8 @@ class Arguments:
             name = factory.__name__ if type(factory) is type else None
             if factory is None or (name and getattr(builtins, name, None) is factory):
                 return ("D", name, self._all(_flat(value)))
-        if is_own:
+        # of a class that is derived from list or int, the attributes are not all
+        if is_own and next(cls for cls in kind.__mro__ if cls.__module__ == "builtins") is object:
             return ("o", kind.__name__, self._all(_flat(attributes(value))))
         raise NotPlain(f"an argument must be plain data, but is of type {kind.__name__}")
 
@@ -148,15 +150,18 @@ class Answers:
     def __init__(self, own: dict[str, type], given: list[Any], remote: Callable[[str, int, str], Any], is_long: bool):
         self._own, self._given, self._remote, self._is_long = own, given, remote, is_long
         self._refers = False
+        self._in_ranges = 0  # numbers in all ranges of the answer
 
     def decode(self, content: Any, changed: Any = ()) -> Any:
         """Return an answer, and write what the call has changed into the caller's own objects."""
         new = [(target, self._changed(target, inner)) for target, inner in ((self._argument(n), i) for n, i in changed)]
         value = self.value(content)
+        all_parts = [parts for _, parts in new]
+        if self._is_long:
+            _require_finite([value, all_parts])  # or hashing may never end
+            _require_different_hashes(_hashable([value, all_parts]))
         for target, parts in new:
             _write(target, parts)
-        if self._is_long:
-            _require_different_hashes(_hashable([value, [parts for _, parts in new]]))
         if self._refers:
             _require_finite([value, *self._given])
         return value
@@ -222,13 +227,16 @@ class Answers:
     def _of_a_class(self, tag: str, inner: Any) -> Any:
         if tag == "r":
             found = range(*self._all(inner))
-            return found if len(found) <= MAX_EXPANDED else _refused(found)
+            self._in_ranges += len(found)
+            return found if self._in_ranges <= MAX_EXPANDED else _refused(found)
         if tag == "y":
             found = getattr(builtins, inner)
             return found if type(found) is type else _refused(inner)
         if tag == "T":
             made = NamedTuple(self._all(inner[2]))
             made._fields = tuple(map(str, inner[1]))
+            for name, value in zip(made._fields, made):
+                _require_no_question(name, value, ())
             return made
         name, parts = inner
         if tag == "k":
@@ -249,8 +257,9 @@ class Answers:
     def _view(self, name: str, parts: Any) -> Any:
         if name == "dict_items":
             return self._pairs(parts).items()
-        values = self._all(parts)
-        return dict.fromkeys(self._keys(parts)).keys() if name == "dict_keys" else dict(enumerate(values)).values()
+        if name == "dict_keys":
+            return dict.fromkeys(self._keys(parts)).keys()
+        return dict(enumerate(self._all(parts))).values()
 
     def _of_the_library(self, name: str, parts: Any) -> Any:
         if name in ("Counter", "OrderedDict"):
@@ -262,6 +271,13 @@ class Answers:
         values = self._all(parts)
         if name == "deque":
             return deque(values[1:], values[0])
+        types, most = {"Decimal": (str, 1), "Fraction": (int, 2), "timedelta": (int, 3)}.get(name, (str, 1))
+        if len(values) != most or not all(
+            type(v) is types for v in values
+        ):  # Fraction("1e3000000000") would fill the memory
+            _refused(name)
+        if name == "Fraction" and max(map(int.bit_length, values)) > MAX_FRACTION_BITS:
+            _refused(name)
         if name == "Decimal":
             number = Decimal(*values)
             return number if not number.is_finite() or abs(number.adjusted()) <= MAX_EXPONENT else _refused(name)
@@ -284,7 +300,14 @@ def _set_attributes(target: Any, values: dict[Any, Any]) -> None:
         # a method may not be replaced: the one that compares could call it
         if not isinstance(name, str) or name.startswith("__") or callable(getattr(type(target), name, None)):
             _refused(name)
+        _require_no_question(name, value, getattr(type(target), "__annotations__", ()))
         object.__setattr__(target, name, value)
+
+
+def _require_no_question(name: str, value: Any, declared: Iterable[str]) -> None:
+    """Raise ValueError for an attribute that a test could call, so that the program, and not the test, gives the verdict."""
+    if name in QUESTIONS or (isinstance(value, type) and name not in declared):
+        _refused(name)
 
 
 def _write(target: Any, parts: Any) -> None:
@@ -336,9 +359,13 @@ def _require_finite(values: list[Any]) -> None:
 
 def _hashable(values: list[Any]) -> list[Any]:
     """Return what is hashable anywhere in values."""
-    found, todo = [], values
+    found, todo, seen = [], values, set()
     while todo:
         value = todo.pop()
+        if type(value) not in SCALARS:
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
         try:
             hash(value)
             found.append(value)

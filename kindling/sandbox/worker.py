@@ -91,8 +91,7 @@ class Values:
             return __import__("collections").defaultdict(factory)
         if tag in ("Counter", "OrderedDict"):
             return getattr(__import__("collections"), tag)()
-        cls = getattr(self.module, rest[0])
-        return cls.__new__(cls)
+        return object.__new__(getattr(self.module, rest[0]))  # its own __new__ may want arguments
 
     def fill(self, target, content):
         """Number the object, and then fill it, because it may hold itself."""
@@ -283,8 +282,11 @@ def perform(values, action, *rest):
     return (len if action == "len" else iter if action == "iter" else next)(rest[0])
 
 
-def error(values, e):
-    """Return an error as JSON: the names of its classes, its text, and what it was raised with if that is plain."""
+def error(values, e, kind="error"):
+    """Return an error as JSON: the names of its classes, its text, and what it was raised with if that is plain.
+
+    `kind` is error for one that the program raised, and unable for one in carrying its arguments or its answer.
+    """
     try:
         message = str(e)[:MAX_MESSAGE]
         plain = all(type(v) in (str, int, float, bool, type(None)) and len(str(v)) <= MAX_MESSAGE for v in e.args)
@@ -292,7 +294,7 @@ def error(values, e):
     except BaseException:
         message, told = "", "null"
     names = ",".join([quoted(cls.__name__[:MAX_MESSAGE]) for cls in type(e).__mro__[:20]])
-    return f'"error":[[{names}],{quoted(message)},{told}]'
+    return f'"{kind}":[[{names}],{quoted(message)},{told}]'
 
 
 def serve(requests, answers, max_bytes):
@@ -324,15 +326,17 @@ def serve(requests, answers, max_bytes):
         try:
             asked = values.read_all(marshal.loads(request))
             before = [parts(value) for value in values.given]
-            answer = f'"ok":{values.write(perform(values, *asked))}'
-        except BaseException as e:  # SystemExit and KeyboardInterrupt too
-            answer = error(values, e)
-        try:
+            try:
+                result = perform(values, *asked)
+            except BaseException as e:  # SystemExit and KeyboardInterrupt too
+                answer = error(values, e)
+            else:
+                answer = f'"ok":{values.write(result)}'
             answer = f"{{{answer}{values.write_changes(before)}}}"
             if len(answer) > max_bytes:
                 raise ValueError(f"the answer has {len(answer)} bytes and may have {max_bytes}")
         except BaseException as e:
-            answer = f"{{{error(values, e)}}}"
+            answer = f"{{{error(values, e, 'unable')}}}"
         send(answer)
 
 
