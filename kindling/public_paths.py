@@ -1,4 +1,4 @@
-"""Takes the paths of this machine out of what is written for others: cards, reports, comparisons.
+"""Takes the paths that a config names, and the home folder, out of what is written for others: cards, reports, comparisons.
 
     public = PublicPaths(cfg)
     text = to_yaml(Config(**public(asdict(cfg))))
@@ -8,6 +8,7 @@ A path keeps its last part. A relative path that stays below the working directo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,19 +30,33 @@ class PublicPaths:
         found = {spelling: public_path(v) for v in values for spelling in _spellings(v)}
         if len(_expanded("~").parts) > 1:
             found |= {f"{_expanded('~')}/": "~/"}  # whatever else is below it, such as in the text of an error
-        self._paths = sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True)
+        ordered = sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True)
+        self._whole = {path: name for path, name in ordered if not Path(path).name.strip(".~")}  # "..", "~" and "/"
+        self._inside = [(_pattern(path), name) for path, name in ordered if path not in self._whole]
 
     def __call__(self, value: Any) -> Any:
         """Return `value` with the paths shortened."""
         if isinstance(value, str):
-            for path, name in self._paths:
-                value = value.replace(path, name)
-            return value
+            for pattern, name in self._inside:
+                value = pattern.sub(lambda _, name=name: name, value)
+            return self._whole.get(value, value)
         if isinstance(value, Section):
             return Section(**self(vars(value)))
         if isinstance(value, dict):
-            return {self(key): self(item) for key, item in value.items()}
+            named: dict[Any, Any] = {}
+            for key, item in value.items():
+                name, number = self(key), 2
+                while name in named:  # two paths with one last part
+                    name, number = f"{self(key)} ({number})", number + 1
+                named[name] = self(item)
+            return named
         return type(value)(self(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """Return a pattern for a path in a text, but not for a part of a longer name."""
+    after = "" if path.endswith("/") else r"(?!\.?[\w-])"
+    return re.compile(rf"(?<![\w./~-]){re.escape(path)}{after}")
 
 
 def _listed(value: Any) -> list[str]:

@@ -35,6 +35,8 @@ PACKED = (".gz", ".zst")
 LONGEST_LINE = 2**23  # characters; a longer line is read piece by piece
 LONGEST_VALUE = 2**26
 CHUNK = 2**20
+PASSED = 2**16  # characters before a broken value that are let go
+KNOWN_KEYS = 8  # first keys of earlier rows by which the row after a broken one is known
 _TEXT_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
 _OTHER_PACKERS = {b"PK\3\4": "zip", b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"7z\xbc\xaf\x27\x1c": "7-zip"}
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or a frame to skip
@@ -186,7 +188,7 @@ class _Values:
         """`text` was read from `f` already; `line` is the number of its first line."""
         self._f, self._text, self._at, self._line = f, text, 0, line
         self._inside = 0  # an array: the line where it begins
-        self._last_key: str | None = None  # the first key of the last object
+        self._first_keys: list[str] = []  # of the objects so far, the newest last
         self._indent: str | None = None  # of the next value, if it begins a line
         self._begins_line = True
 
@@ -209,8 +211,8 @@ class _Values:
                 continue  # the rest of a number may follow
             size = n_bytes_of(self._text[self._at : end])
             self._advance(end)
-            if isinstance(content, dict) and content:
-                self._last_key = next(iter(content))
+            if isinstance(content, dict) and content and (key := next(iter(content))) not in self._first_keys[-1:]:
+                self._first_keys = [*(known for known in self._first_keys[1 - KNOWN_KEYS :] if known != key), key]
             yield Row(content, size, line)
         if self._inside:
             yield Row(Broken("not whole: the list of rows does not end, so the file was cut short"), 0, self._inside)
@@ -249,6 +251,8 @@ class _Values:
 
     def _broken(self, error: Exception) -> Row:
         """Pass a broken value, up to the next one that begins as it does; return it as a row."""
+        if self._at > PASSED:  # an error counts the lines of all the text before it
+            self._text, self._at = self._text[self._at :], 0
         line, indent, size = self._line, self._indent, 0
         next_value = self._beginning()
         while not (found := next_value.search(self._text, self._at + 1)):
@@ -268,11 +272,13 @@ class _Values:
 
     def _beginning(self) -> re.Pattern[str]:
         """Return a pattern for the end of a broken value, before the next one."""
+        if self._text[self._at] != "{":
+            return re.compile(r"(?=\{)")
         found = _FIRST_KEY.match(self._text, self._at)
-        key = found[1] if found else None if self._last_key is None else json.dumps(self._last_key)
-        if key is None:
-            return re.compile(r"(?=\{)" if self._text[self._at] != "{" else r"[\r\n][ \t]*(?=\{)")
+        keys = dict.fromkeys([*([found[1]] if found else []), *map(json.dumps, self._first_keys)])
+        if not keys:
+            return re.compile(r"[\r\n][ \t]*(?=\{)")
         before = r"[\r\n,}\]]" if self._inside else r"[\r\n}]"
-        name = r"\s*".join(re.escape(part) for part in ("{", key, ":"))
+        name = rf"\{{\s*(?:{'|'.join(map(re.escape, keys))})\s*:"
         same_key = rf"{before}\s*(?={name})"
         return re.compile(same_key if self._indent is None else rf"{same_key}|[\r\n]{re.escape(self._indent)}(?=\{{)")

@@ -89,3 +89,26 @@ def test_a_folder_is_no_data_set_of_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here/set").mkdir(parents=True)
     assert is_on_hub(SourceConfig(kind="datasets", path=path)) == HUB[path]
+
+
+def public_of(*paths: str) -> PublicPaths:
+    cfg = Config()
+    sources = tuple(SourceConfig(kind="files", path=path) for path in paths)
+    return PublicPaths(replace(cfg, data=replace(cfg.data, sources=sources)))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "shown"),
+    [
+        ("..", "and so on... 3 of 4..5", "and so on... 3 of 4..5"),
+        ("/", "a/b", "a/b"),
+        ("/data", "/data2/secret, /mnt/data/x and /data-old", "/data2/secret, /mnt/data/x and /data-old"),
+        ("/data", "error: /data/x must be a file; '/data'. (/data)", "error: data/x must be a file; 'data'. (data)"),
+    ],
+)
+def test_a_path_is_replaced_where_it_is_a_path_and_not_a_part_of_a_name(path, text, shown):
+    assert public_of(path)(text) == shown
+
+
+def test_two_paths_that_end_alike_stay_two():
+    assert public_of("/a/x", "/b/x")({"/a/x": 1, "/b/x": 2}) == {"x": 1, "x (2)": 2}

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import SourceConfig
+from kindling import rows as reader
 from kindling.data.duplicates import BenchmarkError, Benchmarks
 from kindling.data.sources import documents, local_files
 from kindling.errors import KindlingError
@@ -383,3 +384,28 @@ def test_a_large_file_is_not_held_in_memory(form, tmp_path):
     tracemalloc.stop()
     print(f"{size / 1e6:.0f} MB, at most {peak / 1e6:.1f} MB held, {time.perf_counter() - started:.1f} s")
     assert peak < size / 1.3
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("[" + '{"a": 1},' * 10 + '{"b": x}' + ',{"a": 1}' * 1000 + "]", 1010),
+        ('{"a": 1}' * 10 + '{"b": x}' + '{"a": 1}' * 1000, 1010),
+        ('[{"a": 1}, {"b": "x" "c": {"a": 7}}, {"a": 3}]', 2),
+        ('[{"a": 1}, oops {"a": 2}]', 2),
+    ],
+)
+def test_a_broken_value_among_others_on_its_line_costs_only_itself(tmp_path, text, good):
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    found = [row.content for row in reader.read_rows(tmp_path / "rows.json")]
+    assert sum(isinstance(content, dict) for content in found) == good
+    assert sum(isinstance(content, reader.Broken) for content in found) == 1
+
+
+def test_the_error_of_a_broken_value_counts_little_text_before_it(tmp_path, monkeypatch):
+    """An error counts lines from where the text begins: with all of it, the time is the square of the number of rows."""
+    places, parse = [], reader._parse_value
+    monkeypatch.setattr(reader, "_parse_value", lambda text, at: places.append(at) or parse(text, at))
+    (tmp_path / "rows.json").write_text("[" + '{"a":x},' * 20_000 + "]", encoding="utf-8")
+    assert sum(1 for _ in reader.read_rows(tmp_path / "rows.json")) == 20_000
+    assert max(places) < reader.PASSED + 100 < 8 * 20_000
