@@ -38,7 +38,7 @@ class PublicPaths:
         """Return `value` with the paths shortened."""
         if isinstance(value, str):
             for pattern, name in self._inside:
-                value = pattern.sub(lambda _, name=name: name, value)
+                value = pattern.sub(name.replace("\\", r"\\"), value)
             return self._whole.get(value, value)
         if isinstance(value, Section):
             return Section(**self(vars(value)))

@@ -118,9 +118,11 @@ def test_a_file_longer_than_the_context_is_drawn_from_its_beginning(run, tmp_pat
 
 
 @pytest.mark.slow  # draws all again
-def test_a_run_without_metrics_or_a_text_in_utf_8_is_drawn_and_says_so(run, capsys):
+def test_a_run_without_metrics_is_drawn_and_says_so_and_a_text_must_be_utf_8(run, capsys):
     (run.path / "metrics.jsonl").unlink()
-    assert main([str(run.path), "--text", "caf\udce9"]) == 0  # a byte of Latin-1, shown as U+FFFD
+    with pytest.raises(KindlingError, match="--text must be a text in UTF-8"):
+        main([str(run.path), "--text", "caf\udce9"])  # a byte of Latin-1
+    assert main([str(run.path)]) == 0
     assert drawn(run) == PLOTS - {"training_curves"}
     assert "no metrics.jsonl" in capsys.readouterr().err
 

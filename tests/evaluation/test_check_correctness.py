@@ -16,7 +16,7 @@ from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.process import Limits
 
 MODE = "bwrap" if shutil.which("bwrap") else "none"  # nothing but references and their mutants runs here
-LIMITS = Limits(cpu_s=6, wall_s=60)  # the reference of MBPP/123 takes 3 s
+LIMITS = Limits(cpu_s=15, wall_s=90)  # the reference of MBPP/123 takes 3 s, on a slow machine 7
 LIMIT_S = 90
 OURS = load("problems")
 GRADED_ROWS = [json.loads(line) for line in (PROBLEMS / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
