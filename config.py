@@ -416,8 +416,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 if the hardware has it, else fp16 on CUDA, else fp32."""
     deterministic: bool = False
-    """On a GPU: use only kernels that give the same bits each time, so that a resumed run ends with the bits of one that was
-    not stopped. Slower. A CPU's kernels always do."""
+    """On a GPU: use only kernels that give the same bits each time, so that resuming is exact. Slower. A CPU's always do."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: if there is a compiler, and the run is long enough to win back the time of compiling."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -446,6 +445,11 @@ class TrainConfig:
     def micro_batch(self) -> int:
         """Sequences per forward pass."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Sequences per forward pass of an evaluation: no more than in training, so that what trains can be evaluated."""
+        return min(16, self.micro_batch)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -205,11 +205,11 @@ def sandbox_refusal(flags: Flags) -> str | None:
 
 def heldout_losses(subject: EvalContext) -> Losses:
     """Return the losses of the held-out split."""
-    from kindling.evaluation.perplexity import BATCH_ROWS, document_losses
+    from kindling.evaluation.perplexity import document_losses
     from kindling.evaluation.progress import progress_bar
 
     dataset, stride = subject.heldout, subject.flags.eval.stride
-    n_rows = min(BATCH_ROWS, subject.run.config().train.micro_batch)  # what could be trained can be evaluated
+    n_rows = subject.run.config().train.evaluation_rows
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     with progress_bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as bar:
         return document_losses(subject.model, dataset, subject.runtime, stride, n_rows, bar.update)
@@ -230,7 +230,8 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
                 subject.runtime,
                 flags.field,
                 flags.eval.stride,
-                progress=bar.update,
+                subject.run.config().train.evaluation_rows,
+                bar.update,
             )
         out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
     return out

@@ -70,6 +70,11 @@ class Child:
         self._log.seek(0)
         return self._log.read().strip()[-LAST_WORDS:]
 
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.close()
+
     def close(self, patience_s: float = 30.0) -> None:
         """End it: it may finish its work for `patience_s` seconds, then it is killed."""
         assert self.process.stdin is not None and self.process.stdout is not None

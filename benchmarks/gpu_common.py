@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from child import Child
 
 ROOT = Path(__file__).resolve().parent.parent
 MANY_CORES = 8  # from here on, a section is prepared while the one before it runs
@@ -99,6 +102,12 @@ class Command:
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or ["nothing was printed"])[-1][:300]
+
+
+def start_worker(script: str, arguments: list[Any], log: Path, **env: str) -> Child:
+    """Start a file of this folder as a process that answers requests, with `arguments` as JSON."""
+    path = os.pathsep.join([path_of_modules(), str(ROOT / "benchmarks")])
+    return Child([sys.executable, script, json.dumps(arguments)], log, {**os.environ, "PYTHONPATH": path, **env})
 
 
 def path_of_modules() -> str:

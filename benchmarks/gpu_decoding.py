@@ -7,16 +7,14 @@ tokens, greedy, without end of text. The time is that of the whole call, with th
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from child import Child, ChildError
-from gpu_common import ROOT, Plan, path_of_modules, say
+from gpu_common import Plan, say, start_worker
 
 BATCHES, PROMPT, NEW, TURNS = (1, 32, 256), 128, 128, 2
 TOY_BATCHES, TOY_PROMPT, TOY_NEW = (1, 3), 8, 8
@@ -97,9 +95,7 @@ class Decoding:
     def prepare(self, plan: Plan) -> None:
         """Start the process."""
         if self.child is None:
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join([path_of_modules(), str(ROOT / "benchmarks")])}
-            command = [sys.executable, str(Path(__file__)), json.dumps([plan.device, plan.toy])]
-            self.child = Child(command, plan.work / "decoding.log", env)
+            self.child = start_worker(__file__, [plan.device, plan.toy], plan.work / "decoding.log")
 
     def run(self, plan: Plan, limit_s: float) -> None:
         """Measure one batch after another."""
@@ -119,8 +115,7 @@ class Decoding:
     def close(self) -> None:
         """End the process."""
         if self.child is not None:
-            self.child.process.kill()
-            self.child.close(1.0)
+            self.child.kill()
 
 
 if __name__ == "__main__":

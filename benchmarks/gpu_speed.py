@@ -16,11 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from child import Child, ChildError
-from gpu_common import MANY_CORES, ROOT, Plan, path_of_modules, say
+from gpu_common import MANY_CORES, Plan, say, start_worker
 
 if TYPE_CHECKING:
     from config import Config
@@ -152,7 +151,7 @@ def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
             device.synchronize(runtime)
         except RuntimeError as e:  # there may be room when no other process works
             notes.append(f"{n_rows} rows, while others worked: {' '.join(str(e).split())[:100]}")
-        device.release_memory(runtime)
+        device.release_memory(runtime.device)
     about = {"sizes": sizes, "notes": notes, "compiled": compiles, "precision": runtime.precision}
     about |= {"ready_s": time.perf_counter() - started, "matrices": matrix_parameters(side.model)}
     answer(about)
@@ -168,7 +167,7 @@ def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
                 answer(turn(side, request["rows"], request["seconds"]))
         except RuntimeError as e:
             answer({"failed": " ".join(str(e).split())[:200]})
-        device.release_memory(runtime)  # the other processes need it
+        device.release_memory(runtime.device)  # the other processes need it
 
 
 def turn(side: Side, n_rows: int, seconds: float) -> dict[str, Any]:
@@ -308,15 +307,15 @@ class Speed:
 
     def start(self, plan: Plan, shape: str, side: str) -> tuple[Child, dict[str, Any]]:
         """Start the process of one shape and side; return it when it is ready, with what it says."""
-        arguments = json.dumps([shape, side, plan.device, plan.toy])
         log = plan.work / f"fast-{shape}-{side.replace(', ', '-')}.log"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([path_of_modules(), str(ROOT / "benchmarks")])}
-        env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # sizes change, so pieces would not fit
-        env["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # several processes compile at a time
+        env = {
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # sizes change, so pieces would not fit
+            "TORCHINDUCTOR_COMPILE_THREADS": "2",  # several processes compile at a time
+        }
         with self.lock:
             if self.closed:
                 raise ChildError("it was not ready in time")
-            child = Child([sys.executable, str(Path(__file__)), arguments], log, env)
+            child = start_worker(__file__, [shape, side, plan.device, plan.toy], log, **env)
             self.children[shape, side] = child
         return child, child.answer()
 
@@ -421,8 +420,7 @@ class Speed:
         """End one process."""
         child = self.children.pop((shape, side), None)
         if child is not None:
-            child.process.kill()
-            child.close(1.0)
+            child.kill()
 
     def close(self) -> None:
         """End all processes."""

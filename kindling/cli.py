@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from kindling.errors import KindlingError, one_line
+from kindling.errors import KindlingError, one_line, says_out_of_memory
 from kindling.paths import expand_home
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def run_script(main: Callable[[], int | None]) -> None:
                 file=sys.stderr,
             )
             sys.exit(1)
-        if "out of memory" not in str(e).lower():
+        if not says_out_of_memory(e):
             raise
         print(
             "error: the model and what it works on must fit into the memory of the device, but do not "

@@ -24,7 +24,7 @@ import torch
 
 from config import TrainConfig
 from kindling.distributed import SINGLE_PROCESS, World
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, says_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # FLOP of a run from which compiling it pays: it takes some seconds to a minute, and saves up to half of the time
@@ -265,19 +265,15 @@ def peak_memory_bytes(runtime: Runtime) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the error says that a tensor did not fit into the memory of its device."""
     # MPS and the CPU's allocator raise a plain RuntimeError
-    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in said for word in words)
-    )
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and says_out_of_memory(error))
 
 
-def release_memory(runtime: Runtime) -> None:
+def release_memory(device: torch.device) -> None:
     """Return memory that torch holds but does not use, after an error for lack of it."""
     gc.collect()  # the frames of an error may be in a cycle
-    if runtime.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif runtime.device.type == "mps":
+    elif device.type == "mps":
         torch.mps.empty_cache()
 
 

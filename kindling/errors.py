@@ -20,6 +20,12 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
+def says_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether the text of an error says that a tensor did not fit into memory: on CUDA, on MPS or on the CPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return any(word in str(error).lower() for word in words)
+
+
 class ConfigError(KindlingError):
     """A setting that cannot be used."""
 

@@ -188,6 +188,12 @@ def syntax(samples: Sequence[Sample], graded: Sequence[GradedSample], python: st
     return {**rates(graded), "python": python, "by_prompt": by_prompt}
 
 
+def verdict_columns(graded: GradedSample) -> dict[str, Any]:
+    """Return the part of a line of samples.jsonl that says how a sample was judged."""
+    names = ("verdict", "reason", "compiles", "non_trivial")
+    return {name: getattr(graded, name) for name in names}
+
+
 def write_samples(run_path: Path, split: str, code: CodeResults, lengths: Sequence[int]) -> list[str]:
     """Write samples.jsonl, one line for each sample with its verdict; return the file's name, or nothing without samples.
 
@@ -198,7 +204,7 @@ def write_samples(run_path: Path, split: str, code: CodeResults, lengths: Sequen
     lines = []
     for i, (s, g) in enumerate(zip(code.samples, code.graded)):
         line: dict[str, Any] = {"benchmark": s.problem.benchmark, "task_id": s.problem.task_id, "sample": s.number}
-        line |= {"verdict": g.verdict, "reason": g.reason, "compiles": g.compiles, "non_trivial": g.non_trivial}
+        line |= verdict_columns(g)
         line |= {"tokens": len(s.ids), "cut_short": s.cut_short, "prompt_cropped": s.cropped}
         line |= {"overlap": lengths[i]} if lengths else {}
         lines.append(json.dumps({**line, "text": s.text, "program": g.program}, ensure_ascii=True))

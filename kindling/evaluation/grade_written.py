@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kindling.evaluation.check_correctness import GradedSample, grade_samples
-from kindling.evaluation.code_eval import functional_figures
+from kindling.evaluation.check_correctness import grade_samples
+from kindling.evaluation.code_eval import functional_figures, verdict_columns
 from kindling.evaluation.references import left_out_problems
 from kindling.evaluation.report import ReportError, file_name, save
 from kindling.evaluation.results_file import read_results
@@ -57,15 +57,10 @@ def grade_written(
     left_out = left_out_problems({name: list(tasks.values()) for name, tasks in asked.items()}, mode, cfg)
     graded = grade_samples(samples, chat, mode, cfg, progress)
     for i, g in zip(places, graded):
-        lines[i] |= {"verdict": g.verdict, "reason": g.reason, **compiled(g), "program": g.program}
+        lines[i] |= verdict_columns(g) | {"program": g.program}
     results["functional"] = functional_figures(samples, graded, list(asked), mode, left_out)
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
     return results, losses, [*save(run, results, losses), path.name]
-
-
-def compiled(graded: GradedSample) -> Line:
-    """Return the part of a line that says whether the program compiles."""
-    return {"compiles": graded.compiles, "non_trivial": graded.non_trivial}
 
 
 def read_samples(path: Path) -> list[Line]:

@@ -151,7 +151,7 @@ def _rows_in_memory(
         left = [n for n in numbers if n not in ended]
         if left:
             del rows
-            device.release_memory(device.Runtime(model.head.weight.device, "fp32"))
+            device.release_memory(model.head.weight.device)
             n_rows = max(1, n_rows // 2)
             print(f"note: memory has no room for more samples at a time: from here on {n_rows}", file=sys.stderr)
 

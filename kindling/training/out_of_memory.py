@@ -50,7 +50,7 @@ def largest_that_fits(trainer: Trainer) -> int | None:
             continue
         trainer.micro_batch = rows
         trainer.model.zero_grad(set_to_none=True)
-        device.release_memory(trainer.runtime)
+        device.release_memory(trainer.runtime.device)
         if fits(trainer):
             return rows
     return None
