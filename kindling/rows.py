@@ -177,6 +177,8 @@ def _odd_line(line: str, number: int, error: Exception) -> Iterator[Row]:
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     # without its line and column, which count from where the text in memory begins
     return f"not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)}"
 

@@ -200,14 +200,14 @@ def test_what_ends_a_text_is_said(ask, tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n\nnot json\n', "line 3 .*but is not JSON"),
         ("p.json", '[{"prompt": "a"}, {"prompt": null}]', "line 1 .*but is"),
         ("p.jsonl", "\n", "at least one prompt"),
-        ("p.jsonl", "[" * 100_000, "line 1"),
+        ("p.jsonl", "[" * 100_000, "line 1 .*nested too deeply"),
     ],
 )
 def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(GenerationError, match=words) as e:
         generate.read_prompts(tmp_path / name)
-    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+    assert "\n" not in str(e.value) and len(str(e.value).replace(str(tmp_path), "")) < 300
 
 
 def test_a_prompt_that_the_tokenizer_cannot_hold_is_named_by_its_line(ask, tmp_path):
