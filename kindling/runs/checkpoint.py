@@ -273,11 +273,10 @@ class RunDirectory:
             )
         return None
 
-    def roll_back_to(self, before: int) -> Path | None:
-        """Return the newest whole checkpoint of a step before `before`. Rename the later ones, so that no run resumes them."""
-        folder = self.newest(before)
-        for later in self.checkpoints() if folder is not None else []:
-            if step_of(later) >= before:
+    def abandon_from(self, step: int) -> None:
+        """Rename the checkpoints of `step` and later steps, so that no run resumes them."""
+        for later in self.checkpoints():
+            if step_of(later) >= step:
                 target = later.with_name(f"abandoned-{later.name}")
                 shutil.rmtree(target, ignore_errors=True)
                 later.rename(target)
@@ -285,7 +284,6 @@ class RunDirectory:
                     f"note: {later.name} is of steps that are left out now, and is kept as {target.name}",
                     file=sys.stderr,
                 )
-        return folder
 
 
 def step_of(folder: Path) -> int:

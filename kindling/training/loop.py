@@ -19,6 +19,7 @@ from kindling.stopping import StopRequest
 from kindling.training.compilation import wants_compile
 from kindling.training.out_of_memory import out_of_memory
 from kindling.training.progress import ProgressBar
+from kindling.training.rollback import roll_back
 from kindling.training.trainer import LaunchedStep, Trainer
 
 
@@ -100,8 +101,10 @@ class TrainingLoop:
             self.bar.advance(seconds)
             if self.finished() or stopping or trainer.pending_rollback:
                 self.finish_launched()
-            if self.must_roll_back():
-                trainer.roll_back()
+            # a run that is out of time keeps the weights from before the bad steps
+            out_of_time = self.finished() and self.train.max_minutes is not None
+            if trainer.pending_rollback and not out_of_time:
+                roll_back(trainer)
                 self.log.rewind(trainer.state.step)
                 self.bar.go_back(trainer.state.step)
                 self.window, self.saved_step = Window(), trainer.state.step
@@ -132,11 +135,6 @@ class TrainingLoop:
     def due(self, every: int) -> bool:
         """Return whether the step is a multiple of `every`, or the run is finished."""
         return self.finished() or self.trainer.state.step % every == 0
-
-    def must_roll_back(self) -> bool:
-        """Return whether to roll back. A run that is out of time does not; it keeps the weights from before the bad steps."""
-        out_of_time = self.finished() and self.train.max_minutes is not None
-        return self.trainer.pending_rollback is not None and not out_of_time
 
     def should_save(self, improved: bool) -> bool:
         """Return whether to save. Not during a bad streak, because a rollback needs an older checkpoint."""

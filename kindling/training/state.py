@@ -51,16 +51,6 @@ class TrainingState:
                 row = end
         return row
 
-    def count(self, step: int, first_row: int, good: bool) -> None:
-        """Count a step whose result is known: its number, its first row, and whether it was done or skipped."""
-        if good:
-            self.skipped_in_a_row = 0
-            return
-        if self.skipped_in_a_row == 0:
-            self.streak = step, first_row
-        self.skipped_in_a_row += 1
-        self.skipped += 1
-
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain values, under the names in the file."""
         return {NAMES_IN_FILE.get(name, name): value for name, value in asdict(self).items()}

@@ -28,20 +28,12 @@ from kindling.data.shards import rank_rows
 from kindling.device import Runtime
 from kindling.distributed import MainRankFailed, wrap_ddp
 from kindling.errors import require
-from kindling.runs.checkpoint import (
-    CheckpointError,
-    RunDirectory,
-    is_sharded_checkpoint,
-    load_sharded,
-    load_state,
-    load_weights,
-)
+from kindling.runs.checkpoint import CheckpointError, RunDirectory, is_sharded_checkpoint, load_sharded, load_weights
 from kindling.runs.fsdp import digest, full_tensor, is_sharded, shard, synchronize_gradients
 from kindling.runs.loading import load_model
 from kindling.training.guard import SpikeGuard
 from kindling.training.optim import make_optimizers
 from kindling.training.prefetch import Prefetch, TrainingRows
-from kindling.training.rollback import Rollback, after_rollback, checkpoint_before, rollback_after
 from kindling.training.schedule import fraction_done, learning_rate_scale
 from kindling.training.skipped_steps import SkippedStepRecorder
 from kindling.training.state import TrainingState
@@ -58,6 +50,15 @@ class LaunchedStep(NamedTuple):
     number: int  # from 1
     first_row: int
     norm_limit: float  # a larger norm is an outlier
+
+
+class Rollback(NamedTuple):
+    """A series of skipped steps that is long enough for the run to go back (rollback.py)."""
+
+    n_steps: int
+    first_step: int
+    first_row: int
+    end_row: int  # of the rows to leave out
 
 
 def require_divisible_batch(cfg: Config, runtime: Runtime) -> None:
@@ -151,10 +152,6 @@ class Trainer:
 
     def resume(self, folder: Path, saved: dict[str, Any]) -> None:
         """Restore a verified checkpoint; `saved` is its training state (`load_state`). Every rank must call it."""
-        self._load(folder, saved)
-        self.resumed_environment = saved["environment"]
-
-    def _load(self, folder: Path, saved: dict[str, Any]) -> None:
         if is_sharded_checkpoint(folder):
             load_sharded(folder, self.model, self.optimizers)
         else:
@@ -175,22 +172,7 @@ class Trainer:
             device.set_rng_state(rng_states[self.world.rank])
         else:
             device.seed_rank(self.train.seed, self.state.step, self.world.rank)
-
-    def roll_back(self) -> None:
-        """Restore the newest checkpoint from before the skipped steps. Their rows are left out from now on.
-
-        Raises TrainingError if there is no such checkpoint, or after too many rollbacks.
-        """
-        rollback, before = self.pending_rollback, self.state
-        assert rollback is not None
-        folder = checkpoint_before(rollback, self.run, before, self.train, self.world)
-        self._load(folder, load_state(folder))
-        self.state = after_rollback(self.state, before, rollback, self.train)
-        self.pending_rollback = None
-        self.say(
-            f"warning: {rollback.n_steps} steps in a row were skipped: back to step {self.state.step}, without the "
-            f"{rollback.end_row - rollback.first_row:,} rows of those steps"
-        )
+        self.resumed_environment = saved["environment"]
 
     def environment(self) -> dict[str, Any]:
         """Return what else the exact bits of the run depend on, besides config and data."""
@@ -255,7 +237,7 @@ class Trainer:
         """Do one optimiser step without waiting for the device; `finish_step` reads its results.
 
         If the loss or the gradient norm is not finite, or the norm is an outlier, weights and optimisers do not change. The
-        device itself checks this.
+        device itself checks this: an optimiser whose `found_inf` is not 0 changes nothing.
         """
         state = self.state
         self.lr_scale = learning_rate_scale(state.step, state.elapsed_s, self.train)
@@ -280,13 +262,24 @@ class Trainer:
         return step
 
     def finish_step(self, step: LaunchedStep) -> tuple[float, float, bool]:
-        """Wait for a launched step and count it; return its loss, its gradient norm, and whether it was done."""
+        """Wait for a launched step; return its loss, its gradient norm, and whether it was done.
+
+        Skipped steps are counted. After too many in a row, `pending_rollback` is set.
+        """
+        state = self.state
         loss, norm = torch.stack((step.loss, step.norm)).tolist()
         good = math.isfinite(loss) and math.isfinite(norm) and norm <= step.norm_limit
         self.guard.add(step.number, norm, good)
-        self.state.count(step.number, step.first_row, good)
-        if self.pending_rollback is None:
-            self.pending_rollback = rollback_after(self.state, self.train, step.first_row)
+        if good:
+            state.skipped_in_a_row = 0
+            return loss, norm, good
+        if state.skipped_in_a_row == 0:
+            state.streak = step.number, step.first_row
+        state.skipped_in_a_row += 1
+        state.skipped += 1
+        if state.skipped_in_a_row >= self.train.max_skipped_steps and self.pending_rollback is None:
+            end_row = state.next_row(step.first_row, self.train.batch_size)
+            self.pending_rollback = Rollback(state.skipped_in_a_row, *state.streak, end_row)
         return loss, norm, good
 
     def train_step(self) -> tuple[float, float, int]:
