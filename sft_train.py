@@ -103,10 +103,12 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
+    from kindling.data.build import prepare
+    from kindling.data.examples import open_split
     from kindling.distributed import require_single_process
     from kindling.runs.checkpoint import CheckpointError
     from kindling.training.stage import audit_examples, train_stage
-    from kindling.training.start_or_resume import training_data, training_rows
+    from kindling.training.start_or_resume import training_rows
 
     flags, base = parse(argv)
     cfg = configured(flags, base)
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         return train_stage(cfg, flags.fresh, report, base)
     require_single_process("--audit" if flags.explain is None else "--explain")
     tokenizer = base.tokenizer()
-    dataset = training_data(cfg, None, tokenizer)
+    dataset = open_split(cfg, prepare(cfg, tokenizer), "train")
     if flags.explain is not None:
         print(explain_path(cfg, dataset.folder, flags.explain))
         return 0

@@ -6,19 +6,27 @@ exit_code = train_stage(cfg, fresh, report, base=run)       # fine-tuning of ano
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 
 from config import Config
 from kindling.data.audit import audit, picture, table, wants_color
-from kindling.data.examples import ExampleRows, Examples, require_template
+from kindling.data.build import prepare
+from kindling.data.examples import ExampleRows, Examples, open_split, require_template
 from kindling.data.shards import PackedBlocks
 from kindling.distributed import process_group
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.loop import fit
-from kindling.training.start_or_resume import lock_run, start_or_resume, training_data, training_rows
+from kindling.training.start_or_resume import (
+    check_config_changes,
+    check_new_run,
+    data_of_run,
+    start_or_resume,
+    training_rows,
+)
 from kindling.training.trainer import Trainer
 
 
@@ -33,15 +41,32 @@ def train_stage(
     started = time.perf_counter()
     run = RunDirectory(RUNS / cfg.run_name)
     tokenizer = None if base is None else base.tokenizer()
-    with process_group(cfg.train.device) as world, lock_run(cfg, run, fresh, world) as resuming:
-        dataset = world.main_first(lambda: training_data(cfg, run if resuming else None, tokenizer))
+    with process_group(cfg.train.device) as world, contextlib.ExitStack() as stack:
+        world.on_main(lambda: stack.enter_context(run.lock()))
+        resuming = world.on_main(run.exists) and not fresh
+        if resuming:
+            world.on_main(lambda: check_config_changes(run.config(), cfg, run))
+            dataset = world.main_first(lambda: data_of_run(cfg, run, tokenizer))
+        else:
+            world.on_main(lambda: check_new_run(cfg, run, fresh))
+            dataset = world.main_first(lambda: open_split(cfg, prepare(cfg, tokenizer), "train"))
         rows = training_rows(cfg, dataset)
         if tokenizer is not None:
             audit_examples(cfg, rows, tokenizer)
         trainer = start_or_resume(cfg, run, resuming, dataset, rows, world)
         print(describe(trainer, rows, base))
-        if code := train_to_end(trainer):
-            return code
+        if trainer.share() >= 1:
+            more = "max-steps" if cfg.train.max_minutes is None else "max-minutes"
+            print(f"the run is complete at step {trainer.state.step}; --train.{more} N goes on, --fresh starts over")
+        else:
+            if trainer.state.step:
+                print(f"resuming at step {trainer.state.step}")
+            if code := fit(trainer):
+                print(f"stopped and saved at step {trainer.state.step}; the same command resumes")
+                return code
+        state = trainer.state
+        if not state.last_eval or state.last_eval_step != state.step:  # for example after max_steps was lowered
+            state.last_eval, state.last_eval_step = trainer.evaluate(trainer.model), state.step
         digest = trainer.digest()
         if world.main:
             commands = report(trainer)
@@ -87,24 +112,6 @@ def length(cfg: Config) -> str:
         return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
     tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
     return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
-
-
-def train_to_end(trainer: Trainer) -> int:
-    """Train to the end, unless the run is complete already. Print how to go on, and return the exit code."""
-    state = trainer.state
-    if trainer.share() >= 1:
-        more = "max-steps" if trainer.train.max_minutes is None else "max-minutes"
-        print(f"the run is complete at step {state.step}; --train.{more} N goes on, --fresh starts over")
-    else:
-        if state.step:
-            print(f"resuming at step {state.step}")
-        if code := fit(trainer):
-            print(f"stopped and saved at step {trainer.state.step}; the same command resumes")
-            return code
-    state = trainer.state  # a rollback replaces it
-    if not state.last_eval or state.last_eval_step != state.step:  # for example after max_steps was lowered
-        state.last_eval, state.last_eval_step = trainer.evaluate(trainer.model), state.step
-    return 0
 
 
 def summary_line(trainer: Trainer, digest: str, seconds: float) -> str:

@@ -1,15 +1,13 @@
 """Starts a run, or resumes it from its newest checkpoint, in pre-training and in fine-tuning.
 
-In the order of the calls: `may_resume` decides between the two and checks the config, `training_data` and `training_rows`
-open the data, `start_or_resume` makes the model and the trainer and loads the weights. KEEPS_EVERY_BIT and MAY_CHANGE
-are the settings that a resumed run may change.
+In the order of the calls, which are all in stage.py: `check_config_changes` or `check_new_run`; `data_of_run` and
+`training_rows` open the data; `start_or_resume` makes the model and the trainer and loads the weights. KEEPS_EVERY_BIT and
+MAY_CHANGE are the settings that a resumed run may change.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,19 +55,13 @@ MAY_CHANGE = KEEPS_EVERY_BIT | {
 }
 
 
-def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
-    """Return True to resume the run, False to start a new one.
-
-    Raises KindlingError, before any long work, if the run cannot be resumed with this config, or a new run cannot start.
-    """
-    resuming = run.exists() and not fresh
-    if resuming:
-        check_config_changes(run.config(), cfg, run)
-    elif run.checkpoints() and not fresh:
+def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
+    """Raise KindlingError, before any long work, if a new run cannot start."""
+    if run.checkpoints() and not fresh:
         raise CheckpointError(
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
-    elif cfg.train.init_from is not None:
+    if cfg.train.init_from is not None:
         source = Path(cfg.train.init_from).expanduser()
         if hf_format.holds_model(source):
             _weights_of_hub(source, cfg.model)
@@ -77,7 +69,6 @@ def may_resume(cfg: Config, run: RunDirectory, fresh: bool) -> bool:
                 hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
         else:
             find_run(source)
-    return resuming
 
 
 def check_config_changes(saved: Config, given: Config, run: RunDirectory) -> None:
@@ -98,26 +89,11 @@ def check_config_changes(saved: Config, given: Config, run: RunDirectory) -> Non
         )
 
 
-@contextlib.contextmanager
-def lock_run(cfg: Config, run: RunDirectory, fresh: bool, world: World) -> Iterator[bool]:
-    """Hold the run's lock on the main rank, and yield the result of `may_resume` on every rank. Raises what either raises."""
-    with contextlib.ExitStack() as stack:
+def data_of_run(cfg: Config, run: RunDirectory, tokenizer: Tokenizer | None = None) -> TokenDataset:
+    """Open the training shards that a run was started with. If they are gone, build them again.
 
-        def lock_and_ask() -> bool:
-            stack.enter_context(run.lock())
-            return may_resume(cfg, run, fresh)
-
-        yield world.on_main(lock_and_ask)
-
-
-def training_data(cfg: Config, run: RunDirectory | None, tokenizer: Tokenizer | None = None) -> TokenDataset:
-    """Open the training shards of `cfg`; build them first if they do not exist.
-
-    A resumed `run` gets the shards that it was started with. `tokenizer` as in `build.prepare`. Raises DataError if those
-    shards are gone and a new build gives others.
+    `tokenizer` as in `build.prepare`. Raises DataError if the new build gives other shards.
     """
-    if run is None:
-        return open_split(cfg, prepare(cfg, tokenizer), "train")
     manifest = read_manifest(run.data)
     folder = DATA / manifest["fingerprint"]
     if not folder.is_dir():

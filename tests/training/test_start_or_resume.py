@@ -19,7 +19,13 @@ from kindling.files import sha256_file, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.tokenizer import load_pretrained, train_bpe
-from kindling.training.start_or_resume import may_resume, start_or_resume, training_data, training_rows
+from kindling.training.start_or_resume import (
+    check_config_changes,
+    check_new_run,
+    data_of_run,
+    start_or_resume,
+    training_rows,
+)
 from model import GPT
 from presets import preset
 
@@ -65,10 +71,10 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     assert run.heldout("val").documents is None
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert training_data(cfg, run).folder == old
+    assert data_of_run(cfg, run).folder == old
     ids = TokenDataset(old, "train").read(0, 1000)
     shutil.rmtree("data")
-    rebuilt = training_data(cfg, run)
+    rebuilt = data_of_run(cfg, run)
     assert rebuilt.folder != old and rebuilt.documents is not None
     assert np.array_equal(rebuilt.read(0, 1000), ids)
 
@@ -101,8 +107,13 @@ def hub(corpus, tmp_path_factory):
 
 def taken_up(cfg, where, begun=False):
     run = RunDirectory(where / "runs" / "new")
-    assert may_resume(cfg, run, fresh=False) == begun
-    dataset = training_data(cfg, run if begun else None)
+    assert run.exists() == begun
+    if begun:
+        check_config_changes(run.config(), cfg, run)
+        dataset = data_of_run(cfg, run)
+    else:
+        check_new_run(cfg, run, fresh=False)
+        dataset = TokenDataset(prepare(cfg), "train")
     return start_or_resume(cfg, run, begun, dataset, training_rows(cfg, dataset))
 
 
@@ -137,7 +148,7 @@ def test_hub_weights_of_another_shape_are_refused_before_any_data_is_read(hub, t
     _, cfg = hub
     cfg = replace(cfg, model=replace(cfg.model, n_layer=3, activation="relu", block_size=16, d_ff=128))
     with pytest.raises(CheckpointError) as caught:
-        may_resume(cfg, RunDirectory(tmp_path / "new"), fresh=False)
+        check_new_run(cfg, RunDirectory(tmp_path / "new"), fresh=False)
     assert str(caught.value).endswith("set --model.block-size 32 --model.n-layer 2 --model.activation gelu_new")
 
 
@@ -151,7 +162,7 @@ def test_hub_weights_with_another_tokenizer_are_refused(hub, corpus, tmp_path, m
     other = tmp_path / "tokenizer.json"
     other.write_text(train_bpe(["abc"], TokenizerConfig(), 300).to_json(), encoding="utf-8")
     with pytest.raises(hf_format.HubFormatError, match="is another"):
-        may_resume(
+        check_new_run(
             replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path=str(other))),
             RunDirectory(tmp_path / "new"),
             False,
@@ -164,4 +175,4 @@ def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
     torch.manual_seed(6)
     hf_format.write(tmp_path, GPT(model), load_pretrained(cfg.tokenizer), "")
     cfg = replace(cfg, model=replace(model, block_size=16), train=replace(cfg.train, init_from=str(tmp_path)))
-    assert may_resume(cfg, RunDirectory(tmp_path / "new"), fresh=False) is False
+    check_new_run(cfg, RunDirectory(tmp_path / "new"), fresh=False)
