@@ -40,27 +40,22 @@ def fit(trainer: Trainer) -> int:
     Raises TrainingError if too many steps in a row are skipped and the run cannot roll back, CheckpointError if the last
     save fails, OutOfMemoryError if a step does not fit into the memory of the device.
     """
+    state, main = trainer.state, trainer.world.main
     trainer.model.train()
     try:
-        return compile_and_loop(trainer)
+        with device.deterministic_kernels(trainer.train.deterministic, trainer.runtime):
+            compile_and_prepare(trainer)
+            with (
+                StopRequest() as stop,
+                contextlib.closing(MetricsLog(trainer.run.path, state.step) if main else NoLog()) as log,
+                ProgressBar(trainer.train, state.step, state.elapsed_s, shown=main) as bar,
+            ):
+                TrainingLoop(trainer, stop, log, bar).run()
+        return stop.exit_code
     except RuntimeError as e:
         if not device.is_out_of_memory(e):
             raise
     raise out_of_memory(trainer)
-
-
-def compile_and_loop(trainer: Trainer) -> int:
-    """Compile the model if it pays, and train to the end; return and raise as `fit` does."""
-    state, main = trainer.state, trainer.world.main
-    with device.deterministic_kernels(trainer.train.deterministic, trainer.runtime):
-        compile_and_prepare(trainer)
-        with (
-            StopRequest() as stop,
-            contextlib.closing(MetricsLog(trainer.run.path, state.step) if main else NoLog()) as log,
-            ProgressBar(trainer.train, state.step, state.elapsed_s, shown=main) as bar,
-        ):
-            TrainingLoop(trainer, stop, log, bar).run()
-    return stop.exit_code
 
 
 def compile_and_prepare(trainer: Trainer) -> None:
