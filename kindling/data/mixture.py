@@ -80,57 +80,41 @@ class Mixture:
     def __init__(self, cfg: DataConfig, read: Reader, silent: bool = False):
         """`read` reads a source from its beginning. With `silent`, nothing is printed when a source is exhausted."""
         self.data, self.read, self.silent = cfg, read, silent
-        self.reads = [0] * len(cfg.sources)  # how often the reading of each source was started
+        self.reads = [1] * len(cfg.sources)  # how often the reading of each source was started
         self.broken: dict[int, str] = {}  # the sources that broke off, and why
         self.notes: list[str] = []
         self._dry: set[int] = set()  # the sources that were read to their end
         self._in_train = [bytearray() for _ in cfg.sources]  # of each document: is it in training?
 
     def __iter__(self) -> Generator[DrawnDocument, None, None]:
-        originals, number = Deduplicator(self.data), 0
-        streams = {i: self._read(i) for i in range(len(self.reads))}
+        duplicates, number = Deduplicator(self.data), 0
+        streams = {i: self.read(i) for i in range(len(self.reads))}
         drawn = dict.fromkeys(streams, 0)
         while streams:
             i = min(streams, key=lambda i: drawn[i] / self.data.sources[i].weight)
-            document = next(streams[i], None)
-            if document is None:
+            processed = next(streams[i], None)
+            if processed is None:
                 streams = self._went_dry(i, streams)
                 continue
-            processed = document.processed
-            if document.drop is None and not document.repeated:
-                document.drop, document.original = originals.check(processed, number)
-                document.split = (
-                    split_of(processed.group or processed.digest, self.data) if document.drop is None else ""
-                )
-            if self.reads[i] == 1:
+            if self.reads[i] > 1:  # `_repeat` gives only documents of training
+                document = DrawnDocument(i, processed, split="train", repeated=True)
+            else:
+                document = DrawnDocument(i, processed, processed.drop)
+                if document.drop is None:
+                    document.drop, document.original = duplicates.check(processed, number)
+                if document.drop is None:
+                    document.split = split_of(processed.group or processed.digest, self.data)
                 self._in_train[i].append(document.split == "train")
+                if processed.broken is not None:
+                    self.broken[i] = f"{self.data.sources[i].label}: {processed.broken}"
             if document.drop is None:
                 drawn[i] += processed.size if processed.ids is None else len(processed.ids)
             number += 1
             yield document
 
-    def _read(self, i: int) -> Iterator[DrawnDocument]:
-        """Yield the documents of a source; in a repetition, only those of the training split."""
-        label, again = self.data.sources[i].label, self.reads[i] > 0
-        self.reads[i] += 1
-        found = False
-        try:
-            for n, processed in enumerate(self.read(i)):
-                if processed.broken is not None:
-                    self.broken[i] = f"{label}: {processed.broken}"
-                if not again:
-                    yield DrawnDocument(i, processed, processed.drop)
-                elif n < len(self._in_train[i]) and self._in_train[i][n] and processed.drop is None:
-                    found = True
-                    yield DrawnDocument(i, processed, split="train", repeated=True)
-        except DataError as e:
-            if not again:
-                raise
-            self.broken[i] = f"{label}: {e}"  # what was read before stays
-        if again and not found:  # without this, the source would be repeated for ever
-            self.broken.setdefault(i, f"{label}: in its repetition nothing of it was there any more")
-
-    def _went_dry(self, i: int, streams: dict[int, Iterator[DrawnDocument]]) -> dict[int, Iterator[DrawnDocument]]:
+    def _went_dry(
+        self, i: int, streams: dict[int, Iterator[ProcessedDocument]]
+    ) -> dict[int, Iterator[ProcessedDocument]]:
         """Return the streams to go on with when source `i` is exhausted, and note it the first time."""
         label, first = self.data.sources[i].label, i not in self._dry
         self._dry.add(i)
@@ -144,7 +128,23 @@ class Mixture:
         repeat = self.data.stopping_strategy == "repeat" and any(self._in_train[i]) and i not in self.broken
         if first:
             self._note(f"source {label} ran dry: " + ("it is repeated" if repeat else "the others go on without it"))
-        return {**others, i: self._read(i)} if repeat else others
+        return {**others, i: self._repeat(i)} if repeat else others
+
+    def _repeat(self, i: int) -> Iterator[ProcessedDocument]:
+        """Read a source once more, and yield those of its documents that are in the training split."""
+        label, found = self.data.sources[i].label, False
+        self.reads[i] += 1
+        try:
+            for n, processed in enumerate(self.read(i)):
+                if processed.broken is not None:
+                    self.broken[i] = f"{label}: {processed.broken}"
+                if n < len(self._in_train[i]) and self._in_train[i][n] and processed.drop is None:
+                    found = True
+                    yield processed
+        except DataError as e:
+            self.broken[i] = f"{label}: {e}"  # what was read before stays
+        if not found:  # without this, the source would be repeated for ever
+            self.broken.setdefault(i, f"{label}: in its repetition nothing of it was there any more")
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
