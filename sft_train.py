@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(trainer: Trainer) -> list[str]:
     """Print answers and what the fine-tuning changed; return the command to try next."""
-    path, before, after = trainer.run.path, trainer.state.first_eval, trainer.state.last_eval
+    state, path = trainer.state, trainer.run.path
+    before, after = state.first_eval, state.last_point or state.last_eval  # of the same examples
     print(f"\n{samples(trainer)}")
     stopped, n_answers = answer_held_out(trainer)
     print("on the responses of the held-out examples:")
@@ -150,20 +151,10 @@ def report(trainer: Trainer) -> list[str]:
 
 def samples(trainer: Trainer) -> str:
     """Return an answer to each of the config's sample instructions."""
-    from kindling.data.prompts import Exchange
-    from kindling.generation.completion import answer
-    from kindling.generation.sampling import GenerationError, Sampling
+    from kindling.training.samples import draw_samples
 
-    tokenizer, model, out = trainer.run.tokenizer(), trainer.unsharded_model().eval(), []
-    for seed, instruction in enumerate(trainer.train.sample_prompts):
-        sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
-        try:
-            said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)
-            text = said.text.rstrip() + ("" if said.stopped else " ... (cut by the context)")
-        except GenerationError as e:  # an instruction that does not fit must not stop the rest
-            text = f"({e})"
-        out.append(f"--- sample {seed + 1}: {instruction}\n{text}\n")
-    return "\n".join(out)
+    drawn = enumerate(draw_samples(trainer, trainer.cfg.model.block_size), 1)
+    return "\n".join(f"--- sample {n}: {instruction}\n{answer}\n" for n, (instruction, answer) in drawn)
 
 
 def answer_held_out(trainer: Trainer) -> tuple[int, int]:

@@ -364,4 +364,6 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

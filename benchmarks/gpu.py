@@ -141,4 +141,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -49,7 +49,7 @@ def demo(cwd: str) -> dict[str, float | str]:
     )
     metrics, first = Path(cwd) / "runs/demo/metrics.jsonl", None
     while process.poll() is None:
-        if first is None and metrics.is_file() and metrics.stat().st_size:
+        if first is None and metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
             first = time.perf_counter() - started
         time.sleep(0.1)
     total = time.perf_counter() - started
@@ -128,4 +128,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

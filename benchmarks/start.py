@@ -25,6 +25,11 @@ RESULT = ROOT / "benchmarks" / "results" / "start.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
+def has_a_step(metrics: Path) -> bool:
+    """Return whether a step is logged; the untrained model's validation is logged before it."""
+    return metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8")
+
+
 def first_step_s(folder: Path, cache: Path, *flags: str) -> float:
     """Start the demo in `folder`, and return the seconds until its first step is logged."""
     run = folder / "runs" / "start"
@@ -39,7 +44,7 @@ def first_step_s(folder: Path, cache: Path, *flags: str) -> float:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size):
+        while not has_a_step(run / "metrics.jsonl"):
             if process.poll() is not None:
                 sys.exit(f"main.py ended with {process.returncode}: {process.stderr.read()}")
             time.sleep(0.01)
@@ -71,4 +76,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from kindling.errors import KindlingError, one_line, says_out_of_memory
+from kindling.openmp import limit_spinning
 from kindling.paths import expand_home
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows an escape
+    limit_spinning()  # before `main` loads torch
     try:
         sys.exit(main() or 0)
     except KindlingError as e:

@@ -29,7 +29,7 @@ from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, 
 from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
 from kindling.training.trainer import Trainer, require_divisible_batch
-from kindling.training.validation import validate
+from kindling.training.validation import Validation
 from model import LanguageModel, build_model
 
 # settings that a resumed run may change. These keep every bit of the result
@@ -37,6 +37,7 @@ KEEPS_EVERY_BIT = {"data.workers"} | {
     f"train.{field}"
     for field in (
         "sample_prompts",
+        "sample_every",
         "held_out_answers",
         "log_every",
         "eval_every",
@@ -148,8 +149,8 @@ def start_or_resume(
     for split in (dataset, heldout):
         split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
     cfg = cfg.with_steps(rows.n_rows)
-    n_rows = cfg.train.evaluation_rows
-    trainer = Trainer(cfg, run, model, rows, lambda m: validate(m, heldout, runtime, n_rows), runtime)
+    validation = Validation(heldout, runtime, cfg.train.evaluation_rows)
+    trainer = Trainer(cfg, run, model, rows, validation, runtime)
     trainer.state.initial_sha256 = initial_sha256
     if folder is not None and saved is not None:
         trainer.resume(folder, saved)
