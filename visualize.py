@@ -59,7 +59,7 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
         raise VisualizationError("only one of --text and --file must be given, but both are; leave one out")
     if flags.file is not None:
         try:
-            text: str | None = flags.file.expanduser().read_text(encoding="utf-8-sig")
+            text: str | None = flags.file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
             raise VisualizationError(
                 f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
