@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
-from kindling.data.dataset_rows import PATH_COLUMNS, REPOSITORY_COLUMNS, BadRow, conversation_of, rows_of, text_of
+from kindling.data.dataset_rows import (
+    PATH_COLUMNS,
+    REPOSITORY_COLUMNS,
+    BadRow,
+    conversation_of,
+    is_message,
+    rows_of,
+    text_of,
+)
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
@@ -222,10 +230,13 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of a row, which is a `Row` of JSON or a value; only a dict can be used."""
+    """Return the document of a row, which is a `Row` of JSON or a value; only a dict or a chat can be used."""
     size = line = 0  # of the whole row, if it is JSON
     if isinstance(row, Row):
         row, size, line = row
+    column = source.messages_field
+    if column is not None and isinstance(row, list) and all(is_message(message, column) for message in row[:1]):
+        row = {column: row}  # a chat that is a list of its messages
     if not isinstance(row, dict):
         why = row if isinstance(row, Broken) else f"a row must be an object, but is a {type(row).__name__}"
         return Document(key, language, size=size, unreadable=f"line {line:,}: {why}" if line else str(why))

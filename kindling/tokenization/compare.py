@@ -23,7 +23,7 @@ from config import TokenizerConfig
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError, require
 from kindling.paths import expand_home
-from kindling.rows import DAMAGE, PACKED, is_rows, read_rows
+from kindling.rows import DAMAGE, PACKED, is_rows, open_text, read_rows
 from kindling.tokenization.tokenizer import TokenizerError, load_pretrained, train
 from presets import STARCODER2, preset
 
@@ -111,7 +111,9 @@ def _texts(path: Path) -> Iterator[str | None]:
     """Yield the text of a file, or the texts of its rows; None for what cannot be read."""
     try:
         if not is_rows(path):
-            yield path.read_bytes().decode("utf-8-sig")
+            with open_text(path, "utf-8-sig") as f:
+                text = f.read()
+            yield text if _is_utf8(text) else None
             return
         for row in read_rows(path):
             content = row.content
