@@ -28,6 +28,7 @@ from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
 from kindling.files import write_text
+from kindling.paths import expand_home
 from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
@@ -60,7 +61,7 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
 
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
     named = flags.base or flags.config.train.init_from
-    base = find_run(None if named is None else Path(named).expanduser(), pretrained=True)
+    base = find_run(None if named is None else expand_home(named, "--train.init-from"), pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
     return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
 

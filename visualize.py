@@ -23,6 +23,7 @@ import tyro
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
 from kindling.files import UNENCODABLE
+from kindling.rows import DAMAGE, open_text
 
 if TYPE_CHECKING:
     from kindling.plots.inspection import InspectedRun, Text
@@ -59,8 +60,10 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
         raise VisualizationError("only one of --text and --file must be given, but both are; leave one out")
     if flags.file is not None:
         try:
-            text: str | None = flags.file.expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
+            with open_text(flags.file, "utf-8-sig") as f:
+                text: str | None = f.read()
+            text.encode("utf-8")  # raises an error for a byte that is not UTF-8
+        except DAMAGE as e:
             raise VisualizationError(
                 f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
             ) from None

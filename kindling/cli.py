@@ -112,12 +112,6 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as e:  # torch's errors for a lack of memory, which this file must not import
-        if "home directory" in str(e):
-            print(
-                f"error: a path must begin with the home of a user, but one does not ({e}); write it out",
-                file=sys.stderr,
-            )
-            sys.exit(1)
         if not says_out_of_memory(e):
             raise
         print(

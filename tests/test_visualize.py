@@ -117,6 +117,13 @@ def test_a_file_longer_than_the_context_is_drawn_from_its_beginning(run, tmp_pat
     assert given_text(run.tokenizer(), given, 32, "it", crop=True).what == "the first 32 tokens of it"
 
 
+@pytest.mark.parametrize("raw", ["x = 1\n".encode("utf-16-le"), "x = 1\n".encode("utf-16"), b"caf\xe9"])
+def test_a_file_that_is_not_utf_8_is_refused_before_any_work(raw, run, tmp_path):
+    (tmp_path / "a.py").write_bytes(raw)
+    with pytest.raises(KindlingError, match="--file must be a readable text in UTF-8"):
+        visualize.require(visualize.Flags(file=tmp_path / "a.py"), run)
+
+
 @pytest.mark.slow  # draws all again
 def test_a_run_without_metrics_is_drawn_and_says_so_and_a_text_must_be_utf_8(run, capsys):
     (run.path / "metrics.jsonl").unlink()

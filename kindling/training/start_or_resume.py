@@ -25,6 +25,7 @@ from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
+from kindling.paths import expand_home
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
@@ -63,7 +64,7 @@ def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
     if cfg.train.init_from is not None:
-        source = Path(cfg.train.init_from).expanduser()
+        source = _expanded(cfg.train.init_from)
         if hf_format.holds_model(source):
             _weights_of_hub(source, cfg.model)
             if cfg.tokenizer.kind == "pretrained":  # a tokenizer that is trained does not exist yet
@@ -177,11 +178,11 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
 
     Raises CheckpointError if `source` has none, or has another tokenizer.
     """
-    if hf_format.holds_model(hub := Path(source).expanduser()):
-        hf_format.require_same_tokenizer(hub, tokenizer)
-        load_into(model, _weights_of_hub(hub, model.cfg))
-        return hf_format.weights_sha256(hub)
-    run = find_run(Path(source).expanduser())
+    if hf_format.holds_model(path := _expanded(source)):
+        hf_format.require_same_tokenizer(path, tokenizer)
+        load_into(model, _weights_of_hub(path, model.cfg))
+        return hf_format.weights_sha256(path)
+    run = find_run(path)
     folder = run.newest()
     if folder is None:
         raise CheckpointError(
@@ -227,11 +228,16 @@ def require_same_initial_weights(run: RunDirectory, source: str | None, began_wi
         )
 
 
+def _expanded(source: str) -> Path:
+    return expand_home(source, "--train.init-from")
+
+
 def _initial_sha256(source: str) -> str | None:
     """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
-    if hf_format.holds_model(Path(source).expanduser()):
-        return hf_format.weights_sha256(Path(source).expanduser())
-    folder = find_run(Path(source).expanduser()).newest()
+    path = _expanded(source)
+    if hf_format.holds_model(path):
+        return hf_format.weights_sha256(path)
+    folder = find_run(path).newest()
     return None if folder is None else weights_sha256(folder)
 
 
