@@ -5,7 +5,8 @@
     results["machine"] = watch.describe()
     phrase(results["machine"])              # "2 cores with avx512f, torch 2.13.0+cpu"
 
-Limit: instructions, load and stolen time are told where /proc or the system's load average is there, as on Linux.
+Results go to RESULTS, a folder that git ignores: benchmarks/results/ has one folder more for each machine whose results are
+kept. Limit: instructions, load and stolen time are told where /proc or the system's load average is there, as on Linux.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results" / "local"  # what this machine measures
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 STEAL = 7  # the column of /proc/stat with the time that the host gave to others; guests' time is in user already
+
+
+def results_file(name: str) -> Path:
+    """Return the path of a file of results, in a folder that exists."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    return RESULTS / name
 
 
 class Watch:

@@ -4,7 +4,7 @@
 
 The demo's data are built once; then the command is started as a user does, and ended after its first step: with an empty cache
 of compiled code (the first run on a machine), with what that left there (every later run), and with `--train.compile off`.
-Writes benchmarks/results/start.json.
+Writes benchmarks/results/local/start.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "start.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=3, help="of each kind but the first")
     flags = parser.parse_args()
-    from machine import Watch, phrase
+    from machine import Watch, phrase, results_file
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
@@ -69,10 +68,11 @@ def main() -> None:
         off = "--train.compile", "off"
         seconds["not compiled"] = [first_step_s(folder, cache, *off) for _ in range(flags.starts)]
     results = {"machine": watch.describe(), "seconds": seconds}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = results_file("start.json")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for kind, found in seconds.items():
         print(f"{kind}: {statistics.median(found):.1f} s to the first step ({', '.join(f'{s:.1f}' for s in found)})")
-    print(f"{phrase(results['machine'])}; written to {RESULT.relative_to(ROOT)}")
+    print(f"{phrase(results['machine'])}; written to {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -243,7 +244,7 @@ def loss_results(eighth: float, minutes: float = 5) -> dict:
 def test_the_summary_says_what_was_reached_what_was_not_and_what_was_not_measured(tmp_path):
     (tmp_path / "train_throughput.json").write_text(json.dumps(throughput_results(1.7, 5 * 2**30)), encoding="utf-8")
     (tmp_path / "time_to_loss.json").write_text(json.dumps(loss_results(1.9)), encoding="utf-8")
-    lines = summary.markdown(summary.rows(tmp_path)).splitlines()
+    lines = summary.markdown(summary.rows([tmp_path])).splitlines()
     assert {line.count("|") for line in lines} == {5}
     measured = {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in lines[2:]}
     assert measured["training at `code-50m` shape, times the best fp32 peer"].startswith(
@@ -261,7 +262,7 @@ def test_the_summary_says_what_was_reached_what_was_not_and_what_was_not_measure
 
 def test_a_figure_asked_after_five_minutes_has_no_verdict_after_fewer(tmp_path):
     (tmp_path / "time_to_loss.json").write_text(json.dumps(loss_results(2.1, minutes=1)), encoding="utf-8")
-    text = summary.markdown(summary.rows(tmp_path))
+    text = summary.markdown(summary.rows([tmp_path]))
     assert "1.500 (validation 1.000) after 1 minutes |" in text
     assert "2.100 after 38 s, the peer 2.000 after 300 s |" in text
 
@@ -271,14 +272,35 @@ def test_a_result_that_is_damaged_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(
         KindlingError, match=r"time_to_loss.json must be a result .* run `python benchmarks/time_to_loss.py`"
     ):
-        summary.rows(tmp_path)
+        summary.rows([tmp_path])
 
 
 def test_the_summary_reads_the_results_that_are_committed():
-    results = ROOT / "benchmarks" / "results"
-    there = {name for name in summary.SECTIONS if (results / f"{name}.json").is_file()}
-    unread = [row.figure for row in summary.rows(results) if row.measured.startswith("not measured: run")]
+    folders = summary.kept()
+    there = {path.stem for folder in folders for path in folder.glob("*.json")} & summary.SECTIONS.keys()
+    unread = [row.figure for row in summary.rows(folders) if row.measured.startswith("not measured: run")]
     assert there and unread == [f"`{name}`" for name in summary.SECTIONS if name not in there]
+    kept = machine.RESULTS.parent / "summary.md"
+    assert kept.read_text(encoding="utf-8") == summary.markdown(summary.rows(folders))
+
+
+def test_results_of_several_machines_have_a_row_each(tmp_path):
+    for name, times in (("a", 1.7), ("b", 1.2)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "train_throughput.json"
+        path.write_text(json.dumps(throughput_results(times, 2**30)), encoding="utf-8")
+    found = [row.measured for row in summary.rows([tmp_path / "a", tmp_path / "b"]) if "fp32 peer" in row.figure]
+    assert [text[:4] for text in found] == ["1.70", "1.20"]
+
+
+def test_a_benchmark_writes_only_where_git_ignores_it_and_kept_results_are_in_a_folder_of_their_machine():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert f"/{machine.RESULTS.relative_to(ROOT)}/" in ignored
+    sources = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "faults").glob("*.py")]
+    own = [path.name for path in sources if re.search(r"""/ ["']results["']""", path.read_text(encoding="utf-8"))]
+    assert own == ["machine.py"]  # the others take RESULTS or results_file from it
+    assert {path.name for path in machine.RESULTS.parent.iterdir() if path.is_file()} == {"summary.md"}
+    assert {"xeon-2.80ghz-2-cores"} < {folder.name for folder in summary.kept()}
 
 
 def test_the_drawing_shows_both_curves_and_the_table_every_training():
