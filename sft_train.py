@@ -57,9 +57,9 @@ class Flags:
 
 def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     """Return the flags, applied to the preset for the base run, and the base run."""
-    from kindling.runs.loading import find_run
-
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
+    from kindling.runs.loading import find_run  # imports torch, and a typo is answered before
+
     named = flags.base or flags.config.train.init_from
     base = find_run(None if named is None else expand_home(named, "--train.init-from"), pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
@@ -86,7 +86,12 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
             f"use --preset {OFFLINE} or alpaca, or leave it out"
         )
     for field in changed:
-        if field.startswith(("model.", "tokenizer.")) and field != "model.dropout":
+        section, _, setting = field.partition(".")
+        if section not in ("model", "tokenizer") or field == "model.dropout":
+            continue
+        if getattr(getattr(given, section), setting) != getattr(
+            getattr(own, section), setting
+        ):  # as in its own config.yaml
             raise ConfigError(
                 f"{field} must be the base run's in fine-tuning, but is given; leave out --{field.replace('_', '-')}"
             )
