@@ -284,6 +284,16 @@ trainer.Trainer.launch_step = launched
 """
 
 
+def on_ranks(path: Path, *args, cwd: Path, n: int = 2, timeout_s: float = 600) -> subprocess.CompletedProcess:
+    """Run a script on `n` ranks, as torchrun does, but in forks (see warm.py): torchrun and its ranks each import torch."""
+    if sys.platform == "linux":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return warm.run([str(path), *map(str, args)], cwd, environment, timeout_s, ranks=n)
+    process = torchrun(path, *args, cwd=cwd, n=n)
+    out, err = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Popen:
     """Start one of the project's scripts on `n` ranks."""
     command = [
