@@ -41,14 +41,12 @@ class ExampleWriter(ShardWriter):
         self._segments: list[np.ndarray] = []
         self.max_exchanges = 0  # the largest number of exchanges in an example
 
-    def add_example(
-        self, ids: np.ndarray, segments: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown"
-    ) -> None:
-        """Append one example: its ids, its segments (S, 4), and the bytes of its responses."""
-        numbers = np.full((len(segments), 1), self.info.documents, dtype=np.int64)
-        self._segments.append(np.hstack((numbers, segments)))
-        self.max_exchanges = max(self.max_exchanges, len(segments))
-        self.add(ids, n_bytes, language, source)
+    def add_example(self, example: Example, language: str = "unknown", source: str = "unknown") -> None:
+        """Append one example: its ids to the shards, its segments to their table."""
+        numbers = np.full((len(example.segments), 1), self.info.documents, dtype=np.int64)
+        self._segments.append(np.hstack((numbers, example.segments)))
+        self.max_exchanges = max(self.max_exchanges, len(example.segments))
+        self.add(example.ids, example.n_bytes, language, source)
 
     def close(self) -> None:
         """Write what is left, the table of documents and the table of segments."""
