@@ -26,7 +26,7 @@ import numpy as np
 from config import IGNORE, Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
 from kindling.data.prompts import rendered_template
-from kindling.data.shards import Batch, DataError, ShardWriter, ShuffledRows, TokenDataset
+from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, ShuffledRows, TokenDataset
 from kindling.files import sha256_file
 
 WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
@@ -234,3 +234,11 @@ class ExampleRows(ShuffledRows):
             rows = order[first : first + self.batch_size]
             places += len(rows) * self._width(rows)
         return 1 - filled / places
+
+
+def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
+    """Return the rows that a run of `cfg` trains on, in their order."""
+    model, train = cfg.model, cfg.train
+    if isinstance(dataset, Examples):
+        return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
+    return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)
