@@ -110,11 +110,10 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
     from kindling.data.build import prepare
-    from kindling.data.examples import open_split
+    from kindling.data.examples import open_split, training_rows
     from kindling.distributed import require_single_process
     from kindling.runs.checkpoint import CheckpointError
     from kindling.training.stage import audit_examples, train_stage
-    from kindling.training.start_or_resume import training_rows
 
     flags, base = parse(argv)
     cfg = configured(flags, base)

@@ -71,9 +71,10 @@ def trainer_of(cfg: Config, data: Path) -> Trainer:
     import os
 
     from kindling import device
+    from kindling.data.examples import training_rows
     from kindling.data.shards import TokenDataset
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.training.start_or_resume import new_model, training_rows
+    from kindling.training.start_or_resume import new_model
     from kindling.training.trainer import Trainer
 
     runtime = device.resolve(cfg.train)

@@ -148,10 +148,11 @@ def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
 def train_ours(spec: Spec) -> dict[str, Any]:
     """Train the demo preset's recipe for the time."""
     from kindling import device
+    from kindling.data.examples import training_rows
     from kindling.data.shards import TokenDataset
     from kindling.runs.checkpoint import RunDirectory
     from kindling.training.compilation import wants_compile
-    from kindling.training.start_or_resume import new_model, training_rows
+    from kindling.training.start_or_resume import new_model
     from kindling.training.trainer import Trainer
 
     data = Path(spec.data)

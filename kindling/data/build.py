@@ -187,7 +187,8 @@ def load_or_train_tokenizer(
 ) -> tuple[Tokenizer, list[str]]:
     """Return the tokenizer of a build: `tokenizer` if given, else the pretrained one, else one that is trained now.
 
-    Also returns notes for the ledger. Raises TokenizerError if the tokenizer does not fit into `model.vocab_size`.
+    It is trained on `tokenizer.train_bytes` bytes of the training split. Also returns notes for the ledger. Raises
+    TokenizerError if the tokenizer does not fit into `model.vocab_size`.
     """
     notes: list[str] = []
     if pool.undetectable:
@@ -199,36 +200,26 @@ def load_or_train_tokenizer(
     elif tokenizer is None:
         print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
         require_room(cfg.tokenizer, cfg.model.vocab_size)
-        texts, broken = read_training_texts(cfg, files, pool)
+        # a tokenizer gains nothing from reading the same text again
+        strategy = "stop" if cfg.data.stopping_strategy == "stop" else "continue"
+        data = dataclasses.replace(cfg.data, stopping_strategy=strategy)
+        mixture = Mixture(data, lambda i: pool.map(documents(data.sources[i], files[i])), silent=True)
+        texts, total = [], 0  # all are held in memory
+        with contextlib.closing(iter(mixture)) as stream:
+            for document in stream:
+                if document.split == "train" and document.processed.text is not None:
+                    texts.append(document.processed.text)
+                    total += document.processed.size
+                    if total >= cfg.tokenizer.train_bytes:
+                        break
         tokenizer = train(texts, cfg.tokenizer, cfg.model.vocab_size)
-        notes += [f"the tokenizer was trained without {source}" for source in broken]
+        notes += [f"the tokenizer was trained without {source}" for source in mixture.broken.values()]
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise TokenizerError(
             f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
             f"set --model.vocab-size"
         )
     return tokenizer, notes
-
-
-def read_training_texts(cfg: Config, files: SourceFiles, pool: WorkerPool) -> tuple[list[str], list[str]]:
-    """Read documents of the training split until they have `tokenizer.train_bytes` bytes; all are held in memory.
-
-    Returns their texts, and the sources that broke off.
-    """
-    # a tokenizer gains nothing from reading the same text again
-    data = dataclasses.replace(
-        cfg.data, stopping_strategy="stop" if cfg.data.stopping_strategy == "stop" else "continue"
-    )
-    mixture = Mixture(data, lambda i: pool.map(documents(data.sources[i], files[i])), silent=True)
-    texts, total = [], 0
-    with contextlib.closing(iter(mixture)) as stream:
-        for document in stream:
-            if document.split == "train" and document.processed.text is not None:
-                texts.append(document.processed.text)
-                total += document.processed.size
-                if total >= cfg.tokenizer.train_bytes:
-                    break
-    return texts, list(mixture.broken.values())
 
 
 # -- the second pass: the shards --------------------------------------------------------------------------------------
@@ -322,9 +313,8 @@ def _write_documents(
                     document.source, processed.language, processed.size, processed.changes, n_tokens, document.repeated
                 )
                 if isinstance(writer, ExampleWriter):
-                    assert processed.segments is not None
-                    n_bytes = processed.response_bytes
-                    writer.add_example(processed.ids, processed.segments, n_bytes, processed.language, source)
+                    assert processed.example is not None
+                    writer.add_example(processed.example, processed.language, source)
                 else:
                     writer.add(processed.ids, kept, processed.language, source)
             bar.update(0 if document.repeated else processed.size)

@@ -28,28 +28,6 @@ SPELT, MARKED = "control token kept as text", "template marker kept"  # in an in
 PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(4)  # columns of the segments
 
 
-@dataclass(frozen=True)
-class Example:
-    """A conversation as token ids, and its segments, which say which ids are prompt and which are response."""
-
-    ids: np.ndarray  # (n,) uint32, or int64 if read from shards
-    segments: np.ndarray  # (S, 4) int64, for each exchange: the numbers of tokens, and the hashes of the texts
-    # these two are set only when an example is made, not when it is read from shards
-    n_bytes: int = 0  # of the responses
-    changes: tuple[tuple[str, int], ...] = ()  # what was cut off or is unusual, with the number of bytes cut
-
-    @property
-    def supervised(self) -> np.ndarray:
-        """Which ids belong to responses, end-of-text tokens included, (n,) bool."""
-        lengths = self.segments[:, [PROMPT, RESPONSE]].ravel()
-        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The targets, (n - 1,): the next id, or IGNORE where it belongs to a prompt."""
-        return np.where(self.supervised, self.ids, IGNORE)[1:]
-
-
 def text_hash(text: str) -> int:
     """Return a 63-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
@@ -91,6 +69,31 @@ def refusal(exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokeniz
     return None
 
 
+@dataclass(frozen=True)
+class Example:
+    """A conversation as token ids, and its segments, which say which ids are prompt and which are response.
+
+    `examples.ExampleWriter` stores both, and `examples.Examples` reads them back.
+    """
+
+    ids: np.ndarray  # (n,) uint32, or int64 if read from shards
+    segments: np.ndarray  # (S, 4) int64, for each exchange: the numbers of tokens, and the hashes of the texts
+    # these two are set only when an example is made, not when it is read from shards
+    n_bytes: int = 0  # of the responses
+    changes: tuple[tuple[str, int], ...] = ()  # what was cut off or is unusual, with the number of bytes cut
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Which ids belong to responses, end-of-text tokens included, (n,) bool."""
+        lengths = self.segments[:, [PROMPT, RESPONSE]].ravel()
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The targets, (n - 1,): the next id, or IGNORE where it belongs to a prompt."""
+        return np.where(self.supervised, self.ids, IGNORE)[1:]
+
+
 def encode_conversation(
     exchanges: tuple[Exchange, ...], cfg: DataConfig, tokenizer: Tokenizer, context: int
 ) -> Example | Drop:
@@ -98,7 +101,7 @@ def encode_conversation(
 
     The conversation must come from `normalize_exchanges`, and `refusal` must have let it pass.
     """
-    try:
+    try:  # for each exchange: the ids of its prompt, and those of its response with the end-of-text token
         turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))
     except TokenizerError as e:
         return Drop("not in the vocabulary", str(e).split(";")[0])

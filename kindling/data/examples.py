@@ -26,7 +26,7 @@ import numpy as np
 from config import IGNORE, Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
 from kindling.data.prompts import rendered_template
-from kindling.data.shards import Batch, DataError, ShardWriter, ShuffledRows, TokenDataset, evenly_spaced
+from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, ShuffledRows, TokenDataset, evenly_spaced
 from kindling.files import sha256_file
 
 WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
@@ -41,14 +41,12 @@ class ExampleWriter(ShardWriter):
         self._segments: list[np.ndarray] = []
         self.max_exchanges = 0  # the largest number of exchanges in an example
 
-    def add_example(
-        self, ids: np.ndarray, segments: np.ndarray, n_bytes: int, language: str = "unknown", source: str = "unknown"
-    ) -> None:
-        """Append one example: its ids, its segments (S, 4), and the bytes of its responses."""
-        numbers = np.full((len(segments), 1), self.info.documents, dtype=np.int64)
-        self._segments.append(np.hstack((numbers, segments)))
-        self.max_exchanges = max(self.max_exchanges, len(segments))
-        self.add(ids, n_bytes, language, source)
+    def add_example(self, example: Example, language: str = "unknown", source: str = "unknown") -> None:
+        """Append one example: its ids to the shards, its segments to their table."""
+        numbers = np.full((len(example.segments), 1), self.info.documents, dtype=np.int64)
+        self._segments.append(np.hstack((numbers, example.segments)))
+        self.max_exchanges = max(self.max_exchanges, len(example.segments))
+        self.add(example.ids, example.n_bytes, language, source)
 
     def close(self) -> None:
         """Write what is left, the table of documents and the table of segments."""
@@ -244,3 +242,11 @@ class ExampleRows(ShuffledRows):
             rows = order[first : first + self.batch_size]
             places += len(rows) * self._width(rows)
         return 1 - filled / places
+
+
+def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
+    """Return the rows that a run of `cfg` trains on, in their order."""
+    model, train = cfg.model, cfg.train
+    if isinstance(dataset, Examples):
+        return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
+    return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)

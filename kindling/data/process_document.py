@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from config import DataConfig
-from kindling.data.conversations import conversation_text, encode_conversation, normalize_exchanges, refusal
+from kindling.data.conversations import Example, conversation_text, encode_conversation, normalize_exchanges, refusal
 from kindling.data.docstrings import Pair, mine_pairs
 from kindling.data.duplicates import Benchmarks, signature, word_hashes
 from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
@@ -46,8 +46,7 @@ class ProcessedDocument:
     signature: bytes = b""
     text: str | None = None
     ids: np.ndarray | None = None
-    segments: np.ndarray | None = None  # of a conversation: see conversations.Example
-    response_bytes: int = 0
+    example: Example | None = None  # of a conversation; `ids` are its ids
     broken: str | None = None  # why the stream broke off here
 
 
@@ -170,8 +169,7 @@ class DocumentProcessor:
         example = encode_conversation(exchanges, self.cfg, self.tokenizer, self.context)
         if isinstance(example, Drop):
             return example
-        out.ids, out.segments, out.changes = example.ids, example.segments, example.changes
-        out.response_bytes = example.n_bytes
+        out.example, out.ids, out.changes = example, example.ids, example.changes
         return None
 
     def _marked(self, text: str, content: bytes, out: ProcessedDocument) -> Drop | None:

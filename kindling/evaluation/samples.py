@@ -106,9 +106,13 @@ def write(
         problem, text = problems[i][0], tokenizer.decode(row.out)
         if own_newline:
             text = text.removeprefix("\n")
-        if chat is None:
-            row.ended = row.ended or _is_over(problem, text)
-            text = _without_next(problem, text)
+        if chat is None:  # the program ends at the marker of the next example, or when its function is complete
+            text, marker, _ = text.partition(STOP) if problem.shots else (text, "", "")
+            row.ended = (
+                row.ended
+                or bool(marker)
+                or end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
+            )
         if row.ended:
             cut_short, cropped = len(row.out) >= row.limit, len(whole[i]) > longest
             samples[i, number] = Sample(problem, number, text, row.out, cut_short, cropped)
@@ -175,15 +179,3 @@ def newline_tokens(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
 def _seed(seed: int, problem: Problem, number: int) -> int:
     name = f"{seed}/{problem.benchmark}/{problem.task_id}/{number}"
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:7], "little")
-
-
-def _without_next(problem: Problem, text: str) -> str:
-    """Return the text up to the marker that ends an example, if the prompt shows examples."""
-    return text.partition(STOP)[0] if problem.shots else text
-
-
-def _is_over(problem: Problem, text: str) -> bool:
-    """Return whether the program is complete, so that generation can stop."""
-    if _without_next(problem, text) != text:
-        return True
-    return end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None

@@ -14,19 +14,13 @@ from collections.abc import Callable
 from config import Config
 from kindling.data.audit import audit, picture, table, wants_color
 from kindling.data.build import prepare
-from kindling.data.examples import ExampleRows, Examples, open_split, require_template
+from kindling.data.examples import ExampleRows, Examples, open_split, require_template, training_rows
 from kindling.data.shards import PackedBlocks
 from kindling.distributed import process_group
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.loop import fit
-from kindling.training.start_or_resume import (
-    check_config_changes,
-    check_new_run,
-    data_of_run,
-    start_or_resume,
-    training_rows,
-)
+from kindling.training.start_or_resume import check_config_changes, check_new_run, data_of_run, start_or_resume
 from kindling.training.trainer import Trainer
 
 

@@ -1,8 +1,8 @@
 """Starts a run, or resumes it from its newest checkpoint, in pre-training and in fine-tuning.
 
-In the order of the calls, which are all in stage.py: `check_config_changes` or `check_new_run`; `data_of_run` and
-`training_rows` open the data; `start_or_resume` makes the model and the trainer and loads the weights. KEEPS_EVERY_BIT and
-MAY_CHANGE are the settings that a resumed run may change.
+In the order of the calls, which are all in stage.py: `check_config_changes` and `data_of_run`, or for a new run
+`check_new_run`; then `start_or_resume` makes the model and the trainer and loads the weights. KEEPS_EVERY_BIT and MAY_CHANGE
+are the settings that a resumed run may change.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from config import Config, ModelConfig
 from kindling import device
 from kindling.config_io import changed_fields
 from kindling.data.build import DATA, prepare
-from kindling.data.examples import ExampleRows, Examples, open_split
+from kindling.data.examples import ExampleRows, open_split
 from kindling.data.shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
 from kindling.device import Runtime
 from kindling.distributed import SINGLE_PROCESS, World
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, require
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
 from kindling.paths import expand_home
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
-from kindling.training.trainer import Trainer, require_divisible_batch
+from kindling.training.trainer import Trainer
 from kindling.training.validation import Validation
 from model import LanguageModel, build_model
 
@@ -111,14 +111,6 @@ def data_of_run(cfg: Config, run: RunDirectory, tokenizer: Tokenizer | None = No
     return dataset
 
 
-def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
-    """Return the rows that a run of `cfg` trains on, in their order."""
-    model, train = cfg.model, cfg.train
-    if isinstance(dataset, Examples):
-        return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
-    return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)
-
-
 def start_or_resume(
     cfg: Config,
     run: RunDirectory,
@@ -158,6 +150,18 @@ def start_or_resume(
     elif world.rank:  # ranks have the same weights, but different dropout
         device.seed_rank(cfg.train.seed, 0, world.rank)
     return trainer
+
+
+def require_divisible_batch(cfg: Config, runtime: Runtime) -> None:
+    """Raise ConfigError if the batch cannot be divided by the number of ranks, or if fp16 is combined with FSDP."""
+    ranks, train = runtime.world.size, cfg.train
+    must = f"a multiple of the {ranks} ranks"
+    mend = "set --train.batch-size, or start another number of ranks"
+    require(train.batch_size % ranks == 0, "train.batch_size", must, train.batch_size, mend)
+    half_sharded = ranks > 1 and train.parallel == "fsdp" and runtime.precision == "fp16"
+    require(
+        not half_sharded, "train.precision", "bf16 or fp32 with --train.parallel fsdp", "fp16", "set --train.precision"
+    )
 
 
 def _saved_threads(environment: dict[str, Any], world: World) -> int | None:

@@ -27,7 +27,6 @@ from kindling import device
 from kindling.data.shards import rank_rows
 from kindling.device import Runtime
 from kindling.distributed import MainRankFailed, wrap_ddp
-from kindling.errors import require
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, is_sharded_checkpoint, load_sharded, load_weights
 from kindling.runs.fsdp import digest, full_tensor, is_sharded, shard, synchronize_gradients
 from kindling.runs.loading import load_model
@@ -61,18 +60,6 @@ class Rollback(NamedTuple):
     end_row: int  # of the rows to leave out
 
 
-def require_divisible_batch(cfg: Config, runtime: Runtime) -> None:
-    """Raise ConfigError if the batch cannot be divided by the number of ranks, or if fp16 is combined with FSDP."""
-    ranks, train = runtime.world.size, cfg.train
-    must = f"a multiple of the {ranks} ranks"
-    mend = "set --train.batch-size, or start another number of ranks"
-    require(train.batch_size % ranks == 0, "train.batch_size", must, train.batch_size, mend)
-    half_sharded = ranks > 1 and train.parallel == "fsdp" and runtime.precision == "fp16"
-    require(
-        not half_sharded, "train.precision", "bf16 or fp32 with --train.parallel fsdp", "fp16", "set --train.precision"
-    )
-
-
 class Trainer:
     """A run in progress: model, optimisers, state, and the folder that they are saved to."""
 
@@ -85,15 +72,12 @@ class Trainer:
         evaluate: Callable[[LanguageModel], dict[str, float]],
         runtime: Runtime,
     ):
-        """`cfg` must have its number of steps (`Config.with_steps`).
-
-        Raises ConfigError as `require_divisible_batch` does.
-        """
+        """`cfg` must have its number of steps (`Config.with_steps`), and a batch that the ranks can divide."""
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.evaluate = model, batches, evaluate
         self.validation = evaluate if isinstance(evaluate, Validation) else None  # any other function has no parts
-        require_divisible_batch(cfg, runtime)
         ranks = self.world.size
+        assert cfg.train.batch_size % ranks == 0, "start_or_resume.require_divisible_batch checks it"
         self.rows_per_rank = cfg.train.batch_size // ranks  # rows of a step on each rank
         largest = min(cfg.train.micro_batch, self.rows_per_rank)
         self.micro_batch = max(n for n in range(1, largest + 1) if self.rows_per_rank % n == 0)

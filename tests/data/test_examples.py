@@ -39,7 +39,7 @@ def write_examples(folder: Path, conversations: list[tuple[Exchange, ...]], toke
         for exchanges in conversations:
             example = encode_conversation(exchanges, PAIRS, tokenizer, context)
             if isinstance(example, Example):
-                writer.add_example(example.ids, example.segments, example.n_bytes, source=exchanges[0].instruction[:5])
+                writer.add_example(example, source=exchanges[0].instruction[:5])
         writer.close()
     write_manifest(
         folder,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from config import TokenizerConfig
 from kindling.data import shards
+from kindling.data.conversations import Example
 from kindling.data.duplicates import benchmark_path
 from kindling.data.examples import Examples, ExampleWriter
 from kindling.data.shards import DataError, ShardWriter, TokenDataset, write_manifest
@@ -258,7 +259,7 @@ def test_the_training_split_of_a_run_is_opened_if_it_is_there(planted, tmp_path)
 def test_the_conversations_of_a_run_are_opened_as_such(tmp_path):
     writer = ExampleWriter(tmp_path / "chat", "train", np.dtype("<u2"))
     writer.folder.mkdir()
-    writer.add_example(np.array([*range(1, 30), EOS]), np.array([[20, 10, 1, 2]]), 5)
+    writer.add_example(Example(np.array([*range(1, 30), EOS]), np.array([[20, 10, 1, 2]]), 5))
     writer.close()
     content = {"fingerprint": "chat", "tokenizer_sha256": "", "vocab_size": 99, "eos_id": EOS, "dtype": "<u2"}
     write_manifest(writer.folder, splits={"train": writer.info}, **content)

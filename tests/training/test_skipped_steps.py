@@ -65,7 +65,7 @@ def examples(tmp_path_factory) -> Examples:
         for split, writer in writers.items():
             about = {"key": f"pairs.jsonl:{number}", "source": "pairs", "language": "python", "bytes": example.n_bytes}
             log.write(**about, split=split, start=writer.position, tokens=len(example.ids))
-            writer.add_example(example.ids, example.segments, example.n_bytes)
+            writer.add_example(example)
     for writer in writers.values():
         writer.close()
     log.close()

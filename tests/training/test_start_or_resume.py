@@ -13,19 +13,13 @@ from test_examples import TOKENIZER, conversations, write_examples
 from config import TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
-from kindling.data.examples import ExampleRows, Examples
+from kindling.data.examples import ExampleRows, Examples, training_rows
 from kindling.data.shards import TokenDataset, with_checksum
 from kindling.files import sha256_file, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.tokenizer import load_pretrained, train_bpe
-from kindling.training.start_or_resume import (
-    check_config_changes,
-    check_new_run,
-    data_of_run,
-    start_or_resume,
-    training_rows,
-)
+from kindling.training.start_or_resume import check_config_changes, check_new_run, data_of_run, start_or_resume
 from model import GPT
 from presets import preset
 
