@@ -220,6 +220,8 @@ def tiny_flags(corpus: Path) -> list[str]:
         "1",
         "--train.max-steps",
         "12",
+        "--train.eval-every",
+        "12",
         "--train.batch-size",
         "4",
         "--train.sample-prompts",

@@ -1,4 +1,4 @@
-"""One of the two training processes of test_fsdp.py, started like torchrun's: `sharded_worker.py FOLDER` writes its rank's json."""
+"""One of two training processes of test_fsdp.py, as torchrun starts them: `sharded_worker.py FOLDER` writes its rank's figures."""
 
 from __future__ import annotations
 

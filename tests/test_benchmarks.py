@@ -1,9 +1,11 @@
 """The arithmetic of the benchmarks, on numbers made up and on models of a few thousand parameters."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -24,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import loss_worker
 import machine
 import peer
+import shared_machine
 import summary
 import throughput_worker
 import time_to_loss
@@ -137,6 +140,61 @@ def test_a_ratio_is_the_median_of_rounds_against_the_fastest_peer_of_each_precis
     assert found == {
         "fp32": {"ours": "ours, bf16, compiled", "peer": "peer, fp32, eager", "times": 4.0, "by_round": [3.0, 4.0, 4.0]}
     }
+
+
+# -- beside other work ------------------------------------------------------------------------------------------------
+
+
+def test_each_limit_is_in_the_environment_of_its_trainings_alone(monkeypatch):
+    from kindling.openmp import OWN_CHOICES, limit_spinning
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # of the process that measures
+    found = {limit: shared_machine.environment_of(limit) for limit in ("as before", "passive", "1000")}
+    own = {limit: {n: v for n, v in e.items() if n in OWN_CHOICES} for limit, e in found.items()}
+    assert own["passive"] == {"OMP_WAIT_POLICY": "passive"} and own["1000"] == {"GOMP_SPINCOUNT": "1000"}
+    assert not own["as before"].keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    for environment in found.values():
+        kept = dict(environment)
+        limit_spinning(environment)
+        assert environment == kept
+
+
+def test_the_slower_of_two_trainings_counts_and_loops_run_meanwhile(monkeypatch):
+    running = []
+
+    @contextlib.contextmanager
+    def loops(n):
+        running.append(n)
+        yield
+        running.clear()
+
+    monkeypatch.setattr(shared_machine, "busy_loops", loops)
+    found = shared_machine.round_of((lambda: 20.0 if running else 100.0, lambda: 60.0), 2)
+    assert found == {"alone": 100.0, "two at once": 60.0, "busy loops": 20.0}
+
+
+def test_figures_are_medians_of_ratios_within_rounds():
+    def rounds(*speeds):
+        return [dict(zip(("alone", "two at once", "busy loops"), three)) for three in speeds]
+
+    before = rounds((100, 10, 5), (50, 10, 5), (200, 10, 5))
+    found = shared_machine.figures(rounds((90, 45, 36), (60, 24, 30), (200, 120, 60)), before)
+    assert found["alone_times_before"] == 1.0 and found["two_share"] == 0.5 and found["loops_share"] == 0.4
+    assert found["tokens_per_s"] == {"alone": 90, "two at once": 45, "busy loops": 36}
+    results = {"own": "3000", "notes": [], "machine": WATCHED, "ways": {"ours, fp32, eager": {"3000": found}}}
+    assert "| fp32, eager | 3000 (Kindling's) | 90 | 1.00 | 50% | 40% |" in shared_machine.markdown(results)
+
+
+@pytest.mark.slow
+def test_trainings_beside_each_other_are_measured_at_toy_size(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "shared_machine.py"), "--toy", "--results", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "shared_machine.json").read_text(encoding="utf-8"))
+    assert list(results["ways"]["ours, fp32, eager"]) == ["as before", "100"]
+    for found in results["ways"]["ours, fp32, eager"].values():
+        assert all(speed > 0 for speed in found["tokens_per_s"].values())
+    assert "| fp32, eager | 100 |" in (tmp_path / "shared_machine.md").read_text(encoding="utf-8")
 
 
 # -- the loss and the time --------------------------------------------------------------------------------------------

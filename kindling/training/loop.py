@@ -18,6 +18,7 @@ from kindling.training.evaluations import Evaluations
 from kindling.training.out_of_memory import out_of_memory
 from kindling.training.progress import ProgressBar
 from kindling.training.rollback import roll_back
+from kindling.training.slowdown import Slowdown
 from kindling.training.trainer import LaunchedStep, Trainer
 
 
@@ -79,7 +80,7 @@ class TrainingLoop:
     def __init__(self, trainer: Trainer, stop: StopRequest, log: MetricsLog | NoLog, bar: ProgressBar):
         self.trainer, self.train, self.stop, self.log, self.bar = trainer, trainer.train, stop, log, bar
         self.evaluations = Evaluations(trainer, log, bar)
-        self.window = Window()
+        self.window, self.slowdown = Window(), Slowdown()
         self.first_step = trainer.state.step
         self.saved_step = trainer.state.step or None  # at step 0 nothing is saved yet
 
@@ -148,7 +149,7 @@ class TrainingLoop:
         """Launch a step; finish the steps before it, or all if their results are needed now. Return the seconds."""
         trainer, train = self.trainer, self.train
         started = time.perf_counter()
-        self.window.launched.append(trainer.launch_step())
+        self.window.launched.append(launched := trainer.launch_step())
         step = trainer.state.step
         wanted = step == train.max_steps or any(step % n == 0 for n in (train.log_every, train.save_every))
         # a GPU computes this step while the one before is finished
@@ -156,6 +157,8 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         trainer.state.elapsed_s += seconds
         self.window.seconds += seconds
+        if note := self.slowdown.add(launched.n_targets, seconds):
+            trainer.say(note)
         return seconds
 
     def finish_launched(self, keep: int = 0) -> None:
