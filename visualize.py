@@ -62,12 +62,13 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
     if flags.file is not None:
         try:
             with open_text(flags.file, "utf-8-sig") as f:
-                text: str | None = f.read()
-            text.encode("utf-8")  # raises an error for a byte that is not UTF-8
+                whole = f.read()
+            whole.encode("utf-8")  # raises an error for a byte that is not UTF-8
         except DAMAGE as e:
             raise VisualizationError(
                 f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
             ) from None
+        text: str | None = whole
     else:
         text = None if flags.text is None else utf8(flags.text, "--text")
     if text == "":

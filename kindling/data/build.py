@@ -41,7 +41,7 @@ from kindling.paths import expand_home
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, require_room, train
 
 DATA = Path("data")
-RECIPE = 4  # raise it when a change of the code gives other shards for the same settings and inputs
+RECIPE = 5  # raise it when a change of the code gives other shards for the same settings and inputs
 
 
 def require_documents(cfg: Config) -> None:

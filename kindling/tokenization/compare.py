@@ -112,8 +112,8 @@ def _texts(path: Path) -> Iterator[str | None]:
     try:
         if not is_rows(path):
             with open_text(path, "utf-8-sig") as f:
-                text = f.read()
-            yield text if _is_utf8(text) else None
+                whole = f.read()
+            yield whole if _is_utf8(whole) else None
             return
         for row in read_rows(path):
             content = row.content
