@@ -304,13 +304,18 @@ def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
 
 
 def _histogram(ax: Axes, histogram: Histogram, number: int, count: int) -> None:
-    """Draw one matrix of `count`: a line of steps with a marker at its smallest and one at its largest weight."""
+    """Draw one matrix of `count`: a line of steps with a marker at its smallest and one at its largest weight.
+
+    Of many layers, only the first, the middle and the last have markers and a legend. The others are thin lines.
+    """
     layer = "" if histogram.layer is None else f"layer {histogram.layer}: "
     few = count <= 6 or number in (0, count // 2, count - 1)
     look: dict[str, Any] = {
         "color": _depth(number, count),
         "linestyle": DASHES[number % 4] if count <= 6 else "-",
-        "marker": MARKERS[number % len(MARKERS)],
+        "linewidth": 1.2 if few else 0.4,
+        "marker": MARKERS[number % len(MARKERS)] if few else "",
+        "zorder": 3 if few else 2,
     }
     density = np.where(histogram.density > 0, histogram.density, np.nan)
     known = np.flatnonzero(np.isfinite(density))
@@ -319,7 +324,6 @@ def _histogram(ax: Axes, histogram: Histogram, number: int, count: int) -> None:
         *(histogram.edges, np.append(density, density[-1:])),
         drawstyle="steps-post",
         markevery=[int(end) for end in ends],
-        linewidth=1.2,
         label=f"{layer}std {histogram.std:.3g}" if few else None,
         **look,
     )

@@ -131,6 +131,13 @@ def test_each_layers_tails_end_in_its_own_markers_at_its_extreme_weights():
     assert len({line.get_marker() for line in lines}) == len({line.get_linestyle() for line in lines}) == 3
 
 
+def test_of_many_layers_three_stand_out():
+    found = [Histogram(i, np.ones(2), np.array([-1.0, 0.0, 1.0]), 0.5) for i in range(24)]
+    ax = weight_histograms({"up": found}, "run").axes[0]
+    assert [n for n, line in enumerate(ax.lines) if line.get_marker() and line.get_linewidth() > 1] == [0, 12, 23]
+    assert [text.get_text()[:8] for text in ax.get_legend().texts] == ["layer 0:", "layer 12", "layer 23"]
+
+
 def test_embeddings_and_head_are_points_on_axes_of_their_own():
     kinds = {"token embedding": [Spectrum(None, 100.0, 4.0, 8)], "qkv": [Spectrum(i, 1.0, 2.0, 8) for i in range(3)]}
     kinds["head"] = [Spectrum(None, 50.0, 1.0, 8)]

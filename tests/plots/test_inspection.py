@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import ModelConfig, TokenizerConfig
@@ -77,6 +77,7 @@ def test_a_histogram_ends_at_the_extreme_weights_and_has_no_bin_that_is_nearly_e
 
 @settings(max_examples=100)
 @given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=200))
+@example([0.0] * 20 + [0.25] * 20)  # the largest is on an edge
 def test_joined_bins_lose_no_weight_and_their_edges_rise(values):
     found, edges = np.histogram(values, 8, (-1, 1))
     counts, ends = joined(found.astype(float), edges, min(values), max(values))
