@@ -119,6 +119,8 @@ class Arguments:
             return ("n", kind.__name__, self._all(value))
         if kind is range:
             return ("v", "builtins", "range", [value.start, value.stop, value.step])
+        if kind is slice:
+            return ("v", "builtins", "slice", self._all([value.start, value.stop, value.step]))
         if kind is Fraction:
             return ("v", "fractions", "Fraction", [value.numerator, value.denominator])
         if kind is Decimal:

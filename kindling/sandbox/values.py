@@ -195,7 +195,7 @@ class Answers:
             self._number(number, made := self._empty(form))
             self._fill(made, form)
             return made
-        if tag in ("h", "C", "x", "G", "w"):
+        if tag in ("h", "C", "x", "G", "w", "A"):
             number, name = inner
             if type(number) is not int or not isinstance(name, str):
                 raise ValueError(tag)
