@@ -143,13 +143,13 @@ class Program:
 
     def call(self, name: str | RemoteObject, *args: Any, **named: Any) -> Any:
         """Call a function of the program by its name and return its answer. Raises ProgramError, also for its own errors."""
-        target = self.function(name) if isinstance(name, str) else name
+        target: Any = self.function(name) if isinstance(name, str) else name
         try:
             return target(*args, **named)
         except BaseException as e:
             raise getattr(e, "of_program", e) from None
 
-    def function(self, name: str) -> RemoteObject:
+    def function(self, name: str) -> RemoteFunction:
         """Return a function or class of the program. It is looked up when it is used."""
         return RemoteFunction(self, name, "function")
 

@@ -10,6 +10,7 @@ import builtins
 import collections
 import contextlib
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 MAX_KEPT = 1000  # objects that the program may still change through one of its own
@@ -209,6 +210,10 @@ class Kept:
         self._groups.update(dict.fromkeys(handles, together))
 
 
+def _said(name: str, remote: RemoteObject) -> Any:
+    return remote._program.request("get", remote, name)
+
+
 for _cls in (
     RemoteObject,
     RemoteFunction,
@@ -217,4 +222,4 @@ for _cls in (
     RemoteAsyncIterator,
 ):  # else the class would answer for its objects
     for _name in ("__doc__", "__module__"):
-        setattr(_cls, _name, property(lambda self, name=_name: self._program.request("get", self, name)))
+        setattr(_cls, _name, property(partial(_said, _name)))

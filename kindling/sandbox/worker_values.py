@@ -210,7 +210,7 @@ class Values:
         self.shared, n_handles = set(), len(self.handles)
         while True:
             self.numbers, self.count = {id(v): i for i, v in enumerate(self.given)}, len(self.given)
-            self.again, self.made, self.alive, self.after = set(), [], [], {}
+            self.again, self.made, self.alive, self.after = set(), [], [], {}  # type: ignore[var-annotated]
             told = self.write(*result) if result else ""
             changed = self.write_changes() if self.given else ""
             behind = []
