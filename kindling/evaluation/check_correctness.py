@@ -11,6 +11,7 @@ with what the program has left of it.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -142,7 +143,10 @@ def check_answers(
         if isinstance(e, AssertionError):
             return Verdict("wrong", "a test failed")
         # the test cannot compare an answer of this type
-        return Verdict("wrong", one_line(f"an answer does not fit its test ({type(e).__name__}: {e})"))
+        said = type(e).__name__
+        with contextlib.suppress(Exception, ProgramError):  # its text may be asked of the program, which has ended
+            said += f": {e}"
+        return Verdict("wrong", one_line(f"an answer does not fit its test ({said})"))
     return Verdict("passed")
 
 

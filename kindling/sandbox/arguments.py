@@ -119,6 +119,8 @@ class Arguments:
             return ("n", kind.__name__, self._all(value))
         if kind is range:
             return ("v", "builtins", "range", [value.start, value.stop, value.step])
+        if kind is slice:
+            return ("v", "builtins", "slice", self._all([value.start, value.stop, value.step]))
         if kind is Fraction:
             return ("v", "fractions", "Fraction", [value.numerator, value.denominator])
         if kind is Decimal:
@@ -142,9 +144,10 @@ class Arguments:
         if id(value) in (known := defaults(self._own)):
             return ("D", *known[id(value)])
         if kind is BuiltinFunctionType:
+            name = value.__name__
             for module in MODULES:
-                if getattr(module, value.__name__, None) is value:
-                    return ("y", module.__name__, value.__name__)
+                if getattr(module, name, None) is value:
+                    return ("y", module.__name__, name)
         if isinstance(value, type) and self._own.get(value.__name__) is value:
             return ("g", value.__name__)
         raise NotPlain(f"an argument must be plain data, but is of type {kind.__name__}")
@@ -162,11 +165,12 @@ class Arguments:
             return (kind.__name__, number, self._all(_flat(value.items())))
         if kind is defaultdict:
             factory = value.default_factory
-            name = factory.__name__ if type(factory) is type else None
+            name = factory.__name__ if isinstance(factory, type) else None
             if factory is None or (name and getattr(builtins, name, None) is factory):
                 return ("C", number, name, self._all(_flat(value.items())))
         if is_own and base_of(kind) is not None:
-            if kind.__hash__ not in (None, object.__hash__):  # its hash may need its attributes, so they come first
+            hashed: Any = kind.__hash__
+            if hashed not in (None, object.__hash__):  # its hash may need its attributes, so they come first
                 return ("o", number, *self._own_parts(value))
             self._later.append((number, value))
             return ("a", number)

@@ -26,7 +26,7 @@ def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return [*dict.keys(value), *dict.values(value)]
     if isinstance(value, (list, tuple, set, frozenset, deque, type({}.keys()), type({}.values()))):
-        base = next((base for base in (list, set) if isinstance(value, base)), None)
+        base: Any = next((base for base in (list, set) if isinstance(value, base)), None)
         return value if base is None else base.__iter__(value)
     if isinstance(value, type({}.items())):
         return list(value)

@@ -36,10 +36,12 @@ from types import GeneratorType
 from typing import Any, Literal
 
 from kindling.sandbox import bubblewrap, syscall_filter
-from kindling.sandbox.arguments import Arguments, NotPlain
+from kindling.sandbox.arguments import PLAIN, Arguments, NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.remote import (
+    QUESTIONS,
     Kept,
+    RemoteAsyncIterator,
     RemoteCoroutine,
     RemoteFunction,
     RemoteIterator,
@@ -141,13 +143,13 @@ class Program:
 
     def call(self, name: str | RemoteObject, *args: Any, **named: Any) -> Any:
         """Call a function of the program by its name and return its answer. Raises ProgramError, also for its own errors."""
-        target = self.function(name) if isinstance(name, str) else name
+        target: Any = self.function(name) if isinstance(name, str) else name
         try:
             return target(*args, **named)
         except BaseException as e:
             raise getattr(e, "of_program", e) from None
 
-    def function(self, name: str) -> RemoteObject:
+    def function(self, name: str) -> RemoteFunction:
         """Return a function or class of the program. It is looked up when it is used."""
         return RemoteFunction(self, name, "function")
 
@@ -204,7 +206,9 @@ class Program:
         self._made.append(number)
         if (known := self._objects.get(number)) is not None:  # the same object is the same here
             return known
-        kind = {"x": RemoteIterator, "w": RemoteCoroutine, "C": RemoteFunction}.get(tag, RemoteObject)
+        kind = {"x": RemoteIterator, "w": RemoteCoroutine, "C": RemoteFunction, "A": RemoteAsyncIterator}.get(
+            tag, RemoteObject
+        )
         remote = kind(self, number, one_line(type_name))
         if tag != "G":
             self._objects[number] = remote
@@ -272,9 +276,10 @@ class Program:
             ((kind, content),) = answer.items()
             if kind == "ok":
                 return decoder.decode(content, *behind)
-            names, message, told = content
+            names, message, told, fields = content
             if kind not in ("error", "unable") or not all(isinstance(text, str) for text in [*names, message]):
                 raise ValueError(kind)
+            fields = {k: v for k, v in decoder.decode(fields).items() if k not in QUESTIONS and type(v) in PLAIN}
             told, name = decoder.decode(told, *behind), names[0]
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
             raise ProgramError("exception", f"the answer is malformed ({type(e).__name__})") from None
@@ -283,8 +288,8 @@ class Program:
         if action == "load" or kind == "unable":  # not an error that the program raised in a call
             raise error
         # elsewhere a StopIteration would end the test's own loop in silence
-        ends = action in ("next", "send") or not {"StopIteration", "StopAsyncIteration"} & set(names)
-        raise (awaited(error, names, message, told, self._own) if ends else None) or error
+        ends = action in ("next", "send", "anext") or not {"StopIteration", "StopAsyncIteration"} & set(names)
+        raise (awaited(error, names, message, told, self._own, fields) if ends else None) or error
 
     def _fail(self, kind: str, reason: str) -> None:
         """End what the test does now, and never let it pass."""
@@ -304,6 +309,7 @@ class Program:
     def close(self) -> None:
         """Kill every process of the program, and delete its files."""
         self._watch.stop()
+        self.failure = self.failure or ProgramError("exception", "the program was closed")
         self._kill()
         for pipe in (self._requests, self._answers, self._errors):
             pipe.close()

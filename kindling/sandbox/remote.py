@@ -9,7 +9,8 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 MAX_KEPT = 1000  # objects that the program may still change through one of its own
@@ -65,6 +66,20 @@ class RemoteObject:
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._program.request("set", self, name, value)
+
+    def __str__(self) -> str:
+        return str(self._program.request("str", self))
+
+    def __repr__(self) -> str:
+        return str(self._program.request("repr", self))
+
+    def __enter__(self) -> Any:
+        return self._program.request("enter", self)
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        """Leave the context. The program neither sees nor takes back an error, which may be the test's own verdict."""
+        if kind is None:
+            self._program.request("exit", self)
 
     def __len__(self) -> int:
         length = self._program.request("len", self)
@@ -123,6 +138,15 @@ class RemoteCoroutine(RemoteObject, Coroutine[Any, Any, Any]):
         """Do nothing: it has not begun."""
 
 
+class RemoteAsyncIterator(RemoteObject, AsyncIterator[Any]):
+    """What an `async` generator function of the program answers with."""
+
+    __slots__ = ()
+
+    async def __anext__(self) -> Any:
+        return self._program.request("anext", self)
+
+
 def remote_generator(remote: RemoteObject) -> Generator[Any, Any, Any]:
     """Return a generator that is driven by one of the program's."""
     told = None
@@ -135,10 +159,11 @@ def remote_generator(remote: RemoteObject) -> Generator[Any, Any, Any]:
 
 
 def awaited(
-    error: BaseException, names: list[str], message: str, told: Any, own: dict[str, type]
+    error: BaseException, names: list[str], message: str, told: Any, own: dict[str, type], fields: dict[str, Any]
 ) -> BaseException | None:
     """Return a program's error as one that a test can await: of the first class of `names` that is builtin, or the problem's own.
 
+    `fields` are the attributes of one that is the problem's own.
     Returns None for what no test may catch: Ctrl-C, and the errors by which a program ends or is out of memory.
     """
     if "MemoryError" in names:
@@ -151,7 +176,7 @@ def awaited(
             with contextlib.suppress(Exception):  # such as UnicodeDecodeError, which takes five
                 # not the __init__ of the problem's own class: it has run already, in the program
                 made = cls(*args) if name not in own else cls.__new__(cls, *args)
-                made.__dict__["of_program"] = error
+                made.__dict__.update(fields if name in own else {}, of_program=error)
                 return made
     return None
 
@@ -185,11 +210,16 @@ class Kept:
         self._groups.update(dict.fromkeys(handles, together))
 
 
+def _said(name: str, remote: RemoteObject) -> Any:
+    return remote._program.request("get", remote, name)
+
+
 for _cls in (
     RemoteObject,
     RemoteFunction,
     RemoteIterator,
     RemoteCoroutine,
+    RemoteAsyncIterator,
 ):  # else the class would answer for its objects
     for _name in ("__doc__", "__module__"):
-        setattr(_cls, _name, property(lambda self, name=_name: self._program.request("get", self, name)))
+        setattr(_cls, _name, property(partial(_said, _name)))

@@ -118,10 +118,11 @@ class Answers:
         base = base_of(cls)
         if tag != "o" or base is None or issubclass(cls, (Enum, tuple)):
             return _refused(name)
+        new: Callable[..., Any] = base.__new__
         if base in (int, float, str):
             content = self.value(inner[2][0])
-            return base.__new__(cls, content) if type(content) is base else _refused(name)  # type: ignore[call-arg]
-        return base.__new__(cls)
+            return new(cls, content) if type(content) is base else _refused(name)
+        return new(cls)
 
     def _fill(self, target: Any, form: Any) -> None:
         """Give an empty object what it holds."""
@@ -138,7 +139,8 @@ class Answers:
     def _own_parts(self, target: Any, named: Any, content: Any = ()) -> tuple[dict[Any, Any], Any]:
         """Return the attributes of an object of the problem's own class, and what it holds as one of a builtin class."""
         base, attributes = base_of(type(target)), self._pairs(named)
-        held = {dict: self._pairs, set: self._keys, list: self._all}.get(base)
+        readers: dict[Any, Callable[[Any], Any]] = {dict: self._pairs, set: self._keys, list: self._all}
+        held = readers.get(base)
         return attributes, None if held is None else held(content)
 
     def _changed(self, target: Any, inner: Any) -> Any:
@@ -195,7 +197,7 @@ class Answers:
             self._number(number, made := self._empty(form))
             self._fill(made, form)
             return made
-        if tag in ("h", "C", "x", "G", "w"):
+        if tag in ("h", "C", "x", "G", "w", "A"):
             number, name = inner
             if type(number) is not int or not isinstance(name, str):
                 raise ValueError(tag)

@@ -55,13 +55,22 @@ def perform(values, action, *rest):
     if action == "setitem":
         rest[0][rest[1]] = rest[2]
         return None
-    if action == "await":
+    if action in ("await", "anext"):
         import asyncio
 
         async def awaited():
-            return await rest[0]
+            return await (rest[0] if action == "await" else rest[0].__anext__())
 
-        return asyncio.run(awaited())
+        if action == "await":
+            return asyncio.run(awaited())
+        values.loop = values.loop or asyncio.new_event_loop()  # one loop for all steps of a generator
+        return values.loop.run_until_complete(awaited())
+    if action in ("enter", "exit"):
+        return (
+            type(rest[0]).__enter__(rest[0]) if action == "enter" else type(rest[0]).__exit__(rest[0], None, None, None)
+        )
+    if action in ("str", "repr"):
+        return (str if action == "str" else repr)(rest[0])
     if action == "send":
         return rest[0].send(rest[1])
     return (len if action == "len" else iter if action == "iter" else next)(rest[0])
@@ -76,10 +85,12 @@ def error(values, e, kind="error"):
         message = str(e)[:MAX_MESSAGE]
         plain = all(type(v) in (str, int, float, bool, type(None)) and len(str(v)) <= MAX_MESSAGE for v in e.args)
         told = values.write(tuple(e.args[:10])) if plain else "null"
+        own = [v for k, v in e.__dict__.items() for v in (k, v) if type(v) in (str, int, float, bool, type(None))]
+        fields = values.write(dict(zip(own[::2], own[1::2])) if len(own) == 2 * len(e.__dict__) else {})
     except BaseException:
-        message, told = "", "null"
+        message, told, fields = "", "null", '{"d":[]}'
     names = ",".join([quoted(cls.__name__[:MAX_MESSAGE]) for cls in type(e).__mro__[:20]])
-    return f'"{kind}":[[{names}],{quoted(message)},{told}]'
+    return f'"{kind}":[[{names}],{quoted(message)},{told},{fields}]'
 
 
 def serve(requests, answers, max_bytes):

@@ -38,7 +38,8 @@ class Values:
             0,
         )  # the call's arguments that can change, and all that later calls may change
         self.entries, self.before = [], []  # of the given: those kept from earlier calls, and what all of them held
-        self.numbers, self.shared = {}, set()
+        self.numbers, self.shared, self.again = {}, set(), set()
+        self.loop = None  # in which asynchronous generators run
 
     # requests
 
@@ -209,7 +210,7 @@ class Values:
         self.shared, n_handles = set(), len(self.handles)
         while True:
             self.numbers, self.count = {id(v): i for i, v in enumerate(self.given)}, len(self.given)
-            self.again, self.made, self.alive, self.after = set(), [], [], {}
+            self.again, self.made, self.alive, self.after = set(), [], [], {}  # type: ignore[var-annotated]
             told = self.write(*result) if result else ""
             changed = self.write_changes() if self.given else ""
             behind = []
@@ -296,6 +297,7 @@ class Values:
             self.handles.append(value)
         kind = type(value)
         tag = "G" if kind is type(_ for _ in ()) else "x" if hasattr(kind, "__next__") else "h"
+        tag = "A" if tag == "h" and hasattr(kind, "__anext__") else tag
         tag = "w" if tag == "h" and hasattr(kind, "__await__") else "C" if tag == "h" and callable(value) else tag
         return f'{{"{tag}":[{number},{quoted(kind.__name__)}]}}'
 

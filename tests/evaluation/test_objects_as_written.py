@@ -243,7 +243,39 @@ SAID = {
         "g, cls, a = candidate()\nassert g.__doc__ == 'Say.' and g.__name__ == 'inner' and g.__qualname__ == 'f.<locals>.inner'\nassert cls.__doc__ == a.__doc__ == 'An A.' and cls.__module__ == a.__module__ == g.__module__ == candidate.__module__",
     ),
 }  # fmt: skip
-ROWS = RINGS | CLASSES | LATER | SAID
+OWN = {
+    "an error's own attributes": Row(
+        "class Bad(Exception):\n    def __init__(self, code):\n        super().__init__(f'code {code}')\n        self.code = code\n\ndef f(x):" + DOC,
+        "raise Bad(x)", "try:\n    candidate(7)\n    assert False\nexcept Bad as e:\n    assert e.code == 7 and str(e) == 'code 7'", "    raise Bad(1)"
+    ),
+    "a context": Row(
+        "def f(a):" + DOC, "import contextlib\n@contextlib.contextmanager\ndef inside():\n    a.append('in')\n    yield 5\n    a.append('out')\nreturn inside()",
+        "a = []\nwith candidate(a) as x:\n    assert x == 5 and a == ['in']\nassert a == ['in', 'out']",
+    ),
+    "an asynchronous generator": Row(
+        "async def f(n, a):" + DOC, "import asyncio\nfor i in range(n):\n    await asyncio.sleep(0)\n    a.append(i)\n    yield i",
+        "import asyncio\na = []\nasync def run():\n    return [(i, len(a)) async for i in candidate(3, a)]\nassert asyncio.run(run()) == [(0, 1), (1, 2), (2, 3)]", "    for i in range(n):\n        yield i"
+    ),
+    "how an object shows itself": Row(
+        "def f(x):" + DOC, "class V:\n    def __str__(self):\n        return f'<{x}>'\n    def __repr__(self):\n        return f'V({x})'\nreturn V()",
+        "assert str(candidate(1)) == f'{candidate(1)}' == '<1>' and repr(candidate(2)) == 'V(2)'",
+    ),
+    "a slice": Row("def f(xs, s):" + DOC, "return xs[s]", "assert candidate([1, 2, 3, 4], slice(0, None, 2)) == [1, 3]"),
+    "an endless iterator of the library": Row(
+        "def f(xs):" + DOC, "import itertools\nreturn itertools.cycle(xs)", "import itertools\nassert list(itertools.islice(candidate([1, 2]), 5)) == [1, 2, 1, 2, 1]"
+    ),
+    "a class that is answered": Row(
+        "def f(name):" + DOC, "return type(name, (), {'x': 5, '__init__': lambda self, y: setattr(self, 'y', y)})",
+        "cls = candidate('A')\nassert cls.__name__ == 'A' and cls.x == 5 and cls(3).y == 3 and callable(cls) and not callable(cls(1))",
+    ),
+    "keywords and stars": Row(
+        "def f(*xs, key=None, **more):" + DOC, "return sorted(xs, key=key), more", "assert candidate(3, -4, key=abs, z=[1]) == ([3, -4], {'z': [1]})"
+    ),
+    "a default that keeps its value": Row(
+        "def f(x, seen=[]):" + DOC, "seen.append(x)\nreturn seen", "assert candidate(1) == [1] and candidate(2) == [1, 2]", "    return [x]"
+    ),
+}  # fmt: skip
+ROWS = RINGS | CLASSES | LATER | SAID | OWN
 
 
 @pytest.mark.parametrize("name", ROWS)

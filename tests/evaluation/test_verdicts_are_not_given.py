@@ -47,6 +47,11 @@ FORGED |= {
         "with candidate(1):\n    assert False",
         "class C:\n    __enter__ = lambda self: self\n    __exit__ = lambda *a: True\nreturn C()",
     ),
+    "an error in place of the test's own": (
+        "try:\n    with candidate(1):\n        assert False\nexcept ValueError:\n    pass",
+        "class C:\n    __enter__ = lambda self: self\n    def __exit__(self, *a):\n        raise ValueError\nreturn C()",
+    ),
+    "an answer in a test's error": ("raise ValueError(candidate(1))", "return object()"),
     "an error with a method of its own": (
         "try:\n    candidate(1)\nexcept Bad as e:\n    assert e.isdigit()",
         "e = Bad()\ne.isdigit = bool\nraise e",
