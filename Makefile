@@ -83,6 +83,7 @@ bench-all: bench ## measure all other figures too (over an hour more)
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/pipeline.py
 	@$(BIN)/python benchmarks/start.py
+	@$(BIN)/python benchmarks/shared_machine.py
 	@$(BIN)/python benchmarks/ranks.py
 	@$(BIN)/python benchmarks/fsdp_smallcoder.py
 	@$(BIN)/python benchmarks/sft.py

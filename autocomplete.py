@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ import numpy as np
 
 from kindling.errors import KindlingError
 from kindling.generation.healing import Healing, longest_prompt, split_for_healing, token_texts
+from kindling.help import unknown_word, wrapped
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
 from kindling.paths import expand_home
 
@@ -155,8 +157,19 @@ class Completer:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an export to int8, or a run's folder, or its name under runs/")
+    argv = sys.argv[1:] if argv is None else argv
+    width = max(40, shutil.get_terminal_size().columns)
+    parser = argparse.ArgumentParser(
+        prog=None if __name__ == "__main__" else "autocomplete.py",
+        usage="%(prog)s DIR [flags]",
+        description="\n".join(wrapped(__doc__, width)),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
+        add_help=False,
+    )
+    parser.add_argument("--help", "--help-all", "-h", action="help", help="show this, then stop")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="an export to int8, or a run's folder, or its name under runs/"
+    )
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="complete this text")
     text.add_argument("--file", help="complete at the end of this file; -: stdin")
@@ -175,6 +188,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--kernel", choices=("numpy", "c"), default="numpy", help="c: compile a kernel for this machine first"
     )
     parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
+    known = [flag.strip("-") for action in parser._actions for flag in action.option_strings]
+    for word in argv:  # argparse would first ask for what is missing
+        is_short = any(name.startswith(word.partition("=")[0][2:]) for name in known)  # which argparse takes
+        if word.startswith("--") and not is_short and (error := unknown_word(word, known)):
+            parser.exit(2, f"error: {error}\n")
     return parser.parse_args(argv)
 
 

@@ -420,13 +420,12 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: if there is a compiler, and the run is long enough to win back the time of compiling."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several ranks under torchrun share the work. ddp: each rank holds the whole model; fsdp: each rank holds a part of
-    the weights, gradients and optimiser state, for models that are too large for one GPU. Checkpoints are then written in
-    parts."""
+    """How ranks under torchrun share the work. ddp: each holds the whole model; fsdp: each holds a part of the weights, gradients
+    and optimiser state, for models that are too large for one GPU. Checkpoints are then written in parts."""
     threads: int | None = None
     """CPU threads. None: torch's choice for a new run, and the same number as before for a resumed one."""
-    eval_every: int = 250
-    """Steps between evaluations of the whole validation set."""
+    eval_every: int | None = None
+    """Steps between evaluations on validation data. None: a tenth of the run, at most 1,000."""
     save_every: int = 250
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -435,9 +434,10 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     sample_prompts: tuple[str, ...] = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
     """Prompts that the model continues at the end of the run. In fine-tuning: instructions that it answers."""
+    sample_every: int | None = None
+    """Steps between samples during training, which print what the model writes after these prompts. None or 0: no samples."""
     packing: bool = True
-    """In fine-tuning: put several examples in a row; none sees another. False: one example in a row, padded, in batches of
-    similar length."""
+    """In fine-tuning: several examples in a row; none sees another. False: one in a row, padded, in batches of similar length."""
     held_out_answers: int = 20
     """In fine-tuning: answer this many held-out instructions at the end, and count the answers that end with end-of-text."""
 
@@ -457,7 +457,7 @@ class TrainConfig:
                       "eval_every", "save_every", "keep_checkpoints", "log_every")
         require_range("train", self, 0, "epochs", "max_minutes", open_low=True)
         require_range("train", self, 0, "decay_fraction", high=1, open_low=True)
-        require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers")
+        require_range("train", self, 0, "warmup_steps", "weight_decay", "grad_clip", "held_out_answers", "sample_every")
         require(self.spike_ratio == 0 or self.spike_ratio > 1, "train.spike_ratio", "above 1, or 0 for none", self.spike_ratio,
                 "set --train.spike-ratio")
         require_range("train", self, 0, "seed", high=2**63 - 1)

@@ -114,7 +114,7 @@ def require(flags: Flags, run: RunDirectory) -> None:
     if not os.access(run.path, os.W_OK):
         raise EvaluationError(f"{run.path} must be writable for the results, but is not; correct its permissions")
     for path in flags.text:
-        if not path.expanduser().is_file():
+        if not path.is_file():
             raise EvaluationError(f"--text must name files that exist, but {path} does not; check the path")
     if flags.harness is not None:
         from kindling.evaluation.harness import require as require_harness

@@ -61,8 +61,9 @@ def report(trainer: Trainer) -> list[str]:
     """Print samples and the validation loss of a trained run; return the commands to try next."""
     path, result = trainer.run.path, trainer.state.last_eval
     print(f"\n{samples(trainer)}")
+    of = "the whole held-out split" if trainer.state.whole_is_evaluated else "a part of the held-out split"
     print(
-        f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
+        f"validation over {of}: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
     return [f"python evaluate.py {path}", f'python generate.py {path} --prompt "def "', f"python sft_train.py {path}"]
@@ -70,15 +71,10 @@ def report(trainer: Trainer) -> list[str]:
 
 def samples(trainer: Trainer) -> str:
     """Return the model's continuation of each sample prompt. Sample n is drawn with seed n - 1, so it can be repeated."""
-    from kindling.generation.completion import complete
-    from kindling.generation.sampling import Sampling
+    from kindling.training.samples import draw_samples
 
-    tokenizer, model = trainer.run.tokenizer(), trainer.unsharded_model().eval()
-    out = []
-    for seed, prompt in enumerate(trainer.train.sample_prompts):
-        text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
-        out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
-    return "\n".join(out)
+    drawn = enumerate(draw_samples(trainer, max_new_tokens=120), 1)
+    return "\n".join(f"--- sample {n}, from {prompt!r}\n{(prompt + text).rstrip()}\n" for n, (prompt, text) in drawn)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def demo() -> Config:
     The recipe of `modern` with twice the layers for its width and a larger bigram hash embedding, which measured best for five
     minutes.
     """
-    cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, eval_every=500, save_every=250)
+    cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, save_every=150,
+                  sample_every=500)
     return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, bigram_rows=32_768))
 
 
@@ -63,19 +64,19 @@ def _local_python() -> DataConfig:
 
 def modern_5m() -> Config:
     """Our recipe at depth 3, for an hour or two on a small machine: 38M tokens, about five passes over its Python source."""
-    return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, eval_every=500, save_every=500)
+    return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, save_every=464)
 
 
 def modern_50m() -> Config:
     """Our recipe at depth 8: 587M tokens of Python from The Stack, 20 for each parameter of blocks and head."""
     return _modern("modern-50m", 8, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
-                   eval_every=1000, save_every=1000)
+                   save_every=896)
 
 
 def modern_150m() -> Config:
     """Our recipe at depth 12: 1.9B tokens of Python from The Stack, 20 for each parameter of blocks and head."""
     return _modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
-                   eval_every=1000, save_every=1000)
+                   save_every=1000)
 
 
 def _stack(max_tokens: int) -> DataConfig:
@@ -91,7 +92,7 @@ def _gpt2_code(preset: str, n_layer: int, n_embd: int, n_head: int, lr: float, b
         preset=preset, model=model, tokenizer=STARCODER2,
         data=_stack(tokens),
         train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=4, lr=lr, warmup_steps=1000,
-                          eval_every=1000, save_every=1000),
+                          save_every=1000),
     )
 
 
@@ -118,8 +119,8 @@ def tinystories() -> Config:
         model=ModelConfig(block_size=256, vocab_size=8_000, n_layer=4, n_head=4, n_embd=128, d_ff=512, activation="gelu",
                           dropout=0.1),
         data=DataConfig(sources=(stories,), val_fraction=0.05),
-        train=TrainConfig(max_steps=10_000, batch_size=256, micro_batch_size=16, lr=3e-4, warmup_steps=500, eval_every=500,
-                          save_every=500, sample_prompts=("Once upon a time",)),
+        train=TrainConfig(max_steps=10_000, batch_size=256, micro_batch_size=16, lr=3e-4, warmup_steps=500, save_every=500,
+                          sample_prompts=("Once upon a time",), sample_every=1000),
     )
 
 
@@ -133,8 +134,7 @@ def autocomplete() -> Config:
         tokenizer=TokenizerConfig(normalizer="nfkc", pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"),
         data=DataConfig(sources=(repos,), min_lines=3, max_lines=4_000, max_non_ascii=0.1, drop_tests=True, drop_generated=True,
                         max_header_lines=20),
-        train=TrainConfig(max_steps=49_072, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=500, eval_every=1000,
-                          save_every=1000),
+        train=TrainConfig(max_steps=49_072, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=500, save_every=1000),
     )
 
 
@@ -149,7 +149,7 @@ def fineweb_nano() -> Config:
         tokenizer=TokenizerConfig(kind="handwritten"),
         data=DataConfig(sources=(web,), max_tokens=99_000_000),
         train=TrainConfig(max_steps=10_000, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=100, min_lr_ratio=0.0,
-                          eval_every=500, save_every=500, sample_prompts=("The nature of",)),
+                          save_every=500, sample_prompts=("The nature of",), sample_every=1000),
     )
 
 
@@ -171,7 +171,7 @@ def _smallcoder(stage: int, billion_tokens: float, lr: float, *sources: SourceCo
         data=DataConfig(sources=sources, max_tokens=max_steps * batch_size * block_size, val_fraction=0.0005,
                         test_fraction=0.0005, check_syntax=False, template=template),
         train=TrainConfig(max_steps=max_steps, batch_size=batch_size, micro_batch_size=8, lr=lr, warmup_steps=500,
-                          init_from=f"smallcoder-{stage - 1}" if stage > 1 else None, eval_every=500, save_every=500, **train),
+                          init_from=f"smallcoder-{stage - 1}" if stage > 1 else None, save_every=500, **train),
     )
 
 
@@ -219,7 +219,7 @@ def docstrings() -> Config:
         data=DataConfig(sources=(SourceConfig(kind="docstrings", language="python", max_bytes=30_000_000),), val_fraction=0.04,
                         test_fraction=0.04, max_non_ascii=0.1),
         train=TrainConfig(max_steps=None, epochs=2, batch_size=16, lr=1e-3, warmup_steps=10, min_lr_ratio=0.0, weight_decay=0.01,
-                          eval_every=100, save_every=100,
+                          save_every=100,
                           sample_prompts=("Return the sum of a and b.\ndef add(a, b):",
                                           "Return True if the path names a file that exists.\ndef is_file(path):",
                                           "Return the number of items in the list that are equal to value.\n"
@@ -239,7 +239,7 @@ def alpaca() -> Config:
         preset="alpaca",
         data=DataConfig(sources=(pairs,), val_fraction=0.05, test_fraction=0.05),
         train=TrainConfig(max_steps=None, epochs=3, batch_size=8, micro_batch_size=4, lr=2e-4, warmup_steps=50, weight_decay=0.01,
-                          eval_every=200, save_every=200, sample_prompts=TASKS),
+                          save_every=200, sample_prompts=TASKS),
     )
 
 

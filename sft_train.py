@@ -28,6 +28,7 @@ from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
 from kindling.files import write_text
+from kindling.paths import expand_home
 from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
@@ -56,11 +57,11 @@ class Flags:
 
 def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     """Return the flags, applied to the preset for the base run, and the base run."""
-    from kindling.runs.loading import find_run
-
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
+    from kindling.runs.loading import find_run  # imports torch, and a typo is answered before
+
     named = flags.base or flags.config.train.init_from
-    base = find_run(None if named is None else Path(named).expanduser(), pretrained=True)
+    base = find_run(None if named is None else expand_home(named, "--train.init-from"), pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
     return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
 
@@ -85,7 +86,12 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
             f"use --preset {OFFLINE} or alpaca, or leave it out"
         )
     for field in changed:
-        if field.startswith(("model.", "tokenizer.")) and field != "model.dropout":
+        section, _, setting = field.partition(".")
+        if section not in ("model", "tokenizer") or field == "model.dropout":
+            continue
+        if getattr(getattr(given, section), setting) != getattr(
+            getattr(own, section), setting
+        ):  # as in its own config.yaml
             raise ConfigError(
                 f"{field} must be the base run's in fine-tuning, but is given; leave out --{field.replace('_', '-')}"
             )
@@ -131,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(trainer: Trainer) -> list[str]:
     """Print answers and what the fine-tuning changed; return the command to try next."""
-    path, before, after = trainer.run.path, trainer.state.first_eval, trainer.state.last_eval
+    state, path = trainer.state, trainer.run.path
+    before, after = state.first_eval, state.last_point or state.last_eval  # of the same examples
     print(f"\n{samples(trainer)}")
     stopped, n_answers = answer_held_out(trainer)
     print("on the responses of the held-out examples:")
@@ -149,20 +156,10 @@ def report(trainer: Trainer) -> list[str]:
 
 def samples(trainer: Trainer) -> str:
     """Return an answer to each of the config's sample instructions."""
-    from kindling.data.prompts import Exchange
-    from kindling.generation.completion import answer
-    from kindling.generation.sampling import GenerationError, Sampling
+    from kindling.training.samples import draw_samples
 
-    tokenizer, model, out = trainer.run.tokenizer(), trainer.unsharded_model().eval(), []
-    for seed, instruction in enumerate(trainer.train.sample_prompts):
-        sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
-        try:
-            said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)
-            text = said.text.rstrip() + ("" if said.stopped else " ... (cut by the context)")
-        except GenerationError as e:  # an instruction that does not fit must not stop the rest
-            text = f"({e})"
-        out.append(f"--- sample {seed + 1}: {instruction}\n{text}\n")
-    return "\n".join(out)
+    drawn = enumerate(draw_samples(trainer, trainer.cfg.model.block_size), 1)
+    return "\n".join(f"--- sample {n}: {instruction}\n{answer}\n" for n, (instruction, answer) in drawn)
 
 
 def answer_held_out(trainer: Trainer) -> tuple[int, int]:

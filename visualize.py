@@ -4,7 +4,8 @@
     python visualize.py runs/demo --text "def f(x):"        # attention and losses of this text; or --file PATH
     python visualize.py --compare runs/demo runs/demo-sft   # the curves of several runs, into plots/ of the first
 
-Without a text, attention and losses are those of held-out text of the run. Nothing is written before everything is computed.
+Without a text, attention and losses are those of a typical held-out text: of 15, the one with the median loss. Nothing is
+written before everything is computed.
 Limits: a text must fit the model's context, and heatmaps show its first 48 tokens.
 """
 
@@ -16,13 +17,14 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
 from kindling.files import UNENCODABLE
+from kindling.rows import DAMAGE, open_text
 
 if TYPE_CHECKING:
     from kindling.plots.inspection import InspectedRun, Text
@@ -59,8 +61,10 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
         raise VisualizationError("only one of --text and --file must be given, but both are; leave one out")
     if flags.file is not None:
         try:
-            text: str | None = flags.file.expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
+            with open_text(flags.file, "utf-8-sig") as f:
+                text: str | None = f.read()
+            text.encode("utf-8")  # raises an error for a byte that is not UTF-8
+        except DAMAGE as e:
             raise VisualizationError(
                 f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
             ) from None
@@ -74,13 +78,14 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
 
 def text_of(subject: InspectedRun, flags: Flags, given: str | None) -> Text:
     """Return the text for attention and losses."""
-    from kindling.plots.inspection import given_text, held_out_text
+    from kindling.plots.held_out import typical_text
+    from kindling.plots.inspection import given_text
 
     tokenizer, block_size = subject.tokenizer, subject.model.cfg.block_size
     if given is None:
         dataset = subject.run.heldout("val")
         dataset.require_fits(subject.model.cfg.vocab_size, tokenizer.sha256)
-        return held_out_text(dataset, tokenizer, block_size)
+        return typical_text(subject.model, dataset, tokenizer, subject.runtime)
     if flags.file is not None:
         return given_text(tokenizer, given, block_size, f"the file {flags.file.name}", crop=True)
     return given_text(tokenizer, given, block_size, "--text")
@@ -98,18 +103,16 @@ def draw(subject: InspectedRun, text: Text) -> dict[str, bytes]:
     else:
         print(f"note: {subject.run.path} has no metrics.jsonl with a line in it: no training curves", file=sys.stderr)
     weights, tokens = attention(subject.model, subject.tokenizer, text)
-    shown = f"the first {len(tokens)} of {len(text.ids)} tokens of " if len(tokens) < len(text.ids) else ""
-    of = f"{shown}{text.what}; in each row one token looks at the columns; grey: to come"
-    out["attention.png"] = png(text_plots.attention_overview(weights, f"Attention of {name}", of))
+    out["attention.png"] = png(text_plots.attention_overview(weights, tokens, f"Attention of {name}", text.name))
     for layer, heads in enumerate(weights):
-        figure = text_plots.attention_layer(heads, tokens, f"Attention of {name}, layer {layer}", of)
+        figure = text_plots.attention_layer(heads, tokens, f"Attention of {name}, layer {layer}", text.name)
         out[f"attention/layer_{layer}.png"] = png(figure)
     found = matrices(subject.model)
     out["weights.png"] = png(weight_histograms(histograms(found), name))
     out["spectral_norms.png"] = png(spectral_norms(spectra(found), subject.model.cfg.n_layer, name))
     losses = units(subject.model, subject.tokenizer, text, subject.runtime)
     guess = math.log(subject.model.cfg.vocab_size)
-    out["token_loss.png"] = png(text_plots.token_losses(losses, guess, name, text.what))
+    out["token_loss.png"] = png(text_plots.token_losses(losses, guess, name, text.what, text.first_line))
     return out
 
 
@@ -139,10 +142,16 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
                 written.unlink(missing_ok=True)
 
 
+def texts_of(manifest: dict[str, Any], split: str) -> tuple[int, int]:
+    """Return what tells the texts of a split from those of another data folder: how many there are, and their bytes."""
+    info = manifest["splits"].get(split, {})
+    return info.get("documents", 0), info.get("bytes", 0)
+
+
 def compare(paths: list[Path]) -> None:
     """Draw the curves of several runs in one plot, in the folder of the first run."""
     from kindling.data.shards import read_manifest
-    from kindling.plots.figures import compare_curves, png
+    from kindling.plots.figures import Compared, compare_curves, png
     from kindling.plots.inspection import curves_of
     from kindling.public_paths import public_names
     from kindling.runs.loading import find_run
@@ -152,26 +161,29 @@ def compare(paths: list[Path]) -> None:
     if len({run.path.resolve() for run in runs}) < max(2, len(runs)):
         given = ", ".join(map(str, paths))
         raise VisualizationError(f"--compare must name two or more different runs, but names {given}; name others")
-    curves = []
+    found = []
     for run, name in zip(runs, public_names([run.path for run in runs])):
         lines = read_metrics(run.path / "metrics.jsonl")
         if not lines:
             raise VisualizationError(
                 f"{run.path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
             )
-        curves.append((name, curves_of(lines)))
-    manifests = [read_manifest(run.data) for run in runs]
+        manifest = read_manifest(run.data)
+        tokenizer, (train, val) = manifest["tokenizer_sha256"], (texts_of(manifest, s) for s in ("train", "val"))
+        found.append(Compared(name, curves_of(lines), (tokenizer, train), (tokenizer, val), val))
     notes = []
-    if len({manifest["tokenizer_sha256"] for manifest in manifests}) > 1:
+    if len({c.training[0] for c in found}) > 1:
         notes.append(
             "The runs have different tokenizers: loss does not compare; bits per byte does, on the same texts."
         )
-    if len({(m["splits"]["val"]["documents"], m["splits"]["val"]["bytes"]) for m in manifests}) > 1:
-        notes.append("The runs hold out different texts: the height of their validation curves does not compare.")
+    if len({c.training[1] for c in found}) > 1:
+        notes.append("The runs are trained on different texts: their training losses do not compare.")
+    if len({c.held_out for c in found}) > 1:
+        notes.append("The runs hold out different texts: their validation curves do not compare.")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     folder = runs[0].path / PLOTS
-    write_all(folder, {CURVES: png(compare_curves(curves, notes))})
+    write_all(folder, {CURVES: png(compare_curves(found, notes))})
     print(f"written to {folder / CURVES}")
 
 

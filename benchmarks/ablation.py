@@ -7,7 +7,7 @@ Every run has the same tokens in the same order (of rows of its own length), its
 same number of validation tokens. Bits per byte at equal tokens are free of the clock's noise; what a change costs or saves in
 time is the other column, the median seconds of a step's token beside the recipe's, measured in turn with it. The validation
 split alone is read: the test split is kept for time_to_loss.py. Nothing is compiled. Writes `ablation.json` and `.md` into
-`benchmarks/results/`.
+`benchmarks/results/local/`.
 
 Limits: one seed, so a hundredth of a bit may be chance (the table has the recipe under another seed); few tokens, so what pays
 only late, such as depth, looks worse than it is.
@@ -24,8 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from machine import RESULTS
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ tokenizer, from files to token files, each way in a process of its own, in turn,
 `datasets` is load_dataset, filter, a filter for duplicates, map(tokenize, batched=True, num_proc=2), and a loop that
 writes; once with its filter in one process and once in two. Memory is the sum over all processes of a way, sampled.
 Near-duplicates: copies of real files with names changed, functions in another order, or other comments.
-Writes `benchmarks/results/data.json` and the same as Markdown.
+Writes `benchmarks/results/local/data.json` and the same as Markdown.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from machine import results_file
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT)]
 SHARED = ROOT.parent / "shared" / "data"  # larger real inputs, where there are some; else this machine's Python alone
 CORPUS, STARCODER2 = SHARED / "code_corpus.jsonl.gz", SHARED / "starcoder2_tokenizer" / "tokenizer.json"
@@ -338,10 +339,9 @@ def main() -> None:
             figures["three languages, 27 MB of JSON lines"] = speed("three languages", tokenizer, repeats)
         figures["this machine's Python, 28 MB in files"] = speed("this machine's Python", tokenizer, repeats)
         figures["memory as the corpus grows"] = memory(tokenizer)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "data.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    results_file("data.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     table = "| figure | measured |\n| --- | ---: |\n" + "".join(f"| {n} | {v} |\n" for n, v in _flat(figures))
-    (RESULTS / "data.md").write_text(table, encoding="utf-8")
+    results_file("data.md").write_text(table, encoding="utf-8")
     print(table)
 
 
@@ -364,4 +364,6 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -80,4 +80,6 @@ def quartiles(values: list[float], digits: int = 1) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -4,7 +4,8 @@
 
 Programs are the 164 reference solutions of HumanEval, 20 times each, with 1, 2 and 4 workers; verdicts must be the same.
 Without RUN the model is one of the demo preset's shape with random weights, which costs the same time. Generation is greedy,
-without end of text, and alternates between the ways. Writes `results/evaluation.json`.
+without end of text, and alternates between the ways. Writes `evaluation.json` into
+`benchmarks/results/local/`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import statistics
 import sys
 import time
 from pathlib import Path
+
+from machine import results_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -90,9 +93,10 @@ def main() -> None:
     results["workers"] = {str(n): {"programs": len(v), "seconds": s} for n, (s, v) in found.items()}
     results["same_verdicts"] = found[1][1] == found[2][1] == found[4][1]
     print(results["workers"], "same verdicts:", results["same_verdicts"])
-    path = Path(__file__).resolve().parent / "results" / "evaluation.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results_file("evaluation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -4,7 +4,8 @@
     python benchmarks/fsdp_smallcoder.py --checkpoint     # recompute each block's activations in the backward pass
 
 A step is one row of 1024 tokens for each process, in float32. Prints what each process held at most in each stage, and the
-seconds, and writes `benchmarks/results/fsdp_smallcoder.json`. Limit: tokens are random, so the loss says only that it falls.
+seconds, and writes `benchmarks/results/local/fsdp_smallcoder.json`. Limit: tokens are random, so the loss says only that it
+falls.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "fsdp_smallcoder.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 WORLD, STEPS = 2, 2
 
@@ -100,7 +100,7 @@ def main() -> None:
         rank, folder = int(args.worker[0]), Path(args.worker[1])
         (folder / f"{rank}.json").write_text(json.dumps(work(rank, folder, args.checkpoint)), encoding="utf-8")
         return
-    from machine import Watch
+    from machine import Watch, results_file
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,10 +110,11 @@ def main() -> None:
         if any(codes):
             sys.exit(f"the processes ended with {codes}")
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(WORLD)]
-    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    path = results_file("fsdp_smallcoder.json")
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     case = "recomputed activations" if args.checkpoint else "kept activations"
     results = old | {case: {"ranks": ranks, "machine": watch.describe()}}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for stage in ranks[0]["peak_gib"]:
         figures = [(rank["peak_gib"][stage], rank["seconds"][stage]) for rank in ranks]
         print(f"{stage}: " + "; ".join(f"{peak:.2f} GiB, {seconds:.1f} s" for peak, seconds in figures))
@@ -121,4 +122,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

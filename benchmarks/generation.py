@@ -6,7 +6,7 @@ Decoding: the `code-50m` shape with random weights, a prompt of 128 tokens, 128 
 all ways in turn, in one process, in rounds. The rate is that of the 127 tokens after the first; medians, the best round, and
 the median ratio within rounds. Completion: the `autocomplete` shape in processes of its own, from the start to the first
 token, then tokens a second, and peak memory. Random weights cost the same time as trained ones. Writes
-`results/generation.json`.
+`benchmarks/results/local/generation.json`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from machine import results_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -214,10 +216,12 @@ def main() -> None:
         results |= {f"decoding: {key}": value for key, value in decoding(folder).items()}
     for key, value in results.items():
         print(f"{key:<70} {value:,.2f}" if isinstance(value, float) else f"{key:<70} {value}")
-    target = ROOT / "benchmarks" / "results" / "generation.json"
+    target = results_file("generation.json")
     target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"results in {target.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

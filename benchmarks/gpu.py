@@ -40,6 +40,7 @@ from gpu_decoding import Decoding  # noqa: E402
 from gpu_speed import Speed  # noqa: E402
 from gpu_tables import markdown, verdict  # noqa: E402
 from gpu_training import Training  # noqa: E402
+from machine import RESULTS  # noqa: E402
 
 SECTIONS = {"right": Checks, "fast": Speed, "decoding": Decoding, "real": Training}
 SHARES = {"right": 0.22, "fast": 0.27, "decoding": 0.06}  # of all the time, at most; the last section has what is left
@@ -51,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="for all sections together")
     parser.add_argument("--corpus", type=Path, help="a folder with the corpus; without it, this machine's Python")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], default="cuda")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: shows that all of it works, measures nothing")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
@@ -141,4 +142,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from kindling.cli import run_script
+
+    run_script(main)

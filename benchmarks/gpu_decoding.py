@@ -119,4 +119,7 @@ class Decoding:
 
 
 if __name__ == "__main__":
+    from kindling.openmp import limit_spinning
+
+    limit_spinning()
     worker(*json.loads(sys.argv[1]))

@@ -440,4 +440,7 @@ def line_of(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    from kindling.openmp import limit_spinning
+
+    limit_spinning()
     worker(*json.loads(sys.argv[1]))

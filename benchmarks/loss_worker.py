@@ -320,6 +320,9 @@ def best_way(measured: list[dict[str, Any]], budget_s: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    from kindling.openmp import limit_spinning
+
+    limit_spinning()
     given, target = Path(sys.argv[1]), Path(sys.argv[2])
     wanted = Spec(**json.loads(given.read_text(encoding="utf-8")))
     result = {"ours": train_ours, "peer": train_peer, "probe": probe}[wanted.side](wanted)

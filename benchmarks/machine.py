@@ -5,7 +5,8 @@
     results["machine"] = watch.describe()
     phrase(results["machine"])              # "2 cores with avx512f, torch 2.13.0+cpu"
 
-Limit: instructions, load and stolen time are told where /proc or the system's load average is there, as on Linux.
+Results go to RESULTS, a folder that git ignores: benchmarks/results/ has one folder more for each machine whose results are
+kept. Limit: instructions, load and stolen time are told where /proc or the system's load average is there, as on Linux.
 """
 
 from __future__ import annotations
@@ -16,20 +17,30 @@ import re
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results" / "local"  # what this machine measures
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
-STEAL = 7  # the column of /proc/stat with the time that the host gave to others; guests' time is in user already
+
+
+def results_file(name: str) -> Path:
+    """Return the path of a file of results, in a folder that exists."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    return RESULTS / name
 
 
 class Watch:
     """Notes the state of the machine when a measurement begins, and describes the machine when it has ended."""
 
     def __init__(self) -> None:
+        from kindling.training.slowdown import cpu_times
+
         self._times = cpu_times()
         self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
     def describe(self) -> dict[str, Any]:
         """Return what a figure depends on besides the code; None for what this system does not tell."""
         import torch
+
+        from kindling.training.slowdown import cpu_times
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return {
@@ -45,17 +56,10 @@ class Watch:
         }
 
 
-def cpu_times() -> list[int]:
-    """Return the time that all cores together spent in each state, in ticks; nothing where /proc/stat is not there."""
-    try:
-        first = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
-    except OSError:
-        return []
-    return [int(column) for column in first.split()[1:]]
-
-
 def stolen_share(before: list[int], after: list[int]) -> float | None:
     """Return the share of the CPU time between two readings that the host gave to other machines; None if unknown."""
+    from kindling.training.slowdown import STEAL
+
     if len(before) <= STEAL or len(after) <= STEAL:
         return None
     spent = [b - a for a, b in zip(before[: STEAL + 1], after)]

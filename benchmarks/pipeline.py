@@ -3,8 +3,8 @@
     python benchmarks/pipeline.py            # about 8 minutes on two cores; see that nothing else runs
 
 Runs the real scripts in an empty folder: the demo from files to samples, the data pipeline alone with two workers, one
-step of code-50m with its memory, and the logits against transformers. Writes `benchmarks/results/pipeline.json` and
-the same as a Markdown table.
+step of code-50m with its memory, and the logits against transformers. Writes `benchmarks/results/local/pipeline.json`
+and the same as a Markdown table.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import results_file
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
@@ -49,7 +50,7 @@ def demo(cwd: str) -> dict[str, float | str]:
     )
     metrics, first = Path(cwd) / "runs/demo/metrics.jsonl", None
     while process.poll() is None:
-        if first is None and metrics.is_file() and metrics.stat().st_size:
+        if first is None and metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
             first = time.perf_counter() - started
         time.sleep(0.1)
     total = time.perf_counter() - started
@@ -117,15 +118,16 @@ def main() -> None:
         )
         figures["code-50m, step of 4 x 1024, peak process memory, GiB"] = memory
     figures |= logits_difference()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "pipeline.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    results_file("pipeline.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     table = "| figure | measured |\n| --- | ---: |\n" + "".join(
         f"| {name} | {value if isinstance(value, str) else f'{value:.3g}' if value < 100 else f'{value:,.0f}'} |\n"
         for name, value in figures.items()
     )
-    (RESULTS / "pipeline.md").write_text(table, encoding="utf-8")
+    results_file("pipeline.md").write_text(table, encoding="utf-8")
     print(table)
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -4,8 +4,8 @@
     python benchmarks/ranks.py --shapes code-50m --rounds 1
 
 By turns, a process with two threads and two ranks with one thread each train the same shape on random tokens, uncompiled and in
-the preset's batch. Writes benchmarks/results/ranks.json: the median tokens/s of each and the ratio of neighbouring turns. What
-the ranks lose is the exchange of gradients, and the wait for the slower one; what they win is that nothing else waits.
+the preset's batch. Writes benchmarks/results/local/ranks.json: the median tokens/s of each and the ratio of neighbouring turns.
+What the ranks lose is the exchange of gradients, and the wait for the slower one; what they win is that nothing else waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "ranks.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 BATCH = {"code-50m": (4, 2)}  # sequences of a step, and of a pass, where the preset's would take minutes
@@ -88,7 +87,7 @@ def main() -> None:
         measure(flags.measure, flags.compile, flags.result)
         return
 
-    from machine import Watch, phrase
+    from machine import Watch, phrase, results_file
 
     watch, shapes = Watch(), {}
     for shape in flags.shapes:
@@ -105,9 +104,12 @@ def main() -> None:
             flush=True,
         )
     results = {"machine": watch.describe(), "compiled": flags.compile, "shapes": shapes}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{phrase(results['machine'])}; written to {RESULT.relative_to(ROOT)}")
+    path = results_file("ranks.json")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"{phrase(results['machine'])}; written to {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

@@ -8,7 +8,7 @@ Three trainers of the same shape take steps on the same examples in turn, in one
 the context; a padded one has as many examples as those hold on average. What counts is supervised tokens a second over the
 steps of a round, and the ratios within rounds: medians, quartiles, and total over total. Every shape is met, and compiled,
 before the clock starts. Weights are random, on which the time of a step does not depend. Adds its case to
-`benchmarks/results/sft.json` and the same as Markdown, or replaces it.
+`benchmarks/results/local/sft.json` and the same as Markdown, or replaces it.
 
 The examples are the docstrings of this machine's Python, or those of a JSON or JSON Lines file with the columns instruction,
 input and output. Limit: on a GPU steps of few rows measure how fast kernels are launched; raise --rows.
@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from machine import results_file
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT)]
 
 if TYPE_CHECKING:
@@ -335,12 +335,11 @@ def main() -> None:
     case = flags.case or ", ".join([cfg.preset, *differs])
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         found = measure(cfg, tokenizer, flags)
-    path = RESULTS / "sft.json"
+    path = results_file("sft.json")
     cases = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     cases[case] = found
-    RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "sft.md").write_text(markdown(cases), encoding="utf-8")
+    results_file("sft.md").write_text(markdown(cases), encoding="utf-8")
     print(f"\n{markdown({case: found})}")
 
 

@@ -4,7 +4,7 @@
 
 The demo's data are built once; then the command is started as a user does, and ended after its first step: with an empty cache
 of compiled code (the first run on a machine), with what that left there (every later run), and with `--train.compile off`.
-Writes benchmarks/results/start.json.
+Writes benchmarks/results/local/start.json.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "start.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+
+def has_a_step(metrics: Path) -> bool:
+    """Return whether a step is logged; the untrained model's validation is logged before it."""
+    return metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8")
 
 
 def first_step_s(folder: Path, cache: Path, *flags: str) -> float:
@@ -39,7 +43,7 @@ def first_step_s(folder: Path, cache: Path, *flags: str) -> float:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size):
+        while not has_a_step(run / "metrics.jsonl"):
             if process.poll() is not None:
                 sys.exit(f"main.py ended with {process.returncode}: {process.stderr.read()}")
             time.sleep(0.01)
@@ -52,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=3, help="of each kind but the first")
     flags = parser.parse_args()
-    from machine import Watch, phrase
+    from machine import Watch, phrase, results_file
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
@@ -64,11 +68,14 @@ def main() -> None:
         off = "--train.compile", "off"
         seconds["not compiled"] = [first_step_s(folder, cache, *off) for _ in range(flags.starts)]
     results = {"machine": watch.describe(), "seconds": seconds}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = results_file("start.json")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for kind, found in seconds.items():
         print(f"{kind}: {statistics.median(found):.1f} s to the first step ({', '.join(f'{s:.1f}' for s in found)})")
-    print(f"{phrase(results['machine'])}; written to {RESULT.relative_to(ROOT)}")
+    print(f"{phrase(results['machine'])}; written to {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

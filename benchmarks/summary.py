@@ -1,8 +1,10 @@
 """Put what the benchmarks measured beside what is asked, in one Markdown table.
 
-    python benchmarks/summary.py            # reads benchmarks/results/*.json, writes benchmarks/results/summary.md
+    python benchmarks/summary.py                              # of this machine, in benchmarks/results/local/
+    python benchmarks/summary.py --kept                       # of the machines whose results are kept, in benchmarks/results/
 
-Measures nothing itself. A figure whose benchmark has not run, or whose result lacks it, has a row that says so.
+Writes `summary.md` there. Measures nothing itself. A figure whose benchmark has not run, or whose result lacks it, has a row
+that says so.
 """
 
 from __future__ import annotations
@@ -15,10 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine import phrase
+from machine import RESULTS, phrase
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT)]
 
 GIB = 2**30
@@ -184,22 +185,28 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
 }
 
 
-def rows(folder: Path) -> list[Row]:
-    """Return the rows of all results in a folder; raises KindlingError if one cannot be read."""
+def rows(folders: list[Path]) -> list[Row]:
+    """Return the rows of all results in folders, one for each machine; raises KindlingError if one cannot be read."""
     from kindling.errors import KindlingError
 
     out = []
     for name, section in SECTIONS.items():
-        path, again = folder / f"{name}.json", f"run `python benchmarks/{name}.py`"
-        if not path.is_file():
+        again = f"run `python benchmarks/{name}.py`"
+        paths = [path for folder in folders if (path := folder / f"{name}.json").is_file()]
+        if not paths:
             out.append(Row(f"`{name}`", "-", f"not measured: {again}", "-"))
-            continue
-        try:
-            found = list(section(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise KindlingError(f"{path} must be a result of {name}.py, but is not ({e!r}); {again}") from None
-        out += found or [Row(f"`{name}`", "-", f"not measured: {path.name} has none of its figures; {again}", "-")]
+        for path in paths:
+            try:
+                found = list(section(json.loads(path.read_text(encoding="utf-8"))))
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise KindlingError(f"{path} must be a result of {name}.py, but is not ({e!r}); {again}") from None
+            out += found or [Row(f"`{name}`", "-", f"not measured: {path.name} has none of its figures; {again}", "-")]
     return out
+
+
+def kept() -> list[Path]:
+    """Return the folders of results that git keeps, one for each machine."""
+    return sorted(folder for folder in RESULTS.parent.iterdir() if folder.is_dir() and folder != RESULTS)
 
 
 def markdown(lines: list[Row]) -> str:
@@ -211,12 +218,16 @@ def markdown(lines: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder with the results")
+    parser.add_argument("--kept", action="store_true", help="summarise the results that the repository keeps")
     flags = parser.parse_args()
     from kindling.files import write_atomic
 
-    table = markdown(rows(flags.results))
-    write_atomic(flags.results / "summary.md", table)
-    print(f"{table}\nwritten to {flags.results / 'summary.md'}")
+    folders = kept() if flags.kept else [flags.results]
+    path = (RESULTS.parent if flags.kept else flags.results) / "summary.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = markdown(rows(folders))
+    write_atomic(path, table)
+    print(f"{table}\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -229,5 +229,8 @@ def say(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from kindling.openmp import limit_spinning
+
+    limit_spinning()
     shape, *way = json.loads(sys.argv[1])
     work(shape, Way(*way))

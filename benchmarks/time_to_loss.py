@@ -14,7 +14,7 @@ does not. Each training is a process of its own, one at a time.
 The curves are on an even choice of the validation split's rows. A run in mid-schedule is not annealed, so the time at which
 ours comes to the peer's last loss is told twice: by the curve of the run with the whole time, and by a run of ours whose whole
 schedule takes an eighth of it. The final table is on whole splits; the test split is read for nothing else. Writes
-`time_to_loss.json`, `.md` and `.png` into `benchmarks/results/`.
+`time_to_loss.json`, `.md` and `.png` into `benchmarks/results/local/`.
 
 Limits: one seed each; a twentieth of a bit may be chance. The files held out come from the same packages as the others.
 """
@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loss_worker import Spec
+from machine import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ Model FLOPs of a step are 6 * matrix parameters * tokens + 12 * n_layer * n_embd
 multiply (the head is one, embedding lookups are not), then attention, of which a causal mask leaves half. Their rate is given
 as a share of the fastest product of matrices that this machine does in the same precision, measured in the same run, among
 square ones and those of the model's layers. Compiling is timed from an empty cache. Memory is the process's peak (VmHWM), on
-CUDA what torch allocated. Writes `benchmarks/results/train_throughput.json` and the same as Markdown.
+CUDA what torch allocated. Writes `train_throughput.json` and the same as Markdown into `benchmarks/results/local/`.
 
 Limit: the processes of a shape are held at a time, which at `code-50m` takes some 10 GB.
 """
@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from child import Child, ChildError
+from machine import RESULTS
 from throughput_worker import Way, configured, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 if TYPE_CHECKING:
     from config import Config

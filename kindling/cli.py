@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from kindling import help
 from kindling.errors import KindlingError, one_line, says_out_of_memory
+from kindling.openmp import limit_spinning
 from kindling.paths import expand_home
 
 if TYPE_CHECKING:
@@ -33,20 +35,36 @@ def parse_cli(
     """Parse the command line into `flags`, the dataclass of a script's flags.
 
     If it has a field `config: ConfigFlags`, every field of the config is a flag, `--section.field value`. Its defaults come
-    from the preset that `--preset` names, else from `default_preset` or `config.RUN`. A typo exits with code 2 and shows
-    similar flags.
+    from the file that `--config` names, over the preset that `--preset` names, else the file, else `default_preset` or
+    `config.RUN`. A typo exits with code 2 and shows similar flags.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if any(f.name == "config" for f in dataclasses.fields(flags)):
-        from kindling.config_io import preset_from_argv, with_present_flags
+    takes_config = any(f.name == "config" for f in dataclasses.fields(flags))
+    if takes_config:
+        from kindling.config_io import config_from_argv
 
-        argv = with_present_flags(argv)
         made_with: Callable[..., Flags] = flags
-        default = made_with(config=preset_from_argv(argv, default_preset))
+        config, argv = config_from_argv(argv, default_preset)
+        default = made_with(config=config)
     else:
         default = flags()
+    known = list(help.flags_of(flags, default))
+    if {"-h", help.HELP, help.HELP_ALL} & set(argv):
+        print(help.help_text(program(), description.strip(), known, takes_config, help.HELP_ALL in argv))
+        raise SystemExit(0)
+    if error := help.unknown_flag(argv, known, takes_config):
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2)
     _require_utf8_settings(argv)
-    return with_home(tyro.cli(flags, default=default, args=argv, description=description.strip()))
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
+    return with_home(tyro.cli(flags, default=default, args=argv))
+
+
+def program() -> str:
+    """Return how the running script is called in a command."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {module.name}" if module is not None else f"python {Path(sys.argv[0]).name}"
 
 
 def _require_utf8_settings(argv: list[str]) -> None:
@@ -103,6 +121,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows an escape
+    limit_spinning()  # before `main` loads torch
     try:
         sys.exit(main() or 0)
     except KindlingError as e:
@@ -110,12 +129,6 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as e:  # torch's errors for a lack of memory, which this file must not import
-        if "home directory" in str(e):
-            print(
-                f"error: a path must begin with the home of a user, but one does not ({e}); write it out",
-                file=sys.stderr,
-            )
-            sys.exit(1)
         if not says_out_of_memory(e):
             raise
         print(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from config import RUN, Config, SourceConfig
 from kindling.errors import ConfigError, did_you_mean
+from kindling.paths import expand_home
 from presets import preset
 
 # a Config as flags without a prefix; booleans are given as `--model.bias False`
@@ -58,25 +59,52 @@ def to_yaml(cfg: Config) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(cfg)), sort_keys=False)
 
 
-def from_yaml(text: str, where: str = "config") -> Config:
-    """Return the config in a text of `to_yaml`; raises ConfigError, which names each unknown key or impossible value."""
-    import yaml
+def from_yaml(text: str, where: str = "config", over: Config | None = None) -> Config:
+    """Return the config in a text of `to_yaml`, or a part of one over the settings of `over`.
 
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); correct it") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; correct it")
-    try:
-        sections: dict[str, Any] = {
-            name: by_present_names(section) if isinstance(section, dict) else section for name, section in data.items()
+    Raises ConfigError, which names each unknown key or impossible value. A list, such as the sources, is replaced as a whole.
+    """
+    settings = _settings_of(text, where)
+    if over is not None:
+        whole = dataclasses.asdict(over)
+        settings = whole | {
+            name: whole[name] | section if isinstance(section, dict) and isinstance(whole.get(name), dict) else section
+            for name, section in settings.items()
         }
-        return Config(**sections)
+    try:
+        return Config(**settings)
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     except (ValidationError, TypeError) as e:
         raise ConfigError(f"{where}: {_one_line(e)}") from None
+
+
+def _settings_of(text: str, where: str) -> dict[str, Any]:
+    """Return the sections of a YAML text, with the present names of their settings."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's booleans: `compile: off` is a word, as in a flag."""
+
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != boolean or first in "tTfF"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    try:
+        data = yaml.load(text, Loader)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); correct it") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; correct it")
+    if odd := [key for key in data if not isinstance(key, str)]:
+        raise ConfigError(f"{where}: a section must be a name, but is {odd[0]!r}; correct it")
+    try:
+        return {
+            name: by_present_names(section) if isinstance(section, dict) else section for name, section in data.items()
+        }
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
 
 
 def _one_line(error: ValidationError | TypeError) -> str:
@@ -115,11 +143,43 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)}
 
 
-def preset_from_argv(argv: list[str], name: str | None = None) -> Config:
-    """Return the preset that `--preset NAME` names, else the preset `name`, else `RUN`; tyro parses the other arguments."""
-    for i, arg in enumerate(argv):
-        if arg == "--preset" and i + 1 < len(argv):
-            name = argv[i + 1]
-        elif arg.startswith("--preset="):
-            name = arg.removeprefix("--preset=")
-    return preset(name or RUN)
+def config_from_argv(argv: list[str], name: str | None = None) -> tuple[Config, list[str]]:
+    """Return the config that a command line starts from, and the arguments left for tyro.
+
+    It is the preset that `--preset NAME` names, else that of the file, else the preset `name`, else `RUN`; over it are the
+    settings of the file that `--config FILE` names. Raises ConfigError for a file that cannot be used.
+    """
+    argv = with_present_flags(argv)
+    path, rest = _value_of("--config", argv)
+    named, _ = _value_of("--preset", rest)
+    if path is None:
+        return preset(named or name or RUN), rest
+    try:
+        text = expand_home(path, "--config").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"--config must name a readable YAML file, but {path!r} is not ({why}); check the path"
+        ) from None
+    of_file = _settings_of(text, path).get("preset")
+    if named is None and of_file is not None and not isinstance(of_file, str):
+        raise ConfigError(f"{path}: preset must be a name, but is {of_file!r}; `python config.py` lists them")
+    return from_yaml(text, path, preset(named or of_file or name or RUN)), rest
+
+
+def _value_of(flag: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return the value of a flag, the last one if there are several, and the arguments without --config."""
+    value, rest = None, []
+    words = iter(argv)
+    for word in words:
+        if word == flag or word.startswith(f"{flag}="):
+            given = word.removeprefix(f"{flag}=") if "=" in word else next(words, None)
+            if flag == "--config":
+                if given is None:
+                    raise ConfigError("--config must name a YAML file, but names none; give its path")
+            else:
+                rest += [word] if "=" in word or given is None else [word, given]
+            value = given if given is not None else value
+        else:
+            rest.append(word)
+    return value, rest

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, SourceConfig
+from kindling.errors import KindlingError
+from kindling.paths import expand_home
 from kindling.tables import Section
 
 PATHS = ("path", "init_from", "decontaminate")  # settings that may hold a path of this machine
@@ -71,8 +73,8 @@ def _spellings(path: str) -> list[str]:
 
 def _expanded(path: str) -> Path:
     try:
-        return Path(path).expanduser()
-    except RuntimeError:  # a user of another machine
+        return expand_home(path, "a path")
+    except KindlingError:  # a user of another machine
         return Path(path)
 
 

@@ -69,7 +69,8 @@ def as_html(sections: list[Section]) -> str:
             out += ['<div class="wide"><table>']
             if any(section.columns):
                 out.append(f"<thead>{_html_row(section.columns, section.names, 'th')}</thead>")
-            out += ["<tbody>", *(_html_row(row, section.names, "td") for row in section.rows), "</tbody></table></div>"]
+            rows = (_html_row(row, section.names, "td", section.columns) for row in section.rows)
+            out += ["<tbody>", *rows, "</tbody></table></div>"]
         notes = [f'<li class="warning">{as_html_text(text)}</li>' for text in section.warnings]
         notes += [f"<li>{as_html_text(text)}</li>" for text in section.notes]
         out += ["<ul>", *notes, "</ul>"] if notes else []
@@ -77,9 +78,11 @@ def as_html(sections: list[Section]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _html_row(cells: list[str], names: int, tag: str) -> str:
+def _html_row(cells: list[str], names: int, tag: str, columns: list[str] | None = None) -> str:
+    """Return a row; with `columns`, each cell has the name of its column, for screens that are too narrow for a table."""
     kinds = ["name"] * names + ["figure"] * (len(cells) - names)
-    inner = (f'<{tag} class="{kind}">{as_html_text(cell)}</{tag}>' for kind, cell in zip(kinds, cells))
+    labels = [f' data-label="{as_html_text(name)}"' if name else "" for name in columns or [""] * len(cells)]
+    inner = (f'<{tag} class="{kind}"{of}>{as_html_text(cell)}</{tag}>' for kind, of, cell in zip(kinds, labels, cells))
     return f"<tr>{''.join(inner)}</tr>"
 
 

@@ -220,6 +220,8 @@ def tiny_flags(corpus: Path) -> list[str]:
         "1",
         "--train.max-steps",
         "12",
+        "--train.eval-every",
+        "12",
         "--train.batch-size",
         "4",
         "--train.sample-prompts",
@@ -282,6 +284,16 @@ def launched(self):
 
 trainer.Trainer.launch_step = launched
 """
+
+
+def on_ranks(path: Path, *args, cwd: Path, n: int = 2, timeout_s: float = 600) -> subprocess.CompletedProcess:
+    """Run a script on `n` ranks, as torchrun does, but in forks (see warm.py): torchrun and its ranks each import torch."""
+    if sys.platform == "linux":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return warm.run([str(path), *map(str, args)], cwd, environment, timeout_s, ranks=n)
+    process = torchrun(path, *args, cwd=cwd, n=n)
+    out, err = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def torchrun(*args, cwd: Path, n: int = 2, restarts: int = 0) -> subprocess.Popen:

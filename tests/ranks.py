@@ -22,7 +22,7 @@ from kindling.training.trainer import Trainer
 from kindling.training.validation import mean_loss
 from model import build_model
 
-STEPS = 50
+STEPS = 16
 
 
 class Rows:

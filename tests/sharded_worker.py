@@ -1,10 +1,10 @@
-"""One of the two training processes of test_fsdp.py: `python tests/sharded_worker.py FOLDER RANK` writes RANK.json."""
+"""One of two training processes of test_fsdp.py, as torchrun starts them: `sharded_worker.py FOLDER` writes its rank's figures."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from kindling.training.optim import make_optimizers
 from model import LanguageModel, build_model
 
 WORLD, STEPS, SAVED_AT = 2, 5, 3
-READY = "ready"  # this file appears when the checkpoints of one process are written
 ROWS = 4  # a step, over all processes
 # odd numbers of rows, which two processes cannot share evenly
 SIZE = dict(block_size=16, vocab_size=257, n_layer=2, n_head=3, n_embd=36, d_ff=99)
@@ -191,14 +190,9 @@ def refusals(rank: int, folder: Path) -> dict:
 
 
 def main(folder: Path, rank: int) -> None:
-    """Do everything, as process `rank` of two."""
+    """Do everything, as process `rank` of two. The checkpoints of one process are in the folder."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(minutes=10)
-    )
-    deadline = time.monotonic() + 600
-    while not (folder / READY).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     results = {name: of_architecture(name, rank, folder) for name in ARCHITECTURES}
     results |= {
         "roll_back": roll_back(rank, folder),
@@ -211,4 +205,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(os.environ["RANK"]))

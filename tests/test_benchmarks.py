@@ -1,8 +1,11 @@
 """The arithmetic of the benchmarks, on numbers made up and on models of a few thousand parameters."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -23,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import loss_worker
 import machine
 import peer
+import shared_machine
 import summary
 import throughput_worker
 import time_to_loss
@@ -138,6 +142,61 @@ def test_a_ratio_is_the_median_of_rounds_against_the_fastest_peer_of_each_precis
     }
 
 
+# -- beside other work ------------------------------------------------------------------------------------------------
+
+
+def test_each_limit_is_in_the_environment_of_its_trainings_alone(monkeypatch):
+    from kindling.openmp import OWN_CHOICES, limit_spinning
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # of the process that measures
+    found = {limit: shared_machine.environment_of(limit) for limit in ("as before", "passive", "1000")}
+    own = {limit: {n: v for n, v in e.items() if n in OWN_CHOICES} for limit, e in found.items()}
+    assert own["passive"] == {"OMP_WAIT_POLICY": "passive"} and own["1000"] == {"GOMP_SPINCOUNT": "1000"}
+    assert not own["as before"].keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    for environment in found.values():
+        kept = dict(environment)
+        limit_spinning(environment)
+        assert environment == kept
+
+
+def test_the_slower_of_two_trainings_counts_and_loops_run_meanwhile(monkeypatch):
+    running = []
+
+    @contextlib.contextmanager
+    def loops(n):
+        running.append(n)
+        yield
+        running.clear()
+
+    monkeypatch.setattr(shared_machine, "busy_loops", loops)
+    found = shared_machine.round_of((lambda: 20.0 if running else 100.0, lambda: 60.0), 2)
+    assert found == {"alone": 100.0, "two at once": 60.0, "busy loops": 20.0}
+
+
+def test_figures_are_medians_of_ratios_within_rounds():
+    def rounds(*speeds):
+        return [dict(zip(("alone", "two at once", "busy loops"), three)) for three in speeds]
+
+    before = rounds((100, 10, 5), (50, 10, 5), (200, 10, 5))
+    found = shared_machine.figures(rounds((90, 45, 36), (60, 24, 30), (200, 120, 60)), before)
+    assert found["alone_times_before"] == 1.0 and found["two_share"] == 0.5 and found["loops_share"] == 0.4
+    assert found["tokens_per_s"] == {"alone": 90, "two at once": 45, "busy loops": 36}
+    results = {"own": "3000", "notes": [], "machine": WATCHED, "ways": {"ours, fp32, eager": {"3000": found}}}
+    assert "| fp32, eager | 3000 (Kindling's) | 90 | 1.00 | 50% | 40% |" in shared_machine.markdown(results)
+
+
+@pytest.mark.slow
+def test_trainings_beside_each_other_are_measured_at_toy_size(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "shared_machine.py"), "--toy", "--results", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "shared_machine.json").read_text(encoding="utf-8"))
+    assert list(results["ways"]["ours, fp32, eager"]) == ["as before", "100"]
+    for found in results["ways"]["ours, fp32, eager"].values():
+        assert all(speed > 0 for speed in found["tokens_per_s"].values())
+    assert "| fp32, eager | 100 |" in (tmp_path / "shared_machine.md").read_text(encoding="utf-8")
+
+
 # -- the loss and the time --------------------------------------------------------------------------------------------
 
 
@@ -243,7 +302,7 @@ def loss_results(eighth: float, minutes: float = 5) -> dict:
 def test_the_summary_says_what_was_reached_what_was_not_and_what_was_not_measured(tmp_path):
     (tmp_path / "train_throughput.json").write_text(json.dumps(throughput_results(1.7, 5 * 2**30)), encoding="utf-8")
     (tmp_path / "time_to_loss.json").write_text(json.dumps(loss_results(1.9)), encoding="utf-8")
-    lines = summary.markdown(summary.rows(tmp_path)).splitlines()
+    lines = summary.markdown(summary.rows([tmp_path])).splitlines()
     assert {line.count("|") for line in lines} == {5}
     measured = {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in lines[2:]}
     assert measured["training at `code-50m` shape, times the best fp32 peer"].startswith(
@@ -261,7 +320,7 @@ def test_the_summary_says_what_was_reached_what_was_not_and_what_was_not_measure
 
 def test_a_figure_asked_after_five_minutes_has_no_verdict_after_fewer(tmp_path):
     (tmp_path / "time_to_loss.json").write_text(json.dumps(loss_results(2.1, minutes=1)), encoding="utf-8")
-    text = summary.markdown(summary.rows(tmp_path))
+    text = summary.markdown(summary.rows([tmp_path]))
     assert "1.500 (validation 1.000) after 1 minutes |" in text
     assert "2.100 after 38 s, the peer 2.000 after 300 s |" in text
 
@@ -271,14 +330,35 @@ def test_a_result_that_is_damaged_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(
         KindlingError, match=r"time_to_loss.json must be a result .* run `python benchmarks/time_to_loss.py`"
     ):
-        summary.rows(tmp_path)
+        summary.rows([tmp_path])
 
 
 def test_the_summary_reads_the_results_that_are_committed():
-    results = ROOT / "benchmarks" / "results"
-    there = {name for name in summary.SECTIONS if (results / f"{name}.json").is_file()}
-    unread = [row.figure for row in summary.rows(results) if row.measured.startswith("not measured: run")]
+    folders = summary.kept()
+    there = {path.stem for folder in folders for path in folder.glob("*.json")} & summary.SECTIONS.keys()
+    unread = [row.figure for row in summary.rows(folders) if row.measured.startswith("not measured: run")]
     assert there and unread == [f"`{name}`" for name in summary.SECTIONS if name not in there]
+    kept = machine.RESULTS.parent / "summary.md"
+    assert kept.read_text(encoding="utf-8") == summary.markdown(summary.rows(folders))
+
+
+def test_results_of_several_machines_have_a_row_each(tmp_path):
+    for name, times in (("a", 1.7), ("b", 1.2)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "train_throughput.json"
+        path.write_text(json.dumps(throughput_results(times, 2**30)), encoding="utf-8")
+    found = [row.measured for row in summary.rows([tmp_path / "a", tmp_path / "b"]) if "fp32 peer" in row.figure]
+    assert [text[:4] for text in found] == ["1.70", "1.20"]
+
+
+def test_a_benchmark_writes_only_where_git_ignores_it_and_kept_results_are_in_a_folder_of_their_machine():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert f"/{machine.RESULTS.relative_to(ROOT)}/" in ignored
+    sources = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "faults").glob("*.py")]
+    own = [path.name for path in sources if re.search(r"""/ ["']results["']""", path.read_text(encoding="utf-8"))]
+    assert own == ["machine.py"]  # the others take RESULTS or results_file from it
+    assert {path.name for path in machine.RESULTS.parent.iterdir() if path.is_file()} == {"summary.md"}
+    assert {"xeon-2.80ghz-2-cores"} < {folder.name for folder in summary.kept()}
 
 
 def test_the_drawing_shows_both_curves_and_the_table_every_training():

@@ -1,7 +1,9 @@
 import subprocess
 import sys
+import tempfile
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -88,6 +90,82 @@ def configs(cls):
 @given(configs(Config))
 def test_yaml_round_trip_keeps_every_field(cfg):
     assert config_io.from_yaml(config_io.to_yaml(cfg)) == cfg
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
+@given(configs(Config), st.sampled_from(["main", "sft_train", "data_pipeline"]))
+def test_a_config_file_gives_the_same_config_through_a_script(cfg, script):
+    """Property 17, through `--config`: config -> YAML -> the script's parser -> the same config."""
+    module = __import__(script)
+    cfg = replace(cfg, preset=preset(cfg.preset).preset if cfg.preset in PRESETS else "demo")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(config_io.to_yaml(cfg), encoding="utf-8")
+        flags = cli.parse_cli(module.Flags, "", ["--config", str(path)], getattr(module, "OFFLINE", None))
+    assert flags.config == cfg
+
+
+def parsed(tmp_path, text: str, *argv: str) -> Config:
+    from main import Flags
+
+    (tmp_path / "part.yaml").write_text(text, encoding="utf-8")
+    return cli.parse_cli(Flags, "", ["--config", str(tmp_path / "part.yaml"), *argv]).config
+
+
+def test_a_part_of_a_config_goes_over_its_preset_and_flags_go_over_it(tmp_path):
+    text = "preset: code-50m\ntrain: {lr: 0.5, max_steps: 7, compile: off}\ndata: {sources: [{kind: files, path: x}]}\n"
+    cfg, base = parsed(tmp_path, text, "--train.max-steps", "9", "--data.sources.0.weight", "2"), preset("code-50m")
+    train = replace(base.train, lr=0.5, max_steps=9, compile="off")
+    source = SourceConfig(kind="files", path="x", weight=2)
+    assert cfg == replace(base, train=train, data=replace(base.data, sources=(source,)))
+    assert parsed(tmp_path, "train: {lr: 0.5}", "--preset", "demo").train == replace(preset("demo").train, lr=0.5)
+    over = parsed(tmp_path, "preset: code-50m\ntrain: {lr: 0.5}", "--preset", "demo")
+    assert over == replace(preset("demo"), train=replace(preset("demo").train, lr=0.5))
+
+
+def test_a_config_file_of_an_earlier_version_is_read(tmp_path):
+    cfg = parsed(tmp_path, "model: {pair_rows: 64}\ndata: {when_dry: stop}\ntrain: {decay_share: 0.5}\n")
+    assert (cfg.model.bigram_rows, cfg.data.stopping_strategy, cfg.train.decay_fraction) == (64, "stop", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {lrr: 1}", ["part.yaml", "train.lrr is no setting", "did you mean lr"]),
+        ("trian: {lr: 1}", ["part.yaml", "trian", "did you mean train"]),
+        ("data: {sources: [{pth: x}]}", ["part.yaml", "data.sources.0.pth", "path"]),
+        ("train: {lr: fast}", ["part.yaml", "train.lr", "'fast'"]),
+        ("train: 3", ["part.yaml", "train", "3"]),
+        ("train:", ["part.yaml", "train", "None"]),
+        ("model: {n_head: 5}", ["part.yaml", "model.n_embd", "multiple of n_head=5"]),
+        ("model: {pair_rows: 2, bigram_rows: 2}", ["part.yaml", "once"]),
+        ("preset: code-50", ["'code-50'", "code-50m"]),
+        ("preset: 3", ["part.yaml", "preset", "3"]),
+        ("1: {}", ["part.yaml", "name", "1"]),
+        ("", ["part.yaml", "mapping"]),
+        ("[1", ["part.yaml", "YAML"]),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, words):
+    with pytest.raises(ConfigError) as error:
+        parsed(tmp_path, text)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config"], ["names none"]),
+        (["--config", "none.yaml"], ["'none.yaml'", "No such file"]),
+        (["--config=."], ["'.'"]),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_refused_in_one_line(argv, words):
+    with pytest.raises(ConfigError) as error:
+        config_io.config_from_argv(argv)
+    assert "--config" in str(error.value) and all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize("name", PRESETS)

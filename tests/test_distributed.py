@@ -3,7 +3,7 @@ import json
 import pytest
 import ranks
 import torch
-from conftest import ROOT, script, tiny_flags, torchrun
+from conftest import ROOT, on_ranks, script, tiny_flags, torchrun
 
 from kindling.distributed import World
 from kindling.errors import ConfigError
@@ -15,9 +15,8 @@ from kindling.training.validation import batches_of_rank
 def seen(tmp_path_factory) -> list[dict]:
     """The results of two ranks, in their order."""
     folder = tmp_path_factory.mktemp("ranks")
-    process = torchrun(ROOT / "tests" / "ranks.py", folder, cwd=folder)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out + err
+    result = on_ranks(ROOT / "tests" / "ranks.py", folder, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
     return json.loads((folder / "seen.json").read_text(encoding="utf-8"))
 
 
@@ -95,7 +94,7 @@ def test_every_batch_counts_on_one_rank_and_each_rank_has_as_many(size):
 def undisturbed(corpus, tmp_path_factory):
     """The folder, the output and the flags of a run on two ranks."""
     folder = tmp_path_factory.mktemp("torchrun")
-    flags = [*tiny_flags(corpus), "--train.max-steps", "30", "--train.save-every", "5", "--model.dropout", "0.1"]
+    flags = [*tiny_flags(corpus), "--model.dropout", "0.1"]
     process = torchrun(ROOT / "main.py", *flags, "--name", "whole", cwd=folder)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
@@ -119,9 +118,8 @@ def test_ranks_share_out_an_evaluation(undisturbed):
 
     assert script("evaluate.py", *flags, cwd=folder).returncode == 0
     losses, samples = results()
-    process = torchrun(ROOT / "evaluate.py", *flags, cwd=folder)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out + err
+    result = on_ranks(ROOT / "evaluate.py", *flags, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
     shared, same = results()
     assert shared == {name: pytest.approx(value, rel=1e-6) for name, value in losses.items()}
     assert same == samples and len(samples) == 4
@@ -129,9 +127,9 @@ def test_ranks_share_out_an_evaluation(undisturbed):
 
 def test_another_number_of_ranks_goes_on_and_says_that_bits_may_differ(undisturbed):
     folder, _, flags = undisturbed
-    result = script("main.py", *flags, "--name", "whole", "--train.max-steps", "32", cwd=folder)
+    result = script("main.py", *flags, "--name", "whole", "--train.max-steps", "13", cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert "resuming at step 30" in result.stdout
+    assert "resuming at step 12" in result.stdout
     assert "world_size was 2 and is 1: the run goes on, but not bit for bit" in result.stderr
 
 

@@ -104,6 +104,14 @@ def test_nothing_new_is_longer_than_the_soft_limits():
     assert set(LONG) == set(found), "what is no longer too long leaves the list"
 
 
+def test_only_one_file_expands_a_home():
+    """So a user that does not exist is one clear line wherever a path comes from."""
+    named = [
+        path for path in TRACKED if "tests/" not in path and "expanduser" in (ROOT / path).read_text(encoding="utf-8")
+    ]
+    assert named == ["kindling/paths.py"]
+
+
 @pytest.mark.parametrize("path", SOURCES)
 def test_imports_point_downwards_only(path):
     own = room_of(path)

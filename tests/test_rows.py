@@ -263,6 +263,14 @@ DAMAGED = {
     "zstd with flipped bytes": (".jsonl.zst", flipped(zst(lines()))),
     "zstd that is cut": (".jsonl.zst", zst(lines())[:-20]),
     "UTF-16": (".jsonl", lines().decode().encode("utf-16")),
+    **{
+        f"{encoding} without a mark": (".jsonl", lines().decode().encode(encoding))
+        for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+    },
+    "UTF-16 in gzip": (".jsonl.gz", gzip.compress(lines().decode().encode("utf-16"), mtime=0)),
+    "UTF-16 without a mark in gzip": (".jsonl.gz", gzip.compress(lines().decode().encode("utf-16-le"), mtime=0)),
+    "UTF-16 without a mark in zstd": (".jsonl.zst", zst(lines().decode().encode("utf-16-be"))),
+    "an array in UTF-16 without a mark": (".json", json.dumps(ROWS, indent=1).encode("utf-16-le")),
     "xz": (".jsonl", lzma.compress(lines())),
     "bzip2": (".jsonl", bz2.compress(lines())),
     "zip": (".json", b"PK\3\4" + bytes(100)),
@@ -287,6 +295,75 @@ def test_a_damaged_or_foreign_file_is_one_line_everywhere(what, tmp_path):
         assert read_documents((path,), 10**9)[1] >= 1
     except KindlingError as e:
         assert "1 could not be" in str(e)
+
+
+WIDE = {
+    "code": "def f(x):\n    return x\n" * 60,
+    "one short line": "x=1\n",
+    "two characters": "{}",
+    "JSON in Chinese": json.dumps([{"role": "user", "content": "一个中文问题，请你回答。" * 60}], ensure_ascii=False),
+    "JSON in Japanese": json.dumps({"text": "これは日本語の文章です。" * 60}, ensure_ascii=False),
+    "JSON with emoji": json.dumps({"text": "\U0001f600" * 600}, ensure_ascii=False),
+    "Russian": "Привет, это файл с текстом. Он начинается так.\n" * 40,
+    "Greek": "Αυτό είναι ένα κείμενο σε αρχείο.\n" * 40,
+    "German": "Über die Größe der Bäume im Wald\n" * 40,
+    "blank lines first": "\n\n" + lines().decode(),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("what", WIDE)
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_text_in_utf16_or_utf32_is_refused_in_the_same_line(what, encoding, marked, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes((("\ufeff" if marked else "") + WIDE[what]).encode(encoding))
+    line = f"the file must be UTF-8, but is {encoding[:6].upper()}; convert it"
+    with pytest.raises(UnicodeError, match=line):
+        reader.open_text(path)
+    for kind in ("text", "jsonl"):
+        source = SourceConfig(kind=kind, path=str(path))
+        (document,) = documents(source, local_files(source))
+        assert document.unreadable == f"the rest of the file: UnicodeError: {line}"
+    with pytest.raises(BenchmarkError, match=line):
+        Benchmarks((str(path),))
+    with pytest.raises(KindlingError, match="1 could not be"):
+        read_documents((path,), 10**6)
+
+
+NULS = {
+    "one in a text": '{"a": "x\0"}\n',
+    "at the beginning": "\0{\n" + "some text\n" * 20,
+    "at the end": "hello\n\0",
+    "one only": "x\0",
+    "a few at the beginning": "a\0b\0 is a text" + " and more of it" * 80,
+    "a few in a short text": "a\0bc\0d\0e f\0g h i\0",
+    "a hole that a crash left": "\0" * 300 + '{"a": 1}\n' * 100,
+    "a hole in the middle": '{"a": 1}\n' * 40 + "\0" * 999,
+    "nothing else": "\0" * 5000,
+    "names with one after each": "./a/b.py\0./c/dd.py\0./x.py\0" * 50,
+    "names of three letters": "abc\0" * 300,
+    "names of one word": "ab\0\0" * 300,
+    "every byte below 128": "".join(map(chr, range(128))) * 8,
+}
+
+
+@pytest.mark.parametrize("what", NULS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_in_utf8_with_nuls_is_read(what, packed, tmp_path):
+    raw = NULS[what].encode()
+    (tmp_path / "a.txt").write_bytes(gzip.compress(raw, mtime=0) if packed else raw)
+    with reader.open_text(tmp_path / "a.txt") as f:
+        assert f.read() == NULS[what]
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(0, 3))
+def test_a_text_with_fewer_nuls_than_letters_is_read(tmp_path_factory, text, n):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    words = text.replace("\0", "") + "some words " * 4
+    whole = "".join(f"{words}\0" for _ in range(n)) + words
+    path.write_text(whole, encoding="utf-8", newline="")
+    with reader.open_text(path) as f:
+        assert f.read() == whole
 
 
 @pytest.mark.parametrize("raw", [b"", b"\n \n", b"[]", b"[\n]\n", b"{", b"PAR1\0\0"])

@@ -64,6 +64,7 @@ def test_a_first_run_ends_with_figures_samples_and_the_next_command(work):
     assert sorted(p.name for p in (work / "runs/base").iterdir()) == [
         "config.yaml",
         "data",
+        "metrics.csv",
         "metrics.jsonl",
         "step_000012",
         "tensorboard",

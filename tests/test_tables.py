@@ -110,7 +110,12 @@ def test_html_has_a_row_for_each_row_and_nothing_in_it_is_markup():
     section = Section("<b>", ["name", "n"], [["<i>&", "1"]], ["a note"], ["careful"])
     text = as_html([section])
     assert text.count("<tr>") == 2 and "<b>" not in text and "<i>" not in text
-    for words in ("&lt;i&gt;&amp;", '<li class="warning">careful</li>', "<li>a note</li>", '<td class="figure">1</td>'):
+    for words in (
+        "&lt;i&gt;&amp;",
+        '<li class="warning">careful</li>',
+        "<li>a note</li>",
+        '<td class="figure" data-label="n">1</td>',
+    ):
         assert words in text
 
 

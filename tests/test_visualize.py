@@ -101,6 +101,54 @@ def test_what_the_model_wrote_is_no_markup_in_the_report(run, undrawn):
     assert "<script" not in text and "\x1b" not in text and "&lt;script&gt;" in text
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"verdict": "", "compiles": True, "non_trivial": True}, "compiles"),
+        ({"verdict": "", "compiles": True, "non_trivial": False}, "compiles, but does nothing"),
+        ({"verdict": "", "compiles": False}, "no statement of its own"),
+        ({"verdict": "syntax", "reason": "line 7: odd", "compiles": False}, "does not compile, line 7: odd"),
+        ({"verdict": "wrong", "reason": "a test failed", "compiles": True}, "wrong, a test failed"),
+        ({"verdict": "passed", "compiles": True}, "passed"),
+    ],
+)
+def test_every_sample_of_an_evaluation_has_a_verdict(row, said):
+    row = {"benchmark": "held-out functions", "task_id": "1", "reason": "", "text": "x", "program": "x", **row}
+    assert run_report._graded(row).verdict == said
+
+
+def test_samples_that_the_report_makes_say_how_they_ended(original):
+    text = (original.path / "report.html").read_text(encoding="utf-8")
+    said = re.findall(r"<p>Sample \d <strong>(.*?)</strong></p>", text)
+    assert len(said) == 3 and set(said) <= {"ended by itself", "cut after 120 tokens"}
+
+
+def test_the_report_shows_what_the_run_wrote_to_one_prompt_during_training(run, undrawn):
+    rows = [
+        {"step": step, "prompt": p, "text": f"{p}<{step}>"} for step in range(10, 100, 10) for p in ("a = ", "b = ")
+    ]
+    lines = [json.dumps(row) for row in rows] + ["torn", json.dumps({"step": None})]
+    (run.path / run_report.DURING).write_text("\n".join(lines), encoding="utf-8")
+    assert main([str(run.path)]) == 0
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    section = re.search(r"<h2>What it wrote during training</h2>.*?</section>", text, re.DOTALL)[0]
+    assert "The last 6 of 9 times, always from the same prompt." in section
+    shown = re.findall(r"<p>Step (\d+)</p>\n<pre><span class=\"prompt\">a = </span>&lt;(\d+)&gt;</pre>", section)
+    assert shown == [(str(step), str(step)) for step in range(40, 100, 10)]
+
+
+def test_a_run_without_samples_from_training_has_no_section_for_them(original):
+    assert "during training</h2>" not in (original.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_says_which_text_is_drawn_and_why_the_losses_differ(original):
+    text = html.unescape((original.path / "report.html").read_text(encoding="utf-8"))
+    assert re.search(
+        r"The text is \d+ of [\d,]+ tokens of document \d+ of the val split.*; a typical one: its loss of", text
+    )
+    assert "A gap between them is not overfitting; a validation loss that rises is." in text
+
+
 def test_results_of_other_weights_are_not_shown(run, undrawn):
     results = {"format": 2, "weights_sha256": "0" * 64, "syntax": {"samples": 77, "passes": 1, "non_trivial": 1}}
     (run.path / "eval.json").write_text(json.dumps(results), encoding="utf-8")
@@ -115,6 +163,13 @@ def test_a_file_longer_than_the_context_is_drawn_from_its_beginning(run, tmp_pat
     flags = visualize.Flags(file=tmp_path / "long.py")
     given = visualize.require(flags, run)
     assert given_text(run.tokenizer(), given, 32, "it", crop=True).what == "the first 32 tokens of it"
+
+
+@pytest.mark.parametrize("raw", ["x = 1\n".encode("utf-16-le"), "x = 1\n".encode("utf-16"), b"caf\xe9"])
+def test_a_file_that_is_not_utf_8_is_refused_before_any_work(raw, run, tmp_path):
+    (tmp_path / "a.py").write_bytes(raw)
+    with pytest.raises(KindlingError, match="--file must be a readable text in UTF-8"):
+        visualize.require(visualize.Flags(file=tmp_path / "a.py"), run)
 
 
 @pytest.mark.slow  # draws all again
@@ -197,7 +252,7 @@ def test_a_comparison_says_when_tokenizers_and_texts_differ(run, original, capsy
     write_json(run.data / "manifest.json", with_checksum(manifest))
     assert main([str(run.path), "--compare", str(original.path)]) == 0
     said = capsys.readouterr().err
-    assert "different tokenizers" in said and "different texts" in said
+    assert "different tokenizers" in said and "hold out different texts" in said
 
 
 @pytest.mark.parametrize("twice", [False, True])

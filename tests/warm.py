@@ -5,7 +5,8 @@
 A new interpreter needs 3 to 5 seconds to import torch; a fork of one that has done so starts in a tenth of a second. The warm
 process is not the process of the tests, so it does not depend on the tests that ran before. It imports nothing of the project,
 and runs one script at a time. The script runs as `__main__`, with its own working directory, environment and pipes, and ends as
-an interpreter ends. Two things differ from a user's run: the libraries are in `sys.modules` already, and all forks have the same
+an interpreter ends. With `ranks`, several forks run it as ranks that reach each other, with the variables that torchrun would
+give them. Two things differ from a user's run: the libraries are in `sys.modules` already, and all forks have the same
 hash seed, so sets have the same order in all of them. Tests that depend on one of the two start a new interpreter.
 """
 
@@ -56,18 +57,18 @@ _server: _Server | None = None
 
 
 def run(
-    argv: list[str], cwd: Path, env: dict[str, str], timeout_s: float, before: str = ""
+    argv: list[str], cwd: Path, env: dict[str, str], timeout_s: float, before: str = "", ranks: int = 1
 ) -> subprocess.CompletedProcess:
     """Run a script, given by its path, in a fork of the warm process, and before it the code `before`.
 
-    Raises subprocess.TimeoutExpired.
+    If there are several `ranks`, the exit code is that of the first one that failed. Raises subprocess.TimeoutExpired.
     """
     global _server
     if _server is None:
         _server = _Server()
     (out, out_end), (err, err_end) = os.pipe(), os.pipe()
     with open(os.devnull, "rb") as nothing:
-        request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env, "before": before}).encode()
+        request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env, "before": before, "ranks": ranks}).encode()
         assert len(request) < REQUEST_BYTES
         socket.send_fds(_server.socket, [request], [nothing.fileno(), out_end, err_end])
     for end in (out_end, err_end):
@@ -86,7 +87,7 @@ def run(
                     os.close(key.fd)
             if time.monotonic() > deadline:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.killpg(pid, signal.SIGKILL) if ranks > 1 else os.kill(pid, signal.SIGKILL)
                 _server.socket.recv(64)
                 raise subprocess.TimeoutExpired(argv, timeout_s, bytes(read[out]), bytes(read[err]))
     code = int(_server.socket.recv(64))
@@ -110,7 +111,35 @@ def _become(request: dict, streams: list[int]) -> None:
     os.environ.update(request["env"])
     sys.argv = request["argv"]
     sys.path[0] = os.path.dirname(request["argv"][0])
+    sys.path[1:1] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # spawned workers get it
+
+
+def _become_rank(n: int) -> None:
+    """Fork the `n` ranks of a script: each returns. This process holds their store, as torchrun does, and ends with them."""
+    from torch.distributed import TCPStore
+
+    os.setpgid(0, 0)  # so that a time limit ends all of them
+    pids = []
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for rank in range(n):
+        if (pid := os.fork()) == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            return
+        pids.append(pid)
+    for number in range(3):
+        os.close(number)  # the pipes end with the ranks
+    code = 0
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status) & 0xFF
+            for other in pids:
+                os.kill(other, signal.SIGTERM)
+    os._exit(code)
 
 
 def _serve(asked: socket.socket) -> None:
@@ -129,6 +158,8 @@ def _serve(asked: socket.socket) -> None:
         if (pid := os.fork()) == 0:
             asked.close()
             _become(request := json.loads(raw), streams)
+            if request["ranks"] > 1:
+                _become_rank(request["ranks"])
             exec(request["before"], {})
             runpy.run_path(sys.argv[0], run_name="__main__")
             return

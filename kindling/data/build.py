@@ -37,6 +37,7 @@ from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_ma
 from kindling.data.sources import SourceFiles, documents, local_files
 from kindling.data.workers import WorkerPool
 from kindling.files import sha256_text
+from kindling.paths import expand_home
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, require_room, train
 
 DATA = Path("data")
@@ -100,7 +101,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
     }
     for i, source in enumerate(cfg.data.sources):
-        root = Path(source.path or "").expanduser()
+        root = expand_home(source.path or "", "data.sources.path")
         if source.kind == "datasets" and root.is_dir():  # a local folder with the layout of the hub
             parts[f"folder_{i}"] = [
                 (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
@@ -111,7 +112,7 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
         parts["tokenizer_sha256"] = tokenizer.sha256
     elif cfg.tokenizer.kind != "pretrained":
         parts["vocab_size"] = cfg.model.vocab_size
-    elif Path(cfg.tokenizer.path or "").expanduser().exists():
+    elif expand_home(cfg.tokenizer.path or "", "tokenizer.path").exists():
         parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256
     return sha256_text(json.dumps(parts, sort_keys=True, ensure_ascii=True))[:12]
 

@@ -25,6 +25,7 @@ REPOSITORY_COLUMNS = ("repo", "max_stars_repo_name", "repo_name")
 # the names of roles in the sets that we know
 ROLES = {"human": "user", "user": "user", "prompter": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant")
+MESSAGE_COLUMNS = ("content", "value", "tool_calls", "function_call")
 TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
 
 
@@ -32,7 +33,10 @@ def rows_of(source: SourceConfig, path: Path) -> Iterator[Any]:
     """Yield the rows of a file: strings of a text file, `Row`s of JSON, values of Parquet."""
     if source.kind == "text":
         return _split_text(path, source.separator)
-    return read_rows(path) if source.kind == "jsonl" else _parquet_rows(path, source)
+    if source.kind == "parquet":
+        return _parquet_rows(path, source)
+    column = source.messages_field
+    return read_rows(path) if column is None else read_rows(path, lambda value: is_message(value, column))
 
 
 def _split_text(path: Path, separator: str) -> Iterator[str]:
@@ -67,6 +71,12 @@ def _parquet_rows(path: Path, source: SourceConfig) -> Iterator[Any]:
 
 class BadRow(Exception):
     """A row that does not have the columns or the messages that the source's settings say. The text says why."""
+
+
+def is_message(value: Any, field: str) -> bool:
+    """Return whether a value is a message of a chat, and not a row with its messages in the column `field`."""
+    has = value.keys() if isinstance(value, dict) else ()
+    return field not in has and ("role" in has or "from" in has) and any(c in has for c in MESSAGE_COLUMNS)
 
 
 def is_missing(value: Any) -> bool:

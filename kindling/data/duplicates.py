@@ -25,6 +25,7 @@ import numpy as np
 
 from config import DataConfig
 from kindling.errors import KindlingError, one_line
+from kindling.paths import expand_home
 from kindling.rows import DAMAGE, Broken, is_rows, open_text, read_rows
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
@@ -227,7 +228,7 @@ class Benchmarks:
 
 def benchmark_path(name: str) -> Path:
     """Return the file of a benchmark: `humaneval` and `mbpp` come with the project, any other name is a path."""
-    return BENCHMARKS.get(name.lower()) or Path(name).expanduser()
+    return BENCHMARKS.get(name.lower()) or expand_home(name, "--data.decontaminate")
 
 
 def benchmark_files(cfg: DataConfig) -> dict[str, str]:

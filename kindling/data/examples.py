@@ -26,7 +26,7 @@ import numpy as np
 from config import IGNORE, Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
 from kindling.data.prompts import rendered_template
-from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, ShuffledRows, TokenDataset
+from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, ShuffledRows, TokenDataset, evenly_spaced
 from kindling.files import sha256_file
 
 WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
@@ -101,10 +101,18 @@ class Examples(TokenDataset):
         tokens = self.tokens_of(number)
         return Example(self.read(tokens.start, len(tokens)), self.segments_of(number))
 
-    def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
+    @property
+    def n_targets(self) -> int:
+        return self.n_supervised
+
+    def n_rows_in_order(self, cfg: ModelConfig) -> int:
+        return self._rows_in_order(cfg).n_rows
+
+    def in_order(self, cfg: ModelConfig, batch_size: int, part: int | None = None) -> Iterator[Batch]:
         rows = self._rows_in_order(cfg, batch_size)
-        for first in range(0, rows.n_rows, batch_size):
-            yield rows.batch_of_bins(range(first, min(first + batch_size, rows.n_rows)), n_rows=batch_size)
+        bins = evenly_spaced(rows.n_rows, part)
+        for first in range(0, len(bins), batch_size):
+            yield rows.batch_of_bins(bins[first : first + batch_size], n_rows=batch_size)
 
     def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> ExampleRows:
         return ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)

@@ -9,12 +9,17 @@ from config import Config
 from kindling.data.ledger import DOCUMENTS, explain, locate
 from kindling.data.shards import SPLITS, DataError
 from kindling.data.sources import WHOLE_FILES, local_files, source_roots
+from kindling.errors import KindlingError
+from kindling.paths import expand_home
 
 
 def explain_path(cfg: Config, folder: Path, path: str) -> str:
     """Return what the log says about `path`. Raises DataError, which says why, if it is not in the log."""
     keys, why = set(), []
-    given = Path(path).expanduser()
+    try:
+        given = expand_home(path, "--explain")
+    except KindlingError:  # a document may be called ~.py
+        given = Path(path)
     for source in cfg.data.sources if given.is_file() else ():
         for prefix, root in source_roots(source).items() if source.kind in WHOLE_FILES else ():
             if not given.resolve().is_relative_to(root.resolve()):

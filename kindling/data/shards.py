@@ -235,9 +235,18 @@ class TokenDataset:
             ends += (np.flatnonzero(ids == self.manifest["eos_id"]) + start + 1).tolist()
         return np.diff(np.unique(ends))
 
-    def in_order(self, cfg: ModelConfig, batch_size: int) -> Iterator[Batch]:
-        """Yield the whole split once, in the rows for the evaluation of a model of `cfg`."""
-        return blocks_in_order(self, cfg.block_size, batch_size, cfg.document_mask)
+    @property
+    def n_targets(self) -> int:
+        """The number of supervised tokens in an evaluation of the whole split."""
+        return max(0, len(self) - 1)
+
+    def n_rows_in_order(self, cfg: ModelConfig) -> int:
+        """Return the number of rows of `in_order`."""
+        return len(row_starts(self.n_targets, cfg.block_size, cfg.block_size))
+
+    def in_order(self, cfg: ModelConfig, batch_size: int, part: int | None = None) -> Iterator[Batch]:
+        """Yield the split once, in the rows for evaluating a model of `cfg`: all, or `part` of them, evenly spaced."""
+        return blocks_in_order(self, cfg.block_size, batch_size, cfg.document_mask, part=part)
 
     def targets_in_order(self, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
         """Return the documents in the order of `in_order`, and the number of supervised targets of each, (D,) int64 both."""
@@ -350,17 +359,29 @@ def row_starts(n_targets: int, block_size: int, stride: int) -> range:
     return range(0, max(n_targets - block_size, 0) + stride if n_targets > 0 else 0, stride)
 
 
+def evenly_spaced(n: int, part: int | None) -> list[int]:
+    """Return `part` of the numbers below n, evenly spaced; all of them for None, or if there are not more."""
+    part = n if part is None else min(part, n)
+    return [i * n // part for i in range(part)]
+
+
 def blocks_in_order(
-    dataset: TokenDataset, block_size: int, batch_size: int, document_mask: bool = False, stride: int | None = None
+    dataset: TokenDataset,
+    block_size: int,
+    batch_size: int,
+    document_mask: bool = False,
+    stride: int | None = None,
+    part: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the whole split once, in rows of block_size tokens: every token but the first is a target once.
 
-    With a `stride` below block_size the rows overlap: every target has at least block_size - stride + 1 tokens before it in
-    its row, if the split has them. Every batch has `batch_size` rows, so that code is compiled for one shape. The rest of
-    the last batch is id 0 with targets of -100.
+    With a `stride` below block_size the rows overlap: every target has at least block_size - stride + 1 tokens before it in its
+    row, if the split has them. With `part`, only this many of the rows, evenly spaced. Every batch has `batch_size` rows, so
+    that code is compiled for one shape. The rest of the last batch is id 0 with targets of -100.
     """
     stride = block_size if stride is None else stride
-    starts = row_starts(len(dataset) - 1, block_size, stride)
+    every_start = row_starts(len(dataset) - 1, block_size, stride)
+    starts = [every_start[i] for i in evenly_spaced(len(every_start), part)]
     for i in range(0, len(starts), batch_size):
         idx = np.zeros((batch_size, block_size), dtype=np.int64)
         targets = np.full_like(idx, IGNORE)

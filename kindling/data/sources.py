@@ -22,11 +22,20 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
-from kindling.data.dataset_rows import PATH_COLUMNS, REPOSITORY_COLUMNS, BadRow, conversation_of, rows_of, text_of
+from kindling.data.dataset_rows import (
+    PATH_COLUMNS,
+    REPOSITORY_COLUMNS,
+    BadRow,
+    conversation_of,
+    is_message,
+    rows_of,
+    text_of,
+)
 from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
 from kindling.files import printable
+from kindling.paths import expand_home
 from kindling.rows import PACKED, Broken, Row, n_bytes_of
 
 LANGUAGES = {
@@ -84,7 +93,7 @@ Sized = TypeVar("Sized", bound=_HasSize)  # a document, before or after processi
 def source_roots(source: SourceConfig) -> dict[str, Path]:
     """Return the folders of a local source, by the prefix of their files' keys."""
     if source.path is not None:
-        return {"": Path(source.path).expanduser()}
+        return {"": expand_home(source.path, "data.sources.path")}
     paths = sysconfig.get_paths()
     roots = {"stdlib/": paths["stdlib"], "site-packages/": paths["purelib"]}
     if paths["platlib"] != paths["purelib"]:
@@ -221,10 +230,13 @@ def _file_documents(source: SourceConfig, f: LocalFile) -> Iterator[Document]:
 
 
 def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Document:
-    """Return the document of a row, which is a `Row` of JSON or a value; only a dict can be used."""
+    """Return the document of a row, which is a `Row` of JSON or a value; only a dict or a chat can be used."""
     size = line = 0  # of the whole row, if it is JSON
     if isinstance(row, Row):
         row, size, line = row
+    column = source.messages_field
+    if column is not None and isinstance(row, list) and all(is_message(message, column) for message in row[:1]):
+        row = {column: row}  # a chat that is a list of its messages
     if not isinstance(row, dict):
         why = row if isinstance(row, Broken) else f"a row must be an object, but is a {type(row).__name__}"
         return Document(key, language, size=size, unreadable=f"line {line:,}: {why}" if line else str(why))
@@ -255,7 +267,10 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
 
 def _hub_documents(source: SourceConfig) -> Iterator[Document]:
     """Stream a data set from the hub, or from a local folder with the same layout; it is not downloaded as a whole."""
-    if (source.path or "").startswith(("/", "./", "../", "~")) and not Path(source.path or "").expanduser().is_dir():
+    path = source.path or ""
+    if path.startswith("~"):  # not else: a name on the hub keeps its slash on Windows
+        path = str(expand_home(path, "data.sources.path"))
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
         raise DataError(
             f"data.sources.path must be a name on the hub or a folder laid out like one, but there is no folder "
             f"{source.path!r}; correct --data.sources.0.path"
@@ -264,7 +279,6 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
 
     number = 0
     try:
-        path = os.path.expanduser(source.path or "")  # not Path: a name on the hub keeps its slash on Windows
         rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
         for number, row in enumerate(rows, 1):
             document = _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")

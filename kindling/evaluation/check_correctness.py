@@ -25,9 +25,9 @@ from kindling.evaluation.extraction import extract_from_completion, is_empty, is
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem
 from kindling.pool import FailedJob, map_jobs
+from kindling.sandbox.arguments import NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
-from kindling.sandbox.values import NotPlain
 
 if TYPE_CHECKING:
     from config import EvalConfig

@@ -37,6 +37,7 @@ from kindling.data.sources import Document, LocalFile, documents, language_of
 from kindling.device import Runtime
 from kindling.errors import one_line, require
 from kindling.loss import linear_nll
+from kindling.paths import expand_home
 from kindling.rows import DAMAGE, is_rows, open_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 from model import LanguageModel
@@ -302,7 +303,7 @@ def text_losses(
     after it is predicted too. `progress` is called after each batch. Raises DataError if the file has no text, ConfigError for
     an impossible stride.
     """
-    path = path.expanduser()
+    path = expand_home(path, "the text to predict")
     _require_stride(stride, model.cfg)
     if not path.is_file():
         raise DataError(f"the text to predict must be a file that exists, but {str(path)!r} is not; check the path")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kindling.errors import KindlingError, did_you_mean, one_line
+from kindling.paths import expand_home
 from kindling.rows import read_rows, usable
 
 if TYPE_CHECKING:
@@ -92,12 +93,10 @@ def load(name: str, source: str | None = None) -> list[Problem]:
     except (AttributeError, LookupError, StopIteration, SyntaxError, TypeError, ValueError) as e:
         raise TaskError(
             f"{origin} must hold problems in the format of {name}, but does not ({type(e).__name__}: {e}); "
-            f"correct --eval.{name.partition('-')[0]}"
+            f"correct {_flag(name)}"
         ) from None
     if not problems:
-        raise TaskError(
-            f"{origin} must hold problems, but has none in {len(rows)} rows; correct --eval.{name.partition('-')[0]}"
-        )
+        raise TaskError(f"{origin} must hold problems, but has none in {len(rows)} rows; correct {_flag(name)}")
     return problems
 
 
@@ -123,12 +122,16 @@ def source_of(name: str, cfg: EvalConfig) -> str | None:
 def file_of(name: str, cfg: EvalConfig) -> str:
     """Return the file with a benchmark's problems. For a data set on the hub, this is the file in `problems/`."""
     given = source_of(name, cfg)
-    is_file = given is not None and Path(given).expanduser().is_file()
-    return str(Path(given).expanduser() if given is not None and is_file else PROBLEMS / FILES[name])
+    path = None if given is None else expand_home(given, _flag(name))
+    return str(path if path is not None and path.is_file() else PROBLEMS / FILES[name])
+
+
+def _flag(name: str) -> str:
+    return f"--eval.{name.partition('-')[0]}"
 
 
 def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
-    path = Path(source).expanduser()
+    path = expand_home(source, _flag(name))
     try:
         if path.is_file():
             yield from map(usable, read_rows(path))
@@ -140,7 +143,7 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
     except Exception as e:  # datasets raises any error of its dependencies
         raise TaskError(
             f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "
-            f"({one_line(e)}); correct --eval.{name.partition('-')[0]}"
+            f"({one_line(e)}); correct {_flag(name)}"
         ) from None
 
 

@@ -25,6 +25,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kindling.openmp import limit_spinning
+
 SOURCE = Path(__file__).with_name("kernel.c")
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 # Sums may be in any order, because compilers vectorise them only then. Not -ffast-math: it would change how the whole process
@@ -165,8 +167,7 @@ def _processor() -> str:
 
 def _library() -> ctypes.CDLL:
     """Load the compiled kernel; compile it first if needed."""
-    # OpenMP's threads wait in a loop for the next product of the same token, but not longer, to leave the core to others
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    limit_spinning()  # autocomplete.py has not done it
     found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
     compiler = next((path for path in found if path), None)
     if compiler is None:

@@ -30,6 +30,11 @@ DPI = 130
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WHY_A_GAP = (
+    "The two losses are of different texts, and training loss is of those that the model learns from. A gap between them\n"
+    "is not overfitting; a validation loss that rises is."
+)
+NAME = 40  # characters of a run's name above its own axes, at most
 FEW = 40  # a line with at most this many points has a marker at each one
 
 
@@ -51,7 +56,7 @@ class Curves:
 
 
 class Histogram(NamedTuple):
-    """The distribution of one matrix's weights: densities (N,) between edges (N + 1,)."""
+    """The distribution of a matrix's weights: densities (N,) between edges (N + 1,), the outer ones its extreme weights."""
 
     layer: int | None
     density: np.ndarray
@@ -119,6 +124,16 @@ def _plain(c: str) -> bool:
     return c.isprintable() and not wide and not turned and _has_glyph(c)
 
 
+class Compared(NamedTuple):
+    """A run among others. Figures compare where their keys are equal: for training, for validation, for the texts held out."""
+
+    name: str
+    curves: Curves
+    training: Any = None
+    validation: Any = None
+    held_out: Any = None
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +145,7 @@ def training_curves(curves: Curves, title: str) -> Figure:
         _line(loss, curves.steps, curves.loss, 0, "training")
         _line(loss, curves.val_steps, curves.val_loss, 1, "validation")
         _line(perplexity, curves.val_steps, curves.val_perplexity, 1, "validation")
-        _line(rate, curves.steps, curves.lr, 0)
+        _line(rate, curves.steps, curves.lr, 0, markers=False)
         _line(norm, curves.steps, curves.grad_norm, 0)
         _skipped(norm, curves)
         names = (
@@ -148,6 +163,8 @@ def training_curves(curves: Curves, title: str) -> Figure:
         loss.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _log_if_wide(perplexity, curves.val_perplexity)
         _legend(loss)
+        if np.isfinite(curves.loss).any() and np.isfinite(curves.val_loss).any():
+            figure.supxlabel(WHY_A_GAP, x=0.01, ha="left", fontsize=9.5, color="#444444")
         known = np.flatnonzero((curves.steps > 0) & np.isfinite(curves.tokens))
         if len(known):
             each = curves.tokens[known[-1]] / curves.steps[known[-1]]
@@ -158,19 +175,27 @@ def training_curves(curves: Curves, title: str) -> Figure:
         return figure
 
 
-def _line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, name: str | None = None) -> None:
-    """Draw a line with gaps where y is NaN; isolated points are visible by their markers."""
+def _line(ax: Axes, x: np.ndarray, y: np.ndarray, number: int, name: str | None = None, markers: bool = True) -> None:
+    """Draw a line with gaps where y is NaN; isolated points are drawn as points, also without `markers`."""
     if not np.isfinite(y).any():
         if name is None or not ax.lines:
             ax.text(0.5, 0.5, "nothing recorded", transform=ax.transAxes, ha="center", color="#666666")
         return
+    look = line_style(number)
+    if np.isfinite(y).sum() == 1:
+        look["linestyle"] = "none"  # also in the legend
     every = max(1, len(x) // FEW)
     shown = ~np.isfinite(np.append(y[1:], np.nan)) & ~np.isfinite(np.insert(y[:-1], 0, np.nan))
-    marked = sorted({*range(0, len(x), every), *np.flatnonzero(shown).tolist(), len(x) - 1})
-    label = f" {name}" if name is not None and name.startswith("_") else name  # matplotlib hides _a from the legend
-    ax.plot(x, y, linewidth=1.6, markevery=marked, label=label, **line_style(number))
+    regular = {*range(0, len(x), every), len(x) - 1} if markers else set()
+    marked = sorted({*regular, *np.flatnonzero(shown).tolist()})
+    label = None if name is None else _label(name)
+    ax.plot(x, y, linewidth=1.6, markevery=marked, label=label, **look)
     if ax.texts:  # the note of another line without points
         ax.texts[0].remove()
+
+
+def _label(name: str) -> str:
+    return f" {name}" if name.startswith("_") else name  # matplotlib hides _a from the legend
 
 
 def _skipped(ax: Axes, curves: Curves) -> None:
@@ -203,31 +228,56 @@ def _legend(ax: Axes, **place: Any) -> None:
         ax.legend(frameon=False, handlelength=3.5, **place)
 
 
-def compare_curves(runs: list[tuple[str, Curves]], notes: list[str]) -> Figure:
-    """Draw losses and bits per byte of several runs against training tokens, with `notes` on what is not comparable."""
+def compare_curves(runs: list[Compared], notes: list[str]) -> Figure:
+    """Draw losses and bits per byte of several runs against training tokens, with `notes` on what does not compare.
+
+    Runs are on one axis only if their figures compare.
+    """
+    measures = (
+        ("training", "Training loss", "nats a token", "tokens", "loss"),
+        ("validation", "Validation loss", "nats a token", "val_tokens", "val_loss"),
+        ("held_out", "Validation bits per byte", "bits a byte", "val_tokens", "val_bits_per_byte"),
+    )
+    groups = [[key for n, key in enumerate(keys) if key not in keys[:n]] for keys in _keys(runs)]
+    rows = _rows([len(found) for found in groups])
     with style():
-        figure = new_figure(
-            10.8, 8.0 + 0.25 * len(runs) + 0.2 * len(notes), f"Training of {len(runs)} runs", " ".join(notes)
-        )
-        axes = figure.subplot_mosaic([["train", "train"], ["loss", "bits"]])
-        for number, (name, curves) in enumerate(runs):
-            _line(axes["train"], curves.tokens, curves.loss, number, visible(name))
-            _line(axes["loss"], curves.val_tokens, curves.val_loss, number, visible(name))
-            _line(axes["bits"], curves.val_tokens, curves.val_bits_per_byte, number, visible(name))
-        for key, name, unit in (
-            ("train", "Training loss", "nats a token"),
-            ("loss", "Validation loss", "nats a token"),
-            ("bits", "Validation bits per byte", "bits a byte"),
-        ):
-            axes[key].set_title(name)
-            axes[key].set_ylabel(unit)
-            axes[key].set_xlabel("training tokens")
-            axes[key].xaxis.set_major_formatter(EngFormatter(sep=""))
-        handles, names = axes["train"].get_legend_handles_labels()
-        if not handles:
-            handles, names = axes["loss"].get_legend_handles_labels()
+        height = 0.8 + 3.6 * len(rows) + 0.25 * len(runs) + 0.2 * len(notes)
+        figure = new_figure(10.8, height, f"Training of {len(runs)} runs", " ".join(notes))
+        axes = figure.subplot_mosaic(rows)  # type: ignore[arg-type]
+        shown: dict[str, Any] = {}
+        for m, ((measure, title, unit, x, y), found) in enumerate(zip(measures, groups)):
+            for g, key in enumerate(found):
+                ax = axes[f"{m}.{g}"]
+                drawn = [(number, run) for number, run in enumerate(runs) if getattr(run, measure) == key]
+                for number, run in drawn:
+                    _line(ax, getattr(run.curves, x), getattr(run.curves, y), number, visible(run.name))
+                of = visible(drawn[0][1].name)[-NAME:] if len(drawn) == 1 else f"{len(drawn)} of {len(runs)} runs"
+                ax.set_title(title if len(found) == 1 else f"{title} of {of}")
+                ax.set_xlim(left=-0.03 * ax.get_xlim()[1])
+                ax.set_ylabel(unit)
+                ax.set_xlabel("training tokens")
+                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+                for handle, name in zip(*ax.get_legend_handles_labels()):
+                    shown.setdefault(name, handle)
+        names = [name for run in runs if (name := _label(visible(run.name))) in shown]
+        handles = [shown[name] for name in names]
         figure.legend(handles, names, loc="outside lower left", frameon=False, handlelength=4, ncols=1)
         return figure
+
+
+def _keys(runs: list[Compared]) -> list[list[Any]]:
+    return [[run.training for run in runs], [run.validation for run in runs], [run.held_out for run in runs]]
+
+
+def _rows(counts: list[int]) -> list[list[str]]:
+    """Return the panels `m.g` of measures with so many groups each, two in a row; a panel that is alone has a whole row."""
+    if max(counts) == 1:
+        return [["0.0", "0.0"], ["1.0", "2.0"]]
+    rows = []
+    for m, count in enumerate(counts):
+        names = [f"{m}.{g}" for g in range(count)]
+        rows += [[names[i], names[min(i + 1, count - 1)]] for i in range(0, count, 2)]
+    return rows
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -244,16 +294,7 @@ def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
             ax.axis("off")
         for ax, (kind, found) in zip(grid.flat, kinds.items()):
             for number, histogram in enumerate(found):
-                name = "" if histogram.layer is None else f"layer {histogram.layer}: "
-                few = len(found) <= 6 or number in (0, len(found) // 2, len(found) - 1)
-                ax.stairs(
-                    np.where(histogram.density > 0, histogram.density, np.nan),
-                    histogram.edges,
-                    color=_depth(number, len(found)),
-                    linestyle=DASHES[number % 4] if len(found) <= 6 else "-",
-                    linewidth=1.4,
-                    label=f"{name}std {histogram.std:.3g}" if few else None,
-                )
+                _histogram(ax, histogram, number, len(found))
             _log_scale(ax, (1,))
             ax.set_title(kind)
             ax.set_ylabel("density (log scale)")
@@ -262,32 +303,62 @@ def weight_histograms(kinds: dict[str, list[Histogram]], title: str) -> Figure:
         return figure
 
 
+def _histogram(ax: Axes, histogram: Histogram, number: int, count: int) -> None:
+    """Draw one matrix of `count`: a line of steps with a marker at its smallest and one at its largest weight."""
+    layer = "" if histogram.layer is None else f"layer {histogram.layer}: "
+    few = count <= 6 or number in (0, count // 2, count - 1)
+    look: dict[str, Any] = {
+        "color": _depth(number, count),
+        "linestyle": DASHES[number % 4] if count <= 6 else "-",
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+    density = np.where(histogram.density > 0, histogram.density, np.nan)
+    known = np.flatnonzero(np.isfinite(density))
+    ends = [known[0], known[-1] + 1] if len(known) else []
+    ax.plot(
+        *(histogram.edges, np.append(density, density[-1:])),
+        drawstyle="steps-post",
+        markevery=[int(end) for end in ends],
+        linewidth=1.2,
+        label=f"{layer}std {histogram.std:.3g}" if few else None,
+        **look,
+    )
+
+
 def _depth(number: int, count: int) -> tuple[float, float, float, float]:
     """Return the colour of a layer, from light to dark; without yellow, which is hard to see on white."""
     return matplotlib.colormaps["viridis"](0.72 * (count - 1 - number) / max(1, count - 1))
 
 
 def spectral_norms(kinds: dict[str, list[Spectrum]], n_layer: int, title: str) -> Figure:
-    """Draw the largest singular value and the stable rank of each matrix, with a line for each kind.
+    """Draw the largest singular value and the stable rank of each matrix: a point for what is there once, else a line.
 
-    Embeddings are at the left, the head at the right.
+    The embeddings and the head have axes of their own, because their norms grow with the vocabulary.
     """
+    single = {kind: found for kind, found in kinds.items() if found[0].layer is None}
+    blocks = {kind: found for kind, found in kinds.items() if kind not in single}
+    measures = (
+        ("Largest singular value (spectral norm)", "norm", lambda s: s.norm),
+        ("Stable rank (Frobenius norm² / spectral norm²)", "share of the full rank", lambda s: s.stable_rank / s.full),
+    )
     with style():
         figure = new_figure(10.8, 8.6, f"Singular values of {title}")
-        norms, ranks = figure.subplots(2, 1, sharex=True)
-        for number, (kind, found) in enumerate(kinds.items()):
-            ends = {"head": n_layer}
-            x = np.array([ends.get(kind, -1) if s.layer is None else s.layer for s in found], dtype=float)
-            _line(norms, x, np.array([s.norm for s in found]), number, f"{kind} (full rank {found[0].full:,})")
-            _line(ranks, x, np.array([s.stable_rank / s.full for s in found]), number)
-        names = {-1: "embedding", **{i: str(i) for i in range(0, n_layer, -(-n_layer // 24))}, n_layer: "head"}
-        ranks.set_xticks(list(names), list(names.values()))
-        ranks.set_xlabel("layer")
-        norms.set_title("Largest singular value (spectral norm)")
-        norms.set_ylabel("norm")
-        ranks.set_title("Stable rank (Frobenius norm² / spectral norm²), as a share of the full rank")
-        ranks.set_ylabel("share")
-        _log_if_wide(norms, np.array([s.norm for found in kinds.values() for s in found]))
-        _log_if_wide(ranks, np.array([s.stable_rank / s.full for found in kinds.values() for s in found]))
-        _legend(norms, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        grid = figure.subplots(2, 2, sharex="col", width_ratios=[0.9 + 0.35 * len(single), 5])
+        for (left, right), (name, unit, value) in zip(grid, measures):
+            left.set_title(name)
+            for ax, shown in ((left, single), (right, blocks)):
+                ax.set_ylabel(unit)
+                for number, (kind, found) in enumerate(kinds.items()):
+                    if kind in shown:
+                        x = [list(single).index(kind) if s.layer is None else s.layer for s in found]
+                        label = f"{kind} (full rank {found[0].full:,})" if ax is right else None
+                        _line(ax, np.array(x, dtype=float), np.array([value(s) for s in found]), number, label)
+                _log_if_wide(ax, np.array([value(s) for found in shown.values() for s in found]))
+        left, right = grid[1]
+        names = [kind.replace(", ", ",\n").replace(" embedding", "\nembedding") for kind in single]
+        left.set_xticks(range(len(single)), names, fontsize=8)
+        left.set_xlim(-0.5, len(single) - 0.5)
+        right.set_xticks(range(0, n_layer, -(-n_layer // 24)))
+        right.set_xlabel("layer")
+        _legend(grid[0, 1], loc="center left", bbox_to_anchor=(1.0, 0.5))
         return figure

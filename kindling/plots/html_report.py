@@ -1,8 +1,9 @@
 """A run's report as one HTML file: pictures and style are inside, and there are no scripts.
 
-    text = page("runs/demo", facts, sections, pictures, samples, samples_note, config_yaml)
+    text = page("runs/demo", facts, sections, pictures, [Samples("What it writes", note, samples)], config_yaml)
 
-It can be sent by mail, read in light and dark mode, and printed. All texts from outside, such as names and what a model wrote,
+It can be sent by mail, read on a telephone, in light and dark mode, and printed. In the dark, pictures are inverted, so no text
+may speak of light and dark colours. All texts from outside, such as names and what a model wrote,
 are escaped. The page's policy forbids the browser to load anything.
 """
 
@@ -33,6 +34,14 @@ class Sample(NamedTuple):
     verdict: str = ""
 
 
+class Samples(NamedTuple):
+    """Texts of the model under a heading, with a note on their origin."""
+
+    heading: str
+    note: str
+    samples: list[Sample]
+
+
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #fff; --faint: #595959; --line: #c9c9c9; --box: #f4f4f4; }
 @media (prefers-color-scheme: dark) {
@@ -44,14 +53,23 @@ h1 { font-size: 1.6rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2re
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left; }
 .figure { text-align: right; white-space: nowrap; } .wide { overflow-x: auto; }
-.facts td:first-child { color: var(--faint); }
+.facts td { overflow-wrap: anywhere; } .facts td:first-child { color: var(--faint); overflow-wrap: normal; }
 figure { margin: 1rem 0 1.5rem; } figcaption, .faint, ul { color: var(--faint); font-size: .9rem; }
 figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); }
 pre { background: var(--box); padding: .75rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; margin: .25rem 0 1rem;
       white-space: pre-wrap; }
 .prompt { color: var(--faint); } .warning { color: #b3261e; font-weight: bold; }
 @media (prefers-color-scheme: dark) { .warning { color: #ff8a80; } }
+@media screen and (prefers-color-scheme: dark) { figure img { filter: invert(.9) hue-rotate(180deg); } }
 summary { cursor: pointer; }
+@media screen and (max-width: 40rem) {
+  body { padding: 1rem; }
+  .wide table, .wide tbody, .wide tr, .wide td { display: block; } .wide thead { display: none; }
+  .wide tr { padding: .35rem 0; border-bottom: 1px solid var(--line); }
+  .wide td { padding: 0; border: 0; text-align: left; white-space: normal; overflow-wrap: anywhere; }
+  .wide td[data-label]::before { content: attr(data-label) ": "; color: var(--faint); font-weight: normal; }
+  .wide td.name { font-weight: bold; }
+}
 @media print { :root { --text: #000; --page: #fff; --faint: #444; --box: #f4f4f4; --line: #bbb; }
   body { max-width: none; padding: 0; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .wide, pre { overflow: visible; } }
@@ -64,11 +82,10 @@ def page(
     facts: list[tuple[str, str]],
     sections: list[Section],
     pictures: list[Picture],
-    samples: list[Sample],
-    samples_note: str,
+    texts: list[Samples],
     config: str,
 ) -> str:
-    """Return the page; `facts` are names and values, `sections` are tables after the pictures, `config` is YAML."""
+    """Return the page; `facts` are names and values, `sections` are tables after the texts, `config` is YAML."""
     rows = "\n".join(f"<tr><td>{as_html_text(name)}</td><td>{as_html_text(value)}</td></tr>" for name, value in facts)
     shown = as_html_text(title)
     return f"""<!DOCTYPE html>
@@ -77,6 +94,7 @@ def page(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{shown}</title>
 <style>{STYLE}</style>
 </head>
@@ -88,11 +106,7 @@ def page(
 <section>
 <h2>Plots</h2>
 {"".join(_picture(picture) for picture in pictures)}</section>
-<section>
-<h2>What it writes</h2>
-<p class="faint">{as_html_text(samples_note)}</p>
-{"".join(_sample(sample) for sample in samples)}</section>
-{as_html(sections)}<section>
+{"".join(_samples(found) for found in texts)}{as_html(sections)}<section>
 <h2>Config</h2>
 <details>
 <summary>config.yaml</summary>
@@ -112,6 +126,12 @@ def _picture(picture: Picture) -> str:
         f'<figure>\n<img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
         f'alt="{as_html_text(picture.alt)}">\n<figcaption>{as_html_text(picture.caption)}</figcaption>\n</figure>\n'
     )
+
+
+def _samples(found: Samples) -> str:
+    inner = "".join(_sample(sample) for sample in found.samples)
+    head = f'<h2>{as_html_text(found.heading)}</h2>\n<p class="faint">{as_html_text(found.note)}</p>'
+    return f"<section>\n{head}\n{inner}</section>\n"
 
 
 def _sample(sample: Sample) -> str:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from config import IGNORE
-from kindling.data.examples import Examples
-from kindling.data.shards import Batch, TokenDataset
+from kindling.data.shards import Batch
 from kindling.device import Runtime
 from kindling.errors import KindlingError
 from kindling.evaluation.perplexity import token_losses
@@ -36,9 +35,7 @@ from kindling.tokenization.tokenizer import Tokenizer
 from model import LanguageModel
 
 BINS = 81
-LINES = 30  # of a held-out document
-FEWEST = 8  # lines; if a document has fewer, a longer one is searched
-PROBED = 200  # documents of a split that are searched
+FEWEST = 16  # weights in a bin of a histogram, so that its tails are no noise
 LABELLED = 48  # tokens of a heatmap
 CHARS = 64  # characters of a file that are encoded, for each token of the context
 
@@ -131,7 +128,7 @@ def matrices(model: LanguageModel) -> dict[str, list[Matrix]]:
 
 
 def histograms(found: dict[str, list[Matrix]]) -> dict[str, list[Histogram]]:
-    """Return the distribution of each matrix's weights; all matrices of a kind have the same edges."""
+    """Return the distribution of each matrix's weights, from its smallest to its largest; sparse bins are joined."""
     out: dict[str, list[Histogram]] = {}
     for kind, own in found.items():
         limit = max(m.weight.abs().max().item() for m in own)
@@ -141,9 +138,33 @@ def histograms(found: dict[str, list[Matrix]]) -> dict[str, list[Histogram]]:
         out[kind] = []
         for m in own:
             counts = torch.histc(m.weight, BINS, -limit, limit).cpu().numpy().astype(np.float64)
-            density = counts / counts.sum() / (edges[1] - edges[0])
-            out[kind].append(Histogram(m.layer, density, edges, m.weight.std(correction=0).item()))
+            counts, ends = joined(counts, edges, m.weight.min().item(), m.weight.max().item())
+            density = counts / counts.sum() / np.diff(ends)
+            out[kind].append(Histogram(m.layer, density, ends, m.weight.std(correction=0).item()))
     return out
+
+
+def joined(counts: np.ndarray, edges: np.ndarray, lowest: float, highest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the counts (M,) and edges (M + 1,) of a histogram with at least FEWEST in each bin, if there are as many at all.
+
+    The outer edges are the smallest and the largest weight, so a picture shows where each tail ends.
+    """
+    if lowest == highest:
+        return counts, edges
+    kept, ends, held = [], [lowest], 0.0
+    for count, end in zip(counts.tolist(), edges[1:].tolist()):
+        held += count
+        if held >= FEWEST and end > ends[-1]:
+            kept.append(held)
+            ends.append(end)
+            held = 0.0
+    if not kept:
+        return np.array([held]), np.array([lowest, highest])
+    kept[-1] += held  # too few for a bin of their own
+    while len(kept) > 1 and ends[-2] >= highest:  # rounding
+        kept[-2:] = [sum(kept[-2:])]
+        del ends[-2]
+    return np.array(kept), np.array([*ends[:-1], highest])
 
 
 def _require_finite(value: float, kind: str) -> None:
@@ -176,13 +197,16 @@ def spectra(found: dict[str, list[Matrix]]) -> dict[str, list[Spectrum]]:
 class Text:
     """A text to draw: its token ids (N,), for which tokens the loss is shown (N,), and `what`, which says which text it is.
 
-    If `started`, the first id is the token that begins a document in training, and not part of the text.
+    If `started`, the first id is the token that begins a document in training, and not part of the text. `name` is shorter than
+    `what`: it does not say how much of the text is there. `first_line` is the number of its first line, from 1.
     """
 
     ids: list[int]
     predicted: list[bool]
     what: str
     started: bool
+    name: str = "the text"
+    first_line: int = 1
 
 
 def given_text(tokenizer: Tokenizer, text: str, block_size: int, name: str, crop: bool = False) -> Text:
@@ -204,53 +228,7 @@ def given_text(tokenizer: Tokenizer, text: str, block_size: int, name: str, crop
     cropped = len(ids) > block_size or (crop and len(text) > CHARS * block_size)
     what = f"the first {len(kept):,} tokens of {name}" if cropped else name
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return Text([start, *kept], [False] + [True] * len(kept), what, started=True)
-
-
-def held_out_text(dataset: TokenDataset, tokenizer: Tokenizer, block_size: int) -> Text:
-    """Return the beginning of the first held-out document or conversation that is not very short.
-
-    Documents that do not encode to their tokens again are skipped. Raises InspectionError if none is left.
-    """
-    best: Text | None = None
-    start, n_lines = 0, 0
-    for number, length in enumerate(dataset.lengths[:PROBED].tolist()):
-        ids = dataset.read(start, length).tolist()
-        start += length
-        text = _document(dataset, number, ids[:-1], tokenizer, block_size)
-        if text is None:
-            continue
-        lines = tokenizer.decode(text.ids).count("\n")
-        if best is None or lines > n_lines:
-            best, n_lines = text, lines
-        if n_lines >= FEWEST:
-            break
-    if best is None:
-        raise InspectionError(
-            f"the {dataset.split} split must hold a text that its tokens decode to, but the first "
-            f"{len(dataset.lengths[:PROBED]):,} documents do not; give one with --text"
-        )
-    return best
-
-
-def _document(dataset: TokenDataset, number: int, ids: list[int], tokenizer: Tokenizer, block_size: int) -> Text | None:
-    """Return the text of a document's `ids` to draw, or None if it would not encode to the same tokens."""
-    name = f"document {number:,} of the {dataset.split} split"
-    if isinstance(dataset, Examples):
-        predicted = dataset.example(number).supervised[: len(ids)].tolist()
-        if "\ufffd" in tokenizer.decode(ids) or not ids:
-            return None
-        what = name.replace("document", "conversation") + ", of which the responses are predicted"
-        return Text(ids[: block_size + 1], predicted[: block_size + 1], what, started=False)
-    ids = [i for i in ids if i != tokenizer.bos_id]
-    text = tokenizer.decode(ids)
-    # only the beginning is encoded again, as a document may have megabytes
-    if "\ufffd" in text or not text.strip() or tokenizer.encode(text[:2000])[:50] != ids[:50]:
-        return None
-    beginning = "".join(text.splitlines(keepends=True)[:LINES])
-    found = given_text(tokenizer, beginning, block_size, name, crop=True)
-    found.what = f"the first {len(found.ids) - 1:,} of {len(ids):,} tokens of {name}"
-    return found
+    return Text([start, *kept], [False] + [True] * len(kept), what, started=True, name=name)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -260,8 +238,8 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*out[:-1], out[-1] + stream.finish()] if out else []
 
 
-def units(model: LanguageModel, tokenizer: Tokenizer, text: Text, runtime: Runtime) -> list[Unit]:
-    """Return each token's text and loss; tokens that spell one character together are one unit."""
+def losses_of(model: LanguageModel, text: Text, runtime: Runtime) -> np.ndarray:
+    """Return each token's loss in nats, (N,) float64; NaN where it is not predicted."""
     ids = np.array(text.ids, dtype=np.int64)
     targets = np.where(text.predicted, ids, IGNORE)[1:]
     losses = np.full(len(ids), math.nan)
@@ -269,6 +247,12 @@ def units(model: LanguageModel, tokenizer: Tokenizer, text: Text, runtime: Runti
         with torch.no_grad():
             found = token_losses(model, Batch(ids[None, :-1], targets[None]), runtime)
         losses[1:][targets != IGNORE] = found
+    return losses
+
+
+def units(model: LanguageModel, tokenizer: Tokenizer, text: Text, runtime: Runtime) -> list[Unit]:
+    """Return each token's text and loss; tokens that spell one character together are one unit."""
+    losses = losses_of(model, text, runtime)
     first = int(text.started)
     out, held = [], 0.0
     for piece, loss in zip(pieces(tokenizer, text.ids[first:]), losses[first:].tolist()):

@@ -22,7 +22,8 @@ from kindling.errors import one_line
 from kindling.evaluation.report import FORMAT, sections
 from kindling.generation.completion import answer, complete
 from kindling.generation.sampling import GenerationError, Sampling
-from kindling.plots.html_report import Picture, Sample, page
+from kindling.plots.figures import WHY_A_GAP
+from kindling.plots.html_report import Picture, Sample, Samples, page
 from kindling.plots.inspection import InspectedRun, Text
 from kindling.public_paths import PublicPaths, public_path
 from kindling.runs.checkpoint import load_state, weights_sha256
@@ -31,12 +32,13 @@ from kindling.tables import Section
 SAMPLES = 6
 SAMPLE_CHARS = 1500
 NEW_TOKENS = 120  # of a sample made for the report
+DURING = "training_samples.jsonl"  # of a run: what it wrote during training
 
 CAPTIONS = {
     "training_curves.png": "Loss, validation perplexity, learning rate and gradient norm over training.",
-    "token_loss.png": "The loss of each token, in nats, over the text itself: the darker, the harder to predict.",
+    "token_loss.png": "The loss of each token, in nats, over the text itself: the stronger the colour, the harder to predict.",
     "attention.png": "Attention weights of every head: a row for each token that looks, a column for each it looks at.",
-    "weights.png": "Distribution of the weights of each kind of matrix, by layer: the deeper, the darker.",
+    "weights.png": "Distribution of the weights of each kind of matrix, from its smallest to its largest, by layer.",
     "spectral_norms.png": "Largest singular value and stable rank of each matrix, by layer.",
 }
 
@@ -45,12 +47,14 @@ def pictures_of(subject: InspectedRun, text: Text, plots: dict[str, bytes]) -> l
     """Return the plots for the report with their captions; attention of single layers is left out."""
     alts = {
         "training_curves.png": curves_in_words(subject.metrics),
-        "token_loss.png": f"The tokens of {text.what}, each on a background that is darker the greater its loss.",
+        "token_loss.png": f"The tokens of {text.what}, each on a background whose colour is stronger the greater its loss.",
         "attention.png": f"A grid of heatmaps, {subject.model.cfg.n_layer} layers by {subject.model.cfg.n_head} heads.",
         "weights.png": "Histograms on a logarithmic scale, one panel for each kind of matrix.",
-        "spectral_norms.png": "Two panels of lines over the layers, one line for each kind of matrix.",
+        "spectral_norms.png": "Lines over the layers, one for each kind of matrix, and points for embeddings and head.",
     }
+    losses = [{key for key in ("loss", "val_loss") if isinstance(line.get(key), float)} for line in subject.metrics]
     of = {
+        "training_curves.png": f" {' '.join(WHY_A_GAP.split())}" if len(set().union(*losses)) == 2 else "",
         "token_loss.png": f" The text is {text.what}.",
         "attention.png": f" The text is {text.what}. Each layer is larger in plots/attention/.",
     }
@@ -174,7 +178,7 @@ def samples_of(subject: InspectedRun) -> tuple[list[Sample], str]:
                 f"Answer {i}",
                 _text(row, "prompt"),
                 _text(row, "answer"),
-                "" if row.get("stopped") else "cut by the context",
+                "ended by itself" if row.get("stopped") else "cut by the context",
             )
             for i, row in enumerate(answers[:SAMPLES], 1)
         ]
@@ -192,6 +196,22 @@ def samples_of(subject: InspectedRun) -> tuple[list[Sample], str]:
     return new_samples(subject), "Made for this report from the config's prompts, each with the seed of its number."
 
 
+def samples_during_training(subject: InspectedRun) -> list[Samples]:
+    """Return what the run wrote to one prompt at its last few steps with samples; nothing if it has written none."""
+    rows = [row for row in rows_of(subject.run.path / DURING) if isinstance(row.get("step"), int) and row.get("text")]
+    if not rows:
+        return []
+    prompt = next(row.get("prompt") for row in rows if row["step"] == rows[-1]["step"])
+    at = {row["step"]: row for row in rows if row.get("prompt") == prompt}
+    last = sorted(at)[-SAMPLES:]
+    shown = []
+    for step in last:
+        begun, text = _text(at[step], "prompt"), _text(at[step], "text")
+        shown.append(Sample(f"Step {step:,}", begun, text.removeprefix(begun)))
+    note = f"The last {len(last)} of {len(at):,} times, always from the same prompt." if len(at) > 1 else "One time."
+    return [Samples("What it wrote during training", note, shown)]
+
+
 def _text(row: dict[str, Any], key: str) -> str:
     text = str(row.get(key, ""))
     return (
@@ -200,16 +220,27 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _graded(row: dict[str, Any]) -> Sample:
-    verdict = ", ".join(
-        filter(
-            None,
-            (_text(row, "verdict"), _text(row, "reason"), "" if row.get("compiles") else "no statement of its own"),
-        )
-    )
     program, text = _text(row, "program"), _text(row, "text")
     prompt = program.removesuffix(text) if text and program.endswith(text) else ""
     return Sample(
-        f"{_text(row, 'benchmark')}, {_text(row, 'task_id')}:", prompt, text if prompt else program or text, verdict
+        f"{_text(row, 'benchmark')}, {_text(row, 'task_id')}:",
+        prompt,
+        text if prompt else program or text,
+        _verdict(row),
+    )
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """Return what the evaluation says of a sample; one without tests is only compiled."""
+    verdict, compiles = _text(row, "verdict"), row.get("compiles")
+    if verdict == "syntax":
+        said = "does not compile"
+    elif compiles and not verdict:
+        said = "compiles" if row.get("non_trivial") else "compiles, but does nothing"
+    else:
+        said = verdict
+    return ", ".join(
+        filter(None, (said, _text(row, "reason"), "" if compiles or verdict == "syntax" else "no statement of its own"))
     )
 
 
@@ -217,19 +248,20 @@ def new_samples(subject: InspectedRun) -> list[Sample]:
     """Continue the config's prompts, or answer them if the run is fine-tuned."""
     cfg, model, tokenizer = subject.run.config(), subject.model.for_generation(), subject.tokenizer
     out = []
+    limit = f"cut after {NEW_TOKENS} tokens"
     for number, prompt in enumerate(cfg.train.sample_prompts[:SAMPLES], 1):
         sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=number)
         try:
             if cfg.data.instructions:
-                text, prompt = (
-                    answer(model, tokenizer, cfg.data.template, [Exchange(prompt)], sampling).text,
-                    prompt + "\n\n",
-                )
+                said = answer(model, tokenizer, cfg.data.template, [Exchange(prompt)], sampling)
+                cut = f"cut by {said.cut_by}" if said.cut_by.startswith("the context") else limit
+                text, prompt, verdict = said.text, prompt + "\n\n", "ended by itself" if said.stopped else cut
             else:
-                text = complete(model, tokenizer, prompt, sampling).text
+                made = complete(model, tokenizer, prompt, sampling)
+                text, verdict = made.text, limit if made.ended_by == "limit" else "ended by itself"
         except GenerationError as e:  # if one prompt does not fit, show the others
-            text = f"({e})"
-        out.append(Sample(f"Sample {number}", prompt, text))
+            text, verdict = f"({e})", ""
+        out.append(Sample(f"Sample {number}", prompt, text, verdict))
     return out
 
 
@@ -243,7 +275,6 @@ def report_of(subject: InspectedRun, text: Text, plots: dict[str, bytes]) -> str
         facts_of(subject),
         public(evaluation_sections(subject) + ledger_sections(subject.run.data)),
         pictures_of(subject, text, plots),
-        samples,
-        note,
+        [Samples("What it writes", note, samples), *samples_during_training(subject)],
         to_yaml(Config(**public(dataclasses.asdict(cfg)))),
     )

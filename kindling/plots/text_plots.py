@@ -30,6 +30,9 @@ LONGEST = 160  # rows of text that are drawn
 LISTED = 12  # tokens in each list beside the text: the hardest and the easiest
 MONO = "DejaVu Sans Mono"
 ADVANCE = 0.602  # width of each character, in em
+SMALLEST = 5.5  # points: a token's row in a heatmap with labels
+FEWEST_LABELLED = 12  # tokens; a heatmap with fewer shows too little
+NOTE_CHARS = 1.25  # characters of a note for one of a title, in the same width
 SCALE = PowerNorm(0.5, 0, 1)  # of attention weights
 
 
@@ -46,12 +49,15 @@ def label(text: str) -> str:
     return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
-def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: str) -> Figure:
-    """Draw each head's attention weights (n_head, T, T): a row for each query token, a column for each key token."""
+def attention_layer(weights: np.ndarray, tokens: list[str], title: str, what: str) -> Figure:
+    """Draw each head's attention weights (n_head, T, T): a row for each query token, a column for each key token.
+
+    `what` names the text.
+    """
     n_head, T, _ = weights.shape
     names = [label(token) for token in tokens]
     columns, cell, size = (1, 7.2, 8.5) if n_head == 1 else (2, 4.8, 7.0)
-    labels = max(map(len, names)) * ADVANCE * size / 72 + 0.1  # inches
+    labels, note = _inches(names, size), attention_note(T, what)
     with style():
         figure, axes = _grid(-(-n_head // columns), columns, cell, (labels, 0.25, labels + 0.1), title, note)
         for number, ax in enumerate(axes):
@@ -60,45 +66,82 @@ def attention_layer(weights: np.ndarray, tokens: list[str], title: str, note: st
                 continue
             _heatmap(ax, weights[number])
             ax.set_title(f"head {number}")
-            font: dict[str, Any] = {"fontsize": size, "family": MONO, "clip_on": False}
-            for i, name in enumerate(names):  # drawing them as ticks would take three times as long
-                ax.text(i, T - 0.5 + T / 100, name, rotation=90, ha="center", va="top", **font)
-                if number % columns == 0:
-                    ax.text(-0.5 - T / 100, i, name, ha="right", va="center", **font)
+            _label_tokens(ax, names, size, rows=number % columns == 0)
         return figure
 
 
-def attention_overview(weights: np.ndarray, title: str, note: str) -> Figure:
-    """Draw the attention weights (n_layer, n_head, T, T) of all heads as small heatmaps, a row for each layer."""
-    n_layer, n_head = weights.shape[:2]
-    cell = min(10.0 / n_head - 0.1, max(24.0 / n_layer, 0.9), 2.6)
+def attention_overview(weights: np.ndarray, tokens: list[str], title: str, what: str) -> Figure:
+    """Draw the attention weights (n_layer, n_head, T, T) of all heads as small heatmaps, a row for each layer.
+
+    If the heatmaps are large enough for labels, only as many of the first tokens are drawn as labels fit. `what` names the text.
+    """
+    n_layer, n_head, T, _ = weights.shape
+    cell = min(10.0 / n_head - 0.1, max(24.0 / n_layer, 0.9), 3.6)
+    fit = int(cell * 72 / SMALLEST)
+    names = [label(token) for token in tokens[:fit]] if fit >= min(T, FEWEST_LABELLED) else []
+    T = len(names) or T
+    size = min(7.0, cell * 72 / T)
+    labels = _inches(names, size)
     with style():
-        figure, axes = _grid(n_layer, n_head, cell, (0.75, 0.0, 0.08), title, note)
+        margins = (0.75 + labels, 0.0, 0.08)
+        figure, axes = _grid(n_layer, n_head, cell, margins, title, attention_note(T, what), labels)
         for ax, (layer, head) in zip(axes, np.ndindex(n_layer, n_head)):
-            _heatmap(ax, weights[layer, head])
+            _heatmap(ax, weights[layer, head, :T, :T])
             if layer == 0:
                 ax.set_title(f"head {head}" if cell > 0.8 else str(head), fontsize=9, loc="center")
             if head == 0:
-                ax.set_ylabel(f"layer {layer}", fontsize=9, rotation=0, ha="right", va="center")
+                x = -(labels + 0.05) / cell
+                ax.text(x, 0.5, f"layer {layer}", fontsize=9, ha="right", va="center", transform=ax.transAxes)
+            _label_tokens(ax, names, size, rows=head == 0, columns=layer == n_layer - 1)
         return figure
 
 
+def attention_note(shown: int, what: str) -> str:
+    """Return what a picture of the attention among the first tokens of a text shows."""
+    return (
+        f"The first {shown} tokens of {what}. In each row, a token looks at itself and the tokens before it, in the columns. "
+        f"Grey: tokens that come later."
+    )
+
+
+def _inches(names: list[str], size: float) -> float:
+    """Return the width of the longest of some labels, with a little space; 0 without labels."""
+    return max(map(len, names)) * ADVANCE * size / 72 + 0.1 if names else 0.0
+
+
+def _label_tokens(ax: Axes, names: list[str], size: float, rows: bool, columns: bool = True) -> None:
+    """Write tokens below a heatmap's columns and to the left of its rows. As ticks they would take three times as long."""
+    T = len(names)
+    font: dict[str, Any] = {"fontsize": size, "family": MONO, "clip_on": False}
+    for i, name in enumerate(names):
+        if columns:
+            ax.text(i, T - 0.5 + T / 100, name, rotation=90, ha="center", va="top", **font)
+        if rows:
+            ax.text(-0.5 - T / 100, i, name, ha="right", va="center", **font)
+
+
 def _grid(
-    rows: int, columns: int, cell: float, margins: tuple[float, float, float], title: str, note: str
+    rows: int,
+    columns: int,
+    cell: float,
+    margins: tuple[float, float, float],
+    title: str,
+    note: str,
+    bottom: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with a colour bar and a grid of square axes, listed row by row, each `cell` inches wide.
 
-    `margins`, in inches: to the left of the grid, above each axes and below each axes. Places are computed here, because
-    matplotlib's layout would draw all labels first, which takes as long as the plot.
+    `margins`, in inches: to the left of the grid, above each axes and below each axes; `bottom`: below them all. Places are
+    computed here, because matplotlib's layout would draw all labels first, which takes as long as the plot.
     """
     left, above, below = margins
     wide = max(left + 0.2 + columns * (cell + 0.1) + 1.1, 9.2)
-    lines = title_lines(title, note, wide)
-    top = 0.55 + 0.2 * len(lines)
-    high = max(top + rows * (cell + above + below) + 0.15, top + 4.3)
+    lines, more = title_lines(title, "", wide), title_lines("", note, wide * NOTE_CHARS)
+    top = 0.4 + 0.2 * len(lines) + 0.17 * len(more)
+    high = max(top + rows * (cell + above + below) + 0.15 + bottom, top + 4.5)
     figure = Figure(figsize=(wide, high))
     FigureCanvasAgg(figure)
-    figure.text(0.12 / wide, 1 - 0.12 / high, "\n".join(lines), fontsize=12, va="top")
+    _heading(figure, lines, more)
     axes = []
     for row, column in np.ndindex(rows, columns):
         x, y = left + 0.15 + column * (cell + 0.1), top + above + row * (cell + above + below)
@@ -113,12 +156,21 @@ def _grid(
     return figure, axes
 
 
+def _heading(figure: Figure, lines: list[str], more: list[str]) -> None:
+    """Write a title of some lines at the top left, and below it, smaller, what the picture shows."""
+    wide, high = figure.get_size_inches()
+    figure.text(0.15 / wide, 1 - 0.15 / high, "\n".join(lines), fontsize=12, va="top")
+    y = 1 - (0.2 + 0.2 * len(lines)) / high
+    figure.text(0.15 / wide, y, "\n".join(more), fontsize=9.5, va="top", color="#444444")
+
+
 def _heatmap(ax: Axes, weights: np.ndarray) -> None:
     """Draw attention weights (T, T); above the diagonal, which causal attention hides, is grey."""
     ax.set_facecolor("#dddddd")
     seen = np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
     ax.imshow(seen, cmap=MAP, norm=SCALE, interpolation="nearest", aspect="equal")
     ax.grid(False)
+    ax.spines[:].set_visible(False)
     ax.set_xticks([])
     ax.set_yticks([])
 
@@ -162,10 +214,10 @@ def rows_of(units: list[Unit], columns: int = COLUMNS) -> list[Row]:
     return rows if rows[-1].pieces or len(rows) == 1 else rows[:-1]
 
 
-def token_losses(units: list[Unit], guess: float, title: str, what: str) -> Figure:
+def token_losses(units: list[Unit], guess: float, title: str, what: str, first_line: int = 1) -> Figure:
     """Draw a text with each token's background shaded by its loss in nats, up to `guess`, the loss of a uniform guess.
 
-    Beside it are lists of the hardest and the easiest tokens. `what` says which text it is.
+    Beside it are lists of the hardest and the easiest tokens. `what` says which text it is, `first_line` where it begins.
     """
     rows = rows_of(units)
     left_out = len(rows) - LONGEST
@@ -173,20 +225,23 @@ def token_losses(units: list[Unit], guess: float, title: str, what: str) -> Figu
     size = 9.5
     width, height = ADVANCE * size / 72, 1.5 * size / 72  # of a character's cell, in inches
     list_rows = 2 * LISTED + 5
-    left, top, below, side = 0.55, 0.75, 0.85, 2.0
+    left, below, side = 0.55, 0.85, 2.0
     text_width, text_height = COLUMNS * width, max(len(rows), list_rows) * height
-    whole = (left + text_width + 0.25 + side, top + text_height + below)
+    wide = left + text_width + 0.25 + side
+    note = f"; {left_out:,} more rows are not drawn" if left_out > 0 else ""
+    lines, more = title_lines(f"Loss of each token: {title}", "", wide), title_lines("", what + note, wide * NOTE_CHARS)
+    top = 0.35 + 0.2 * len(lines) + 0.17 * len(more)
+    whole = (wide, top + text_height + below)
     with style():
         figure = Figure(figsize=whole)
         FigureCanvasAgg(figure)
-        figure.text(0.15 / whole[0], 1 - 0.2 / whole[1], visible(f"Loss of each token: {title}"), fontsize=12, va="top")
-        note = f"; {left_out:,} more rows are not drawn" if left_out > 0 else ""
-        figure.text(0.15 / whole[0], 1 - 0.45 / whole[1], visible(what + note), fontsize=9.5, va="top", color="#444444")
+        _heading(figure, lines, more)
         box_text = (left / whole[0], below / whole[1], text_width / whole[0], text_height / whole[1])
         ax = figure.add_axes(box_text, xlim=(0, COLUMNS), ylim=(text_height / height, 0))
         ax.axis("off")
         mapping = ScalarMappable(Normalize(0, guess), matplotlib.colormaps[MAP])
-        _draw_rows(ax, rows, units, mapping, size)
+        numbered = [row if row.line is None else row._replace(line=row.line + first_line - 1) for row in rows]
+        _draw_rows(ax, numbered, units, mapping, size)
         box = (left / whole[0], 0.45 / whole[1], text_width / whole[0], 0.13 / whole[1])
         bar = figure.colorbar(mapping, cax=figure.add_axes(box), orientation="horizontal", extend="max")
         bar.set_label(f"loss in nats; a uniform guess has {guess:.2f}; no background: not predicted", fontsize=9)

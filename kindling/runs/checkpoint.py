@@ -1,6 +1,7 @@
 """Run directories: all that a later stage needs from a run, written so that nothing saved can be lost.
 
-    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  skipped.jsonl  tensorboard/  data/ (held-out shards, manifest)
+    runs/NAME/config.yaml  tokenizer.json  metrics.jsonl  metrics.csv  skipped.jsonl  tensorboard/
+    runs/NAME/data/   (held-out shards, manifest)
     runs/NAME/step_001000/model.safetensors  state.pt  manifest.json
     runs/NAME/step_001000/sharded/  state.pt  manifest.json   (with --train.parallel fsdp; every rank writes its part)
 

@@ -1,27 +1,77 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
+"""The log of a run: `metrics.jsonl`, one JSON object a line; the same numbers as a table and for TensorBoard; samples.
+
+`metrics.csv` has a row for each line of `metrics.jsonl`, and a column for each name in it. A line with a new name rewrites the
+table, and so does each start. So after a crash the table is as good as the lines, once the run goes on.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kindling.errors import KindlingError
 from kindling.files import append_line, write_atomic
 
+SAMPLES = "training_samples.jsonl"  # with a step, a prompt and the text after it in each line
+
+
+class Table:
+    """`metrics.csv`: the lines of `metrics.jsonl` as rows. What a line does not have is an empty cell."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._columns: list[str] = []
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        """Replace the table by these lines. Raises OSError if it cannot be written."""
+        self._columns = []  # of a table that is not whole yet
+        columns = list(dict.fromkeys(name for line in lines for name in line))
+        write_atomic(self.path, "".join(_csv_row(row) + "\n" for row in (columns, *_cells(lines, columns)) if row))
+        self._columns = columns
+
+    def append(self, line: dict[str, Any], metrics: Path) -> None:
+        """Append the newest line of the file `metrics`. If it has a new column, write the whole table anew."""
+        if line.keys() <= set(self._columns):
+            (row,) = _cells([line], self._columns)
+            try:
+                append_line(self.path, _csv_row(row))
+            except OSError:
+                self._columns = []  # the next line writes the table anew, with this one
+                raise
+        else:
+            self.write(read_metrics(metrics))
+
+
+def _cells(lines: list[dict[str, Any]], columns: list[str]) -> list[list[Any]]:
+    return [[line.get(name) for name in columns] for line in lines]
+
+
+def _csv_row(cells: list[Any]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(cells)
+    return out.getvalue()
+
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard. If the disk is full, lines are lost, with one warning; the run continues."""
+    """Appends to `metrics.jsonl`, its table, and TensorBoard.
+
+    If the disk is full, lines are lost, with one warning; the run continues.
+    """
 
     def __init__(self, folder: Path, step: int):
         """Open the log at `step`. Later lines, from a run that was killed after its last checkpoint, are removed.
 
         Raises KindlingError if the folder cannot be written.
         """
-        self.path = folder / "metrics.jsonl"
+        self.path, self.samples = folder / "metrics.jsonl", folder / SAMPLES
+        self.table = Table(folder / "metrics.csv")
         self._warned = False
         self._hook = threading.excepthook
         try:
@@ -38,6 +88,10 @@ class MetricsLog:
 
         kept = [line for line in read_metrics(self.path) if line["step"] <= step > 0]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.table.write(kept)
+        if self.samples.is_file():
+            shown = [line for line in read_metrics(self.samples) if line["step"] <= step > 0]
+            write_atomic(self.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in shown))
         self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def rewind(self, step: int) -> None:
@@ -53,8 +107,20 @@ class MetricsLog:
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             append_line(self.path, json.dumps(line))
+            self.table.append(line, self.path)
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        except OSError as e:
+            self._warn(e)
+
+    def write_samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
+        """Append a line to SAMPLES for each prompt and the text after it, and show them in TensorBoard."""
+        try:
+            for number, (prompt, text) in enumerate(samples, 1):
+                line = {"step": step, "prompt": prompt, "text": text}
+                append_line(self.samples, json.dumps(line, ensure_ascii=False))
+                # four spaces begin a block of code in Markdown, in which nothing else is a command
+                self._board.add_text(f"sample {number}", "    " + (prompt + text).replace("\n", "\n    "), step)
         except OSError as e:
             self._warn(e)
 
@@ -80,6 +146,9 @@ class NoLog:
         """Do nothing."""
 
     def write(self, step: int, **values: float) -> None:
+        """Do nothing."""
+
+    def write_samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
         """Do nothing."""
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ package and no shell, and `tempfile` finds no folder.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import marshal
@@ -37,9 +36,19 @@ from types import GeneratorType
 from typing import Any, Literal
 
 from kindling.sandbox import bubblewrap, syscall_filter
+from kindling.sandbox.arguments import Arguments, NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
-from kindling.sandbox.remote import RemoteCoroutine, RemoteIterator, RemoteObject, remote_generator
-from kindling.sandbox.values import FEW_BYTES, Answers, Arguments, NotPlain
+from kindling.sandbox.remote import (
+    Kept,
+    RemoteCoroutine,
+    RemoteFunction,
+    RemoteIterator,
+    RemoteObject,
+    awaited,
+    remote_generator,
+)
+from kindling.sandbox.values import FEW_BYTES, Answers
+from kindling.sandbox.watch import Watch
 
 Mode = Literal["bwrap", "none"]
 WORKER = Path(__file__).with_name("worker.py")
@@ -102,6 +111,9 @@ class Program:
         """
         self._limits, self._own, self._bytes_left = limits, own or {}, MAX_ANSWERS
         self._generators: weakref.WeakKeyDictionary[Any, RemoteObject] = weakref.WeakKeyDictionary()
+        self._objects: weakref.WeakValueDictionary[int, RemoteObject] = weakref.WeakValueDictionary()
+        self._kept = Kept()
+        self._watch = Watch(limits.cpu_s, self._fail)
         self.failure: ProgramError | NotPlain | None = None
         """What no `except` in a test may undo: the program ended or broke a rule, or it could not be asked."""
         self._process, self._folder = _start(mode, limits, slot)
@@ -137,7 +149,7 @@ class Program:
 
     def function(self, name: str) -> RemoteObject:
         """Return a function or class of the program. It is looked up when it is used."""
-        return RemoteObject(self, name, "function")
+        return RemoteFunction(self, name, "function")
 
     def handle(self, value: Any) -> tuple[int | str, str]:
         """Return the number and the type of an object of the program. Raises TypeError for any other value."""
@@ -165,10 +177,21 @@ class Program:
     def _ask(self, *request: Any) -> Any:
         if isinstance(self.failure, ProgramError):  # a test that has caught it asks on
             raise self.failure
-        arguments = Arguments(self._own, self._known)
-        data = arguments.encode(request)
+        handles = self._handles(request)
+        kept = self._kept.of(handles)
+        arguments = Arguments(self._own, self._known, [self._kept.objects[i] for i in kept])
+        data = arguments.encode(request, self._kept.is_last_kept, kept)
         self._send(len(data).to_bytes(4, "big") + data)
-        return self._decoded(self._receive(), arguments.given, request[0])
+        self._made: list[int] = []
+        try:
+            return self._decoded(self._receive(), arguments.given, request[0])
+        finally:
+            self._kept.add(arguments.given[len(kept) :], kept, [*handles, *self._made])
+
+    def _handles(self, request: tuple[Any, ...]) -> list[int]:
+        """Return the numbers of the program's objects that a request uses."""
+        used = [*request[1:2], *(request[2] if request[0] == "call" else request[2:])]
+        return [number for number in map(self._known, used) if isinstance(number, int)]
 
     def _known(self, value: Any) -> int | str | None:
         """Return the number of an object of the program, or None for any other value."""
@@ -178,9 +201,13 @@ class Program:
 
     def _remote(self, tag: str, number: int, type_name: str) -> Any:
         """Return an object of the program's."""
-        kind = {"x": RemoteIterator, "w": RemoteCoroutine}.get(tag, RemoteObject)
+        self._made.append(number)
+        if (known := self._objects.get(number)) is not None:  # the same object is the same here
+            return known
+        kind = {"x": RemoteIterator, "w": RemoteCoroutine, "C": RemoteFunction}.get(tag, RemoteObject)
         remote = kind(self, number, one_line(type_name))
         if tag != "G":
+            self._objects[number] = remote
             return remote
         generator = remote_generator(remote)
         self._generators[generator] = remote
@@ -240,15 +267,15 @@ class Program:
         """Decode an answer. Any form that the worker does not write was forged by the program, and is an error."""
         try:
             answer = json.loads(data.decode("ascii"), parse_constant=_refused)
-            decoder = Answers(self._own, given, self._remote, len(data) > FEW_BYTES)
-            changed = answer.pop("changed", [])
+            decoder = Answers(self._own, given, self._remote, len(data) > FEW_BYTES, self._watch.start)
+            behind = answer.pop("changed", []), answer.pop("made", [])
             ((kind, content),) = answer.items()
             if kind == "ok":
-                return decoder.decode(content, changed)
+                return decoder.decode(content, *behind)
             names, message, told = content
             if kind not in ("error", "unable") or not all(isinstance(text, str) for text in [*names, message]):
                 raise ValueError(kind)
-            told, name = decoder.decode(told, changed), names[0]
+            told, name = decoder.decode(told, *behind), names[0]
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
             raise ProgramError("exception", f"the answer is malformed ({type(e).__name__})") from None
         known = {"MemoryError": "memory", "SyntaxError": "syntax", "IndentationError": "syntax", "TabError": "syntax"}
@@ -258,6 +285,11 @@ class Program:
         # elsewhere a StopIteration would end the test's own loop in silence
         ends = action in ("next", "send") or not {"StopIteration", "StopAsyncIteration"} & set(names)
         raise (awaited(error, names, message, told, self._own) if ends else None) or error
+
+    def _fail(self, kind: str, reason: str) -> None:
+        """End what the test does now, and never let it pass."""
+        self.failure = self.failure or ProgramError(kind, reason)
+        raise self.failure
 
     def _ended(self) -> str:
         """Kill the process and return what it wrote to its standard error."""
@@ -271,6 +303,7 @@ class Program:
 
     def close(self) -> None:
         """Kill every process of the program, and delete its files."""
+        self._watch.stop()
         self._kill()
         for pipe in (self._requests, self._answers, self._errors):
             pipe.close()
@@ -280,28 +313,6 @@ class Program:
 
 def _refused(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
-
-
-def awaited(
-    error: ProgramError, names: list[str], message: str, told: Any, own: dict[str, type]
-) -> BaseException | None:
-    """Return a program's error as one that a test can await: of the first class of `names` that is builtin, or the problem's own.
-
-    Returns None for what no test may catch: Ctrl-C, and the errors by which a program ends or is out of memory.
-    """
-    if "MemoryError" in names:
-        return None
-    for name in names[:20]:
-        cls = own.get(name) or getattr(builtins, name, None)
-        if not (isinstance(cls, type) and issubclass(cls, (Exception, SystemExit))):
-            continue
-        for args in [told if type(told) is tuple else (message,), (message,)]:
-            with contextlib.suppress(Exception):  # such as UnicodeDecodeError, which takes five
-                # not the __init__ of the problem's own class: it has run already, in the program
-                made = cls(*args) if name not in own else cls.__new__(cls, *args)
-                made.__dict__["of_program"] = error
-                return made
-    return None
 
 
 def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[bytes], str | None]:
@@ -340,8 +351,12 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
 @lru_cache
 def _worker_source() -> str:
     """Return a short program that runs worker.py. It holds the bytecode: compiling takes a fifth of the time of a sample."""
-    code = compile(WORKER.read_text(encoding="utf-8"), "worker.py", "exec", dont_inherit=True, optimize=2)
-    return f"import marshal; exec(marshal.loads(bytes.fromhex('{marshal.dumps(code).hex()}')))"
+    name, loads = "kindling.sandbox.worker_values", []
+    for path in (WORKER.with_name("worker_values.py"), WORKER):
+        code = compile(path.read_text(encoding="utf-8"), path.name, "exec", dont_inherit=True, optimize=2)
+        loads.append(f"marshal.loads(bytes.fromhex('{marshal.dumps(code).hex()}'))")
+    module = f"sys.modules[{name!r}] = values = type(sys)({name!r}); exec({loads[0]}, values.__dict__)"
+    return f"import marshal, sys; {module}; exec({loads[1]})"
 
 
 @contextlib.contextmanager

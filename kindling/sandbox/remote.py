@@ -6,10 +6,13 @@ comparison or arithmetic, which would show the program what it is compared with.
 
 from __future__ import annotations
 
+import builtins
 import collections
+import contextlib
 from collections.abc import Coroutine, Generator, Iterator
 from typing import Any, Protocol
 
+MAX_KEPT = 1000  # objects that the program may still change through one of its own
 MAX_LENGTH = 2**20  # list() makes room for as many items as an object says it has
 SAID = frozenset(
     {"__name__", "__qualname__", "__doc__", "__module__", "__defaults__", "__annotations__", "__dict__", "__wrapped__"}
@@ -34,9 +37,9 @@ class Program(Protocol):
 
 
 class RemoteObject:
-    """An object of the program. It can be passed back and called, and its attributes can be used; it equals nothing."""
+    """An object of the program. It can be passed back, and its attributes can be used; it equals nothing."""
 
-    __slots__ = ("_number", "_program", "_type")
+    __slots__ = ("__weakref__", "_number", "_program", "_type")
     __hash__ = None  # type: ignore[assignment]  # mypy expects a method; None makes it unhashable
 
     def __init__(self, program: Program, number: int | str, type_name: str):
@@ -63,9 +66,6 @@ class RemoteObject:
     def __setattr__(self, name: str, value: Any) -> None:
         self._program.request("set", self, name, value)
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        return self._program.request("call", self, args, named)
-
     def __len__(self) -> int:
         length = self._program.request("len", self)
         if type(length) is not int or not 0 <= length <= MAX_LENGTH:
@@ -80,6 +80,15 @@ class RemoteObject:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._program.request("setitem", self, key, value)
+
+
+class RemoteFunction(RemoteObject):
+    """What can be called: a function, a class, an object with `__call__`."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._program.request("call", self, args, named)
 
 
 class RemoteIterator(RemoteObject, Iterator[Any]):
@@ -123,3 +132,64 @@ def remote_generator(remote: RemoteObject) -> Generator[Any, Any, Any]:
         except StopIteration as e:
             return e.value
         told = yield item
+
+
+def awaited(
+    error: BaseException, names: list[str], message: str, told: Any, own: dict[str, type]
+) -> BaseException | None:
+    """Return a program's error as one that a test can await: of the first class of `names` that is builtin, or the problem's own.
+
+    Returns None for what no test may catch: Ctrl-C, and the errors by which a program ends or is out of memory.
+    """
+    if "MemoryError" in names:
+        return None
+    for name in names[:20]:
+        cls = own.get(name) or getattr(builtins, name, None)
+        if not (isinstance(cls, type) and issubclass(cls, (Exception, SystemExit))):
+            continue
+        for args in [told if type(told) is tuple else (message,), (message,)]:
+            with contextlib.suppress(Exception):  # such as UnicodeDecodeError, which takes five
+                # not the __init__ of the problem's own class: it has run already, in the program
+                made = cls(*args) if name not in own else cls.__new__(cls, *args)
+                made.__dict__["of_program"] = error
+                return made
+    return None
+
+
+class Kept:
+    """The caller's objects that a generator, a coroutine or another object of the program got, and may change later."""
+
+    def __init__(self) -> None:
+        self.objects: list[Any] = []
+        self.is_last_kept = False
+        """Whether the objects of the last request are kept; the program's side is told so with the next one."""
+        self._groups: dict[
+            int, list[int]
+        ] = {}  # by the number of a program's object; those that may share have one list
+
+    def of(self, handles: list[int]) -> list[int]:
+        """Return the numbers of the objects that some of the program's objects may change."""
+        return list(dict.fromkeys(number for handle in handles for number in self._groups.get(handle, ())))
+
+    def add(self, given: list[Any], kept: list[int], handles: list[int]) -> None:
+        """Note what a request has given to some of the program's objects, beside what they had."""
+        self.is_last_kept = bool(handles and given)
+        if not handles:
+            return
+        groups = list({id(group): group for h in handles if (group := self._groups.get(h)) is not None}.values())
+        together = groups[0] if groups else []
+        together[:] = [*kept, *range(len(self.objects), len(self.objects) + len(given))][-MAX_KEPT:]
+        self.objects.extend(given)
+        for other in groups[1:]:
+            self._groups.update({h: together for h, group in self._groups.items() if group is other})
+        self._groups.update(dict.fromkeys(handles, together))
+
+
+for _cls in (
+    RemoteObject,
+    RemoteFunction,
+    RemoteIterator,
+    RemoteCoroutine,
+):  # else the class would answer for its objects
+    for _name in ("__doc__", "__module__"):
+        setattr(_cls, _name, property(lambda self, name=_name: self._program.request("get", self, name)))

@@ -1,42 +1,32 @@
-"""Carries values into the sandbox and back: the trusted side of the protocol.
+"""Reads what comes back from the sandbox: the trusted side of the protocol.
 
-    request, given = Arguments(own).encode(("call", ...))
     value = Answers(own, given, remote).decode(content)
 
-Into the sandbox goes marshalled plain data, which is safe in this direction. What comes back is JSON of a few known forms; every
-other form is an error. Nothing is unpickled, no class is looked up but those listed here and the problem's own (`own`, by name),
-and no method of the program's ever runs here. What a hostile answer can cost is bounded: its bytes, its nesting, what it would
-hold if every reference in it were written out, and how many of its values share a hash.
+An answer is JSON of a few known forms; every other form is an error. Nothing is unpickled, no class is looked up but those listed
+here and the problem's own (`own`, by name), and no method of the program's ever runs here. What a hostile answer can cost is
+bounded: its bytes, its nesting, what it would hold if every reference in it were written out, and how many of its values share a
+hash. Only objects of the problem's own classes may hold each other without end, and process.py then watches the time.
 """
 
 from __future__ import annotations
 
 import builtins
 import datetime
-import marshal
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, Flag
 from fractions import Fraction
-from itertools import groupby
-from types import GeneratorType
 from typing import Any
 
-from kindling.sandbox.remote import QUESTIONS, RemoteObject
+from kindling.sandbox.arguments import DATES, PLAIN, attributes, base_of
+from kindling.sandbox.finite import MAX_EXPANDED, hashable, require_different_hashes, require_finite
+from kindling.sandbox.remote import QUESTIONS
 
-PLAIN = frozenset({type(None), bool, int, float, str})
-SCALARS = PLAIN | {complex, bytes}
-DATES = (datetime.datetime, datetime.date, datetime.time)
-MAX_EXPANDED = 2**21  # values in an answer and its arguments, with every reference written out
+MAX_FLAGS = 256  # bits
 MAX_EXPONENT = 10_000  # of a Decimal: as an int, one of 10**9 would fill the memory
 MAX_FRACTION_BITS = 100_000  # of a numerator or denominator: their greatest common divisor takes the square of it
-MAX_SAME_HASH = 200  # a set of n values with one hash takes n * n comparisons
 FEW_BYTES = 2**17  # an answer of no more makes a set in a second, whatever its hashes
-
-
-class NotPlain(TypeError):
-    """An argument cannot be sent into the sandbox."""
 
 
 class NamedTuple(tuple):
@@ -53,93 +43,6 @@ class NamedTuple(tuple):
         return dict(zip(self._fields, self))
 
 
-def attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, those in slots too."""
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
-    found = {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)}
-    return {**found, **getattr(value, "__dict__", {})}
-
-
-def _flat(mapping: dict[Any, Any]) -> list[Any]:
-    return [part for pair in mapping.items() for part in pair]
-
-
-class Arguments:
-    """Encodes requests. `own` are the problem's classes by name; `handle` gives the number of a program's object, or None."""
-
-    def __init__(self, own: dict[str, type], handle: Callable[[Any], int | str | None]):
-        self._own, self._handle = own, handle
-        self.given: list[Any] = []
-        self._numbers: dict[int, int] = {}
-
-    def encode(self, request: tuple[Any, ...]) -> bytes:
-        """Return a request; `given` then lists the objects in it that can change. Raises NotPlain for what cannot be sent."""
-        try:
-            return marshal.dumps(self._all(request))
-        except (RecursionError, ValueError):
-            raise NotPlain("an argument must be plain data, but is nested too deep") from None
-
-    def _all(self, values: Iterable[Any]) -> list[Any]:
-        return [v if type(v) in SCALARS else self._one(v) for v in values]
-
-    def _one(self, value: Any) -> Any:
-        kind = type(value)
-        if id(value) in self._numbers:
-            return ("a", self._numbers[id(value)])
-        if kind in (tuple, frozenset):
-            return ("t" if kind is tuple else "f", self._all(value))
-        number = self._handle(value)
-        if number is not None:
-            return ("h" if isinstance(number, int) else "g", number)
-        if kind is type and getattr(builtins, name := type.__repr__(value)[8:-2], None) is value:
-            return ("y", name)
-        is_own = self._own.get(kind.__name__) is kind
-        if is_own and isinstance(value, Enum):
-            return ("e", kind.__name__, value.name)
-        if is_own and isinstance(value, tuple):
-            return ("n", kind.__name__, self._all(value))
-        if kind is range:
-            return ("v", "builtins", "range", [value.start, value.stop, value.step])
-        if kind is Fraction:
-            return ("v", "fractions", "Fraction", [value.numerator, value.denominator])
-        if kind is Decimal:
-            return ("v", "decimal", "Decimal", [str(value)])
-        if kind is datetime.timedelta:
-            return ("v", "datetime", "timedelta", [value.days, value.seconds, value.microseconds])
-        if kind in DATES and getattr(value, "tzinfo", None) is None:
-            return ("v", "datetime", kind.__name__, _date_fields(value))
-        self._numbers[id(value)] = len(self.given)  # from here on, what can change
-        self.given.append(value)
-        return self._changeable(value, kind, is_own)
-
-    def _changeable(self, value: Any, kind: type, is_own: bool) -> Any:
-        if kind in (list, set):
-            return ("l" if kind is list else "s", self._all(value))
-        if kind is dict:
-            return ("d", self._all(_flat(value)))
-        if kind is bytearray:
-            return ("B", bytes(value))
-        if kind is deque:
-            return ("q", value.maxlen, self._all(value))
-        if kind in (Counter, OrderedDict):
-            return (kind.__name__, self._all(_flat(value)))
-        if kind is defaultdict:
-            factory = value.default_factory
-            name = factory.__name__ if type(factory) is type else None
-            if factory is None or (name and getattr(builtins, name, None) is factory):
-                return ("D", name, self._all(_flat(value)))
-        # of a class that is derived from list or int, the attributes are not all
-        if is_own and next(cls for cls in kind.__mro__ if cls.__module__ == "builtins") is object:
-            return ("o", kind.__name__, self._all(_flat(attributes(value))))
-        raise NotPlain(f"an argument must be plain data, but is of type {kind.__name__}")
-
-
-def _date_fields(value: Any) -> list[int]:
-    names = "hour minute second microsecond" if type(value) is datetime.time else "year month day"
-    names += " hour minute second microsecond" if type(value) is datetime.datetime else ""
-    return [getattr(value, name) for name in names.split()]
-
-
 class Answers:
     """Decodes answers. `given` are the objects of the request that can change; `remote` makes an object of the program's.
 
@@ -147,32 +50,100 @@ class Answers:
     worker does not write.
     """
 
-    def __init__(self, own: dict[str, type], given: list[Any], remote: Callable[[str, int, str], Any], is_long: bool):
-        self._own, self._given, self._remote, self._is_long = own, given, remote, is_long
-        self._refers = False
+    def __init__(
+        self,
+        own: dict[str, type],
+        given: list[Any],
+        remote: Callable[[str, int, str], Any],
+        is_long: bool,
+        watch: Callable[[], None],
+    ):
+        """`watch` is called when an object comes twice: then a walk from one to the next may be without end."""
+        self._own, self._given, self._remote, self._is_long, self._watch = own, given, remote, is_long, watch
+        self._made: dict[int, Any] = {}  # objects of the answer that come more than once, or have attributes
+        self._referred: set[int] = set()
+        self._is_endless = False
         self._in_ranges = 0  # numbers in all ranges of the answer
 
-    def decode(self, content: Any, changed: Any = ()) -> Any:
-        """Return an answer, and write what the call has changed into the caller's own objects."""
-        new = [(target, self._changed(target, inner)) for target, inner in ((self._argument(n), i) for n, i in changed)]
+    def decode(self, content: Any, changed: Any = (), made: Any = ()) -> Any:
+        """Return an answer, and write what the call has changed into the caller's own objects. `made` are objects in it."""
+        for number, form in made:
+            self._number(number, self._empty(form))
         value = self.value(content)
+        new = [(target, self._changed(target, inner)) for target, inner in ((self._old(n), i) for n, i in changed)]
+        for number, form in made:
+            self._fill(self._made[number], form)
         all_parts = [parts for _, parts in new]
+        objects = list(self._made.values())
         if self._is_long:
-            _require_finite([value, all_parts])  # or hashing may never end
-            _require_different_hashes(_hashable([value, all_parts]))
+            require_finite([value, all_parts, objects])  # or hashing may never end
+            require_different_hashes(hashable([value, all_parts, objects]))
         for target, parts in new:
             _write(target, parts)
-        if self._refers:
-            _require_finite([value, *self._given])
+        if self._is_endless:
+            require_finite([value, *objects, *self._given])
         return value
 
-    def _argument(self, number: Any) -> Any:
+    def _number(self, number: Any, made: Any) -> None:
+        if type(number) is not int or number < len(self._given) or number in self._made:
+            raise ValueError("no number of a new object")
+        self._made[number] = made
+
+    def _old(self, number: Any) -> Any:
         if type(number) is not int or number < 0:
             raise ValueError("no number of an argument")
-        self._refers = True
         return self._given[number]
 
+    def _referred_to(self, number: Any) -> Any:
+        """Return the object that a reference in an answer stands for."""
+        if not self._is_endless and (number in self._referred or number not in self._made):
+            self._is_endless = True
+            self._watch()
+        self._referred.add(number)
+        return self._made[number] if number in self._made else self._old(number)
+
+    def _empty(self, form: Any) -> Any:
+        """Return an object that can change without what it holds, because it may hold itself."""
+        ((tag, inner),) = form.items()
+        if tag in ("l", "s", "d", "B"):
+            return {"l": list, "s": set, "d": dict, "B": bytearray}[tag]()
+        name = inner[0]
+        if tag == "v":
+            if name == "deque":
+                return deque(maxlen=self.value(inner[1][0]))
+            if name == "defaultdict":
+                return defaultdict(self._factory(inner[1][0]))
+            return {"Counter": Counter, "OrderedDict": OrderedDict}[name]()
+        cls = self._own[name]
+        base = base_of(cls)
+        if tag != "o" or base is None or issubclass(cls, (Enum, tuple)):
+            return _refused(name)
+        if base in (int, float, str):
+            content = self.value(inner[2][0])
+            return base.__new__(cls, content) if type(content) is base else _refused(name)  # type: ignore[call-arg]
+        return base.__new__(cls)
+
+    def _fill(self, target: Any, form: Any) -> None:
+        """Give an empty object what it holds."""
+        ((tag, inner),) = form.items()
+        if tag == "o":
+            simple = dict(zip(inner[1][::2], inner[1][1::2]))  # first, because the hash may need them
+            _set_attributes(target, {k: v for k, v in simple.items() if type(v) in PLAIN}, False)
+            _write(target, self._own_parts(target, *inner[1:]))
+        elif tag == "v":
+            _write(target, (self._all if inner[0] == "deque" else self._pairs)(inner[1][inner[0][0] == "d" :]))
+        else:
+            _write(target, self._changed(target, inner))
+
+    def _own_parts(self, target: Any, named: Any, content: Any = ()) -> tuple[dict[Any, Any], Any]:
+        """Return the attributes of an object of the problem's own class, and what it holds as one of a builtin class."""
+        base, attributes = base_of(type(target)), self._pairs(named)
+        held = {dict: self._pairs, set: self._keys, list: self._all}.get(base)
+        return attributes, None if held is None else held(content)
+
     def _changed(self, target: Any, inner: Any) -> Any:
+        if self._own.get(type(target).__name__) is type(target):
+            return self._own_parts(target, *inner)
         if type(target) is bytearray:
             return bytes.fromhex(inner)
         if type(target) in (list, deque):
@@ -189,12 +160,14 @@ class Answers:
     def _keys(self, inner: Any) -> list[Any]:
         keys = self._all(inner)
         if self._is_long:
-            _require_different_hashes(keys)
+            require_different_hashes(keys)
         return keys
 
     def _pairs(self, inner: Any) -> dict[Any, Any]:
-        self._all(inner[:0])  # a list
-        return dict(zip(self._keys(inner[::2]), self._all(inner[1::2]), strict=True))
+        parts = self._all(inner)  # in turn: a value may refer to a key, and a key to a value
+        if self._is_long:
+            require_different_hashes(parts[::2])
+        return dict(zip(parts[::2], parts[1::2], strict=True))
 
     def value(self, content: Any) -> Any:
         """Return the value that a part of an answer stands for."""
@@ -216,8 +189,13 @@ class Answers:
         if tag == "c":
             return complex(*self._all(inner))
         if tag == "a":
-            return self._argument(inner)
-        if tag in ("h", "x", "G", "w"):
+            return self._referred_to(inner)
+        if tag == "m":
+            number, form = inner
+            self._number(number, made := self._empty(form))
+            self._fill(made, form)
+            return made
+        if tag in ("h", "C", "x", "G", "w"):
             number, name = inner
             if type(number) is not int or not isinstance(name, str):
                 raise ValueError(tag)
@@ -246,13 +224,13 @@ class Answers:
         cls = self._own[name]
         if tag == "e":
             return cls[parts] if issubclass(cls, Enum) else _refused(name)
-        if tag == "N":
-            return tuple.__new__(cls, self._all(parts)) if issubclass(cls, tuple) else _refused(name)
-        if tag != "o" or issubclass(cls, (Enum, tuple, BaseException)):
-            _refused(name)
-        made = object.__new__(cls)
-        _set_attributes(made, self._pairs(parts))
-        return made
+        if tag == "E":
+            is_flags = issubclass(cls, Flag) and type(parts) is int and parts.bit_length() <= MAX_FLAGS
+            return cls(parts) if is_flags else _refused(name)
+        if tag == "D":
+            default = getattr(cls, "__dataclass_fields__", {})[parts].default  # the caller's own
+            return default if callable(default) else _refused(name)
+        return tuple.__new__(cls, self._all(parts)) if tag == "N" and issubclass(cls, tuple) else _refused(name)
 
     def _view(self, name: str, parts: Any) -> Any:
         if name == "dict_items":
@@ -261,13 +239,16 @@ class Answers:
             return dict.fromkeys(self._keys(parts)).keys()
         return dict(enumerate(self._all(parts))).values()
 
+    def _factory(self, form: Any) -> type | None:
+        factory = self.value(form)
+        return factory if isinstance(factory, type) else None
+
     def _of_the_library(self, name: str, parts: Any) -> Any:
         if name in ("Counter", "OrderedDict"):
             pairs = self._pairs(parts)
             return Counter(pairs) if name == "Counter" else OrderedDict(pairs)
         if name == "defaultdict":
-            factory = self.value(parts[0])
-            return defaultdict(factory if isinstance(factory, type) else None, self._pairs(parts[1:]))
+            return defaultdict(self._factory(parts[0]), self._pairs(parts[1:]))
         values = self._all(parts)
         if name == "deque":
             return deque(values[1:], values[0])
@@ -292,15 +273,18 @@ def _refused(name: Any) -> Any:
     raise ValueError(f"{name} is no form of an answer")
 
 
-def _set_attributes(target: Any, values: dict[Any, Any]) -> None:
-    known = attributes(target)
-    for name in known.keys() - values.keys():
+def _set_attributes(target: Any, values: dict[Any, Any], are_all: bool = True) -> None:
+    known, cls = attributes(target), type(target)
+    for name in known.keys() - values.keys() if are_all else ():
         object.__delattr__(target, name)
     for name, value in values.items():
-        # a method may not be replaced: the one that compares could call it
-        if not isinstance(name, str) or name.startswith("__") or callable(getattr(type(target), name, None)):
+        # a method may not be replaced: the one that compares could call it. A field's default may be a function
+        is_method = callable(getattr(cls, name, None)) if isinstance(name, str) else True
+        if is_method and name in getattr(cls, "__dataclass_fields__", ()):
+            is_method = False
+        if is_method or name.startswith("__"):
             _refused(name)
-        _require_no_question(name, value, getattr(type(target), "__annotations__", ()))
+        _require_no_question(name, value, getattr(cls, "__annotations__", ()))
         object.__setattr__(target, name, value)
 
 
@@ -311,76 +295,21 @@ def _require_no_question(name: str, value: Any, declared: Iterable[str]) -> None
 
 
 def _write(target: Any, parts: Any) -> None:
-    """Write what a call has changed into the caller's own object."""
-    if isinstance(target, (list, bytearray)):
+    """Write what an object holds into it. Only an own class's attributes and content are in a tuple."""
+    if type(parts) is tuple:
+        named, parts = parts
+        _set_attributes(target, named)
+    if isinstance(target, list):
+        list.__setitem__(target, slice(None), parts)
+    elif isinstance(target, bytearray):
         target[:] = parts
     elif isinstance(target, dict):
-        target.clear()
-        for key, value in parts.items():  # a Counter's update() adds
-            target[key] = value
+        kind = OrderedDict if isinstance(target, OrderedDict) else dict  # a Counter's own update() adds
+        kind.clear(target)
+        kind.update(target, parts)
     elif isinstance(target, set):
-        target.clear()
-        target.update(parts)
+        set.clear(target)
+        set.update(target, parts)
     elif isinstance(target, deque):
         target.clear()
         target.extend(parts)
-    else:
-        _set_attributes(target, parts)
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    """Return what a value holds."""
-    if type(value) in SCALARS:
-        return ()
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    if isinstance(value, (list, tuple, set, frozenset, deque, type({}.keys()), type({}.values()))):
-        return value
-    if isinstance(value, type({}.items())):
-        return list(value)
-    return () if isinstance(value, (type, GeneratorType, Enum, RemoteObject)) else attributes(value).values()
-
-
-def _require_finite(values: list[Any]) -> None:
-    """Raise ValueError if values hold themselves, or hold each other so often that writing them out would take the memory."""
-    sizes: dict[int, int | None] = {}
-
-    def size(value: Any) -> int:
-        if id(value) not in sizes:
-            sizes[id(value)] = None
-            sizes[id(value)] = 1 + sum([1 if type(v) in SCALARS else size(v) for v in _inside(value)])
-        found = sizes[id(value)]
-        if found is None or found > MAX_EXPANDED:
-            raise ValueError("a value that holds itself, or too much")
-        return found
-
-    size(values)
-
-
-def _hashable(values: list[Any]) -> list[Any]:
-    """Return what is hashable anywhere in values."""
-    found, todo, seen = [], values, set()
-    while todo:
-        value = todo.pop()
-        if type(value) not in SCALARS:
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-        try:
-            hash(value)
-            found.append(value)
-        except TypeError:
-            pass
-        todo.extend(_inside(value))
-    return found
-
-
-def _require_different_hashes(values: list[Any]) -> None:
-    """Raise ValueError if many different values have one hash: a set of them would take hours to build."""
-    for _, group in groupby(sorted(values, key=hash), key=hash):
-        different: list[Any] = []
-        for value in group:
-            if value not in different:
-                different.append(value)
-            if len(different) > MAX_SAME_HASH:
-                raise ValueError(f"more than {MAX_SAME_HASH} values with one hash")

@@ -22,7 +22,8 @@ import tyro
 from config import TokenizerConfig
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError, require
-from kindling.rows import DAMAGE, PACKED, is_rows, read_rows
+from kindling.paths import expand_home
+from kindling.rows import DAMAGE, PACKED, is_rows, open_text, read_rows
 from kindling.tokenization.tokenizer import TokenizerError, load_pretrained, train
 from presets import STARCODER2, preset
 
@@ -93,7 +94,7 @@ def read_documents(paths: tuple[Path, ...], max_bytes: int) -> tuple[list[str], 
 def _files(paths: tuple[Path, ...]) -> list[Path]:
     """Return the files to read in a pseudo-random order, so that the first megabytes are a fair sample."""
     found = []
-    for path in map(Path.expanduser, paths):
+    for path in (expand_home(p, "FILES") for p in paths):
         if path.is_dir():
             for folder, subfolders, names in os.walk(path):
                 subfolders[:] = [d for d in subfolders if not d.startswith(".") and d != "__pycache__"]
@@ -110,7 +111,9 @@ def _texts(path: Path) -> Iterator[str | None]:
     """Yield the text of a file, or the texts of its rows; None for what cannot be read."""
     try:
         if not is_rows(path):
-            yield path.read_bytes().decode("utf-8-sig")
+            with open_text(path, "utf-8-sig") as f:
+                text = f.read()
+            yield text if _is_utf8(text) else None
             return
         for row in read_rows(path):
             content = row.content

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from config import TokenizerConfig
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_text
+from kindling.paths import expand_home
 from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -380,7 +381,7 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
 
 def _load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
     assert cfg.path is not None
-    path = Path(cfg.path).expanduser()
+    path = expand_home(cfg.path, "tokenizer.path")
     if path.is_dir():
         return load_json(path / "tokenizer.json", cfg)
     if path.is_file() or path.suffix == ".json" or path.is_absolute():

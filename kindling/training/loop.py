@@ -6,20 +6,19 @@ exit_code = fit(trainer)
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
-
-from tqdm import tqdm
 
 from kindling import device
 from kindling.runs.metrics import MetricsLog, NoLog
 from kindling.stopping import StopRequest
 from kindling.training.compilation import wants_compile
+from kindling.training.evaluations import Evaluations
 from kindling.training.out_of_memory import out_of_memory
 from kindling.training.progress import ProgressBar
 from kindling.training.rollback import roll_back
+from kindling.training.slowdown import Slowdown
 from kindling.training.trainer import LaunchedStep, Trainer
 
 
@@ -80,21 +79,21 @@ class TrainingLoop:
 
     def __init__(self, trainer: Trainer, stop: StopRequest, log: MetricsLog | NoLog, bar: ProgressBar):
         self.trainer, self.train, self.stop, self.log, self.bar = trainer, trainer.train, stop, log, bar
-        self.window = Window()
+        self.evaluations = Evaluations(trainer, log, bar)
+        self.window, self.slowdown = Window(), Slowdown()
         self.first_step = trainer.state.step
         self.saved_step = trainer.state.step or None  # at step 0 nothing is saved yet
 
     def run(self) -> None:
         """Take rows, forward and backward, guard, step; then log, evaluate and save when they are due."""
         trainer = self.trainer
-        if trainer.state.step == 0 and self.train.init_from is not None:
-            trainer.state.first_eval = self.evaluate()
+        self.evaluations.begin()
         stopping = self.sync_signal_and_clock()  # for the elapsed time: compiling takes longer on some ranks
         while self.has_next_step() and not stopping:
             seconds = self.step()
             stopping = self.sync_signal_and_clock()
             self.bar.advance(seconds)
-            if self.finished() or stopping or trainer.pending_rollback:
+            if self.evaluations.due() or stopping or trainer.pending_rollback:
                 self.finish_launched()
             # a run that is out of time keeps the weights from before the bad steps
             out_of_time = self.finished() and self.train.max_minutes is not None
@@ -107,7 +106,8 @@ class TrainingLoop:
             if self.due(self.train.log_every):
                 self.write_log()
             best_on_disk = trainer.state.best
-            improved = self.due(self.train.eval_every) and self.evaluate_and_compare()
+            improved = self.evaluations.due() and self.evaluations.evaluate()
+            self.evaluations.sample()
             if self.should_save(improved) and trainer.save(required=self.finished()):
                 self.saved_step = trainer.state.step
             else:  # if saving failed, restore the old best, or pruning deletes it
@@ -149,14 +149,16 @@ class TrainingLoop:
         """Launch a step; finish the steps before it, or all if their results are needed now. Return the seconds."""
         trainer, train = self.trainer, self.train
         started = time.perf_counter()
-        self.window.launched.append(trainer.launch_step())
-        every, step = (train.log_every, train.eval_every, train.save_every), trainer.state.step
-        wanted = step == train.max_steps or any(step % n == 0 for n in every)
+        self.window.launched.append(launched := trainer.launch_step())
+        step = trainer.state.step
+        wanted = step == train.max_steps or any(step % n == 0 for n in (train.log_every, train.save_every))
         # a GPU computes this step while the one before is finished
         self.finish_launched(keep=1 if trainer.runtime.asynchronous and not wanted else 0)
         seconds = time.perf_counter() - started
         trainer.state.elapsed_s += seconds
         self.window.seconds += seconds
+        if note := self.slowdown.add(launched.n_targets, seconds):
+            trainer.say(note)
         return seconds
 
     def finish_launched(self, keep: int = 0) -> None:
@@ -200,22 +202,3 @@ class TrainingLoop:
         )
         self.bar.show(state.step, mean, rate)
         self.window = Window()
-
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate on the held-out split; log, print and return the figures."""
-        step, result = self.trainer.state.step, self.trainer.evaluate(self.trainer.model)
-        self.log.write(step, **result)
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
-        tqdm.write(f"step {step}: {figures}")
-        self.bar.refresh()
-        return result
-
-    def evaluate_and_compare(self) -> bool:
-        """Evaluate, and return whether the loss is the best so far. If it is, set `state.best` to this step."""
-        state = self.trainer.state
-        state.last_eval, state.last_eval_step = self.evaluate(), state.step
-        loss = state.last_eval["val_loss"]
-        improved = math.isfinite(loss) and (state.best is None or loss < state.best["val_loss"])
-        if improved:
-            state.best = {"step": state.step, "val_loss": loss}
-        return improved

@@ -44,6 +44,7 @@ def roll_back(trainer: Trainer) -> None:
         trainer.state,
         skipped=before.skipped,
         elapsed_s=before.elapsed_s,
+        evaluation_s=before.evaluation_s,
         excluded_rows=[*before.excluded_rows, (rollback.first_row, rollback.end_row)],
         rollbacks=before.rollbacks + 1,
         skipped_in_a_row=0,

@@ -60,7 +60,8 @@ def train_stage(
                 return code
         state = trainer.state
         if not state.last_eval or state.last_eval_step != state.step:  # for example after max_steps was lowered
-            state.last_eval, state.last_eval_step = trainer.evaluate(trainer.model), state.step
+            whole = trainer.evaluate if trainer.validation is None else trainer.validation.whole
+            state.last_eval, state.last_eval_step = whole(trainer.model), state.step
         digest = trainer.digest()
         if world.main:
             commands = report(trainer)
@@ -103,7 +104,8 @@ def length(cfg: Config) -> str:
     """Return the length of a run as a text: tokens and steps, or minutes."""
     train = cfg.train
     if train.max_minutes is not None:
-        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows"
+        more = "; data, evaluation and saving come on top"
+        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows{more}"
     tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
     return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
 
@@ -112,5 +114,5 @@ def summary_line(trainer: Trainer, digest: str, seconds: float) -> str:
     """Return the line with the time of training, the `seconds` of the whole stage, skipped steps, and the state's digest."""
     state = trainer.state
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
-    took = f"{state.elapsed_s:.0f} s of training, {seconds:.0f} s since the start"
+    took = f"{state.elapsed_s:.0f} s of training, {state.evaluation_s:.0f} s of evaluation, {seconds:.0f} s since the start"
     return f"{took}{skipped}; state sha256 {digest[:16]}"

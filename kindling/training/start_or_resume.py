@@ -25,11 +25,12 @@ from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError, require
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
+from kindling.paths import expand_home
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
 from kindling.training.trainer import Trainer
-from kindling.training.validation import validate
+from kindling.training.validation import Validation
 from model import LanguageModel, build_model
 
 # settings that a resumed run may change. These keep every bit of the result
@@ -37,6 +38,7 @@ KEEPS_EVERY_BIT = {"data.workers"} | {
     f"train.{field}"
     for field in (
         "sample_prompts",
+        "sample_every",
         "held_out_answers",
         "log_every",
         "eval_every",
@@ -62,7 +64,7 @@ def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
     if cfg.train.init_from is not None:
-        source = Path(cfg.train.init_from).expanduser()
+        source = _expanded(cfg.train.init_from)
         if hf_format.holds_model(source):
             _weights_of_hub(source, cfg.model)
             if cfg.tokenizer.kind == "pretrained":  # a tokenizer that is trained does not exist yet
@@ -140,8 +142,8 @@ def start_or_resume(
     for split in (dataset, heldout):
         split.require_fits(cfg.model.vocab_size, tokenizer_sha256)
     cfg = cfg.with_steps(rows.n_rows)
-    n_rows = cfg.train.evaluation_rows
-    trainer = Trainer(cfg, run, model, rows, lambda m: validate(m, heldout, runtime, n_rows), runtime)
+    validation = Validation(heldout, runtime, cfg.train.evaluation_rows)
+    trainer = Trainer(cfg, run, model, rows, validation, runtime)
     trainer.state.initial_sha256 = initial_sha256
     if folder is not None and saved is not None:
         trainer.resume(folder, saved)
@@ -180,11 +182,11 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
 
     Raises CheckpointError if `source` has none, or has another tokenizer.
     """
-    if hf_format.holds_model(hub := Path(source).expanduser()):
-        hf_format.require_same_tokenizer(hub, tokenizer)
-        load_into(model, _weights_of_hub(hub, model.cfg))
-        return hf_format.weights_sha256(hub)
-    run = find_run(Path(source).expanduser())
+    if hf_format.holds_model(path := _expanded(source)):
+        hf_format.require_same_tokenizer(path, tokenizer)
+        load_into(model, _weights_of_hub(path, model.cfg))
+        return hf_format.weights_sha256(path)
+    run = find_run(path)
     folder = run.newest()
     if folder is None:
         raise CheckpointError(
@@ -230,11 +232,16 @@ def require_same_initial_weights(run: RunDirectory, source: str | None, began_wi
         )
 
 
+def _expanded(source: str) -> Path:
+    return expand_home(source, "--train.init-from")
+
+
 def _initial_sha256(source: str) -> str | None:
     """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
-    if hf_format.holds_model(Path(source).expanduser()):
-        return hf_format.weights_sha256(Path(source).expanduser())
-    folder = find_run(Path(source).expanduser()).newest()
+    path = _expanded(source)
+    if hf_format.holds_model(path):
+        return hf_format.weights_sha256(path)
+    folder = find_run(path).newest()
     return None if folder is None else weights_sha256(folder)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 NAMES_IN_FILE = {"row_index": "position", "excluded_rows": "avoided"}
 # fields that files of earlier versions may lack
 NEWER = {"first_eval", "last_eval_step", "initial_sha256", "streak", "excluded_rows", "rollbacks"}
+NEWER |= {"validation_rows", "last_point", "evaluation_s"}
 
 
 @dataclass
@@ -25,11 +26,17 @@ class TrainingState:
     best: dict[str, float] | None = None
     """`step` and `val_loss` of the best checkpoint that is on disk."""
     first_eval: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the first step, if the weights come from another run."""
+    """The evaluation before the first step."""
+    last_point: dict[str, float] = field(default_factory=dict)
+    """The newest evaluation on the same rows as `first_eval`."""
     last_eval: dict[str, float] = field(default_factory=dict)
-    """The newest evaluation."""
+    """The newest evaluation: at the end of a run, of the whole split if there was time."""
     last_eval_step: int | None = None
     """The step of the newest evaluation."""
+    validation_rows: int | None = None
+    """The rows of the validation split that every evaluation during the run reads. None: all."""
+    evaluation_s: float = 0.0
+    """Seconds spent on evaluations and samples, in all sessions."""
     initial_sha256: str | None = None
     """sha256 of the weights that the run started from, if they come from another run."""
     skipped: int = 0
@@ -42,6 +49,11 @@ class TrainingState:
     """Ranges of rows (first, end) that a rollback left out."""
     rollbacks: int = 0
     """How often the run went back to an older checkpoint."""
+
+    @property
+    def whole_is_evaluated(self) -> bool:
+        """Whether `last_eval` is of the whole validation split."""
+        return self.validation_rows is None or self.last_eval != self.last_point
 
     def next_row(self, row: int, batch_size: int) -> int:
         """Return the row at which the batch after the one at `row` begins. Excluded rows are left out."""

@@ -36,7 +36,7 @@ from kindling.training.prefetch import Prefetch, TrainingRows
 from kindling.training.schedule import fraction_done, learning_rate_scale
 from kindling.training.skipped_steps import SkippedStepRecorder
 from kindling.training.state import TrainingState
-from kindling.training.validation import summed_loss
+from kindling.training.validation import Validation, summed_loss
 from model import LanguageModel
 
 
@@ -75,6 +75,7 @@ class Trainer:
         """`cfg` must have its number of steps (`Config.with_steps`), and a batch that the ranks can divide."""
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.evaluate = model, batches, evaluate
+        self.validation = evaluate if isinstance(evaluate, Validation) else None  # any other function has no parts
         ranks = self.world.size
         assert cfg.train.batch_size % ranks == 0, "start_or_resume.require_divisible_batch checks it"
         self.rows_per_rank = cfg.train.batch_size // ranks  # rows of a step on each rank
@@ -145,6 +146,8 @@ class Trainer:
         if saved["scaler"]:  # empty unless the run was in fp16
             self.scaler.load_state_dict(saved["scaler"])
         self.state = TrainingState.from_dict(saved)
+        if self.validation is not None:
+            self.validation.part = self.state.validation_rows
         if "guard" in saved:
             self.guard.load_state_dict(saved["guard"])
         elif self.train.spike_ratio:  # a run of an earlier version of the code

@@ -1,4 +1,4 @@
-"""The loss of a model on a batch, and on a whole held-out split. Several ranks share the work.
+"""The loss of a model on a batch, and on a held-out split or a part of it. Several ranks share the work.
 
 validate(model, run.heldout("val"), runtime)["val_bits_per_byte"]
 """
@@ -6,6 +6,7 @@ validate(model, run.heldout("val"), runtime)["val_bits_per_byte"]
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -63,13 +64,45 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch], runtime: Runtime) 
 
 
 def validate(
-    model: LanguageModel, dataset: TokenDataset, runtime: Runtime, n_rows: int = VALIDATION_ROWS
+    model: LanguageModel,
+    dataset: TokenDataset,
+    runtime: Runtime,
+    n_rows: int = VALIDATION_ROWS,
+    part: int | None = None,
 ) -> dict[str, float]:
-    """Return loss (nats a token), perplexity and bits per byte over the whole of one split, `n_rows` rows at a time.
+    """Return loss (nats a token), perplexity, bits per byte and supervised tokens of one split, `n_rows` rows at a time.
 
-    Bits per byte divides the loss of all supervised tokens, with end-of-text, by the UTF-8 bytes of the documents (of the
-    responses, if the split has examples). So it can be compared across tokenizers.
+    The figures are of the whole split, or of `part` of its rows, evenly spaced. Bits per byte divides the loss of all supervised
+    tokens, with end-of-text, by the UTF-8 bytes of the documents (of the responses, if the split has examples). So it can be
+    compared across tokenizers. A part is assumed to have as many bytes to a token as the whole split.
     """
-    loss, count = mean_loss(model, dataset.in_order(model.cfg, n_rows), runtime)
-    bits_per_byte = loss * count / math.log(2) / dataset.info.bytes
-    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": bits_per_byte}
+    loss, count = mean_loss(model, dataset.in_order(model.cfg, n_rows, part), runtime)
+    bits_per_byte = loss * dataset.n_targets / math.log(2) / dataset.info.bytes
+    perplexity = math.exp(min(loss, 700.0))
+    return {"val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits_per_byte, "val_tokens": count}
+
+
+class Validation:
+    """Evaluates the model of a run on its validation split: on the same part of it each time, and on the whole."""
+
+    def __init__(self, dataset: TokenDataset, runtime: Runtime, n_rows: int = VALIDATION_ROWS):
+        """`n_rows` rows are predicted at a time. The part is the whole split, until `part` is set to a number of rows."""
+        self.dataset, self.runtime, self.n_rows = dataset, runtime, n_rows
+        self.part: int | None = None
+
+    def __call__(self, model: LanguageModel) -> dict[str, float]:
+        """Return the figures of the part."""
+        return validate(model, self.dataset, self.runtime, self.n_rows, self.part)
+
+    def whole(self, model: LanguageModel) -> dict[str, float]:
+        """Return the figures of the whole split."""
+        return validate(model, self.dataset, self.runtime, self.n_rows)
+
+    def row_s(self, model: LanguageModel) -> float:
+        """Return the seconds that a row takes, on the slowest rank."""
+        rows = min(self.n_rows * self.runtime.world.size, self.dataset.n_rows_in_order(model.cfg))
+        for _ in range(2):  # the first pass allocates memory, or compiles
+            started = time.perf_counter()
+            validate(model, self.dataset, self.runtime, self.n_rows, rows)
+            seconds = time.perf_counter() - started
+        return self.runtime.world.max([seconds / rows])[0]

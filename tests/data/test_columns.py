@@ -5,8 +5,11 @@ import json
 import pytest
 
 from config import SourceConfig
+from kindling import rows
+from kindling.data.dataset_rows import is_message
 from kindling.data.prompts import Exchange
 from kindling.data.sources import documents, local_files
+from kindling.rows import read_rows
 
 ASKED = (Exchange("Hi", "Hello"),)
 
@@ -141,3 +144,119 @@ def test_a_language_is_a_label_that_can_be_written_everywhere(what, tmp_path):
     (found,) = documents(source, local_files(source))
     assert found.language == right
     found.language.encode("utf-8")
+
+
+# -- files in which a chat is a list of its messages ------------------------------------------------------------------
+
+
+def talk(i: int) -> list[dict]:
+    """A chat of its own length, so that a message that is lost or taken from a neighbour shows."""
+    return chat(*[(role, f"{role} {i}.{n} [{{☃") for n in range(1 + i % 3) for role in ("user", "assistant")])
+
+
+TALKS = [talk(i) for i in range(7)]
+EXCHANGES = [tuple(Exchange(t[n]["content"], t[n + 1]["content"]) for n in range(0, len(t), 2)) for t in TALKS]
+LINES = [json.dumps(t) for t in TALKS]
+ROWS = [{"chat": t} for t in TALKS]
+CHAT_FILES = {
+    "a list in each line": "\n".join(LINES),
+    "a list in each line, CRLF and a last line end": "\r\n".join([*LINES, ""]),
+    "a list in each line, after CR": "\r".join(LINES),
+    "a list in each line, characters as they are": "\n".join(json.dumps(t, ensure_ascii=False) for t in TALKS),
+    "blank lines between": "\n\n" + "\n\n \n".join(LINES),
+    "a byte-order mark": "\ufeff" + "\n".join(LINES),
+    "lists in a row": "".join(LINES),
+    "lists over many lines": "\n".join(json.dumps(t, indent=2) for t in TALKS),
+    "an array of lists on one line": json.dumps(TALKS),
+    "an array of lists over many lines": json.dumps(TALKS, indent=1),
+    "an array with a list in each line": "[" + ",\n".join(LINES) + "]",
+    "an array with a list in each line below it": "[\n" + ",\n".join(LINES) + "\n]",
+    "lists, of which one is a row with its column": "\n".join([*LINES[:3], json.dumps(ROWS[3]), *LINES[4:]]),
+    "rows with their column, of which one is a list": "\n".join([json.dumps(ROWS[0]), *LINES[1:]]),
+    "rows with their column": "\n".join(map(json.dumps, ROWS)),
+    "an array of rows": json.dumps(ROWS),
+    "an array of rows over many lines": json.dumps(ROWS, indent=2),
+    "an array of rows for each page": json.dumps(ROWS[:4]) + "\n" + json.dumps(ROWS[4:]) + "\n",
+    "an array of rows and then lists": json.dumps(ROWS[:4]) + "\n" + "\n".join(LINES[4:]),
+}
+
+
+def chats_of(path, text: str) -> list:
+    path.write_bytes(text.encode())
+    source = SourceConfig(kind="jsonl", path=str(path), messages_field="chat")
+    return list(documents(source, local_files(source)))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("what", CHAT_FILES)
+def test_a_list_of_messages_is_one_chat_wherever_it_stands(what, suffix, tmp_path):
+    found = chats_of(tmp_path / f"chats{suffix}", CHAT_FILES[what])
+    assert [(d.exchanges, d.unreadable) for d in found] == [(exchanges, None) for exchanges in EXCHANGES]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_file_may_hold_one_chat(tmp_path, indent):
+    (found,) = chats_of(tmp_path / "chat.json", json.dumps(TALKS[5], indent=indent))
+    assert found.exchanges == EXCHANGES[5]
+
+
+@pytest.mark.parametrize("who", ["from", "role"])
+def test_a_list_of_messages_in_another_spelling_is_a_chat(who, tmp_path):
+    what = "value" if who == "from" else "content"
+    lists = [
+        chat(*HI, who=who, what=what),
+        chat(("system", None), *HI, who=who, what=what),
+        chat(*HI, who=who, what=what),
+    ]
+    found = chats_of(tmp_path / "chats.jsonl", "\n".join(map(json.dumps, lists)))
+    assert [d.exchanges for d in found] == [ASKED, (), ASKED] and "is a NoneType" in found[1].unreadable
+
+
+BAD_LISTS = {
+    "cut in a text": LINES[1][:40],
+    "cut after a message": LINES[1][:-2] + "},",
+    "its first message is no JSON": LINES[1].replace('"role"', "role", 1),
+    "a later message is no JSON": LINES[2][:-1] + ", {'role': 'user'}]",
+    "no last bracket": LINES[2][:-1],
+    "an empty list": "[]",
+    "a list of numbers": "[1, 2]",
+    "a number": "5",
+    "words": "Traceback (most recent call last):",
+    "a tool": json.dumps(chat(*HI, ("tool", "42"))),
+}
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+@pytest.mark.parametrize("bad", BAD_LISTS)
+def test_a_broken_list_of_messages_costs_only_itself(bad, at, tmp_path):
+    lines = [*LINES[:at], BAD_LISTS[bad], *LINES[at + 1 :]]
+    found = chats_of(tmp_path / "chats.jsonl", "\n".join(lines) + "\n")
+    assert [d.exchanges for d in found if d.unreadable is None] == EXCHANGES[:at] + EXCHANGES[at + 1 :]
+    (why,) = (d.unreadable for d in found if d.unreadable is not None)
+    assert len(why) < 200
+
+
+def test_lists_of_messages_are_counted_in_bytes_and_lines(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("\n".join(LINES), encoding="utf-8")
+    found = list(read_rows(tmp_path / "chats.jsonl", lambda value: is_message(value, "chat")))
+    assert [(row.line, row.size) for row in found] == [(i, len(line)) for i, line in enumerate(LINES, 1)]
+
+
+def test_a_long_array_of_rows_of_chats_is_not_held_in_memory(tmp_path, monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setattr(rows, "LONGEST_LINE", 2**16)
+    monkeypatch.setattr(rows, "CHUNK", 2**14)
+    row = json.dumps({"chat": chat(("user", "x" * 500), ("assistant", "y" * 500))})
+    (tmp_path / "chats.json").write_text(f"[{','.join([row] * 2_000)}]", encoding="utf-8")
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(tmp_path / "chats.json", lambda value: is_message(value, "chat"))) == 2_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000 * len(row) / 3
+
+
+def test_columns_of_other_rows_are_no_messages():
+    assert not is_message({"from": "a set", "conversations": []}, "messages")
+    assert not is_message({"role": "x", "content": []}, "content")
+    assert not is_message("role", "messages") and not is_message(["role", "content"], "messages")

@@ -1,20 +1,27 @@
 """Paths as shells and systems give them: homes, links, circles, names of any bytes, files that vanish or may not be read."""
 
+import gzip
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from conftest import assert_one_clear_line, script
 
-from config import DataConfig, EvalConfig, SourceConfig
+from config import DataConfig, EvalConfig, SourceConfig, TokenizerConfig
 from kindling.cli import parse_cli
 from kindling.config_io import ConfigFlags
 from kindling.data import sources
+from kindling.data.explain import explain_path
+from kindling.data.ledger import DOCUMENTS
 from kindling.data.process_document import DocumentProcessor
+from kindling.data.shards import DataError
 from kindling.data.sources import documents, local_files
 from kindling.errors import KindlingError
 from kindling.paths import expand_home
+from kindling.runs.checkpoint import RunDirectory
+from presets import preset
 
 
 @dataclass
@@ -75,6 +82,74 @@ def test_a_user_that_does_not_exist_is_named_before_any_work(flag):
     with pytest.raises(KindlingError, match=r"~nosuchuser, and there is no such user; write the whole path") as error:
         parsed(*UNKNOWN_USER[flag])
     assert str(error.value).startswith(flag.rstrip("=")) and "\n" not in str(error.value)
+
+
+def unknown_user_in(what: str) -> None:
+    """Use a path as a saved config or a program gives it, past the check of the flags."""
+    from kindling.data import build, duplicates
+    from kindling.evaluation import tasks
+    from kindling.evaluation.perplexity import text_losses
+    from kindling.tokenization.compare import read_documents
+    from kindling.tokenization.tokenizer import load_pretrained
+    from kindling.training.start_or_resume import load_initial_weights, may_resume
+
+    named = "~nosuchuser/x"
+    source = SourceConfig(kind="datasets" if "hub" in what else "files", path=named)
+    cfg = preset("demo")
+    if what == "a source":
+        local_files(source)
+    elif what == "a data set on the hub":
+        list(documents(source, None))
+    elif what == "a fingerprint of a hub folder":
+        build.fingerprint(replace(cfg, data=replace(cfg.data, sources=(source,))), [None])
+    elif what == "a fingerprint of a tokenizer":
+        tokenizer = TokenizerConfig(kind="pretrained", path=named)
+        build.fingerprint(replace(cfg, tokenizer=tokenizer), [[]])
+    elif what == "a tokenizer":
+        load_pretrained(TokenizerConfig(kind="pretrained", path=named))
+    elif what == "a benchmark":
+        duplicates.Benchmarks((named,))
+    elif what == "problems":
+        tasks.load("humaneval", named)
+    elif what == "the file of problems":
+        tasks.file_of("mbpp", EvalConfig(mbpp=named))
+    elif what == "a text to predict":
+        text_losses(None, None, Path(named), None)
+    elif what == "files to compare":
+        read_documents((Path(named),), 10**6)
+    elif what == "weights to start from":
+        load_initial_weights(None, named, None)
+    elif what == "a run that starts":
+        may_resume(
+            replace(cfg, train=replace(cfg.train, init_from=named)), RunDirectory(Path("runs/none")), fresh=False
+        )
+
+
+PLACES_OF_PATHS = ("a source", "a data set on the hub", "a fingerprint of a hub folder", "a fingerprint of a tokenizer")
+PLACES_OF_PATHS += ("a tokenizer", "a benchmark", "problems", "the file of problems", "a text to predict")
+PLACES_OF_PATHS += ("files to compare", "weights to start from", "a run that starts")
+
+
+@pytest.mark.parametrize("what", PLACES_OF_PATHS)
+def test_a_user_that_does_not_exist_is_one_line_wherever_a_path_is_used(what):
+    with pytest.raises(KindlingError, match=r"~nosuchuser, and there is no such user; write the whole path") as error:
+        unknown_user_in(what)
+    assert "\n" not in str(error.value)
+
+
+def test_a_document_may_be_asked_for_whose_name_begins_with_a_tilde(tmp_path):
+    line = {"key": "~.py", "source": "mine", "language": "python", "bytes": 3, "dropped": "lines", "value": "1"}
+    with gzip.open(tmp_path / DOCUMENTS, "wt", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+    assert "dropped by the rule 'lines'" in explain_path(preset("demo"), tmp_path, "~.py")
+    with pytest.raises(DataError, match="'~nosuchuser/x' was not"):
+        explain_path(preset("demo"), tmp_path, "~nosuchuser/x")
+
+
+def test_weights_of_an_unknown_user_are_taken_as_gone_when_a_run_goes_on():
+    from kindling.training.start_or_resume import require_same_initial_weights
+
+    require_same_initial_weights(RunDirectory(Path("runs/none")), "~nosuchuser/x", "0" * 64)
 
 
 def test_the_script_says_so_in_one_line(tmp_path):

@@ -98,10 +98,12 @@ def task_sentence(row: dict) -> str:
 
 
 def test_the_file_is_numbered_and_graded_from_easy_to_hard():
-    assert [row["task_id"] for row in ROWS] == [f"Kindling/{i}" for i in range(1, len(ROWS) + 1)]
+    # level 0 came later: the others keep their numbers, by which runs are compared
+    numbers = [*range(71, 101), *range(1, 71)]
+    assert [row["task_id"] for row in ROWS] == [f"Kindling/{i}" for i in numbers]
     levels = [row["level"] for row in ROWS]
-    assert levels == sorted(levels) and set(levels) == {1, 2, 3, 4, 5}
-    assert len(ROWS) >= 65 and min(Counter(levels).values()) >= 12
+    assert levels == sorted(levels) and set(levels) == {0, 1, 2, 3, 4, 5}
+    assert min(Counter(levels).values()) >= 12
 
 
 def test_every_line_is_written_the_same_way():
@@ -126,9 +128,16 @@ def test_no_prompt_or_solution_holds_thirteen_words_of_humaneval_or_mbpp():
 
 
 def test_harder_levels_have_longer_solutions():
-    lines = {level: [r["canonical_solution"].count("\n") for r in ROWS if r["level"] == level] for level in range(1, 6)}
+    lines = {level: [r["canonical_solution"].count("\n") for r in ROWS if r["level"] == level] for level in range(6)}
     means = [sum(n) / len(n) for n in lines.values()]
-    assert means == sorted(means) and set(lines[1]) == {1}
+    assert means == sorted(means) and set(lines[0]) == set(lines[1]) == {1}
+
+
+def test_level_0_holds_nothing_but_one_constant_argument_operator_or_call():
+    for row in (row for row in ROWS if row["level"] == 0):
+        (function,) = ast.parse(row["prompt"] + row["canonical_solution"]).body
+        steps = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Subscript, ast.List)
+        assert sum(isinstance(node, steps) for node in ast.walk(function.body[-1])) <= 1, row["task_id"]
 
 
 # -- each problem -----------------------------------------------------------------------------------------------------
@@ -191,7 +200,16 @@ def test_bodies_without_a_thought_fail(row):
     run(row["prompt"], namespace := {})
     parameters = list(inspect.signature(namespace[row["entry_point"]]).parameters)
     for value in ["None", *wants, *values, *parameters]:
-        assert not passes(row, f"    return {value}\n"), value
+        body = f"    return {value}\n"  # the first problems of level 0 ask for no more than this
+        assert not passes(row, body) or (row["level"] == 0 and asks_for(row, value)), value
+
+
+def asks_for(row: dict, value: str) -> bool:
+    """Return whether the solution returns this constant or argument."""
+    trees = [
+        ast.parse(text, mode="eval") for text in (row["canonical_solution"].strip().removeprefix("return "), value)
+    ]
+    return ast.dump(trees[0]) == ast.dump(trees[1])
 
 
 # -- the guard --------------------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ MODE = "bwrap" if shutil.which("bwrap") else "none"
 GOOD = ("    return [f for f in fs]\n", "    assert candidate([1]) == [1]\n")
 UNASKABLE = {
     "a function": "    assert candidate([lambda x: x]) == [1]\n",
-    "a function, its error caught": "    try:\n        candidate([len])\n    except TypeError:\n        pass\n",
+    "a function, its error caught": "    try:\n        candidate([lambda: 0])\n    except TypeError:\n        pass\n",
     "an iterator": "    assert candidate(iter([1])) == [1]\n",
     "an object": "    candidate([object()])\n",
     "a class of the test's own": "    class A:\n        pass\n    candidate([A()])\n",
+    "a list of a class of the test's own": "    class A(list):\n        pass\n    candidate([A([1])])\n",
     "very deep nesting": "    x = []\n    for _ in range(5000):\n        x = [x]\n    candidate(x)\n",
 }
 

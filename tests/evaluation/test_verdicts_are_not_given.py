@@ -1,12 +1,15 @@
 """Programs that give no right answer but try to decide the verdict, or to keep the process that judges busy for ever."""
 
+import signal
 import time
 
 import pytest
-from test_tests_as_written import DOC, MODE, POINT, Row, problem
+from test_objects_as_written import FLAGS, FROZEN
+from test_tests_as_written import DOC, LINKED, MODE, POINT, Row, problem
 
 from kindling.evaluation.check_correctness import check_answers
 from kindling.sandbox.process import Limits
+from kindling.sandbox.watch import Watch
 
 LIMITS = Limits(cpu_s=4, wall_s=30.0)
 RIGHT = "return x * x"
@@ -39,6 +42,16 @@ FORGED = {  # the test, and a program that must not pass it
         "v = []\nfor _ in range(5000):\n    v = [v]\nreturn v",
     ),
 }
+FORGED |= {
+    "a context that drops the error": (
+        "with candidate(1):\n    assert False",
+        "class C:\n    __enter__ = lambda self: self\n    __exit__ = lambda *a: True\nreturn C()",
+    ),
+    "an error with a method of its own": (
+        "try:\n    candidate(1)\nexcept Bad as e:\n    assert e.isdigit()",
+        "e = Bad()\ne.isdigit = bool\nraise e",
+    ),
+}
 BUSY = {
     "views of views": "v = {}.values()\nfor _ in range(30):\n    v = {1: {v: 1}.keys()}.values()\nreturn v",
     "a ring of arguments": "x[:] = [x] * 10_000\nreturn 'x' * 200_000",
@@ -47,14 +60,49 @@ BUSY = {
         "fractions.Fraction = Fraction\nreturn Fraction()"
     ),
     "a fraction of huge numbers": "import fractions\nreturn fractions.Fraction(3 ** 600_000, 2 ** 900_000)",
+    "lists of lists that are the same": "v = [1]\nfor _ in range(60):\n    v = [v, v]\nreturn v",
+    "a ring of such lists": "first = v = []\nfor _ in range(60):\n    v = [v, v]\nfirst.append(v)\nreturn v",
+    "a flag of many bits": "return Bits(2 ** 400_000 - 1)",
     "many ranges": "return [range(2_000_000) for _ in range(1000)]",
 }
+
+
+WALK = "node, n = candidate(2), 0\nwhile node is not None:\n    node, n = node.next, n + 1\nassert n == 2"
+COUNT = (
+    "def count(node):\n    return 1 + count(node.value) + count(node.next) if isinstance(node, Node) else 0\n"
+    "assert count(candidate(2)) == 2"
+)
+CAUGHT = "try:\n    node = candidate(2)\n    while node:\n        node = node.next\nexcept:\n    pass"
+ENDLESS = {  # the test, and a program whose answer a test would walk along for ever
+    "a ring": (WALK, "node = Node(1)\nnode.next = node\nreturn node"),
+    "a ring, and all errors are caught": (CAUGHT, "node = Node(1)\nnode.next = node\nreturn node"),
+    "more paths than can be counted": (COUNT, "node = None\nfor i in range(60):\n    node = Node(node, node)\nreturn node"),
+    "hashes of more paths than can be counted": (
+        "assert len(candidate(1)) == 2",
+        "Cell.__hash__ = lambda self: 1\nnode = Cell(1)\nfor i in range(60):\n    node = Cell((node, node))\nreturn {node}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_test_that_walks_along_an_answer_without_end_is_ended(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("kindling.sandbox.process.Watch", lambda limit_s, fail: Watch(limit_s / 10, fail))
+    test, wrong = ENDLESS[name]
+    right = "return Node(1, Node(2)) if x == 2 else {Cell(1), Cell(2)}"
+    asked = problem(Row(FROZEN + LINKED + "def f(x):" + DOC, right, test), tmp_path)
+    limits = Limits(cpu_s=1, wall_s=30.0)
+    assert check_answers(asked, asked.solution, MODE, limits).verdict == "passed"
+    program = asked.prompt + "".join(f"    {line}\n" for line in wrong.split("\n"))
+    started = time.process_time()
+    assert check_answers(asked, program, MODE, limits).verdict in ("timeout", "exception")
+    assert time.process_time() - started < 2  # of this process
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", FORGED)
 def test_a_program_does_not_give_its_own_verdict(name, tmp_path):
     test, wrong = FORGED[name]
-    asked = problem(Row("def f(x):" + DOC, RIGHT, test), tmp_path)
+    asked = problem(Row("class Bad(Exception):\n    pass\n\ndef f(x):" + DOC, RIGHT, test), tmp_path)
     program = asked.prompt + "".join(f"    {line}\n" for line in wrong.split("\n"))
     assert check_answers(asked, program, MODE, LIMITS).verdict != "passed"
 
@@ -69,7 +117,7 @@ def test_an_attribute_of_a_shared_class_is_no_question(tmp_path):
 @pytest.mark.parametrize("name", BUSY)
 def test_an_answer_does_not_keep_the_judge_busy(name, tmp_path):
     test = "found = candidate([1])\nassert sum(len(list(r)) for r in found) == -1"
-    asked = problem(Row("def f(x):" + DOC, "return []", test), tmp_path)
+    asked = problem(Row(FLAGS + "def f(x):" + DOC, "return []", test), tmp_path)
     program = asked.prompt + "".join(f"    {line}\n" for line in BUSY[name].split("\n"))
     started = time.process_time()
     assert check_answers(asked, program, MODE, LIMITS).verdict != "passed"

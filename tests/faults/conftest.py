@@ -4,8 +4,8 @@
         ...
         record("kill -9", tried=200, found=200, lost=0, seconds=80.0, note="")
 
-Only a session that ran the whole suite, and in which nothing failed, writes benchmarks/results/faults.json and faults.md;
-any other prints its lines and leaves the files alone.
+Only a session that ran the whole suite, and in which nothing failed, writes faults.json and faults.md into
+benchmarks/results/local/; any other prints its lines and leaves the files alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, script
 
-RESULTS = ROOT / "benchmarks" / "results"
 HERE = Path(__file__).resolve().parent
 COLUMNS = ["fault", "tried", "as promised", "lost", "seconds"]
 INTRODUCTION = (
@@ -86,8 +85,7 @@ class Table:
         terminalreporter.write_line(as_text([], [section]))
         missing = {p.name for p in HERE.glob("test_*.py")} - {Path(file).name for file in self.lines}
         if self.whole and not self.failed and not missing:
-            write(lines)
-            terminalreporter.write_line(f"written to {RESULTS / 'faults.md'}")
+            terminalreporter.write_line(f"written to {write(lines)}")
         else:
             terminalreporter.write_line("not the whole suite, or not all of it passed: nothing was written")
 
@@ -103,19 +101,21 @@ def notes(lines: list[dict]) -> list[str]:
     return [f"{line['fault']}: {line['note']}" for line in lines if line["note"]]
 
 
-def write(lines: list[dict]) -> None:
-    """Write the table for people and for the README."""
+def write(lines: list[dict]) -> Path:
+    """Write the table for people and for the README; return its path."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from machine import Watch, phrase
+    from machine import Watch, phrase, results_file
 
     from kindling.tables import Section, as_markdown
 
     machine = Watch().describe()
     content = {"machine": machine, "faults": lines}
-    (RESULTS / "faults.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results_file("faults.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     section = Section("The table", COLUMNS, [cells(line) for line in lines], notes(lines))
     text = as_markdown("Faults", [INTRODUCTION, f"Machine: {phrase(machine)}", "Command: make test-faults"], [section])
-    (RESULTS / "faults.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    path = results_file("faults.md")
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    return path
 
 
 def pytest_configure(config) -> None:

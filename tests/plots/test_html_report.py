@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kindling.plots.html_report import POLICY, Picture, Sample, page
+from kindling.plots.html_report import POLICY, STYLE, Picture, Sample, Samples, page
 from kindling.tables import Section
 
 PNG = base64.b64decode(
@@ -41,7 +41,7 @@ class Reader(HTMLParser):
 def made(text: str) -> str:
     sections = [Section(text, [text, "n"], [[text, "1"]], [text], [text])]
     picture, sample = Picture(PNG, text, text), Sample(text, text, text, text)
-    return page(text, [(text, text)], sections, [picture], [sample], text, text)
+    return page(text, [(text, text)], sections, [picture], [Samples(text, text, [sample])], text)
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,6 +66,36 @@ def test_the_browser_is_told_to_load_nothing_and_there_is_nothing_to_load():
     text = made("x")
     assert f'content="{POLICY}"' in text and POLICY.startswith("default-src 'none'")
     assert not re.search(r"https?://|url\(|@import|<script|<link", text)
+
+
+def rules(style: str, query: str) -> str:
+    """Return the rules of a style sheet for a media query."""
+    start = style.index(f"@media {query} {{") + len(query) + 9
+    depth = 1
+    for end, c in enumerate(style[start:], start):
+        depth += (c == "{") - (c == "}")
+        if not depth:
+            return style[start:end]
+    raise AssertionError
+
+
+def test_on_a_narrow_screen_a_row_is_a_block_whose_cells_have_the_names_of_their_columns():
+    narrow = rules(STYLE, "screen and (max-width: 40rem)")
+    assert ".wide td { display: block; }" in narrow and "content: attr(data-label)" in narrow
+    assert "white-space: normal; overflow-wrap: anywhere" in narrow  # figures are else not broken
+    sections = [Section("s", ["", "loss"], [["all", "1.0"]])]
+    tags = Reader(page("t", [("weights", "0" * 64)], sections, [], [], "")).tags
+    cells = [attrs for tag, attrs in tags if tag == "td" and "class" in attrs]
+    assert cells == [{"class": "name"}, {"class": "figure", "data-label": "loss"}]
+    assert ".facts td { overflow-wrap: anywhere; }" in STYLE  # such as a sha256
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in tags
+
+
+def test_in_the_dark_pictures_are_dark_too_but_not_in_print():
+    assert "figure img { filter: invert(.9)" in rules(STYLE, "screen and (prefers-color-scheme: dark)")
+    assert "filter" not in rules(STYLE, "print")
+    dark = rules(STYLE, "(prefers-color-scheme: dark)")
+    assert "--page: #16181b" in dark and "--text: #e6e6e6" in dark
 
 
 def test_there_are_dark_colours_and_a_print_style():

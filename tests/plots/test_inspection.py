@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from config import ModelConfig, TokenizerConfig
 from kindling.device import Runtime
 from kindling.plots.inspection import (
+    FEWEST,
     LABELLED,
     InspectionError,
     Matrix,
@@ -19,6 +20,7 @@ from kindling.plots.inspection import (
     curves_of,
     given_text,
     histograms,
+    joined,
     matrices,
     pieces,
     spectrum,
@@ -63,6 +65,22 @@ def test_densities_integrate_to_one_and_no_weight_is_left_out(model):
     for found in histograms(matrices(model)).values():
         for h in found:
             assert (h.density * np.diff(h.edges)).sum() == pytest.approx(1)
+
+
+def test_a_histogram_ends_at_the_extreme_weights_and_has_no_bin_that_is_nearly_empty():
+    w = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    (h,) = histograms({"up": [Matrix("up", 0, w)]})["up"]
+    assert [h.edges[0], h.edges[-1]] == pytest.approx([w.min().item(), w.max().item()])
+    counts = h.density * np.diff(h.edges) * w.numel()
+    assert counts.min() >= FEWEST - 0.01 and len(counts) > 40
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=200))
+def test_joined_bins_lose_no_weight_and_their_edges_rise(values):
+    found, edges = np.histogram(values, 8, (-1, 1))
+    counts, ends = joined(found.astype(float), edges, min(values), max(values))
+    assert counts.sum() == len(values) and (np.diff(ends) > 0).all() and len(ends) == len(counts) + 1
 
 
 def test_weights_that_are_not_finite_are_refused():

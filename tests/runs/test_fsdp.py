@@ -1,6 +1,6 @@
 """fsdp.py: two processes against one, their checkpoints at any world size, and what must be refused.
 
-Two processes run once for all tests (sharded_worker.py), while this process does the same work alone.
+Two processes run once for all tests (sharded_worker.py), after this process has done the same work alone.
 """
 
 from __future__ import annotations
@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT
-from sharded_worker import ARCHITECTURES, READY, SAVED_AT, STEPS, WORLD, Run
+from conftest import ROOT, on_ranks
+from sharded_worker import ARCHITECTURES, SAVED_AT, STEPS, WORLD, Run
 
 from kindling.runs import fsdp
 from kindling.runs.fsdp import CheckpointError, full_weights
@@ -37,24 +35,16 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
     folder = tmp_path_factory.mktemp("sharded")
-    worker = ROOT / "tests" / "sharded_worker.py"
-    started = [subprocess.Popen([sys.executable, str(worker), str(folder), str(rank)]) for rank in range(WORLD)]
-    one, runs = {}, {}
-    try:
-        for name in NAMES:  # while the others import torch
-            runs[name] = run = Run(name)
-            one[name] = {"losses": run.train(SAVED_AT), "validation_loss": run.validate(), "norm": run.norm}
-            run.save(folder / f"{name}-by-1")
-            one[name]["saved_digest"] = run.digest()
-        (folder / READY).touch()
-        for name, run in runs.items():
-            one[name]["losses"] += run.train(STEPS - SAVED_AT)
-            one[name]["digest"] = run.digest()
-        for process in started:
-            assert process.wait(120) == 0
-    finally:
-        for process in started:
-            process.kill()
+    one = {}
+    for name in NAMES:
+        run = Run(name)
+        one[name] = {"losses": run.train(SAVED_AT), "validation_loss": run.validate(), "norm": run.norm}
+        run.save(folder / f"{name}-by-1")
+        one[name]["saved_digest"] = run.digest()
+        one[name]["losses"] += run.train(STEPS - SAVED_AT)
+        one[name]["digest"] = run.digest()
+    result = on_ranks(ROOT / "tests" / "sharded_worker.py", folder, cwd=folder, n=WORLD)
+    assert result.returncode == 0, result.stdout + result.stderr
     two = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(WORLD)]
     return Outcome(folder, two, one)
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import enum
 import json
 import random
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -34,6 +36,34 @@ class Point:
         return self.same(other)
 
     __hash__ = None
+
+
+@dataclass
+class Keyed:
+    size: int = 3
+    key: Callable = len
+
+    def same(self, other):
+        return True
+
+
+class Bits(enum.Flag):
+    A = 1
+
+
+class Many(enum.IntFlag):
+    A = 1
+
+
+class Money(int):
+    pass
+
+
+class Bad(Exception):
+    pass
+
+
+OWN = {cls.__name__: cls for cls in (Point, Keyed, Bits, Many, Money, Bad)}
 
 
 def program(source: str) -> Program:
@@ -139,7 +169,10 @@ def test_what_has_not_changed_is_not_written():
 
 
 def answers(given: list, is_long: bool = False) -> Answers:
-    return Answers({"Point": Point}, given, lambda tag, number, name: RemoteObject(None, number, name), is_long)
+    def remote(tag, number, name):
+        return RemoteObject(None, number, name)
+
+    return Answers(OWN, given, remote, is_long, lambda: None)
 
 
 FORGED = {
@@ -148,7 +181,29 @@ FORGED = {
     "a change of what is not there": (None, [[1, [1]]]),
     "a change from behind": (None, [[-1, [1]]]),
     "a change that is no list": (None, [[0, {"l": [1]}]]),
-    "an argument that holds itself": (None, [[0, [{"a": 0}]]]),
+    "an object that is not there": ({"a": 2}, [], [[1, {"l": []}]]),
+    "an object with an argument's number": (None, [], [[0, {"l": []}]]),
+    "an object from behind": (None, [], [[-1, {"l": []}]]),
+    "two objects with one number": (None, [], [[1, {"l": []}], [1, {"l": []}]]),
+    "two objects with one number, inside": ({"m": [1, {"l": []}]}, [], [[1, {"l": []}]]),
+    "an object without a number": (None, [], [[True, {"l": []}]]),
+    "an object that cannot change": (None, [], [[1, {"t": []}]]),
+    "an object of a class that is not shared": (None, [], [[1, {"o": ["Path", []]}]]),
+    "an enumeration as an object": (None, [], [[1, {"o": ["Bits", ["x", 1]]}]]),
+    "an error as an object": (None, [], [[1, {"o": ["Bad", ["x", 1]]}]]),
+    "a method put in an object behind": (None, [], [[1, {"o": ["Point", ["same", 1]]}]]),
+    "a function where a dataclass has a method": ({"m": [1, {"o": ["Keyed", ["isdigit", {"y": "bool"}]]}]}, []),
+    "an int of the problem's own that is none": ({"m": [1, {"o": ["Money", [], ["5"]]}]}, []),
+    "a flag that is no flag": ({"E": ["Point", 1]}, []),
+    "a flag that is not known": ({"E": ["Bits", 64]}, []),
+    "a flag of a million bits": ({"E": ["Many", {"i": "f" * 10**6}]}, []),
+    "a default that is not there": ({"D": ["Keyed", "same"]}, []),
+    "a default that is no function": ({"D": ["Keyed", "size"]}, []),
+    "lists in a ring that hold too much": (
+        {"a": 1},
+        [],
+        [[i, {"l": [{"a": i + 1}, {"a": i + 1}]}] for i in range(1, 30)] + [[30, {"l": [{"a": 1}]}]],
+    ),
     "a class that is not shared": ({"o": ["Path", []]}, []),
     "a builtin that is no type": ({"y": "exec"}, []),
     "a class of another module": ({"v": ["Popen", ["ls"]]}, []),

@@ -420,14 +420,14 @@ def test_metrics_have_the_promised_fields_and_a_resumed_run_has_each_step_once(c
     assert [line["step"] for line in training] == list(range(1, 31))
     assert set(training[0]) >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
     assert [line["tokens"] for line in training] == [128 * s for s in range(1, 31)]
-    assert [line["step"] for line in lines if "val_loss" in line] == [10, 20, 30]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 10, 20, 30]
     assert list((trainer.run.path / "tensorboard").iterdir())
 
 
 def test_last_checkpoints_and_the_best_are_kept(corpus, tmp_path):
     cfg = tiny_config(corpus, max_steps=10, eval_every=1, save_every=1, keep_checkpoints=2)
     trainer = make_trainer(tmp_path / "r", cfg)
-    losses = iter([5, 4, 1, 3, 2, 6, 7, 8, 9, 10])
+    losses = iter([9, 5, 4, 1, 3, 2, 6, 7, 8, 9, 10])
     trainer.evaluate = lambda m: {"val_loss": float(next(losses))}
     fit(trainer)
     assert [p.name for p in trainer.run.checkpoints()] == ["step_000003", "step_000009", "step_000010"]
@@ -438,7 +438,7 @@ def test_a_best_checkpoint_that_could_not_be_saved_does_not_replace_the_one_on_d
 
     cfg = tiny_config(corpus, max_steps=8, eval_every=2, save_every=2, keep_checkpoints=1)
     trainer = make_trainer(tmp_path / "r", cfg)
-    losses = iter([2.0, 1.0, 3.0, 4.0])
+    losses = iter([9.0, 2.0, 1.0, 3.0, 4.0])
     trainer.evaluate = lambda m: {"val_loss": next(losses)}
     real = RunDirectory.save
 
@@ -455,7 +455,7 @@ def test_a_best_checkpoint_that_could_not_be_saved_does_not_replace_the_one_on_d
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=6, eval_every=2))
-    losses = iter([math.nan, 2.0, 3.0])
+    losses = iter([9.0, math.nan, 2.0, 3.0])
     trainer.evaluate = lambda m: {"val_loss": next(losses)}
     fit(trainer)
     assert trainer.state.best == {"step": 4, "val_loss": 2.0}
@@ -734,7 +734,7 @@ def test_rows_to_avoid_and_the_norms_of_the_guard_are_restored(corpus, tmp_path)
 
 def test_a_better_loss_on_a_skipped_step_does_not_cost_the_best_checkpoint(corpus, tmp_path):
     trainer = spoiled(tmp_path / "r", corpus, steps=range(11, 12), save_every=10, eval_every=1, keep_checkpoints=1)
-    losses = iter([5.0 - n if n <= 11 else 9.0 for n in range(24)])
+    losses = iter([5.0 - n if n <= 12 else 9.0 for n in range(25)])
     trainer.evaluate = lambda model: {"val_loss": next(losses)}
     fit(trainer)
     assert trainer.state.best["step"] == 11 and (tmp_path / "r" / "step_000011").is_dir()
