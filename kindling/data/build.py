@@ -200,9 +200,9 @@ def load_or_train_tokenizer(
     elif tokenizer is None:
         print(f"training a tokenizer of {cfg.model.vocab_size:,} tokens ...", flush=True)
         require_room(cfg.tokenizer, cfg.model.vocab_size)
-        # a tokenizer gains nothing from reading the same text again
-        strategy = "stop" if cfg.data.stopping_strategy == "stop" else "continue"
-        data = dataclasses.replace(cfg.data, stopping_strategy=strategy)
+        data = cfg.data
+        if data.stopping_strategy == "repeat":  # a tokenizer gains nothing from reading the same text again
+            data = dataclasses.replace(data, stopping_strategy="continue")
         mixture = Mixture(data, lambda i: pool.map(documents(data.sources[i], files[i])), silent=True)
         texts, total = [], 0  # all are held in memory
         with contextlib.closing(iter(mixture)) as stream:

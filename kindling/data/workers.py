@@ -76,9 +76,9 @@ class WorkerPool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def map(self, stream: Iterable[Document], tokenizer_file: Path | None = None) -> Iterator[ProcessedDocument]:
-        """Process a stream of documents, a few batches ahead of the consumer; yield the results in the stream's order.
+        """Process a stream of documents (`DocumentProcessor.all_of`), a few batches ahead of the consumer.
 
-        With `tokenizer_file` the results hold token ids, without it the text.
+        Yields the results in the stream's order. With `tokenizer_file` the results hold token ids, without it the text.
         """
         window: deque[tuple[list[Document], Future[list[ProcessedDocument]], int]] = deque()
         for batch in _batches(stream):
