@@ -1,4 +1,4 @@
-"""One of the two training processes of test_fsdp.py, started like torchrun's: `sharded_worker.py FOLDER` writes its rank's json."""
+"""One of the two training processes of test_fsdp.py: `sharded_worker.py FOLDER`, as torchrun starts it, writes RANK.json."""
 
 from __future__ import annotations
 
