@@ -1,4 +1,4 @@
-"""One of two training processes of test_fsdp.py, as torchrun starts them: `sharded_worker.py FOLDER` writes its figures."""
+"""One of two training processes of test_fsdp.py: `sharded_worker.py FOLDER`, as torchrun starts it, writes RANK.json."""
 
 from __future__ import annotations
 

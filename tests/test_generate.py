@@ -235,7 +235,7 @@ def test_text_reaches_a_pipe_as_it_is_sampled_and_ctrl_c_ends_it_on_a_new_line(r
             assert select.select([process.stdout], [], [], 300)[0]
             begun += process.stdout.read(100)
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=120)
+        rest, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert (process.returncode, err) == (130, b"interrupted\n")

@@ -80,7 +80,7 @@ def test_the_tests_are_counted_as_they_end(tmp_path):
     ]
     command += ["-p", "conftest", str(tmp_path / "test_it.py"), "--results", str(results)]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, env=env).returncode == 1
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, env=env).returncode == 1
     found = gpu_checks.counts(results, "exit code 1")
     assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)
     assert list(found["failures"]) == ["test_b"] and "with more assert 1 == 2" in found["failures"]["test_b"]

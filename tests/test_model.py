@@ -466,7 +466,8 @@ def test_dropout_reaches_masked_attention_in_training_only():
     assert torch.equal(attn(x, None, mask), attn(x, None, mask))
 
 
-@pytest.mark.parametrize("name", [pytest.param("learned-4", marks=pytest.mark.slow), "rope-2"])
+@pytest.mark.slow  # training in test_trainer.py compiles one architecture
+@pytest.mark.parametrize("name", ["learned-4", "rope-2"])
 def test_compiled_blocks_agree_with_eager_ones_and_compile_once_for_all_steps(name):
     if not has_compiler("cpu"):
         pytest.skip("needs a C++ compiler")

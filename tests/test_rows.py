@@ -244,7 +244,8 @@ def test_a_broken_row_among_problems_is_refused_by_its_line(broken):
     for read in (lambda: tasks.load("mbpp", str(path)), lambda: harness_data.load(path.parent, "gsm8k")):
         with pytest.raises(KindlingError) as error:
             read()
-        assert f"line {line} " in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+        said = str(error.value).replace(str(path.parent), "")
+        assert f"line {line} " in said and "\n" not in said and len(said) < 600
 
 
 # -- damaged files ----------------------------------------------------------------------------------------------------
@@ -290,7 +291,8 @@ def test_a_damaged_or_foreign_file_is_one_line_everywhere(what, tmp_path):
     ):
         with pytest.raises(KindlingError) as error:
             read()
-        assert path.name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+        said = str(error.value).replace(str(tmp_path), "")
+        assert path.name in said and "\n" not in said and len(said) < 500
     try:
         assert read_documents((path,), 10**9)[1] >= 1
     except KindlingError as e:

@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 SCRIPTS = ("main.py", "sft_train.py", "evaluate.py", "generate.py", "data_pipeline.py", "export.py", "visualize.py")
-LIBRARIES = ["torch", "torch._dynamo", "torch.utils.tensorboard", "numpy", "tyro", "pydantic", "yaml", "tqdm"]
-LIBRARIES += ["safetensors.torch", "tokenizers", "rensa", "regex", "typeguard", "multiprocessing.synchronize"]
+LIBRARIES = ["torch", "torch._dynamo", "torch.utils.tensorboard", "numpy", "tyro", "pydantic.dataclasses", "yaml"]
+LIBRARIES += ["tqdm", "safetensors.torch", "tokenizers", "rensa", "regex", "typeguard", "multiprocessing.synchronize"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before a test changes it
 REQUEST_BYTES = 2**17
 

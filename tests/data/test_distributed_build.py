@@ -31,6 +31,8 @@ from kindling.data.sources import LocalFile
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 PROMPT = "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
 PROMPT += (
     '    """ Check if in given list of numbers, are any two numbers closer to each other than given threshold. """\n'

@@ -69,21 +69,21 @@ def test_the_estimate_is_the_jaccard_similarity_of_word_pairs(corpus):
 
 def test_the_index_finds_what_comparing_all_pairs_finds():
     rng = np.random.default_rng(0)
-    index, marks = MinHashIndex(0.7), []
+    index, marks = MinHashIndex(0.7), np.empty((2500, SLOTS), np.uint8)
     for i in range(2500):  # beyond two growths
         if i % 3 == 2:  # a copy of an earlier one with some slots changed
-            slots = np.frombuffer(marks[int(rng.integers(len(marks)))], np.uint8).copy()
+            slots = marks[int(rng.integers(i))].copy()
             slots[rng.choice(SLOTS, size=int(rng.integers(0, 30)), replace=False)] += 1
         else:
             slots = rng.integers(0, 256, SLOTS, dtype=np.uint8)
         new = slots.tobytes()
-        equal = (np.array([np.frombuffer(m, np.uint8) for m in marks]) == slots).mean(axis=1) if marks else np.zeros(1)
+        equal = (marks[:i] == slots).mean(axis=1) if i else np.zeros(1)
         best = (equal.max() - 1 / 256) / (1 - 1 / 256)
         found = index.find(new)
         assert (found is not None) == (best >= 0.7)
         assert found is None or (found[1] == pytest.approx(best) and equal[found[0]] == equal.max())
         assert index.add(new) == i
-        marks.append(new)
+        marks[i] = slots
     assert len(index) == 2500 and SLOTS % BANDS == 0
 
 

@@ -204,7 +204,7 @@ MARGIN = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(FUNCTIONS), MARGIN)
 def test_real_functions_come_back_exactly_whatever_follows(function, garbage):
     name, head, body = function
@@ -224,7 +224,7 @@ TOKENS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=150)
 @given(st.sampled_from(["", HEAD, "def add(a, b):\n", "import x\ny = '"]), st.lists(TOKENS, max_size=25), st.data())
 @example("", ["def add(a, b):", "\n    ", "helper", "\n", "def "], None)
 def test_once_the_function_is_over_more_text_changes_nothing(head, tokens, data):
@@ -240,7 +240,7 @@ def test_once_the_function_is_over_more_text_changes_nothing(head, tokens, data)
     assert not programs or extract_from_completion(head, text, "add", cut_short=True) in programs
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(["", HEAD]), st.lists(TOKENS, max_size=25), st.booleans())
 def test_a_program_is_the_beginning_of_what_was_written(head, tokens, cut_short):
     text = "".join(tokens)
@@ -248,7 +248,7 @@ def test_a_program_is_the_beginning_of_what_was_written(head, tokens, cut_short)
     assert (head + text).startswith(program) and program.startswith(head)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     st.text(max_size=60) | st.lists(TOKENS, max_size=25).map("".join),
     st.sampled_from([HEAD, "", "def add(a):\n", IMPORTS + HEAD]),
@@ -388,19 +388,24 @@ def test_prose_alone_is_no_program():
 # -- every reference
 
 
+SOME_OR_ALL = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@SOME_OR_ALL
 @pytest.mark.parametrize("ending", ["", "print(1)\n", "\n\ndef unrelated(x):\n    return (\n"])
-def test_every_reference_survives_as_a_completion(ending):
-    for p in REFERENCES:
+def test_every_reference_survives_as_a_completion(ending, step):
+    for p in REFERENCES[::step]:
         body = p.solution.removeprefix(p.prompt)
         body += "" if body.endswith("\n") else "\n"
         assert dump(extract_from_completion(p.head, body + ending, p.entry_point)) == dump(p.solution), p.task_id
-    for p in load("mbpp"):
+    for p in load("mbpp")[::step]:
         program = p.solution if p.solution.endswith("\n") else p.solution + "\n"
         assert dump(extract_from_completion("", program + ending, p.entry_point)) == dump(p.solution), p.task_id
 
 
-def test_every_reference_survives_as_an_answer():
-    for p in REFERENCES:
+@SOME_OR_ALL
+def test_every_reference_survives_as_an_answer(step):
+    for p in REFERENCES[::step]:
         body = p.solution.removeprefix(p.prompt)
         node = extraction.function(ast.parse(p.solution), p.entry_point)
         before = p.solution.splitlines(keepends=True)[: node.lineno - 1]
@@ -418,7 +423,7 @@ def test_every_reference_survives_as_an_answer():
             )
         for answer in (f"```python\n{p.solution}\n```\nDone.", f"Here it is.\n\n{p.solution}"):
             assert dump(extract_from_answer(p.answer_head, answer, p.entry_point)) == dump(whole), p.task_id
-    for p in load("mbpp"):
+    for p in load("mbpp")[::step]:
         answer = extract_from_answer(p.answer_head, f"Sure:\n```python\n{p.solution}\n```", p.entry_point)
         assert dump(answer) == dump(p.solution), p.task_id
 
@@ -503,7 +508,7 @@ def _extract(text: str, slot: int) -> tuple[str, ...]:
 
 
 def test_nasty_texts_cost_only_themselves():
-    results = list(map_jobs(_extract, NASTY.values(), n_workers=2, limit_s=20))
+    results = list(map_jobs(_extract, NASTY.values(), n_workers=2, limit_s=300))  # a busy machine is slow
     assert len(results) == len(NASTY)
     assert not [name for name, result in zip(NASTY, results) if isinstance(result, FailedJob)]
 

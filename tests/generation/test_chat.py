@@ -92,7 +92,7 @@ def test_an_answer_reaches_a_pipe_as_it_is_written_and_ctrl_c_ends_it(runs):
         begun = process.stdout.read(100)
         assert b"Yes".startswith(begun[:3]) and b"\n" not in begun  # the whole answer would take minutes
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=120)
+        rest, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130 and b"\n" not in rest and err == b"interrupted\n"

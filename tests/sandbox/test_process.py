@@ -497,7 +497,7 @@ def echo():
         yield program
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(VALUES, VALUES)
 def test_values_are_the_same_on_the_other_side_and_back(echo, first, second):
     assert form(echo.call("echo", first, key=second)) == form([(first,), {"key": second}])
