@@ -28,7 +28,7 @@ SMALL += ["--train.held-out-answers", "3", "--train.sample-prompts", "Add two nu
 
 def mined(corpus: Path) -> list[str]:
     """Fine-tuning on the functions of the test corpus."""
-    return [*SMALL, "--data.sources.0.path", str(corpus), "--train.max-steps", "6"]
+    return [*SMALL, "--data.sources.0.path", str(corpus), "--train.max-steps", "6", "--train.eval-every", "6"]
 
 
 def rows_of(path: Path, rows: list) -> list[str]:

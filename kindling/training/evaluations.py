@@ -167,5 +167,7 @@ class Evaluations:
 
     def _say_once(self, what: str) -> None:
         if not self._said or self.trainer.share() >= 1:
-            self.trainer.say(f"note: evaluating takes too long for {self.train.max_minutes:g} minutes, so {what}")
+            self.trainer.say(
+                f"note: evaluating is too slow for train.max_minutes {self.train.max_minutes:g}, so {what}"
+            )
         self._said = True

@@ -12,6 +12,8 @@ from test_trainer import Clock, Numbers, stop_during
 
 from kindling import device
 from kindling.data.shards import PackedBlocks, evenly_spaced
+from kindling.generation.completion import complete
+from kindling.generation.sampling import Sampling
 from kindling.runs.checkpoint import load_state
 from kindling.runs.metrics import MetricsLog, read_metrics
 from kindling.training.evaluations import part_of_split, steps_between
@@ -175,6 +177,8 @@ def test_samples_and_evaluations_change_no_bit_of_a_run_with_dropout_resumed_or_
     ]
     assert all(isinstance(line["text"], str) and line["text"] for line in samples[0])
     assert not (plain.run.path / "training_samples.jsonl").exists()
+    without_dropout = complete(shown.model.eval(), shown.run.tokenizer(), "import os\n", Sampling(64, seed=0)).text
+    assert samples[0][-2]["text"] == without_dropout
 
 
 def test_the_samples_differ_with_the_weights_and_are_printed_but_the_last(made, corpus, tmp_path, capsys):
@@ -305,7 +309,7 @@ def test_after_a_crash_the_table_is_that_of_the_lines_that_remain(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 3, "lo', encoding="utf-8"
     )
-    (tmp_path / "metrics.csv").write_text("step,loss\n1,5.0\n2,4.", encoding="utf-8")
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,5.0\n2,", encoding="utf-8")
     MetricsLog(tmp_path, 2).close()
     assert rows_of(tmp_path) == [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]
 
