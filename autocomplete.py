@@ -6,8 +6,8 @@
 
 The process needs little more memory than the file has bytes, because the weights stay int8 (`kindling/int8/model.py`).
 The prompt is cropped from the left, so that the new text fits the context. Completion stops at end-of-text. `--kernel c`
-compiles a small kernel first, which is faster. The script needs no other part of the project than the folder `kindling/int8`
-and the file `kindling/generation/healing.py`.
+compiles a small kernel first, which is faster. Of the project it needs the folder `kindling/int8`, the file
+`kindling/generation/healing.py`, and `errors.py`, `help.py`, `output.py` and `paths.py` of `kindling/`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from kindling.errors import KindlingError
 from kindling.generation.healing import Healing, longest_prompt, split_for_healing, token_texts
 from kindling.help import unknown_word, wrapped
 from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
-from kindling.paths import expand_home
+from kindling.output import TextPrinter, silent_if_reader_ends
+from kindling.paths import PROJECT, expand_home, places_of_run
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
 MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as Code-AutoComplete-LLM has them
@@ -155,11 +156,19 @@ class Completer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose --help raises BrokenPipeError; argparse would hide it."""
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help."""
+        print(self.format_help(), end="")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     argv = sys.argv[1:] if argv is None else argv
     width = max(40, shutil.get_terminal_size().columns)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=None if __name__ == "__main__" else "autocomplete.py",
         usage="%(prog)s DIR [flags]",
         description="\n".join(wrapped(__doc__, width)),
@@ -235,10 +244,17 @@ def read_text(args: argparse.Namespace) -> str:
 
 
 def find_export(folder: Path) -> Path:
-    """Return the export's folder: `folder` itself, or the one in a run."""
+    """Return the export's folder: `folder` itself, or the one in a run. Raises CompletionError if there is none."""
     folder = expand_home(folder, "DIR")
-    candidates = [folder, folder / "export" / "int8", Path("runs") / folder / "export" / "int8"]
-    return next((path for path in candidates if (path / CONFIG).is_file()), folder)
+    places = [folder, *(place / "export" / "int8" for place in places_of_run(folder)), PROJECT / folder]
+    found = next((path for path in places if (path / CONFIG).is_file()), folder)
+    if not found.is_dir():
+        looked = ", ".join(dict.fromkeys(str(place.absolute()) for place in places))
+        raise CompletionError(
+            f"DIR must be an export to int8, or a run that has one, but {folder} is not; looked in {looked}; "
+            f"export a run with `python export.py RUN --to int8`"
+        )
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -257,13 +273,17 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     first_s, n_first = 0.0, 0
-    for piece in completer.complete(ids, sampling):
-        if not first_s:
-            first_s, n_first = time.perf_counter() - started, completer.n_written
-        print(piece, end="", flush=True)
+    say = TextPrinter()
+    try:
+        for piece in completer.complete(ids, sampling):
+            if not first_s:
+                first_s, n_first = time.perf_counter() - started, completer.n_written
+            say(piece)
+    finally:
+        say.end()
     if args.stats:
         seconds = time.perf_counter() - started
-        print(f"\n{stats(completer.n_written - n_first, first_s, seconds - first_s)}", file=sys.stderr)
+        print(f"{stats(completer.n_written - n_first, first_s, seconds - first_s)}", file=sys.stderr)
     return 0
 
 
@@ -291,14 +311,14 @@ def peak_memory_bytes() -> int:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", newline="")  # so that the output can be appended to a file as it is
-    try:
-        sys.exit(main())
-    except (CompletionError, KindlingError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the program that reads our output has ended
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as e:
-        sys.exit(f"error: the output must be writable, but is not ({e})")
+    with silent_if_reader_ends():
+        try:
+            sys.exit(main())
+        except (CompletionError, KindlingError) as e:
+            sys.exit(f"error: {e}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            raise  # to silent_if_reader_ends
+        except OSError as e:
+            sys.exit(f"error: the output must be writable, but is not ({e})")

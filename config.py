@@ -595,6 +595,6 @@ class EvalConfig:
 
 
 if __name__ == "__main__":
+    from kindling.cli import run_script
     from presets import main
-
-    main()
+    run_script(main)

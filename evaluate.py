@@ -31,6 +31,7 @@ import tyro
 from config import EvalConfig
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError
+from kindling.paths import require_runs
 
 if TYPE_CHECKING:
     from kindling.data.shards import TokenDataset
@@ -302,6 +303,7 @@ def _red(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare evaluated runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
+    require_runs(flags.run, *flags.compare)
     if flags.compare:
         from kindling.distributed import require_single_process
 

@@ -23,6 +23,7 @@ import tyro
 
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError
+from kindling.paths import require_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,6 +180,7 @@ def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[
 def main(argv: list[str] | None = None) -> int:
     """Write an export, and print how it compares with the run."""
     flags = parse_cli(Flags, __doc__ or "", argv)
+    require_runs(flags.run)
     import torch
 
     from kindling.runs.loading import find_run, load_model

@@ -28,6 +28,8 @@ from kindling.cli import parse_cli, run_script, utf8
 from kindling.data.prompts import Exchange
 from kindling.errors import one_line
 from kindling.generation.sampling import GenerationError, Sampling
+from kindling.output import TextPrinter
+from kindling.paths import require_runs
 from kindling.rows import DAMAGE, Broken, is_rows, read_rows
 
 if TYPE_CHECKING:
@@ -188,17 +190,14 @@ def _print_streams(flags: Flags, model: LanguageModel, tokenizer: Tokenizer) -> 
         sampling = replace(flags.sampling, seed=flags.sampling.seed + number)
         if flags.n > 1:
             print(f"--- sample {number + 1}, seed {sampling.seed}")
-        print(prompt, end="", flush=True)
+        say = TextPrinter()
+        say(prompt)
         started = time.perf_counter()
         try:
-            new = complete(model, tokenizer, prompt, sampling, _say)
+            new = complete(model, tokenizer, prompt, sampling, say)
         finally:
-            print(flush=True)  # also after Ctrl-C
+            say.end()  # also after Ctrl-C
         _report(new, time.perf_counter() - started, sampling)
-
-
-def _say(piece: str) -> None:
-    print(piece, end="", flush=True)
 
 
 def _report(new: Completion, seconds: float, sampling: Sampling) -> None:
@@ -213,16 +212,15 @@ def _report(new: Completion, seconds: float, sampling: Sampling) -> None:
 
 
 def _print_end(text: str, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling) -> None:
-    """Print only the new text, exactly as it is to be appended to the file."""
+    """Print only the new text, as it is to be appended to the file."""
     from kindling.generation.completion import complete_document
 
     _print_bytes()
-    started = time.perf_counter()
+    say, started = TextPrinter(), time.perf_counter()
     try:
-        new = complete_document(model, tokenizer, text, sampling, _say)
+        new = complete_document(model, tokenizer, text, sampling, say)
     finally:
-        if sys.stdout.isatty():  # in a file it would be part of the text
-            print(flush=True)
+        say.end()
     _report(new, time.perf_counter() - started, sampling)
 
 
@@ -308,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse(argv)
     text = None if flags.complete is None else read_text(flags.complete, "--complete")
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
+    require_runs(flags.run)
     from kindling.device import resolve
     from kindling.generation.inference import prepare_for_inference
     from kindling.runs.loading import find_run, load_model

@@ -286,4 +286,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from kindling.cli import run_script
+
+    run_script(main)

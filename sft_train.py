@@ -28,7 +28,7 @@ from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
 from kindling.files import write_text
-from kindling.paths import expand_home
+from kindling.paths import expand_home, require_runs
 from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
@@ -51,6 +51,8 @@ class Flags:
     """Prepare and audit the examples, then stop."""
     explain: str | None = None
     """Prepare the examples, say what happened to this file or row, by its path or the end of its path, then stop."""
+    run: Path | None = None
+    """With --explain: prepare nothing, and read the build that this fine-tuned run was trained on."""
     fresh: bool = False
     """Start over; an old run of this name is kept as NAME.old-1."""
 
@@ -58,10 +60,12 @@ class Flags:
 def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     """Return the flags, applied to the preset for the base run, and the base run."""
     flags = parse_cli(Flags, __doc__ or "", argv, OFFLINE)
-    from kindling.runs.loading import find_run  # imports torch, and a typo is answered before
+    named = flags.base or flags.config.train.init_from or flags.run
+    path = None if named is None else expand_home(named, "the base run")
+    require_runs(path)
+    from kindling.runs.loading import find_run  # imports torch
 
-    named = flags.base or flags.config.train.init_from
-    base = find_run(None if named is None else expand_home(named, "--train.init-from"), pretrained=True)
+    base = find_run(path, pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
     return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
 
@@ -109,13 +113,15 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune the run of the command line."""
+    flags, base = parse(argv)
+    if flags.run is not None:
+        return explain_run(flags.explain, flags.run)
     from kindling.data.build import prepare
     from kindling.data.examples import open_split, training_rows
     from kindling.distributed import require_single_process
     from kindling.runs.checkpoint import CheckpointError
     from kindling.training.stage import audit_examples, train_stage
 
-    flags, base = parse(argv)
     cfg = configured(flags, base)
     if not base.checkpoints():
         raise CheckpointError(
@@ -127,11 +133,22 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = base.tokenizer()
     dataset = open_split(cfg, prepare(cfg, tokenizer), "train")
     if flags.explain is not None:
+        print(f"reading {dataset.folder}, of these settings; --run names a run's", file=sys.stderr)
         print(explain_path(cfg, dataset.folder, flags.explain))
         return 0
     audit_examples(cfg, training_rows(cfg, dataset), tokenizer)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--audit"]
     print(f"this was the audit alone: nothing was trained; next: python sft_train.py {shlex.join(given)}".rstrip())
+    return 0
+
+
+def explain_run(explain: str | None, run: Path) -> int:
+    """Answer --explain from the build that the run of --run was trained on."""
+    from kindling.runs.loading import build_of_run
+
+    if explain is None:
+        raise ConfigError("--run must come with --explain, but comes alone; to fine-tune a run, name it without --run")
+    print(explain_path(*build_of_run(run), explain))
     return 0
 
 

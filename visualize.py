@@ -24,6 +24,7 @@ import tyro
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
 from kindling.files import UNENCODABLE
+from kindling.paths import require_runs
 from kindling.rows import DAMAGE, open_text
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ def compare(paths: list[Path]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Draw a run, or the curves of several runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
+    require_runs(flags.run, *flags.compare)
     if flags.compare:
         compare([*([] if flags.run is None else [flags.run]), *flags.compare])
         return 0

@@ -20,6 +20,7 @@ import tyro
 from kindling import help
 from kindling.errors import KindlingError, one_line, says_out_of_memory
 from kindling.openmp import limit_spinning
+from kindling.output import silent_if_reader_ends
 from kindling.paths import expand_home
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def utf8(argument: str, flag: str) -> str:
         raise KindlingError(f"{flag} must be a text in UTF-8, but {argument[:40]!r} is not; convert it") from None
 
 
+@silent_if_reader_ends()
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit. An error that the user can fix is one line and exit code 1, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -140,9 +142,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
-        sys.stderr.close()
-        sys.exit(1)
+    except BrokenPipeError:
+        raise  # to silent_if_reader_ends
     except OSError as e:  # that no code closer to it has explained
         where = e.filename or "a file"
         print(

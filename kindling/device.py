@@ -174,14 +174,19 @@ def deterministic_kernels(wanted: bool, runtime: Runtime) -> Iterator[None]:
 
 
 def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads, or torch's choice if None. Raises DeviceError if there are fewer cores."""
+    """Use this many CPU threads, or torch's choice if None. Raises what `require_threads` raises."""
+    require_threads(threads)
     if threads is not None:
-        cores = os.cpu_count() or 1
-        if threads > cores:
-            raise DeviceError(
-                f"train.threads must be at most this machine's {cores} cores, but is {threads}; lower it, or use None"
-            )
         torch.set_num_threads(threads)
+
+
+def require_threads(threads: int | None) -> None:
+    """Raise DeviceError if there are fewer cores than `threads`."""
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise DeviceError(
+            f"train.threads must be at most this machine's {cores} cores, but is {threads}; lower it, or use None"
+        )
 
 
 def seed_all(seed: int) -> None:

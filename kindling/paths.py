@@ -1,10 +1,14 @@
-"""Expands `~` in a path that a person gave; imports no heavy library."""
+"""Paths that a person gave: expands `~`, and finds the folder of a run; imports no heavy library."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from kindling.errors import KindlingError
+
+RUNS = Path("runs")
+PROJECT = Path(__file__).resolve().parent.parent  # the folder of the scripts
 
 
 def expand_home(path: Path | str, flag: str) -> Path:
@@ -17,3 +21,32 @@ def expand_home(path: Path | str, flag: str) -> Path:
             f"{flag} must begin with the home of a user, but {str(path)!r} begins with {user}, and there is no such user; "
             f"write the whole path"
         ) from None
+
+
+def places_of_run(path: Path) -> Iterator[Path]:
+    """Yield where a run may be: a folder, or a name under runs/; here, then beside the scripts."""
+    for folder in (Path(), PROJECT):
+        yield from (folder / path, folder / RUNS / path)
+        if path.is_absolute() or Path().resolve() == PROJECT:
+            return
+
+
+def require_run(path: Path) -> Path:
+    """Return the folder of the run that a person named. Raises KindlingError, which says where it was looked for."""
+    places = list(dict.fromkeys(places_of_run(path)))
+    for place in places:
+        if (place / "config.yaml").is_file():
+            return place
+    folders = dict.fromkeys(place.parent for place in places if place.parent.name == RUNS.name)
+    known = sorted(str(found.parent) for folder in folders for found in folder.glob("*/config.yaml"))
+    raise KindlingError(
+        f"{path} must be the folder of a run, with a config.yaml, but is not; looked in "
+        f"{', '.join(str(place.absolute()) for place in places)}; there are: {', '.join(known) or 'none'}"
+    )
+
+
+def require_runs(*paths: Path | None) -> None:
+    """Raise KindlingError unless each run that a person named exists; scripts ask this before they import torch."""
+    for path in paths:
+        if path is not None:
+            require_run(path)

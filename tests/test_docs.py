@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,7 +18,8 @@ from conftest import ROOT
 
 from config import DataConfig, EvalConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainConfig
 from kindling.cli import parse_cli
-from presets import PRESETS
+from kindling.config_io import to_yaml
+from presets import PRESETS, preset
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,6 +76,14 @@ def words_of(command: str) -> list[str]:
     return ["demo" if word == "NAME" else word for word in words]
 
 
+@cache
+def saved_config() -> str:
+    """Return the path of a file that can stand for the `config.yaml` of a run."""
+    path = Path(tempfile.mkdtemp(), "config.yaml")
+    path.write_text(to_yaml(preset("demo")), encoding="utf-8")
+    return str(path)
+
+
 def parse_script(script: str, argv: list[str]) -> None:
     """Parse arguments as the script does, and do nothing else. Raises SystemExit or a KindlingError where it would."""
     if script.startswith("benchmarks/"):
@@ -81,6 +91,7 @@ def parse_script(script: str, argv: list[str]) -> None:
         assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
         return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    argv = [saved_config() if before == "--config" else word for before, word in zip(["", *argv], argv)]
     if script in ("config.py", "presets.py"):
         assert not argv
     elif script == "autocomplete.py":
@@ -97,7 +108,7 @@ def parse_python(words: list[str]) -> None:
     """Parse what follows `python`, or what torchrun starts: a script or `-m` module, and its arguments."""
     if words[0] != "-m":
         assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
-        if words[1:] != ["--help"]:
+        if words[1:] not in (["--help"], ["--help-all"]):
             parse_script(words[0], words[1:])
     elif words[1].startswith("kindling."):
         parse_script(words[1].replace(".", "/") + ".py", words[2:])

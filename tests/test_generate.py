@@ -112,19 +112,19 @@ def test_what_cannot_be_asked_for_is_refused_in_one_line(flags, words):
 def test_only_what_is_new_is_printed_so_that_an_editor_can_append_it(ask, tmp_path):
     file = tmp_path / "a.py"
     file.write_bytes("# é\n1".encode())
-    assert ask("--complete", str(file)).out == "23"
-    assert ask("--complete", "-", stdin=b"\xef\xbb\xbf1").out == "23"
-    assert ask("--complete", "-", "--stop", "3", stdin=b"1").out == "2"
+    assert ask("--complete", str(file)).out == "23\n"  # with a newline, as a text has at its end
+    assert ask("--complete", "-", stdin=b"\xef\xbb\xbf1").out == "23\n"
+    assert ask("--complete", "-", "--stop", "3", stdin=b"1").out == "2\n"
     assert file.read_bytes() == "# é\n1".encode(), "the file itself is not touched"
 
 
 def test_line_ends_are_those_of_the_file(ask):
-    assert ask("--complete", "-", stdin=b"a\r\n1\n").out == "\r123"
+    assert ask("--complete", "-", stdin=b"a\r\n1\n").out == "\r123\n"
 
 
 def test_a_long_file_is_read_at_its_end_with_a_note(ask):
     printed = ask("--complete", "-", stdin=b"x" * 100 + b"1")
-    assert printed.out == "23" and "of the 101 tokens of the text, the last 32 are read" in printed.err
+    assert printed.out == "23\n" and "of the 101 tokens of the text, the last 32 are read" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
 from kindling.data.ledger import DocumentLog, Ledger
 from kindling.data.mixture import Mixture, Reader
+from kindling.data.preflight import require_fits, require_possible, require_tokenizer_file
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.prompts import rendered_template
 from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
@@ -38,7 +39,7 @@ from kindling.data.sources import SourceFiles, documents, local_files
 from kindling.data.workers import WorkerPool
 from kindling.files import sha256_text
 from kindling.paths import expand_home
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, require_room, train
+from kindling.tokenization.tokenizer import Tokenizer, load_pretrained, require_room, train
 
 DATA = Path("data")
 RECIPE = 5  # raise it when a change of the code gives other shards for the same settings and inputs
@@ -65,13 +66,15 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
             f"examples must be made with the tokenizer of the run that is fine-tuned on them, but preset {cfg.preset} "
             f"names none; build and look at them with `python sft_train.py --preset {cfg.preset} --audit`"
         )
+    if tokenizer is None:
+        require_tokenizer_file(cfg.tokenizer)
     files = list_files(cfg)
     folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
     if folder.is_dir():
         for broken in read_manifest(folder).get("broken", []):
             print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
         return folder
-    return build(cfg, files, folder, tokenizer)
+    return build(cfg, files, folder, require_possible(cfg, files, tokenizer, DATA))
 
 
 def list_files(cfg: Config) -> SourceFiles:
@@ -214,11 +217,7 @@ def load_or_train_tokenizer(
                         break
         tokenizer = train(texts, cfg.tokenizer, cfg.model.vocab_size)
         notes += [f"the tokenizer was trained without {source}" for source in mixture.broken.values()]
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise TokenizerError(
-            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, but is {cfg.model.vocab_size}; "
-            f"set --model.vocab-size"
-        )
+    require_fits(tokenizer, cfg.model.vocab_size)
     return tokenizer, notes
 
 

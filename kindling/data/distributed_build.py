@@ -31,6 +31,7 @@ from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import DATA, fingerprint, list_files
 from kindling.data.parts import Plan, gather, make_plan, read_plan, require_parts_possible, run_part
+from kindling.data.preflight import require_possible
 from kindling.data.shards import SPLITS, read_manifest
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError, require
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     if folder.is_dir():
         shutil.rmtree(DATA / f"parts-{name}", ignore_errors=True)  # left by a gathering that was killed at its end
     else:
+        require_possible(cfg, files, None, DATA)
         with WorkerPool(cfg.data, cfg.tokenizer) as pool:
             plan = make_plan(cfg, files, name, flags.parts, pool)
             missing = plan.missing()

@@ -8,6 +8,7 @@ why: a bad row, the rest of a damaged file, the rest of a stream whose connectio
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from config import SourceConfig
+from kindling import hub
 from kindling.data.dataset_rows import (
     PATH_COLUMNS,
     REPOSITORY_COLUMNS,
@@ -36,6 +38,7 @@ from kindling.data.shards import DataError
 from kindling.errors import one_line
 from kindling.files import printable
 from kindling.paths import expand_home
+from kindling.public_paths import is_on_hub
 from kindling.rows import PACKED, Broken, Row, n_bytes_of
 
 LANGUAGES = {
@@ -275,12 +278,9 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
             f"data.sources.path must be a name on the hub or a folder laid out like one, but there is no folder "
             f"{source.path!r}; correct --data.sources.0.path"
         )
-    from datasets import load_dataset
-
     number = 0
     try:
-        rows = load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(_rows_of_hub(source, path), 1):
             document = _row_document(source, f"{source.label}:{number - 1}", row, source.language or "unknown")
             if number == 1 and document.unreadable is not None:
                 # with a wrong column, the whole set would be streamed for nothing
@@ -296,6 +296,32 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
             raise DataError(_no_data_set(source, e)) from None
         why = f"the rest of the data set, after row {number - 1:,}: {one_line(e)}"
         yield Document(f"{source.label}:{number}", source.language or "unknown", unreadable=why, broken=True)
+
+
+def _rows_of_hub(source: SourceConfig, path: str) -> Iterator[Any]:
+    """Yield the rows of the data set at `path`. Raises DataError if the hub does not answer, and the set is not in the cache."""
+    with require_answer(source):
+        from datasets import load_dataset
+
+        yield from load_dataset(path, name=source.subset, data_dir=source.data_dir, split=source.split, streaming=True)
+
+
+@contextlib.contextmanager
+def require_answer(source: SourceConfig) -> Iterator[None]:
+    """Use only the cache of data sets in the `with` statement if the hub is needed and does not answer.
+
+    Raises DataError within seconds if the cache has nothing of the data set.
+    """
+    if not is_on_hub(source):
+        yield
+        return
+    with hub.cache_if_unreachable() as why:
+        if why is not None and not hub.is_cached("datasets", source.path or ""):
+            raise DataError(
+                f"the data set {source.label!r} must be reachable, but {why}; check the network, or read local copies with "
+                f"--data.sources.0.kind parquet --data.sources.0.path FOLDER"
+            )
+        yield
 
 
 def _no_data_set(source: SourceConfig, error: Exception) -> str:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kindling import hub
 from kindling.errors import did_you_mean, one_line
 from kindling.evaluation.harness_data import TASKS, HarnessError, Local, load, wanted
 
@@ -208,24 +209,12 @@ def _notes(lm: KindlingLM, local: Local | None, shots: int, limit: int | None) -
 
 @contextmanager
 def _hub(needed: bool) -> Iterator[bool]:
-    """Yield whether the hub is needed and answers. If not, its libraries use only their cache inside the `with` statement.
-
-    Otherwise they would retry for half a minute, with a message each time.
-    """
-    import datasets
-    from huggingface_hub import constants, get_session
-
-    saved, answers = (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE), needed
-    try:
-        if needed:
-            get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no connection, a proxy's refusal, offline mode: they have no common base class
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        answers = False
-    try:
-        yield answers
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
+    """Yield whether the hub is needed and answers. If not, its libraries use only their cache inside the `with` statement."""
+    if not needed:
+        yield False
+        return
+    with hub.cache_if_unreachable() as why:
+        yield why is None and not hub.is_offline()
 
 
 @contextmanager

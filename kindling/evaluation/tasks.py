@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kindling import hub
 from kindling.errors import KindlingError, did_you_mean, one_line
 from kindling.paths import expand_home
 from kindling.rows import read_rows, usable
@@ -136,10 +137,13 @@ def _rows(name: str, source: str) -> Iterator[dict[str, Any]]:
         if path.is_file():
             yield from map(usable, read_rows(path))
             return
-        import datasets
+        with hub.cache_if_unreachable() as why:
+            if why is not None and not path.is_dir() and not hub.is_cached("datasets", source):
+                raise ConnectionError(why)
+            import datasets
 
-        for split in ("train", "test", "validation", "prompt") if name.startswith("mbpp") else ("test",):
-            yield from datasets.load_dataset(source, split=split)
+            for split in ("train", "test", "validation", "prompt") if name.startswith("mbpp") else ("test",):
+                yield from datasets.load_dataset(source, split=split)
     except Exception as e:  # datasets raises any error of its dependencies
         raise TaskError(
             f"the problems of {name} must be a file or a data set on the hub, but {source!r} cannot be read "

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from kindling.data.prompts import Exchange
 from kindling.errors import KindlingError
+from kindling.output import TextPrinter
 
 # takes the exchanges, the number of the answer and a function for each piece of it; returns what cut the answer, or ""
 Reply = Callable[[list[Exchange], int, Callable[[str], None]], str]
@@ -76,10 +77,11 @@ def read_question(ask: Callable[[str], str]) -> str:
 def _answer(exchanges: list[Exchange], reply: Reply, number: int, interactive: bool) -> tuple[str, int]:
     """Print the answer; return its text (as much as was printed) and the number of the next one."""
     said: list[str] = []
+    out = TextPrinter()
 
     def say(piece: str) -> None:
         said.append(piece)
-        print(piece, end="", flush=True)
+        out(piece)
 
     cut_by = ""
     try:
@@ -90,7 +92,7 @@ def _answer(exchanges: list[Exchange], reply: Reply, number: int, interactive: b
     except KindlingError as e:  # a question that is too long or cannot be encoded must not end the chat
         print(f"error: {e}", file=sys.stderr)
         return "", number
-    print(flush=True)
+    out.end()
     if cut_by:
         print(f"note: the answer was cut by {cut_by}", file=sys.stderr)
     return "".join(said), number + 1

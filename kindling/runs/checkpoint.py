@@ -31,11 +31,11 @@ from kindling.data.shards import SplitInfo, TokenDataset, checksum_matches, read
 from kindling.distributed import SINGLE_PROCESS, MainRankFailed, World
 from kindling.errors import one_line
 from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
+from kindling.paths import RUNS as RUNS
 from kindling.runs import fsdp
 from kindling.runs.fsdp import CheckpointError
 from kindling.tokenization.tokenizer import Tokenizer, load_json
 
-RUNS = Path("runs")
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 SHARDED = "sharded"  # the folder that holds weights and optimiser state of a run with `train.parallel` fsdp
 SEAL = "# sha256 of the lines below: "  # the first line of a config.yaml

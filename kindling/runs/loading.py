@@ -11,28 +11,50 @@ from pathlib import Path
 
 import torch
 
+from config import Config
+from kindling.data.build import DATA
+from kindling.data.shards import DataError, read_manifest
 from kindling.errors import KindlingError
+from kindling.paths import require_run
 from kindling.runs.checkpoint import RUNS, CheckpointError, RunDirectory, load_weights
 from model import LanguageModel, build_model
 
 
 def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
-    """Return the run at `path`, a folder or a name under runs/. None: the newest run, or the newest pre-trained one."""
+    """Return the run at `path`, a folder or a name under runs/. None: the newest run, or the newest pre-trained one.
+
+    A name is looked for in the working directory, then beside the scripts; the newest run only in the working directory.
+    """
     if path is None:
         found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
         if pretrained:
             found = [folder for folder in found if _is_pretrained(folder)]
         if not found:
             raise CheckpointError(
-                f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS}/, but there is none; "
-                f"train one with `python main.py`"
+                f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS.absolute()}/, but there is none; "
+                f"name a run, or train one with `python main.py`"
             )
         return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
-    for candidate in (path, RUNS / path):
-        if (candidate / "config.yaml").is_file():
-            return RunDirectory(candidate)
-    names = ", ".join(sorted(str(p.parent) for p in RUNS.glob("*/config.yaml"))) or "none"
-    raise CheckpointError(f"{path} must be the folder of a run, with a config.yaml, but is not; there are: {names}")
+    return RunDirectory(require_run(path))
+
+
+def build_of_run(path: Path) -> tuple[Config, Path]:
+    """Return the config of the run at `path`, and the data folder that it was trained on; say on stderr which it is.
+
+    Raises KindlingError if there is no such run, or its data folder is gone.
+    """
+    run = find_run(path)
+    name = read_manifest(run.data)["fingerprint"]
+    places = [DATA / name, run.path.absolute().parent.parent / DATA / name]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        looked = " and ".join(dict.fromkeys(str(place.parent.absolute()) for place in places))
+        raise DataError(
+            f"{run.path} must be explained from the build that it was trained on, {name}, but that is gone (looked in "
+            f"{looked}); copy it back, or leave out --run for a build of the same settings"
+        )
+    print(f"reading {found}, which {run.path} was trained on", file=sys.stderr)
+    return run.config(), found
 
 
 def _is_pretrained(folder: Path) -> bool:

@@ -242,7 +242,8 @@ class Flags:
     vocab_size: int | None = None
     """Vocabulary size of the trained tokenizers. None: that of the preset, or 4,096."""
     pretrained: str | None = None
-    """A tokenizer.json, a folder or a hub name, instead of the pretrained tokenizer's own."""
+    """Also compare a pretrained tokenizer, StarCoder2's or the preset's, from a tokenizer.json, a folder or a hub name, such as
+    bigcode/starcoder2-3b. Without it, the network is asked only for a preset's tokenizer on the hub."""
     max_bytes: int = 20_000_000
     """Read at most this many bytes."""
     out: Path = Path("tokenizers.png")
@@ -258,7 +259,7 @@ def main() -> None:
         vocab_size = 4096 if cfg is None else cfg.model.vocab_size
     require(vocab_size >= 300, "--vocab-size", "at least 300, for 256 bytes and some merges", vocab_size, "raise it")
     require(flags.max_bytes >= 1, "--max-bytes", "at least 1", flags.max_bytes, "raise it")
-    compared = dict(COMPARED)
+    compared = {name: its for name, its in COMPARED.items() if its.kind != "pretrained" or flags.pretrained is not None}
     if cfg is not None and cfg.tokenizer not in compared.values():
         compared[cfg.preset] = cfg.tokenizer
     documents, unreadable, cut = read_documents(flags.files, flags.max_bytes)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import TokenizerConfig
+from kindling import hub
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_text
 from kindling.paths import expand_home
@@ -388,13 +389,13 @@ def _load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
         return load_json(path, cfg)
     from huggingface_hub import hf_hub_download
 
-    try:
-        return load_json(Path(hf_hub_download(cfg.path, "tokenizer.json")), cfg)
-    except TokenizerError:
-        raise
-    except Exception as e:  # errors of connection, authorisation and name share no base class
-        raise TokenizerError(
-            f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
-            f"{one_line(e)}; check the network and the name (a gated one needs "
-            f"its terms accepted on its page, and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
-        ) from None
+    with hub.cache_if_unreachable() as why:
+        try:
+            path = Path(hf_hub_download(cfg.path, "tokenizer.json"))
+        except Exception as e:  # errors of connection, authorisation and name share no base class
+            raise TokenizerError(
+                f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
+                f"{why or one_line(e)}; check the network and the name (a gated one needs "
+                f"its terms accepted on its page, and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
+            ) from None
+    return load_json(path, cfg)

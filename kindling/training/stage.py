@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from config import Config
+from kindling import device
 from kindling.data.audit import audit, picture, table, wants_color
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples, open_split, require_template, training_rows
@@ -33,6 +34,8 @@ def train_stage(
     every example is audited before the first step.
     """
     started = time.perf_counter()
+    device.resolve(cfg.train)  # what the machine lacks is said before the data are built
+    device.require_threads(cfg.train.threads)
     run = RunDirectory(RUNS / cfg.run_name)
     tokenizer = None if base is None else base.tokenizer()
     with process_group(cfg.train.device) as world, contextlib.ExitStack() as stack:

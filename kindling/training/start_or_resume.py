@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from config import Config, ModelConfig
@@ -27,7 +28,7 @@ from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
 from kindling.paths import expand_home
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, weights_sha256
-from kindling.runs.loading import find_run
+from kindling.runs.loading import find_run, require_checkpoint
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
 from kindling.training.trainer import Trainer
 from kindling.training.validation import Validation
@@ -70,7 +71,10 @@ def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
             if cfg.tokenizer.kind == "pretrained":  # a tokenizer that is trained does not exist yet
                 hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
         else:
-            find_run(source)
+            base = run_with_checkpoint(source)
+            require_same_shape(base, cfg.model)
+            if cfg.tokenizer.kind == "pretrained":
+                require_tokenizer_of(base, load_pretrained(cfg.tokenizer))
 
 
 def check_config_changes(saved: Config, given: Config, run: RunDirectory) -> None:
@@ -182,39 +186,67 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
 
     Raises CheckpointError if `source` has none, or has another tokenizer.
     """
-    if hf_format.holds_model(path := _expanded(source)):
+    path = _expanded(source)
+    if hf_format.holds_model(path):
         hf_format.require_same_tokenizer(path, tokenizer)
         load_into(model, _weights_of_hub(path, model.cfg))
         return hf_format.weights_sha256(path)
-    run = find_run(path)
-    folder = run.newest()
-    if folder is None:
+    run = run_with_checkpoint(path)
+    require_tokenizer_of(run, tokenizer)
+    folder = require_checkpoint(run)
+    load_weights(folder, model)
+    return weights_sha256(folder)
+
+
+def run_with_checkpoint(source: Path) -> RunDirectory:
+    """Return the run that `train.init_from` names. Raises CheckpointError if there is none, or it has no checkpoint."""
+    run = find_run(source)
+    if not run.checkpoints():
         raise CheckpointError(
             f"train.init_from must name a run with a checkpoint, but {run.path} has none; train it first"
         )
+    return run
+
+
+def require_tokenizer_of(run: RunDirectory, tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError unless a run has this tokenizer."""
     if run.tokenizer().sha256 != tokenizer.sha256:
         raise CheckpointError(
             f"train.init_from must name a run with the same tokenizer, but {run.path} has another one; use that one with "
             f"--tokenizer.kind pretrained --tokenizer.path {run.path / 'tokenizer.json'}"
         )
-    load_weights(folder, model)
-    return weights_sha256(folder)
+
+
+def require_same_shape(run: RunDirectory, cfg: ModelConfig) -> None:
+    """Raise CheckpointError, with the flags to set, if the weights of a run do not fit a model of `cfg`."""
+    shape = run.config().model
+    if _parameter_shapes(shape) != _parameter_shapes(cfg):
+        raise CheckpointError(_other_shape(shape, cfg, run.path))
+
+
+def _parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shape of each parameter of a model, without its memory."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in build_model(cfg).named_parameters()}
 
 
 def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
     """Return the weights of a hub folder. Raises CheckpointError, with the flags to set, if its shape differs from `cfg`."""
     shape, weights = hf_format.read(folder)
+    if any(name != "block_size" or "learned" in (shape.position, cfg.position) for name in differing(shape, cfg)):
+        raise CheckpointError(_other_shape(shape, cfg, folder))
+    return weights
+
+
+def _other_shape(shape: ModelConfig, cfg: ModelConfig, folder: Path) -> str:
+    """Return the error text for weights in `folder`, of another shape than the run's `cfg`."""
     names = differing(shape, cfg)
     if "learned" not in (shape.position, cfg.position):  # without learned positions no weight depends on block_size
         names = [name for name in names if name != "block_size"]
-    if names:
-        its, ours = ([getattr(c, MEANING.get(name, name)) for name in names] for c in (shape, cfg))
-        said = ", ".join(f"{name} {value} for {own}" for name, value, own in zip(names, its, ours))
-        flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in zip(names, its))
-        raise CheckpointError(
-            f"train.init_from must name weights of the run's shape, but {folder} has {said}; set {flags}"
-        )
-    return weights
+    its, ours = ([getattr(c, MEANING.get(name, name)) for name in names] for c in (shape, cfg))
+    said = ", ".join(f"{name} {value} for {own}" for name, value, own in zip(names, its, ours))
+    flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in zip(names, its))
+    return f"train.init_from must name weights of the run's shape, but {folder} has {said}; set {flags}"
 
 
 def require_same_initial_weights(run: RunDirectory, source: str | None, began_with: str | None) -> None:

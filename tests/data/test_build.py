@@ -29,6 +29,7 @@ from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
 from kindling.data.workers import WorkerPool
+from kindling.runs.checkpoint import RunDirectory
 from kindling.tokenization.tokenizer import load_json
 from presets import PRESETS, preset
 
@@ -174,6 +175,33 @@ def test_every_document_is_explained_and_every_token_has_its_document(corpus, ca
     ):
         (said,) = ask(*flags)
         assert word in said
+
+
+def test_a_run_is_explained_from_the_build_that_it_was_trained_on(corpus, capsys):
+    shutil.copytree(corpus / "email", "repo")
+    cfg = tiny_config(Path("repo"))
+    cfg = replace(cfg, data=replace(cfg.data, val_fraction=0.3, test_fraction=0.3))
+    flags = [*tiny_flags("repo"), "--data.val-fraction", "0.3", "--data.test-fraction", "0.3"]
+    folder = prepare(cfg)
+    RunDirectory(Path("runs/mine")).create(cfg, folder)
+    first = next(line["key"] for line in read_documents(folder) if line.get("split") == "train")
+    Path("repo/added.py").write_text("new = 1\n" * 30, encoding="utf-8")  # so the same settings give another build
+    capsys.readouterr()
+    for argv in (["--locate", "train:0"], ["--explain", first]):
+        assert data_pipeline.main(["--run", "mine", *argv]) == 0
+        said = capsys.readouterr()
+        assert said.err == f"reading {folder}, which runs/mine was trained on\n" and said.out.startswith(f"{first} (")
+    assert [p for p in Path("data").iterdir() if not p.name.startswith(".")] == [folder]  # nothing is built
+    assert data_pipeline.main([*flags, "--explain", "added.py"]) == 0
+    said = capsys.readouterr()
+    assert "of these settings; --run names a run's\n" in said.err and str(folder) not in said.err
+    with pytest.raises(DataError, match=r"'added\.py' was not"):
+        data_pipeline.main(["--run", "runs/mine", "--explain", "added.py"])
+    folder.rename("elsewhere")
+    with pytest.raises(DataError, match=f"{folder.name}, but that is gone .looked in {Path('data').absolute()}"):
+        data_pipeline.main(["--run", "mine", "--explain", first])
+    with pytest.raises(DataError, match="--run must come with --explain or --locate"):
+        data_pipeline.main(["--run", "mine"])
 
 
 def test_the_table_of_documents_is_what_the_log_says(corpus):

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import socket
 import sys
 from dataclasses import replace
 
@@ -278,22 +280,26 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_is_refused_before_the_build
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_compare_prints_a_table_of_all_that_can_be_had_and_saves_a_plot(tmp_path):
+def test_compare_prints_a_table_and_saves_a_plot_and_asks_no_network(tmp_path):
     write_corpus(tmp_path, 30)
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as f:
         for row in ({"content": "print('\u2581')\n"}, {"text": "it's text"}, {"text": None}, 3):
             f.write(json.dumps(row) + "\n")
     args = ("src", "rows.jsonl.gz", "--vocab-size", "320", "--out", "plots/t.png")
-    result = script("kindling.tokenization.compare", *args, cwd=tmp_path)
+    silent = socket.create_server(("127.0.0.1", 0))
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+    result = script("kindling.tokenization.compare", *args, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
+    silent.settimeout(0)
+    with pytest.raises(BlockingIOError), silent:
+        silent.accept()  # nobody has connected
     lines = result.stdout.splitlines()
     assert lines[0].startswith("32 documents") and "learn on 26 of them, all are measured on the other 6" in lines[0]
     assert lines[1].startswith("2 could not be read")
-    assert lines[2].startswith("StarCoder2 is left out: tokenizer.path must be")
-    assert [line.split("  ")[0] for line in lines[3:7]] == ["tokenizer", *list(COMPARED)[:3]]
-    ours, library = lines[5].split(), lines[4].split()
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["tokenizer", *list(COMPARED)[:3]]
+    ours, library = lines[4].split(), lines[3].split()
     assert ours[1:3] == library[2:4]  # bytes per token, tokens per line
-    assert "plots/t.png" in lines[7]
+    assert "plots/t.png" in lines[6]
     assert (tmp_path / "plots" / "t.png").read_bytes().startswith(b"\x89PNG")
 
 

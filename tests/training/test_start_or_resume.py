@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import make_run, tiny_config
 from safetensors.torch import load_file, save_file
 from test_examples import TOKENIZER, conversations, write_examples
 
@@ -15,10 +15,12 @@ from kindling.data import build
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples, training_rows
 from kindling.data.shards import TokenDataset, with_checksum
+from kindling.device import DeviceError
 from kindling.files import sha256_file, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.tokenizer import load_pretrained, train_bpe
+from kindling.training.stage import train_stage
 from kindling.training.start_or_resume import check_config_changes, check_new_run, data_of_run, start_or_resume
 from model import GPT
 from presets import preset
@@ -170,3 +172,49 @@ def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
     hf_format.write(tmp_path, GPT(model), load_pretrained(cfg.tokenizer), "")
     cfg = replace(cfg, model=replace(model, block_size=16), train=replace(cfg.train, init_from=str(tmp_path)))
     check_new_run(cfg, RunDirectory(tmp_path / "new"), fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"n_layer": 3}, ["n_layer 2 for 3", "set --model.n-layer 2"]),
+        ({"n_embd": 64, "position": "rope"}, ["n_embd 32 for 64", "--model.position learned"]),
+        ({"block_size": 64}, ["block_size 32 for 64"]),
+    ],
+)
+def test_a_base_of_another_shape_is_refused_before_the_data_are_built(corpus, tmp_path, model, words):
+    base = make_run(tmp_path / "base", corpus)
+    cfg = tiny_config(corpus, init_from=str(base.path))
+    run = RunDirectory(tmp_path / "runs/child")
+    check_new_run(cfg, run, False)
+    with pytest.raises(CheckpointError) as error:
+        check_new_run(replace(cfg, model=replace(cfg.model, **model)), run, False)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in [str(base.path), *words])
+
+
+def test_a_base_may_differ_in_what_no_weight_depends_on(corpus, tmp_path):
+    base = make_run(tmp_path / "base", corpus, model=replace(tiny_config(corpus).model, position="rope"))
+    cfg = tiny_config(corpus, init_from=str(base.path))
+    longer = replace(base.config().model, block_size=64, dropout=0.3, rope_theta=5e5)
+    check_new_run(replace(cfg, model=longer), RunDirectory(tmp_path / "runs/child"), False)
+
+
+def test_a_base_with_another_tokenizer_or_without_a_checkpoint_is_refused_before_the_data_are_built(corpus, tmp_path):
+    base = make_run(tmp_path / "base", corpus)
+    other = tmp_path / "tokenizer.json"
+    other.write_text(train_bpe(["another text"], TokenizerConfig(), 300).to_json(), encoding="utf-8")
+    cfg = tiny_config(corpus, init_from=str(base.path))
+    run = RunDirectory(tmp_path / "runs/child")
+    with pytest.raises(CheckpointError, match=r"same tokenizer, but .* --tokenizer\.path"):
+        check_new_run(replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path=str(other))), run, False)
+    shutil.rmtree(base.newest())
+    with pytest.raises(CheckpointError, match="must name a run with a checkpoint"):
+        check_new_run(cfg, run, False)
+
+
+@pytest.mark.parametrize(("train", "word"), [({"threads": 100_000}, r"train\.threads"), ({"device": "mps"}, "device")])
+def test_hardware_that_is_not_there_is_refused_before_the_data_are_built(corpus, tmp_path, train, word):
+    if "device" in train and torch.backends.mps.is_available():
+        pytest.skip("this machine has MPS")
+    with pytest.raises(DeviceError, match=word):
+        train_stage(tiny_config(corpus, **train), False, lambda trainer: [])
