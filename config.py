@@ -433,11 +433,10 @@ class TrainConfig:
     """How many of the newest checkpoints to keep, besides the best one."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    sample_prompts: tuple[str, ...] = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
-    """Prompts that the model continues at the end of the run. In fine-tuning: instructions that it answers."""
+    sample_prompts: tuple[str, ...] | None = None
+    """Prompts (fine-tuning: instructions) to continue at the end of the run. None: of Python or of English, as the data."""
     packing: bool = True
-    """In fine-tuning: put several examples in a row; none sees another. False: one example in a row, padded, in batches of
-    similar length."""
+    """In fine-tuning: several examples in a row; none sees another. False: one in a row, padded, in batches of similar length."""
     held_out_answers: int = 20
     """In fine-tuning: answer this many held-out instructions at the end, and count the answers that end with end-of-text."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import require_documents
+from kindling.sample_prompts import generate_command, sample_prompts
 from kindling.stopping import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def report(trainer: Trainer) -> list[str]:
         f"validation over the whole held-out split: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
-    return [f"python evaluate.py {path}", f'python generate.py {path} --prompt "def "', f"python sft_train.py {path}"]
+    return [f"python evaluate.py {path}", generate_command(path, trainer.cfg), f"python sft_train.py {path}"]
 
 
 def samples(trainer: Trainer) -> str:
@@ -75,7 +76,7 @@ def samples(trainer: Trainer) -> str:
 
     tokenizer, model = trainer.run.tokenizer(), trainer.unsharded_model().eval()
     out = []
-    for seed, prompt in enumerate(trainer.train.sample_prompts):
+    for seed, prompt in enumerate(sample_prompts(trainer.cfg)):
         text = prompt + complete(model, tokenizer, prompt, Sampling(max_new_tokens=120, seed=seed)).text
         out.append(f"--- sample {seed + 1}, from {prompt!r}\n{text.rstrip()}\n")
     return "\n".join(out)

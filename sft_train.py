@@ -28,6 +28,7 @@ from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.errors import ConfigError
 from kindling.files import write_text
+from kindling.sample_prompts import sample_prompts
 from kindling.stopping import exit_on_sigterm
 from presets import FINE_TUNING, preset
 
@@ -153,7 +154,7 @@ def samples(trainer: Trainer) -> str:
     from kindling.generation.sampling import GenerationError, Sampling
 
     tokenizer, model, out = trainer.run.tokenizer(), trainer.unsharded_model().eval(), []
-    for seed, instruction in enumerate(trainer.train.sample_prompts):
+    for seed, instruction in enumerate(sample_prompts(trainer.cfg)):
         sampling = Sampling(max_new_tokens=model.cfg.block_size, seed=seed)
         try:
             said = answer(model, tokenizer, trainer.cfg.data.template, [Exchange(instruction)], sampling)

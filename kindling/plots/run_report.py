@@ -26,6 +26,7 @@ from kindling.plots.html_report import Picture, Sample, page
 from kindling.plots.inspection import InspectedRun, Text
 from kindling.public_paths import PublicPaths, public_path
 from kindling.runs.checkpoint import load_state, weights_sha256
+from kindling.sample_prompts import sample_prompts
 from kindling.tables import Section
 
 SAMPLES = 6
@@ -217,7 +218,7 @@ def new_samples(subject: InspectedRun) -> list[Sample]:
     """Continue the config's prompts, or answer them if the run is fine-tuned."""
     cfg, model, tokenizer = subject.run.config(), subject.model.for_generation(), subject.tokenizer
     out = []
-    for number, prompt in enumerate(cfg.train.sample_prompts[:SAMPLES], 1):
+    for number, prompt in enumerate(sample_prompts(cfg)[:SAMPLES], 1):
         sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=number)
         try:
             if cfg.data.instructions:
