@@ -71,8 +71,7 @@ class ModelConfig:
     qk_norm: bool = False
     """RMS-normalise the queries and keys of each head before attention. Has no parameters."""
     bigram_rows: int = 0
-    """Rows of the bigram hash embedding: a hash of the token and the one before it picks a row, which is added to the token's
-    embedding. 0: off."""
+    """Rows of the bigram hash embedding, added to a token's: a hash of the token and the one before it picks one. 0: off."""
     tie_embeddings: bool = True
     """Use the token embedding's matrix as the output head."""
     dropout: float = 0.0
@@ -84,8 +83,7 @@ class ModelConfig:
     embd_init_std: float | None = None
     """The same for the token embedding. None: init_std."""
     residual_init: Literal["scaled", "zero"] = "scaled"
-    """How projections into the residual stream start. scaled: with a standard deviation of init_std / sqrt(2 * n_layer); zero:
-    at zero."""
+    """Start of the projections into the residual stream. scaled: standard deviation init_std / sqrt(2 * n_layer); zero: zeros."""
     backbone: Literal["kindling", "transformers"] = "kindling"
     """Which code runs the model. transformers: GPT2LMHeadModel, for GPT-2's shape only; kindling: our own GPT."""
 
@@ -208,8 +206,7 @@ class SourceConfig:
     text: files that hold several documents, divided by `separator`; jsonl, parquet: each row is a document; datasets: a data
     set on the hub, streamed; docstrings: instructions and answers for fine-tuning, made from documented Python functions."""
     path: str | None = None
-    """A file, a folder, or the name of a data set on the hub. local-python takes none; docstrings without one reads
-    local-python's files."""
+    """A file, a folder, or a data set on the hub. local-python takes none; docstrings without one reads local-python's files."""
     globs: tuple[str, ...] | None = None
     """For files, text, jsonl and parquet: patterns of the files to read. None: the usual suffixes of the kind."""
     subset: str | None = None
@@ -308,8 +305,7 @@ class DataConfig:
     """Drop exact duplicates (the same sha256)."""
     near_dedup: float | None = 0.6
     """Drop near-duplicates: documents whose word pairs have at least this Jaccard similarity to those of a kept document,
-    estimated with MinHash. No near-duplicate is then in another split. Needs half a kB of memory for each kept document.
-    None: keep near-duplicates."""
+    estimated with MinHash. None is then in another split. Needs half a kB of memory for each document. None: keep them."""
     decontaminate: tuple[str, ...] = ("humaneval", "mbpp")
     """Drop documents that have 13 words in a row in common with these: benchmarks in problems/, or text or JSONL files."""
     val_fraction: float = 0.01
@@ -371,8 +367,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Sequences per forward pass; a rank takes at most this many. Must divide batch_size. None: batch_size."""
     activation_checkpointing: bool = False
-    """Keep only the input of each block, and compute the rest again in the backward pass. Less memory, up to a third more
-    work."""
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, up to a third more work."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the hidden matrices, and AdamW for embeddings, head and vectors."""
     lr: float = 6e-4
@@ -407,8 +402,7 @@ class TrainConfig:
     """After this many bad steps in a row (a loss or gradient that is not finite, or a gradient spike), go back to the
     checkpoint before them and leave out their rows. End the run if this happens repeatedly."""
     init_from: str | None = None
-    """Start from the weights of a run (its name under runs/, or its folder) or of a folder in the Hugging Face format. The
-    optimiser starts fresh."""
+    """Start from the weights of a run (its name or folder) or of a folder in the Hugging Face format, with a fresh optimiser."""
     seed: int = 1337
     """Seeds the weights, dropout and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -432,8 +426,8 @@ class TrainConfig:
     """How many of the newest checkpoints to keep, besides the best one."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    sample_prompts: tuple[str, ...] = ("import os\n", "class Stack:\n    def __init__(self", 'def read_file(path):\n    """')
-    """Prompts that the model continues at the end of the run. In fine-tuning: instructions that it answers."""
+    sample_prompts: tuple[str, ...] | None = None
+    """Prompts (fine-tuning: instructions) to continue at the end of the run. None: of Python or of English, as the data."""
     sample_every: int | None = None
     """Steps between samples during training, which print what the model writes after these prompts. None or 0: no samples."""
     packing: bool = True
@@ -529,22 +523,24 @@ class Config:
 
 @_frozen
 class EvalConfig:
-    """What evaluate.py measures. With the defaults, a small model takes minutes on two cores."""
+    """What evaluate.py measures. With the defaults, a small model takes less than a minute on two cores."""
 
-    benchmarks: tuple[str, ...] = ("problems:10", "humaneval:5", "mbpp:1", "mbpp-3shot:1")
-    """Benchmarks, each with its number of samples per problem. problems: this project's own. none: run no code."""
+    full: bool = False
+    """Run code as for a final table (FULL_EVAL in config.py). Benchmarks that are named are run as a whole without it, too."""
+    benchmarks: tuple[str, ...] = ("problems:10",)
+    """Benchmarks, each with its number of samples per problem. problems: our own. none: no code, and no reference solutions."""
+    max_level: int = 1
+    """Of `problems`, run only those up to this level, from 0 to 5. The solutions of all levels are predicted."""
     humaneval: str | None = None
     """HumanEval from another file, or from a data set on the hub, such as openai/openai_humaneval. None: from problems/.
     The tests of problems run outside the sandbox, so use only sources that you trust."""
     mbpp: str | None = None
-    """MBPP from another file, or from a data set on the hub, such as google-research-datasets/mbpp. None: from problems/.
-    Use only sources that you trust."""
+    """MBPP, likewise; on the hub, google-research-datasets/mbpp."""
     limit: int | None = None
     """Use only this many problems of each benchmark, from its start. None: all."""
-    signatures: int = 100
-    """Number of held-out functions that the model continues, to check whether the result compiles. For a fine-tuned run:
-    held-out instructions."""
-    max_new_tokens: int = 256
+    signatures: int = 50
+    """Held-out functions (after fine-tuning: instructions) that the model continues, to check whether the result compiles."""
+    max_new_tokens: int = 64
     """Most new tokens of each sample; the context may leave room for fewer."""
     temperature: float = 0.2
     """Sampling temperature. 0: greedy, with one sample for each problem."""
@@ -579,6 +575,7 @@ class EvalConfig:
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
         require_range("eval", self, 1, "limit", "max_new_tokens", "batch_size", "workers", "cpu_s", "stride")
+        require_range("eval", self, 0, "max_level", high=5)
         require_range("eval", self, 0, "signatures", "seed", "contamination_tokens", "temperature")
         require_range("eval", self, 0, "top_p", high=1, open_low=True)
         require_range("eval", self, 64, "memory_mb")
@@ -592,6 +589,10 @@ class EvalConfig:
         require(len(set(names)) == len(names) and ("none" not in names or len(names) == 1), "eval.benchmarks",
                 "each once, or none alone", self.benchmarks, "leave out the others")
         return self
+
+
+FULL_EVAL = EvalConfig(full=True, benchmarks=("problems:10", "humaneval:5", "mbpp:1", "mbpp-3shot:1"), max_level=5,
+                       signatures=100, max_new_tokens=256)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Evaluate a run: how well it predicts held-out files, and whether the code that it writes is right.
 
     python evaluate.py runs/demo
-    python evaluate.py runs/demo --text book.txt
+    python evaluate.py runs/demo --eval.full                      # all benchmarks, all levels, long samples
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
+    python evaluate.py runs/demo --text book.txt
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
     python evaluate.py runs/demo --grade                          # run what an evaluation with --sandbox later has written
     python evaluate.py --compare runs/demo runs/demo-sft
@@ -11,7 +12,7 @@
 Prints a table and writes `eval.json`, `eval.md`, `samples.jsonl` and `losses.jsonl` into the run. The held-out split was chosen
 by content hash before training, and is in the run's folder with its sha256. So the losses are about files that the model has
 not seen. Use `--split test` for final tables only. Generated code is really run, in a sandbox (kindling/sandbox): this needs
-bubblewrap, on Linux.
+bubblewrap, on Linux. By default little of it is, as a small model solves little; `--eval.full` runs the rest.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from config import EvalConfig
-from kindling.cli import parse_cli, run_script
+from config import FULL_EVAL, EvalConfig
+from kindling.cli import parse_cli, run_script, with_home
 from kindling.errors import KindlingError
 from kindling.paths import require_runs
 
@@ -101,6 +102,17 @@ class EvalContext:
         return chat_format(self.run)
 
 
+def parse(argv: list[str] | None = None) -> Flags:
+    """Parse the command line. With --eval.full, and where benchmarks are named, the other defaults are those of a full run."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags = parse_cli(Flags, __doc__ or "", argv)
+    named = any(word.partition("=")[0] == "--eval.benchmarks" for word in argv)
+    if flags.eval.full or named:  # parse again with these defaults, so that explicit values win
+        full = Flags(eval=replace(FULL_EVAL, full=flags.eval.full))
+        flags = with_home(tyro.cli(Flags, default=full, args=argv))
+    return flags
+
+
 def chat_format(run: RunDirectory) -> ChatFormat | None:
     """Return how to prompt a run's model; None if it was not fine-tuned."""
     from kindling.evaluation.samples import ChatFormat
@@ -145,6 +157,7 @@ def evaluate(subject: EvalContext) -> int:
     from kindling.evaluation.code_eval import evaluate_code, write_samples
     from kindling.evaluation.harness import run as run_harness
     from kindling.evaluation.memorization import seen_in_training
+    from kindling.sample_prompts import generate_command
 
     started, flags, run = time.perf_counter(), subject.flags, subject.run
     cfg, model, tokenizer, world = flags.eval, subject.model, subject.tokenizer, subject.runtime.world
@@ -154,6 +167,8 @@ def evaluate(subject: EvalContext) -> int:
 
     losses = heldout_losses(subject)
     results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
+    if world.main:
+        results |= gold_losses(subject)
 
     code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
     if not world.main:  # only the main rank does the rest
@@ -180,8 +195,7 @@ def evaluate(subject: EvalContext) -> int:
         saved = report.save(run.path, results, lines)
 
     print(report.table(results, lines, color=sys.stdout.isatty()))
-    next_command = f"python generate.py {run.path} " + ("--chat" if subject.chat is not None else '--prompt "def "')
-    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {next_command}")
+    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {generate_command(run.path, run.config())}")
     if refusal is not None:
         raise EvaluationError(refusal)
     return 0
@@ -214,6 +228,23 @@ def heldout_losses(subject: EvalContext) -> Losses:
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     with progress_bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as bar:
         return document_losses(subject.model, dataset, subject.runtime, stride, n_rows, bar.update)
+
+
+def gold_losses(subject: EvalContext) -> dict[str, Any]:
+    """Return the figures on reference solutions, if problems of benchmarks are wanted."""
+    from kindling.evaluation.gold import BENCHMARKS, gold_figures
+    from kindling.evaluation.progress import progress_bar
+    from kindling.evaluation.tasks import load, source_of
+
+    cfg, model, tokenizer = subject.flags.eval, subject.model, subject.tokenizer
+    if not cfg.n_samples:
+        return {}
+    asked = {name: load(name, source_of(name, cfg))[: cfg.limit] for name in BENCHMARKS}
+    n_rows, out = subject.run.config().train.evaluation_rows, {}
+    with progress_bar("solutions", 0, "token") as bar:
+        for name, problems in asked.items():
+            out[name] = gold_figures(model, tokenizer, problems, subject.chat, subject.runtime, n_rows, bar.update)
+    return {"gold": out}
 
 
 def text_figures(subject: EvalContext) -> dict[str, Any]:
@@ -302,7 +333,7 @@ def _red(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare evaluated runs."""
-    flags = parse_cli(Flags, __doc__ or "", argv)
+    flags = parse(argv)
     require_runs(flags.run, *flags.compare)
     if flags.compare:
         from kindling.distributed import require_single_process

@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from kindling.runs.loading import find_run, load_model
+    from kindling.sample_prompts import prompt_flag
 
     if flags.type is not None and flags.to != "gguf":
         raise ExportError(f"--type must be left out with --to {flags.to}, but is {flags.type}; it is for --to gguf")
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     ways = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{out}"); its README.md says more',
         "gguf": f"llama-cli -m {out}",
-        "int8": f'python autocomplete.py {out} --prompt "def "',
+        "int8": f"python autocomplete.py {out} {prompt_flag(run.config())}",
     }
     print(f"results in {out}; next: {ways[flags.to]}")
     return 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import require_documents
+from kindling.sample_prompts import generate_command
 from kindling.stopping import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def report(trainer: Trainer) -> list[str]:
         f"validation over {of}: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
-    return [f"python evaluate.py {path}", f'python generate.py {path} --prompt "def "', f"python sft_train.py {path}"]
+    return [f"python evaluate.py {path}", generate_command(path, trainer.cfg), f"python sft_train.py {path}"]
 
 
 def samples(trainer: Trainer) -> str:

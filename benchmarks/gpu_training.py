@@ -200,7 +200,7 @@ def results_of(run: Path, reason: str) -> dict[str, Any]:
         return {"evaluation": reason or "no results were written"}
     syntax, functional = results.get("syntax", {}), results.get("functional", {})
     losses = results["language_modelling"]["all"]
-    passed = {name: part["pass_at"] for name, part in functional.items() if isinstance(part, dict)}
+    passed = {name: part["pass_at"] for name, part in functional.items() if "pass_at" in part}
     return {
         "evaluation": reason or "done",
         "perplexity": losses["perplexity"],

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_one_clear_line, script, tiny_flags
 from test_sft_train import mined
 
-from config import EvalConfig
+import evaluate
+from config import FULL_EVAL, EvalConfig
 from kindling.errors import ConfigError
+from kindling.evaluation.code_eval import asked_problems
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap, which is not on this machine")
 LITTLE = ["--eval.limit", "3", "--eval.signatures", "5", "--eval.max-new-tokens", "16", "--eval.workers", "2"]
@@ -27,7 +30,7 @@ FILES = ["eval.json", "eval.md", "losses.jsonl", "samples.jsonl"]
 def work(tmp_path_factory, corpus) -> Path:
     """A folder in which `base` was pre-trained, fine-tuned, and both were evaluated."""
     folder = tmp_path_factory.mktemp("work")
-    flags = [*tiny_flags(corpus), "--model.block-size", "128", "--train.max-steps", "4"]
+    flags = [*tiny_flags(corpus), "--model.block-size", "512", "--train.max-steps", "4"]
     for command in (
         ("main.py", *flags, "--name", "base"),
         ("sft_train.py", *mined(corpus)),
@@ -38,7 +41,8 @@ def work(tmp_path_factory, corpus) -> Path:
         if command[0] == "evaluate.py" and shutil.which("bwrap") is None:
             continue  # what it says then is tested below
         assert result.returncode == 0, result.stderr
-        (folder / f"{command[0]}-{command[1].replace('/', '-')}.txt").write_text(result.stdout, encoding="utf-8")
+        for suffix, said in ((".txt", result.stdout), (".err", result.stderr)):
+            (folder / f"{command[0]}-{command[1].replace('/', '-')}{suffix}").write_text(said, encoding="utf-8")
     return folder
 
 
@@ -62,20 +66,46 @@ def test_the_whole_table_is_printed_and_saved(work, name):
     assert max(map(len, out.splitlines())) <= 130
     found = results(run)
     assert found["language_modelling"]["by_language"] and found["language_modelling"]["by_source"]
-    assert {k: v["samples_per_problem"] for k, v in found["functional"].items()} == {
-        "problems": 2,
-        "humaneval": 1,
-        "mbpp": 1,
-        "mbpp-3shot": 1,
-    }
+    asked = {k: v["samples_per_problem"] for k, v in found["functional"].items() if "skipped" not in v}
+    assert asked == {"problems": 2} | {name: 1 for name in asked if name != "problems"}
+    assert asked.keys() == {"problems", "humaneval", "mbpp", *(["mbpp-3shot"] if name == "base-sft" else [])}
+    assert list(found["gold"]) == ["problems", "humaneval", "mbpp"]
+    assert found["gold"]["problems"]["by_level"].keys() == {"0"} and found["gold"]["mbpp"]["problems"] == 3
+    for part in (out, (run / "eval.md").read_text(encoding="utf-8")):
+        assert "gold bits per byte" in part and part.index("gold bits per byte") < part.index("Syntax of samples")
+
+
+@needs_bwrap
+def test_a_benchmark_whose_prompts_do_not_fit_is_skipped_and_said_before_anything_is_written(work):
+    out, err = ((work / f"evaluate.py-runs-base.{s}").read_text(encoding="utf-8") for s in ("txt", "err"))
+    why = "3 of 3 prompts do not fit into the model's context of 512 (496 tokens, beside 16 new ones)"
+    assert err.index(f"note: mbpp-3shot is skipped: {why}") < err.index("writing samples")
+    assert results(work / "runs/base")["functional"]["mbpp-3shot"] == {"skipped": why}
+    assert f"mbpp-3shot: skipped, {why}" in " ".join(out.split())
+    assert "mbpp-3shot" not in {s["benchmark"] for s in samples(work / "runs/base")}
+
+
+def test_the_default_is_small_and_full_and_named_benchmarks_are_whole():
+    small = evaluate.parse([]).eval
+    assert small == EvalConfig() and small.n_samples == {"problems": 10} and small.max_level == 1
+    assert evaluate.parse(["--eval.full"]).eval == FULL_EVAL
+    named = evaluate.parse(["runs/x", "--eval.benchmarks", "problems:10", "--eval.signatures", "3"])
+    assert named.run == Path("runs/x") and not named.eval.full
+    assert named.eval == replace(FULL_EVAL, full=False, benchmarks=("problems:10",), signatures=3)
+    assert evaluate.parse(["--eval.full", "--eval.max-level", "0"]).eval == replace(FULL_EVAL, max_level=0)
+    assert evaluate.parse(["--eval.temperature", "0.5"]).eval == replace(small, temperature=0.5)
+    assert {p.level for p in asked_problems("problems", small)} == {0, 1}
+    assert len(asked_problems("problems", FULL_EVAL)) == 100 and len(asked_problems("mbpp", FULL_EVAL)) == 500
 
 
 @needs_bwrap
 @pytest.mark.parametrize("name", ["base", "base-sft"])
 def test_every_sample_is_kept_and_the_figures_are_counts_of_them(work, name):
     kept, found = samples(work / "runs" / name), results(work / "runs" / name)
-    assert len(kept) == 5 + 3 * 2 + 3 + 3 + 3
+    assert len(kept) == 5 + 3 * 2 + 3 + 3 + 3 * (name == "base-sft")
     for benchmark, figures in found["functional"].items():
+        if "skipped" in figures:
+            continue
         verdicts = [s["verdict"] for s in kept if s["benchmark"] == benchmark]
         assert figures["verdicts"] == {v: verdicts.count(v) for v in figures["verdicts"]}
         assert sum(figures["verdicts"].values()) == len(verdicts)
@@ -188,7 +218,7 @@ def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(wo
     shutil.copytree(work / "runs/base", work / "runs/stopped")
     before = {name: (work / "runs/stopped" / name).read_bytes() for name in FILES}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "evaluate.py"), "stopped", "--eval.max-new-tokens", "64"],
+        [sys.executable, str(ROOT / "evaluate.py"), "stopped", "--eval.limit", "20"],
         cwd=work,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -222,6 +252,7 @@ def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(wo
         ({"benchmarks": ("humaneval:",)}, "NAME:SAMPLES"),
         ({"benchmarks": ("humaneval:2", "humaneval:5")}, "each once"),
         ({"benchmarks": ("none", "mbpp")}, "none alone"),
+        ({"max_level": 6}, "eval.max_level must be at least 0 and at most 5"),
         ({"workers": 0}, "eval.workers must be at least 1"),
         ({"top_p": 0}, "eval.top_p must be above 0"),
         ({"memory_mb": 1}, "eval.memory_mb must be at least 64"),

@@ -148,4 +148,4 @@ def test_a_run_without_checkpoints_and_a_damaged_one_are_refused(run, tmp_path):
 def test_the_script_says_what_comes_next(run, tmp_path):
     result = script("export.py", str(run.path), "--to", "int8", "--out", "x", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == 'results in x; next: python autocomplete.py x --prompt "def "'
+    assert result.stdout.splitlines()[-1] == 'results in x; next: python autocomplete.py x --prompt "import os"'

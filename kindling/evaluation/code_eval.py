@@ -26,7 +26,7 @@ from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
 from kindling.evaluation.references import left_out_problems
 from kindling.evaluation.report import describe_left_out, file_name
-from kindling.evaluation.samples import ChatFormat, Sample, write
+from kindling.evaluation.samples import ChatFormat, Sample, prompts_too_long, write
 from kindling.evaluation.tasks import Problem, load, source_of
 from kindling.files import write_atomic
 
@@ -36,6 +36,16 @@ if TYPE_CHECKING:
 
 LeftOut = Mapping[str, Mapping[str, str]]
 """Problems that are not counted: by benchmark and task, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is asked: problems with their numbers of samples, and what is not asked, with the reasons."""
+
+    problems: list[tuple[Problem, int]]
+    left_out: LeftOut
+    skipped: dict[str, str]
+    """Benchmarks that are skipped as a whole, because their prompts do not fit into the context."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,11 @@ def evaluate_code(
 
     `benchmarks` gives the number of samples for each problem of a benchmark. Held-out problems get one sample each.
     """
-    problems, left_out = world.on_main(lambda: select_problems(heldout, tokenizer, chat, benchmarks, mode, cfg))
-    n_samples = sum(count for _, count in problems)
+    block_size = model.cfg.block_size
+    chosen = world.on_main(lambda: select_problems(heldout, tokenizer, chat, block_size, benchmarks, mode, cfg))
+    problems, n_samples = chosen.problems, sum(count for _, count in chosen.problems)
     if not problems:
-        return CodeResults([], [])
+        return CodeResults([], [], {"functional": _skipped(chosen)} if chosen.skipped else {})
     own = problems[world.rank :: world.size]
     with progress_bar("writing samples", sum(count for _, count in own), "sample", world.main) as bar:
         parts = [iter(part) for part in world.gather(write(model, tokenizer, own, chat, cfg, bar.update))]
@@ -73,18 +84,19 @@ def evaluate_code(
         return CodeResults(samples, [])
     with progress_bar("running samples", n_samples, "sample") as bar:
         graded = grade_samples(samples, chat, mode, cfg, bar.update)
-    return CodeResults(samples, graded, code_figures(samples, graded, benchmarks, mode, cfg, left_out))
+    return CodeResults(samples, graded, code_figures(samples, graded, benchmarks, mode, cfg, chosen))
 
 
 def select_problems(
     heldout: TokenDataset,
     tokenizer: Tokenizer,
     chat: ChatFormat | None,
+    block_size: int,
     benchmarks: dict[str, int],
     mode: When,
     cfg: EvalConfig,
-) -> tuple[list[tuple[Problem, int]], LeftOut]:
-    """Return the held-out problems and those of the benchmarks, each with its number of samples, and what is left out."""
+) -> Chosen:
+    """Return the held-out problems and those of the benchmarks, each with its number of samples, and what is not asked."""
     if isinstance(heldout, Examples):
         assert chat is not None
         wanted = problems_from_conversations(heldout, tokenizer, cfg.signatures, chat.docstring_format, cfg.n_workers)
@@ -92,14 +104,29 @@ def select_problems(
         with progress_bar("held-out code", cfg.signatures, "function") as bar:
             wanted = problems_from_documents(heldout, tokenizer, cfg.signatures, cfg.n_workers, bar.update)
     out = [(problem, 1) for problem in wanted]
-    loaded = {name: load(name, source_of(name, cfg))[: cfg.limit] for name in benchmarks}
+    loaded = {name: asked_problems(name, cfg) for name in benchmarks}
+    skipped = {name: prompts_too_long(asked, tokenizer, chat, block_size, cfg) for name, asked in loaded.items()}
+    skipped = {name: reason for name, reason in skipped.items() if reason}
+    loaded = {name: asked for name, asked in loaded.items() if name not in skipped}
+    for name, reason in skipped.items():
+        print(f"note: {name} is skipped: {reason}", file=sys.stderr)
     left_out = {} if mode == "later" else left_out_problems(loaded, mode, cfg)
     for name, reasons in left_out.items():
         if reasons:
             print(f"note: {name}: {describe_left_out(reasons)}", file=sys.stderr)
-    for name, count in benchmarks.items():
-        out += [(problem, count) for problem in loaded[name] if problem.task_id not in left_out.get(name, {})]
-    return out, left_out
+    for name, asked in loaded.items():
+        out += [(problem, benchmarks[name]) for problem in asked if problem.task_id not in left_out.get(name, {})]
+    return Chosen(out, left_out, skipped)
+
+
+def asked_problems(name: str, cfg: EvalConfig) -> list[Problem]:
+    """Return the problems of a benchmark whose solutions are to be written: of `problems`, up to a level."""
+    problems = load(name, source_of(name, cfg))
+    return [problem for problem in problems if (problem.level or 0) <= cfg.max_level][: cfg.limit]
+
+
+def _skipped(chosen: Chosen) -> dict[str, Any]:
+    return {name: {"skipped": reason} for name, reason in chosen.skipped.items()}
 
 
 def code_figures(
@@ -108,7 +135,7 @@ def code_figures(
     benchmarks: dict[str, int],
     mode: When,
     cfg: EvalConfig,
-    left_out: LeftOut,
+    chosen: Chosen,
 ) -> dict[str, Any]:
     """Return the figures on syntax and functional correctness, as in eval.json."""
     out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
@@ -117,8 +144,9 @@ def code_figures(
     if benchmarks and mode == "later":
         out["functional"] = {"skipped": "the samples were not run; `python evaluate.py RUN --grade` runs them"}
     elif benchmarks:
-        out["functional"] = functional_figures(samples, graded, list(benchmarks), mode, left_out)
-    return out
+        run = [name for name in benchmarks if name not in chosen.skipped]
+        out["functional"] = functional_figures(samples, graded, run, mode, chosen.left_out)
+    return out | ({"functional": out["functional"] | _skipped(chosen)} if benchmarks else {})
 
 
 def functional_figures(
@@ -160,11 +188,15 @@ def summary(samples: Sequence[Sample], graded: Sequence[GradedSample], mode: Whe
         "verdicts": {v: sum(g.verdict == v for g in graded) for v in VERDICTS},
         "cropped": len({s.problem.task_id for s in samples if s.cropped}),
         "sandbox": mode,
+        "python": platform.python_version(),
         "counts": [[task, n, c] for task, (n, c) in counts.items()],
     }
     if levels:
         groups = {level: [t for t in counts if levels[t] == level] for level in sorted(set(levels.values()))}
-        out["by_level"] = {level: {"problems": len(ts), "pass_at": pass_at(ts)} for level, ts in groups.items()}
+        out["by_level"] = {
+            level: {"problems": len(ts), "pass_at": pass_at(ts), "counts": [[t, *counts[t]] for t in ts]}
+            for level, ts in groups.items()
+        }
     return out
 
 
@@ -189,9 +221,8 @@ def syntax(samples: Sequence[Sample], graded: Sequence[GradedSample], python: st
 
 
 def verdict_columns(graded: GradedSample) -> dict[str, Any]:
-    """Return the part of a line of samples.jsonl that says how a sample was judged."""
-    names = ("verdict", "reason", "compiles", "non_trivial")
-    return {name: getattr(graded, name) for name in names}
+    """Return the part of a line of samples.jsonl that says how a sample was judged where it was run."""
+    return {name: getattr(graded, name) for name in ("verdict", "reason")}
 
 
 def write_samples(run_path: Path, split: str, code: CodeResults, lengths: Sequence[int]) -> list[str]:
@@ -204,7 +235,7 @@ def write_samples(run_path: Path, split: str, code: CodeResults, lengths: Sequen
     lines = []
     for i, (s, g) in enumerate(zip(code.samples, code.graded)):
         line: dict[str, Any] = {"benchmark": s.problem.benchmark, "task_id": s.problem.task_id, "sample": s.number}
-        line |= verdict_columns(g)
+        line |= verdict_columns(g) | {"compiles": g.compiles, "non_trivial": g.non_trivial}
         line |= {"tokens": len(s.ids), "cut_short": s.cut_short, "prompt_cropped": s.cropped}
         line |= {"overlap": lengths[i]} if lengths else {}
         lines.append(json.dumps({**line, "text": s.text, "program": g.program}, ensure_ascii=True))

@@ -23,6 +23,7 @@ from kindling.evaluation.report import (
     Results,
     bits_interval,
     count,
+    gold_cell,
     harness_cell,
     number,
     pass_cell,
@@ -65,7 +66,10 @@ def compare(runs: list[Path]) -> tuple[str, str]:
         raise ReportError(f"a comparison must be of two or more different runs, but is of {given}; name others")
     evaluated = [Evaluated(path, number, *read_results(path)) for number, path in enumerate(runs, 1)]
     try:
-        found = [_runs(evaluated), *filter(None, (part(evaluated) for part in (_bits, _syntax, _functional, _harness)))]
+        found = [
+            _runs(evaluated),
+            *filter(None, (part(evaluated) for part in (_bits, _gold, _syntax, _functional, _harness))),
+        ]
         found.append(_explanation(found))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         given = ", ".join(str(run.path) for run in evaluated)
@@ -181,6 +185,36 @@ def _bits_difference(pairs: Pairs, language: str | None) -> Difference | None:
     return paired_ratio_difference(other, first, [b["bytes"] for _, b in own])
 
 
+def _gold(runs: list[Evaluated]) -> Section | None:
+    """Return gold bits per byte of each benchmark and each level."""
+    parts = [run.part("gold") for run in runs]
+    if (section := _section("Gold bits per byte: reference solutions, given their prompts", runs, parts)) is None:
+        return None
+    for name in dict.fromkeys(name for part in parts for name in part):
+        whole = [part.get(name, {}) for part in parts]
+        groups = {name: whole} | {f"{name}, level {level}": group for level, group in _by_level(whole).items()}
+        for label, benchmarks in groups.items():
+            differences = [_shown(_gold_difference(b, benchmarks[0]), _fraction) for b in benchmarks[1:]]
+            _add(section, runs, label, [gold_cell(benchmark) for benchmark in benchmarks], differences)
+    return section
+
+
+def _by_level(benchmarks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the groups of each level, one for each run, by the level."""
+    levels = sorted({level for benchmark in benchmarks for level in benchmark.get("by_level", {})})
+    return {level: [b.get("by_level", {}).get(level, {}) for b in benchmarks] for level in levels}
+
+
+def _gold_difference(benchmark: dict[str, Any], first: dict[str, Any]) -> Difference | None:
+    """Return the difference on the problems of both that have the same bytes; None if there are none, or a loss is not finite."""
+    own, other = ({task: (size, nll) for task, size, nll in side.get("losses", [])} for side in (benchmark, first))
+    shared = [task for task in own if task in other and own[task][0] == other[task][0]]
+    if not shared or any(side[task][1] is None for side in (own, other) for task in shared):
+        return None
+    bits = [[side[task][1] / math.log(2) for task in shared] for side in (own, other)]
+    return paired_ratio_difference(bits[0], bits[1], [own[task][0] for task in shared])
+
+
 def _syntax(runs: list[Evaluated]) -> Section | None:
     """Return the rates of samples that compile, and that also are not trivial, for all prompts and each kind of prompt."""
     parts = [run.part("syntax") for run in runs]
@@ -233,12 +267,20 @@ def _functional(runs: list[Evaluated]) -> Section | None:
             cells = [pass_cell(benchmark, k) for benchmark in benchmarks]
             differences = [_shown(_pass_difference(b, benchmarks[0], int(k)), _points) for b in benchmarks[1:]]
             _add(section, runs, f"{name} pass@{k}", cells, differences)
+        for level, groups in _by_level(benchmarks).items():  # at the most samples, where the steps are seen best
+            k = max((k for group in groups for k in group.get("pass_at", {})), key=int, default="1")
+            differences = [_shown(_pass_difference(group, groups[0], int(k)), _points) for group in groups[1:]]
+            _add(
+                section, runs, f"{name}, level {level} pass@{k}", [pass_cell(group, k) for group in groups], differences
+            )
         tasks = [{task for task, _, _ in benchmark.get("counts", [])} for benchmark in benchmarks]
         for run, own in zip(runs[1:], tasks[1:]):
             if own and tasks[0] and own != tasks[0]:
                 both = f"the {len(own & tasks[0]):,} problems of both"
                 section.notes.append(f"{name}: run {run.place} is compared with run 1 on {both}")
         for run, benchmark in zip(runs, benchmarks):
+            if "skipped" in benchmark:
+                section.notes.append(f"{name}: skipped for run {run.place}, {benchmark['skipped']}")
             if benchmark.get("sandbox") == "none":
                 section.warnings.append(f"{name}: run {run.place} was evaluated NOT SANDBOXED")
     return section

@@ -2,6 +2,9 @@
 
 python evaluate.py runs/demo --sandbox later        # there: the samples are written, none is run
 python evaluate.py runs/demo --grade                # here: they are run, and the results are added
+
+Whether a sample compiles was said there, by that machine's Python (`syntax` in eval.json, `compiles` in samples.jsonl), and
+stays as it is. Verdicts are this machine's, and `functional` in eval.json names its Python.
 """
 
 from __future__ import annotations
@@ -58,9 +61,15 @@ def grade_written(
     graded = grade_samples(samples, chat, mode, cfg, progress)
     for i, g in zip(places, graded):
         lines[i] |= verdict_columns(g) | {"program": g.program}
-    results["functional"] = functional_figures(samples, graded, list(asked), mode, left_out)
+    skipped = {name: part for name, part in results.get("functional", {}).items() if _is_skipped(part)}
+    results["functional"] = functional_figures(samples, graded, list(asked), mode, left_out) | skipped
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
     return results, losses, [*save(run, results, losses), path.name]
+
+
+def _is_skipped(part: Any) -> bool:
+    """Return whether a benchmark's prompts did not fit into the context, so that it has no samples."""
+    return isinstance(part, dict) and "skipped" in part
 
 
 def read_samples(path: Path) -> list[Line]:

@@ -190,7 +190,7 @@ def document_losses(
 # -- any text ---------------------------------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A part of a text to predict: its document, its tokens (n,), and how many tokens at its end are targets."""
 
     document: int
@@ -268,15 +268,15 @@ class _Texts:
                 yield np.array([start, *ids, self.tokenizer.eos_id], dtype=np.int64)
 
 
-def _rows(texts: _Texts, block_size: int, stride: int) -> Iterator[_Row]:
+def _rows(texts: _Texts, block_size: int, stride: int) -> Iterator[Row]:
     """Yield rows in which each token of each document is a target exactly once."""
     for number, tokens in enumerate(texts.encoded()):
         for start in row_starts(len(tokens) - 1, block_size, stride):
             part = tokens[start : start + block_size + 1]
-            yield _Row(number, part, len(part) - 1 - (block_size - stride if start else 0))
+            yield Row(number, part, len(part) - 1 - (block_size - stride if start else 0))
 
 
-def _padded(rows: list[_Row]) -> Batch:
+def _padded(rows: list[Row]) -> Batch:
     """Return rows as a batch as wide as the longest row. Padding is at the end, where no token attends to it."""
     idx = np.zeros((len(rows), max(len(row.tokens) for row in rows) - 1), dtype=np.int64)
     targets = np.full_like(idx, IGNORE)
@@ -284,6 +284,27 @@ def _padded(rows: list[_Row]) -> Batch:
         stop = len(tokens) - 1
         idx[i, :stop], targets[i, stop - n_targets : stop] = tokens[:-1], tokens[len(tokens) - n_targets :]
     return Batch(idx, targets)
+
+
+def row_losses(
+    model: LanguageModel, rows: Iterator[Row], runtime: Runtime, batch_size: int, progress: Progress | None = None
+) -> list[tuple[int, float]]:
+    """Return each row's document and the loss of its targets in nats. Rows of similar length are predicted together.
+
+    `progress` is called after each batch.
+    """
+    found = []
+    with _evaluating(model):
+        while pool := sorted(islice(rows, POOL * batch_size), key=lambda row: len(row.tokens)):
+            for i in range(0, len(pool), batch_size):
+                batch = pool[i : i + batch_size]
+                losses = token_losses(model, _padded(batch), runtime)
+                edges = np.cumsum([0, *(row.n_targets for row in batch)])
+                parts = zip(batch, edges, edges[1:])
+                found += [(row.document, float(losses[start:stop].sum())) for row, start, stop in parts]
+                if progress is not None:
+                    progress(len(losses))
+    return found
 
 
 def text_losses(
@@ -309,18 +330,10 @@ def text_losses(
         raise DataError(f"the text to predict must be a file that exists, but {str(path)!r} is not; check the path")
     texts = _Texts(path, field, tokenizer)
     rows = _rows(texts, model.cfg.block_size, model.cfg.block_size if stride is None else stride)
-    nll: list[float] = []
-    with _evaluating(model):
-        while pool := sorted(islice(rows, POOL * batch_size), key=lambda row: len(row.tokens)):
-            nll += [0.0] * (len(texts.tokens) - len(nll))
-            for i in range(0, len(pool), batch_size):
-                batch = pool[i : i + batch_size]
-                losses = token_losses(model, _padded(batch), runtime)
-                edges = np.cumsum([0, *(row.n_targets for row in batch)])
-                for row, start, stop in zip(batch, edges, edges[1:]):
-                    nll[row.document] += float(losses[start:stop].sum())
-                if progress is not None:
-                    progress(len(losses))
+    found = row_losses(model, rows, runtime, batch_size, progress)
+    nll = [0.0] * len(texts.tokens)
+    for document, loss in found:
+        nll[document] += loss
     why = texts.left_out()
     if nll and why:
         print(f"warning: of {path} are left out: {why}", file=sys.stderr)

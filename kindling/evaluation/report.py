@@ -134,11 +134,13 @@ def sections(results: Results, losses: Losses) -> list[Section]:
         if not part:
             continue
         if "skipped" in part:
-            found.append(Section(heading, notes=[f"not computed: {part['skipped']}"]))
+            found.append(Section(heading, notes=[f"not computed: {part['skipped']}", *skipped_benchmarks(part)]))
         elif name == "language_modelling":
             found.append(_language_modelling(part, losses))
         elif name == "texts":
             found.append(_texts(part))
+        elif name == "gold":
+            found.append(_gold(part))
         elif name == "syntax":
             found.append(_syntax(part))
         elif name == "functional":
@@ -155,6 +157,7 @@ def sections(results: Results, losses: Losses) -> list[Section]:
 HEADINGS = {
     "language_modelling": "Language modelling, held-out documents",
     "texts": "Language modelling, texts",
+    "gold": "Reference solutions, given their prompts",
     "syntax": "Syntax of samples",
     "functional": "Functional correctness",
     "memorisation": "Memorisation",
@@ -245,6 +248,22 @@ def _texts(part: dict[str, Any]) -> Section:
     return Section(HEADINGS["texts"], ["", *_LM_COLUMNS], rows, ["no intervals: a text is not many documents"])
 
 
+def gold_cell(benchmark: dict[str, Any]) -> str:
+    """Return a benchmark's gold bits per byte with their interval over problems, or "-"."""
+    losses = [{"bytes": n_bytes, "nll": nll} for _, n_bytes, nll in benchmark.get("losses", [])]
+    return number(benchmark.get("bits_per_byte"), bits_interval(losses), ".3f")
+
+
+def _gold(part: dict[str, Any]) -> Section:
+    section = Section(HEADINGS["gold"], ["benchmark", "gold bits per byte", "problems", "bytes"])
+    for name, benchmark in part.items():
+        groups = {name: benchmark} | {f"level {k}": group for k, group in benchmark.get("by_level", {}).items()}
+        for label, group in groups.items():
+            section.rows.append([label, gold_cell(group), *(count(group.get(key)) for key in ("problems", "bytes"))])
+    section.notes.append("intervals: problems resampled, 10,000 times")
+    return section
+
+
 def rate_cell(group: dict[str, Any], key: str) -> str:
     """Return the rate of `key` ("passes" or "non_trivial") among samples, with its interval over prompts; "-" without samples."""
     if not group.get("samples"):
@@ -284,11 +303,13 @@ def _functional(part: dict[str, Any]) -> list[Section]:
     ks = sorted({k for benchmark in part.values() for k in benchmark.get("pass_at", {})}, key=int)
     solved = Section(HEADINGS["functional"], ["benchmark", *(f"pass@{k}" for k in ks), "problems", "samples each"])
     for name, benchmark in part.items():
+        if "skipped" in benchmark:
+            continue
         each = benchmark.get("samples_per_problem")
         cells = [pass_cell(benchmark, k) for k in ks]
         solved.rows.append([name, *cells, count(benchmark.get("problems")), count(each)])
         for level, group in benchmark.get("by_level", {}).items():
-            cells = [percent(group.get("pass_at", {}).get(k)) for k in ks]
+            cells = [pass_cell(group, k) for k in ks]
             solved.rows.append([f"level {level}", *cells, count(group.get("problems")), count(each)])
         if each and any(int(k) > each for k in benchmark.get("pass_at", {})):
             solved.notes.append(f"{name}: pass@k needs at least k samples of each problem, and {each} were taken")
@@ -298,8 +319,11 @@ def _functional(part: dict[str, Any]) -> list[Section]:
             solved.notes.append(f"{name}: {describe_left_out(benchmark['left_out'])}")
         if benchmark.get("sandbox") == "none":
             solved.warnings.append(f"{name}: NOT SANDBOXED, the samples could do what the user can")
+    solved.notes += skipped_benchmarks(part)
     modes = dict.fromkeys(b["sandbox"] for b in part.values() if b.get("sandbox", "none") != "none")
     solved.notes += [f"sandbox: {', '.join(modes)}"] * bool(modes)
+    pythons = dict.fromkeys(b["python"] for b in part.values() if "python" in b)
+    solved.notes += [f"run by Python {', '.join(pythons)}"] * bool(pythons)
     solved.notes.append(
         f"intervals: problems resampled, 10,000 times, if there are {FEWEST}; of none or all solved, Wilson's"
     )
@@ -307,6 +331,11 @@ def _functional(part: dict[str, Any]) -> list[Section]:
     kinds = list(dict.fromkeys(kind for name in found for kind in part[name]["verdicts"]))
     rows = [[name, *(count(part[name]["verdicts"].get(kind, 0)) for kind in kinds)] for name in found]
     return [solved, *([Section("Verdicts on the samples", ["benchmark", *kinds], rows)] if rows else [])]
+
+
+def skipped_benchmarks(part: dict[str, Any]) -> list[str]:
+    """Return a line on each benchmark of `functional` that was skipped as a whole."""
+    return [f"{name}: skipped, {b['skipped']}" for name, b in part.items() if isinstance(b, dict) and "skipped" in b]
 
 
 def _memorisation(part: dict[str, Any]) -> Section:

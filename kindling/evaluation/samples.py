@@ -72,6 +72,23 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) 
     return flatten(encode(chat.template, exchanges, tokenizer))
 
 
+def prompts_too_long(
+    problems: Sequence[Problem], tokenizer: Tokenizer, chat: ChatFormat | None, block_size: int, cfg: EvalConfig
+) -> str:
+    """Return why the prompts of a benchmark do not fit into the context; empty if at least half of them do.
+
+    Of a cropped prompt the model sees only the end, often without the task. So figures on such prompts would say nothing.
+    """
+    from kindling.generation.healing import longest_prompt
+
+    longest = longest_prompt(block_size, cfg.max_new_tokens)
+    n = sum(len(prompt_ids(problem, tokenizer, chat)) > longest for problem in problems)
+    if 2 * n <= len(problems):
+        return ""
+    room = f"{longest:,} tokens, beside {block_size - longest:,} new ones"
+    return f"{n:,} of {len(problems):,} prompts do not fit into the model's context of {block_size:,} ({room})"
+
+
 def write(
     model: LanguageModel,
     tokenizer: Tokenizer,

@@ -31,6 +31,7 @@ from kindling.formats.hf_layout import CLASSES, architecture
 from kindling.public_paths import PublicPaths, is_on_hub
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
 from kindling.runs.metrics import read_metrics
+from kindling.sample_prompts import sample_prompts
 from kindling.tables import Section, as_markdown
 
 NATURAL = {"english": "en"}  # natural languages, and the hub's codes
@@ -108,7 +109,7 @@ def _introduction(cfg: Config, run: RunDirectory, step: int) -> str:
 def _use(cfg: Config, files: Sequence[str] | None) -> str:
     kind = architecture(cfg.model)
     own = ", trust_remote_code=True" if kind == "kindling" else ""
-    prompt = "def fib(n):\n"
+    prompt = next(iter(sample_prompts(cfg)), "The")
     if cfg.data.instructions:
         prompt = prompt_text(cfg.data.template, Exchange("Write a Python function that adds two numbers."))
     code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer

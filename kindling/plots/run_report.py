@@ -27,6 +27,7 @@ from kindling.plots.html_report import Picture, Sample, Samples, page
 from kindling.plots.inspection import InspectedRun, Text
 from kindling.public_paths import PublicPaths, public_path
 from kindling.runs.checkpoint import load_state, weights_sha256
+from kindling.sample_prompts import sample_prompts
 from kindling.tables import Section
 
 SAMPLES = 6
@@ -249,7 +250,7 @@ def new_samples(subject: InspectedRun) -> list[Sample]:
     cfg, model, tokenizer = subject.run.config(), subject.model.for_generation(), subject.tokenizer
     out = []
     limit = f"cut after {NEW_TOKENS} tokens"
-    for number, prompt in enumerate(cfg.train.sample_prompts[:SAMPLES], 1):
+    for number, prompt in enumerate(sample_prompts(cfg)[:SAMPLES], 1):
         sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=number)
         try:
             if cfg.data.instructions:

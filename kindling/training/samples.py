@@ -14,6 +14,7 @@ from kindling.data.prompts import Exchange
 from kindling.errors import KindlingError
 from kindling.generation.completion import answer, complete
 from kindling.generation.sampling import Sampling
+from kindling.sample_prompts import sample_prompts
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.trainer import Trainer
 from model import LanguageModel
@@ -37,7 +38,7 @@ def draw_samples(trainer: Trainer, max_new_tokens: int) -> list[Sample]:
     try:
         return [
             Sample(prompt, _text_after(prompt, trainer, model, tokenizer, Sampling(max_new_tokens, seed=seed)))
-            for seed, prompt in enumerate(trainer.train.sample_prompts)
+            for seed, prompt in enumerate(sample_prompts(trainer.cfg))
         ]
     finally:
         model.train(was_training)

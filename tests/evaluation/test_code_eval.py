@@ -1,4 +1,5 @@
 import math
+import platform
 
 import pytest
 
@@ -29,6 +30,8 @@ def test_the_summary_of_a_benchmark_by_hand():
     assert out["pass_at"] == pytest.approx({"1": (2 / 5 + 0 + 1) / 3, "5": 2 / 3})
     assert {v: n for v, n in out["verdicts"].items() if n} == {"passed": 7, "wrong": 7, "timeout": 1}
     assert out["counts"] == [["Kindling/1", 5, 2], ["Kindling/2", 5, 0], ["Kindling/21", 5, 5]]
+    assert out["python"] == platform.python_version()
+    assert out["by_level"]["1"]["counts"] == out["counts"][:2] and out["by_level"]["2"]["counts"] == out["counts"][2:]
     assert {level: group["problems"] for level, group in out["by_level"].items()} == {"1": 2, "2": 1}
     assert out["by_level"]["1"]["pass_at"] == pytest.approx({"1": 1 / 5, "5": 1 / 2})
     assert out["by_level"]["2"]["pass_at"] == {"1": 1.0, "5": 1.0}

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import benchmark, full, language_modelling, made_losses, rates
+from test_report import benchmark, full, gold, language_modelling, made_losses, rates
 from test_tables import assert_valid_tables
 
 from kindling.evaluation.compare_runs import compare
@@ -96,6 +96,49 @@ def test_pass_at_k_is_paired_by_task_on_the_problems_of_both(tmp_path):
     assert cells(document, "problems pass@10", 2)[1] == "-"  # of which the first took too few samples
 
 
+def test_gold_bits_per_byte_are_paired_by_problem(tmp_path):
+    results = full(LOSSES) | {"gold": {"problems": gold(100, gain=0.9) | {"by_level": {"0": gold(30, gain=0.9)}}}}
+    text, document = compare([saved(tmp_path, "a"), saved(tmp_path, "b", results)])
+    first, second = gold(100), gold(100, gain=0.9)
+    new, old = ([nll / math.log(2) for *_, nll in side["losses"]] for side in (second, first))
+    known = paired_ratio_difference(new, old, [size for _, size, _ in first["losses"]])
+    ends = f"[{known.low:+.4f}, {known.high:+.4f}]"
+    assert cells(document, "problems", 2)[1] == f"{known.difference:+.4f} {ends} *" and known.significant
+    assert cells(document, "problems, level 0", 2)[1].endswith("*")
+    assert "Gold bits per byte" in text
+    other = gold(100)
+    other["losses"] = [[task, size + 1, nll] for task, size, nll in other["losses"]]  # other solutions
+    document = compare([tmp_path / "a", saved(tmp_path, "c", full(LOSSES) | {"gold": {"problems": other}})])[1]
+    assert cells(document, "problems", 2)[1] == "-"
+
+
+def test_levels_are_compared_at_the_most_samples(tmp_path):
+    runs = []
+    for name, solved in (("a", 0), ("b", 8)):
+        counts = [[f"p{i}", 10, int(i < solved)] for i in range(30)]
+        level = {"problems": 30, "pass_at": {"1": solved / 300, "10": solved / 30}, "counts": counts}
+        part = {"problems": benchmark(counts, by_level={"0": level})}
+        runs.append(saved(tmp_path, name, {"format": 2, "functional": part}, None))
+    document = compare(runs)[1]
+    known = paired_difference([i < 8 for i in range(30)], [0] * 30)
+    ends = f"[{100 * known.low:+.1f}, {100 * known.high:+.1f}]"
+    assert cells(document, "problems, level 0 pass@10", 2)[1] == f"{100 * known.difference:+.1f} {ends} *"
+
+
+def test_results_of_an_earlier_version_are_compared(tmp_path):
+    """They have no gold losses, no counts of levels, no Python of the verdicts and no benchmark that was skipped."""
+    old = full(LOSSES)
+    del old["gold"]
+    new = full(LOSSES)
+    new["functional"]["problems"] |= {"python": "3.11.7"}
+    new["functional"]["mbpp-3shot"] = {"skipped": "500 of 500 prompts do not fit"}
+    text, document = compare([saved(tmp_path, "a", old), saved(tmp_path, "b", new)])
+    assert cells(document, "problems pass@1", 2)[1] == "+0.0"
+    assert cells(document, "problems, level 1 pass@5", 2) == ["25.0%", "-"]
+    assert cells(document, "problems", 2)[1] == "-" and "not evaluated for this: run 1" in text
+    assert "mbpp-3shot: skipped for run 2, 500 of 500 prompts do not fit" in text
+
+
 def test_syntax_rates_are_compared_prompt_by_prompt(tmp_path):
     results = full(LOSSES)
     results["syntax"]["by_prompt"]["humaneval"] = rates(50, 40, 18)
@@ -159,7 +202,7 @@ def test_other_prompts_pythons_settings_and_sandboxes_are_said(tmp_path):
 def test_a_part_that_a_run_lacks_is_said(tmp_path):
     sparse = {"format": 2, "harness": {"skipped": "lm_eval is not installed"}}
     text, document = compare([saved(tmp_path, "a"), saved(tmp_path, "b", sparse, None)])
-    assert text.count("not evaluated for this: run 2") == 4
+    assert text.count("not evaluated for this: run 2") == 5
     assert "None" not in text and not any("| 2 b |" in line[1:] for line in document.splitlines())
     text, document = compare([tmp_path / "b", tmp_path / "a"])
     assert starred(document) == [] and cells(document, "all", 2)[1] == "-"

@@ -13,6 +13,7 @@ from kindling.tables import WIDTH
 HEADINGS = [
     "Language modelling, held-out documents",
     "Language modelling, texts",
+    "Reference solutions, given their prompts",
     "Syntax of samples",
     "Functional correctness",
     "Verdicts on the samples",
@@ -64,6 +65,14 @@ def benchmark(counts: list[list], **more) -> dict:
     } | more
 
 
+def gold(n: int, name: str = "p", gain: float = 1.0, seed: int = 0) -> dict:
+    """Gold losses of `n` solutions."""
+    rng = random.Random(seed)
+    losses = [[f"{name}{i}", size := rng.randint(10, 200), gain * size * rng.gauss(1.2, 0.3)] for i in range(n)]
+    n_bytes, nll = (sum(line[column] for line in losses) for column in (1, 2))
+    return {"bits_per_byte": nll / math.log(2) / n_bytes, "problems": n, "bytes": n_bytes, "losses": losses}
+
+
 def rates(n: int, passes: int, non_trivial: int) -> dict:
     """Syntax of one sample for each of `n` prompts."""
     counts = [[f"prompt {i}", 1, int(i < passes), int(i < non_trivial)] for i in range(n)]
@@ -78,6 +87,7 @@ def full(losses: list[dict], seed: int = 0) -> dict:
         "data": "demo-abc123", "settings": {"temperature": 0.2, "samples": 5, "top_k": None},
         "language_modelling": language_modelling(losses),
         "texts": {"a.txt": {"all": figures(losses[:1])}},
+        "gold": {"problems": gold(100) | {"by_level": {"0": gold(30), "5": gold(4)}}, "mbpp": gold(50, "MBPP/")},
         "syntax": {"samples": 100, "passes": 61, "non_trivial": 55, "python": "3.11.7",
                    "by_prompt": {"held-out functions": rates(50, 40, 37), "humaneval": rates(50, 21, 18)},
                    "notes": ["a note on syntax"]},
@@ -134,6 +144,38 @@ def test_intervals_are_those_of_the_documents_of_each_row():
         assert f"{known['loss']:.4f}" in found and f"{known['tokens']:,}" in found
 
 
+def test_gold_bits_per_byte_have_intervals_over_problems():
+    text = table(full(made_losses()))
+    for name, part in (("problems", gold(100)), ("level 0", gold(30)), ("mbpp", gold(50, "MBPP/"))):
+        bits = bootstrap_ratio(
+            [nll / math.log(2) for *_, nll in part["losses"]], [size for _, size, _ in part["losses"]]
+        )
+        assert f"{part['bits_per_byte']:.3f} [{bits.low:.3f}, {bits.high:.3f}]" in row(text, name)
+    assert re.search(r"level 5 +\d\.\d{3} +4 ", text)  # of four problems there is no interval
+    part = gold(8)
+    part["losses"][0][2] = part["bits_per_byte"] = None  # as it is saved, if it is not finite
+    assert row(table({"gold": {"mbpp": part}}), "mbpp").split()[:3] == ["mbpp", "-", "8"]
+
+
+def test_a_level_has_its_interval_if_its_counts_are_known():
+    counts = [[f"p{i}", 10, i % 4] for i in range(30)]
+    level = {"problems": 30, "pass_at": {"10": 0.75}, "counts": counts}
+    text = table({"functional": {"problems": benchmark(counts, by_level={"0": level, "1": {**level, "counts": []}})}})
+    low, high = pass_interval([10] * 30, [c for *_, c in counts], 10)
+    assert f"75.0% [{100 * low:.1f}, {100 * high:.1f}]" in row(text, "level 0")
+    assert "75.0% " in row(text, "level 1") and "[" not in row(text, "level 1")
+
+
+def test_a_skipped_benchmark_is_a_line_with_its_reason_whether_or_not_the_others_were_run():
+    skipped = {"mbpp-3shot": {"skipped": "500 of 500 prompts do not fit"}}
+    ran = {"problems": benchmark([["a", 1, 0]] * 8, python="3.13.1")} | skipped
+    text = table({"functional": ran})
+    assert "mbpp-3shot: skipped, 500 of 500 prompts do not fit" in text and "run by Python 3.13.1" in text
+    assert not re.search(r"^ *mbpp-3shot +[-\d]", text, re.MULTILINE)
+    later = table({"functional": {"skipped": "the samples were not run", **skipped}})
+    assert "not computed: the samples were not run" in later and "mbpp-3shot: skipped, 500 of" in later
+
+
 def test_rates_and_pass_at_k_have_their_intervals():
     losses = made_losses()
     results = full(losses)
@@ -143,7 +185,7 @@ def test_rates_and_pass_at_k_have_their_intervals():
     counts = results["functional"]["problems"]["counts"]
     low, high = pass_interval([n for _, n, _ in counts], [c for _, _, c in counts], 5)
     value = results["functional"]["problems"]["pass_at"]["5"]
-    assert f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]" in row(text, "problems")
+    assert f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]" in row(text[text.index("Functional") :], "problems")
     assert "0.0% [0.0, 2.3]" in text  # of 164 problems none solved
     assert row(text, "their share").endswith(" 0.6%")
     assert f"0.2700 [{0.27 - Z * 0.009:.4f}, {0.27 + Z * 0.009:.4f}]" in row(text, "arc_easy")

@@ -14,6 +14,7 @@ from kindling.evaluation.samples import (
     merges_newline_with_indent,
     newline_tokens,
     prompt_ids,
+    prompts_too_long,
     write,
 )
 from kindling.evaluation.tasks import STOP, load
@@ -148,6 +149,17 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(model, tok
     assert (one.cropped, other.cropped) == (False, True) and len(ids) > model.cfg.block_size
     kept = ids[-(model.cfg.block_size - CFG.max_new_tokens) :]
     assert alone(model, kept, tokenizer)[: len(other.ids)] == other.ids
+
+
+def test_a_benchmark_is_too_long_if_most_of_its_prompts_would_be_cropped(tokenizer):
+    lengths = sorted(len(prompt_ids(p, tokenizer, None)) for p in GRADED[:7])
+    for block_size, n in ((lengths[6] + 24, 0), (lengths[3] + 24, 3), (lengths[2] + 24, 4), (lengths[0] + 23, 7)):
+        why = prompts_too_long(GRADED[:7], tokenizer, None, block_size, CFG)
+        assert why.startswith(f"{n} of 7 prompts") if n > 3 else why == "", (block_size, why)
+    assert prompts_too_long(SHOTS, tokenizer, None, 256, CFG).startswith("500 of 500 prompts do not fit")
+    assert prompts_too_long([], tokenizer, None, 256, CFG) == ""
+    mined = ChatFormat("alpaca", True)  # which is shown no examples
+    assert prompts_too_long(SHOTS, tokenizer, mined, 512, CFG) == ""
 
 
 @pytest.mark.parametrize("max_new_tokens", [80, 160, 5000])

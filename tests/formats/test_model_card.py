@@ -194,4 +194,4 @@ def test_the_code_in_the_card_runs_as_it_stands(made, monkeypatch, capsys, own):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("def fib(n):\n")
+    assert capsys.readouterr().out.startswith("import os\n")
