@@ -7,7 +7,9 @@ from conftest import ROOT, on_ranks, script, tiny_flags, torchrun
 
 from kindling.distributed import World
 from kindling.errors import ConfigError
+from kindling.runs.checkpoint import RunDirectory
 from kindling.training import trainer
+from kindling.training.start_or_resume import start_or_resume
 from kindling.training.validation import batches_of_rank
 
 
@@ -135,7 +137,8 @@ def test_another_number_of_ranks_goes_on_and_says_that_bits_may_differ(undisturb
 
 def test_a_batch_that_ranks_cannot_share_out_is_refused_in_a_line(tmp_path):
     with pytest.raises(ConfigError, match="must be a multiple of the 3 ranks, but is 8"):
-        ranks.trainer_of(ranks.config(), tmp_path, World(0, 3))
+        start_or_resume(ranks.config(), RunDirectory(tmp_path / "r"), False, dataset=None, rows=None, world=World(0, 3))
+    assert not (tmp_path / "r").exists()
 
 
 def test_micro_batches_follow_from_the_number_of_ranks(tmp_path, monkeypatch):
