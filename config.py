@@ -315,8 +315,7 @@ class DataConfig:
     template: Template = "alpaca"
     """For instructions: the template that makes a text of an instruction and its answer (see prompts.py)."""
     too_long: Literal["drop", "cut"] = "drop"
-    """For instructions: what to do with an example that is longer than the context. drop: leave it out; cut: truncate the last
-    answer and append end-of-text, so the model learns to stop there."""
+    """Of an example longer than the context: drop: leave it out; cut: truncate its last answer, and append end-of-text."""
     max_tokens: int | None = None
     """Stop reading when the training split has this many tokens. None: read the sources to their end."""
     stopping_strategy: Literal["repeat", "stop", "continue"] = "repeat"
