@@ -61,8 +61,7 @@ def flags_of(cls: Any, default: Any, prefix: str = "", on_off: bool = True, text
     hints, texts = get_type_hints(cls, include_extras=True), field_texts(cls)
     nested: list[tuple[Any, Any, str, bool, str]] = []
     for field in dataclasses.fields(cls):
-        hint: Any = hints[field.name]
-        marks: list[Any] = []
+        hint, marks = hints[field.name], list[Any]()
         if get_origin(hint) is Annotated:
             hint, *marks = get_args(hint)
         value, name = getattr(default, field.name), prefix + field.name.replace("_", "-")

@@ -19,7 +19,7 @@ from typing import Literal
 
 from kindling.errors import one_line
 
-ANSWER_S = 2.0  # seconds in which the hub must answer
+ANSWER_S = 1.5  # seconds in which the hub must answer
 
 
 @cache

@@ -121,5 +121,5 @@ def test_a_preset_of_the_hub_is_refused_offline_before_anything_starts(flags, tm
         command, cwd=tmp_path, env={**env, "HF_HUB_OFFLINE": "0"}, capture_output=True, text=True, timeout=100
     )
     listener.close()
-    assert_one_clear_line(result, "does not answer (no answer in 2 s)")
+    assert_one_clear_line(result, "does not answer (no answer in 1.5 s)")
     assert len(result.stderr.splitlines()) == 1 and not result.stdout

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from config import Config, ModelConfig
@@ -220,14 +219,24 @@ def require_tokenizer_of(run: RunDirectory, tokenizer: Tokenizer) -> None:
 def require_same_shape(run: RunDirectory, cfg: ModelConfig) -> None:
     """Raise CheckpointError, with the flags to set, if the weights of a run do not fit a model of `cfg`."""
     shape = run.config().model
-    if _parameter_shapes(shape) != _parameter_shapes(cfg):
+    if weight_settings(shape) != weight_settings(cfg):
         raise CheckpointError(_other_shape(shape, cfg, run.path))
 
 
-def _parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
-    """Return the shape of each parameter of a model, without its memory."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in build_model(cfg).named_parameters()}
+def weight_settings(cfg: ModelConfig) -> tuple[object, ...]:
+    """Return what the names and shapes of a model's weights depend on; making the model to compare them takes seconds."""
+    return (
+        *(
+            cfg.vocab_size,
+            cfg.n_layer,
+            cfg.n_embd,
+            cfg.kv_heads * cfg.head_dim,
+            cfg.ff_width,
+            cfg.activation == "swiglu",
+        ),
+        *(cfg.bias, cfg.bias and cfg.norm == "layernorm", cfg.final_norm, cfg.attn_out_proj, cfg.bigram_rows),
+        *(cfg.tie_embeddings, cfg.head_bias, cfg.block_size if cfg.position == "learned" else None, cfg.backbone),
+    )
 
 
 def _weights_of_hub(folder: Path, cfg: ModelConfig) -> dict[str, Tensor]:
@@ -243,6 +252,7 @@ def _other_shape(shape: ModelConfig, cfg: ModelConfig, folder: Path) -> str:
     names = differing(shape, cfg)
     if "learned" not in (shape.position, cfg.position):  # without learned positions no weight depends on block_size
         names = [name for name in names if name != "block_size"]
+    names = names or ["backbone"]  # the only other setting that names of weights depend on
     its, ours = ([getattr(c, MEANING.get(name, name)) for name in names] for c in (shape, cfg))
     said = ", ".join(f"{name} {value} for {own}" for name, value, own in zip(names, its, ours))
     flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in zip(names, its))

@@ -91,7 +91,7 @@ def unknown_user_in(what: str) -> None:
     from kindling.evaluation.perplexity import text_losses
     from kindling.tokenization.compare import read_documents
     from kindling.tokenization.tokenizer import load_pretrained
-    from kindling.training.start_or_resume import load_initial_weights, may_resume
+    from kindling.training.start_or_resume import check_new_run, load_initial_weights
 
     named = "~nosuchuser/x"
     source = SourceConfig(kind="datasets" if "hub" in what else "files", path=named)
@@ -120,7 +120,7 @@ def unknown_user_in(what: str) -> None:
     elif what == "weights to start from":
         load_initial_weights(None, named, None)
     elif what == "a run that starts":
-        may_resume(
+        check_new_run(
             replace(cfg, train=replace(cfg.train, init_from=named)), RunDirectory(Path("runs/none")), fresh=False
         )
 

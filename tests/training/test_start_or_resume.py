@@ -10,7 +10,7 @@ from conftest import make_run, tiny_config
 from safetensors.torch import load_file, save_file
 from test_examples import TOKENIZER, conversations, write_examples
 
-from config import TokenizerConfig
+from config import ModelConfig, TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples, training_rows
@@ -21,7 +21,13 @@ from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.tokenizer import load_pretrained, train_bpe
 from kindling.training.stage import train_stage
-from kindling.training.start_or_resume import check_config_changes, check_new_run, data_of_run, start_or_resume
+from kindling.training.start_or_resume import (
+    check_config_changes,
+    check_new_run,
+    data_of_run,
+    start_or_resume,
+    weight_settings,
+)
 from model import GPT
 from presets import preset
 
@@ -180,6 +186,7 @@ def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
         ({"n_layer": 3}, ["n_layer 2 for 3", "set --model.n-layer 2"]),
         ({"n_embd": 64, "position": "rope"}, ["n_embd 32 for 64", "--model.position learned"]),
         ({"block_size": 64}, ["block_size 32 for 64"]),
+        ({"backbone": "transformers"}, ["backbone kindling for transformers"]),
     ],
 )
 def test_a_base_of_another_shape_is_refused_before_the_data_are_built(corpus, tmp_path, model, words):
@@ -218,3 +225,37 @@ def test_hardware_that_is_not_there_is_refused_before_the_data_are_built(corpus,
         pytest.skip("this machine has MPS")
     with pytest.raises(DeviceError, match=word):
         train_stage(tiny_config(corpus, **train), False, lambda trainer: [])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *(
+            {"vocab_size": 300},
+            {"n_layer": 2},
+            {"n_embd": 48},
+            {"n_kv_head": 2},
+            {"d_ff": 40},
+            {"activation": "swiglu"},
+        ),
+        *({"activation": "relu"}, {"bias": False}, {"norm": "rmsnorm"}, {"norm": "rmsnorm", "bias": False}),
+        *({"final_norm": False}, {"attn_out_proj": False}, {"bigram_rows": 8}, {"tie_embeddings": False}),
+        *({"tie_embeddings": False, "head_bias": True}, {"position": "rope"}, {"position": "sinusoidal"}),
+        *(
+            {"block_size": 64},
+            {"position": "rope", "block_size": 64},
+            {"qk_norm": True},
+            {"dropout": 0.5},
+            {"n_head": 2},
+        ),
+    ],
+    ids=str,
+)
+def test_the_settings_of_weights_differ_where_their_names_or_shapes_do(changed):
+    cfg = ModelConfig(vocab_size=256, n_layer=1, n_embd=32, n_head=4, block_size=16)
+    other = replace(cfg, **changed)
+
+    def shapes(c):
+        return {name: p.shape for name, p in GPT(c).named_parameters()}
+
+    assert (weight_settings(cfg) == weight_settings(other)) == (shapes(cfg) == shapes(other))
