@@ -2,6 +2,6 @@
 
 The packages, from the ground up; each imports only what stands before it: files here (errors, files, cli, tables,
 config_io, device, distributed, pool, stopping, sample_prompts; rounding; loss, cache, positions and gpt2_backbone,
-which model.py is made with), tokenization, data, generation, sandbox, evaluation, runs, int8, formats, plots, training. No file here
-imports a script. config.py and presets.py stand below all of it but errors.py, model.py between data and generation.
+which model.py is made with), tokenization, data, generation, sandbox, evaluation, runs, int8, formats, plots, training.
+No file here imports a script. config.py and presets.py stand below all of it but errors.py, model.py between data and generation.
 """
