@@ -167,8 +167,7 @@ def evaluate(subject: EvalContext) -> int:
 
     losses = heldout_losses(subject)
     results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
-    if world.main:
-        results |= gold_losses(subject)
+    results |= gold_losses(subject) if world.main else {}
 
     code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
     if not world.main:  # only the main rank does the rest
@@ -180,7 +179,8 @@ def evaluate(subject: EvalContext) -> int:
         results["functional"] = {"skipped": refusal}
 
     ids = [sample.ids for sample in code.samples]
-    lengths, figures = seen_in_training(ids, list(benchmarks), read_manifest(run.data), DATA, tokenizer, cfg)
+    measured = list(dict.fromkeys([*benchmarks, *results.get("gold", {})]))
+    lengths, figures = seen_in_training(ids, measured, read_manifest(run.data), DATA, tokenizer, cfg)
     results |= figures
 
     files = write_samples(run.path, flags.split, code, lengths)
