@@ -32,6 +32,7 @@ import tyro
 from config import FULL_EVAL, EvalConfig
 from kindling.cli import parse_cli, run_script, with_home
 from kindling.errors import KindlingError
+from kindling.output import wants_color
 from kindling.paths import require_runs
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def evaluate(subject: EvalContext) -> int:
         results["seconds"] = time.perf_counter() - started
         saved = report.save(run.path, results, lines)
 
-    print(report.table(results, lines, color=sys.stdout.isatty()))
+    print(report.table(results, lines, color=wants_color(sys.stdout)))
     print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {generate_command(run.path, run.config())}")
     if refusal is not None:
         raise EvaluationError(refusal)
@@ -308,7 +309,7 @@ def grade_earlier(flags: Flags) -> int:
     with progress_bar("running samples", 0, "sample") as bar:
         found = grade_written(run.path, flags.split, chat_format(run), flags.sandbox, flags.eval, bar.update)
     results, losses, files = found
-    print(report.table(results, losses, color=sys.stdout.isatty()))
+    print(report.table(results, losses, color=wants_color(sys.stdout)))
     print(f"\nwritten to {run.path}: {', '.join(files)}; next: python evaluate.py --compare {run.path} RUN")
     return 0
 
@@ -328,7 +329,7 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
 
 
 def _red(text: str) -> str:
-    return f"\033[31;1m{text}\033[0m" if sys.stderr.isatty() else text
+    return f"\033[31;1m{text}\033[0m" if wants_color(sys.stderr) else text
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,8 +6,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 READER_ENDED = 128 + 13  # the exit code of a program that SIGPIPE ends, as a shell shows it
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Return whether to write in colour: to a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 class TextPrinter:

@@ -6,7 +6,17 @@ import sys
 import pytest
 from conftest import ROOT
 
-from kindling.output import TextPrinter
+from kindling.output import TextPrinter, wants_color
+
+
+def test_color_is_for_terminals_whose_user_does_not_refuse_it(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert wants_color(sys.stdout) is terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_color(sys.stdout)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ other, and padding that is supervised, wherever the fault was made.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -129,8 +128,3 @@ def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
         parts.append(f"{before}{text}{after}" if supervised[start] else f"{dim}{text}{undim}")
     legend = f"what is supervised is {before}{'green' if color else 'in brackets'}{after}"
     return f"--- one example; {legend}\n{''.join(parts)}\n---"
-
-
-def wants_color(is_terminal: bool) -> bool:
-    """Return whether to use colour: on a terminal, unless NO_COLOR is set."""
-    return is_terminal and not os.environ.get("NO_COLOR")

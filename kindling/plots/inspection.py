@@ -66,7 +66,11 @@ class InspectedRun:
 
 
 def curves_of(lines: list[dict[str, Any]]) -> Curves:
-    """Return the curves of a run's metrics; null and missing values are NaN. A validation has the tokens of its step."""
+    """Return the curves of a run's metrics; null and missing values are NaN. A validation has the tokens of its step.
+
+    Validation losses are of the same texts as the first one: the whole split at the end of a run that was evaluated on a
+    part of it is left out.
+    """
 
     def column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
         values = [row.get(name) for row in rows]
@@ -74,6 +78,7 @@ def curves_of(lines: list[dict[str, Any]]) -> Curves:
 
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "val_loss" in line]
+    validation = [line for line in validation if line.get("val_tokens") == validation[0].get("val_tokens")]
     steps, tokens = column(training, "step"), column(training, "tokens")
     val_steps = column(validation, "step")
     known = np.isfinite(tokens)

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from config import Config, TrainConfig
+from kindling.runs.fsdp import is_sharded
 from kindling.runs.metrics import MetricsLog, NoLog
 from kindling.training.progress import ProgressBar
 from kindling.training.samples import draw_samples
@@ -83,6 +84,8 @@ class Evaluations:
     def begin(self) -> None:
         """Evaluate the model of a new run, before its first step."""
         trainer, state = self.trainer, self.trainer.state
+        if self.train.sample_every and is_sharded(trainer.model):
+            trainer.say("note: a model that is sharded (fsdp) shows its samples at the end of the run only")
         if state.step:
             return
         if (validation := trainer.validation) is not None:
@@ -127,7 +130,7 @@ class Evaluations:
     def sample(self) -> None:
         """Draw, print and record samples, if they are due after the newest step."""
         trainer, every = self.trainer, self.train.sample_every
-        if not every or trainer.state.step % every or not self._fits(0.0, POINTS_LIMIT):
+        if not every or trainer.state.step % every or not self._fits(0.0, POINTS_LIMIT) or is_sharded(trainer.model):
             return
         started, finished = time.perf_counter(), trainer.share() >= 1
         if trainer.world.main:

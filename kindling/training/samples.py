@@ -2,7 +2,7 @@
 
 for prompt, text in draw_samples(trainer, max_new_tokens=120): ...
 
-Limit: a model that is sharded over ranks is read from the newest checkpoint, so there are no samples of it between checkpoints.
+Limit: a model that is sharded over ranks is read from the newest checkpoint, so it has samples at the end of a run only.
 """
 
 from __future__ import annotations

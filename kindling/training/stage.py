@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 from config import Config
 from kindling import device
-from kindling.data.audit import audit, picture, table, wants_color
+from kindling.data.audit import audit, picture, table
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples, open_split, require_template, training_rows
 from kindling.data.shards import PackedBlocks
 from kindling.distributed import process_group
+from kindling.output import wants_color
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.loop import fit
@@ -84,7 +85,7 @@ def audit_examples(cfg: Config, rows: PackedBlocks | ExampleRows, tokenizer: Tok
         assert isinstance(others, ExampleRows)
         splits[split] = others
     print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
-    print(picture(rows, tokenizer, wants_color(sys.stdout.isatty())))
+    print(picture(rows, tokenizer, wants_color(sys.stdout)))
     audit(splits, tokenizer)
     n = sum(rows.examples.n_examples for rows in splits.values())
     print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")

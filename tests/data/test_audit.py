@@ -3,7 +3,7 @@ import pytest
 from test_examples import TOKENIZER, conversations, write_examples
 
 from config import IGNORE
-from kindling.data.audit import AuditError, audit, picture, wants_color
+from kindling.data.audit import AuditError, audit, picture
 from kindling.data.examples import ExampleRows, Examples
 from kindling.data.shards import Batch
 
@@ -128,10 +128,3 @@ def test_the_picture_of_a_conversation_shows_each_response(tmp_path):
     rows = ExampleRows(Examples(write_examples(tmp_path / "x", conversations()[-1:], TOKENIZER, 128), "train"), 128, 0)
     shown = picture(rows, TOKENIZER, color=False)
     assert shown.count("<|endoftext|>]]") == 2 and "]]\n\n### Instruction:\nAnd again?\n\n### Response:\n[[" in shown
-
-
-def test_color_is_for_terminals_whose_user_does_not_refuse_it(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert wants_color(True) and not wants_color(False)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_color(True)

@@ -124,6 +124,12 @@ def test_null_and_missing_values_are_gaps_and_validation_has_its_steps_tokens():
     np.testing.assert_array_equal(curves.val_loss, [9.0, math.nan])
 
 
+def test_validation_losses_that_are_drawn_together_are_of_the_same_texts():
+    evaluated = [(0, 9.0, 64), (10, 8.0, 64), (20, 7.0, 64), (20, 7.5, 1000)]  # the last: the whole split, at the end
+    curves = curves_of([{"step": step, "val_loss": loss, "val_tokens": n} for step, loss, n in evaluated])
+    assert curves.val_loss.tolist() == [9.0, 8.0, 7.0]
+
+
 def test_no_lines_are_empty_curves():
     assert len(curves_of([]).steps) == len(curves_of([]).val_tokens) == 0
 
