@@ -363,8 +363,7 @@ def from_json(text: str, cfg: TokenizerConfig, where: str = "the tokenizer") -> 
 def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer that `cfg.path` names: a tokenizer.json, a folder that holds one, or a hub name.
 
-    Raises TokenizerError for one that puts a space before each text: every document would begin with it, and no example of
-    fine-tuning would be what its row says.
+    Raises TokenizerError for one that puts a space before each text: no example would be what its row says.
     """
     tokenizer = _load_pretrained(cfg)
     probe = "x = 1\n"
@@ -395,7 +394,7 @@ def _load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
         except Exception as e:  # errors of connection, authorisation and name share no base class
             raise TokenizerError(
                 f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
-                f"{why or one_line(e)}; check the network and the name (a gated one needs "
-                f"its terms accepted on its page, and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
+                f"{why or one_line(e)}; check the network and the name (a gated one needs its terms accepted on its page, "
+                f"and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
             ) from None
     return load_json(path, cfg)

@@ -167,11 +167,10 @@ def test_a_setting_that_is_no_utf8_is_refused_with_the_way_out(flag, joined):
 
 
 def test_a_run_to_start_from_may_be_named_by_its_home(home):
-    from kindling.runs.checkpoint import CheckpointError
     from kindling.training.start_or_resume import load_initial_weights
 
     (home / "models/x").mkdir(parents=True)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(KindlingError) as error:
         load_initial_weights(None, "~/models/x", None)
     assert str(home / "models/x") in str(error.value)
     assert expand_home("~", "DIR") == home
