@@ -23,6 +23,8 @@ from fractions import Fraction
 from types import BuiltinFunctionType
 from typing import Any
 
+from kindling.sandbox.remote import NamedTuple
+
 PLAIN = frozenset({type(None), bool, int, float, str})
 SCALARS = PLAIN | {complex, bytes}
 DATES = (datetime.datetime, datetime.date, datetime.time)
@@ -117,6 +119,8 @@ class Arguments:
             return ("e", kind.__name__, value.name)
         if is_own and isinstance(value, tuple):
             return ("n", kind.__name__, self._all(value))
+        if kind is NamedTuple:
+            return ("N", value._class, self._all(value))
         if kind is range:
             return ("v", "builtins", "range", [value.start, value.stop, value.step])
         if kind is slice:
