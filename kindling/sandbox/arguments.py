@@ -41,7 +41,8 @@ def attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots too."""
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
     found = {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)}
-    return {**found, **getattr(value, "__dict__", {})}
+    named = getattr(value, "__dict__", {})
+    return {**found, **{name: held for name, held in named.items() if name != "__orig_class__"}}  # of Box[int](1)
 
 
 def base_of(cls: type) -> type | None:

@@ -36,7 +36,7 @@ from types import GeneratorType
 from typing import Any, Literal
 
 from kindling.sandbox import bubblewrap, syscall_filter
-from kindling.sandbox.arguments import PLAIN, Arguments, NotPlain
+from kindling.sandbox.arguments import SCALARS, Arguments, NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.remote import (
     QUESTIONS,
@@ -58,7 +58,7 @@ START_S = 30.0  # a process that has not started by then never will
 DEATH_S = 5.0  # for a process whose pipe is closed to end; a busy machine takes its time
 MAX_ANSWER = 2**20  # bytes: a list of 150,000 numbers
 MAX_ANSWERS = 2**24  # bytes of all answers of one program, for generators without end
-FIELDS = PLAIN | {list, tuple, dict, set}  # attributes of an error: what a test cannot call
+FIELDS = SCALARS | {list, tuple, dict, set}  # attributes of an error: what a test cannot call
 MIN_ANSWER = 64  # bytes that each answer counts for at least
 MAX_REASON = 200  # characters
 

@@ -13,7 +13,7 @@ import os
 import sys
 from _json import encode_basestring_ascii as quoted  # importing json takes as long as starting Python
 
-from kindling.sandbox.worker_values import Values, flat  # process.py sends it with this file
+from kindling.sandbox.worker_values import SCALARS, Values, flat  # process.py sends it with this file
 
 MAX_MESSAGE = 1000  # characters of an error's text
 NOTHING = '{"t":[null,{"d":[]}]}'  # what an error in carrying values says beside its text
@@ -86,7 +86,7 @@ def is_plain(value, depth=0):
     if type(value) in (list, tuple, set, dict):
         held = flat(value) if type(value) is dict else value
         return depth < MAX_PLAIN_DEPTH and len(held) <= MAX_MESSAGE and all(is_plain(v, depth + 1) for v in held)
-    return type(value) in (bool, int, float, type(None)) or (type(value) is str and len(value) <= MAX_MESSAGE)
+    return type(value) in SCALARS and (type(value) not in (str, bytes) or len(value) <= MAX_MESSAGE)
 
 
 def head(e, kind):

@@ -275,6 +275,7 @@ OWN = {
         "def f(x, seen=[]):" + DOC, "seen.append(x)\nreturn seen", "assert candidate(1) == [1] and candidate(2) == [1, 2]", "    return [x]"
     ),
 }  # fmt: skip
+BOX = "from dataclasses import dataclass\nfrom typing import Generic, TypeVar\nT = TypeVar('T')\n\n@dataclass\nclass Box(Generic[T]):\n    held: T\n\n"
 TYPED = "class Column:\n    def __init__(self, name, type):\n        self.name, self.type = name, type\n\n"
 BOTH = "class Bad(Exception):\n    def __init__(self, code, notes):\n        super().__init__(code)\n        self.code, self.notes = code, notes\n"
 FOUND = {
@@ -306,6 +307,19 @@ FOUND = {
     "coroutines that are gathered": Row(
         "async def f(x):" + DOC, "import asyncio\nawait asyncio.sleep(0)\nreturn 2 * x",
         "import asyncio\nasync def run():\n    return await asyncio.gather(candidate(1), candidate(2))\nassert asyncio.run(run()) == [2, 4]", "    return x"
+    ),
+    "an error of bytes": Row(
+        "def f(data):" + DOC, "return data.decode('ascii')",
+        "try:\n    candidate(b'a\\xff')\n    assert False\nexcept UnicodeDecodeError as e:\n    assert e.start == 1 and e.object == b'a\\xff'"
+    ),
+    "an object of a generic class": Row(
+        BOX + "def f(box):" + DOC, "return Box[str](str(box.held))",
+        "box = Box[int](3)\nassert candidate(box) == Box('3') and candidate(Box(4)).held == '4' and box == Box(3)"
+    ),
+    "the program's own objects in a set, and as keys": Row(
+        "def f(n):" + DOC, "class Node:\n    pass\nnodes = [Node() for _ in range(n)]\nfor a, b in zip(nodes, nodes[1:] + nodes[:1]):\n    a.next = b\nreturn {a: i for i, a in enumerate(nodes)}",
+        "found = candidate(3)\nassert list(found.values()) == [0, 1, 2]\nnode, seen = next(iter(found)), set()\nwhile node not in seen:\n    seen.add(node)\n    node = node.next\nassert seen == set(found)",
+        "    return dict(enumerate(range(n)))",
     ),
     "an item that is deleted": Row(
         "def f(d):" + DOC, "class Store:\n    def __init__(self):\n        self.d = d\n    def __delitem__(self, key):\n        del self.d[key]\nreturn Store()",
