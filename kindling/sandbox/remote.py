@@ -61,7 +61,7 @@ class RemoteObject:
     """An object of the program. It can be passed back, and its attributes can be used; it equals nothing."""
 
     __slots__ = ("__weakref__", "_number", "_program", "_type")
-    __hash__ = object.__hash__  # the same object is the same here
+    __hash__ = None  # type: ignore[assignment]  # its class may have values that are equal: a set would count them wrongly
 
     def __init__(self, program: Program, number: int | str, type_name: str):
         """`number`: the name of a function or class, or which of the program's other objects it is."""
@@ -146,6 +146,7 @@ class RemoteCoroutine(RemoteObject, Coroutine[Any, Any, Any]):
 
     __slots__ = ()
     cr_code = gi_code = None  # asyncio looks for them
+    __hash__ = object.__hash__  # asyncio.gather() wants it
 
     def __await__(self) -> Generator[Any, Any, Any]:
         yield from ()
