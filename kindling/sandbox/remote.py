@@ -146,7 +146,7 @@ class RemoteCoroutine(RemoteObject, Coroutine[Any, Any, Any]):
 
     __slots__ = ()
     cr_code = gi_code = None  # asyncio looks for them
-    __hash__ = object.__hash__  # asyncio.gather() wants it
+    __hash__ = object.__hash__  # type: ignore[assignment]  # asyncio.gather() wants it
 
     def __await__(self) -> Generator[Any, Any, Any]:
         yield from ()
