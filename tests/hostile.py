@@ -317,7 +317,7 @@ for name, attacks, data in [
     ("deep-value", "nesting that overflows a recursive function", """b'{"ok":' + b'{"l":[' * 400 + b']}' * 400 + b'}'"""),
     ("huge-int", "an int of 4,000 digits and one of 60,000", """b'{"ok":[' + b'9' * 4000 + b',' + b'9' * 60000 + b']}'"""),
     ("big-float", "a float beyond all floats", """b'{"ok":1e999999}'"""),
-    ("error", "an error that no terminal takes", r"""b'{"error":["\\ud800\\u001b[2J","a\\n' + b'x' * 9000 + b'"]}'"""),
+    ("error", "a text for no terminal", r"""b'{"error":[["\\ud800\\u001b["],"\\n' + b'x' * 900 + b'",{"t":[0,{"d":[]}]}]}'"""),
     ("handle-negative", "an object that is not there", """b'{"ok":{"h":[-1,"str"]}}'"""),
     ("handle-far", "an object that is not there", """b'{"ok":{"h":[99999999999999999999,"str"]}}'"""),
     ("handle-true", "an object whose number is none", """b'{"ok":{"h":[true,"str"]}}'"""),
@@ -328,8 +328,8 @@ for name, attacks, data in [
     ("builtin", "a builtin that is no type", """b'{"ok":{"y":"exec"}}'"""),
     ("range", "a range without end", """b'{"ok":{"r":[0,1000000000000000000]}}'"""),
     ("decimal", "a number that fills the memory", """b'{"ok":{"v":["Decimal",["1e999999999"]]}}'"""),
-    ("interrupt", "the user's Ctrl-C, as an error's name", """b'{"error":[["KeyboardInterrupt"],"x",null]}'"""),
-    ("assertion", "the error by which a test fails", """b'{"error":[["AssertionError"],"x",null]}'"""),
+    ("interrupt", "the user's Ctrl-C, as an error's name", """b'{"error":[["KeyboardInterrupt"],"x",{"t":[null,{"d":[]}]}]}'"""),
+    ("assertion", "the error by which a test fails", """b'{"error":[["AssertionError"],"x",{"t":[null,{"d":[]}]}]}'"""),
 ]:  # fmt: skip
     answer(name, f"the protocol: {attacks}", data)
 forge(

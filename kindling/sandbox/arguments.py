@@ -23,6 +23,8 @@ from fractions import Fraction
 from types import BuiltinFunctionType
 from typing import Any
 
+from kindling.sandbox.remote import NamedTuple
+
 PLAIN = frozenset({type(None), bool, int, float, str})
 SCALARS = PLAIN | {complex, bytes}
 DATES = (datetime.datetime, datetime.date, datetime.time)
@@ -39,7 +41,8 @@ def attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots too."""
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
     found = {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)}
-    return {**found, **getattr(value, "__dict__", {})}
+    named = getattr(value, "__dict__", {})
+    return {**found, **{name: held for name, held in named.items() if name != "__orig_class__"}}  # of Box[int](1)
 
 
 def base_of(cls: type) -> type | None:
@@ -117,6 +120,8 @@ class Arguments:
             return ("e", kind.__name__, value.name)
         if is_own and isinstance(value, tuple):
             return ("n", kind.__name__, self._all(value))
+        if kind is NamedTuple:
+            return ("N", value._class, self._all(value))
         if kind is range:
             return ("v", "builtins", "range", [value.start, value.stop, value.step])
         if kind is slice:

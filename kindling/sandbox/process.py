@@ -36,7 +36,7 @@ from types import GeneratorType
 from typing import Any, Literal
 
 from kindling.sandbox import bubblewrap, syscall_filter
-from kindling.sandbox.arguments import PLAIN, Arguments, NotPlain
+from kindling.sandbox.arguments import SCALARS, Arguments, NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.remote import (
     QUESTIONS,
@@ -58,6 +58,7 @@ START_S = 30.0  # a process that has not started by then never will
 DEATH_S = 5.0  # for a process whose pipe is closed to end; a busy machine takes its time
 MAX_ANSWER = 2**20  # bytes: a list of 150,000 numbers
 MAX_ANSWERS = 2**24  # bytes of all answers of one program, for generators without end
+FIELDS = SCALARS | {list, tuple, dict, set}  # attributes of an error: what a test cannot call
 MIN_ANSWER = 64  # bytes that each answer counts for at least
 MAX_REASON = 200  # characters
 
@@ -192,7 +193,7 @@ class Program:
 
     def _handles(self, request: tuple[Any, ...]) -> list[int]:
         """Return the numbers of the program's objects that a request uses."""
-        used = [*request[1:2], *(request[2] if request[0] == "call" else request[2:])]
+        used = [*request[1:2], *([*request[2], *request[3].values()] if request[0] == "call" else request[2:])]
         return [number for number in map(self._known, used) if isinstance(number, int)]
 
     def _known(self, value: Any) -> int | str | None:
@@ -276,20 +277,24 @@ class Program:
             ((kind, content),) = answer.items()
             if kind == "ok":
                 return decoder.decode(content, *behind)
-            names, message, told, fields = content
+            names, message, told = content
             if kind not in ("error", "unable") or not all(isinstance(text, str) for text in [*names, message]):
                 raise ValueError(kind)
-            fields = {k: v for k, v in decoder.decode(fields).items() if k not in QUESTIONS and type(v) in PLAIN}
             told, name = decoder.decode(told, *behind), names[0]
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as e:
+            if type(told) is not tuple or type(told[1]) is not dict:  # an object of the program's would be asked now
+                raise ValueError(kind)
+            fields = {k: v for k, v in told[1].items() if k not in QUESTIONS and type(v) in FIELDS}
+        except Exception as e:
             raise ProgramError("exception", f"the answer is malformed ({type(e).__name__})") from None
         known = {"MemoryError": "memory", "SyntaxError": "syntax", "IndentationError": "syntax", "TabError": "syntax"}
         error = ProgramError(known.get(name, "exception"), f"{name}: {message}" if message else name)
         if action == "load" or kind == "unable":  # not an error that the program raised in a call
             raise error
         # elsewhere a StopIteration would end the test's own loop in silence
-        ends = action in ("next", "send", "anext") or not {"StopIteration", "StopAsyncIteration"} & set(names)
-        raise (awaited(error, names, message, told, self._own, fields) if ends else None) or error
+        raised = awaited(error, names, message, told[0], self._own, fields)
+        if isinstance(raised, (StopIteration, StopAsyncIteration)) and action not in ("next", "send", "anext"):
+            raised = None
+        raise error if raised is None else raised
 
     def _fail(self, kind: str, reason: str) -> None:
         """End what the test does now, and never let it pass."""

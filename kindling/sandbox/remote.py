@@ -37,11 +37,31 @@ class Program(Protocol):
         """Return the number and the type of an object of the program."""
 
 
+class NamedTuple(tuple):
+    """A named tuple of a class that only the program has."""
+
+    _name: str
+    _fields: tuple[str, ...]
+    _class: int
+    """Which of the program's objects its class is."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name[0] != "_" and name in self._fields:  # also if a tuple has a method of this name, such as count
+            return self[self._fields.index(name)]
+        return tuple.__getattribute__(self, name)
+
+    def __repr__(self) -> str:
+        return f"{self._name}({', '.join(f'{name}={value!r}' for name, value in self._asdict().items())})"
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self))
+
+
 class RemoteObject:
     """An object of the program. It can be passed back, and its attributes can be used; it equals nothing."""
 
     __slots__ = ("__weakref__", "_number", "_program", "_type")
-    __hash__ = None  # type: ignore[assignment]  # mypy expects a method; None makes it unhashable
+    __hash__ = None  # type: ignore[assignment]  # its class may have values that are equal: a set would count them wrongly
 
     def __init__(self, program: Program, number: int | str, type_name: str):
         """`number`: the name of a function or class, or which of the program's other objects it is."""
@@ -96,6 +116,9 @@ class RemoteObject:
     def __setitem__(self, key: Any, value: Any) -> None:
         self._program.request("setitem", self, key, value)
 
+    def __delitem__(self, key: Any) -> None:
+        self._program.request("delitem", self, key)
+
 
 class RemoteFunction(RemoteObject):
     """What can be called: a function, a class, an object with `__call__`."""
@@ -123,6 +146,7 @@ class RemoteCoroutine(RemoteObject, Coroutine[Any, Any, Any]):
 
     __slots__ = ()
     cr_code = gi_code = None  # asyncio looks for them
+    __hash__ = object.__hash__  # type: ignore[assignment]  # asyncio.gather() wants it
 
     def __await__(self) -> Generator[Any, Any, Any]:
         yield from ()

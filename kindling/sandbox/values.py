@@ -13,7 +13,7 @@ from __future__ import annotations
 import builtins
 import datetime
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from decimal import Decimal
 from enum import Enum, Flag
 from fractions import Fraction
@@ -21,7 +21,7 @@ from typing import Any
 
 from kindling.sandbox.arguments import DATES, PLAIN, attributes, base_of
 from kindling.sandbox.finite import MAX_EXPANDED, hashable, require_different_hashes, require_finite
-from kindling.sandbox.remote import QUESTIONS
+from kindling.sandbox.remote import QUESTIONS, NamedTuple
 
 MAX_FLAGS = 256  # bits
 MAX_EXPONENT = 10_000  # of a Decimal: as an int, one of 10**9 would fill the memory
@@ -29,25 +29,11 @@ MAX_FRACTION_BITS = 100_000  # of a numerator or denominator: their greatest com
 FEW_BYTES = 2**17  # an answer of no more makes a set in a second, whatever its hashes
 
 
-class NamedTuple(tuple):
-    """A named tuple of a class that only the program has."""
-
-    _fields: tuple[str, ...]
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "_fields" and name in self._fields:
-            return self[self._fields.index(name)]
-        raise AttributeError(f"this named tuple has no field {name!r}")
-
-    def _asdict(self) -> dict[str, Any]:
-        return dict(zip(self._fields, self))
-
-
 class Answers:
     """Decodes answers. `given` are the objects of the request that can change; `remote` makes an object of the program's.
 
-    Every method raises ValueError, TypeError, LookupError, AttributeError, ArithmeticError or RecursionError for a form that the
-    worker does not write.
+    Every method raises an Exception of any class for a form that the worker does not write: methods of the problem's own
+    classes run too, such as `__hash__`.
     """
 
     def __init__(
@@ -195,6 +181,7 @@ class Answers:
         if tag == "m":
             number, form = inner
             self._number(number, made := self._empty(form))
+            self._referred.add(number)  # before it is filled: what it holds may lead back to it
             self._fill(made, form)
             return made
         if tag in ("h", "C", "x", "G", "w", "A"):
@@ -213,10 +200,11 @@ class Answers:
             found = getattr(builtins, inner)
             return found if type(found) is type else _refused(inner)
         if tag == "T":
-            made = NamedTuple(self._all(inner[2]))
-            made._fields = tuple(map(str, inner[1]))
-            for name, value in zip(made._fields, made):
-                _require_no_question(name, value, ())
+            name, fields, values, number = inner
+            if type(number) is not int or not QUESTIONS.isdisjoint(fields):
+                _refused(name)
+            made = NamedTuple(self._all(values))
+            made._name, made._fields, made._class = str(name), tuple(map(str, fields)), number
             return made
         name, parts = inner
         if tag == "k":
@@ -284,16 +272,9 @@ def _set_attributes(target: Any, values: dict[Any, Any], are_all: bool = True) -
         is_method = callable(getattr(cls, name, None)) if isinstance(name, str) else True
         if is_method and name in getattr(cls, "__dataclass_fields__", ()):
             is_method = False
-        if is_method or name.startswith("__"):
+        if is_method or name.startswith("__") or name in QUESTIONS:
             _refused(name)
-        _require_no_question(name, value, getattr(cls, "__annotations__", ()))
         object.__setattr__(target, name, value)
-
-
-def _require_no_question(name: str, value: Any, declared: Iterable[str]) -> None:
-    """Raise ValueError for an attribute that a test could call, so that the program, and not the test, gives the verdict."""
-    if name in QUESTIONS or (isinstance(value, type) and name not in declared):
-        _refused(name)
 
 
 def _write(target: Any, parts: Any) -> None:

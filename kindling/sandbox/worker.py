@@ -13,9 +13,11 @@ import os
 import sys
 from _json import encode_basestring_ascii as quoted  # importing json takes as long as starting Python
 
-from kindling.sandbox.worker_values import Values  # process.py sends it with this file
+from kindling.sandbox.worker_values import SCALARS, Values, flat  # process.py sends it with this file
 
 MAX_MESSAGE = 1000  # characters of an error's text
+NOTHING = '{"t":[null,{"d":[]}]}'  # what an error in carrying values says beside its text
+MAX_PLAIN_DEPTH = 3  # of what an error was raised with
 
 
 def confine(uid, memory_bytes, disk_bytes, cpu_s, processes, alarm_s):
@@ -55,6 +57,9 @@ def perform(values, action, *rest):
     if action == "setitem":
         rest[0][rest[1]] = rest[2]
         return None
+    if action == "delitem":
+        del rest[0][rest[1]]
+        return None
     if action in ("await", "anext"):
         import asyncio
 
@@ -76,21 +81,34 @@ def perform(values, action, *rest):
     return (len if action == "len" else iter if action == "iter" else next)(rest[0])
 
 
-def error(values, e, kind="error"):
-    """Return an error as JSON: the names of its classes, its text, and what it was raised with if that is plain.
+def is_plain(value, depth=0):
+    """Return whether a value is short plain data."""
+    if type(value) in (list, tuple, set, dict):
+        held = flat(value) if type(value) is dict else value
+        return depth < MAX_PLAIN_DEPTH and len(held) <= MAX_MESSAGE and all(is_plain(v, depth + 1) for v in held)
+    return type(value) in SCALARS and (type(value) not in (str, bytes) or len(value) <= MAX_MESSAGE)
+
+
+def head(e, kind):
+    """Return the start of an error as JSON: the names of its classes and its text.
 
     `kind` is error for one that the program raised, and unable for one in carrying its arguments or its answer.
     """
     try:
         message = str(e)[:MAX_MESSAGE]
-        plain = all(type(v) in (str, int, float, bool, type(None)) and len(str(v)) <= MAX_MESSAGE for v in e.args)
-        told = values.write(tuple(e.args[:10])) if plain else "null"
-        own = [v for k, v in e.__dict__.items() for v in (k, v) if type(v) in (str, int, float, bool, type(None))]
-        fields = values.write(dict(zip(own[::2], own[1::2])) if len(own) == 2 * len(e.__dict__) else {})
     except BaseException:
-        message, told, fields = "", "null", '{"d":[]}'
+        message = ""
     names = ",".join([quoted(cls.__name__[:MAX_MESSAGE]) for cls in type(e).__mro__[:20]])
-    return f'"{kind}":[[{names}],{quoted(message)},{told},{fields}]'
+    return f'"{kind}":[[{names}],{quoted(message)},'
+
+
+def contents(e):
+    """Return what an error was raised with, if that is plain, and its plain attributes."""
+    try:
+        args = e.args[:10]
+        return args if is_plain(args) else None, {k: v for k, v in e.__dict__.items() if is_plain(v)}
+    except BaseException:
+        return None, {}
 
 
 def serve(requests, answers, max_bytes):
@@ -123,13 +141,13 @@ def serve(requests, answers, max_bytes):
             try:
                 result = perform(values, *asked)
             except BaseException as e:  # SystemExit and KeyboardInterrupt too
-                answer = values.answer(error(values, e))
+                answer = values.answer(head(e, "error"), contents(e), "]")
             else:
                 answer = values.answer('"ok":', result)
             if len(answer) > max_bytes:
                 raise ValueError(f"the answer has {len(answer)} bytes and may have {max_bytes}")
         except BaseException as e:
-            answer = f"{{{error(values, e, 'unable')}}}"
+            answer = f"{{{head(e, 'unable')}{NOTHING}]}}"
         send(answer)
 
 

@@ -83,8 +83,8 @@ class Values:
             return getattr(self.module, rest[0])[rest[1]]
         if tag == "E":
             return getattr(self.module, rest[0])(rest[1])
-        if tag == "n":
-            cls = getattr(self.module, rest[0])
+        if tag in ("n", "N"):  # a named tuple, of the problem's or the program's class
+            cls = getattr(self.module, rest[0]) if tag == "n" else self.handles[rest[0]]
             return tuple.__new__(cls, self.read_all(rest[1]))
         number, *rest = rest
         self.given[number] = target = self.empty(tag, rest)  # before it is filled, because it may hold itself
@@ -205,13 +205,13 @@ class Values:
         self.alive.append(value)
         return number
 
-    def answer(self, text, *result):
-        """Return an answer as JSON: the text of an error or else the result, what has changed, and the objects of both."""
+    def answer(self, text, result, end=""):
+        """Return an answer as JSON: the result between two texts, what has changed, and the objects of both."""
         self.shared, n_handles = set(), len(self.handles)
         while True:
             self.numbers, self.count = {id(v): i for i, v in enumerate(self.given)}, len(self.given)
             self.again, self.made, self.alive, self.after = set(), [], [], {}  # type: ignore[var-annotated]
-            told = self.write(*result) if result else ""
+            told = self.write(result)
             changed = self.write_changes() if self.given else ""
             behind = []
             for number, value in self.made:  # which grows meanwhile
@@ -220,7 +220,7 @@ class Values:
                 for number, held in self.after.items():
                     self.entries[number][1] = held
                 made = f',"made":[{",".join(behind)}]' if behind else ""
-                return f"{{{text}{told}{changed}{made}}}"
+                return f"{{{text}{told}{end}{changed}{made}}}"
             self.shared |= self.again
             for value in self.handles[n_handles:]:
                 del self.handle_of[id(value)]
@@ -272,7 +272,8 @@ class Values:
             return f'{{"d":{self.write_all(flat(value), depth)}}}'
         if isinstance(value, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
             fields = ",".join([quoted(str.__str__(field)) for field in kind._fields])
-            return f'{{"T":[{quoted(kind.__name__)},[{fields}],{self.write_all(tuple.__iter__(value), depth)}]}}'
+            values = self.write_all(tuple.__iter__(value), depth)
+            return f'{{"T":[{quoted(kind.__name__)},[{fields}],{values},{self.handle(kind)}]}}'
         for base, tag in ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "f")):
             if isinstance(value, base):
                 return f'{{"{tag}":{self.write_all(base.__iter__(value), depth)}}}'  # type: ignore[arg-type]
@@ -292,14 +293,18 @@ class Values:
                 for field in fields.values() if type(fields) is dict else ():
                     if field.default is value:
                         return f'{{"D":[{quoted(name)},{quoted(field.name)}]}}'
-        number = self.handle_of.setdefault(id(value), len(self.handles))
-        if number == len(self.handles):
-            self.handles.append(value)
-        kind = type(value)
+        number, kind = self.handle(value), type(value)
         tag = "G" if kind is type(_ for _ in ()) else "x" if hasattr(kind, "__next__") else "h"
         tag = "A" if tag == "h" and hasattr(kind, "__anext__") else tag
         tag = "w" if tag == "h" and hasattr(kind, "__await__") else "C" if tag == "h" and callable(value) else tag
         return f'{{"{tag}":[{number},{quoted(kind.__name__)}]}}'
+
+    def handle(self, value):
+        """Return the number of an object that stays here."""
+        number = self.handle_of.setdefault(id(value), len(self.handles))
+        if number == len(self.handles):
+            self.handles.append(value)
+        return number
 
     def write_changes(self):
         """Return the arguments that a call has changed as JSON, each with its number."""
@@ -353,7 +358,8 @@ def attributes(value):
     """Return the attributes of an object, those in slots too."""
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
     found = {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)}
-    return {**found, **getattr(value, "__dict__", {})}
+    named = getattr(value, "__dict__", {})
+    return {**found, **{name: held for name, held in named.items() if name != "__orig_class__"}}  # of Box[int](1)
 
 
 def parts(value):

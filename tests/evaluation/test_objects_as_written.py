@@ -275,7 +275,53 @@ OWN = {
         "def f(x, seen=[]):" + DOC, "seen.append(x)\nreturn seen", "assert candidate(1) == [1] and candidate(2) == [1, 2]", "    return [x]"
     ),
 }  # fmt: skip
-ROWS = RINGS | CLASSES | LATER | SAID | OWN
+BOX = "from dataclasses import dataclass\nfrom typing import Generic, TypeVar\nT = TypeVar('T')\n\n@dataclass\nclass Box(Generic[T]):\n    held: T\n\n"
+TYPED = "class Column:\n    def __init__(self, name, type):\n        self.name, self.type = name, type\n\n"
+BOTH = "class Bad(Exception):\n    def __init__(self, code, notes):\n        super().__init__(code)\n        self.code, self.notes = code, notes\n"
+FOUND = {
+    "fields of a named tuple that a tuple has too": Row(
+        "def f(x):" + DOC, "from collections import namedtuple\nreturn namedtuple('Hit', 'index count')(x, 4)",
+        "hit = candidate(3)\nassert hit.index == 3 and hit.count == 4 and hit == (3, 4) and repr(hit) == 'Hit(index=3, count=4)'",
+        "    from collections import namedtuple\n    return namedtuple('Hit', 'index count')(4, x)",
+    ),
+    "a named tuple that is handed back": Row(
+        "def f(x):" + DOC, "from collections import namedtuple\nif isinstance(x, tuple):\n    return x.a + x.b\nreturn namedtuple('P', 'a b')(x, [1])",
+        "p = candidate([2])\nassert p.a == [2] and candidate(p) == [2, 1]",
+        "    return x",
+    ),
+    "a generator as a keyword, which changes an argument of an earlier call": Row(
+        "def f(a, g=None):" + DOC, "def step():\n    while True:\n        a.append(1)\n        yield 1\nreturn step() if g is None else next(g)",
+        "a = []\ng = candidate(a)\nassert candidate(0, g=g) == 1 and a == [1]", "    return 1"
+    ),
+    "an attribute that is a type": Row(
+        TYPED + "def f(row):" + DOC, "return [Column(k, type(v)) for k, v in row.items()]",
+        "a, b = candidate({'a': 1, 'b': ''})\nassert a.type is int and b.type is str and b.name == 'b'",
+        "    return [Column(k, int) for k in row]",
+    ),
+    "an error raised with a tuple and a list": Row(
+        BOTH + "\ndef f(key):" + DOC, "if key:\n    return {}[key]\nraise Bad((1, 2), [key])",
+        "try:\n    candidate((1, 2))\n    assert False\nexcept KeyError as e:\n    assert e.args == ((1, 2),) and str(e) == '(1, 2)'\n"
+        "try:\n    candidate(0)\n    assert False\nexcept Bad as e:\n    assert e.args == ((1, 2),) and e.code == (1, 2) and e.notes == [0]",
+        "    raise KeyError('(1, 2)')",
+    ),
+    "coroutines that are gathered": Row(
+        "async def f(x):" + DOC, "import asyncio\nawait asyncio.sleep(0)\nreturn 2 * x",
+        "import asyncio\nasync def run():\n    return await asyncio.gather(candidate(1), candidate(2))\nassert asyncio.run(run()) == [2, 4]", "    return x"
+    ),
+    "an error of bytes": Row(
+        "def f(data):" + DOC, "return data.decode('ascii')",
+        "try:\n    candidate(b'a\\xff')\n    assert False\nexcept UnicodeDecodeError as e:\n    assert e.start == 1 and e.object == b'a\\xff'"
+    ),
+    "an object of a generic class": Row(
+        BOX + "def f(box):" + DOC, "return Box[str](str(box.held))",
+        "box = Box[int](3)\nassert candidate(box) == Box('3') and candidate(Box(4)).held == '4' and box == Box(3)"
+    ),
+    "an item that is deleted": Row(
+        "def f(d):" + DOC, "class Store:\n    def __init__(self):\n        self.d = d\n    def __delitem__(self, key):\n        del self.d[key]\nreturn Store()",
+        "d = {1: 2, 3: 4}\ns = candidate(d)\ndel s[1]\nassert d == {3: 4}", "    return dict(d)"
+    ),
+}  # fmt: skip
+ROWS = FOUND | RINGS | CLASSES | LATER | SAID | OWN
 
 
 @pytest.mark.parametrize("name", ROWS)
