@@ -69,9 +69,9 @@ def stream(
     model: Model, ids: list[int], sampling: Sampling, eos_id: int, healing: Healing | None = None
 ) -> Iterator[int]:
     """Yield new tokens after the prompt `ids`, until end-of-text, the limit, or a full context."""
-    model.length = 0
+    cache = model.new_cache()
     rng = np.random.default_rng(sampling.seed)
-    logits = model.forward_cached(ids)
+    logits = model.forward_cached(ids, cache)
     out: list[int] = []
     for left in range(min(sampling.max_new_tokens, model.block_size - len(ids)), 0, -1):
         mask = None if healing is None else healing.allowed(out)
@@ -81,7 +81,7 @@ def stream(
         out.append(token)
         yield token
         if left > 1:
-            logits = model.forward_cached([token])
+            logits = model.forward_cached([token], cache)
 
 
 class Completer:

@@ -5,7 +5,8 @@
 Decoding: the `code-50m` shape with random weights, a prompt of 128 tokens, 128 new ones, greedy, batch 1, without end of text;
 all ways in turn, in one process, in rounds. The rate is that of the 127 tokens after the first; medians, the best round, and
 the median ratio within rounds. Completion: the `autocomplete` shape in processes of its own, from the start to the first
-token, then tokens a second, and peak memory. Random weights cost the same time as trained ones. Writes
+token, then tokens a second, and peak memory. Serving: the same shape with the kernel in C, a prompt of 200 tokens, and the next
+token of 1 and of 16 texts after it. Random weights cost the same time as trained ones. Writes
 `benchmarks/results/local/generation.json`.
 """
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from model import TransformersGPT2
 
 ROUNDS, PROMPT, NEW = 7, 128, 128
+SERVED, ROWS = 200, 16  # tokens before the cursor, and texts at once
 Way = Callable[[], Iterator[int]]  # gives the new tokens, each as it is made
 
 
@@ -203,6 +205,34 @@ print(json.dumps([first - started, rate, autocomplete.peak_memory_bytes()]))
     }
 
 
+def serving(folder: Path) -> dict[str, float]:
+    """Return seconds of one call of the kernel in C: a prompt, the next token of one text, and of many texts."""
+    from kindling.int8.model import Model
+
+    model = Model(folder)
+    model.compile()
+    ids = [(i * i * 31 + 7) % model.m["vocab_size"] for i in range(SERVED)]
+    cache = model.new_cache(ROWS)
+
+    def call(rows: int, new: list[int]) -> float:
+        for row in range(rows):
+            cache.truncate(row, SERVED - len(new))
+        started = time.perf_counter()
+        model.forward([(row, new) for row in range(rows)], cache)
+        return time.perf_counter() - started
+
+    for row in range(ROWS):
+        model.forward_cached(ids, cache, row)
+    shapes = {f"prompt of {SERVED} tokens": (1, ids), "1 text": (1, ids[-1:]), f"{ROWS} texts": (ROWS, ids[-1:])}
+    seconds: dict[str, list[float]] = {name: [] for name in shapes}
+    for _ in range(3 * ROUNDS):
+        for name, shape in shapes.items():
+            seconds[name].append(call(*shape))
+    found = {f"{name}, ms": 1000 * statistics.median(times) for name, times in seconds.items()}
+    ratios = [ROWS * one / many for one, many in zip(seconds["1 text"], seconds[f"{ROWS} texts"])]
+    return found | {f"tokens/s of {ROWS} texts, times 1 text": statistics.median(ratios)}
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results: dict[str, Any] = {"cores": os.cpu_count(), "python": sys.version.split()[0]}
@@ -213,6 +243,7 @@ def main() -> None:
             results |= {
                 f"completion: {key}": value for key, value in completion(folder / "autocomplete", kernel).items()
             }
+        results |= {f"serving: {key}": value for key, value in serving(folder / "autocomplete").items()}
         results |= {f"decoding: {key}": value for key, value in decoding(folder).items()}
     for key, value in results.items():
         print(f"{key:<70} {value:,.2f}" if isinstance(value, float) else f"{key:<70} {value}")

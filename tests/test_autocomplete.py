@@ -29,7 +29,9 @@ SHAPES = {
     for name, make in PRESETS.items()
     if not make().data.instructions
 } | {
-    "grouped": ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=32, vocab_size=320, position="rope"),
+    "grouped": ModelConfig(
+        n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=150, vocab_size=320, position="rope"
+    ),
     "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, bigram_rows=101),
 }
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
@@ -83,26 +85,88 @@ def test_a_text_read_in_pieces_gives_the_logits_of_the_whole(exports, name):
     model = Model(exports[name][0])
     ids = list(range(100, 120))
     whole = model.logits(ids)
-    model.length = 0
-    model.forward_cached(ids[:7])
-    model.forward_cached(ids[7:12])
-    pieces = [model.forward_cached([token]).copy() for token in ids[12:]]
+    cache = model.new_cache()
+    model.forward_cached(ids[:7], cache)
+    model.forward_cached(ids[7:12], cache)
+    pieces = [model.forward_cached([token], cache) for token in ids[12:]]
     assert np.allclose(pieces, whole[12:], atol=1e-4)
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+@pytest.fixture(scope="module")
+def compiled(exports):
+    """The models of `exports`, with the kernel in C."""
+    if not HAS_COMPILER:
+        pytest.skip("there is no C compiler")
+    models = {name: Model(folder) for name, (folder, _) in exports.items()}
+    for model in models.values():
+        model.compile()
+    return models
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    """The kernel rounds activations."""
+    assert np.abs(actual - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 320, n).tolist()
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_kernel_in_c_computes_what_numpy_does(exports, name):
-    by_numpy, by_c = Model(exports[name][0]), Model(exports[name][0])
-    by_c.compile()
-    for token in (*range(100, 110), 100):
-        if token == 100:  # a new text, whose first token has none before it
-            by_numpy.length = by_c.length = 0
-        if token == 105:
-            by_numpy.forward_cached([5, 6, 7])
-            by_c.forward_cached([5, 6, 7])
-        expected = by_numpy.forward_cached([token])
-        assert np.abs(by_c.forward_cached([token]) - expected).max() < 2e-3 * np.abs(expected).max()
+def test_the_kernel_in_c_computes_what_numpy_does(exports, compiled, name):
+    by_numpy, by_c = Model(exports[name][0]), compiled[name]
+    ids = random_ids(by_c.block_size)
+    assert_close(by_c.logits(ids), by_numpy.logits(ids))
+    caches = by_numpy.new_cache(3), by_c.new_cache(3)
+    every = True
+    for texts in (
+        [(0, [5, 6, 7]), (2, [9])],
+        [(1, ids[:9]), (2, [8, 100]), (0, [4])],
+        [(0, [1])],
+        [(2, [3]), (1, [2])],
+    ):
+        every = not every
+        expected, actual = (model.forward(texts, cache, every) for model, cache in zip((by_numpy, by_c), caches))
+        assert expected.shape == actual.shape
+        assert_close(actual, expected)
+    assert caches[0].lengths == caches[1].lengths == [5, 10, 4]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_text_has_the_same_bits_in_any_pieces_and_any_company(compiled, name):
+    model = compiled[name]
+    texts = [random_ids(model.block_size - 3 * i, i) for i in range(4)]  # more tokens than are worked on at once
+    alone = [model.logits(ids) for ids in texts]
+    together = model.forward(list(enumerate(texts)), model.new_cache(4), every=True)
+    assert np.array_equal(together, np.concatenate(alone))
+    ends = model.forward(list(enumerate(texts)), model.new_cache(4))
+    assert np.array_equal(ends, [logits[-1] for logits in alone])
+    cache, done = model.new_cache(4), [0] * 4
+    while any(left := [len(ids) - n for ids, n in zip(texts, done)]):
+        rows = [row for row in (3, 1, 0, 2) if left[row] and (row < 2 or sum(done) % 3)]  # rows join, wait and end
+        rows = rows or [row for row in range(4) if left[row]]
+        sizes = [min(left[row], 1 if row == 1 else 1 + (sum(done) + 5 * row) % 11) for row in rows]
+        logits = model.forward([(row, texts[row][done[row] : done[row] + n]) for row, n in zip(rows, sizes)], cache)
+        for row, n, after in zip(rows, sizes, logits):
+            done[row] += n
+            assert np.array_equal(after, alone[row][done[row] - 1])
+    assert cache.tokens == texts
+
+
+@pytest.mark.parametrize("name", ["grouped", "pairs"])
+@pytest.mark.parametrize("kernel", ["numpy", "c"])
+def test_a_kept_prefix_goes_on_as_another_text(exports, compiled, name, kernel):
+    model = compiled[name] if kernel == "c" else Model(exports[name][0])
+    first, second, ends = random_ids(20, 1), random_ids(25, 2), random_ids(6, 3)
+    cache, other = model.new_cache(2), model.new_cache(1)
+    model.forward([(0, first), (1, second)], cache)
+    other.copy_row(0, cache, 1, 13)
+    cache.truncate(1, 8)
+    cache.truncate(0, 0)
+    logits = [*model.forward([(1, ends), (0, ends)], cache), model.forward_cached(ends, other)]
+    for found, text in zip(logits, (second[:8], [], second[:13])):
+        assert np.allclose(found, model.logits(text + ends)[-1], atol=0 if kernel == "c" else 1e-4, rtol=0)
+    assert cache.tokens == [ends, second[:8] + ends] and other.lengths == [19]
 
 
 def test_an_export_of_before_the_table_of_pairs_is_read(exports, tmp_path):
@@ -200,7 +264,7 @@ def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
     texts = completer.spellings
     asked = []
 
-    def logits(self, ids):
+    def logits(self, ids, cache):
         """Prefers the longest token that is allowed, then always the one that was best."""
         asked.append(list(ids))
         return np.array([len(text) for text in texts] + [0] * (320 - len(texts)), np.float32)

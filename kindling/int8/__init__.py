@@ -1,4 +1,5 @@
 """The runtime without PyTorch, for autocomplete.py.
 
-Read model.py (a model with int8 weights in NumPy), then kernel.py and kernel.c (one token in C). It must never import torch.
+Read model.py (a model with int8 weights in NumPy) and cache.py, then kernel.py and kernel.c (the same in C). It
+must never import torch.
 """

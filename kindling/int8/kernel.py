@@ -1,7 +1,7 @@
-"""One token through an int8 model in C, compiled for this machine at the first use.
+"""Many tokens through an int8 model in C, compiled for this machine at the first use.
 
-    step = build(model)             # a kindling.int8.model.Model
-    step(token, pair, position)     # logits (V,); adds keys and values to the model's cache
+    forward = build(model)          # a kindling.int8.model.Model
+    forward(cache, tokens)          # logits (N, V) after the tokens that want them; adds keys and values to the cache
 
     python autocomplete.py runs/demo --prompt "def " --kernel c
 
@@ -25,26 +25,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kindling.int8.cache import Cache
 from kindling.openmp import limit_spinning
 
 SOURCE = Path(__file__).with_name("kernel.c")
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-# Sums may be in any order, because compilers vectorise them only then. Not -ffast-math: it would change how the whole process
-# treats denormal numbers. Some compilers (Apple's) have no OpenMP, so there are flags without it.
-COMMON = [
-    "-O3",
-    NATIVE,
-    "-fassociative-math",
-    "-fno-signed-zeros",
-    "-fno-trapping-math",
-    "-fno-math-errno",
-    "-shared",
-    "-fPIC",
-]
+# Nothing that changes a result: a text must have the same logits in any company. Not -ffast-math, which would also change how
+# the whole process treats denormal numbers. Some compilers (Apple's) have no OpenMP, so there are flags without it.
+COMMON = ["-O3", NATIVE, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC"]
 FLAGS = [[*COMMON, *threads] for threads in (["-fopenmp"], [])]
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "relu2", "swiglu")  # the order of the enum in C
+ROOM = 64  # tokens worked on at once: their vectors fit a core's cache, and weights are read once for all of them
 
-Step = Callable[[int, int, int], np.ndarray]
+Forward = Callable[[Cache, np.ndarray], np.ndarray]
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -74,9 +67,10 @@ class _Block(ctypes.Structure):
     ]
 
 
-_SIZES = ("n_layer", "n_head", "n_kv", "head_dim", "n_embd", "d_ff", "block_size", "activation", "rms", "qk_norm")
-_TABLES = ("wpe", "cos", "sin", "keys", "values")
-_ROOMS = ("x", "y", "qkv", "h", "g", "scores", "rounded")
+_SIZES = ("n_layer", "n_head", "n_kv", "head_dim", "n_embd", "d_ff", "block_size", "activation", "rms", "qk_norm",
+          "room")  # fmt: skip
+_TABLES = ("wpe", "cos", "sin")
+_ROOMS = ("x", "y", "qkv", "h", "g", "back", "rounded")
 
 
 class _Model(ctypes.Structure):
@@ -90,6 +84,10 @@ class _Model(ctypes.Structure):
         ("norm_f", _Norm),
         *((name, _pointer) for name in (*_TABLES, *_ROOMS)),
     ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in ("keys", "values", "key_scale", "value_scale")]
 
 
 def _address(array: np.ndarray | None) -> int | None:
@@ -109,19 +107,20 @@ def _norm(norm: Any) -> _Norm:
     return _Norm() if norm is None else _Norm(_address(norm.weight), _address(norm.bias))
 
 
-def build(model: Any) -> Step:
-    """Return a function that gives the logits (V,) after a token; they are valid until the next call.
+def build(model: Any) -> Forward:
+    """Return a function that extends a cache by the next tokens of its rows, and gives the logits of those that want them.
 
-    It takes the token, its row of the bigram hash embedding (0 if there is none) and its position. `model` is a
-    `kindling.int8.model.Model`; the function reads and extends its cache. Raises KernelError if the kernel cannot be compiled.
+    It takes the cache and the tokens (T, 5) int64, each a `Token` of kernel.c, those of a row in their order; they are used up.
+    `model` is a `kindling.int8.model.Model`. Raises KernelError if the kernel cannot be compiled.
     """
-    function = _library().step
-    function.argtypes, function.restype = [ctypes.POINTER(_Model), _integer, _integer, _integer, _pointer], None
+    function = _library().forward
+    function.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Cache), _integer, _pointer, _pointer]
+    function.restype = None
     m = model.m
     n_ff = model.blocks[0].up.q.shape[0]
     qkv = model.blocks[0].qkv.q.shape[0]
     sizes = (m["n_layer"], model.n_head, model.kv_heads, model.head_dim, m["n_embd"], n_ff, m["block_size"],
-             ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", m["qk_norm"])  # fmt: skip
+             ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", m["qk_norm"], ROOM)  # fmt: skip
     blocks = (_Block * m["n_layer"])(
         *(
             _Block(
@@ -132,22 +131,24 @@ def build(model: Any) -> Step:
         )
     )
     widest = max(n_ff, m["n_embd"])
-    lengths = (m["n_embd"], m["n_embd"], qkv, widest, widest, model.n_head * m["block_size"])
-    rooms = [np.empty(n, np.float32) for n in lengths] + [np.empty(widest, np.int16)]
-    tables = [model.wpe, model.cos, model.sin, model.keys, model.values]
+    lengths = (m["n_embd"], m["n_embd"], qkv, widest, widest, 1)
+    rooms = [np.empty(ROOM * n, np.float32) for n in lengths] + [np.empty(ROOM * widest, np.int16)]
     struct = _Model(*sizes, m["norm_eps"], blocks, _matrix(model.wte), _matrix(model.wtp), _matrix(model.head),
-                    _norm(model.norm_f), *map(_address, (*tables, *rooms)))  # fmt: skip
-    logits = np.empty(len(model.head.q), np.float32)
+                    _norm(model.norm_f), *map(_address, (model.wpe, model.cos, model.sin, *rooms)))  # fmt: skip
     n_pairs = 1 if model.wtp is None else len(model.wtp.q)
+    each = (m["n_layer"], model.kv_heads, m["block_size"], model.head_dim)
 
-    def step(token: int, pair: int, position: int) -> np.ndarray:
+    def forward(cache: Cache, tokens: np.ndarray) -> np.ndarray:
         # the struct holds addresses only; this function keeps the arrays alive
-        assert len(rooms) == len(_ROOMS) and 0 <= position < m["block_size"]
-        assert 0 <= token < len(model.wte.q) and 0 <= pair < n_pairs
-        function(struct, token, pair, position, logits.ctypes.data)
+        assert len(rooms) == len(_ROOMS) and cache.keys.shape[1:] == each and cache.keys.dtype == np.int16
+        limits = (len(model.wte.q), n_pairs, len(cache.keys), m["block_size"], 2)
+        assert tokens.dtype == np.int64 and tokens.min() >= 0 and (tokens.max(0) < limits).all()
+        logits = np.empty((int(tokens[:, -1].sum()), len(model.head.q)), np.float32)
+        kept = _Cache(*map(_address, (cache.keys, cache.values, cache.key_scale, cache.value_scale)))
+        function(struct, kept, len(tokens), tokens.ctypes.data, logits.ctypes.data)
         return logits
 
-    return step
+    return forward
 
 
 def cache_folder() -> Path:

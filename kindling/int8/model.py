@@ -1,10 +1,14 @@
 """A model with int8 weights in NumPy: every architecture of `config.ModelConfig`, with a key / value cache.
 
     model = Model(Path("runs/demo/export/int8"))
-    logits = model.forward_cached(ids)            # then one token at a time: model.forward_cached([token])
+    cache = model.new_cache()
+    logits = model.forward_cached(ids, cache)     # then one token at a time: model.forward_cached([token], cache)
+
+    cache = model.new_cache(16)                   # many texts: the next tokens of some rows, however many of each
+    logits = model.forward([(0, ids), (3, [token])], cache)
 
 The weights stay int8 and memory-mapped; blocks of rows are converted to float32 when they are multiplied. After
-`model.compile()`, single tokens are run by a kernel in C (`kernel.py`).
+`model.compile()`, a kernel in C does the work (`kernel.py`). Limit: a model runs one call at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from kindling.int8.cache import Cache
 
 FORMAT = 1  # the version of config.json
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -152,7 +158,7 @@ class Block(NamedTuple):
 
 
 class Model:
-    """An exported model, and the keys and values of its tokens so far."""
+    """An exported model."""
 
     def __init__(self, folder: Path):
         """Open an export; its weights are memory-mapped.
@@ -171,9 +177,6 @@ class Model:
 
     def _build(self, m: dict[str, Any], tensors: dict[str, Array]) -> None:
         self.m = m
-        self.length = self.last = (
-            0  # the number of tokens so far, and the last one; `last` means nothing if there are none
-        )
         self.n_head, self.kv_heads = m["n_head"], m["n_kv_head"] or m["n_head"]
         self.head_dim = m["n_embd"] // m["n_head"]
         block = np.empty(max([BLOCK, *(t.shape[1] for t in tensors.values() if t.dtype == np.int8)]), np.float32)
@@ -202,18 +205,16 @@ class Model:
             )
             for i in range(m["n_layer"])
         ]
-        shape = (m["n_layer"], self.kv_heads, m["block_size"], self.head_dim)
-        self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.cos: Array | None = None  # (block_size, D), like sin, if positions are rotary
         self.sin: Array | None = None
-        self.step: Callable[[int, int, int], Array] | None = None  # the kernel in C
+        self.kernel: Callable[[Cache, Array], Array] | None = None  # in C
         if m["position"] == "rope":
             rate = m["rope_theta"] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)  # (D/2,)
             angle = np.outer(np.arange(m["block_size"]), np.tile(rate, 2))  # (T, D)
             self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
     def compile(self) -> None:
-        """Run single tokens with the kernel in C from now on. Raises CompletionError if it cannot be compiled."""
+        """Use the kernel in C from now on. Raises CompletionError if it cannot be compiled."""
         try:
             from kindling.int8.kernel import KernelError, build
         except ImportError:
@@ -221,7 +222,7 @@ class Model:
                 "--kernel c must find kindling/int8/kernel.py and kernel.c, but one is missing; copy them"
             ) from None
         try:
-            self.step = build(self)
+            self.kernel = build(self)
         except KernelError as e:
             raise CompletionError(str(e)) from None
 
@@ -230,45 +231,71 @@ class Model:
         """Context length in tokens."""
         return self.m["block_size"]
 
-    def forward_cached(self, ids: list[int]) -> Array:
-        """Run the next tokens; return the logits (V,) after the last. They must fit in the context."""
-        if self.step is not None and len(ids) == 1 and self.length < self.block_size:
-            pair = 0 if self.wtp is None else int(self._pairs(ids, self.wtp)[0])
-            self.length, self.last = self.length + 1, ids[0]
-            return self.step(ids[0], pair, self.length - 1)
-        return self.head(self._hidden(ids)[-1:])[0]
+    def new_cache(self, n_rows: int = 1) -> Cache:
+        """Return an empty cache for this many texts, to be used with the present kernel."""
+        shape = (n_rows, self.m["n_layer"], self.kv_heads, self.block_size, self.head_dim)
+        return Cache(shape, rounded=self.kernel is not None)
+
+    def forward_cached(self, ids: list[int], cache: Cache, row: int = 0) -> Array:
+        """Run the next tokens of one row; return the logits (V,) after the last. They must fit in the context."""
+        return self.forward([(row, ids)], cache)[0]
 
     def logits(self, ids: list[int]) -> Array:
         """Return the logits (T, V) after each token of a new text."""
-        self.length = 0
-        return self.head(self._hidden(ids))
+        return self.forward([(0, ids)], self.new_cache(), every=True)
 
-    def _pairs(self, ids: list[int], table: Matrix) -> Array:
-        """Return the rows (T,) of the bigram hash embedding for the next tokens."""
-        idx = np.array([self.last if self.length else -1, *ids], np.int64)
+    def forward(self, texts: list[tuple[int, list[int]]], cache: Cache, every: bool = False) -> Array:
+        """Run the next tokens of some rows; return the logits after the last of each, (N, V), or after `every` token.
+
+        They must fit in the context. The kernel in C gives a text the same bits in any company, and in any pieces.
+        """
+        assert len({row for row, _ in texts}) == len(texts), "one text in a row"
+        for row, ids in texts:
+            assert 0 < len(ids) <= self.block_size - len(cache.tokens[row]), "the caller crops"
+        if self.kernel is None:
+            hidden = [self._hidden(ids, cache, row)[0 if every else -1 :] for row, ids in texts]
+            return np.concatenate([self.head(x).copy() for x in hidden])  # of a single token it is a buffer
+        steps: list[tuple[int, ...]] = []  # the fields of a Token in kernel.c
+        for row, ids in texts:
+            start = len(cache.tokens[row])
+            pairs = [0] * len(ids) if self.wtp is None else self._pairs(ids, cache.tokens[row], self.wtp)
+            steps += zip(ids, pairs, [row] * len(ids), range(start, start + len(ids)), [every] * len(ids))
+            steps[-1] = (*steps[-1][:-1], True)
+        logits = self.kernel(cache, np.array(steps, np.int64))
+        for row, ids in texts:
+            cache.tokens[row] += ids
+        return logits
+
+    def _pairs(self, ids: list[int], before: list[int], table: Matrix) -> Array:
+        """Return the rows (T,) of the bigram hash embedding for the tokens that follow `before`."""
+        idx = np.array([*(before[-1:] or [-1]), *ids], np.int64)
         return bigram_ids(idx[1:], idx[:-1], len(table.q))
 
-    def _hidden(self, ids: list[int]) -> Array:
-        """Return the features (T, C) of the next tokens, and store their keys and values."""
-        start, stop = self.length, self.length + len(ids)
-        assert 0 < len(ids) <= self.block_size - start, "the caller crops"
+    def _hidden(self, ids: list[int], cache: Cache, row: int) -> Array:
+        """Return the features (T, C) of a row's next tokens, and store their keys and values."""
+        start = len(cache.tokens[row])
+        stop = start + len(ids)
         x = self.wte.rows(ids)  # (T, C)
         if self.wtp is not None:
-            x += self.wtp.rows(self._pairs(ids, self.wtp))
+            x += self.wtp.rows(self._pairs(ids, cache.tokens[row], self.wtp))
         if self.wpe is not None:
             x += self.wpe[start:stop]
         for layer, block in enumerate(self.blocks):
-            y = self._attention(layer, block.qkv(block.norm_1(x)), start, stop)
+            y = self._attention(block.qkv(block.norm_1(x)), cache.keys[row, layer], cache.values[row, layer], start)
             x += y if block.proj is None else block.proj(y)
             y = block.norm_2(x)
             gate = None if block.gate is None else block.gate(y)
             x += block.down(activate(self.m["activation"], block.up(y), gate))
-        self.length, self.last = stop, ids[-1]
+        cache.tokens[row] += ids
         return x if self.norm_f is None else self.norm_f(x)
 
-    def _attention(self, layer: int, qkv: Array, start: int, stop: int) -> Array:
-        """Return the attention output (T, C) of the tokens start:stop, from qkv (T, (n_head + 2 * n_kv) * D)."""
+    def _attention(self, qkv: Array, keys: Array, values: Array, start: int) -> Array:
+        """Return the attention output (T, C) of the tokens from `start`, from qkv (T, (n_head + 2 * n_kv) * D).
+
+        keys and values (n_kv, block_size, D) are one row's of one layer, and are extended.
+        """
         T, D, n_head, n_kv = len(qkv), self.head_dim, self.n_head, self.kv_heads
+        stop = start + T
         qkv = qkv.reshape(T, n_head + 2 * n_kv, D).transpose(1, 0, 2)  # (H, T, D)
         q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
         if self.m["qk_norm"]:
@@ -276,8 +303,8 @@ class Model:
         if self.cos is not None and self.sin is not None:
             cos, sin = self.cos[start:stop], self.sin[start:stop]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        self.keys[layer, :, start:stop], self.values[layer, :, start:stop] = k, qkv[n_head + n_kv :]
-        keys, values = self.keys[layer, :, :stop], self.values[layer, :, :stop]  # (n_kv, S, D)
+        keys[:, start:stop], values[:, start:stop] = k, qkv[n_head + n_kv :]
+        keys, values = keys[:, :stop], values[:, :stop]  # (n_kv, S, D)
         q = (q * np.float32(1 / math.sqrt(D))).reshape(n_kv, -1, D)  # (n_kv, G * T, D)
         scores = q @ keys.transpose(0, 2, 1)  # (n_kv, G * T, S)
         if T > 1:
