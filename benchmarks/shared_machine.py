@@ -10,8 +10,8 @@ float32 and, where the processor multiplies it, bfloat16. The limits take turns 
 before` leaves the spinning as it is by default; `passive` is OMP_WAIT_POLICY=passive; a number is GOMP_SPINCOUNT.
 
 Figures are medians of rounds. `alone` is compared with `as before` in the same round; the others with the same training alone
-in the same round, and of two trainings the slower one counts. Writes `benchmarks/results/shared_machine.json` and the same as
-Markdown.
+in the same round, and of two trainings the slower one counts. Writes `benchmarks/results/local/shared_machine.json`, and the
+same as Markdown.
 
 Limit: the processes of a way are held at a time, two for each limit, about 0.7 GB each.
 """
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from child import Child, ChildError
+from machine import RESULTS
 from throughput_worker import Way
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT)]
 
 WORKER = ROOT / "benchmarks" / "throughput_worker.py"

@@ -117,7 +117,7 @@ def help_text(prog: str, description: str, flags: list[Flag], takes_config: bool
         said = "YAML with settings, such as a run's config.yaml or a part of one. Flags go over it."
         ways.append(Flag("config", "FILE", said, None, ("", "")))
     flags = [*flags[: (n := sum(f.positional for f in flags))], *ways, *flags[n:]]
-    usage = [f"usage: {prog}{arguments} [flags]", ""]
+    usage = [*textwrap.wrap(f"usage: {prog}{arguments} [flags]", width, subsequent_indent=INDENT), ""]
     if all_flags:
         return "\n".join([*usage, *wrapped(description, width), *_sections(flags, width)])
     summary = wrapped("\n\n".join(description.split("\n\n")[:2]), width)

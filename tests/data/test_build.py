@@ -598,7 +598,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
             SourceConfig(kind="datasets", path="nobody/nothing"),
             ["nobody/nothing", "hf auth login", "--data.sources.0.kind parquet"],
         ),
-        (SourceConfig(kind="files", path="blank"), ["train split must not be empty", "0 documents"]),
+        (SourceConfig(kind="files", path="blank"), ["at least one block of", "blank", "--model.block-size"]),
     ],
 )
 def test_a_source_that_cannot_be_used_is_one_line_with_a_way_out(source, words):
