@@ -71,8 +71,7 @@ class ModelConfig:
     qk_norm: bool = False
     """RMS-normalise the queries and keys of each head before attention. Has no parameters."""
     bigram_rows: int = 0
-    """Rows of the bigram hash embedding: a hash of the token and the one before it picks a row, which is added to the token's
-    embedding. 0: off."""
+    """Rows of the bigram hash embedding: a hash of a token and the one before it picks one to add to its embedding. 0: off."""
     tie_embeddings: bool = True
     """Use the token embedding's matrix as the output head."""
     dropout: float = 0.0
@@ -84,8 +83,7 @@ class ModelConfig:
     embd_init_std: float | None = None
     """The same for the token embedding. None: init_std."""
     residual_init: Literal["scaled", "zero"] = "scaled"
-    """How projections into the residual stream start. scaled: with a standard deviation of init_std / sqrt(2 * n_layer); zero:
-    at zero."""
+    """How projections into the residual stream start: at zero, or scaled to a deviation of init_std / sqrt(2 * n_layer)."""
     backbone: Literal["kindling", "transformers"] = "kindling"
     """Which code runs the model. transformers: GPT2LMHeadModel, for GPT-2's shape only; kindling: our own GPT."""
 
@@ -307,9 +305,8 @@ class DataConfig:
     dedup: bool = True
     """Drop exact duplicates (the same sha256)."""
     near_dedup: float | None = 0.6
-    """Drop near-duplicates: documents whose word pairs have at least this Jaccard similarity to those of a kept document,
-    estimated with MinHash. No near-duplicate is then in another split. Needs half a kB of memory for each kept document.
-    None: keep near-duplicates."""
+    """Drop documents whose word pairs have at least this Jaccard similarity to those of a kept document, estimated with
+    MinHash. So no near-duplicate is in another split. Needs half a kB for each kept document. None: keep them."""
     decontaminate: tuple[str, ...] = ("humaneval", "mbpp")
     """Drop documents that have 13 words in a row in common with these: benchmarks in problems/, or text or JSONL files."""
     val_fraction: float = 0.01
@@ -321,6 +318,10 @@ class DataConfig:
     too_long: Literal["drop", "cut"] = "drop"
     """For instructions: what to do with an example that is longer than the context. drop: leave it out; cut: truncate the last
     answer and append end-of-text, so the model learns to stop there."""
+    fim_rate: float = 0.0
+    """Share of the training documents' pieces that become fill-in-the-middle (prefix, suffix, then middle). 0: none."""
+    fim_spm_share: float = 0.5
+    """Of these pieces, the share in which the suffix comes first (SPM). In the others the prefix does (PSM)."""
     max_tokens: int | None = None
     """Stop reading when the training split has this many tokens. None: read the sources to their end."""
     stopping_strategy: Literal["repeat", "stop", "continue"] = "repeat"
@@ -343,7 +344,7 @@ class DataConfig:
     def _check(self) -> DataConfig:
         require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
         require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
-        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", high=1)
+        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", "fim_rate", "fim_spm_share", high=1)
         require_range("data", self, 0, "near_dedup", high=1, open_low=True)
         require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
@@ -351,6 +352,7 @@ class DataConfig:
         require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
         require(len({s.is_instructions for s in self.sources}) == 1, "data.sources", "all of instructions, or all of documents",
                 tuple(s.label for s in self.sources), "fine-tune on the ones and pre-train on the others")
+        require(self.fim_rate == 0 or not self.instructions, "data.fim_rate", "0 for instructions", self.fim_rate, "set it so")
         return self
 
 
@@ -363,16 +365,14 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the training data, if max_steps is None."""
     max_minutes: float | None = None
-    """Train for this long instead of max_steps or epochs. After the warmup, the schedule follows the elapsed time, so the
-    learning rate has decayed at the end on any machine. Compiling counts; evaluating and saving do not. Such a run cannot be
-    repeated bit for bit; a run by steps can."""
+    """Train for this long instead of max_steps or epochs. After the warmup, the learning rate follows the elapsed time. Compiling
+    counts; evaluating and saving do not. Such a run cannot be repeated bit for bit; a run by steps can."""
     batch_size: int = 32
     """Sequences per optimiser step, in all micro-batches and ranks together."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; a rank takes at most this many. Must divide batch_size. None: batch_size."""
     activation_checkpointing: bool = False
-    """Keep only the input of each block, and compute the rest again in the backward pass. Less memory, up to a third more
-    work."""
+    """Keep only the input of each block, and compute the rest again in the backward pass. Less memory, a third more work."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the hidden matrices, and AdamW for embeddings, head and vectors."""
     lr: float = 6e-4
@@ -407,8 +407,7 @@ class TrainConfig:
     """After this many bad steps in a row (a loss or gradient that is not finite, or a gradient spike), go back to the
     checkpoint before them and leave out their rows. End the run if this happens repeatedly."""
     init_from: str | None = None
-    """Start from the weights of a run (its name under runs/, or its folder) or of a folder in the Hugging Face format. The
-    optimiser starts fresh."""
+    """Start from the weights of a run (its name or folder) or of a Hugging Face folder. The optimiser starts fresh."""
     seed: int = 1337
     """Seeds the weights, dropout and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -520,6 +519,8 @@ class Config:
         bad = self.name is not None and (not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"))
         require(not (self.data.instructions and self.train.packing and self.model.backbone == "transformers"), "train.packing",
                 "False on transformers' GPT-2, which has no mask across examples", True, "set --train.packing False")
+        require(self.data.fim_rate == 0 or self.model.block_size >= 16, "model.block_size", "at least 16 with data.fim_rate",
+                self.model.block_size, "set --data.fim-rate 0")
         require(self.train.head_lr is None or not self.model.tie_embeddings, "train.head_lr",
                 "None where the head is tied, as it then has the rate of the embeddings", self.train.head_lr,
                 "set --train.embd-lr, or --model.tie-embeddings False")
@@ -537,8 +538,7 @@ class EvalConfig:
     """HumanEval from another file, or from a data set on the hub, such as openai/openai_humaneval. None: from problems/.
     The tests of problems run outside the sandbox, so use only sources that you trust."""
     mbpp: str | None = None
-    """MBPP from another file, or from a data set on the hub, such as google-research-datasets/mbpp. None: from problems/.
-    Use only sources that you trust."""
+    """The same for MBPP, such as google-research-datasets/mbpp. Use only sources that you trust."""
     limit: int | None = None
     """Use only this many problems of each benchmark, from its start. None: all."""
     signatures: int = 100
