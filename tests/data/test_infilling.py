@@ -126,8 +126,15 @@ def test_a_padding_token_may_be_that_of_infilling():
     assert tokenizer.pad_id == tokenizer.fim.pad == 0 and tokenizer.eos_id == 1
 
 
+def test_spellings_that_are_no_special_tokens_are_no_control_tokens():
+    content = json.loads(BPE.to_json())
+    for token in content["added_tokens"]:
+        token["special"] = "fim" not in token["content"]
+    assert from_json(json.dumps(content), TokenizerConfig()).fim is None
+
+
 def without_fim() -> str:
-    """A vocabulary as earlier versions trained it, with the spellings as ordinary added tokens at its end."""
+    """A vocabulary without the control tokens, as earlier versions trained it."""
     content = json.loads(BPE.to_json())
     content["added_tokens"] = [t for t in content["added_tokens"] if "fim" not in t["content"]]
     return json.dumps(content)
