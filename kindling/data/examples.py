@@ -207,5 +207,6 @@ def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | PieceRow
     model, train = cfg.model, cfg.train
     if isinstance(dataset, Examples):
         return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
-    rows_of = PieceRows if isinstance(dataset, PieceDataset) else PackedBlocks
-    return rows_of(dataset, model.block_size, train.seed, model.document_mask)
+    if isinstance(dataset, PieceDataset):
+        return PieceRows(dataset, model.block_size, train.seed, model.document_mask)
+    return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)

@@ -37,7 +37,7 @@ from kindling.data.workers import WorkerPool
 from kindling.files import sha256_file
 from kindling.tokenization.tokenizer import load_json
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,8 +132,8 @@ class Filler:
         sampling = replace(self.sampling, stop=("\n",) if gap.kind == LINE else ())
         if way != WITHOUT:
             ids = self.prompt(gap, spm=way == KINDS[SPM])
-            text = TextStream(self.tokenizer, sampling.stop, ids[-1:])
-            return extend(self.model, self.tokenizer, ids, sampling, text).text
+            written = TextStream(self.tokenizer, sampling.stop, ids[-1:])
+            return extend(self.model, self.tokenizer, ids, sampling, written).text
         text = self._continue(gap.prefix, sampling)
         return text if gap.kind == LINE else text[: len(gap.middle)]
 
