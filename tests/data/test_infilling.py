@@ -21,8 +21,10 @@ from kindling.data.parts import gather, make_plan, run_part
 from kindling.data.shards import DataError, TokenDataset, read_manifest
 from kindling.data.workers import WorkerPool
 from kindling.errors import ConfigError
+from kindling.generation.completion import token_spellings
 from kindling.runs.checkpoint import RunDirectory
 from kindling.tokenization.tokenizer import TokenizerError, from_json, load_json, train
+from presets import preset
 
 CODE = [
     "def add(a, b):\n    return a + b\n\n\n",
@@ -133,6 +135,11 @@ def test_spellings_that_are_no_special_tokens_are_no_control_tokens():
     assert from_json(json.dumps(content), TokenizerConfig()).fim is None
 
 
+def test_token_healing_never_takes_back_or_writes_a_control_token():
+    spellings = token_spellings(BPE, 400)
+    assert [spellings[token] for token in (*BPE.fim, BPE.eos_id)] == [""] * 5 and spellings[BPE.encode("x")[0]] == "x"
+
+
 def without_fim() -> str:
     """A vocabulary without the control tokens, as earlier versions trained it."""
     content = json.loads(BPE.to_json())
@@ -156,6 +163,8 @@ def test_settings_that_cannot_be_are_refused(corpus):
     cfg = tiny_config(corpus)
     with pytest.raises(ConfigError, match=r"model\.block_size must be at least 16 .* but is 8; set --data\.fim-rate 0"):
         replace(with_fim(cfg, 0.5), model=replace(cfg.model, block_size=8))
+    with pytest.raises(ConfigError, match=r"data\.fim_rate must be 0 for instructions"):
+        with_fim(preset("docstrings"), 0.5)
     for rate in (-0.1, 1.1):
         with pytest.raises(ConfigError, match=r"data\.fim_rate"):
             with_fim(cfg, rate)
