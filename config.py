@@ -5,8 +5,7 @@
 
 To change what is trained, edit `RUN` (what `python main.py` trains without flags), edit a preset in presets.py, or
 override any field on the command line: `--section.field value`. `None` means "derive this value"; the code then reads a
-property, such as `model.kv_heads` or `train.micro_batch`. A saved config holds what was chosen, not what was derived.
-This file imports no heavy library.
+property, such as `model.kv_heads`. A saved config holds what was chosen. This file imports no heavy library.
 """
 
 from __future__ import annotations
@@ -218,12 +217,11 @@ class SourceConfig:
     field: str = "content"
     """The column with the text, or with the instruction."""
     response_field: str | None = None
-    """The column with the answer. Set it for instructions; such a source is for fine-tuning only."""
+    """For instructions: the column with the answer."""
     input_field: str | None = None
     """For instructions: the column with an instruction's input, which may be empty or missing."""
     messages_field: str | None = None
-    """The column with the list of messages, each {"role": ..., "content": ...} or {"from": ..., "value": ...}, from user and
-    assistant in turn. Set it for conversations; such a source is for fine-tuning only."""
+    """For conversations: the column with messages, each {"role": ..., "content": ...} or {"from": ..., "value": ...}."""
     language: str | None = None
     """Language of the documents. None: from a row's `language` or `lang` column, or from the file's suffix."""
     separator: str = "<|endoftext|>"
@@ -260,8 +258,7 @@ class SourceConfig:
         require_range("data.sources", self, 0, "weight", open_low=True)
         require(self.kind in ("local-python", "docstrings") or bool(self.path), "data.sources.path",
                 f"set for a {self.kind} source", self.path, "name a file, a folder or a data set")
-        require(self.kind != "local-python" or self.path is None, "data.sources.path",
-                "None for a local-python source, which reads this machine's own", self.path,
+        require(self.kind != "local-python" or self.path is None, "data.sources.path", "None for local-python", self.path,
                 "say what it holds with --data.sources.0.kind files (or jsonl, parquet, text, datasets)")
         fields = [f for f in (self.response_field, self.messages_field) if f is not None]
         rows = self.kind in ("jsonl", "parquet", "datasets")
@@ -316,6 +313,10 @@ class DataConfig:
     """For instructions: the template that makes a text of an instruction and its answer (see prompts.py)."""
     too_long: Literal["drop", "cut"] = "drop"
     """Of an example longer than the context: drop: leave it out; cut: truncate its last answer, and append end-of-text."""
+    fim_rate: float = 0.0
+    """Share of the training documents' pieces that become fill-in-the-middle (prefix, suffix, then middle). 0: none."""
+    fim_spm_share: float = 0.5
+    """Of these pieces, the share in which the suffix comes first (SPM). In the others the prefix does (PSM)."""
     max_tokens: int | None = None
     """Stop reading when the training split has this many tokens. None: read the sources to their end."""
     stopping_strategy: Literal["repeat", "stop", "continue"] = "repeat"
@@ -338,7 +339,7 @@ class DataConfig:
     def _check(self) -> DataConfig:
         require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
         require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
-        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", high=1)
+        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", "fim_rate", "fim_spm_share", high=1)
         require_range("data", self, 0, "near_dedup", high=1, open_low=True)
         require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
@@ -346,6 +347,7 @@ class DataConfig:
         require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
         require(len({s.is_instructions for s in self.sources}) == 1, "data.sources", "all of instructions, or all of documents",
                 tuple(s.label for s in self.sources), "fine-tune on the ones and pre-train on the others")
+        require(self.fim_rate == 0 or not self.instructions, "data.fim_rate", "0 for instructions", self.fim_rate, "set it so")
         return self
 
 
@@ -358,9 +360,8 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the training data, if max_steps is None."""
     max_minutes: float | None = None
-    """Train for this long instead of max_steps or epochs. After the warmup, the schedule follows the elapsed time, so the
-    learning rate has decayed at the end on any machine. Compiling counts; evaluating and saving do not. Such a run cannot be
-    repeated bit for bit; a run by steps can."""
+    """Train for this long instead of max_steps or epochs. After the warmup, the learning rate follows the elapsed time. Compiling
+    counts; evaluating and saving do not. Such a run cannot be repeated bit for bit; a run by steps can."""
     batch_size: int = 32
     """Sequences per optimiser step, in all micro-batches and ranks together."""
     micro_batch_size: int | None = None
@@ -413,8 +414,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: if there is a compiler, and the run is long enough to win back the time of compiling."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How ranks under torchrun share the work. ddp: each holds the whole model; fsdp: each holds a part of the weights, gradients
-    and optimiser state, for models that are too large for one GPU. Checkpoints are then written in parts."""
+    """ddp: each rank of torchrun holds the whole model; fsdp: a part of weights, gradients and optimiser state (docs/scale.md)."""
     threads: int | None = None
     """CPU threads. None: torch's choice for a new run, and the same number as before for a resumed one."""
     eval_every: int | None = None
@@ -513,6 +513,8 @@ class Config:
         bad = self.name is not None and (not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"))
         require(not (self.data.instructions and self.train.packing and self.model.backbone == "transformers"), "train.packing",
                 "False on transformers' GPT-2, which has no mask across examples", True, "set --train.packing False")
+        require(self.data.fim_rate == 0 or self.model.block_size >= 16, "model.block_size", "at least 16 with data.fim_rate",
+                self.model.block_size, "set --data.fim-rate 0")
         require(self.train.head_lr is None or not self.model.tie_embeddings, "train.head_lr",
                 "None where the head is tied, as it then has the rate of the embeddings", self.train.head_lr,
                 "set --train.embd-lr, or --model.tie-embeddings False")
@@ -531,10 +533,9 @@ class EvalConfig:
     max_level: int = 1
     """Of `problems`, run only those up to this level, from 0 to 5. The solutions of all levels are predicted."""
     humaneval: str | None = None
-    """HumanEval from another file, or from a data set on the hub, such as openai/openai_humaneval. None: from problems/.
-    The tests of problems run outside the sandbox, so use only sources that you trust."""
+    """HumanEval from a file or a data set on the hub that you trust: its tests run outside the sandbox. None: from problems/."""
     mbpp: str | None = None
-    """MBPP, likewise; on the hub, google-research-datasets/mbpp."""
+    """The same for MBPP. On the hub they are openai/openai_humaneval and google-research-datasets/mbpp."""
     limit: int | None = None
     """Use only this many problems of each benchmark, from its start. None: all."""
     signatures: int = 50

@@ -76,6 +76,8 @@ class Flags:
     """A folder with the data of these tasks. Without it, they come from the hub."""
     harness_limit: int | None = None
     """Only the first so many questions of each task."""
+    infills: int = 200
+    """For a run trained with fill-in-the-middle: fill in so many lines, and as many spans, of held-out files. 0: none."""
     compare: tuple[Path, ...] = ()
     """Print the results of these evaluated runs side by side, and mark significant differences to the first."""
     eval: EvalConfig = DEFAULTS
@@ -169,6 +171,8 @@ def evaluate(subject: EvalContext) -> int:
     losses = heldout_losses(subject)
     results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
     results |= gold_losses(subject) if world.main else {}
+    if flags.infills and run.config().data.fim_rate:
+        results["infilling"] = infilling_figures(subject)
 
     code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
     if not world.main:  # only the main rank does the rest
@@ -221,10 +225,14 @@ def sandbox_refusal(flags: Flags) -> str | None:
 
 def heldout_losses(subject: EvalContext) -> Losses:
     """Return the losses of the held-out split."""
+    return losses_of(subject, subject.heldout, subject.flags.eval.stride)
+
+
+def losses_of(subject: EvalContext, dataset: TokenDataset, stride: int | None = None) -> Losses:
+    """Return the losses of a split."""
     from kindling.evaluation.perplexity import document_losses
     from kindling.evaluation.progress import progress_bar
 
-    dataset, stride = subject.heldout, subject.flags.eval.stride
     n_rows = subject.run.config().train.evaluation_rows
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     with progress_bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as bar:
@@ -246,6 +254,22 @@ def gold_losses(subject: EvalContext) -> dict[str, Any]:
         for name, problems in asked.items():
             out[name] = gold_figures(model, tokenizer, problems, subject.chat, subject.runtime, n_rows, bar.update)
     return {"gold": out}
+
+
+def infilling_figures(subject: EvalContext) -> dict[str, Any]:
+    """Return the loss of the held-out pieces that are all filled in and, from the main rank, the figures of gaps."""
+    from kindling.data.packing import INFILLING
+    from kindling.evaluation.heldout import document_texts
+    from kindling.evaluation.infill import gaps, infill
+    from kindling.evaluation.progress import progress_bar
+
+    flags = subject.flags
+    found = {"all": losses_of(subject, subject.run.heldout(flags.split + INFILLING)).summary()}
+    if not subject.runtime.world.main:
+        return found
+    texts = document_texts(subject.heldout, subject.tokenizer)
+    with progress_bar("infilling", 2 * flags.infills, "gap") as bar:
+        return found | {"gaps": infill(subject.model, subject.tokenizer, gaps(texts, flags.infills), bar.update)}
 
 
 def text_figures(subject: EvalContext) -> dict[str, Any]:

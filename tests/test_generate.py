@@ -23,7 +23,7 @@ COUNTS = {"1": "2", "2": "3", "3": None, "x": "x", "\n": "\r", "\r": "1"}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe(["no merges"], TokenizerConfig(), 257)
+    return train_bpe(["no merges"], TokenizerConfig(), 261)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,10 @@ from config import Config
 from kindling.config_io import by_old_names
 from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
+from kindling.data.infilling import KIND, KINDS, require_fim
 from kindling.data.ledger import DocumentLog, Ledger
 from kindling.data.mixture import Mixture, Reader
+from kindling.data.packing import INFILLING, PieceWriter
 from kindling.data.preflight import require_fits, require_possible, require_tokenizer_file
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.prompts import rendered_template
@@ -42,7 +44,7 @@ from kindling.paths import expand_home
 from kindling.tokenization.tokenizer import Tokenizer, load_pretrained, require_room, train
 
 DATA = Path("data")
-RECIPE = 5  # raise it when a change of the code gives other shards for the same settings and inputs
+RECIPE = 6  # raise it when a change of the code gives other shards for the same settings and inputs
 
 
 def require_documents(cfg: Config) -> None:
@@ -109,8 +111,10 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
             parts[f"folder_{i}"] = [
                 (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*")) if p.is_file()
             ]
+    if cfg.data.instructions or cfg.data.fim_rate:
+        parts["context"] = cfg.model.block_size
     if cfg.data.instructions:
-        parts["context"], parts["template"] = cfg.model.block_size, rendered_template(cfg.data.template)
+        parts["template"] = rendered_template(cfg.data.template)
     if tokenizer is not None:
         parts["tokenizer_sha256"] = tokenizer.sha256
     elif cfg.tokenizer.kind != "pretrained":
@@ -218,6 +222,8 @@ def load_or_train_tokenizer(
         tokenizer = train(texts, cfg.tokenizer, cfg.model.vocab_size)
         notes += [f"the tokenizer was trained without {source}" for source in mixture.broken.values()]
     require_fits(tokenizer, cfg.model.vocab_size)
+    if cfg.data.fim_rate:
+        require_fim(tokenizer, "set --data.fim-rate 0, or train one with --tokenizer.kind bpe")
     return tokenizer, notes
 
 
@@ -239,8 +245,7 @@ def fill(
     """
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = token_dtype(tokenizer)
-    writer_of = ExampleWriter if cfg.data.instructions else ShardWriter
-    writers = {split: writer_of(partial, split, dtype) for split in SPLITS}
+    writers = _writers(cfg, partial, dtype)
     ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
     mixture = Mixture(cfg.data, read)
     drops = _write_documents(cfg, files, mixture, partial, writers, ledger)
@@ -256,9 +261,9 @@ def fill(
         if not writer.info.tokens:
             raise DataError(_empty_split(split, ledger, drops))
     ledger.write(partial)
+    how: dict[str, Any] = {"fim_ids": tokenizer.fim} if cfg.data.fim_rate else {}
     of_examples = [writer for writer in writers.values() if isinstance(writer, ExampleWriter)]
-    how: dict[str, Any] = {}  # only of conversations: how they were made
-    if of_examples:
+    if of_examples:  # how they were made
         how = {
             "max_exchanges": max(w.max_exchanges for w in of_examples),
             "template": rendered_template(cfg.data.template),
@@ -275,6 +280,16 @@ def fill(
         splits={split: writer.info for split, writer in writers.items()},
     )
     return ledger
+
+
+def _writers(cfg: Config, partial: Path, dtype: np.dtype) -> dict[str, ShardWriter]:
+    """Return the writer of each split: with fill-in-the-middle, held-out splits have one more beside them, all of pieces."""
+    if cfg.data.instructions:
+        return {split: ExampleWriter(partial, split, dtype) for split in SPLITS}
+    if not cfg.data.fim_rate:
+        return {split: ShardWriter(partial, split, dtype) for split in SPLITS}
+    writers = {split: (PieceWriter if split == "train" else ShardWriter)(partial, split, dtype) for split in SPLITS}
+    return writers | {split + INFILLING: PieceWriter(partial, split + INFILLING, dtype) for split in ("val", "test")}
 
 
 def _write_documents(
@@ -311,15 +326,32 @@ def _write_documents(
                 kept = ledger.keep(
                     document.source, processed.language, processed.size, processed.changes, n_tokens, document.repeated
                 )
-                if isinstance(writer, ExampleWriter):
-                    assert processed.example is not None
-                    writer.add_example(processed.example, processed.language, source)
-                else:
-                    writer.add(processed.ids, kept, processed.language, source)
+                _add(writers, document.split, processed, kept, source)
+                if document.split == "train" and processed.pieces is not None:
+                    kinds = (KINDS[kind] for kind in processed.pieces.table[:, KIND])
+                    ledger.count_pieces(document.source, processed.language, kinds)
             bar.update(0 if document.repeated else processed.size)
             if cfg.data.max_tokens is not None and writers["train"].position >= cfg.data.max_tokens:
                 break
     return drops
+
+
+def _add(
+    writers: Mapping[str, ShardWriter], split: str, processed: ProcessedDocument, n_bytes: int, source: str
+) -> None:
+    """Write a document to its split; if it is held out and in pieces, to the split of pieces beside it too."""
+    assert processed.ids is not None
+    writer = writers[split]
+    if isinstance(writer, ExampleWriter):
+        assert processed.example is not None
+        writer.add_example(processed.example, processed.language, source)
+    elif isinstance(writer, PieceWriter):
+        assert processed.pieces is not None
+        writer.add_pieces(processed.pieces, n_bytes, processed.language, source)
+    else:
+        writer.add(processed.ids, n_bytes, processed.language, source)
+        if processed.pieces is not None:
+            _add(writers, split + INFILLING, processed, n_bytes, source)
 
 
 def _notes(cfg: Config, mixture: Mixture, train: ShardWriter) -> list[str]:

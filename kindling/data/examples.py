@@ -14,7 +14,6 @@ Without packing, it holds one example and padding. Padding is never the end-of-t
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
@@ -23,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from config import IGNORE, Config, ModelConfig
+from config import Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
+from kindling.data.packing import PackedRows, PieceDataset, PieceRows, lay_out, pack
 from kindling.data.prompts import rendered_template
-from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, ShuffledRows, TokenDataset, evenly_spaced
+from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, TokenDataset, read_manifest
 from kindling.files import sha256_file
 
 WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
@@ -109,10 +109,7 @@ class Examples(TokenDataset):
         return self._rows_in_order(cfg).n_rows
 
     def in_order(self, cfg: ModelConfig, batch_size: int, part: int | None = None) -> Iterator[Batch]:
-        rows = self._rows_in_order(cfg, batch_size)
-        bins = evenly_spaced(rows.n_rows, part)
-        for first in range(0, len(bins), batch_size):
-            yield rows.batch_of_bins(bins[first : first + batch_size], n_rows=batch_size)
+        return self._rows_in_order(cfg, batch_size).in_order(batch_size, part)
 
     def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> ExampleRows:
         return ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)
@@ -124,8 +121,11 @@ class Examples(TokenDataset):
 
 
 def open_split(cfg: Config, folder: Path, split: str) -> TokenDataset:
-    """Open one split of the data that `cfg` describes: conversations or documents."""
-    return Examples(folder, split) if cfg.data.instructions else TokenDataset(folder, split)
+    """Open one split of the data that `cfg` describes: conversations, documents, or documents in pieces."""
+    if cfg.data.instructions:
+        return Examples(folder, split)
+    in_pieces = read_manifest(folder)["splits"].get(split, {}).get("pieces") is not None
+    return PieceDataset(folder, split) if in_pieces else TokenDataset(folder, split)
 
 
 def require_template(manifest: dict[str, Any], template: str) -> None:
@@ -137,36 +137,7 @@ def require_template(manifest: dict[str, Any], template: str) -> None:
         )
 
 
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Return the items of each bin. Items go longest first into the fullest bin with enough room (best-fit decreasing).
-
-    Raises ValueError for an item that is longer than `capacity`.
-    """
-    if len(lengths) and lengths.max() > capacity:
-        raise ValueError(f"an item must be at most {capacity}, but one is {lengths.max()}")
-    bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # the bins with each amount of room left
-    rooms: list[int] = []  # the amounts of room that some bin has, ascending
-    for item in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[item])
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        else:
-            room = rooms[place]
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[place]
-        bins[chosen].append(item)
-        if left := room - length:
-            if not by_room[left]:
-                rooms.insert(bisect_left(rooms, left), left)
-            by_room[left].append(chosen)
-    return bins
-
-
-class ExampleRows(ShuffledRows):
+class ExampleRows(PackedRows):
     """The training order of examples: each once an epoch, shuffled by (seed, epoch), addressed like PackedBlocks.
 
     With packing, the same examples share a row in every epoch; only the order of the rows changes. Without packing, a row
@@ -180,8 +151,7 @@ class ExampleRows(ShuffledRows):
         self.block_size = block_size
         self.packing, self.batch_size = packing, batch_size
         lengths = examples.lengths - 1  # the last token is a target only
-        self.bins = pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))]
-        super().__init__(len(self.bins), seed)
+        super().__init__(pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))], seed)
         if not self.bins:
             raise DataError(f"the {examples.split} split must hold at least one example, but is empty; add examples")
         eos_id = examples.manifest["eos_id"]
@@ -209,26 +179,14 @@ class ExampleRows(ShuffledRows):
         longest = int(self.examples.lengths[items].max()) - 1
         return min(self.block_size, -(-longest // unit) * unit)
 
-    def rows(self, first: int, count: int) -> Batch:
-        """Return the rows at positions first, first + 1, ..."""
-        return self.batch_of_bins([self.row_at(first + i) for i in range(count)], count)
-
-    def batch_of_bins(self, bins: range | list[int], n_rows: int) -> Batch:
+    def batch_of_bins(self, bins: list[int], n_rows: int) -> Batch:
         """Return these bins as the rows of a batch, and rows of padding up to `n_rows`."""
         width = self.block_size
         if not self.packing:
             width = self._width(np.array([self.bins[b][0] for b in bins]))
-        idx = np.full((n_rows, width), self.pad_id, dtype=np.int64)
-        targets = np.full_like(idx, IGNORE)
-        position_ids = np.zeros_like(idx)  # a token of padding is a document of its own
-        for row, number in enumerate(bins):
-            at = 0
-            for item in self.bins[number]:
-                example = self.examples.example(item)
-                place = slice(at, at := at + len(example.ids) - 1)
-                idx[row, place], targets[row, place] = example.ids[:-1], example.targets
-                position_ids[row, place] = np.arange(len(example.ids) - 1)
-        return Batch(idx, targets, position_ids if self.packing else None)
+        rows = [[self.examples.example(number) for number in self.bins[b]] for b in bins]
+        items = [[(example.ids[:-1], example.targets) for example in row] for row in rows]
+        return lay_out(items, n_rows, width, self.pad_id, separate=self.packing)
 
     @property
     def wasted(self) -> float:
@@ -244,9 +202,11 @@ class ExampleRows(ShuffledRows):
         return 1 - filled / places
 
 
-def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | ExampleRows:
+def training_rows(cfg: Config, dataset: TokenDataset) -> PackedBlocks | PieceRows | ExampleRows:
     """Return the rows that a run of `cfg` trains on, in their order."""
     model, train = cfg.model, cfg.train
     if isinstance(dataset, Examples):
         return ExampleRows(dataset, model.block_size, train.seed, train.packing, train.batch_size)
+    if isinstance(dataset, PieceDataset):
+        return PieceRows(dataset, model.block_size, train.seed, model.document_mask)
     return PackedBlocks(dataset, model.block_size, train.seed, model.document_mask)

@@ -16,10 +16,11 @@ import json
 import platform
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from kindling.data.infilling import KINDS
 from kindling.data.shards import DataError, repair_advice
 from kindling.files import UNENCODABLE, write_json
 
@@ -73,6 +74,16 @@ class Ledger:
                 _count(row["changed"].setdefault(change, [0, 0]), cut)
         return kept
 
+    def count_pieces(self, source: int, language: str, kinds: Iterable[str]) -> None:
+        """Count the pieces of a training document, by their kind."""
+        pieces = self.row(source, language).setdefault("pieces", {})
+        for kind in kinds:
+            pieces[kind] = pieces.get(kind, 0) + 1
+
+    def pieces(self, kind: str) -> int:
+        """Return the number of pieces of a kind in training, repetitions included."""
+        return sum(r.get("pieces", {}).get(kind, 0) for r in self.rows.values())
+
     def total(self, column: str, name: str | None = None) -> tuple[int, int]:
         """Return documents and bytes of a column over all rows; `name` is the rule or the change."""
         counters = [r[column] if name is None else r[column].get(name, [0, 0]) for r in self.rows.values()]
@@ -96,6 +107,7 @@ class Ledger:
         lines = [(label if label in ("read", "kept") else f"  {label}", n, b) for label, (n, b) in self.totals()]
         out = [f"{'':<32}{'documents':>12}{'MB':>10}"]
         out += [f"{label:<32}{n:>12,}{b / 1e6:>10.2f}" for label, n, b in lines]
+        out += [f"{'  pieces: ' + kind:<32}{n:>12,}" for kind in KINDS if (n := self.pieces(kind))]
         return "\n".join(out + (self._by_source() if len(self.rows) > 1 else []) + self.notes)
 
     def _tokens(self) -> list[int]:

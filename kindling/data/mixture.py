@@ -16,16 +16,8 @@ from collections.abc import Callable, Generator, Iterator
 from config import DataConfig
 from kindling.data.duplicates import MinHashIndex
 from kindling.data.filters import Drop
-from kindling.data.process_document import ProcessedDocument
+from kindling.data.process_document import ProcessedDocument, split_of
 from kindling.data.shards import DataError
-
-
-def split_of(digest: bytes, cfg: DataConfig) -> str:
-    """Return the split of a document. It follows from a hash of the content, so other documents cannot change it."""
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    if place < cfg.val_fraction:
-        return "val"
-    return "test" if place < cfg.val_fraction + cfg.test_fraction else "train"
 
 
 @dataclasses.dataclass

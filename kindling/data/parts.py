@@ -29,6 +29,7 @@ from config import Config
 from kindling.config_io import from_yaml, to_yaml
 from kindling.data.build import DATA, atomic_folder, fill, fingerprint, list_files, load_or_train_tokenizer, token_dtype
 from kindling.data.filters import Drop
+from kindling.data.infilling import Pieces
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
 from kindling.data.sources import WHOLE_FILES, LocalFile, SourceFiles, documents, within_limits
@@ -176,8 +177,8 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
             with open(partial / f"{i}.jsonl", "w", encoding="ascii") as lines, open(partial / f"{i}.ids", "wb") as ids:
                 for processed in pool.map(documents(source, mine[i]), plan.tokenizer_file):
                     lines.write(json.dumps(_to_line(processed)) + "\n")
-                    if processed.ids is not None:
-                        ids.write(processed.ids.astype(dtype).tobytes())
+                    for part in _ids_of(processed):
+                        ids.write(part.astype(dtype).tobytes())
                     n_documents, n_bytes = n_documents + 1, n_bytes + processed.size
         require_unchanged(plan, every)  # while they were read
         hashes = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
@@ -190,14 +191,22 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
     )
 
 
+def _ids_of(e: ProcessedDocument) -> list[np.ndarray]:
+    """Return the arrays of ids of a document: its own and, if they are others, those of its pieces."""
+    if e.ids is None:
+        return []
+    return [e.ids] if e.pieces is None or e.pieces.ids is e.ids else [e.ids, e.pieces.ids]
+
+
 def _to_line(e: ProcessedDocument) -> list[Any]:
     """Return what a part stores of a document besides its ids, for the gathering and the ledger."""
     digest, signature = (base64.b64encode(b).decode("ascii") for b in (e.digest, e.signature))
-    return [e.key, e.language, e.size, e.drop, e.changes, digest, signature, None if e.ids is None else len(e.ids)]
+    table = None if e.pieces is None else e.pieces.table.tolist()
+    return [e.key, e.language, e.size, e.drop, e.changes, digest, signature, table, [len(ids) for ids in _ids_of(e)]]
 
 
-def _from_line(line: list[Any], ids: np.ndarray | None) -> ProcessedDocument:
-    key, language, size, drop, changes, digest, signature, _ = line
+def _from_line(line: list[Any], ids: list[np.ndarray]) -> ProcessedDocument:
+    key, language, size, drop, changes, digest, signature, table, _ = line
     return ProcessedDocument(
         key,
         language,
@@ -206,7 +215,8 @@ def _from_line(line: list[Any], ids: np.ndarray | None) -> ProcessedDocument:
         tuple((name, n) for name, n in changes),
         digest=base64.b64decode(digest),
         signature=base64.b64decode(signature),
-        ids=ids,
+        ids=ids[0] if ids else None,
+        pieces=None if table is None else Pieces(ids[-1], np.array(table, dtype=np.int64).reshape(-1, 2)),
     )
 
 
@@ -214,8 +224,7 @@ def read_part(folder: Path, source: int, dtype: np.dtype) -> Iterator[ProcessedD
     """Yield the documents of a source that are in a part, in the source's order."""
     with open(folder / f"{source}.jsonl", encoding="ascii") as lines, open(folder / f"{source}.ids", "rb") as ids:
         for line in map(json.loads, lines):
-            n = line[-1]
-            yield _from_line(line, None if n is None else np.frombuffer(ids.read(n * dtype.itemsize), dtype))
+            yield _from_line(line, [np.frombuffer(ids.read(n * dtype.itemsize), dtype) for n in line[-1]])
 
 
 def require_whole(folder: Path) -> None:

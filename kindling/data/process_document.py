@@ -20,6 +20,7 @@ from kindling.data.conversations import Example, conversation_text, encode_conve
 from kindling.data.docstrings import Pair, mine_pairs
 from kindling.data.duplicates import Benchmarks, signature, word_hashes
 from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
+from kindling.data.infilling import Pieces, cut_document
 from kindling.data.prompts import Exchange
 from kindling.data.sources import Document
 from kindling.errors import one_line
@@ -27,6 +28,14 @@ from kindling.rows import n_bytes_of
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 _NO_WORDS = np.empty(0, dtype=np.uint64)
+
+
+def split_of(digest: bytes, cfg: DataConfig) -> str:
+    """Return the split of a document. It follows from a hash of the content, so other documents cannot change it."""
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < cfg.val_fraction:
+        return "val"
+    return "test" if place < cfg.val_fraction + cfg.test_fraction else "train"
 
 
 @dataclasses.dataclass
@@ -47,6 +56,7 @@ class ProcessedDocument:
     text: str | None = None
     ids: np.ndarray | None = None
     example: Example | None = None  # of a conversation; `ids` are its ids
+    pieces: Pieces | None = None  # with fill-in-the-middle: of training, `ids` are its ids; held out, `ids` are whole
     broken: str | None = None  # why the stream broke off here
 
 
@@ -60,7 +70,7 @@ class DocumentProcessor:
         tokenizer: Tokenizer | None = None,
         context: int = 0,
     ):
-        """`context` is the model's block size in tokens; an example of fine-tuning must fit into it."""
+        """`context` is the model's block size in tokens; an example of fine-tuning and a piece must fit into it."""
         self.cfg, self.benchmarks, self.tokenizer, self.context = cfg, benchmarks, tokenizer, context
 
     def all_of(self, document: Document) -> list[ProcessedDocument]:
@@ -110,14 +120,25 @@ class DocumentProcessor:
             out.text = text
             return None
         try:
-            ids = self.tokenizer.encode(text)
+            out.ids = self._encode(text, self.tokenizer)
+            if self.cfg.fim_rate:
+                self._cut(out, out.ids.tolist(), self.tokenizer)
         except TokenizerError as e:
             return Drop("not in the vocabulary", str(e).split(";")[0])
-        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        out.ids = np.fromiter(
-            chain([] if bos is None else [bos], ids, [eos]), np.uint32, len(ids) + 1 + (bos is not None)
-        )
         return None
+
+    def _encode(self, text: str, tokenizer: Tokenizer) -> np.ndarray:
+        """Return the ids of a document, between the tokens that enclose it, (N,)."""
+        ids, bos, eos = tokenizer.encode(text), tokenizer.bos_id, tokenizer.eos_id
+        return np.fromiter(chain([] if bos is None else [bos], ids, [eos]), np.uint32, len(ids) + 1 + (bos is not None))
+
+    def _cut(self, out: ProcessedDocument, ids: list[int], tokenizer: Tokenizer) -> None:
+        """Cut a document to pieces: in training `fim_rate` of them are filled in, held out all of them."""
+        train = split_of(out.group or out.digest, self.cfg) == "train"
+        rate = self.cfg.fim_rate if train else 1.0
+        out.pieces = cut_document(ids, tokenizer, rate, self.cfg.fim_spm_share, self.context, out.digest)
+        if train:
+            out.ids = out.pieces.ids
 
     def _read(self, document: Document, out: ProcessedDocument) -> str | Drop:
         """Return the text of a document, from its file if it has one, or why it cannot be read."""

@@ -69,12 +69,13 @@ class SplitInfo:
     max_id: int = -1
     shards: list[dict[str, Any]] = field(default_factory=list)
     segments: dict[str, Any] | None = None  # only of examples: the file with the table of segments
+    pieces: dict[str, Any] | None = None  # only with fill-in-the-middle: the file with the table of pieces
     table: dict[str, Any] | None = None  # the file with a row for each document; its languages and sources by number
 
     @property
     def files(self) -> list[str]:
         """The names of all its files."""
-        return [entry["file"] for entry in (*self.shards, self.segments, self.table) if entry is not None]
+        return [entry["file"] for entry in (*self.shards, self.segments, self.pieces, self.table) if entry is not None]
 
 
 class ShardWriter:

@@ -66,13 +66,14 @@ def _signatures(text: str, slot: int) -> list[tuple[str, str]]:
     return found[:PER_DOCUMENT]
 
 
-def _documents(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the texts of a split's documents that may be Python."""
+def document_texts(dataset: TokenDataset, tokenizer: Tokenizer, language: str | None = None) -> Iterator[str]:
+    """Yield the texts of a split's documents: all, or those that may be of a language."""
     table, info = dataset.documents, dataset.info.table
     start = 0
     for number, length in enumerate(dataset.lengths.tolist()):
         start, begin = start + length, start
-        if table is None or info is None or info["languages"][table[number, LANGUAGE]] == "python":
+        own = None if table is None or info is None else info["languages"][table[number, LANGUAGE]]
+        if language is None or own in (language, None):
             ids = dataset.read(begin, length - 1).tolist()  # without end of text
             yield tokenizer.decode([i for i in ids if i != tokenizer.bos_id])
 
@@ -85,7 +86,7 @@ def problems_from_documents(
     `progress` is called with 1 for each.
     """
     problems: dict[str, Problem] = {}  # by task_id: many files have a main()
-    found = map_jobs(_signatures, _documents(dataset, tokenizer), n_workers, LIMIT_S)
+    found = map_jobs(_signatures, document_texts(dataset, tokenizer, "python"), n_workers, LIMIT_S)
     try:
         for signatures in found if n else ():
             for name, line in [] if isinstance(signatures, FailedJob) else signatures:

@@ -166,8 +166,8 @@ def document_losses(
     if stride is not None:
         batches = blocks_in_order(dataset, cfg.block_size, batch_size, cfg.document_mask, stride)
     numbers, counts = dataset.targets_in_order(cfg)
-    nll, tokens = np.zeros(len(numbers)), np.zeros(len(numbers), dtype=np.int64)
-    tokens[numbers] = counts
+    tokens = np.bincount(numbers, counts).astype(np.int64)  # a document may be in several pieces
+    nll = np.zeros(len(tokens))
     ends, done, world = counts.cumsum(), 0, runtime.world
     with _evaluating(model):
         for i, batch in enumerate(batches):

@@ -137,6 +137,8 @@ def sections(results: Results, losses: Losses) -> list[Section]:
             found.append(Section(heading, notes=[f"not computed: {part['skipped']}", *skipped_benchmarks(part)]))
         elif name == "language_modelling":
             found.append(_language_modelling(part, losses))
+        elif name == "infilling":
+            found.append(_infilling(part))
         elif name == "texts":
             found.append(_texts(part))
         elif name == "gold":
@@ -156,6 +158,7 @@ def sections(results: Results, losses: Losses) -> list[Section]:
 
 HEADINGS = {
     "language_modelling": "Language modelling, held-out documents",
+    "infilling": "Gaps in held-out files, filled in",
     "texts": "Language modelling, texts",
     "gold": "Reference solutions, given their prompts",
     "syntax": "Syntax of samples",
@@ -240,6 +243,20 @@ def _language_modelling(part: dict[str, Any], losses: Losses) -> Section:
         section.notes.append("no intervals where the loss of a document is not finite")
     if part.get("stride"):
         section.notes.append(f"read through a window that moves on by {part['stride']:,} tokens")
+    return section
+
+
+def _infilling(part: dict[str, Any]) -> Section:
+    section = Section(HEADINGS["infilling"], ["gap", "way", "exact", "similarity", "gaps", "docs"], names=2)
+    for kind, found in part.get("gaps", {}).items():
+        for way, figures in found["ways"].items():
+            n, exact, similarity = zip(*figures["by_document"])
+            cells = [percent(figures["exact"], rate_interval(exact, n))]
+            cells += [number(figures["similarity"], bootstrap_ratio(similarity, n), ".3f"), count(found["gaps"])]
+            section.rows.append([kind, way, *cells, count(len(n))])
+    section.notes.append("intervals: documents resampled; PSM and SPM: with the suffix, after or before the prefix")
+    if "all" in part:
+        section.notes.append(f"bits per byte of held-out pieces, all filled in: {number(part['all']['bits_per_byte'])}")
     return section
 
 

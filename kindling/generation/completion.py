@@ -142,7 +142,8 @@ def complete(
 def token_spellings(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """Return the text of each token, as healing.py needs it."""
     (*_, before) = tokenizer.encode("x")
-    return token_texts(tokenizer.decode_batch, before, tokenizer.vocab_size, vocab_size, tokenizer.cfg.special_tokens)
+    control = {*tokenizer.special_tokens, *tokenizer.cfg.special_tokens}
+    return token_texts(tokenizer.decode_batch, before, tokenizer.vocab_size, vocab_size, control)
 
 
 def complete_document(

@@ -60,7 +60,7 @@ class RunDirectory:
         try:
             self.data.mkdir(parents=True, exist_ok=True)
             manifest = json.loads((data_folder / MANIFEST).read_text(encoding="utf-8"))
-            for split in ("val", "test"):
+            for split in manifest["splits"].keys() - {"train"}:
                 for name in SplitInfo(**manifest["splits"][split]).files:
                     shutil.copyfile(data_folder / name, self.data / name)
             shutil.copyfile(data_folder / "tokenizer.json", self.path / "tokenizer.json")

@@ -28,6 +28,7 @@ from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_text
 from kindling.paths import expand_home
 from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
+from kindling.tokenization.infilling import control_tokens, find_fim_ids
 
 if TYPE_CHECKING:
     import tokenizers
@@ -54,6 +55,7 @@ class Tokenizer:
         self.eos_id = self._id_of(cfg.eos_token, "eos_token")
         self.bos_id = None if cfg.bos_token is None else self._id_of(cfg.bos_token, "bos_token")
         self.pad_id = None if cfg.pad_token is None else self._id_of(cfg.pad_token, "pad_token")
+        self.fim = find_fim_ids(self._control_tokens(), self.special_tokens)  # None: it cannot fill in the middle
 
     def _id_of(self, token: str, field: str) -> int:
         if (token_id := self._token_to_id(token)) is None:
@@ -72,10 +74,10 @@ class Tokenizer:
 
     def find_control_token_text(self, text: str) -> str | None:
         """Return a special token that is written in `text`, or None. It is encoded like any text."""
-        return next((token for token in self._spellings if token in text), None)
+        return next((token for token in self.special_tokens if token in text), None)
 
     @cached_property
-    def _spellings(self) -> list[str]:
+    def special_tokens(self) -> list[str]:
         """The special tokens. Other added tokens, such as runs of spaces in some vocabularies, count as text."""
         added = self._backend.get_added_tokens_decoder().values()
         return sorted(token.content for token in added if token.special and token.content)
@@ -116,10 +118,6 @@ class Tokenizer:
     def encode_by_library(self, text: str) -> list[int]:
         """Return the same ids from the tokenizer's own library, without checks, for comparisons."""
         return self._backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without control tokens."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids, control tokens included. An incomplete character becomes U+FFFD."""
@@ -190,13 +188,13 @@ class SentencePieceTokenizer(Tokenizer):
     def _token_to_id(self, token: str) -> int | None:
         return self._control_tokens().get(token)
 
-    @cached_property
-    def _spellings(self) -> list[str]:
-        """The control tokens."""
-        return sorted(self._control.values())
-
     def _control_tokens(self) -> dict[str, int]:
         return {token: i for i, token in self._control.items()}
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The control tokens."""
+        return sorted(self._control.values())
 
     @cached_property
     def vocab_size(self) -> int:
@@ -252,7 +250,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokeni
 def require_room(cfg: TokenizerConfig, vocab_size: int) -> None:
     """Raise TokenizerError if a tokenizer of `vocab_size` tokens has no room for the 256 bytes and the control tokens."""
     # SentencePiece always has an unknown token
-    n_control = len(cfg.special_tokens) + (cfg.kind == "sentencepiece" and cfg.unk_token is None)
+    n_control = len(control_tokens(cfg.special_tokens)) + (cfg.kind == "sentencepiece" and cfg.unk_token is None)
     if vocab_size < 256 + n_control:
         raise TokenizerError(
             f"model.vocab_size must be at least {256 + n_control} (256 bytes and the control tokens), but is {vocab_size}; "
@@ -266,7 +264,7 @@ def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: in
 
     require_room(cfg, vocab_size)
     try:
-        bpe = ByteLevelBPE.train(texts, vocab_size, cfg.special_tokens)
+        bpe = ByteLevelBPE.train(texts, vocab_size, control_tokens(cfg.special_tokens))
     except ValueError as e:
         raise TokenizerError(f"tokenizer: {e}") from None
     return Tokenizer(Backend.from_str(bpe.to_json()), cfg)
@@ -281,6 +279,7 @@ def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: 
         _require_unicode(text)
     control: dict[str, Any] = {f"{name}_id": present.index(name) if name in present else -1 for name in names}
     control |= {f"{name}_piece": names[name] for name in present}
+    control["control_symbols"] = [t for t in control_tokens(()) if t not in names.values()]
     model = io.BytesIO()
     try:
         _sentencepiece().SentencePieceTrainer.train(
@@ -322,7 +321,7 @@ def train_bpe(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> To
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=cfg.special_tokens,
+            special_tokens=control_tokens(cfg.special_tokens),
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # or bytes that did not occur would be lost
         ),

@@ -16,7 +16,8 @@ from kindling import device
 from kindling.data.audit import audit, picture, table
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples, open_split, require_template, training_rows
-from kindling.data.shards import PackedBlocks
+from kindling.data.packing import PieceRows
+from kindling.data.shards import TrainingRows
 from kindling.distributed import process_group
 from kindling.output import wants_color
 from kindling.runs.checkpoint import RUNS, RunDirectory
@@ -74,7 +75,7 @@ def train_stage(
     return 0
 
 
-def audit_examples(cfg: Config, rows: PackedBlocks | ExampleRows, tokenizer: Tokenizer) -> None:
+def audit_examples(cfg: Config, rows: TrainingRows, tokenizer: Tokenizer) -> None:
     """Print figures of all splits and one example, and check every example. Raises AuditError."""
     assert isinstance(rows, ExampleRows), "fine-tuning has examples"
     dataset = rows.examples
@@ -91,16 +92,17 @@ def audit_examples(cfg: Config, rows: PackedBlocks | ExampleRows, tokenizer: Tok
     print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")
 
 
-def describe(trainer: Trainer, rows: PackedBlocks | ExampleRows, base: RunDirectory | None) -> str:
+def describe(trainer: Trainer, rows: TrainingRows, base: RunDirectory | None) -> str:
     """Return the line about what is trained: parameters, hardware, length, and the size of an epoch."""
     cfg, runtime = trainer.cfg, trainer.runtime
     of_base = "" if base is None else f" of {base.path}"
     ranks = f", on {runtime.world.size} ranks" if runtime.world.size > 1 else ""
     # rows of examples may have padding, so their tokens are not counted
     epoch = f"{rows.n_rows * cfg.model.block_size:,} tokens" if base is None else f"{rows.n_rows:,} rows"
+    padding = f" ({rows.wasted:.2%} padding)" if isinstance(rows, PieceRows) else ""
     return (
         f"{trainer.run.path}: {trainer.model.n_parameters():,} parameters{of_base} on {runtime.device.type} in "
-        f"{runtime.precision}{ranks}, {length(cfg)}, {epoch} an epoch"
+        f"{runtime.precision}{ranks}, {length(cfg)}, {epoch} an epoch{padding}"
     )
 
 

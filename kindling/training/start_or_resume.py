@@ -18,8 +18,8 @@ from config import Config, ModelConfig
 from kindling import device
 from kindling.config_io import changed_fields
 from kindling.data.build import DATA, prepare
-from kindling.data.examples import ExampleRows, open_split
-from kindling.data.shards import DataError, PackedBlocks, SplitInfo, TokenDataset, read_manifest
+from kindling.data.examples import open_split
+from kindling.data.shards import DataError, SplitInfo, TokenDataset, TrainingRows, read_manifest
 from kindling.device import Runtime
 from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import KindlingError, require
@@ -102,6 +102,9 @@ def data_of_run(cfg: Config, run: RunDirectory, tokenizer: Tokenizer | None = No
     manifest = read_manifest(run.data)
     folder = DATA / manifest["fingerprint"]
     if not folder.is_dir():
+        own = run.tokenizer()
+        if tokenizer is None and own.fim is None and cfg.tokenizer.kind != "pretrained":
+            tokenizer = own  # an earlier version trained it, and this one would train another on the same text
         folder = prepare(cfg, tokenizer)
     dataset = open_split(cfg, folder, "train")
     # shards of old versions have no table of documents; training does not read it
@@ -119,7 +122,7 @@ def start_or_resume(
     run: RunDirectory,
     resuming: bool,
     dataset: TokenDataset,
-    rows: PackedBlocks | ExampleRows,
+    rows: TrainingRows,
     world: World = SINGLE_PROCESS,
 ) -> Trainer:
     """Return a trainer at the run's newest whole checkpoint, or at step 0. The folder of a new run is created.

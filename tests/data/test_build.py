@@ -24,8 +24,7 @@ from kindling.data.build import fingerprint, list_files, prepare
 from kindling.data.duplicates import MinHashIndex, signature, word_hashes
 from kindling.data.filters import Drop, strip_header
 from kindling.data.ledger import explain, read_documents
-from kindling.data.mixture import split_of
-from kindling.data.process_document import ProcessedDocument
+from kindling.data.process_document import ProcessedDocument, split_of
 from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
 from kindling.data.workers import WorkerPool

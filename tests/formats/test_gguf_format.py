@@ -267,7 +267,7 @@ def test_the_vocabulary_is_the_tokenizers_and_ids_of_no_token_are_unused(tokeniz
     n = tokenizer.vocab_size
     assert held["tokenizer.ggml.tokens"][:n] == [vocab[i] for i in range(n)]
     assert held["tokenizer.ggml.tokens"][n:] == [f"[PAD{i}]" for i in range(n, 320)]
-    assert held["tokenizer.ggml.token_type"] == [3] + [1] * (n - 1) + [5] * (320 - n)  # control, normal, unused
+    assert held["tokenizer.ggml.token_type"] == [3] * 5 + [1] * (n - 5) + [5] * (320 - n)  # control, normal, unused
     assert held["tokenizer.ggml.merges"] == [" ".join(m) for m in content["model"]["merges"]]
     assert held["tokenizer.ggml.model"] == "gpt2" and held["tokenizer.ggml.pre"] == "gpt-2"
 

@@ -25,7 +25,7 @@ from kindling.tokenization.tokenizer import Tokenizer, train_bpe
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe(["no merges"], TokenizerConfig(), 257)
+    return train_bpe(["no merges"], TokenizerConfig(), 261)
 
 
 ENDS = {"\n": "Y", "Y": "e", "e": "s", "s": None}

@@ -62,6 +62,7 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     monkeypatch.chdir(tmp_path)
     cfg = tiny_config(corpus)
     monkeypatch.setattr(build, "RECIPE", build.RECIPE - 1)
+    monkeypatch.setattr("kindling.tokenization.tokenizer.control_tokens", list)  # nor tokens of fill-in-the-middle
     old = prepare(cfg)
     manifest = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
     for split, info in manifest["splits"].items():
@@ -70,13 +71,13 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     write_json(old / "manifest.json", with_checksum(manifest))
     run = RunDirectory(tmp_path / "runs" / "old")
     run.create(cfg, old)
-    assert run.heldout("val").documents is None
+    assert run.heldout("val").documents is None and run.tokenizer().fim is None
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert data_of_run(cfg, run).folder == old
     ids = TokenDataset(old, "train").read(0, 1000)
     shutil.rmtree("data")
-    rebuilt = data_of_run(cfg, run)
+    rebuilt = data_of_run(cfg, run)  # with the vocabulary of the run
     assert rebuilt.folder != old and rebuilt.documents is not None
     assert np.array_equal(rebuilt.read(0, 1000), ids)
 

@@ -1,0 +1,44 @@
+"""The control tokens of fill-in-the-middle, and the order in which they join the parts of a text.
+
+    ids = arrange(tokenizer.fim, prefix_ids, suffix_ids, middle_ids, spm=False)
+
+The spellings are StarCoder's, which llama.cpp and editors know. Every vocabulary that Kindling trains reserves them. Written in
+a text they are text. Source: Bavarian et al. 2022, "Efficient training of language models to fill in the middle".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
+
+
+class FimIds(NamedTuple):
+    """The ids of the control tokens of fill-in-the-middle, in the order of `FIM_TOKENS`."""
+
+    prefix: int
+    middle: int
+    suffix: int
+    pad: int
+
+
+def find_fim_ids(known: Mapping[str, int], special: Collection[str]) -> FimIds | None:
+    """Return the ids of the control tokens, or None if one of them is not among the `special` tokens of a vocabulary."""
+    return FimIds(*(known[token] for token in FIM_TOKENS)) if set(FIM_TOKENS) <= set(special) else None
+
+
+def control_tokens(special: Iterable[str]) -> list[str]:
+    """Return the control tokens of a vocabulary that is trained: its `special` ones, then those of fill-in-the-middle."""
+    return list(dict.fromkeys((*special, *FIM_TOKENS)))
+
+
+def arrange(fim: FimIds, prefix: list[int], suffix: list[int], middle: list[int], spm: bool) -> list[int]:
+    """Return the parts in the order in which a model reads them, the middle last, without end-of-text.
+
+    With `spm` the suffix comes first, in the joint form of the paper and of StarCoder: prefix and middle follow each other as in
+    a text that is only continued, and a prompt with an empty suffix differs from it by three tokens at its start.
+    """
+    if spm:
+        return [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
+    return [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
