@@ -399,8 +399,7 @@ class TrainConfig:
     spike_ratio: float = 10.0
     """Skip a step if its gradient norm is more than this many times the median of the steps before. 0: do not check."""
     max_skipped_steps: int = 20
-    """After this many bad steps in a row (a loss or gradient that is not finite, or a gradient spike), go back to the
-    checkpoint before them and leave out their rows. End the run if this happens repeatedly."""
+    """After this many bad steps in a row (not finite, or a spike), go back to the checkpoint before and leave out their rows."""
     init_from: str | None = None
     """Start from the weights of a run (its name or folder) or of a folder in the Hugging Face format, with a fresh optimiser."""
     seed: int = 1337
@@ -414,7 +413,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: if there is a compiler, and the run is long enough to win back the time of compiling."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: each rank of torchrun holds the whole model; fsdp: a part of weights, gradients and optimiser state (docs/scale.md)."""
+    """ddp: each rank of torchrun holds the whole model; fsdp: a part of weights, gradients and optimiser (docs/scale.md)."""
     threads: int | None = None
     """CPU threads. None: torch's choice for a new run, and the same number as before for a resumed one."""
     eval_every: int | None = None

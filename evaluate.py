@@ -166,13 +166,11 @@ def evaluate(subject: EvalContext) -> int:
     cfg, model, tokenizer, world = flags.eval, subject.model, subject.tokenizer, subject.runtime.world
     refusal = world.on_main(lambda: sandbox_refusal(flags))
     benchmarks = cfg.n_samples if refusal is None else {}
-    results = header(subject)
 
     losses = heldout_losses(subject)
-    results["language_modelling"] = losses.by_group() | {"stride": cfg.stride}
+    results = header(subject) | {"language_modelling": losses.by_group() | {"stride": cfg.stride}}
     results |= gold_losses(subject) if world.main else {}
-    if flags.infills and run.config().data.fim_rate:
-        results["infilling"] = infilling_figures(subject)
+    results |= infilling_figures(subject)
 
     code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
     if not world.main:  # only the main rank does the rest
@@ -257,19 +255,25 @@ def gold_losses(subject: EvalContext) -> dict[str, Any]:
 
 
 def infilling_figures(subject: EvalContext) -> dict[str, Any]:
-    """Return the loss of the held-out pieces that are all filled in and, from the main rank, the figures of gaps."""
+    """Return the loss of the held-out pieces that are all filled in and, from the main rank, the figures of gaps.
+
+    A run without fill-in-the-middle has none.
+    """
     from kindling.data.packing import INFILLING
     from kindling.evaluation.heldout import document_texts
     from kindling.evaluation.infill import gaps, infill
     from kindling.evaluation.progress import progress_bar
 
     flags = subject.flags
+    if not flags.infills or not subject.run.config().data.fim_rate:
+        return {}
     found = {"all": losses_of(subject, subject.run.heldout(flags.split + INFILLING)).summary()}
     if not subject.runtime.world.main:
-        return found
+        return {"infilling": found}
     texts = document_texts(subject.heldout, subject.tokenizer)
     with progress_bar("infilling", 2 * flags.infills, "gap") as bar:
-        return found | {"gaps": infill(subject.model, subject.tokenizer, gaps(texts, flags.infills), bar.update)}
+        found["gaps"] = infill(subject.model, subject.tokenizer, gaps(texts, flags.infills), bar.update)
+    return {"infilling": found}
 
 
 def text_figures(subject: EvalContext) -> dict[str, Any]:

@@ -15,17 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kindling.evaluation.intervals import FEWEST, Difference, Z, paired_difference, paired_ratio_difference, pass_at_k
+from kindling.evaluation.intervals import (
+    FEWEST,
+    Difference,
+    Z,
+    count,
+    number,
+    paired_difference,
+    paired_ratio_difference,
+    pass_at_k,
+)
 from kindling.evaluation.report import (
     READING,
     Losses,
     ReportError,
     Results,
     bits_interval,
-    count,
     gold_cell,
     harness_cell,
-    number,
     pass_cell,
     rate_cell,
 )

@@ -205,3 +205,24 @@ def _paired(difference: float, interval: Interval, differences: np.ndarray) -> D
     differ = np.count_nonzero(differences)
     low, high = interval if differ else NONE
     return Difference(difference, low, high, bool(differ >= FEWEST and (low > 0 or high < 0)))
+
+
+def count(value: int | None) -> str:
+    """Return a count with separators, or "-" for None."""
+    return "-" if value is None else f"{value:,}"
+
+
+def number(value: float | None, interval: Interval = NONE, form: str = ",.4f") -> str:
+    """Return a figure, with its interval in brackets if there is one."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + ("" if math.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]")
+
+
+def percent(value: float | None, interval: Interval = NONE) -> str:
+    """Return a fraction in per cent, with its interval in brackets if there is one."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.1%}" + (
+        "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    )

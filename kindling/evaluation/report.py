@@ -18,13 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from kindling.errors import KindlingError
-from kindling.evaluation.intervals import FEWEST, NONE, Interval, Z, bootstrap_ratio, pass_interval, rate_interval
+from kindling.evaluation.intervals import (
+    FEWEST,
+    NONE,
+    Interval,
+    Z,
+    bootstrap_ratio,
+    count,
+    number,
+    pass_interval,
+    percent,
+    rate_interval,
+)
 from kindling.files import UNENCODABLE, write_atomic
 from kindling.tables import Section, as_markdown, as_text
 
 FORMAT = 2  # of eval.json
 READING = "figures in brackets are 95% intervals; a - stands for what is not known"
-EXAMPLES = 5  # contaminated problems that are listed
 
 Results = dict[str, Any]
 Losses = list[dict[str, Any]]
@@ -169,32 +179,13 @@ HEADINGS = {
 }
 
 
-def count(value: int | None) -> str:
-    """Return a count with separators, or "-" for None."""
-    return "-" if value is None else f"{value:,}"
-
-
-def number(value: float | None, interval: Interval = NONE, form: str = ",.4f") -> str:
-    """Return a figure, with its interval in brackets if there is one."""
-    if value is None:
-        return "-"
-    return f"{value:{form}}" + ("" if math.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]")
-
-
-def percent(value: float | None, interval: Interval = NONE) -> str:
-    """Return a fraction in per cent, with its interval in brackets if there is one."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.1%}" + (
-        "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    )
-
-
 def bits_interval(losses: Losses) -> Interval:
     """Return the interval of bits per byte, resampling documents; none if a loss is not finite."""
-    if not _all_finite(losses):
-        return NONE
-    return bootstrap_ratio([line["nll"] / math.log(2) for line in losses], [line["bytes"] for line in losses])
+    return (
+        NONE
+        if not _all_finite(losses)
+        else bootstrap_ratio([line["nll"] / math.log(2) for line in losses], [line["bytes"] for line in losses])
+    )
 
 
 def _all_finite(losses: Losses) -> bool:
@@ -377,8 +368,8 @@ def _contamination(part: dict[str, Any]) -> Section:
         part_of = None if hit is None or not problems else hit / problems
         section.rows.append([name, count(problems), count(hit), percent(part_of)])
         if found.get("examples"):
-            named = ", ".join(str(example) for example in found["examples"][:EXAMPLES])
-            more = len(found["examples"]) - EXAMPLES
+            named = ", ".join(str(example) for example in found["examples"][:5])
+            more = len(found["examples"]) - 5
             section.notes.append(f"{name}: {named}" + (f" and {more:,} more" if more > 0 else ""))
         if found.get("too_short"):
             section.notes.append(f"{name}: {found['too_short']:,} problems are too short to be recognised in any data")
