@@ -53,7 +53,7 @@ def parse_cli(
     if {"-h", help.HELP, help.HELP_ALL} & set(argv):
         print(help.help_text(program(), description.strip(), known, takes_config, help.HELP_ALL in argv))
         raise SystemExit(0)
-    if error := help.unknown_flag(argv, known, takes_config):
+    if error := help.unknown_flag(argv, known, takes_config) or help.wrong_value(argv, known):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
     _require_utf8_settings(argv)
