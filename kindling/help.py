@@ -267,7 +267,7 @@ def wrong_value(argv: list[str], known: list[Flag]) -> str | None:
             if places < 0:
                 return f"there is no place for {word!r}; give values after their flags, see {HELP}"
             continue
-        many = flag.kind.endswith(" ...")
+        many = "..." in flag.kind
         while flag.kind and not equals and words and not words[0].startswith("--") and (many or not values):
             values.append(words.pop(0))
         if error := _value_error(flag, values):
@@ -279,11 +279,11 @@ def _value_error(flag: Flag, values: list[str]) -> str | None:
     """Return the error about the values that a flag was given, or None."""
     if not flag.kind:
         return f"{flag.spelling} takes no value, but was given {values[0]!r}; write {flag.spelling}" if values else None
-    if not values and not flag.kind.endswith(" ..."):
+    if not values and "..." not in flag.kind:
         return (
             f"{flag.spelling} must have a value, but has none; write {flag.spelling}={flag.kind.removesuffix('|None')}"
         )
-    kinds = flag.kind.removesuffix(" ...").removesuffix("|None")
+    kinds = flag.kind.removesuffix("|None").removesuffix(" ...")
     for value in values:
         if value == "None" and flag.kind.endswith("|None"):
             continue

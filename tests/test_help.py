@@ -153,6 +153,7 @@ def test_a_wrong_value_is_one_line_without_colour(script, argv, words, color, mo
     ("script", "argv"),
     [
         ("main", ["--train.max-steps", "None", "--train.epochs", "1e0", "--model.bias", "True", "--train.lr=-1e-3"]),
+        ("main", ["--data.sources.0.globs", "**/*.py", "**/*.c", "--data.sources.0.max-bytes", "None"]),
         ("evaluate", ["runs/a", "--eval.benchmarks", "problems:2", "mbpp", "--eval.no-full", "--text", "a", "b"]),
         ("generate", ["runs/a", "--stop", "x", "y", "--n", "2", "--temperature", "0", "--prompt", "-x"]),
         ("visualize", ["--compare", "runs/a", "runs/b"]),
@@ -163,3 +164,11 @@ def test_values_that_the_parser_takes_are_not_refused(script, argv):
     module = importlib.import_module(script)
     flags = list(help.flags_of(module.Flags, defaults(module)))
     assert help.unknown_flag(argv, flags) is None and help.wrong_value(argv, flags) is None
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_several_ranks_one_says_that_a_flag_is_wrong(rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        parse_cli(importlib.import_module("main").Flags, "", ["--train.lr", "x"])
+    assert len(capsys.readouterr().err.splitlines()) == lines
