@@ -28,10 +28,15 @@ COMMON = (
     *("data.sources.0.kind", "data.sources.0.path", "data.max-tokens"),
     *("train.max-steps", "train.max-minutes", "train.batch-size", "train.lr", "train.seed", "train.device"),
     *("train.eval-every", "train.save-every"),
-    *("eval.benchmarks", "eval.limit", "eval.temperature", "eval.max-new-tokens", "eval.workers"),
+    *("eval.full", "eval.benchmarks", "eval.limit", "eval.temperature", "eval.max-new-tokens", "eval.workers"),
 )
 SHAPE = ("model.block-size", "model.vocab-size", "model.n-layer", "model.n-head", "model.n-embd")
-PRE_TRAINING = (*SHAPE, "tokenizer.kind", "train.init-from")  # in fine-tuning, they are the base run's
+PRE_TRAINING = (
+    *SHAPE,
+    "tokenizer.kind",
+    "train.init-from",
+    "train.sample-every",
+)  # in fine-tuning, they are the base run's
 FINE_TUNING = ("data.template", "train.epochs")
 
 
@@ -123,6 +128,8 @@ def help_text(prog: str, description: str, flags: list[Flag], takes_config: bool
     summary = wrapped("\n\n".join(description.split("\n\n")[:2]), width)
     instructed = any(f.name == "data.sources.0.kind" and f.default == "docstrings" for f in flags)
     common = {*COMMON, *(FINE_TUNING if instructed else PRE_TRAINING)}
+    if not any(f.name == "fresh" for f in flags):  # a script that does not train
+        common = {name for name in common if not name.startswith("train.")}
     shown = [f for f in flags if not f.section[0] or f.name in common]
     left = len(flags) - len(shown)
     end = ["", f"{left} more settings are in {HELP_ALL}."] if left else []

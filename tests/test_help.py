@@ -172,3 +172,13 @@ def test_of_several_ranks_one_says_that_a_flag_is_wrong(rank, lines, monkeypatch
     with pytest.raises(SystemExit):
         parse_cli(importlib.import_module("main").Flags, "", ["--train.lr", "x"])
     assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize(("script", "flag"), [("main", "--train.sample-every"), ("evaluate", "--eval.full")])
+def test_help_shows_the_flags_that_the_docs_lead_with(script, flag, monkeypatch):
+    assert any(line.split()[:1] == [flag] for line in shown(script, "--help", monkeypatch))
+
+
+def test_help_of_the_data_shows_no_settings_of_training(monkeypatch):
+    text = "\n".join(shown("data_pipeline", "--help", monkeypatch))
+    assert "--train." not in text and "--data.max-tokens" in text
