@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 if __name__ == "__main__":  # one thread: the products of one token are too small to divide
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -157,7 +157,11 @@ class Completer:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose --help raises BrokenPipeError; argparse would hide it."""
+    """A parser whose errors are one line, and whose --help raises BrokenPipeError; argparse would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error, and exit with code 2."""
+        self.exit(2, f"error: {message}; see --help\n")
 
     def print_help(self, file: object = None) -> None:
         """Print the help."""
@@ -237,7 +241,8 @@ def read_text(args: argparse.Namespace) -> str:
                 sys.stdin.buffer.read() if args.file == "-" else expand_home(args.file, "file").read_bytes()
             ).decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise CompletionError(f"{where} must be readable text in UTF-8, but is not ({e})") from None
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        raise CompletionError(f"{where} must be readable text in UTF-8, but is not ({why}); name another") from None
     if not text:
         raise CompletionError(f"{where} must hold at least one character, but is empty")
     return text

@@ -65,7 +65,7 @@ def answer(flags: Flags) -> int:
     """Answer --explain and --locate from the build of the named run, or of the config; say on stderr which build is read."""
     if flags.run is None:
         cfg, folder = flags.config, prepare(flags.config)
-        print(f"reading {folder}, of these settings; --run names a run's", file=sys.stderr)
+        print(f"reading {folder}, the build of these settings; --run NAME reads that of a run", file=sys.stderr)
     else:
         from kindling.runs.loading import build_of_run  # imports torch
 

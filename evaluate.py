@@ -109,11 +109,25 @@ def parse(argv: list[str] | None = None) -> Flags:
     """Parse the command line. With --eval.full, and where benchmarks are named, the other defaults are those of a full run."""
     argv = sys.argv[1:] if argv is None else argv
     flags = parse_cli(Flags, __doc__ or "", argv)
-    named = any(word.partition("=")[0] == "--eval.benchmarks" for word in argv)
-    if flags.eval.full or named:  # parse again with these defaults, so that explicit values win
+    if flags.eval.full or names_benchmarks(argv):  # parse again with these defaults, so that explicit values win
         full = Flags(eval=replace(FULL_EVAL, full=flags.eval.full))
         flags = with_home(tyro.cli(Flags, default=full, args=argv))
     return flags
+
+
+def names_benchmarks(argv: list[str] | None) -> bool:
+    """Return whether a command line says which benchmarks to run."""
+    return any(word.partition("=")[0] == "--eval.benchmarks" for word in (sys.argv[1:] if argv is None else argv))
+
+
+def without_python(cfg: EvalConfig, argv: list[str] | None, run: RunDirectory) -> EvalConfig:
+    """Return the settings without benchmarks, and say so, for a run of other languages, unless they were asked for."""
+    from kindling.sample_prompts import knows_no_python
+
+    if cfg.full or names_benchmarks(argv) or not cfg.n_samples or not knows_no_python(run.config()):
+        return cfg
+    print(f"note: {run.path} has learnt no Python, so no benchmark is run; --eval.full runs all", file=sys.stderr)
+    return replace(cfg, benchmarks=("none",))
 
 
 def chat_format(run: RunDirectory) -> ChatFormat | None:
@@ -381,6 +395,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with process_group(flags.device) as world:
         run, checkpoint = world.on_main(lambda: chosen(flags))
+        flags.eval = world.on_main(lambda: without_python(flags.eval, argv, run))
         runtime = resolve(replace(run.config().train, device=flags.device), world)
         model, _ = load_model(run, runtime.device, checkpoint)
         return evaluate(EvalContext(run, checkpoint, model, run.tokenizer(), runtime, flags))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import require_documents
-from kindling.sample_prompts import generate_command
+from kindling.sample_prompts import generate_command, knows_no_python
 from kindling.stopping import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         saved = [] if flags.fresh else RunDirectory(RUNS / flags.config.run_name).checkpoints()
         done = step_of(saved[-1]) if saved else 0
         print(dry_run(flags.config, new_model(flags.config, runtime), runtime, done))
-        print(f"this was a dry run: nothing was written; next: python main.py --preset {flags.config.preset}")
+        print("this was a dry run: nothing was written; next: the same command without --dry-run")
         return 0
     from kindling.training.stage import train_stage
 
@@ -67,7 +67,9 @@ def report(trainer: Trainer) -> list[str]:
         f"validation over {of}: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
-    return [f"python evaluate.py {path}", generate_command(path, trainer.cfg), f"python sft_train.py {path}"]
+    commands = [f"python evaluate.py {path}", generate_command(path, trainer.cfg)]
+    # by default, fine-tuning is on functions of Python
+    return commands if knows_no_python(trainer.cfg) else [*commands, f"python sft_train.py {path}"]
 
 
 def samples(trainer: Trainer) -> str:

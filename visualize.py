@@ -66,8 +66,9 @@ def require(flags: Flags, run: RunDirectory) -> str | None:
                 whole = f.read()
             whole.encode("utf-8")  # raises an error for a byte that is not UTF-8
         except DAMAGE as e:
+            why = getattr(e, "strerror", None) or e
             raise VisualizationError(
-                f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({e}); check the path"
+                f"--file must be a readable text in UTF-8, but {str(flags.file)!r} is not ({why}); check the path"
             ) from None
         text: str | None = whole
     else:

@@ -53,8 +53,9 @@ def parse_cli(
     if {"-h", help.HELP, help.HELP_ALL} & set(argv):
         print(help.help_text(program(), description.strip(), known, takes_config, help.HELP_ALL in argv))
         raise SystemExit(0)
-    if error := help.unknown_flag(argv, known, takes_config):
-        print(f"error: {error}", file=sys.stderr)
+    if error := help.unknown_flag(argv, known, takes_config) or help.wrong_value(argv, known):
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, all ranks have the same command line
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
     _require_utf8_settings(argv)
     if os.environ.get("NO_COLOR"):

@@ -96,7 +96,7 @@ def _settings_of(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as e:
         raise ConfigError(f"{where} must be YAML, but is not ({' '.join(str(e).split())}); correct it") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {type(data).__name__}; correct it")
+        raise ConfigError(f"{where} must be a YAML mapping of sections, but is {_kind(data)}; correct it")
     if odd := [key for key in data if not isinstance(key, str)]:
         raise ConfigError(f"{where}: a section must be a name, but is {odd[0]!r}; correct it")
     try:
@@ -105,6 +105,10 @@ def _settings_of(text: str, where: str) -> dict[str, Any]:
         }
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
+
+
+def _kind(data: Any) -> str:
+    return "empty" if data is None else type(data).__name__
 
 
 def _one_line(error: ValidationError | TypeError) -> str:
@@ -118,6 +122,8 @@ def _one_line(error: ValidationError | TypeError) -> str:
         if item["type"] == "unexpected_keyword_argument":
             cls = SourceConfig if "sources" in section else get_type_hints(Config)[section[0]] if section else Config
             parts.append(f"{place} is no setting; {did_you_mean(key, [f.name for f in dataclasses.fields(cls)])}")
+        elif item["type"] == "dataclass_type":
+            parts.append(f"{place} must be a mapping of settings, but is {item['input']!r}; correct it")
         else:
             parts.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, but is {item['input']!r}")
     return "; ".join(parts)

@@ -28,10 +28,15 @@ COMMON = (
     *("data.sources.0.kind", "data.sources.0.path", "data.max-tokens"),
     *("train.max-steps", "train.max-minutes", "train.batch-size", "train.lr", "train.seed", "train.device"),
     *("train.eval-every", "train.save-every"),
-    *("eval.benchmarks", "eval.limit", "eval.temperature", "eval.max-new-tokens", "eval.workers"),
+    *("eval.full", "eval.benchmarks", "eval.limit", "eval.temperature", "eval.max-new-tokens", "eval.workers"),
 )
 SHAPE = ("model.block-size", "model.vocab-size", "model.n-layer", "model.n-head", "model.n-embd")
-PRE_TRAINING = (*SHAPE, "tokenizer.kind", "train.init-from")  # in fine-tuning, they are the base run's
+PRE_TRAINING = (
+    *SHAPE,
+    "tokenizer.kind",
+    "train.init-from",
+    "train.sample-every",
+)  # in fine-tuning, they are the base run's
 FINE_TUNING = ("data.template", "train.epochs")
 
 
@@ -123,6 +128,8 @@ def help_text(prog: str, description: str, flags: list[Flag], takes_config: bool
     summary = wrapped("\n\n".join(description.split("\n\n")[:2]), width)
     instructed = any(f.name == "data.sources.0.kind" and f.default == "docstrings" for f in flags)
     common = {*COMMON, *(FINE_TUNING if instructed else PRE_TRAINING)}
+    if not any(f.name == "fresh" for f in flags):  # a script that does not train
+        common = {name for name in common if not name.startswith("train.")}
     shown = [f for f in flags if not f.section[0] or f.name in common]
     left = len(flags) - len(shown)
     end = ["", f"{left} more settings are in {HELP_ALL}."] if left else []
@@ -243,7 +250,59 @@ def unknown_word(word: str, names: list[str]) -> str | None:
     """Return the error about a word that looks like a flag, unless it is one of `names`, or its opposite."""
     flag = word.partition("=")[0]
     name = flag.removeprefix("--").replace("_", "-")
-    if not name or name in names or name.removeprefix("no-") in names or flag in (HELP, HELP_ALL):
+    opposite = re.sub(r"(^|\.)no-", r"\1", name)
+    if not name or name in names or opposite in names or flag in (HELP, HELP_ALL):
         return None
     near = similar_flags(flag, [*names, HELP.strip("-"), HELP_ALL.strip("-")])
     return f"there is no flag {flag}; " + (f"did you mean {' or '.join(near)}?" if near else f"see {HELP_ALL}")
+
+
+def wrong_value(argv: list[str], known: list[Flag]) -> str | None:
+    """Return the error about the first value of a command line that its flag cannot take, or about a word that is no value."""
+    by_name = {f.name: f for f in known if not f.positional}
+    places = sum(f.positional for f in known)
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        flag = by_name.get(name.replace("_", "-")) if word.startswith("--") else None
+        values = [value] if equals else []
+        if flag is None:
+            if word.startswith("--"):  # such as --no-fresh; what does not exist is found by `unknown_flag`
+                continue
+            places -= 1
+            if places < 0:
+                return f"there is no place for {word!r}; give values after their flags, see {HELP}"
+            continue
+        many = "..." in flag.kind
+        while flag.kind and not equals and words and not words[0].startswith("--") and (many or not values):
+            values.append(words.pop(0))
+        if error := _value_error(flag, values):
+            return error
+    return None
+
+
+def _value_error(flag: Flag, values: list[str]) -> str | None:
+    """Return the error about the values that a flag was given, or None."""
+    if not flag.kind:
+        return f"{flag.spelling} takes no value, but was given {values[0]!r}; write {flag.spelling}" if values else None
+    if not values and "..." not in flag.kind:
+        return (
+            f"{flag.spelling} must have a value, but has none; write {flag.spelling}={flag.kind.removesuffix('|None')}"
+        )
+    kinds = flag.kind.removesuffix("|None").removesuffix(" ...")
+    for value in values:
+        if value == "None" and flag.kind.endswith("|None"):
+            continue
+        if kinds in ("INT", "FLOAT"):
+            try:
+                int(value) if kinds == "INT" else float(value)
+            except ValueError:
+                must = "a whole number" if kinds == "INT" else "a number"
+                return f"{flag.spelling} must be {must}, but is {value!r}; write {flag.spelling} {said(flag.default)}"
+        elif kinds.startswith("{") and value not in (choices := kinds[1:-1].split(",")):
+            near = difflib.get_close_matches(value, choices, n=1)
+            return f"{flag.spelling} must be one of {', '.join(choices)}, but is {value!r}; " + (
+                f"did you mean {near[0]}?" if near else "choose one"
+            )
+    return None

@@ -22,6 +22,13 @@ def sample_prompts(cfg: Config) -> tuple[str, ...]:
     return PYTHON if any(map(_has_python, cfg.data.sources)) else ENGLISH
 
 
+def knows_no_python(cfg: Config) -> bool:
+    """Return whether all data of a run say that they are in another language, so that it is not asked for Python."""
+    languages = [source.language for source in cfg.data.sources]
+    of_others = all(language is not None and language.lower() != "python" for language in languages)
+    return of_others and cfg.train.init_from is None and not cfg.data.instructions
+
+
 def _has_python(source: SourceConfig) -> bool:
     """Return whether a source holds Python, as far as its settings say."""
     if source.language is not None:

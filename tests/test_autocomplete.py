@@ -340,7 +340,7 @@ def test_a_damaged_export_is_refused(exports, tmp_path, what):
         (["--file", "empty.py"], "at least one character"),
         (["--file", "none.py"], "readable text"),
         (["--file", "latin.py"], "UTF-8"),
-        (["--file", "."], "readable text"),
+        (["--file", "."], r"is not \(Is a directory\); name another"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature must be"),
         (["--prompt", "x", "--top-k", "-1"], "--top-k must be"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be"),
@@ -389,3 +389,18 @@ def test_the_difference_that_an_export_states_is_measured(exports):
     assert difference(folder, model, rows)[0] == pytest.approx(1.0, rel=1e-2)
     with torch.no_grad():
         model.head.bias[7] -= 1.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["x", "--top-k", "y"], "--top-k: invalid int value: 'y'; see --help"),
+        (["x", "--mode", "z"], "invalid choice: 'z'"),
+        (["--prompt", "x"], "required: DIR"),
+    ],
+)
+def test_an_error_of_the_command_line_is_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        autocomplete.parse_arguments(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and words in line

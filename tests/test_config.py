@@ -142,7 +142,8 @@ def test_a_config_file_of_an_earlier_version_is_read(tmp_path):
         ("preset: code-50", ["'code-50'", "code-50m"]),
         ("preset: 3", ["part.yaml", "preset", "3"]),
         ("1: {}", ["part.yaml", "name", "1"]),
-        ("", ["part.yaml", "mapping"]),
+        ("", ["part.yaml", "mapping", "but is empty"]),
+        ("train: [1]", ["part.yaml", "train must be a mapping of settings, but is [1]"]),
         ("[1", ["part.yaml", "YAML"]),
     ],
 )

@@ -123,20 +123,63 @@ def test_a_value_may_look_like_a_flag():
     )
 
 
-@pytest.mark.parametrize("argv", [["--train.max-steps", "x"], ["--train.device", "gpu"]])
-@pytest.mark.parametrize("set_to", ["1", ""])
-def test_no_color_is_obeyed_by_errors_of_values(argv, set_to, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+@pytest.mark.parametrize(
+    ("script", "argv", "words"),
+    [
+        ("main", ["--train.max-steps", "1.5"], "--train.max-steps must be a whole number, but is '1.5'"),
+        ("main", ["--train.lr=abc"], "--train.lr must be a number, but is 'abc'"),
+        ("main", ["--train.device", "cpuu"], "one of auto, cpu, cuda, mps, but is 'cpuu'; did you mean cpu?"),
+        ("main", ["--model.bias", "yes"], "one of True, False, but is 'yes'"),
+        ("main", ["--model.n-layer"], "--model.n-layer must have a value, but has none"),
+        ("main", ["--preset"], "--preset must have a value"),
+        ("main", ["--dry-run=3"], "--dry-run takes no value, but was given '3'; write --dry-run"),
+        ("main", ["--dry-run", "more"], "no place for 'more'"),
+        ("main", ["-x"], "no place for '-x'"),
+        ("evaluate", ["runs/a", "runs/b"], "no place for 'runs/b'"),
+        ("visualize", ["--text"], "--text must have a value, but has none; write --text=STR"),
+    ],
+)
+@pytest.mark.parametrize("color", [True, False])
+def test_a_wrong_value_is_one_line_without_colour(script, argv, words, color, monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(importlib.import_module(script).Flags, "", argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and words in line and "|None" not in line, line
 
-    import tyro
 
-    monkeypatch.setitem(tyro._experimental_options, "ansi_codes", True)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", set_to)
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", Terminal())
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("main", ["--train.max-steps", "None", "--train.epochs", "1e0", "--model.bias", "True", "--train.lr=-1e-3"]),
+        ("main", ["--data.sources.0.globs", "**/*.py", "**/*.c", "--data.sources.0.max-bytes", "None"]),
+        ("evaluate", ["runs/a", "--eval.benchmarks", "problems:2", "mbpp", "--eval.no-full", "--text", "a", "b"]),
+        ("generate", ["runs/a", "--stop", "x", "y", "--n", "2", "--temperature", "0", "--prompt", "-x"]),
+        ("visualize", ["--compare", "runs/a", "runs/b"]),
+        ("export", ["runs/a", "--to", "gguf", "--type", "q8_0", "--out", "~/x", "--replace"]),
+    ],
+)
+def test_values_that_the_parser_takes_are_not_refused(script, argv):
+    module = importlib.import_module(script)
+    flags = list(help.flags_of(module.Flags, defaults(module)))
+    assert help.unknown_flag(argv, flags) is None and help.wrong_value(argv, flags) is None
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_several_ranks_one_says_that_a_flag_is_wrong(rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit):
-        parse_cli(importlib.import_module("main").Flags, "", argv)
-    assert ("\x1b[" in sys.stderr.getvalue()) == (not set_to)
+        parse_cli(importlib.import_module("main").Flags, "", ["--train.lr", "x"])
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize(("script", "flag"), [("main", "--train.sample-every"), ("evaluate", "--eval.full")])
+def test_help_shows_the_flags_that_the_docs_lead_with(script, flag, monkeypatch):
+    assert any(line.split()[:1] == [flag] for line in shown(script, "--help", monkeypatch))
+
+
+def test_help_of_the_data_shows_no_settings_of_training(monkeypatch):
+    text = "\n".join(shown("data_pipeline", "--help", monkeypatch))
+    assert "--train." not in text and "--data.max-tokens" in text

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, DataConfig, SourceConfig, TrainConfig
-from kindling.sample_prompts import ENGLISH, PYTHON, generate_command, prompt_flag, sample_prompts
-from presets import PRESETS
+import evaluate
+from config import FULL_EVAL, Config, DataConfig, SourceConfig, TrainConfig
+from kindling.sample_prompts import ENGLISH, PYTHON, generate_command, knows_no_python, prompt_flag, sample_prompts
+from presets import PRESETS, preset
 
 SOURCES = {
     "the machine's Python": (SourceConfig(), PYTHON),
@@ -61,3 +62,30 @@ def test_a_shell_reads_the_first_line_of_the_prompt(prompt):
     cfg = replace(config(SourceConfig(), prompts=(prompt,)))
     flag, line = shlex.split(prompt_flag(cfg))
     assert flag == "--prompt" and line == (prompt.split("\n")[0] or "The")
+
+
+def test_only_a_run_whose_data_are_all_of_other_languages_knows_no_python():
+    stories, code = SourceConfig(kind="text", path="x", language="english"), SourceConfig(kind="local-python")
+    unknown = SourceConfig(kind="text", path="x")
+    for sources, expected in [((stories,), True), ((stories, code), False), ((unknown,), False)]:
+        cfg = replace(preset("demo"), data=replace(preset("demo").data, sources=sources))
+        assert knows_no_python(cfg) is expected
+    cfg = replace(preset("tinystories"), train=replace(preset("tinystories").train, init_from="runs/demo"))
+    assert knows_no_python(preset("tinystories")) and not knows_no_python(cfg)
+    assert not knows_no_python(preset("docstrings"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "benchmarks"),
+    [([], ("none",)), (["--eval.full"], FULL_EVAL.benchmarks), (["--eval.benchmarks", "mbpp:2"], ("mbpp:2",))],
+)
+def test_a_run_of_stories_is_not_evaluated_on_python_unless_asked(argv, benchmarks, capsys):
+    class Run:
+        path = Path("runs/stories")
+
+        def config(self):
+            return preset("tinystories")
+
+    flags = evaluate.parse(argv)
+    assert evaluate.without_python(flags.eval, argv, Run()).benchmarks == benchmarks
+    assert ("has learnt no Python" in capsys.readouterr().err) == (not argv)

@@ -118,12 +118,8 @@ def title(results: Results) -> str:
 
 def facts(results: Results) -> list[str]:
     """Return what was evaluated and how, in up to four lines."""
-    labels = {
-        "checkpoint": "{}",
-        "preset": "preset {}",
-        "parameters": "{:,} parameters",
-        "weights_sha256": "weights {:.12}",
-    }
+    labels = {"checkpoint": "{}", "preset": "preset {}", "parameters": "{:,} parameters",
+              "weights_sha256": "weights {:.12}"}  # fmt: skip
     measured = {"split": "{} split", "data": "of {}", "device": "on {}", "precision": "{}", "python": "Python {}",
                 "seconds": "{:,.0f} s"}  # fmt: skip
     lines = []
@@ -181,22 +177,22 @@ HEADINGS = {
 
 def bits_interval(losses: Losses) -> Interval:
     """Return the interval of bits per byte, resampling documents; none if a loss is not finite."""
-    return (
-        NONE
-        if not _all_finite(losses)
-        else bootstrap_ratio([line["nll"] / math.log(2) for line in losses], [line["bytes"] for line in losses])
-    )
+    low, high = _interval(losses, "bytes")
+    return Interval(low / math.log(2), high / math.log(2))
+
+
+def _perplexity_interval(losses: Losses) -> Interval:
+    low, high = _interval(losses, "tokens")
+    return Interval(math.exp(low), math.exp(high))
+
+
+def _interval(losses: Losses, unit: str) -> Interval:
+    all_finite = _all_finite(losses)
+    return bootstrap_ratio([line["nll"] for line in losses], [line[unit] for line in losses]) if all_finite else NONE
 
 
 def _all_finite(losses: Losses) -> bool:
     return all(line["nll"] is not None and math.isfinite(line["nll"]) for line in losses)
-
-
-def _perplexity_interval(losses: Losses) -> Interval:
-    if not _all_finite(losses):
-        return NONE
-    low, high = bootstrap_ratio([line["nll"] for line in losses], [line["tokens"] for line in losses])
-    return Interval(math.exp(low), math.exp(high))
 
 
 _LM_COLUMNS = ["loss", "perplexity", "bits per byte", "docs", "tokens", "bytes"]

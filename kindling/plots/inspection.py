@@ -78,7 +78,11 @@ def curves_of(lines: list[dict[str, Any]]) -> Curves:
 
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "val_loss" in line]
-    validation = [line for line in validation if line.get("val_tokens") == validation[0].get("val_tokens")]
+    whole = max((line["val_tokens"] for line in validation if "val_tokens" in line), default=None)
+    read = [
+        line.get("val_tokens", whole) for line in validation
+    ]  # earlier versions read the whole split, and do not say so
+    validation = [line for line, n in zip(validation, read) if n == read[0]]
     steps, tokens = column(training, "step"), column(training, "tokens")
     val_steps = column(validation, "step")
     known = np.isfinite(tokens)

@@ -122,7 +122,7 @@ class Evaluations:
             validation = self.trainer.validation
             n_rows = validation.dataset.n_rows_in_order(self.trainer.cfg.model)
             if self._fits(self._last_s * n_rows / state.validation_rows, TOTAL_LIMIT):
-                state.last_eval = self._run(validation.whole)
+                state.last_eval = self._run(validation.whole, whole=True)
             else:
                 self._say_once(f"the last validation is of {state.validation_rows:,} of {n_rows:,} rows")
         return improved
@@ -137,19 +137,24 @@ class Evaluations:
             samples = draw_samples(trainer, SAMPLE_TOKENS)
             self.log.write_samples(trainer.state.step, samples)
             for prompt, text in () if finished else samples:  # the script shows longer ones at the end
-                tqdm.write(f"--- step {trainer.state.step}, from {prompt!r}\n{text.rstrip()}")
+                before = "" if trainer.cfg.data.instructions else prompt  # as at the end
+                tqdm.write(f"--- step {trainer.state.step}, from {prompt!r}\n{(before + text).rstrip()}")
             self.bar.refresh()
         self._count(started)
 
-    def _run(self, evaluate: Callable[[LanguageModel], dict[str, float]]) -> dict[str, float]:
-        """Evaluate; log, print and return the figures."""
+    def _run(self, evaluate: Callable[[LanguageModel], dict[str, float]], whole: bool = False) -> dict[str, float]:
+        """Evaluate; log, print and return the figures. `whole`: the other points are of a part of the split."""
         step, started = self.trainer.state.step, time.perf_counter()
         result = evaluate(self.trainer.model)
         self._last_s = self._count(started)
         self.log.write(step, **result)
         named = {name.replace("_", " "): value for name, value in result.items() if name != "val_tokens"}
         figures = ", ".join(f"{name} {value:.4f}" for name, value in named.items())
-        of = f" (on {result['val_tokens']:,} tokens)" if "val_tokens" in result else ""
+        of = (
+            f" (on {result['val_tokens']:,} tokens{', the whole split' if whole else ''})"
+            if "val_tokens" in result
+            else ""
+        )
         tqdm.write(f"step {step}: {figures}{of}")
         self.bar.refresh()
         return result

@@ -70,7 +70,7 @@ def train_stage(
         digest = trainer.digest()
         if world.main:
             commands = report(trainer)
-            print(summary_line(trainer, digest, time.perf_counter() - started))
+            print(summary_line(trainer, digest, time.perf_counter() - started, resuming))
             print(f"results in {run.path}; next: " + "\n        or: ".join(commands))
     return 0
 
@@ -111,14 +111,18 @@ def length(cfg: Config) -> str:
     train = cfg.train
     if train.max_minutes is not None:
         more = "; data, evaluation and saving come on top"
-        return f"{train.max_minutes:g} minutes in steps of {train.batch_size} rows{more}"
+        minutes = "1 minute" if train.max_minutes == 1 else f"{train.max_minutes:g} minutes"
+        return f"{minutes} in steps of {train.batch_size} rows{more}"
     tokens = "" if cfg.data.instructions else f"{cfg.tokens:,} tokens in "
     return f"{tokens}{train.max_steps:,} steps of {train.batch_size} rows"
 
 
-def summary_line(trainer: Trainer, digest: str, seconds: float) -> str:
-    """Return the line with the time of training, the `seconds` of the whole stage, skipped steps, and the state's digest."""
+def summary_line(trainer: Trainer, digest: str, seconds: float, resumed: bool) -> str:
+    """Return the line with the times of the run, the `seconds` of this command, skipped steps, and the state's digest."""
     state = trainer.state
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
-    took = f"{state.elapsed_s:.0f} s of training, {state.evaluation_s:.0f} s of evaluation, {seconds:.0f} s since the start"
+    since = "it was resumed" if resumed else "the start"  # the other figures are of all commands of the run
+    took = (
+        f"{state.elapsed_s:.0f} s of training, {state.evaluation_s:.0f} s of evaluation, {seconds:.0f} s since {since}"
+    )
     return f"{took}{skipped}; state sha256 {digest[:16]}"

@@ -193,7 +193,7 @@ def test_a_run_is_explained_from_the_build_that_it_was_trained_on(corpus, capsys
     assert [p for p in Path("data").iterdir() if not p.name.startswith(".")] == [folder]  # nothing is built
     assert data_pipeline.main([*flags, "--explain", "added.py"]) == 0
     said = capsys.readouterr()
-    assert "of these settings; --run names a run's\n" in said.err and str(folder) not in said.err
+    assert "the build of these settings; --run NAME reads that of a run\n" in said.err and str(folder) not in said.err
     with pytest.raises(DataError, match=r"'added\.py' was not"):
         data_pipeline.main(["--run", "runs/mine", "--explain", "added.py"])
     folder.rename("elsewhere")

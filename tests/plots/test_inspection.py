@@ -130,6 +130,11 @@ def test_validation_losses_that_are_drawn_together_are_of_the_same_texts():
     assert curves.val_loss.tolist() == [9.0, 8.0, 7.0]
 
 
+def test_a_run_of_an_earlier_version_that_goes_on_keeps_its_whole_validation_curve():
+    earlier, later = {"step": 10, "val_loss": 8.0}, {"step": 20, "val_loss": 7.0, "val_tokens": 1000}
+    assert curves_of([earlier, later]).val_loss.tolist() == [8.0, 7.0]
+
+
 def test_no_lines_are_empty_curves():
     assert len(curves_of([]).steps) == len(curves_of([]).val_tokens) == 0
 

@@ -18,6 +18,7 @@ from kindling.runs.checkpoint import load_state
 from kindling.runs.metrics import MetricsLog, read_metrics
 from kindling.training.evaluations import part_of_split, steps_between
 from kindling.training.loop import fit
+from kindling.training.stage import length, summary_line
 from kindling.training.state import TrainingState
 from kindling.training.trainer import Trainer
 from kindling.training.validation import Validation, mean_loss, validate
@@ -187,7 +188,9 @@ def test_the_samples_differ_with_the_weights_and_are_printed_but_the_last(made, 
     trainer.model.train()
     fit(trainer)
     out = capsys.readouterr()
-    assert "--- step 3, from 'import os\\n'" in out.out + out.err and "--- step 6" not in out.out + out.err
+    (shown, *_) = read_metrics(trainer.run.path / "training_samples.jsonl")
+    whole = f"--- step 3, from 'import os\\n'\n{('import os' + chr(10) + shown['text']).rstrip()}\n"
+    assert whole in out.out + out.err and "--- step 6" not in out.out + out.err
     assert trainer.model.training
 
 
@@ -235,7 +238,9 @@ def minute(path, made, corpus, monkeypatch, **seconds):
     return trainer
 
 
-def test_a_minute_has_ten_points_by_the_clock_and_the_whole_split_at_the_end(made, corpus, tmp_path, monkeypatch):
+def test_a_minute_has_ten_points_by_the_clock_and_the_whole_split_at_the_end(
+    made, corpus, tmp_path, monkeypatch, capsys
+):
     trainer = minute(tmp_path / "r", made, corpus, monkeypatch, point_s=0.3, whole_s=5.0)
     monkeypatch.setattr(trainer.validation.dataset, "n_rows_in_order", lambda cfg: 100)
     assert fit(trainer) == 0
@@ -243,6 +248,13 @@ def test_a_minute_has_ten_points_by_the_clock_and_the_whole_split_at_the_end(mad
     assert [line["step"] for line in points(trainer.run.path)] == [*range(0, 121, 12), 120]
     assert trainer.state.last_eval["val_loss"] == 1.0 and trainer.state.whole_is_evaluated
     assert trainer.state.evaluation_s == pytest.approx(1.0 + 11 * 0.3 + 5.0)
+    *parts, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert "the whole split)" in last and not any("whole" in line for line in parts)
+    assert summary_line(trainer, "0" * 16, 70.0, resumed=False).startswith(
+        "60 s of training, 9 s of evaluation, 70 s since the start;"
+    )
+    assert length(trainer.cfg).startswith("1 minute in steps of ")
+    assert "70 s since it was resumed" in summary_line(trainer, "0" * 16, 70.0, resumed=True)
 
 
 @pytest.mark.parametrize("point_s", [0.5, 3.0, 8.0, 11.0])
