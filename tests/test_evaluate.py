@@ -46,6 +46,12 @@ def work(tmp_path_factory, corpus) -> Path:
     return folder
 
 
+def without_programs(folder: Path) -> str:
+    """Return code for `before` that makes an empty folder the only one where programs are found."""
+    folder.mkdir()
+    return f"import os; os.environ['PATH'] = {str(folder)!r}"
+
+
 def results(run: Path) -> dict:
     return json.loads((run / "eval.json").read_text(encoding="utf-8"))
 
@@ -156,9 +162,7 @@ def test_texts_of_the_user_are_predicted_with_the_same_figures_for_any_stride_th
 
 def test_without_bubblewrap_losses_are_saved_and_no_code_is_run(work, tmp_path):
     shutil.copytree(work / "runs/base", tmp_path / "runs/base")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    result = script("evaluate.py", "base", *LITTLE, cwd=tmp_path, env={**os.environ, "PATH": str(tools)})
+    result = script("evaluate.py", "base", *LITTLE, cwd=tmp_path, before=without_programs(tmp_path / "bin"))
     assert_one_clear_line(result, "bubblewrap", "apt install bubblewrap", "--sandbox none")
     found = results(tmp_path / "runs/base")
     assert found["language_modelling"]["all"]["loss"] > 0 and "bubblewrap" in found["functional"]["skipped"]
@@ -167,16 +171,13 @@ def test_without_bubblewrap_losses_are_saved_and_no_code_is_run(work, tmp_path):
 
 
 @needs_bwrap
-@pytest.mark.parametrize("name", ["base", "base-sft"])
+@pytest.mark.parametrize("name", [pytest.param("base", marks=pytest.mark.slow), "base-sft"])
 def test_samples_can_be_written_without_a_sandbox_and_graded_later(work, tmp_path, name):
     """Then all files are those of one evaluation, but for its time."""
     shutil.copytree(work / f"runs/{name}", tmp_path / f"runs/{name}")
     shutil.copytree(work / "data", tmp_path / "data")
-    run, tools = tmp_path / "runs" / name, tmp_path / "bin"
-    tools.mkdir()
-    result = script(
-        "evaluate.py", name, *LITTLE, "--sandbox", "later", cwd=tmp_path, env={**os.environ, "PATH": str(tools)}
-    )
+    run, before = tmp_path / "runs" / name, without_programs(tmp_path / "bin")
+    result = script("evaluate.py", name, *LITTLE, "--sandbox", "later", cwd=tmp_path, before=before)
     assert result.returncode == 0, result.stderr
     assert "--grade" in results(run)["functional"]["skipped"] and "--grade" in result.stdout
     assert {s["verdict"] for s in samples(run)} <= {"", "syntax"}
@@ -219,7 +220,7 @@ def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(wo
     shutil.copytree(work / "runs/base", work / "runs/stopped")
     before = {name: (work / "runs/stopped" / name).read_bytes() for name in FILES}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "evaluate.py"), "stopped", "--eval.limit", "20"],
+        [sys.executable, str(ROOT / "evaluate.py"), "stopped", *LITTLE, "--eval.benchmarks", "problems:1000"],
         cwd=work,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

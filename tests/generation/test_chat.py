@@ -47,21 +47,21 @@ def runs(tmp_path_factory, tokenizer) -> Path:
 
 
 def piped(runs: Path, name: str, text: bytes, *flags: str) -> subprocess.CompletedProcess:
-    """The real script with questions from a pipe."""
-    command = [sys.executable, str(ROOT / "generate.py"), f"runs/{name}", "--chat", "--device", "cpu", *flags]
-    return subprocess.run(command, cwd=runs, input=text, capture_output=True, timeout=300)
+    """The real script with questions from a pipe, which must have room for them."""
+    pipe = f"import os; out, into = os.pipe(); os.write(into, {text!r}); os.close(into); os.dup2(out, 0)"
+    return script("generate.py", f"runs/{name}", "--chat", "--device", "cpu", *flags, cwd=runs, before=pipe)
 
 
 def test_questions_from_a_pipe_are_answered_line_by_line_and_nothing_else_is_printed(runs):
     bad = b"bytes \xff\xfe that are no UTF-8\n\n  \n<|endoftext|>\nReturn it.\\\ndef f():\n\xed\xa0\x80 and no line end"
     result = piped(runs, "yes", bad)
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"Yes\n" * 4, b"")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "Yes\n" * 4, "")
 
 
 def test_a_cut_answer_and_a_refused_question_are_a_line_on_stderr_and_the_chat_goes_on(runs):
     result = piped(runs, "on", b"first\n" + b"long " * 2000 + b"\nlast\n", "--max-new-tokens", "4")
-    assert (result.returncode, result.stdout) == (0, b"YesY\nYesY\n")
-    first, refused, last = result.stderr.decode().splitlines()
+    assert (result.returncode, result.stdout) == (0, "YesY\nYesY\n")
+    first, refused, last = result.stderr.splitlines()
     assert first == last == "note: the answer was cut by --max-new-tokens 4"
     assert refused.startswith("error: a question must leave room") and "shorten it" in refused
 

@@ -1,8 +1,10 @@
+import functools
 import gzip
 import json
 import random
 import sysconfig
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -46,17 +48,20 @@ def train_library(texts, vocab_size: int, split_digits: bool = False) -> Tokeniz
     return tokenizer
 
 
+@functools.cache
 def read_stdlib(*packages: str) -> list[str]:
     root = Path(sysconfig.get_path("stdlib"))
     files = [f for package in packages for f in sorted((root / package).glob("*.py"))]
     return [f.read_text(encoding="utf-8") for f in files]
 
 
+@functools.cache
 def read_stories() -> list[str]:
     with gzip.open(shared_file("tinystories/train_first_2mib.txt.gz"), "rt", encoding="utf-8", newline="") as f:
         return f.read().split("<|endoftext|>")
 
 
+@functools.cache
 def read_code() -> list[str]:
     with gzip.open(shared_file("code_corpus.jsonl.gz"), "rt", encoding="utf-8") as f:
         return [json.loads(line)["content"] for line in f]
@@ -70,7 +75,7 @@ LIBRARY = {digits: train_library(CODE, 400, digits) for digits in (False, True)}
 @pytest.mark.parametrize("vocab_size", [258, 5000])
 @pytest.mark.parametrize(
     "read",
-    [lambda: read_stdlib("asyncio", "email", "json"), read_stories, lambda: read_code()[::20]],
+    [lambda: read_stdlib("asyncio", "json"), lambda: read_stories()[::3], lambda: read_code()[::60]],
     ids=["stdlib", "stories", "code"],
 )
 def test_a_real_corpus_gives_the_tokenizer_json_of_the_library(read, vocab_size, split_digits):
@@ -79,7 +84,7 @@ def test_a_real_corpus_gives_the_tokenizer_json_of_the_library(read, vocab_size,
     assert ours.to_json() == train_library(texts, vocab_size, split_digits).to_str()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(["ab", "abc ", "a ", "ab1 \n", "a's\t"]),
@@ -112,7 +117,7 @@ PIECES = [
 AWKWARD = st.lists(st.sampled_from(PIECES)).map("".join)
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=300)
 @given(st.one_of(st.text(), AWKWARD, st.lists(st.one_of(st.sampled_from(PIECES + CODE), st.text())).map("".join)))
 def test_ids_of_any_text_are_those_of_the_library_and_decode_to_it(text):
     for split_digits in (False, True):
@@ -121,11 +126,18 @@ def test_ids_of_any_text_are_those_of_the_library_and_decode_to_it(text):
         assert LEARNT[split_digits].decode(ids) == text
 
 
+def at_an_edge(point: int) -> bool:
+    """Whether a neighbour has another category, as at the ends of a table's ranges."""
+    return len({unicodedata.category(chr(i)) for i in range(max(point - 1, 0), min(point + 2, 0x110000))}) > 1
+
+
 @pytest.mark.parametrize("split_digits", [False, True])
-def test_each_code_point_splits_as_in_the_library(split_digits):
+@pytest.mark.parametrize("which", ["edges", pytest.param("all", marks=pytest.mark.slow)])
+def test_each_code_point_splits_as_in_the_library(which, split_digits):
     ours, library = LEARNT[split_digits], library_words(split_digits)
     assigned, rest = range(0x40000), range(0x40000, 0x110000, 61)  # of the rest, neither knows a letter or numeral
     points = [chr(i) for i in [*assigned, *rest] if not 0xD800 <= i < 0xE000]
+    points = [c for c in points if which == "all" or ord(c) % 61 == 0 or at_an_edge(ord(c))]
     for start in range(0, len(points), 2**14):
         # a letter joins the first, a numeral the second, others but spaces the third
         for before in ("a", "1", "!"):
@@ -134,12 +146,13 @@ def test_each_code_point_splits_as_in_the_library(split_digits):
             assert ours.split(text) == [text[i:j] for i, j in offsets]
 
 
-def test_real_code_has_the_ids_of_the_library_on_starcoder2s_vocabulary():
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_real_code_has_the_ids_of_the_library_on_starcoder2s_vocabulary(every):
     path = shared_file("starcoder2_tokenizer") / "tokenizer.json"
     ours, library = ByteLevelBPE.load(path), Tokenizer.from_file(str(path))
     library.encode_special_tokens = True
     texts = read_code()
-    texts = [*texts[::12], *(t for t in texts if not t.isascii() and len(t) < 20_000)]
+    texts = [*texts[::12], *(t for t in texts if not t.isascii() and len(t) < 20_000)][::every]
     assert [ours.encode(t) for t in texts] == [e.ids for e in library.encode_batch_fast(texts)]
 
 
@@ -275,7 +288,7 @@ def test_a_word_of_megabytes_takes_seconds():
 
 
 def test_real_python_trains_in_under_a_minute_and_encodes_faster_than_a_third_of_a_megabyte_a_second():
-    texts = read_stdlib(".", "asyncio", "email", "json", "unittest", "importlib", "concurrent/futures")
+    texts = read_stdlib("asyncio", "email", "json", "unittest", "importlib", "concurrent/futures")
     n_bytes = sum(len(t.encode()) for t in texts)
     started = time.process_time()
     tokenizer = ByteLevelBPE.train(texts, 2048, SPECIAL)

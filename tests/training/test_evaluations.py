@@ -76,7 +76,7 @@ def test_a_part_is_spread_over_the_split_and_is_the_same_each_time():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, corpus):
     """A run's folder without checkpoints."""
-    run = make_run(tmp_path_factory.mktemp("made") / "r", corpus, n_files=12)
+    run = make_run(tmp_path_factory.mktemp("made") / "r", corpus, n_files=2)
     shutil.rmtree(run.path / "step_000004")
     return run.path
 
