@@ -181,7 +181,7 @@ def evaluate(subject: EvalContext) -> int:
     refusal = world.on_main(lambda: sandbox_refusal(flags))
     benchmarks = cfg.n_samples if refusal is None else {}
 
-    losses = heldout_losses(subject)
+    losses = losses_of(subject, subject.heldout, cfg.stride)
     results = header(subject) | {"language_modelling": losses.by_group() | {"stride": cfg.stride}}
     results |= gold_losses(subject) if world.main else {}
     results |= infilling_figures(subject)
@@ -233,11 +233,6 @@ def sandbox_refusal(flags: Flags) -> str | None:
     if flags.sandbox == "none":
         print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
     return None
-
-
-def heldout_losses(subject: EvalContext) -> Losses:
-    """Return the losses of the held-out split."""
-    return losses_of(subject, subject.heldout, subject.flags.eval.stride)
 
 
 def losses_of(subject: EvalContext, dataset: TokenDataset, stride: int | None = None) -> Losses:
