@@ -126,7 +126,7 @@ def test_two_builds_with_one_and_two_workers_are_the_same_bytes(work, corpus, tm
     (expected,) = (work / "data").glob("docstrings-*")
     (tmp_path / "runs").mkdir()
     shutil.copytree(work / "runs/base", tmp_path / "runs/base")
-    result = script("sft_train.py", *mined(corpus), "--data.workers", "2", "--audit", cwd=tmp_path, fresh=True)
+    result = script("sft_train.py", *mined(corpus), "--data.workers", "2", "--audit", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (found,) = (tmp_path / "data").glob("docstrings-*")
     assert [p.name for p in sorted(found.iterdir())] == [p.name for p in sorted(expected.iterdir())]
@@ -155,7 +155,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, p
     result = script(*command, cwd=work, before=signal_at_step(6, signal.SIGINT))
     assert result.returncode == 130, result.stderr
     step = int(re.search(r"stopped and saved at step (\d+)", result.stdout)[1])
-    result = script(*command, cwd=work, fresh=True)
+    result = script(*command, cwd=work)
     assert result.returncode == 0 and f"resuming at step {step}" in result.stdout, result.stderr
     assert digest_of(result.stdout) == digest_of(whole.stdout)
 

@@ -15,6 +15,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,12 +229,14 @@ def _called(test: str) -> str:
     return next((name for name in names if not hasattr(builtins, name)), names[0])
 
 
+@cache  # an evaluation reads the same tests several times, and parsing all of MBPP takes a second
 def _calls(test: str) -> list[tuple[str, ast.Call]]:
     """Return the calls in a test, each with the name that it calls."""
     nodes = ast.walk(ast.parse(test))
     return [(n.func.id, n) for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
 
 
+@cache
 def _modules(tests: str) -> list[str]:
     """Return the standard modules that a test uses but leaves for the program to import."""
     bases = [
@@ -242,6 +245,7 @@ def _modules(tests: str) -> list[str]:
     return sorted(set(bases) & sys.stdlib_module_names & set(_unknown(tests)))
 
 
+@cache
 def _unknown(tests: str) -> tuple[str, ...]:
     """Return the names that a test uses but neither defines nor imports."""
     names = [n for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)]
