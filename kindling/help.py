@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import shutil
 import textwrap
@@ -260,7 +261,7 @@ def unknown_word(word: str, names: list[str]) -> str | None:
 def wrong_value(argv: list[str], known: list[Flag]) -> str | None:
     """Return the error about the first value of a command line that its flag cannot take, or about a word that is no value."""
     by_name = {f.name: f for f in known if not f.positional}
-    places = sum(f.positional for f in known)
+    places = sum(math.inf if "..." in f.kind else 1 for f in known if f.positional)
     words = list(argv)
     while words:
         word = words.pop(0)

@@ -158,6 +158,7 @@ def test_a_wrong_value_is_one_line_without_colour(script, argv, words, color, mo
         ("evaluate", ["runs/a", "--eval.benchmarks", "problems:2", "mbpp", "--eval.no-full", "--text", "a", "b"]),
         ("generate", ["runs/a", "--stop", "x", "y", "--n", "2", "--temperature", "0", "--prompt", "-x"]),
         ("visualize", ["--compare", "runs/a", "runs/b"]),
+        ("kindling.tokenization.compare", ["a", "b", "c", "--vocab-size", "300"]),
         ("export", ["runs/a", "--to", "gguf", "--type", "q8_0", "--out", "~/x", "--replace"]),
     ],
 )

@@ -33,7 +33,7 @@ def trained(tmp_path: Path) -> TokenizerConfig:
     ("tokenizer", "words"),
     [
         (TokenizerConfig(kind="pretrained", path="/nowhere/tokenizer.json"), "/nowhere/tokenizer.json"),
-        (TokenizerConfig(pad_token="<pad>"), "model.vocab_size must be at least 258"),
+        (TokenizerConfig(pad_token="<pad>"), "model.vocab_size must be at least 262"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_had_is_refused_before_the_build(corpus, no_build, tokenizer, words):
