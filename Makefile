@@ -26,7 +26,7 @@ help: ## show this list
 
 install: .venv/.installed ## set up .venv with the pinned requirements
 
-run: .venv/.installed ## train the demo model on this machine's Python source (3 to 10 minutes)
+run: .venv/.installed ## train the demo model on this machine's Python source (3 to 11 minutes)
 	@$(BIN)/python main.py
 
 clean: ## remove .venv and caches; runs/ and data/ stay

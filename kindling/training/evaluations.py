@@ -34,7 +34,7 @@ from model import LanguageModel
 POINTS = 10  # evaluations in a run, if train.eval_every is None
 LONGEST_INTERVAL = 1000  # steps
 WHOLE_SHARE = 0.02  # of the run: a whole split that takes longer is evaluated in part
-PART_SHARE = 0.005  # of the run, for a part
+PART_SHARE = 0.002  # of the run, for a part
 PART_TOKENS = 16_384  # of a part, at least: fewer say too little
 FORWARD_SHARE = 1 / 3  # of a step: a backward pass computes twice as much as a forward pass
 POINTS_LIMIT, TOTAL_LIMIT = 0.2, 0.4  # of train.max_minutes
