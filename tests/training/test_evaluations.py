@@ -45,7 +45,7 @@ def test_every_preset_has_ten_points(name):
     assert cfg.train.max_steps // steps_between(cfg.train) >= 10
 
 
-@pytest.mark.parametrize("n_rows, part", [(700, None), (720, None), (721, 180), (1150, 180), (10**6, 180)])
+@pytest.mark.parametrize("n_rows, part", [(700, None), (720, None), (721, 72), (1150, 72), (10**6, 72)])
 def test_a_split_of_more_than_a_fiftieth_of_the_run_is_read_in_part(n_rows, part):
     cfg = preset("demo")  # 12,000 rows, each forward and backward: as long as 36,000 forward
     assert part_of_split(cfg, n_rows) == part
@@ -60,7 +60,7 @@ def test_in_a_run_by_minutes_the_measured_speed_counts():
     cfg = preset("demo")
     cfg = replace(cfg, train=replace(cfg.train, max_minutes=10))
     assert part_of_split(cfg, 1000, row_s=0.012) is None  # 12 of 600 s
-    assert part_of_split(cfg, 1001, row_s=0.012) == 250  # 3 s
+    assert part_of_split(cfg, 1001, row_s=0.012) == 100  # 1.2 s
     assert part_of_split(cfg, 1000, row_s=0.12) == 64  # 8 s for enough tokens
     assert part_of_split(cfg, 1000, row_s=0.4) == 30  # never more than 12 s
     assert part_of_split(cfg, 1000, row_s=60.0) == 1
