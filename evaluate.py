@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from config import FULL_EVAL, EvalConfig
-from kindling.cli import parse_cli, run_script, with_home
+from config import FULL_EVAL, Config, EvalConfig
+from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError
 from kindling.output import wants_color
 from kindling.paths import require_runs
@@ -88,6 +88,7 @@ class EvalContext:
     """The run to evaluate, loaded."""
 
     run: RunDirectory
+    config: Config  # the run's
     checkpoint: Path
     model: LanguageModel
     tokenizer: Tokenizer
@@ -111,7 +112,7 @@ def parse(argv: list[str] | None = None) -> Flags:
     flags = parse_cli(Flags, __doc__ or "", argv)
     if flags.eval.full or names_benchmarks(argv):  # parse again with these defaults, so that explicit values win
         full = Flags(eval=replace(FULL_EVAL, full=flags.eval.full))
-        flags = with_home(tyro.cli(Flags, default=full, args=argv))
+        flags = parse_cli(Flags, __doc__ or "", argv, default=full)
     return flags
 
 
@@ -212,7 +213,7 @@ def evaluate(subject: EvalContext) -> int:
         saved = report.save(run.path, results, lines)
 
     print(report.table(results, lines, color=wants_color(sys.stdout)))
-    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {generate_command(run.path, run.config())}")
+    print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {generate_command(run.path, subject.config)}")
     if refusal is not None:
         raise EvaluationError(refusal)
     return 0
@@ -240,7 +241,7 @@ def losses_of(subject: EvalContext, dataset: TokenDataset, stride: int | None = 
     from kindling.evaluation.perplexity import document_losses
     from kindling.evaluation.progress import progress_bar
 
-    n_rows = subject.run.config().train.evaluation_rows
+    n_rows = subject.config.train.evaluation_rows
     dataset.require_fits(subject.model.cfg.vocab_size, subject.tokenizer.sha256)
     with progress_bar("held-out losses", len(dataset), "token", subject.runtime.world.main) as bar:
         return document_losses(subject.model, dataset, subject.runtime, stride, n_rows, bar.update)
@@ -256,7 +257,7 @@ def gold_losses(subject: EvalContext) -> dict[str, Any]:
     if not cfg.n_samples:
         return {}
     asked = {name: load(name, source_of(name, cfg))[: cfg.limit] for name in BENCHMARKS}
-    n_rows, out = subject.run.config().train.evaluation_rows, {}
+    n_rows, out = subject.config.train.evaluation_rows, {}
     with progress_bar("solutions", 0, "token") as bar:
         for name, problems in asked.items():
             out[name] = gold_figures(model, tokenizer, problems, subject.chat, subject.runtime, n_rows, bar.update)
@@ -274,7 +275,7 @@ def infilling_figures(subject: EvalContext) -> dict[str, Any]:
     from kindling.evaluation.progress import progress_bar
 
     flags = subject.flags
-    if not flags.infills or not subject.run.config().data.fim_rate:
+    if not flags.infills or not subject.config.data.fim_rate:
         return {}
     found = {"all": losses_of(subject, subject.run.heldout(flags.split + INFILLING)).summary()}
     if not subject.runtime.world.main:
@@ -300,7 +301,7 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
                 subject.runtime,
                 flags.field,
                 flags.eval.stride,
-                subject.run.config().train.evaluation_rows,
+                subject.config.train.evaluation_rows,
                 bar.update,
             )
         out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
@@ -313,7 +314,7 @@ def header(subject: EvalContext) -> dict[str, Any]:
     from kindling.evaluation.report import FORMAT
     from kindling.runs.checkpoint import weights_sha256
 
-    run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.run.config(), subject.checkpoint
+    run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.config, subject.checkpoint
     return {
         "format": FORMAT,
         "run": str(run.path),
@@ -373,27 +374,25 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate a run, or compare evaluated runs."""
     flags = parse(argv)
     require_runs(flags.run, *flags.compare)
-    if flags.compare:
-        from kindling.distributed import require_single_process
+    from kindling.distributed import process_group, require_single_process
 
+    if flags.compare:
         require_single_process("--compare")
         side_by_side((() if flags.run is None else (flags.run,)) + flags.compare)
         return 0
     if flags.grade:
-        from kindling.distributed import require_single_process
-
         require_single_process("--grade")
         return grade_earlier(flags)
     from kindling.device import resolve
-    from kindling.distributed import process_group
     from kindling.runs.loading import load_model
 
     with process_group(flags.device) as world:
         run, checkpoint = world.on_main(lambda: chosen(flags))
         flags.eval = world.on_main(lambda: without_python(flags.eval, argv, run))
-        runtime = resolve(replace(run.config().train, device=flags.device), world)
+        config = run.config()
+        runtime = resolve(replace(config.train, device=flags.device), world)
         model, _ = load_model(run, runtime.device, checkpoint)
-        return evaluate(EvalContext(run, checkpoint, model, run.tokenizer(), runtime, flags))
+        return evaluate(EvalContext(run, config, checkpoint, model, run.tokenizer(), runtime, flags))
 
 
 if __name__ == "__main__":

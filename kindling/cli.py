@@ -31,13 +31,18 @@ Flags = TypeVar("Flags", bound="DataclassInstance")
 
 
 def parse_cli(
-    flags: type[Flags], description: str, argv: list[str] | None = None, default_preset: str | None = None
+    flags: type[Flags],
+    description: str,
+    argv: list[str] | None = None,
+    default_preset: str | None = None,
+    default: Flags | None = None,
 ) -> Flags:
     """Parse the command line into `flags`, the dataclass of a script's flags.
 
     If it has a field `config: ConfigFlags`, every field of the config is a flag, `--section.field value`. Its defaults come
     from the file that `--config` names, over the preset that `--preset` names, else the file, else `default_preset` or
-    `config.RUN`. A typo exits with code 2 and shows similar flags.
+    `config.RUN`. Those of a script without a config come from `default`, if it is given. A typo exits with code 2 and shows
+    similar flags.
     """
     argv = sys.argv[1:] if argv is None else argv
     takes_config = any(f.name == "config" for f in dataclasses.fields(flags))
@@ -47,7 +52,7 @@ def parse_cli(
         made_with: Callable[..., Flags] = flags
         config, argv = config_from_argv(argv, default_preset)
         default = made_with(config=config)
-    else:
+    elif default is None:
         default = flags()
     known = list(help.flags_of(flags, default))
     if {"-h", help.HELP, help.HELP_ALL} & set(argv):

@@ -32,12 +32,7 @@ COMMON = (
     *("eval.full", "eval.benchmarks", "eval.limit", "eval.temperature", "eval.max-new-tokens", "eval.workers"),
 )
 SHAPE = ("model.block-size", "model.vocab-size", "model.n-layer", "model.n-head", "model.n-embd")
-PRE_TRAINING = (
-    *SHAPE,
-    "tokenizer.kind",
-    "train.init-from",
-    "train.sample-every",
-)  # in fine-tuning, they are the base run's
+PRE_TRAINING = (*SHAPE, "tokenizer.kind", "train.init-from", "train.sample-every")
 FINE_TUNING = ("data.template", "train.epochs")
 
 

@@ -14,7 +14,6 @@ Without packing, it holds one example and padding. Padding is never the end-of-t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,10 +23,9 @@ import numpy as np
 
 from config import Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
-from kindling.data.packing import PackedRows, PieceDataset, PieceRows, lay_out, pack
+from kindling.data.packing import PackedDataset, PackedRows, PieceDataset, PieceRows, lay_out, pack
 from kindling.data.prompts import rendered_template
 from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, TokenDataset, read_manifest
-from kindling.files import sha256_file
 
 WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
 POOL = 50  # this many batches of examples are sorted by length together
@@ -51,12 +49,10 @@ class ExampleWriter(ShardWriter):
     def close(self) -> None:
         """Write what is left, the table of documents and the table of segments."""
         super().close()
-        path = self.folder / f"{self.split}-segments.npy"
-        np.save(path, np.concatenate([np.empty((0, 5), dtype=np.int64), *self._segments]))
-        self.info.segments = {"file": path.name, "sha256": sha256_file(path)}
+        self.info.segments = self._save("segments", np.concatenate([np.empty((0, 5), dtype=np.int64), *self._segments]))
 
 
-class Examples(TokenDataset):
+class Examples(PackedDataset):
     """One split of a data folder that holds conversations."""
 
     def __init__(self, folder: Path, split: str):
@@ -104,12 +100,6 @@ class Examples(TokenDataset):
     @property
     def n_targets(self) -> int:
         return self.n_supervised
-
-    def n_rows_in_order(self, cfg: ModelConfig) -> int:
-        return self._rows_in_order(cfg).n_rows
-
-    def in_order(self, cfg: ModelConfig, batch_size: int, part: int | None = None) -> Iterator[Batch]:
-        return self._rows_in_order(cfg, batch_size).in_order(batch_size, part)
 
     def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> ExampleRows:
         return ExampleRows(self, cfg.block_size, 0, packing=cfg.backbone == "kindling", batch_size=batch_size)

@@ -21,7 +21,6 @@ import numpy as np
 from config import IGNORE, ModelConfig
 from kindling.data.infilling import KIND, LEFT_TO_RIGHT, LENGTH, Pieces
 from kindling.data.shards import Batch, DataError, ShardWriter, ShuffledRows, TokenDataset, evenly_spaced
-from kindling.files import sha256_file
 from kindling.tokenization.infilling import FimIds
 
 INFILLING = "-infilling"  # ends the name of the split beside a held-out one
@@ -99,6 +98,20 @@ class PackedRows(ShuffledRows):
             yield self.batch_of_bins(bins[first : first + batch_size], batch_size)
 
 
+class PackedDataset(TokenDataset):
+    """One split of a data folder whose items are evaluated in rows that hold them whole."""
+
+    def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> PackedRows:
+        """Return the rows of the split for a model; `batch_size` matters only where rows of a batch have one width."""
+        raise NotImplementedError
+
+    def n_rows_in_order(self, cfg: ModelConfig) -> int:
+        return self._rows_in_order(cfg).n_rows
+
+    def in_order(self, cfg: ModelConfig, batch_size: int, part: int | None = None) -> Iterator[Batch]:
+        return self._rows_in_order(cfg, batch_size).in_order(batch_size, part)
+
+
 # -- pieces for fill-in-the-middle --------------------------------------------------------------------------------------
 
 
@@ -117,12 +130,10 @@ class PieceWriter(ShardWriter):
     def close(self) -> None:
         """Write what is left, the table of documents and the table of pieces."""
         super().close()
-        path = self.folder / f"{self.split}-pieces.npy"
-        np.save(path, np.concatenate(self._tables))
-        self.info.pieces = {"file": path.name, "sha256": sha256_file(path)}
+        self.info.pieces = self._save("pieces", np.concatenate(self._tables))
 
 
-class PieceDataset(TokenDataset):
+class PieceDataset(PackedDataset):
     """One split of a data folder whose documents were cut to pieces."""
 
     def __init__(self, folder: Path, split: str):
@@ -164,13 +175,7 @@ class PieceDataset(TokenDataset):
     def n_targets(self) -> int:
         return int(self.n_supervised.sum())
 
-    def n_rows_in_order(self, cfg: ModelConfig) -> int:
-        return self._rows_in_order(cfg).n_rows
-
-    def in_order(self, cfg: ModelConfig, batch_size: int, part: int | None = None) -> Iterator[Batch]:
-        return self._rows_in_order(cfg).in_order(batch_size, part)
-
-    def _rows_in_order(self, cfg: ModelConfig) -> PieceRows:
+    def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> PieceRows:
         return PieceRows(self, cfg.block_size, 0, cfg.document_mask)
 
     def targets_in_order(self, cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:

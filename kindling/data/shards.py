@@ -113,10 +113,9 @@ class ShardWriter:
     def close(self) -> None:
         """Write what is left, and the table of documents."""
         self.flush()
-        path = self.folder / f"{self.split}-documents.npy"
-        np.save(path, np.array(self._documents, dtype=np.int64).reshape(-1, 4))  # (D, 4)
         languages, sources = map(list, self._names)
-        self.info.table = {"file": path.name, "sha256": sha256_file(path), "languages": languages, "sources": sources}
+        entry = self._save("documents", np.array(self._documents, dtype=np.int64).reshape(-1, 4))  # (D, 4)
+        self.info.table = {**entry, "languages": languages, "sources": sources}
 
     def flush(self) -> None:
         """Write what is pending as the next shard."""
@@ -124,10 +123,15 @@ class ShardWriter:
             return
         tokens = np.concatenate(self._pending)
         self._pending, self._pending_tokens = [], 0
-        path = self.folder / f"{self.split}-{len(self.info.shards):05d}.npy"
-        np.save(path, tokens)
+        entry = self._save(f"{len(self.info.shards):05d}", tokens)
         self.info.tokens += len(tokens)
-        self.info.shards.append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
+        self.info.shards.append({"file": entry["file"], "tokens": len(tokens), "sha256": entry["sha256"]})
+
+    def _save(self, name: str, array: np.ndarray) -> dict[str, Any]:
+        """Write an array to SPLIT-NAME.npy; return its entry in the manifest."""
+        path = self.folder / f"{self.split}-{name}.npy"
+        np.save(path, array)
+        return {"file": path.name, "sha256": sha256_file(path)}
 
 
 def repair_advice(folder: Path, fingerprint: str = "") -> str:
@@ -183,30 +187,22 @@ class TokenDataset:
         self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
 
     def _open(self, shard: dict[str, Any]) -> np.ndarray:
-        path, advice = self.folder / shard["file"], repair_advice(self.folder, self.manifest["fingerprint"])
-        try:
-            found = sha256_file(path)
-            if found == shard["sha256"]:  # parse the header only if the file is intact; a pickle is refused
-                tokens = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError, EOFError) as e:
-            raise DataError(f"{path} must be a whole token shard, but cannot be read ({e}); {advice}") from None
-        if found != shard["sha256"]:
-            raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
+        tokens = self._open_table(shard, "a whole token shard, but cannot be read")
         if tokens.dtype != self.manifest["dtype"] or tokens.shape != (shard["tokens"],):
             raise DataError(
-                f"{path} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
-                f"{tokens.size} of {tokens.dtype}; {advice}"
+                f"{self.folder / shard['file']} must hold {shard['tokens']} tokens of {self.manifest['dtype']}, but holds "
+                f"{tokens.size} of {tokens.dtype}; {repair_advice(self.folder, self.manifest['fingerprint'])}"
             )
         return tokens
 
-    def _open_table(self, entry: dict[str, Any]) -> np.ndarray:
-        """Open a table beside the shards; raises DataError if it is damaged."""
+    def _open_table(self, entry: dict[str, Any], must: str = "a readable table, but is not") -> np.ndarray:
+        """Open a file of the split; raises DataError if it is damaged, or as `must` says if it cannot be read."""
         path, advice = self.folder / entry["file"], repair_advice(self.folder, self.manifest["fingerprint"])
         try:
-            if whole := sha256_file(path) == entry["sha256"]:
+            if whole := sha256_file(path) == entry["sha256"]:  # the header is parsed only if the file is intact
                 table = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as e:  # ValueError: a pickle
-            raise DataError(f"{path} must be a readable table, but is not ({e}); {advice}") from None
+            raise DataError(f"{path} must be {must} ({e}); {advice}") from None
         if not whole:
             raise DataError(f"{path} must have the sha256 of its manifest, but is damaged; {advice}")
         return table
