@@ -1,0 +1,51 @@
+"""What the server asks of a model, so that it need not know whether PyTorch or the int8 runtime computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional, Protocol
+
+import numpy as np
+
+from kindling.tokenization.infilling import FimIds
+
+
+class Engine(Protocol):
+    """A model that continues several texts, one in each row of its cache. One thread uses it at a time."""
+
+    n_rows: int
+    block_size: int
+    vocab_size: int
+    """The number of logits, which may be more than the tokenizer's tokens."""
+
+    def tokens(self, row: int) -> Sequence[int]:
+        """Return the tokens whose keys and values a row holds."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of a row; 0 empties it."""
+
+    def copy_row(self, row: int, source: int, length: int) -> None:
+        """Put the first `length` tokens of the row `source` in place of `row`."""
+
+    def forward(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+        """Run the next tokens of some rows, each with its row; return the logits (N, V) float32 after the last of each.
+
+        They must fit in the context. The other rows stay as they are.
+        """
+
+
+class Vocabulary(Protocol):
+    """The tokenizer of a run or of an export."""
+
+    eos_id: int
+    bos_id: Optional[int]
+    fim: Optional[FimIds]
+    """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
+    spellings: Sequence[str]
+    """The text of each token, as generation/healing.py needs it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text. A control token written in it is text. Raises KindlingError for what cannot be encoded."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""

@@ -1,0 +1,84 @@
+"""A request to generate text, after a protocol has read it, and the events that answer it. No protocol's words are used here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from kindling.generation.healing import Healing
+from kindling.generation.sampling import Sampling
+
+Ending = Literal["end of text", "limit", "stop", "context", "edit", "time"]
+"""The model's own end of text, `max_new_tokens`, a stop string, a full context, a rule of `Edit`, or the time limit."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Rules for text at an editor's cursor."""
+
+    suffix: str = ""
+    """The text after the cursor: a completion ends before it would repeat the beginning of it."""
+    max_lines: Optional[int] = None
+    stop_at_dedent: bool = False
+    """End before a line that is indented less than the line of the cursor."""
+    min_confidence: float = 0.0
+    """Answer with no text if the mean probability of its tokens is below this."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One text to be generated."""
+
+    ids: Sequence[int]
+    """The prompt, from 1 to block_size - 1 tokens; who makes the request crops it."""
+    sampling: Sampling
+    healing: Optional[Healing] = None
+    """What the first new tokens must spell, which is not part of the answer."""
+    edit: Optional[Edit] = None
+    n_logprobs: Optional[int] = None
+    """Give the log-probability of each token, and of this many of the most likely ones. None: give none."""
+    time_limit_s: float = 60.0
+    """From `submit` to the last token, the wait in the queue included."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new token, with its log-probability before any filter of `Sampling`."""
+
+    id: int
+    logprob: float
+    likely: tuple[tuple[int, float], ...]
+    """The most likely tokens in its place, with their log-probabilities, the most likely first."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text, in whole characters, and the tokens since the piece before (empty unless `n_logprobs`)."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event of a request that was generated to its end."""
+
+    ended_by: Ending
+    n_prompt: int
+    n_cached: int
+    """Tokens of the prompt whose keys and values were there from an earlier request."""
+    n_new: int
+    """All sampled tokens, also those that are not part of the text."""
+    stop: Optional[str] = None
+    """The stop string that ended it."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that could not be generated. `reason` is one line for the client."""
+
+    reason: str
+
+
+Event = Piece | Done | Failed
