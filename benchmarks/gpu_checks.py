@@ -11,16 +11,20 @@ from typing import Any
 from gpu_common import ROOT, Command, Plan, say
 
 PARTS = {  # by name: the file, and which of its tests. The slowest begin first
-    "stop and resume, bf16": ("test_runs.py", "stopped and bf16"),
-    "stop and resume, fp16": ("test_runs.py", "stopped and fp16"),
-    "from the GPU to the CPU and back": ("test_runs.py", "checkpoint"),
+    **{
+        f"stop and resume, {precision}, {kernels}": ("test_runs.py", f"stopped and {precision}-{deterministic}")
+        for precision in ("bf16", "fp16")
+        for kernels, deterministic in (("deterministic", True), ("the usual kernels", False))
+    },
+    "from the GPU to the CPU and back": ("test_runs.py", "checkpoint and [gpu]"),
+    "from the CPU to the GPU and back": ("test_runs.py", "checkpoint and [cpu]"),
     "fine-tuning and evaluation": ("test_runs.py", "not stopped and not checkpoint"),
     **{
         f"numbers, compiled, {precision}, shapes {part}": (
             "test_numbers.py",
             f"compiled and {precision} and ({chosen})",
         )
-        for part, chosen in (("1", "demo or modern"), ("2", "code"), ("3", "not demo and not modern and not code"))
+        for part, chosen in (("1", "demo or modern or tiny"), ("2", "code"), ("3", "auto or fineweb or grouped"))
         for precision in ("bf16", "fp16", "fp32")
     },
     "steps": ("test_steps.py", ""),

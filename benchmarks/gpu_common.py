@@ -104,6 +104,21 @@ class Command:
         return (errors or lines or ["nothing was printed"])[-1][:300]
 
 
+IN_TURN = """
+import json, subprocess, sys
+first, *others = json.loads(sys.argv[1])
+code = subprocess.call([sys.executable, *first])
+for argv in others if code == 0 else []:
+    subprocess.call([sys.executable, *argv])
+sys.exit(code)
+"""
+
+
+def in_turn(*commands: Sequence[str | Path]) -> list[str]:
+    """Return the arguments of a Command that runs several, while the first succeeds. Only the first counts."""
+    return ["-c", IN_TURN, json.dumps([[str(word) for word in command] for command in commands])]
+
+
 def start_worker(script: str, arguments: list[Any], log: Path, **env: str) -> Child:
     """Start a file of this folder as a process that answers requests, with `arguments` as JSON."""
     path = os.pathsep.join([path_of_modules(), str(ROOT / "benchmarks")])

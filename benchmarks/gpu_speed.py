@@ -1,12 +1,14 @@
 """The section `fast` of gpu.py: whole training steps of large shapes, ours and transformers', in turn.
 
-Each shape and side is a process of its own, which compiles for some sizes of micro-batch while other sections run. Then they
-take turns, one at a time. A step is one micro-batch: forward, backward, clipping, optimiser. The best size of each side counts.
+Each shape and side is a process of its own, which compiles while other sections run. Then they take turns, one at a time. A
+step is one micro-batch: forward, backward, clipping, optimiser. The micro-batch is one that a GPU of this memory is busy with
+(`tokens_of`), and half of it where that does not fit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
 SHAPES = ("code-50m", "code-150m", "code-225m", "smallcoder-1", "modern-50m", "modern-150m", "autocomplete")
 WHOLE = ("code-50m",)  # also compiled as a whole, not block by block
 TOY_SHAPES = ("code-50m", "smallcoder-1")
-TOKENS = (16_384, 32_768)  # of a micro-batch
-TOY_TOKENS = (128, 256)
-PROBE_S, TURN_S, TURNS = 0.7, 1.2, 3
+TOKENS_PER_GIB = 1024  # of a micro-batch: 80 GiB take 65,536
+TOY_TOKENS = 256
+TURN_S, TURNS = 1.0, 3
+TRIES, PAUSE_S = 15, 2.0  # of a size that does not fit while the other processes get ready
 READY_SHARE = 0.55  # of the section's time, in which processes may still get ready
 ASK_S = 90.0  # for one answer: a size that did not fit before may have to be compiled
 PROFILED_STEPS = 4
@@ -142,32 +145,54 @@ def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
     compiles = not toy and device.has_compiler(device_kind)
     if compiles:
         side.compile()
-    started, notes = time.perf_counter(), []
-    sizes = [tokens // cfg.model.block_size for tokens in (TOY_TOKENS if toy else TOKENS)]
-    for n_rows in sizes:
-        try:
-            for _ in range(2):
-                side.step(n_rows)
-            device.synchronize(runtime)
-        except RuntimeError as e:  # there may be room when no other process works
-            notes.append(f"{n_rows} rows, while others worked: {' '.join(str(e).split())[:100]}")
-        device.release_memory(runtime.device)
-    about = {"sizes": sizes, "notes": notes, "compiled": compiles, "precision": runtime.precision}
+    started = time.perf_counter()
+    whole = (TOY_TOKENS if toy else tokens_of(runtime)) // cfg.model.block_size
+    n_rows, reason = first_that_fits(side, [whole, max(1, whole // 2)])
+    about = {"rows": n_rows, "smaller_because": reason, "compiled": compiles, "precision": runtime.precision}
     about |= {"ready_s": time.perf_counter() - started, "matrices": matrix_parameters(side.model)}
     answer(about)
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "peak" in request:
-                measured = replace(cfg, train=replace(cfg.train, batch_size=max(sizes)))
+                measured = replace(cfg, train=replace(cfg.train, batch_size=n_rows))
                 answer(best_product(products(measured, runtime), runtime))
             elif "profile" in request:
-                answer(profiled(partial(side.step, request["profile"]), runtime))
+                answer(profiled(partial(side.step, n_rows), runtime))
             else:
-                answer(turn(side, request["rows"], request["seconds"]))
+                answer(turn(side, n_rows, request["seconds"]))
         except RuntimeError as e:
             answer({"failed": " ".join(str(e).split())[:200]})
         device.release_memory(runtime.device)  # the other processes need it
+
+
+def tokens_of(runtime: Runtime) -> int:
+    """Return the tokens of a micro-batch: a power of two that grows with the memory of the GPU, up to 65,536."""
+    from kindling import device
+
+    gibibytes = (device.gpu_memory_bytes(runtime.device) or 2**33) / 2**30
+    return min(65_536, 2 ** round(math.log2(gibibytes * TOKENS_PER_GIB)))
+
+
+def first_that_fits(side: Side, sizes: list[int]) -> tuple[int, str]:
+    """Compile and do two steps with the first of the `sizes` that fits, and return it, with why the ones before do not."""
+    from kindling import device
+
+    reason = ""
+    for n_rows in sizes:
+        for _ in range(TRIES):  # there is more room when the other processes have got ready
+            try:
+                for _ in range(2):
+                    side.step(n_rows)
+                device.synchronize(side.runtime)
+                return n_rows, reason
+            except RuntimeError as e:
+                if not device.is_out_of_memory(e):
+                    raise
+                reason = " ".join(str(e).split())[:100]
+            device.release_memory(side.runtime.device)
+            time.sleep(PAUSE_S)
+    raise SystemExit(f"no micro-batch fits: {reason}")
 
 
 def turn(side: Side, n_rows: int, seconds: float) -> dict[str, Any]:
@@ -297,9 +322,9 @@ class Speed:
     def prepare(self, plan: Plan) -> None:
         """Start the processes, some at a time, and let them compile."""
         self.pool = ThreadPoolExecutor(1 if plan.toy else max(2, (os.cpu_count() or 1) // 2))
-        for shape in self.shapes(plan):
-            for side in sides_of(shape, plan.toy):
-                self.ready[shape, side] = self.pool.submit(self.start, plan, shape, side)
+        both = [(shape, side) for shape in self.shapes(plan) for side in sides_of(shape, plan.toy)]
+        for shape, side in sorted(both, key=lambda each: each[1] == "ours"):  # a whole model takes longest to compile
+            self.ready[shape, side] = self.pool.submit(self.start, plan, shape, side)
 
     def shapes(self, plan: Plan) -> tuple[str, ...]:
         """Return the shapes to measure."""
@@ -373,15 +398,7 @@ class Speed:
                 if not future.done() or future.cancelled():
                     raise ChildError("it was not ready in time")
                 child, about = future.result()
-                sides[side] = {"about": about, "sizes": {}, "failed_sizes": {}, "turns": []}
-                for n_rows in about["sizes"]:
-                    probed = child.ask({"rows": n_rows, "seconds": PROBE_S}, ASK_S)
-                    if "failed" in probed:
-                        sides[side]["failed_sizes"][n_rows] = probed["failed"]
-                    else:
-                        sides[side]["sizes"][n_rows] = probed["tokens_per_s"]
-                if not sides[side]["sizes"]:
-                    raise ChildError(f"no micro-batch could be measured: {sides[side]['failed_sizes']}")
+                sides[side] = {"about": about, "rows": about["rows"], "turns": []}
                 children[side] = child
             except ChildError as e:
                 if side != "ours, whole":
@@ -399,17 +416,15 @@ class Speed:
             sides[side] |= {"tokens_per_s": rate, "share_of_peak": flops / out["peak"]["flops"]}
             sides[side]["peak_bytes"] = max(turn["peak_bytes"] for turn in sides[side]["turns"])
         try:
-            out["profile"] = children["ours"].ask({"profile": sides["ours"]["rows"]}, ASK_S)
+            out["profile"] = children["ours"].ask({"profile": True}, ASK_S)
         except ChildError as e:
             out["profile"] = {"failed": str(e)}
 
     def take_turns(self, children: dict[str, Child], sides: dict[str, Any], ends: float) -> None:
-        """Let each side work at its best size, in turn, at least twice."""
-        for side in children:
-            sides[side]["rows"] = max(sides[side]["sizes"], key=sides[side]["sizes"].get)
+        """Let each side work, in turn, at least twice."""
         for number in range(TURNS):
             for side in list(children) if number % 2 == 0 else list(children)[::-1]:
-                turn = children[side].ask({"rows": sides[side]["rows"], "seconds": TURN_S}, ASK_S)
+                turn = children[side].ask({"seconds": TURN_S}, ASK_S)
                 if "failed" in turn:
                     raise ChildError(f"{side}: {turn['failed']}")
                 sides[side]["turns"].append(turn)

@@ -87,9 +87,12 @@ def fast(found: Results) -> list[str]:
     for shape, measured in found["shapes"].items():
         sides = measured.get("sides", {})
         for side, way in sides.items():
-            notes += [f"- `{shape}`, {side}, {rows} rows: {why}" for rows, why in way.get("failed_sizes", {}).items()]
             if "about" in way:
                 about = way["about"]
+                if about["smaller_because"]:
+                    notes.append(
+                        f"- `{shape}`, {side}: {about['rows']} rows, as twice that: {about['smaller_because']}"
+                    )
                 how = "compiled" if about["compiled"] else "not compiled"
                 ways.add(f"{side.partition(',')[0]} in {about['precision']}, {how}")
         if "failed" in measured or "times" not in measured:

@@ -1,6 +1,7 @@
 """The section `real` of gpu.py: two presets trained by the clock, one fine-tuned, all evaluated, by the project's own scripts.
 
-`code-50m` and `modern-50m` train for the same minutes on the same documents. `code-50m` is then fine-tuned on instructions.
+`code-50m` and `modern-50m` train for the same minutes on the same documents, one after the other. Then `code-50m` is fine-tuned
+on instructions, while both are evaluated: nothing of that is timed.
 Generated code runs in the sandbox if it works here. Otherwise the samples are kept, and `python evaluate.py RUN --grade` runs
 them elsewhere, from the runs that are packed into `runs.tar.gz` without their weights.
 """
@@ -12,17 +13,20 @@ import os
 import re
 import tarfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu_common import ROOT, Command, Plan, say
+from gpu_common import MANY_CORES, ROOT, Command, Plan, in_turn, say
+from gpu_speed import tokens_of
 
 NAMES = ("code-50m", "modern-50m")
 TUNED = "code-50m-sft"
 FULL_S = 240.0  # of each training, if there is time
 LEAST_S = 30.0
 STARTS_S = 20.0  # what a training takes beside its own minutes: imports, validation, samples
-AFTER_S = 90.0  # for the fine-tuning and all evaluations
+AFTER_S = 90.0  # for the fine-tuning, and all evaluations beside it
 BUILD_S = 180.0
 GRACE_S = 20.0  # what may be used beyond the end, so that something is not lost for a moment
 
@@ -37,10 +41,15 @@ class Training:
         self.running: list[Command] = []
 
     def prepare(self, plan: Plan) -> None:
-        """Start to build the data of both presets."""
+        """Start to build the data of both presets. With many cores, compile too: a run of one step leaves it in the cache."""
         for name in NAMES:
-            if name not in self.builds:
-                self.builds[name] = self.command(plan, "data_pipeline.py", *self.flags(plan, name))
+            if name in self.builds:
+                continue
+            commands = [[ROOT / "data_pipeline.py", *self.flags(plan, name)]]
+            if not plan.toy and (os.cpu_count() or 1) >= MANY_CORES:
+                flags = [*self.train_flags(plan, name), "--train.warmup-steps", "0", "--train.max-steps", "1"]
+                commands.append([ROOT / "main.py", *flags, "--name", f"{name}-compiled"])
+            self.builds[name] = self.start(plan, f"{name}-data", in_turn(*commands))
 
     def run(self, plan: Plan, limit_s: float) -> None:
         """Do all of it in about `limit_s` seconds: what the study did first, then our own recipe."""
@@ -60,17 +69,15 @@ class Training:
             found["runs"][name] = self.train(plan, name, train_s, ends)
             say(f"real: {name}: {found['runs'][name]}")
             plan.save()
-            if "failed" in found["runs"][name]:
-                continue
-            evaluations = {name: self.evaluate(plan, name)}
-            if name == NAMES[0]:
-                found["runs"][TUNED] = self.fine_tune(plan, ends)
-                if "failed" not in found["runs"][TUNED]:
-                    evaluations[TUNED] = self.evaluate(plan, TUNED)
-            for evaluated, command in evaluations.items():
-                reason = command.wait(max(1.0, ends + GRACE_S - time.perf_counter()))
-                found["runs"][evaluated] |= results_of(plan.work / "runs" / evaluated, reason)
-                say(f"real: {evaluated} evaluated: {reason or 'done'}")
+        evaluations = {name: self.evaluate(plan, name) for name in NAMES if "failed" not in found["runs"][name]}
+        if NAMES[0] in evaluations:
+            found["runs"][TUNED] = self.fine_tune(plan, ends)
+            if "failed" not in found["runs"][TUNED]:
+                evaluations[TUNED] = self.evaluate(plan, TUNED)
+        for name, command in evaluations.items():
+            reason = command.wait(max(1.0, ends + GRACE_S - time.perf_counter()))
+            found["runs"][name] |= results_of(plan.work / "runs" / name, reason)
+            say(f"real: {name} evaluated: {reason or 'done'}")
             found["packed"] = pack(plan)
             plan.save()
 
@@ -109,20 +116,27 @@ class Training:
 
     def command(self, plan: Plan, script: str, *flags: str) -> Command:
         """Start a script of the project in the folder of the runs."""
-        log = plan.work / f"real-{len(self.running)}-{script}.log"
-        command = Command([ROOT / script, *flags], log, plan.work, {"HF_HUB_OFFLINE": "1"})
-        self.running.append(command)
-        return command
+        return self.start(plan, script, [ROOT / script, *flags])
+
+    def start(self, plan: Plan, name: str, argv: Sequence[str | Path]) -> Command:
+        """Start a command in the folder of the runs."""
+        log = plan.work / f"real-{len(self.running)}-{name}.log"
+        self.running.append(Command(argv, log, plan.work, {"HF_HUB_OFFLINE": "1"}))
+        return self.running[-1]
+
+    def train_flags(self, plan: Plan, name: str) -> list[str]:
+        """Return the flags of a training, without its end and its name."""
+        rows = rows_of(plan, name)
+        flags = [*self.flags(plan, name), "--train.device", plan.device]
+        flags += ["--train.eval-every", "1000000", "--train.save-every", "1000000"]
+        flags += ["--train.batch-size", str(max(32, rows)), "--train.micro-batch-size", str(rows)]
+        # by itself a run of a minute is not compiled
+        return [*flags, *([] if plan.toy else ["--train.compile", "on"])]
 
     def train(self, plan: Plan, name: str, train_s: float, ends: float) -> dict[str, Any]:
         """Train a preset for so many seconds; return its speed, loss and tokens."""
-        flags = [*self.flags(plan, name), "--name", name, "--train.max-minutes", f"{train_s / 60:.4f}"]
-        flags += ["--train.device", plan.device, "--train.eval-every", "1000000", "--train.save-every", "1000000"]
-        rows = 8 if plan.toy else best_rows(plan, name)
-        flags += ["--train.batch-size", str(max(32, rows)), "--train.micro-batch-size", str(rows)]
-        flags += ["--train.warmup-steps", "20" if plan.toy else "100"]
-        # by itself a run of a minute is not compiled, but section `fast` has left the compiled code in the cache
-        flags += [] if plan.toy else ["--train.compile", "on"]
+        flags = [*self.train_flags(plan, name), "--train.warmup-steps", "20" if plan.toy else "100"]
+        flags += ["--name", name, "--train.max-minutes", f"{train_s / 60:.4f}"]
         command = self.command(plan, "main.py", *flags)
         patience_s = 240.0 if plan.toy else min(120.0, ends + GRACE_S - time.perf_counter() - train_s)
         reason = command.wait(train_s + max(10.0, patience_s))
@@ -137,7 +151,7 @@ class Training:
             "seconds": steps[-1]["elapsed_s"], "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"],
             "tokens_per_s": sorted(line["tokens_per_s"] for line in steps)[len(steps) // 2],
             "skipped_steps": steps[-1]["skipped_steps"], "val_loss": evaluated[-1]["val_loss"],
-            "bits_per_byte": evaluated[-1]["val_bits_per_byte"], "micro_batch": rows, "compiled": not plan.toy,
+            "bits_per_byte": evaluated[-1]["val_bits_per_byte"], "micro_batch": rows_of(plan, name), "compiled": not plan.toy,
         }  # fmt: skip
 
     def fine_tune(self, plan: Plan, ends: float) -> dict[str, Any]:
@@ -174,10 +188,15 @@ class Training:
                 command.kill()
 
 
-def best_rows(plan: Plan, name: str) -> int:
-    """Return the micro-batch that section `fast` found best, or 8."""
-    sides = plan.found.get("fast", {}).get("shapes", {}).get(name, {}).get("sides", {})
-    return int(sides.get("ours", {}).get("rows", 8))
+def rows_of(plan: Plan, name: str) -> int:
+    """Return the rows of a step: half of those of section `fast`, as in a few minutes more steps learn more."""
+    from kindling import device
+    from presets import preset
+
+    if plan.toy:
+        return 8
+    cfg = preset(name)
+    return max(1, tokens_of(device.resolve(replace(cfg.train, device=plan.device))) // cfg.model.block_size // 2)
 
 
 def sandbox_of() -> str:

@@ -282,6 +282,13 @@ def release_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def gpu_memory_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU, or None for a CPU. Apple's GPUs share the machine's: it is what Metal advises to use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return torch.mps.recommended_max_memory() if device.type == "mps" else None
+
+
 def describe_memory(runtime: Runtime) -> str:
     """Return the name and size of the memory of the device as a text, such as "the GPU's 15.8 GB"."""
     if runtime.device.type == "cuda":
@@ -292,12 +299,12 @@ def describe_memory(runtime: Runtime) -> str:
 def rows_at_once(device: torch.device, row_bytes: int, least: int) -> int:
     """Return how many rows of `row_bytes` bytes to compute together: `least`, or more on a GPU with much memory.
 
-    On CUDA it is the largest power of two whose rows take a 64th of the memory, since few large products keep a GPU busier
+    On CUDA it is the largest power of two whose rows take a 32nd of the memory, since few large products keep a GPU busier
     than many small ones. Elsewhere it is always `least`, because sums of float32 depend on it, and so the bits of a run.
     """
     if device.type != "cuda":
         return least
-    fitting = torch.cuda.get_device_properties(device).total_memory // 64 // row_bytes
+    fitting = torch.cuda.get_device_properties(device).total_memory // 32 // row_bytes
     return max(least, 2 ** (max(1, fitting).bit_length() - 1))
 
 

@@ -67,10 +67,10 @@ def test_a_compiler_that_knows_all_vector_instructions_is_not_tried_out(monkeypa
         assert inductor.cpp.vec_isa_ok is (trusted if given is None else given)
 
 
-def test_rows_at_once_fill_a_64th_of_a_gpu_and_are_fixed_elsewhere(monkeypatch):
+def test_rows_at_once_fill_a_32nd_of_a_gpu_and_are_fixed_elsewhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: SimpleNamespace(total_memory=memory))
     gpu, row = torch.device("cuda"), 4 * 49_152
-    for gigabytes, expected in ((80, 4096), (16, 1024), (4, 1024)):
+    for gigabytes, expected in ((80, 8192), (16, 2048), (4, 1024)):
         memory = gigabytes * 2**30
         assert device.rows_at_once(gpu, row, 1024) == expected
     assert device.rows_at_once(torch.device("cpu"), row, 1024) == 1024
