@@ -25,7 +25,6 @@ import os
 import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu_checks import Checks  # noqa: E402
-from gpu_common import MANY_CORES, Plan, Section, say  # noqa: E402
+from gpu_common import MANY_CORES, Plan, Section, keep_logs, say  # noqa: E402
 from gpu_decoding import Decoding  # noqa: E402
 from gpu_speed import Speed  # noqa: E402
 from gpu_tables import markdown, verdict  # noqa: E402
@@ -93,13 +92,6 @@ def run_sections(plan: Plan, sections: dict[str, Section], minutes: float) -> No
         plan.found[name]["seconds"] = time.perf_counter() - started
         plan.save()
         keep_logs(plan)
-
-
-def keep_logs(plan: Plan) -> None:
-    """Pack what the processes have printed into logs.tar.gz, as the folder of the runs is removed at the end."""
-    with tarfile.open(plan.out / "logs.tar.gz", "w:gz") as tar:
-        for path in sorted(plan.work.glob("*.log")):
-            tar.add(path, arcname=path.name)
 
 
 def main() -> int:

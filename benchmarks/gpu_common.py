@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +124,40 @@ def start_worker(script: str, arguments: list[Any], log: Path, **env: str) -> Ch
     """Start a file of this folder as a process that answers requests, with `arguments` as JSON."""
     path = os.pathsep.join([path_of_modules(), str(ROOT / "benchmarks")])
     return Child([sys.executable, script, json.dumps(arguments)], log, {**os.environ, "PYTHONPATH": path, **env})
+
+
+def source_flags(corpus: Path | None, max_bytes: int | None) -> list[str]:
+    """Return the flags of the data's source: source.jsonl.gz of the folder `corpus`, or this machine's Python."""
+    if corpus is not None:
+        flags = ["--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(corpus / "source.jsonl.gz")]
+    else:
+        flags = ["--data.sources.0.kind", "local-python", "--data.sources.0.path", "None"]
+    return flags + ([] if max_bytes is None else ["--data.sources.0.max-bytes", str(max_bytes)])
+
+
+def logged_figures(run: Path) -> dict[str, Any]:
+    """Return the speed, loss and tokens of a trained run from its metrics.jsonl; nothing if no step or no loss is in it."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "tokens_per_s" in line]
+    evaluated = [line for line in lines if "val_loss" in line]
+    if not steps or not evaluated:
+        return {}
+    return {
+        "seconds": steps[-1]["elapsed_s"],
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "tokens_per_s": sorted(line["tokens_per_s"] for line in steps)[len(steps) // 2],
+        "skipped_steps": steps[-1]["skipped_steps"],
+        "val_loss": evaluated[-1]["val_loss"],
+        "bits_per_byte": evaluated[-1]["val_bits_per_byte"],
+    }
+
+
+def keep_logs(plan: Plan) -> None:
+    """Pack what the processes have printed into logs.tar.gz, as the folder of the runs is removed at the end."""
+    with tarfile.open(plan.out / "logs.tar.gz", "w:gz") as tar:
+        for path in sorted(plan.work.glob("*.log")):
+            tar.add(path, arcname=path.name)
 
 
 def path_of_modules() -> str:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu_common import MANY_CORES, ROOT, Command, Plan, in_turn, say
+from gpu_common import MANY_CORES, ROOT, Command, Plan, in_turn, logged_figures, say, source_flags
 from gpu_speed import tokens_of
 
 NAMES = ("code-50m", "modern-50m")
@@ -86,17 +86,13 @@ class Training:
         few = plan.toy and plan.corpus is None  # documents
         held_out = ("0.1", "0.1") if few else ("0.002", "0.002") if plan.toy else ("0.01", "0.005")
         flags = ["--preset", name, "--data.val-fraction", held_out[0], "--data.test-fraction", held_out[1]]
-        if plan.corpus is not None:
-            source = plan.corpus / "source.jsonl.gz"
-            flags += ["--data.sources.0.kind", "jsonl", "--data.sources.0.path", str(source)]
-            if name == NAMES[0]:
-                tokenizer = plan.corpus / "starcoder2_tokenizer.json"
-                flags += ["--tokenizer.kind", "pretrained", "--tokenizer.path", str(tokenizer)]
-        else:
-            flags += ["--data.sources.0.kind", "local-python", "--data.sources.0.path", "None"]
-            flags += ["--data.sources.0.max-bytes", "4000000" if plan.toy else "200000000"]
-            if name == NAMES[0]:
-                flags += ["--tokenizer.kind", "bpe"]
+        python_bytes = 4_000_000 if plan.toy else 200_000_000
+        flags += source_flags(plan.corpus, None if plan.corpus is not None else python_bytes)
+        if name == NAMES[0] and plan.corpus is not None:
+            tokenizer = plan.corpus / "starcoder2_tokenizer.json"
+            flags += ["--tokenizer.kind", "pretrained", "--tokenizer.path", str(tokenizer)]
+        elif name == NAMES[0]:
+            flags += ["--tokenizer.kind", "bpe"]
         if plan.toy:
             flags += ["--data.max-tokens", "500000"]
             flags += [
@@ -142,17 +138,10 @@ class Training:
         reason = command.wait(train_s + max(10.0, patience_s))
         if reason:
             return {"failed": f"training: {reason}"}
-        lines = [json.loads(line) for line in (plan.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if "tokens_per_s" in line]
-        evaluated = [line for line in lines if "val_loss" in line]
-        if not steps or not evaluated:
+        found = logged_figures(plan.work / "runs" / name)
+        if not found:
             return {"failed": f"training: no step was logged ({command.last_line()})"}
-        return {
-            "seconds": steps[-1]["elapsed_s"], "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"],
-            "tokens_per_s": sorted(line["tokens_per_s"] for line in steps)[len(steps) // 2],
-            "skipped_steps": steps[-1]["skipped_steps"], "val_loss": evaluated[-1]["val_loss"],
-            "bits_per_byte": evaluated[-1]["val_bits_per_byte"], "micro_batch": rows_of(plan, name), "compiled": not plan.toy,
-        }  # fmt: skip
+        return found | {"micro_batch": rows_of(plan, name), "compiled": not plan.toy}
 
     def fine_tune(self, plan: Plan, ends: float) -> dict[str, Any]:
         """Fine-tune the first run on instructions; return the loss on responses before and after."""

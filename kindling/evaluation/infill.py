@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.data.infilling import KINDS, PSM, SPM, require_fim
@@ -30,6 +31,8 @@ LINE, SPAN = "line", "span"
 PER_DOCUMENT = 5  # gaps of each kind, so that no file dominates
 SHORTEST, LONGEST = 8, 80  # characters of a line without its indentation, and of any gap
 WITHOUT = "no suffix"
+WAY_OUT = "evaluate with --infills 0, and without the benchmarks that end in -infill"
+AT_A_TIME = 64  # gaps
 TOKENS_OF_GAP = 48  # most new tokens; of a small context, a quarter
 PREFIX_SHARE = 0.7  # of the room for prefix and suffix, if both are longer
 
@@ -90,18 +93,18 @@ def infill(
     """Return the figures of eval.json: by kind of gap and by way of filling it, exact matches and similarity.
 
     `by_document` has for each document its number of gaps, the exact matches and the sum of the similarities. `progress` is
-    called with 1 after each gap. Raises TokenizerError for a vocabulary without the control tokens.
+    called with the number of gaps that are done. Raises TokenizerError for a vocabulary without the control tokens.
     """
-    filler = Filler(model, tokenizer)
+    filler, left = Filler(model, tokenizer), iter(all_gaps)
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for gap in all_gaps:
+    while some := list(islice(left, AT_A_TIME)):
         for way in (KINDS[PSM], KINDS[SPM], WITHOUT):
-            text = filler.fill(gap, way)
-            by_document = found.setdefault(gap.kind, {}).setdefault(way, {})
-            counts = by_document.setdefault(gap.document, [0, 0, 0.0])
-            counts[0], counts[1] = counts[0] + 1, counts[1] + (text == gap.middle)
-            counts[2] += edit_similarity(text, gap.middle)
-        progress(1)
+            for gap, text in zip(some, filler.fill_all(some, way)):
+                by_document = found.setdefault(gap.kind, {}).setdefault(way, {})
+                counts = by_document.setdefault(gap.document, [0, 0, 0.0])
+                counts[0], counts[1] = counts[0] + 1, counts[1] + (text == gap.middle)
+                counts[2] += edit_similarity(text, gap.middle)
+        progress(len(some))
     out: dict[str, Any] = {}
     for kind, ways in found.items():
         out[kind] = {"gaps": int(sum(counts[0] for counts in next(iter(ways.values())).values())), "ways": {}}
@@ -112,6 +115,18 @@ def infill(
     return out
 
 
+def prompt_around(tokenizer: Tokenizer, prefix: str, suffix: str, longest: int, spm: bool = False) -> list[int]:
+    """Return the prompt of a gap, of at most `longest` tokens: as much of prefix and suffix around it as fits.
+
+    Raises TokenizerError for a vocabulary without the control tokens.
+    """
+    room = longest - 3  # control tokens
+    n_chars = room * LONGEST  # far more than fit
+    before, after = tokenizer.encode(prefix[-n_chars:]), tokenizer.encode(suffix[:n_chars])
+    before = before[-max(int(PREFIX_SHARE * room), room - len(after)) :]
+    return arrange(require_fim(tokenizer, WAY_OUT), before, after[: room - len(before)], [], spm)
+
+
 class Filler:
     """Fills gaps with a model, greedily."""
 
@@ -120,31 +135,37 @@ class Filler:
         from kindling.generation.sampling import Sampling
 
         self.model, self.tokenizer = model, tokenizer
-        self.fim = require_fim(tokenizer, "evaluate with --infills 0")
+        require_fim(tokenizer, WAY_OUT)
         self.n_new = min(TOKENS_OF_GAP, model.cfg.block_size // 4)
         self.sampling: Sampling = Sampling(self.n_new, temperature=0.0)
         self._spellings = token_spellings(tokenizer, model.cfg.vocab_size)
 
-    def fill(self, gap: Gap, way: str) -> str:
-        """Return what the model writes into a gap. A line ends at its newline."""
-        from kindling.generation.completion import TextStream, extend
+    def fill_all(self, some: Sequence[Gap], way: str) -> list[str]:
+        """Return what the model writes into each gap. Those with a suffix are filled together."""
+        if way == WITHOUT:
+            return [self._without_suffix(gap) for gap in some]
+        from kindling.generation.completion import complete_batch
 
-        sampling = replace(self.sampling, stop=("\n",) if gap.kind == LINE else ())
-        if way != WITHOUT:
-            ids = self.prompt(gap, spm=way == KINDS[SPM])
-            written = TextStream(self.tokenizer, sampling.stop, ids[-1:])
-            return extend(self.model, self.tokenizer, ids, sampling, written).text
-        text = self._continue(gap.prefix, sampling)
+        texts = [""] * len(some)
+        for kind in (LINE, SPAN):
+            numbers = [n for n, gap in enumerate(some) if gap.kind == kind]
+            prompts = [self.prompt(some[n], spm=way == KINDS[SPM]) for n in numbers]
+            sampling = self._sampling(kind)
+            for number, done in complete_batch(self.model, self.tokenizer, prompts, [0] * len(prompts), sampling):
+                texts[numbers[number]] = done.text
+        return texts
+
+    def _sampling(self, kind: str) -> Sampling:
+        """Return how a kind of gap is filled. A line ends at its newline."""
+        return replace(self.sampling, stop=("\n",) if kind == LINE else ())
+
+    def _without_suffix(self, gap: Gap) -> str:
+        text = self._continue(gap.prefix, self._sampling(gap.kind))
         return text if gap.kind == LINE else text[: len(gap.middle)]
 
     def prompt(self, gap: Gap, spm: bool) -> list[int]:
         """Return the prompt of a gap, with as much of prefix and suffix around it as leaves room for the new tokens."""
-        room = self.model.cfg.block_size - self.n_new - 3
-        n_chars = room * LONGEST  # far more than fit
-        prefix, suffix = self.tokenizer.encode(gap.prefix[-n_chars:]), self.tokenizer.encode(gap.suffix[:n_chars])
-        n_prefix = max(int(PREFIX_SHARE * room), room - len(suffix))
-        prefix = prefix[-n_prefix:]
-        return arrange(self.fim, prefix, suffix[: room - len(prefix)], [], spm)
+        return prompt_around(self.tokenizer, gap.prefix, gap.suffix, self.model.cfg.block_size - self.n_new, spm)
 
     def _continue(self, prefix: str, sampling: Sampling) -> str:
         """Return what the model writes after a prefix, also where it ends inside a token."""

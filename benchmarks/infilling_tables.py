@@ -1,0 +1,154 @@
+"""The figures of infilling.py: what is kept of each run, and the tables as Markdown.
+
+Intervals are of 95% and resample documents. Where there are several seeds, a document has the sum over all of them, so the
+interval is about other documents, not other seeds; the spread over seeds stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]
+
+WITHOUT = "no suffix"  # the way of evaluation/infill.py without what follows the gap
+
+
+def run_figures(run: Path) -> dict[str, Any]:
+    """Return the figures of a run's eval.json, and the losses of its documents; nothing if it was not evaluated."""
+    try:
+        results = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+        lines = (run / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    losses = [json.loads(line) for line in lines]
+    infilling = results.get("infilling", {})
+    return {
+        "bits_per_byte": results["language_modelling"]["all"]["bits_per_byte"],
+        "documents": [[line["bytes"], line["nll"]] for line in losses],
+        "infilling_bits_per_byte": infilling.get("all", {}).get("bits_per_byte"),
+        "gaps": infilling.get("gaps", {}),
+    }
+
+
+def markdown(results: Results) -> str:
+    """Return all results as tables."""
+    from machine import phrase
+
+    settings = results["settings"]
+    lines = [
+        f"`{settings['preset']}` on {phrase(results['machine'])}, {results['seconds']:.0f} s; {results.get('tokens', 0):,} "
+        f"tokens a run in steps of {settings['step_tokens']:,}; {settings['at_once']} runs at the same time. "
+        f"Flags: `{' '.join(settings['more']) or 'none'}`."
+    ]
+    if results["toy"]:
+        lines.append("\n**Toy sizes: this shows that all of it works, and measures nothing.**")
+    parts = {name: found for part in ("builds", "runs") for name, found in results.get(part, {}).items()}
+    failed = [f"- {name}: {found['failed']}" for name, found in parts.items() if "failed" in found]
+    lines += ["", "Failed:", "", *failed] if failed else []
+    runs = [run for run in results.get("runs", {}).values() if "documents" in run]
+    ways = list(dict.fromkeys(run["way"] for run in runs))
+    of = {way: {run["seed"]: run for run in runs if run["way"] == way} for way in ways}
+    lines += ["", "## From left to right", "", *from_left_to_right(of)]
+    lines += ["", "## Gaps in held-out files", "", *gap_table(of)]
+    lines += ["", "## The runs", "", *run_table(results.get("runs", {}))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def from_left_to_right(of: dict[str, dict[int, Results]]) -> list[str]:
+    """Return the bits per byte of each way, and its difference to the first way on the same documents."""
+    lines = [
+        "| | bits per byte, each seed | mean | to the first, each seed | mean, with its interval over documents |",
+        "| --- | --- | ---: | --- | ---: |",
+    ]
+    first = next(iter(of), "")
+    for way, runs in of.items():
+        bits = [run["bits_per_byte"] for run in runs.values()]
+        pairs = [(run, of[first][seed]) for seed, run in runs.items() if seed in of[first]]
+        cells = ["", ""]
+        if way != first and pairs:
+            cells = list(difference(pairs))
+        lines.append(
+            f"| {way} | {', '.join(f'{b:.4f}' for b in bits)} | {statistics.mean(bits):.4f} | {cells[0]} | {cells[1]} |"
+        )
+    return lines
+
+
+def difference(pairs: list[tuple[Results, Results]]) -> tuple[str, str]:
+    """Return the differences in bits per byte of runs and those that they are compared with, pair by pair and together."""
+    from kindling.evaluation.intervals import paired_ratio_difference
+
+    each, total = [], []
+    for run, other in pairs:
+        n_bytes, nll = zip(*run["documents"])
+        other_bytes, other_nll = zip(*other["documents"])
+        if n_bytes != other_bytes:
+            return "other documents", "other documents"
+        each.append(paired_ratio_difference(nll, other_nll, n_bytes).difference / math.log(2))
+        total.append((nll, other_nll))
+    ours, theirs = ([sum(column) for column in zip(*side)] for side in zip(*total))
+    found = paired_ratio_difference(ours, theirs, [len(pairs) * n for n in n_bytes])
+    mean, low, high = (x / math.log(2) for x in found[:3])
+    return ", ".join(f"{d:+.4f}" for d in each), f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def gap_table(of: dict[str, dict[int, Results]]) -> list[str]:
+    """Return exact matches and similarity by way of cutting, kind of gap and way of filling it, all seeds together."""
+    from kindling.evaluation.intervals import bootstrap_ratio, number, percent
+
+    lines = ["| | gap | filled | exact | more than without the suffix | similarity | gaps | docs |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for way, runs in of.items():
+        for kind, ways in pooled([run["gaps"] for run in runs.values()]).items():
+            for filled, (n, exact, similarity) in ways.items():
+                rates = [sum(column) / sum(n) for column in (exact, similarity)]
+                cells = [percent(rates[0], bootstrap_ratio(exact, n)), more_than(exact, ways[WITHOUT][1], n, filled)]
+                cells += [number(rates[1], bootstrap_ratio(similarity, n), ".3f"), str(int(sum(n))), str(len(n))]
+                lines.append(f"| {way} | {kind} | {filled} | {' | '.join(cells)} |")
+        bits = [run["infilling_bits_per_byte"] for run in runs.values() if run["infilling_bits_per_byte"] is not None]
+        if bits:
+            lines.append(f"| {way} | pieces, all filled in | bits per byte: {statistics.mean(bits):.4f} | | | | | |")
+    return lines
+
+
+def more_than(exact: list[float], without: list[float], n: list[float], filled: str) -> str:
+    """Return the difference in exact matches to filling without the suffix, as a text."""
+    from kindling.evaluation.intervals import paired_ratio_difference
+
+    if filled == WITHOUT:
+        return ""
+    found = paired_ratio_difference(exact, without, n)
+    low, high = (100 * x for x in (found.low, found.high))
+    return f"{100 * found.difference:+.1f} points" + ("" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+
+
+def pooled(all_gaps: list[Results]) -> dict[str, dict[str, list[list[float]]]]:
+    """Return by kind and way of filling the number of gaps, exact matches and similarity of each document, over all runs.
+
+    Runs of the same data have the same gaps, in the same order of documents.
+    """
+    out: dict[str, dict[str, list[list[float]]]] = {}
+    for gaps in all_gaps:
+        for kind, found in gaps.items():
+            for filled, figures in found["ways"].items():
+                columns = [list(column) for column in zip(*figures["by_document"])]
+                before = out.setdefault(kind, {}).get(filled)
+                if before is not None:
+                    columns = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, columns)]
+                out[kind][filled] = columns
+    return out
+
+
+def run_table(runs: dict[str, Results]) -> list[str]:
+    """Return what each run took."""
+    lines = ["| run | steps | tokens/s | bits per byte | training, s | all of its command, s | evaluation, s |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, run in runs.items():
+        figures = [("steps", ",.0f"), ("tokens_per_s", ",.0f"), ("bits_per_byte", ".4f"), ("seconds", ".1f")]
+        figures += [("command_s", ".1f"), ("evaluation_s", ".1f")]
+        cells = [format(run[key], form) if key in run else "-" for key, form in figures]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
