@@ -1,7 +1,8 @@
 """The section `decoding` of gpu.py: tokens a second of the `code-50m` shape for some batches, beside transformers' generate.
 
 Random weights in bfloat16 (float32 where the hardware lacks it), other random prompts of 128 tokens in each row, 128 new
-tokens, greedy, without end of text. The time is that of the whole call, with the prompts.
+tokens, greedy, without end of text. The time is that of the whole call, with the prompts. Both run without cuDNN's attention
+(`kindling/device.py`), which prepares a plan for each length.
 """
 
 from __future__ import annotations

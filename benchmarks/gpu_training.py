@@ -52,15 +52,20 @@ class Training:
             self.builds[name] = self.start(plan, f"{name}-data", in_turn(*commands))
 
     def run(self, plan: Plan, limit_s: float) -> None:
-        """Do all of it in about `limit_s` seconds: what the study did first, then our own recipe."""
+        """Do all of it in about `limit_s` seconds."""
         ends = time.perf_counter() + limit_s
+        self.train_all(plan, ends)
+        self.evaluate_all(plan, ends)
+
+    def train_all(self, plan: Plan, ends: float, after_s: float = AFTER_S) -> None:
+        """Train both presets, what the study did first, so that `after_s` seconds are left at the end."""
         found = plan.found[self.name] = {"runs": {}, "sandbox": sandbox_of()}
         self.prepare(plan)
         for name in NAMES:
             reason = self.builds[name].wait(min(BUILD_S, max(1.0, ends - time.perf_counter())))
             if reason:
                 found["runs"][name] = {"failed": f"building the data: {reason}"}
-        train_s = (ends - time.perf_counter() - AFTER_S) / len(NAMES) - STARTS_S
+        train_s = (ends - time.perf_counter() - after_s) / len(NAMES) - STARTS_S
         train_s = 3.0 if plan.toy else max(LEAST_S, min(FULL_S, train_s))
         found["train_s"] = train_s
         for name in NAMES:
@@ -69,6 +74,10 @@ class Training:
             found["runs"][name] = self.train(plan, name, train_s, ends)
             say(f"real: {name}: {found['runs'][name]}")
             plan.save()
+
+    def evaluate_all(self, plan: Plan, ends: float) -> None:
+        """Fine-tune the first run and evaluate all of them."""
+        found = plan.found[self.name]
         evaluations = {name: self.evaluate(plan, name) for name in NAMES if "failed" not in found["runs"][name]}
         if NAMES[0] in evaluations:
             found["runs"][TUNED] = self.fine_tune(plan, ends)

@@ -121,7 +121,7 @@ class Peer:
 
     def backward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of the mean loss of rows (B, T) on the device; return the loss."""
-        with self.runtime.autocast():
+        with self.runtime.autocast(), device.attention_of_fixed_shapes(self.runtime):
             loss = self._loss(idx, targets)
         loss.backward()
         return loss.detach()

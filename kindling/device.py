@@ -101,6 +101,7 @@ def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> Runtime:
         )
     if kind == "cuda":  # TensorFloat-32 for products that stay float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+        torch.backends.cuda.enable_cudnn_sdp(False)  # only for fixed shapes, see attention_of_fixed_shapes
     if kind == "cuda" and cfg.deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = cfg.precision
@@ -154,6 +155,22 @@ def skip_vector_isa_test() -> None:
 
         if inductor.cpp.vec_isa_ok is None:
             inductor.cpp.vec_isa_ok = True
+
+
+@contextmanager
+def attention_of_fixed_shapes(runtime: Runtime) -> Iterator[None]:
+    """Allow cuDNN's attention, the fastest one of an H100: for the passes of training, whose rows all have one length.
+
+    It prepares a plan for each new shape, which takes longer than many tokens of generated text. So `resolve` switches it off.
+    """
+    if runtime.device.type != "cuda":
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def summed_loss(model: nn.Module, batch: Batch, runtime: Runtime) -> tuple[Tenso
     """Return the summed loss of a batch and its number of supervised tokens, for training and for validation."""
     # (B, T) each
     idx, targets, position_ids = (None if rows is None else device.to_device(rows, runtime) for rows in batch)
-    with runtime.autocast():
+    with runtime.autocast(), device.attention_of_fixed_shapes(runtime):
         return model(idx, targets, position_ids)
 
 

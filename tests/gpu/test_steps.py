@@ -38,7 +38,8 @@ def trainer_of(path, corpus, gpu, name="demo", shape=None, **train) -> Trainer:
 def test_steps_on_the_gpu_are_steps_on_the_cpu(gpu, corpus, tmp_path, name):
     found = []
     for kind in ("cpu", gpu):
-        trainer = trainer_of(tmp_path / kind, corpus, kind, name, precision="fp32", lr=1e-3)
+        shape = shape_of(name, gpu)
+        trainer = trainer_of(tmp_path / kind, corpus, kind, shape=shape, precision="fp32", lr=1e-3)
         losses = [trainer.train_step()[0] for _ in range(3)]
         weights = torch.cat([p.detach().flatten().cpu().double() for p in trainer.model.parameters()])
         found.append((losses, weights))
