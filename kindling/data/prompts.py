@@ -98,3 +98,17 @@ def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> 
 def flatten(segments: Iterable[Segment]) -> list[int]:
     """Return the ids of all segments as one list."""
     return [token for segment in segments for token in (*segment.prompt, *segment.response)]
+
+
+def fit(
+    template: str, exchanges: Sequence[Exchange], tokenizer: Encoder, block_size: int, room: int
+) -> tuple[list[int], int]:
+    """Return the ids of a conversation, and how many of its oldest exchanges are left out so that `room` tokens fit after it.
+
+    The last exchange is always kept: its ids may leave less room, or none.
+    """
+    for dropped in range(len(exchanges)):  # whole exchanges, as a model was never trained on half a template
+        ids = flatten(encode(template, exchanges[dropped:], tokenizer))
+        if len(ids) + room <= block_size:
+            break
+    return ids, dropped

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.data.infilling import KINDS, PSM, SPM, require_fim
 from kindling.files import UNENCODABLE
-from kindling.tokenization.infilling import arrange
+from kindling.tokenization.infilling import prompt_at_cursor
 
 if TYPE_CHECKING:
     from kindling.generation.sampling import Sampling
@@ -31,7 +31,6 @@ PER_DOCUMENT = 5  # gaps of each kind, so that no file dominates
 SHORTEST, LONGEST = 8, 80  # characters of a line without its indentation, and of any gap
 WITHOUT = "no suffix"
 TOKENS_OF_GAP = 48  # most new tokens; of a small context, a quarter
-PREFIX_SHARE = 0.7  # of the room for prefix and suffix, if both are longer
 
 
 class Gap(NamedTuple):
@@ -139,12 +138,8 @@ class Filler:
 
     def prompt(self, gap: Gap, spm: bool) -> list[int]:
         """Return the prompt of a gap, with as much of prefix and suffix around it as leaves room for the new tokens."""
-        room = self.model.cfg.block_size - self.n_new - 3
-        n_chars = room * LONGEST  # far more than fit
-        prefix, suffix = self.tokenizer.encode(gap.prefix[-n_chars:]), self.tokenizer.encode(gap.suffix[:n_chars])
-        n_prefix = max(int(PREFIX_SHARE * room), room - len(suffix))
-        prefix = prefix[-n_prefix:]
-        return arrange(self.fim, prefix, suffix[: room - len(prefix)], [], spm)
+        most = self.model.cfg.block_size - self.n_new
+        return prompt_at_cursor(self.fim, self.tokenizer.encode, gap.prefix, gap.suffix, most, spm)[0]
 
     def _continue(self, prefix: str, sampling: Sampling) -> str:
         """Return what the model writes after a prefix, also where it ends inside a token."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kindling.data.prompts import Exchange, encode, flatten
+from kindling.data.prompts import Exchange, fit
 from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.healing import longest_prompt, split_for_healing, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
@@ -242,10 +242,7 @@ def _conversation_ids(
 ) -> list[int]:
     """Return the ids of the last exchange, and of as many before it as leave `room`. Raises GenerationError if none is left."""
     assert exchanges and not exchanges[-1].response, "the response is for the model to write"
-    for dropped in range(len(exchanges)):  # whole exchanges, as the model was never trained on half a template
-        ids = flatten(encode(template, exchanges[dropped:], tokenizer))
-        if len(ids) + room <= block_size:
-            break
+    ids, dropped = fit(template, exchanges, tokenizer, block_size, room)
     if len(ids) >= block_size:
         raise GenerationError(
             f"a question must leave room for an answer in the context of {block_size} tokens, but has {len(ids)} "

@@ -13,9 +13,7 @@ class Busy(KindlingError):
     """The queue is full. `retry_after_s` says when to ask again."""
 
     def __init__(self, retry_after_s: float):
-        super().__init__(
-            f"the server has as many requests as it takes; ask again in {retry_after_s:.0f} s"
-        )
+        super().__init__(f"the server has as many requests as it takes; ask again in {retry_after_s:.0f} s")
         self.retry_after_s = retry_after_s
 
 
