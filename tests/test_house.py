@@ -24,6 +24,7 @@ FLOORS = [
     "kindling/evaluation",
     "kindling/runs",
     "kindling/int8",
+    "kindling/serving",
     "kindling/formats",
     "kindling/plots",
     "kindling/training",
