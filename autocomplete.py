@@ -34,10 +34,11 @@ from kindling.generation.healing import Healing, longest_prompt, split_for_heali
 from kindling.generation.numpy_sampling import distribution
 from kindling.generation.text_stream import TextStream
 from kindling.help import unknown_word, wrapped
-from kindling.int8.model import CONFIG, CompletionError, Model
+from kindling.int8.exports import find_export
+from kindling.int8.model import CompletionError, Model
 from kindling.int8.tokenizer import ExportTokenizer
 from kindling.output import TextPrinter, silent_if_reader_ends
-from kindling.paths import PROJECT, expand_home, places_of_run
+from kindling.paths import expand_home
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
 MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as Code-AutoComplete-LLM has them
@@ -212,20 +213,6 @@ def read_text(args: argparse.Namespace) -> str:
     if not text:
         raise CompletionError(f"{where} must hold at least one character, but is empty")
     return text
-
-
-def find_export(folder: Path) -> Path:
-    """Return the export's folder: `folder` itself, or the one in a run. Raises CompletionError if there is none."""
-    folder = expand_home(folder, "DIR")
-    places = [folder, *(place / "export" / "int8" for place in places_of_run(folder)), PROJECT / folder]
-    found = next((path for path in places if (path / CONFIG).is_file()), folder)
-    if not found.is_dir():
-        looked = ", ".join(dict.fromkeys(str(place.absolute()) for place in places))
-        raise CompletionError(
-            f"DIR must be an export to int8, or a run that has one, but {folder} is not; looked in {looked}; "
-            f"export a run with `python export.py RUN --to int8`"
-        )
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:

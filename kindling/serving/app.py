@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,11 +19,10 @@ from starlette.routing import Route
 
 from kindling.errors import KindlingError
 from kindling.serving import llamacpp, ollama, openai, openai_chat
-from kindling.serving.replies import GenerationFailed, Reply, Stream
 from kindling.serving.body import BadRequest, Fields, parse
+from kindling.serving.replies import GenerationFailed, Reply, Stream
 from kindling.serving.safety import (
     ErrorForm,
-    Gone,
     Guard,
     Receive,
     Scope,
@@ -192,4 +191,4 @@ async def _about(served: Served, request: Request) -> Response:
 
 
 async def _metrics(served: Served, request: Request) -> Response:
-    return Response(served.metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(served.metrics.text(served.scheduler.counters), media_type="text/plain; version=0.0.4")

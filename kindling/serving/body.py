@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from kindling.errors import KindlingError
 
@@ -50,7 +50,7 @@ class Fields:
         """Return a value of any type, or None."""
         return self._content.get(name)
 
-    def text(self, name: str) -> Optional[str]:
+    def text(self, name: str) -> str | None:
         """Return a text that is valid Unicode."""
         value = self._content.get(name)
         if value is not None and not is_text(value):
@@ -76,7 +76,7 @@ class Fields:
             raise self.wrong(name, "true or false")
         return value
 
-    def number(self, name: str, low: float, high: float) -> Optional[float]:
+    def number(self, name: str, low: float, high: float) -> float | None:
         """Return a number from `low` to `high`."""
         value = self._content.get(name)
         if value is None:
@@ -85,7 +85,7 @@ class Fields:
             raise self.wrong(name, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def integer(self, name: str, low: int, high: int) -> Optional[int]:
+    def integer(self, name: str, low: int, high: int) -> int | None:
         """Return a whole number from `low` to `high`."""
         value = self._content.get(name)
         if value is None:

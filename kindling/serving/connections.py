@@ -28,7 +28,7 @@ def guarded(limits: Limits, metrics: Metrics) -> type[H11Protocol]:
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 self._refused = True
-                metrics.count("refused", 'reason="connections"')
+                metrics.refused["connections"] += 1
                 transport.write(REFUSAL % (len(TOO_MANY), TOO_MANY))
                 transport.close()
             else:
@@ -48,7 +48,7 @@ def guarded(limits: Limits, metrics: Metrics) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            metrics.count("refused", 'reason="not HTTP"')
+            metrics.refused["not HTTP"] += 1
             super().send_400_response(msg)
 
         def _wait(self) -> None:
@@ -62,7 +62,7 @@ def guarded(limits: Limits, metrics: Metrics) -> type[H11Protocol]:
         def _too_slow(self) -> None:
             self._timer = None
             if self.cycle is None or self.cycle.response_complete:
-                metrics.count("refused", 'reason="slow"')
+                metrics.refused["slow"] += 1
                 self.transport.close()
 
     return Guarded

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
-from kindling.data.prompts import flatten
 from kindling.data.prompts import encode as encode_conversation
-from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
+from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece, Token
 from kindling.serving.openai_chat import exchanges_of
 from kindling.serving.options import AT_CURSOR, Names, edit, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, encoded, require_chat
 
 NAMES = Names(("n_predict", "max_tokens"), (-1, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")
@@ -37,7 +37,7 @@ class Asked(NamedTuple):
     prompts: list[Prompt]
     is_list: bool
     """The answer is a list, as several texts were asked for."""
-    n_logprobs: Optional[int]
+    n_logprobs: int | None
     keep: tuple[str, ...]
     """`response_fields`: the only fields of the answer, by their paths. Empty: all."""
 
@@ -52,7 +52,7 @@ async def infill(served: Served, fields: Fields) -> Reply:
         extra.text("text"), extra.text("filename")
     text = (prefix or "") + (fields.text("prompt") or "")
     how = _how(served, fields, at_cursor=True)
-    rules = edit(served, fields, suffix or "", fields.integer("n_indent", 0, HUGE) or 0)
+    rules = edit(served, fields, fields.integer("n_indent", 0, HUGE) or 0)
     n = fields.integer("n_cmpl", 1, served.limits.n) or 1
     if max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0:  # fills a cache before it is needed
         if not text:

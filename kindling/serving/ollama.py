@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from kindling.data.prompts import Exchange
-from kindling.serving.replies import Answers, Reply, Stream, Whole, collect
 from kindling.serving.body import Fields
 from kindling.serving.generation import Done, Piece
 from kindling.serving.openai_chat import exchanges_of
 from kindling.serving.options import AT_CURSOR, Names, edit, options, sampling
+from kindling.serving.replies import Answers, Reply, Stream, collect
 from kindling.serving.served import Prompt, Served, at_cursor, chat, continuation, require_chat
 from kindling.tokenization.infilling import FIM_TOKENS
 
@@ -60,7 +60,7 @@ async def generate(served: Served, fields: Fields) -> Reply:
     if not text and not suffix:
         return {**begin, "response": "", "done": True, "done_reason": "load"}
     if suffix:
-        prompt = at_cursor(served, text, suffix, how, edit(served, fields, suffix))
+        prompt = at_cursor(served, text, suffix, how, edit(served, fields))
     elif served.template is not None and not is_raw:
         about = f"{fields.text('system')}\n\n" if "system" in fields else ""
         prompt = chat(served, [Exchange(about + text)], how)

@@ -9,12 +9,12 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
-from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.body import BadRequest, Fields, is_integer, is_text
 from kindling.serving.generation import Done, Edit, Piece, Token
 from kindling.serving.options import AT_CURSOR, Names, edit, options, require_few, sampling, with_seeds
+from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, is_literal_fim, literal
 
 NAMES = Names(("max_tokens", "max_completion_tokens"))
@@ -85,7 +85,7 @@ class Asked(NamedTuple):
     prompts: list[Prompt]
     n: int
     """Samples of each."""
-    n_logprobs: Optional[int]
+    n_logprobs: int | None
     echoes: list[str]
     """What stands before each answer: the prompt for `echo`, otherwise nothing."""
 
@@ -131,7 +131,7 @@ def _asked(served: Served, fields: Fields, names: Names) -> Asked:
     default = replace(served.sampling, max_new_tokens=MAX_TOKENS)
     default = default if suffix is None and not is_literal else AT_CURSOR
     how = options(served, sampling(served, fields, names, default), n_logprobs)
-    rules = edit(served, fields, suffix or "")
+    rules = edit(served, fields)
     prompts = [_prompt(served, one, suffix, how, rules, is_literal) for one in given]
     texts = [one if isinstance(one, str) else served.vocabulary.decode(one) for one in given]
     echoes = [text if echo else "" for text in texts for _ in range(n)]
@@ -231,7 +231,7 @@ async def fim(served: Served, fields: Fields) -> Reply:
     how = options(served, sampling(served, fields, FIM_NAMES, AT_CURSOR))
     begin, streams = head(served, "chat.completion", "fim"), fields.flag("stream")
     includes = with_usage(fields)
-    answers = Answers(served, [at_cursor(served, prefix, suffix, how, edit(served, fields, suffix))])
+    answers = Answers(served, [at_cursor(served, prefix, suffix, how, edit(served, fields))])
     if streams:
         return Stream(answers, _fim_chunks(answers, begin, includes))
     with answers:

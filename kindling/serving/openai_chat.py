@@ -10,11 +10,11 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from kindling.data.prompts import Exchange
-from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.body import BadRequest, Fields
 from kindling.serving.generation import Piece, Token
 from kindling.serving.openai import finish_reason, head, refuse_unsupported, usage, with_usage
 from kindling.serving.options import Names, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Served, chat
 
 NAMES = Names(("max_completion_tokens", "max_tokens", "n_predict"), no_limit=(-1, 0))

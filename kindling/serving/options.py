@@ -6,7 +6,7 @@ import secrets
 from dataclasses import replace
 from typing import NamedTuple
 
-from kindling.generation.sampling import Sampling
+from kindling.generation.settings import Sampling
 from kindling.serving.body import HUGE, BadRequest, Fields, shown
 from kindling.serving.generation import Edit
 from kindling.serving.served import Options, Prompt, Served
@@ -73,11 +73,10 @@ def max_new_tokens(fields: Fields, names: Names) -> int | None:
     return None
 
 
-def edit(served: Served, fields: Fields, suffix: str, n_indent: int = 0) -> Edit:
+def edit(served: Served, fields: Fields, n_indent: int = 0) -> Edit:
     """Return the rules for text at a cursor. `max_lines` and `min_confidence` are this server's own fields."""
     confidence = fields.number("min_confidence", 0, 1)
     return Edit(
-        suffix=suffix,
         max_lines=fields.integer("max_lines", 1, HUGE),
         stop_at_dedent=fields.flag("stop_at_dedent", n_indent > 0),
         min_confidence=served.min_confidence if confidence is None else confidence,

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from kindling.errors import KindlingError
 from kindling.serving.generation import Done, Event, Failed, Piece, Token
@@ -33,10 +33,10 @@ class Answers:
     def __init__(self, served: Served, prompts: Sequence[Prompt]):
         """Submit all of them. Raises Busy, and then none runs."""
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        self._left, self._metrics = len(prompts), served.metrics
+        self._left = len(prompts)
         self.truncated = any(prompt.truncated for prompt in prompts)
         self.submitted = time.perf_counter()
-        self.first: Optional[float] = None
+        self.first: float | None = None
         """When the first event came."""
         self._cancels: list[Any] = []
         try:
@@ -72,11 +72,7 @@ class Answers:
                 self.first = time.perf_counter()
             if isinstance(event, Failed):
                 raise GenerationFailed(event.reason)
-            if isinstance(event, Done):
-                self._left -= 1
-                self._metrics.done(event)
-                if not self._left:
-                    self._metrics.observe(self.prompt_s, time.perf_counter() - self.submitted)
+            self._left -= isinstance(event, Done)
             yield number, event
 
     @property

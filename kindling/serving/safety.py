@@ -96,7 +96,7 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        self._metrics.running += 1
+        self._metrics.n_open += 1
         try:
             refusal = self._refusal(scope)
             if refusal is None:
@@ -104,12 +104,12 @@ class Guard:
             else:
                 await send_json(counted, refusal.status, self._form(path)(refusal, refusal.status), closes=True)
         except Gone:
-            self._metrics.count("cancelled")
+            self._metrics.n_left += 1
         finally:
-            self._metrics.running -= 1
+            self._metrics.n_open -= 1
             if status:
                 label = path if path in self._paths else "other"
-                self._metrics.count("requests", f'path="{label}",status="{status}"')
+                self._metrics.requests[label, status] += 1
 
     def _refusal(self, scope: Scope) -> BadRequest | None:
         """Return why a request is refused, or None."""

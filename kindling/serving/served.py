@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from kindling.data.prompts import Exchange, fit
 from kindling.errors import KindlingError
 from kindling.generation.healing import longest_prompt, split_for_healing
-from kindling.generation.sampling import Sampling
+from kindling.generation.settings import Sampling
+from kindling.int8.model import CompletionError
 from kindling.serving.body import BadRequest
 from kindling.serving.engine import Vocabulary
 from kindling.serving.generation import Edit, Generation
@@ -21,6 +22,7 @@ from kindling.serving.metrics import Metrics
 from kindling.serving.scheduler import Scheduler
 from kindling.tokenization.infilling import CHARACTERS, FIM_TOKENS, prompt_at_cursor
 
+ENCODING = (KindlingError, CompletionError)  # what the tokenizers of a run and of an export raise
 STEPS = 8  # a prompt at a cursor is cut in eighths of the context, so that most keys pressed there need one new token
 OPEN_ANSWER = 4  # earlier exchanges leave an answer at least a quarter of the context, as in generate.py
 
@@ -52,13 +54,13 @@ class Served:
     vocabulary: Vocabulary
     scheduler: Scheduler
     block_size: int
-    template: Optional[str] = None
+    template: str | None = None
     """The template of a run that was fine-tuned on instructions."""
     remembers: bool = False
     """The run was fine-tuned on conversations of several exchanges."""
     about: dict[str, Any] = field(default_factory=dict)
     """What the page shows of the model."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     min_confidence: float = 0.0
     literal_fim: bool = False
     log_prompts: bool = False
@@ -96,7 +98,7 @@ class Options(NamedTuple):
     """How a request's texts are to be generated."""
 
     sampling: Sampling
-    n_logprobs: Optional[int] = None
+    n_logprobs: int | None = None
     time_limit_s: float = 60.0
 
 
@@ -104,7 +106,7 @@ def encoded(served: Served, text: str, param: str) -> list[int]:
     """Return the ids of a text. Raises BadRequest for one that the tokenizer cannot spell."""
     try:
         return served.vocabulary.encode(text)
-    except KindlingError as e:
+    except ENCODING as e:
         raise BadRequest(f"{param}: {e}", param) from None
 
 
@@ -144,6 +146,7 @@ def cropped(served: Served, ids: list[int], options: Options) -> list[int]:
 
 def at_cursor(served: Served, prefix: str, suffix: str, options: Options, edit: Edit) -> Prompt:
     """Return the generation of what stands between prefix and suffix. Raises BadRequest if the model cannot infill."""
+    edit = replace(edit, prefix=prefix.rpartition("\n")[2], suffix=suffix)
     if not suffix.strip():  # at the end of a file, a model goes on as in training left to right
         return continuation(served, prefix, options, edit)
     served.require_infill()
@@ -172,7 +175,7 @@ def literal(served: Served, text: str, options: Options, edit: Edit) -> Prompt |
     if not is_literal_fim(served, text):
         return None
     prefix, suffix = text[len(FIM_TOKENS[0]) : -len(FIM_TOKENS[1])].split(FIM_TOKENS[2])
-    return at_cursor(served, prefix, suffix, options, replace(edit, suffix=suffix))
+    return at_cursor(served, prefix, suffix, options, edit)
 
 
 def require_chat(served: Served) -> str:
@@ -192,7 +195,7 @@ def chat(served: Served, exchanges: Sequence[Exchange], options: Options) -> Pro
     room = min(options.sampling.max_new_tokens, served.block_size // OPEN_ANSWER)
     try:
         ids, dropped = fit(template, asked, served.vocabulary, served.block_size, room)
-    except KindlingError as e:
+    except ENCODING as e:
         raise BadRequest(f"messages: {e}", "messages") from None
     if len(ids) >= served.block_size:
         raise BadRequest(
@@ -200,7 +203,8 @@ def chat(served: Served, exchanges: Sequence[Exchange], options: Options) -> Pro
             f"{len(ids)} with its template; shorten it",
             "messages",
         )
-    return Prompt(_generation(ids, options, None), dropped > 0 or len(asked) < len(exchanges))
+    generation = replace(_generation(ids, options, None), own_text=True)
+    return Prompt(generation, dropped > 0 or len(asked) < len(exchanges))
 
 
 def _generation(ids: Sequence[int], options: Options, edit: Edit | None) -> Generation:
