@@ -109,7 +109,8 @@ class Scheduler:
                 if self._stop_at is not None:
                     return False
                 self._changed.wait()
-            now, ended = self._clock(), []
+            now = self._clock()
+            ended: list[tuple[Job, Event]] = []
             for job in list(self._waiting):
                 if self._stop_at is not None:
                     self._drop(job, "failed")
