@@ -16,7 +16,7 @@ from typing import Any
 from kindling.errors import KindlingError
 
 HUGE = 10**9  # no number of tokens, seconds or ids is above this
-SHOWN = 40  # characters of a value in an error
+SHOWN = 40  # characters of a value in an error, and the most digits of a whole number
 
 
 class BadRequest(KindlingError):
@@ -148,8 +148,6 @@ def shown(value: Any) -> str:
         return f"a text of {len(value):,} characters"
     if isinstance(value, (list, dict)):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
-    if isinstance(value, int) and abs(value) > 10**SHOWN:
-        return "a number of more than 40 digits"
     return "missing" if value is None else ascii(value)
 
 
@@ -157,7 +155,11 @@ def parse(raw: bytes) -> Fields:
     """Return the fields of a JSON object. Raises BadRequest for any other text."""
     try:
         content = json.loads(
-            raw.decode("utf-8-sig"), parse_constant=_refused, parse_float=_finite, object_pairs_hook=_unique
+            raw.decode("utf-8-sig"),
+            parse_constant=_refused,
+            parse_float=_finite,
+            parse_int=_short,
+            object_pairs_hook=_unique,
         )
     except UnicodeDecodeError as e:
         raise BadRequest(f"the body must be UTF-8, but is not at byte {e.start:,}; encode it in UTF-8") from None
@@ -173,6 +175,12 @@ def parse(raw: bytes) -> Fields:
 
 def _refused(word: str) -> float:
     raise ValueError(f"{word} is no number in JSON")
+
+
+def _short(word: str) -> int:
+    if len(word) > SHOWN:
+        raise ValueError("a number is too large")
+    return int(word)
 
 
 def _finite(word: str) -> float:

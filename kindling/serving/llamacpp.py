@@ -88,7 +88,7 @@ async def completion(served: Served, fields: Fields) -> Reply:
 def _prompt(served: Served, fields: Fields, given: Any, how: Options) -> Prompt:
     if is_text(given):
         return continuation(served, given, how)
-    parts = given if isinstance(given, list) else [None]
+    parts = given if isinstance(given, list) and given else [None]
     ids: list[int] = []
     for part in parts:
         if is_integer(part) and 0 <= part < served.n_tokens:

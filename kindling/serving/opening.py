@@ -13,6 +13,7 @@ from kindling.int8.model import CONFIG, WEIGHTS, CompletionError, Model
 from kindling.paths import newest_run, places_of_run, require_run
 from kindling.serving.engine import Engine, Vocabulary
 
+MOST_ROWS = 64  # more texts at once would each be too slow
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
@@ -48,7 +49,7 @@ def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Open
         _ = vocabulary.spellings  # now, and not while the first client waits
     except CompletionError as e:
         raise KindlingError(str(e).replace("DIR must be", f"{path or 'the newest run'} must be")) from None
-    engine = Int8Engine(model, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes))
+    engine = Int8Engine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
     run = folder.resolve().parent.parent if folder.resolve().parent.name == "export" else folder
     about = {"kind": "an export to int8", "source": model.meta.get("source", ""), "precision": "int8"}
     about |= _about(model.meta["model"], _n_parameters(folder / WEIGHTS), folder / WEIGHTS, engine, run)
@@ -88,7 +89,7 @@ def open_run(path: Path | None, device: str, precision: str, cache_bytes: int | 
         manifest = read_manifest(run.data)
         require_template(manifest, cfg.data.template)
         template, remembers = cfg.data.template, manifest["max_exchanges"] > 1
-    engine = TorchEngine(model, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes))
+    engine = TorchEngine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
     vocabulary = TorchVocabulary(run.tokenizer(), model.cfg.vocab_size, cfg.data.fim_rate > 0)
     _ = vocabulary.spellings  # now, and not while the first client waits
     name = run.path.resolve().name

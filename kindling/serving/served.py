@@ -124,9 +124,7 @@ def continuation(
     whole = ids or [vocabulary.eos_id]  # in training, a document begins after an end-of-text
     ids = cropped(served, whole, options)
     kept, healing = split_for_healing(ids, vocabulary.spellings)
-    limit = min(options.sampling.max_new_tokens, served.block_size - len(ids)) + len(ids) - len(kept)
-    its_own = options._replace(sampling=replace(options.sampling, max_new_tokens=limit))
-    generation = _generation(kept, its_own, edit)
+    generation = _generation(kept, options, edit)
     if healing.text:
         generation = replace(generation, healing=healing)
     return Prompt(generation, len(end) < len(text) or len(ids) < len(whole))
