@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kindling.generation.settings import Sampling
-from kindling.serving.body import HUGE, BadRequest, Fields, shown
+from kindling.serving.body import HUGE, BadRequest, Fields
 from kindling.serving.generation import Edit
 from kindling.serving.served import Options, Prompt, Served
 
@@ -106,6 +106,6 @@ def require_few(served: Served, n_prompts: int, n: int, param: str) -> None:
     """Raise BadRequest if a request asks for too many texts."""
     if not 1 <= n_prompts * n <= served.limits.n:
         raise BadRequest(
-            f"a request must ask for 1 to {served.limits.n} texts, but asks for {shown(n_prompts * n)}; send several",
+            f"{param} must ask for 1 to {served.limits.n} texts, but with the others asks for {n_prompts * n}; send several requests",
             param,
         )

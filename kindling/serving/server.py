@@ -61,7 +61,8 @@ class _Server(uvicorn.Server):
 
 def make_server(served: Served, host: str, api_key: str | None, stop: StopRequest) -> uvicorn.Server:
     """Return the server of a model; `serve(sockets=[...])` runs it."""
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)  # what is refused is counted, not printed
+    for name in ("uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what comes in is counted, not printed
     config = uvicorn.Config(
         make_app(served, host, api_key),
         http=guarded(served.limits, served.metrics),

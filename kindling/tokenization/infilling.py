@@ -59,7 +59,7 @@ def prompt_at_cursor(
     before, after = encode(head), encode(suffix[: room * CHARACTERS])
     n_prefix = max(int(PREFIX_SHARE * room), room - len(after))
     kept = before[_cut(len(before), n_prefix, step) :]
-    n_suffix = room - min(n_prefix, -(-len(kept) // step) * step)
+    n_suffix = room - min(n_prefix, -(-len(before) // step) * step)
     is_cut = (
         len(head) < len(prefix) or len(kept) < len(before) or len(suffix) > room * CHARACTERS or len(after) > n_suffix
     )

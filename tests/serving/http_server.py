@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Vocabulary(FakeVocabulary):
     """Characters of ASCII, of which the first are the end of text and the control tokens of fill-in-the-middle."""
 
     fim = FIM
-    spellings = ["" if i < 5 else chr(i) for i in range(128)]
+    spellings: Sequence[str] = ["" if i < 5 else chr(i) for i in range(128)]
 
     def encode(self, text: str) -> list[int]:
         if not text.isascii():
