@@ -21,6 +21,7 @@ from kindling.serving.served import Options, Prompt, Served, after_ids, at_curso
 
 NAMES = Names(("n_predict", "max_tokens"), (-1, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")
 STOP_TYPES = {"end of text": "eos", "stop": "word", "edit": "word"}  # otherwise "limit"
+OTHERS_TEMPERATURE = 0.8  # of the second text at a cursor and those after it: the first is the most likely one
 LISTED = 1000  # most items of a list whose values are not used
 
 
@@ -60,8 +61,9 @@ async def infill(served: Served, fields: Fields) -> Reply:
         how = how._replace(sampling=replace(how.sampling, max_new_tokens=1))
         prompts, discards = [at_cursor_of(served, text, suffix or "", how, rules)], True
     else:
-        prompts = with_seeds([at_cursor_of(served, text, suffix or "", how, rules)], n)
-        discards = False
+        others = how.sampling if "temperature" in fields else replace(how.sampling, temperature=OTHERS_TEMPERATURE)
+        ways = [how, *[how._replace(sampling=replace(others, seed=others.seed + k)) for k in range(1, n)]]
+        prompts, discards = [at_cursor_of(served, text, suffix or "", way, rules) for way in ways], False
     return await _reply(served, fields, Asked(prompts, n > 1, how.n_logprobs, _keep(fields)), discards)
 
 

@@ -11,6 +11,7 @@ from kindling.serving.body import HUGE, BadRequest, Fields
 from kindling.serving.generation import Edit
 from kindling.serving.served import Options, Prompt, Served
 
+SEEDS = 2**62  # clients send up to 64 bits
 LOWEST_TEMPERATURE = 0.01  # below it, sampling is greedy
 STOP_CHARACTERS = 1000
 # Ghost text is shown unasked, so it is the most likely text, and the same again for the same place.
@@ -38,7 +39,7 @@ def sampling(served: Served, fields: Fields, names: Names, default: Sampling) ->
     top_p = fields.number("top_p", 0, 1)
     min_p = fields.number("min_p", 0, 1)
     penalty = fields.number(names.repetition_penalty, 0.01, 100)
-    seed = fields.integer(names.seed, min((0, *names.random_seed)), 2**63 - served.limits.n - 1)
+    seed = fields.integer(names.seed, min((0, *names.random_seed)), 2**64 - 1)
     stop = fields.texts(names.stop, served.limits.stops)
     if not all(0 < len(text) <= STOP_CHARACTERS for text in stop):
         raise fields.wrong(names.stop, f"texts of 1 to {STOP_CHARACTERS} characters")
@@ -53,7 +54,7 @@ def sampling(served: Served, fields: Fields, names: Names, default: Sampling) ->
         top_p=default.top_p if top_p is None else top_p,
         min_p=default.min_p if min_p is None else min_p,
         repetition_penalty=1.0 if penalty is None else penalty,
-        seed=seed,
+        seed=seed % SEEDS,
         stop=stop,
     )
     if found.temperature < LOWEST_TEMPERATURE or found.top_p == 0:
@@ -106,6 +107,6 @@ def require_few(served: Served, n_prompts: int, n: int, param: str) -> None:
     """Raise BadRequest if a request asks for too many texts."""
     if not 1 <= n_prompts * n <= served.limits.n:
         raise BadRequest(
-            f"{param} must ask for 1 to {served.limits.n} texts, but with the others asks for {n_prompts * n}; send several requests",
+            f"{param} must ask for 1 to {served.limits.n} texts, but {n_prompts * n} are asked for; send several requests",
             param,
         )

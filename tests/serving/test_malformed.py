@@ -75,7 +75,7 @@ WRONG = [
     ("/v1/completions", "temperature", [-0.1, 101, "1", True, {}]),
     ("/v1/completions", "top_p", [-1, 1.1, "x"]),
     ("/v1/completions", "n", [0, 17, 10**9, "2", 1.5]),
-    ("/v1/completions", "seed", [-1, 2**63, 0.5, "x"]),
+    ("/v1/completions", "seed", [-1, 2**64, 0.5, "x"]),
     ("/v1/completions", "stop", ["", [""], [1], ["a"] * 17, "a" * 1001, {}, ["\ud800"]]),
     ("/v1/completions", "logprobs", [-1, 21, "1", True]),
     ("/v1/completions", "stream", [1, "true", {}]),

@@ -34,8 +34,11 @@ def test_the_names_of_this_machine_are_hosts(server, host):
         "8.8.8.8:{}",
         "[",
         "::1",
-    ]
-    + ["user@localhost", "localhost,evil.com", "0x7f000001", "2130706433"],
+        "user@localhost",
+        "localhost,evil.com",
+        "0x7f000001",
+        "2130706433",
+    ],
 )
 def test_any_other_host_is_refused_as_a_browser_may_have_been_led_here(server, host):
     for method, path in (("GET", "/health"), ("GET", "/"), ("POST", "/v1/completions")):
