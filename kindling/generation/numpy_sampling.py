@@ -19,6 +19,8 @@ def most_likely(values: np.ndarray, n: int) -> np.ndarray:
     """Return the ids of the `n` largest of values (V,), in the order of the ids. Of equal ones, the first are taken."""
     if n >= len(values):
         return np.arange(len(values))
+    if n == 0:
+        return np.arange(0)
     least = np.partition(values, len(values) - n)[len(values) - n]
     above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
     return np.sort(np.concatenate((above, equal[: n - len(above)])))

@@ -28,6 +28,7 @@ class Answer:
         self._edit = None if generation.edit is None else EditText(generation.edit)
         self._least = 0.0 if generation.edit is None else generation.edit.min_confidence
         self._wants_tokens = generation.n_logprobs is not None
+        self._heals = skip > 0
         self._begins = self._text.n_decoded + skip  # the answer, in the decoded text
         self._held: list[_Placed] = []  # tokens whose text has not been said
         self._n_said = 0
@@ -52,7 +53,8 @@ class Answer:
         """Return what may be said after this token."""
         begins = self._text.n_decoded - self._begins
         new = self._text.add(token.id)
-        if begins >= 0 or self._text.n_decoded > self._begins:  # else it only spells what healing took back
+        # with healing, the first tokens only spell what was taken back; without, one may end the prompt's last character
+        if not self._heals or begins >= 0 or self._text.n_decoded > self._begins:
             self.n_counted += 1
             if self._wants_tokens:
                 self._held.append(_Placed(token, begins))

@@ -214,7 +214,7 @@ class Batch:
             return Token(token, np.nan, ())
         total = log_total(logits)
         likely = most_likely(logits, n or 0)
-        likely = likely[np.argsort(-logits[likely], kind="stable")] if n else likely[:0]
+        likely = likely[np.argsort(-logits[likely], kind="stable")]
         return Token(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in likely))
 
     def _take(self, job: Job, token: Token, now: float) -> None:

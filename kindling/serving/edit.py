@@ -52,7 +52,7 @@ class EditText:
             if self._next and line.strip() and (line == self._next or (not complete and self._next.startswith(line))):
                 end = self._end_before_line()
         end = self._without_suffix(end)
-        return self._say(end if self._text[:end].strip() else 0)
+        return self._say(end)
 
     def _judge(self, end: int, whole: bool) -> None:
         """End the text at or before its last line, which goes up to `end`, if a rule says so."""
@@ -103,7 +103,7 @@ class EditText:
         return end - n
 
     def _say(self, end: int) -> str:
-        new = self._text[self._n_said : end]
+        new = self._text[self._n_said : end] if self._text[:end].strip() else ""
         self._n_said += len(new)
         return new
 

@@ -4,6 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kindling.generation.settings import Sampling
+from kindling.serving.batch import Batch, Job
+from kindling.serving.counters import Counters
+from kindling.serving.generation import Generation
+
 EOS, VOCAB = 0, 128
 
 
@@ -61,3 +66,18 @@ class FakeEngine:
             after = self.follows("".join(map(chr, self.rows[row])))
             logits[i, ord(after) if after else EOS] = 10.0
         return logits
+
+
+def greedy_tokens(engine, vocabulary, prompts: Sequence[list[int]], n: int) -> list[list[int]]:
+    """Return the new tokens of all prompts, which come together, the first of them one pass before the others."""
+    batch = Batch(engine, vocabulary, Counters(), lambda: 0.0)
+    sampling = Sampling(max_new_tokens=n, greedy=True)
+    jobs = [Job(Generation(ids, sampling), vocabulary, lambda event: None, 0.0) for ids in prompts]
+    waiting = jobs[:1]
+    batch.admit(waiting)
+    batch.step()
+    waiting += jobs[1:]
+    while waiting or batch.jobs:
+        batch.admit(waiting)
+        batch.step()
+    return [job.out for job in jobs]
