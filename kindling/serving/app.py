@@ -23,6 +23,7 @@ from kindling.serving.body import BadRequest, Fields, parse
 from kindling.serving.replies import GenerationFailed, Reply, Stream
 from kindling.serving.safety import (
     ErrorForm,
+    Gone,
     Guard,
     Receive,
     Scope,
@@ -101,6 +102,12 @@ class Endpoint:
         self._served, self._entry = served, entry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._read_and_answer(scope, receive, send)
+        except Gone:
+            self._served.metrics.n_left += 1
+
+    async def _read_and_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if self._entry.method == "POST":
                 require_json(scope)

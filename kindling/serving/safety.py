@@ -103,8 +103,6 @@ class Guard:
                 await self._app(scope, receive, counted)
             else:
                 await send_json(counted, refusal.status, self._form(path)(refusal, refusal.status), closes=True)
-        except Gone:
-            self._metrics.n_left += 1
         finally:
             self._metrics.n_open -= 1
             if status:
