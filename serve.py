@@ -20,6 +20,7 @@ import tyro
 
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError
+from kindling.paths import require_runs
 
 if TYPE_CHECKING:
     from kindling.serving.opening import Opened
@@ -85,11 +86,14 @@ def check(flags: Flags) -> None:
 
 def open_model(flags: Flags) -> Opened:
     """Open what the flags name."""
-    from kindling.serving.opening import is_export, open_export, open_run
+    from kindling.serving.opening import is_export, open_export
 
     cache_bytes = None if flags.cache_mb is None else flags.cache_mb * MEGABYTE
     if flags.int8 or is_export(flags.run):
         return open_export(flags.run, flags.kernel, cache_bytes)
+    require_runs(flags.run)  # before torch is imported
+    from kindling.serving.torch_opening import open_run
+
     return open_run(flags.run, flags.device, flags.precision, cache_bytes)
 
 

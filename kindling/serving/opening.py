@@ -1,4 +1,4 @@
-"""Opens what is to be served: a run in PyTorch, or an export to int8, for which torch is never imported."""
+"""Opens an export to int8 to be served, without torch. torch_opening.py opens a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from kindling.errors import KindlingError
 from kindling.int8.exports import find_export
 from kindling.int8.model import CONFIG, WEIGHTS, CompletionError, Model
-from kindling.paths import newest_run, places_of_run, require_run
+from kindling.paths import newest_run, places_of_run
 from kindling.serving.engine import Engine, Vocabulary
 
 MOST_ROWS = 64  # more texts at once would each be too slow
@@ -51,11 +51,11 @@ def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Open
         raise KindlingError(str(e).replace("DIR must be", f"{path or 'the newest run'} must be")) from None
     engine = Int8Engine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
     run = folder.resolve().parent.parent if folder.resolve().parent.name == "export" else folder
-    about = {"kind": "an export to int8", "source": model.meta.get("source", ""), "precision": "int8"}
-    about |= _about(model.meta["model"], _n_parameters(folder / WEIGHTS), folder / WEIGHTS, engine, run)
-    about["sha256"] = model.meta["weights_sha256"]
+    said = {"kind": "an export to int8", "source": model.meta.get("source", ""), "precision": "int8"}
+    said |= about(model.meta["model"], _n_parameters(folder / WEIGHTS), folder / WEIGHTS, engine, run)
+    said["sha256"] = model.meta["weights_sha256"]
     name = run.resolve().name if run != folder else folder.resolve().name
-    return Opened(name, engine, vocabulary, None, False, about)
+    return Opened(name, engine, vocabulary, None, False, said)
 
 
 def _n_parameters(weights: Path) -> int:
@@ -66,39 +66,8 @@ def _n_parameters(weights: Path) -> int:
     return sum(map(math.prod, shapes))
 
 
-def open_run(path: Path | None, device: str, precision: str, cache_bytes: int | None) -> Opened:
-    """Open a run with PyTorch; None is the newest one. Raises KindlingError."""
-    if path is not None:
-        require_run(path)
-    from dataclasses import asdict, replace
-    from typing import cast
-
-    from kindling.data.examples import require_template
-    from kindling.data.shards import read_manifest
-    from kindling.device import resolve
-    from kindling.generation.inference import prepare_for_inference
-    from kindling.runs.loading import find_run, load_model
-    from kindling.serving.torch_engine import CACHE_BYTES, TorchEngine, TorchVocabulary, rows_for
-
-    run = find_run(path)
-    cfg = run.config()
-    loaded, checkpoint = load_model(run, resolve(replace(cfg.train, device=cast(Any, device))).device)
-    model = prepare_for_inference(loaded, cast(Any, precision))
-    template, remembers = None, False
-    if cfg.data.instructions:
-        manifest = read_manifest(run.data)
-        require_template(manifest, cfg.data.template)
-        template, remembers = cfg.data.template, manifest["max_exchanges"] > 1
-    engine = TorchEngine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
-    vocabulary = TorchVocabulary(run.tokenizer(), model.cfg.vocab_size, cfg.data.fim_rate > 0)
-    _ = vocabulary.spellings  # now, and not while the first client waits
-    name = run.path.resolve().name
-    about = {"kind": "a run in PyTorch", "source": f"{name}, {checkpoint.name}", "precision": precision}
-    about |= _about(asdict(cfg.model), cfg.model.n_parameters, checkpoint / "model.safetensors", engine, run.path)
-    return Opened(name, engine, vocabulary, template, remembers, about)
-
-
-def _about(shape: dict[str, Any], n_parameters: int, weights: Path, engine: Engine, run: Path) -> dict[str, Any]:
+def about(shape: dict[str, Any], n_parameters: int, weights: Path, engine: Engine, run: Path) -> dict[str, Any]:
+    """Return what the page shows of a model in the file `weights` of a run."""
     return {
         "shape": {name: shape[name] for name in SHAPE},
         "parameters": n_parameters,
