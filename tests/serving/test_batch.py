@@ -134,13 +134,14 @@ def test_a_prefix_in_a_row_that_is_busy_is_copied(desk):
 
 
 def test_of_two_rows_with_the_same_beginning_the_free_one_goes_on(desk):
-    desk.ask("hello world")
-    desk.ask("hello world", 30)
-    for _ in range(8):
-        desk.step()
+    for n in (2, 3):
+        desk.ask("hello world", n)
+    desk.run()
+    newest, _ = desk.ask("hello world", 30)
+    desk.step()
     job, _ = desk.ask("hello world x")
     desk.step()
-    assert (job.row, job.n_cached) == (0, 11) and len(desk.batch.jobs) == 2
+    assert (newest.row, job.row, job.n_cached) == (1, 0, 11)
 
 
 def test_a_row_of_which_little_is_used_again_is_kept(desk):
@@ -221,6 +222,8 @@ def test_a_failure_of_the_engine_ends_only_the_request_that_it_concerns(n_rows, 
     all_events = [desk.ask(text, 4)[1] for text in ("xa", "x!", "xm")]
     desk.run()
     assert said(all_events[0]) == "bcde" and said(all_events[2]) == "nopq"
+    if n_rows > 1:
+        assert VOCABULARY.decode(desk.engine.rows[0]) == "xabcd", "what was run twice is there once"
     assert all_events[1] == [Failed("the model failed (RuntimeError: a bad token)")]
     assert desk.counters.requests["failed"] == 1 and desk.counters.requests["limit"] == 2
     assert capsys.readouterr().err == "error: a request failed (RuntimeError: a bad token)\n"
