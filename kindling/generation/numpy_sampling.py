@@ -60,8 +60,7 @@ def _nucleus(p: np.ndarray, top_p: float) -> np.ndarray:
 def draw(tokens: np.ndarray, probabilities: np.ndarray, rng: np.random.Generator) -> int:
     """Return one of the tokens, drawn with their probabilities."""
     up_to = probabilities.cumsum()
-    at = int(up_to.searchsorted(rng.random() * up_to[-1], side="right"))
-    return int(tokens[at if at < len(tokens) else np.flatnonzero(probabilities)[-1]])
+    return int(tokens[up_to.searchsorted(rng.random() * up_to[-1], side="right")])
 
 
 def apply_repetition_penalty(logits: np.ndarray, seen: Iterable[int], penalty: float) -> np.ndarray:

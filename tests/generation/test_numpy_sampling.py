@@ -53,8 +53,9 @@ def test_of_equally_likely_tokens_no_more_than_top_k_are_kept():
     assert most_likely(logits, 4).tolist() == [0, 1, 2, 3]
     tokens, p = distribution(logits, 1.0, top_k=2)
     assert tokens.tolist() == [1, 2] and p.tolist() == [0.5, 0.5]
-    tokens, _ = distribution(np.zeros(9, np.float32), 1.0, top_p=0.5)
-    assert tokens.tolist() == [0, 1, 2, 3, 4]
+    for n, expected in ((9, [0, 1, 2, 3, 4]), (4, [0, 1])):
+        tokens, _ = distribution(np.zeros(n, np.float32), 1.0, top_p=0.5)
+        assert tokens.tolist() == expected
 
 
 def test_a_nucleus_of_many_tokens_is_found():

@@ -133,6 +133,24 @@ def test_a_prefix_in_a_row_that_is_busy_is_copied(desk):
     assert (job.row, job.n_cached) == (1, 8) and desk.engine.rows[0][:11] == VOCABULARY.encode("hello world")
 
 
+def test_of_two_rows_with_the_same_beginning_the_free_one_goes_on(desk):
+    for n in (2, 3):
+        desk.ask("hello world", n)
+    desk.run()
+    newest, _ = desk.ask("hello world", 30)
+    desk.step()
+    job, _ = desk.ask("hello world x")
+    desk.step()
+    assert (newest.row, job.row, job.n_cached) == (1, 0, 11)
+
+
+def test_a_row_of_which_little_is_used_again_is_kept(desk):
+    for text in ("hello world", "a", "b", "c"):
+        desk.answer(text)
+    assert desk.answer("hex")[1].n_cached == 2
+    assert desk.answer("hello world x")[1].n_cached == 11
+
+
 def test_the_same_prompt_several_times_is_read_once(desk):
     prompt = "p" * 30
     all_events = [desk.ask(prompt, sampling=Sampling(max_new_tokens=3, seed=seed))[1] for seed in range(4)]
@@ -191,15 +209,21 @@ def test_a_request_that_takes_too_long_ends_with_what_it_has(desk):
 
 @pytest.mark.parametrize("n_rows", [1, 4])
 def test_a_failure_of_the_engine_ends_only_the_request_that_it_concerns(n_rows, capsys):
-    def fail(texts):
-        if any("!" in tokens for _, tokens in texts):
-            raise RuntimeError("a bad\ntoken")
-
     desk = Desk(FakeEngine(n_rows=n_rows))
-    desk.engine.before_pass = fail
+    forward = desk.engine.forward
+
+    def fail(texts):
+        logits = forward(texts)  # so the rows are longer than they should be
+        if any(ord("!") in ids for _, ids in texts):
+            raise RuntimeError("a bad\ntoken")
+        return logits
+
+    desk.engine.forward = fail
     all_events = [desk.ask(text, 4)[1] for text in ("xa", "x!", "xm")]
     desk.run()
     assert said(all_events[0]) == "bcde" and said(all_events[2]) == "nopq"
+    if n_rows > 1:
+        assert VOCABULARY.decode(desk.engine.rows[0]) == "xabcd", "what was run twice is there once"
     assert all_events[1] == [Failed("the model failed (RuntimeError: a bad token)")]
     assert desk.counters.requests["failed"] == 1 and desk.counters.requests["limit"] == 2
     assert capsys.readouterr().err == "error: a request failed (RuntimeError: a bad token)\n"
@@ -249,7 +273,7 @@ def test_the_first_tokens_spell_what_was_taken_back_and_are_no_part_of_the_answe
     job = Job(Generation(kept, sampling, healing, n_logprobs=0), VOCABULARY, events.append, 0.0)
     desk.waiting.append(job)
     desk.run()
-    assert said(events) == "zz" and events[-1].n_new == 5
+    assert said(events) == "zz" and events[-1].n_new == 5 and VOCABULARY.decode(job.out) == "llozz"
     assert [[t.id for t in event.tokens] for event in events[:-1]] == [[ord("z")], [ord("z")]]
 
 
@@ -270,6 +294,45 @@ def test_the_tokens_of_a_piece_are_those_that_its_text_begins_in():
     _, events = desk.ask("x", sampling=stop, n_logprobs=0)
     desk.run()
     assert [(event.text, [chr(t.id) for t in event.tokens]) for event in events[:-1]] == [("b", ["b"])]
+
+
+def test_a_token_that_is_held_back_is_not_given_with_the_text_before_it():
+    script = dict(zip(["x", "xc", "xcd", "xcdc"], "cdcx"))
+    desk = Desk(FakeEngine(script.__getitem__))
+    stop = Sampling(max_new_tokens=4, greedy=True, stop=("cde",))
+    _, events = desk.ask("x", sampling=stop, n_logprobs=0)
+    desk.run()
+    assert [(event.text, "".join(chr(t.id) for t in event.tokens)) for event in events[:-1]] == [
+        ("cd", "cd"),
+        ("cx", "cx"),
+    ]
+
+
+def test_an_answer_of_its_own_is_decoded_on_its_own():
+    """As by SentencePiece, which drops the space that a text begins with."""
+    vocabulary = FakeVocabulary()
+    vocabulary.decode = lambda ids: "".join(map(chr, ids)).removeprefix(" ")
+    for own_text, expected in ((True, "b"), (False, " b")):
+        events = []
+        sampling = Sampling(max_new_tokens=2, greedy=True)
+        desk = Desk(FakeEngine(lambda text: " " if text == "x" else "b"))
+        desk.waiting.append(Job(Generation([ord("x")], sampling, own_text=own_text), vocabulary, events.append, 0.0))
+        desk.run()
+        assert said(events) == expected
+
+
+def test_the_penalty_counts_what_was_written():
+    desk = Desk(FakeEngine(lambda text: "z"))
+    forward = desk.engine.forward
+
+    def second_best(texts):
+        logits = forward(texts)
+        logits[:, ord("y")] = 8.0
+        return logits
+
+    desk.engine.forward = second_best
+    penalty = Sampling(max_new_tokens=4, greedy=True, repetition_penalty=2.0)
+    assert desk.answer("a", sampling=penalty)[0] == "zyzz"
 
 
 @pytest.mark.parametrize("least, expected, ended_by", [(0.99, "bcd", "limit"), (0.999, "", "edit")])
