@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from kindling.errors import KindlingError
 
@@ -126,7 +126,7 @@ class Fields:
             )
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Return whether a value is a text without lone surrogates, which cannot be encoded."""
     if not isinstance(value, str):
         return False
@@ -137,7 +137,7 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int | float]:
     """Return whether a value is a whole number; 3.0 is one, and true is none."""
     return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -215,7 +216,7 @@ async def tokenize(served: Served, fields: Fields) -> Reply:
     fields.flag("parse_special")
     bos = served.vocabulary.bos_id
     ids = [bos] if fields.flag("add_special") and bos is not None else []
-    ids += encoded(served, text, "content")
+    ids += await asyncio.to_thread(encoded, served, text, "content")  # a whole file may take a second
     if fields.flag("with_pieces"):
         return {"tokens": [{"id": i, "piece": served.vocabulary.decode([i])} for i in ids]}
     return {"tokens": ids}

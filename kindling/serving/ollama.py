@@ -96,8 +96,7 @@ async def _reply(served: Served, begin: dict[str, Any], prompt: Prompt, streams:
 
 async def _lines(answers: Answers, begin: dict[str, Any], said: Any) -> AsyncGenerator[str]:
     async for _, event in answers:
-        is_piece = isinstance(event, Piece)
-        line = {**said(event.text), "done": False} if is_piece else {**said(""), **_end(answers, event)}
+        line = {**said(event.text), "done": False} if isinstance(event, Piece) else {**said(""), **_end(answers, event)}
         yield json.dumps({**begin, **line}) + "\n"
 
 
@@ -127,7 +126,11 @@ def _capabilities(served: Served) -> list[str]:
 
 async def tags(served: Served, fields: Fields) -> Reply:
     """Answer /api/tags: the one model."""
-    card = {"name": f"{served.name}:latest", "model": f"{served.name}:latest", "modified_at": _started(served)}
+    card: dict[str, Any] = {
+        "name": f"{served.name}:latest",
+        "model": f"{served.name}:latest",
+        "modified_at": _started(served),
+    }
     card |= {
         "size": served.about.get("bytes", 0),
         "digest": served.about.get("sha256", ""),

@@ -33,9 +33,8 @@ def error(e: Exception, status: int) -> dict[str, Any]:
 
 def model_card(served: Served) -> dict[str, Any]:
     """Return the model as /v1/models lists it, with llama.cpp's `meta`."""
-    about = served.about
-    meta = {"n_ctx": served.block_size, "n_ctx_train": served.block_size, "n_vocab": served.n_tokens}
-    meta |= {"n_params": about.get("parameters")}
+    context, parameters = served.block_size, served.about.get("parameters")
+    meta = {"n_ctx": context, "n_ctx_train": context, "n_vocab": served.n_tokens, "n_params": parameters}
     created = int(served.metrics.started)
     return {"id": served.name, "object": "model", "created": created, "owned_by": "kindling", "meta": meta}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from kindling.errors import KindlingError
 from kindling.int8.exports import find_export
@@ -55,7 +55,7 @@ def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Open
     said |= about(model.meta["model"], _n_parameters(folder / WEIGHTS), folder / WEIGHTS, engine, run)
     said["sha256"] = model.meta["weights_sha256"]
     name = run.resolve().name if run != folder else folder.resolve().name
-    return Opened(name, engine, vocabulary, None, False, said)
+    return Opened(name, engine, cast(Vocabulary, vocabulary), None, False, said)
 
 
 def _n_parameters(weights: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from kindling.data.prompts import Exchange, fit
@@ -189,7 +190,7 @@ def require_chat(served: Served) -> str:
 def chat(served: Served, exchanges: Sequence[Exchange], options: Options) -> Prompt:
     """Return the generation of the response to the last of some exchanges. Raises BadRequest if the run cannot chat."""
     template = require_chat(served)
-    asked = list(exchanges if served.remembers else exchanges[-1:])
+    asked = _newest(exchanges if served.remembers else exchanges[-1:], CHARACTERS * served.block_size)
     room = min(options.sampling.max_new_tokens, served.block_size // OPEN_ANSWER)
     try:
         ids, dropped = fit(template, asked, served.vocabulary, served.block_size, room)
@@ -203,6 +204,17 @@ def chat(served: Served, exchanges: Sequence[Exchange], options: Options) -> Pro
         )
     generation = replace(_generation(ids, options, None), own_text=True)
     return Prompt(generation, dropped > 0 or len(asked) < len(exchanges))
+
+
+def _newest(exchanges: Sequence[Exchange], n_chars: int) -> list[Exchange]:
+    """Return the last exchanges that can fit, so that no long text is encoded in vain. Raises BadRequest if the last cannot."""
+    lengths = [len(exchange.instruction) + len(exchange.response) for exchange in reversed(exchanges)]
+    if lengths[0] > n_chars:
+        raise BadRequest(
+            f"the last message must have at most {n_chars:,} characters, but has {lengths[0]:,}; shorten it", "messages"
+        )
+    n = sum(length <= n_chars for length in accumulate(lengths))
+    return list(exchanges[-n:])
 
 
 def _generation(ids: Sequence[int], options: Options, edit: Edit | None) -> Generation:

@@ -11,6 +11,7 @@ from kindling.data.shards import read_manifest
 from kindling.device import resolve
 from kindling.generation.inference import prepare_for_inference
 from kindling.runs.loading import find_run, load_model
+from kindling.serving.engine import Vocabulary
 from kindling.serving.opening import MOST_ROWS, Opened, about
 from kindling.serving.torch_engine import CACHE_BYTES, TorchEngine, TorchVocabulary, rows_for
 
@@ -32,4 +33,4 @@ def open_run(path: Path | None, device: str, precision: str, cache_bytes: int | 
     name = run.path.resolve().name
     said = {"kind": "a run in PyTorch", "source": f"{name}, {checkpoint.name}", "precision": precision}
     said |= about(asdict(cfg.model), cfg.model.n_parameters, checkpoint / "model.safetensors", engine, run.path)
-    return Opened(name, engine, vocabulary, template, remembers, said)
+    return Opened(name, engine, cast(Vocabulary, vocabulary), template, remembers, said)

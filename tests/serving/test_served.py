@@ -96,6 +96,24 @@ def test_a_question_is_in_the_template_and_forgets_what_came_before(small):
     assert shown(both) == "User: One?\nAssistant:1\0\nUser: Two?\nAssistant:" and not both.truncated
     with pytest.raises(BadRequest, match="must leave room for an answer"):
         chat(wide, [Exchange("x" * 300)], HOW)
+    with pytest.raises(BadRequest, match="at most 20,480 characters, but has 99,999"):
+        chat(wide, [Exchange("x" * 99_999)], HOW)
+
+
+def test_of_a_long_conversation_only_what_can_fit_is_encoded(small, monkeypatch):
+    from dataclasses import replace
+
+    wide, n_encoded = replace(small, block_size=256, template="user-assistant", remembers=True), 0
+    encode = wide.vocabulary.encode
+
+    def counted(text: str) -> list[int]:
+        nonlocal n_encoded
+        n_encoded += len(text)
+        return encode(text)
+
+    monkeypatch.setattr(wide.vocabulary, "encode", counted)
+    prompt = chat(wide, [*[Exchange("a" * 50, "b" * 50)] * 5000, Exchange("Two?")], HOW)
+    assert prompt.truncated and 100 < len(prompt.generation.ids) <= 240 and n_encoded < 1500
 
 
 def test_the_first_new_tokens_are_not_part_of_the_answer_nor_of_its_limit(small):
