@@ -6,8 +6,9 @@
 
 The process needs little more memory than the file has bytes, because the weights stay int8 (`kindling/int8/model.py`).
 The prompt is cropped from the left, so that the new text fits the context. Completion stops at end-of-text. `--kernel c`
-compiles a small kernel first, which is faster. Of the project it needs the folder `kindling/int8`, the file
-`kindling/generation/healing.py`, and `errors.py`, `help.py`, `output.py` and `paths.py` of `kindling/`.
+compiles a small kernel first, which is faster. Of the project it needs the folder `kindling/int8`; `healing.py`,
+`text_stream.py` and `numpy_sampling.py` of `kindling/generation/`; and `errors.py`, `help.py`, `output.py` and `paths.py` of
+`kindling/`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -29,11 +29,16 @@ if __name__ == "__main__":  # one thread: the products of one token are too smal
 import numpy as np
 
 from kindling.errors import KindlingError
-from kindling.generation.healing import Healing, longest_prompt, split_for_healing, token_texts
+from kindling.generation import numpy_sampling
+from kindling.generation.healing import Healing, longest_prompt, split_for_healing
+from kindling.generation.numpy_sampling import distribution
+from kindling.generation.text_stream import TextStream
 from kindling.help import unknown_word, wrapped
-from kindling.int8.model import CONFIG, TOKENIZER, CompletionError, Model, softmax
+from kindling.int8.exports import find_export
+from kindling.int8.model import CompletionError, Model
+from kindling.int8.tokenizer import ExportTokenizer
 from kindling.output import TextPrinter, silent_if_reader_ends
-from kindling.paths import PROJECT, expand_home, places_of_run
+from kindling.paths import expand_home
 
 CHARACTERS = 64  # of the text's end, for each token of the context, are encoded: far more than any text needs
 MODES = {"autocomplete": (0.2, 10), "creative": (0.8, 50)}  # temperature and top-k, as Code-AutoComplete-LLM has them
@@ -56,13 +61,9 @@ def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> in
     """Return the next token, drawn from logits (V,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    tokens = np.arange(len(logits))
-    if 0 < sampling.top_k < len(logits):
-        tokens = np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]
-    probabilities = softmax(logits[tokens].astype(np.float64) / sampling.temperature)
-    if not np.isfinite(probabilities).all():
+    if not np.isfinite(logits.max()):
         raise CompletionError("a model's logits must be numbers, but are not; export another checkpoint")
-    return int(rng.choice(tokens, p=probabilities))
+    return numpy_sampling.draw(*distribution(logits, sampling.temperature, sampling.top_k or None), rng)
 
 
 def stream(
@@ -89,18 +90,9 @@ class Completer:
 
     def __init__(self, folder: Path):
         """Open an export. Raises CompletionError if it is incomplete or damaged."""
-        from tokenizers import Tokenizer
-
         self.model = Model(folder)
-        self.eos_id, self.bos_id = self.model.meta["eos_id"], self.model.meta["bos_id"]
+        self.tokenizer = ExportTokenizer(folder, self.model)
         self.n_written = 0
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as e:  # the library raises plain Exception
-            raise CompletionError(
-                f"{folder / TOKENIZER} must be the run's tokenizer, but cannot be read ({e}); export the run again"
-            ) from None
-        self.tokenizer.encode_special_tokens = True  # a special token written in a text is text
 
     def prompt_ids(self, text: str, max_new_tokens: int) -> tuple[list[int], bool]:
         """Return the tokens of the end of `text`, with room for the new tokens, and whether the beginning is cropped.
@@ -110,50 +102,25 @@ class Completer:
         end = text[-CHARACTERS * self.model.block_size :]
         if len(end) < len(text):  # from the start of a line, where a tokenizer would split
             end = end[end.find("\n") + 1 :]
-        ids = self.tokenizer.encode(end, add_special_tokens=False).ids
-        if self.tokenizer.normalizer is None and self._decode(ids) != end:
-            raise CompletionError(
-                "the text must use only characters that the tokenizer can spell, but some are in no token"
-            )
-        if len(end) == len(text) and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
+        ids = self.tokenizer.encode(end)
+        if len(end) == len(text) and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id, *ids]
         room = longest_prompt(self.model.block_size, max_new_tokens)
         cropped = len(end) < len(text) or len(ids) > room
-        return ids[-room:] or [self.eos_id], cropped  # in training, a document begins after an end-of-text
+        return ids[-room:] or [self.tokenizer.eos_id], cropped  # in training, a document begins after an end-of-text
 
     def complete(self, ids: list[int], sampling: Sampling) -> Iterator[str]:
         """Yield the text that the model writes after the prompt, in pieces of whole characters."""
-        kept, healing = split_for_healing(ids, self.spellings)
+        kept, healing = split_for_healing(ids, self.tokenizer.spellings)
         # tokens taken back from the prompt are generated again, and are not part of the result
         limit = min(sampling.max_new_tokens, self.model.block_size - len(ids)) + len(ids) - len(kept)
-        said = len(self._decode(kept[-1:])) + len(healing.text)
-        written = kept[-1:]
-        for token in stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.eos_id, healing):
-            written.append(token)
-            self.n_written = len(written) - 1
-            # U+FFFD at the end is most likely a character whose last bytes are still missing
-            whole = self._decode(written).rstrip("\ufffd")
-            if len(whole) > said:
-                yield whole[said:]
-                said = len(whole)
-        yield self._decode(written)[said:]
-
-    @cached_property
-    def spellings(self) -> list[str]:
-        """The text of each token."""
-        (*_, before) = self.tokenizer.encode("x", add_special_tokens=False).ids
-        tokens = self.tokenizer.get_vocab(with_added_tokens=True).values()
-        control = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        return token_texts(
-            lambda batch: self.tokenizer.decode_batch(batch, skip_special_tokens=False),
-            before,
-            max(tokens) + 1,
-            self.model.m["vocab_size"],
-            control,
-        )
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        text = TextStream(self.tokenizer, after=kept[-1:], skip=len(healing.text))
+        tokens = stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.tokenizer.eos_id, healing)
+        for n, token in enumerate(tokens, 1):
+            self.n_written = n
+            if piece := text.add(token):
+                yield piece
+        yield text.finish()
 
 
 class Parser(argparse.ArgumentParser):
@@ -248,20 +215,6 @@ def read_text(args: argparse.Namespace) -> str:
     return text
 
 
-def find_export(folder: Path) -> Path:
-    """Return the export's folder: `folder` itself, or the one in a run. Raises CompletionError if there is none."""
-    folder = expand_home(folder, "DIR")
-    places = [folder, *(place / "export" / "int8" for place in places_of_run(folder)), PROJECT / folder]
-    found = next((path for path in places if (path / CONFIG).is_file()), folder)
-    if not found.is_dir():
-        looked = ", ".join(dict.fromkeys(str(place.absolute()) for place in places))
-        raise CompletionError(
-            f"DIR must be an export to int8, or a run that has one, but {folder} is not; looked in {looked}; "
-            f"export a run with `python export.py RUN --to int8`"
-        )
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print what the model writes after the text."""
     args = parse_arguments(argv)
@@ -319,7 +272,7 @@ if __name__ == "__main__":
     with silent_if_reader_ends():
         try:
             sys.exit(main())
-        except (CompletionError, KindlingError) as e:
+        except KindlingError as e:
             sys.exit(f"error: {e}")
         except KeyboardInterrupt:
             sys.exit(130)

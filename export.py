@@ -173,7 +173,8 @@ def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[
     from kindling.formats.int8_format import difference, write
 
     out.mkdir()
-    write(out, model, run.tokenizer(), f"{run.path.resolve().name}, {checkpoint.name}")
+    infills = run.config().data.fim_rate > 0
+    write(out, model, run.tokenizer(), f"{run.path.resolve().name}, {checkpoint.name}", infills)
     return [require_close(difference(out, model, sample(run)))]
 
 

@@ -54,9 +54,33 @@ class Cache:
                 store[rows, :, position_ids] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
         return keys[:, :, :S], values[:, :, :S]
 
-    def copy_row(self, row: int, other: Cache, source: int = 0) -> None:
-        """Copy a row of another cache into `row`."""
-        n = int(other.lengths[source])
+    def copy_row(self, row: int, other: Cache, source: int = 0, length: int | None = None) -> None:
+        """Copy a row of a cache into `row`, or only its first tokens; then `last` is for the caller to set."""
+        n = int(other.lengths[source]) if length is None else length
         self.keys[:, row, :, :n] = other.keys[:, source, :, :n]
         self.values[:, row, :, :n] = other.values[:, source, :, :n]
         self.lengths[row], self.last[row] = n, other.last[source]
+
+
+class CacheRows(Cache):
+    """Some rows of a cache, to be extended while the others stay as they are. `write_back` keeps the new lengths."""
+
+    def __init__(self, whole: Cache, rows: list[int]):
+        self._whole, self._rows = whole, rows
+        self._index = torch.tensor(rows, device=whole.lengths.device)  # (B,)
+        self.lengths, self.last = whole.lengths[self._index], whole.last[self._index]  # (B,), copies
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor, S: int) -> tuple[Tensor, Tensor]:
+        keys, values = self._whole.keys[layer], self._whole.values[layer]  # (n_rows, n_kv_head, block_size, D)
+        if len(self._rows) == 1:  # a view, without copies
+            (row,), start = self._rows, S - k.size(2)
+            keys[row, :, start:S], values[row, :, start:S] = k[0], v[0]
+            return keys[row : row + 1, :, :S], values[row : row + 1, :, :S]
+        index = self._index[:, None]  # (B, 1)
+        for store, new in ((keys, k), (values, v)):
+            store[index, :, position_ids] = new.transpose(1, 2).to(store.dtype)  # (B, T, n_kv_head, D)
+        return keys[self._index, :, :S], values[self._index, :, :S]
+
+    def write_back(self) -> None:
+        """Put lengths and last tokens into the whole cache."""
+        self._whole.lengths[self._index], self._whole.last[self._index] = self.lengths, self.last

@@ -45,6 +45,21 @@ def require_run(path: Path) -> Path:
     )
 
 
+def runs_by_age() -> list[Path]:
+    """Return the folders of the runs under runs/, the one with the newest checkpoint first."""
+    found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
+    return sorted(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0), reverse=True)
+
+
+def newest_run() -> Path:
+    """Return the folder of the newest run. Raises KindlingError if there is none."""
+    if not (found := runs_by_age()):
+        raise KindlingError(
+            f"there must be a run under {RUNS.absolute()}/, but there is none; name a run, or train one with `python main.py`"
+        )
+    return found[0]
+
+
 def require_runs(*paths: Path | None) -> None:
     """Raise KindlingError unless each run that a person named exists; scripts ask this before they import torch."""
     for path in paths:

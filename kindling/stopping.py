@@ -8,13 +8,15 @@ import sys
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step. A second signal ends the process at once.
+    """Turns the first SIGINT or SIGTERM into a request to stop, such as after a step. A second signal ends the process at once.
 
     Under torchrun a second signal does nothing, because torchrun itself kills ranks after --shutdown-timeout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, said: str = "stopping after this step, then saving; once more to stop at once, without saving"):
+        """`said` is printed at the first signal."""
         self.signal: int | None = None
+        self._said = said
 
     def __enter__(self) -> StopRequest:
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -31,7 +33,7 @@ class StopRequest:
                 return
             os._exit(128 + number)
         self.signal = number
-        os.write(2, b"\nstopping after this step, then saving; once more to stop at once, without saving\n")
+        os.write(2, f"\n{self._said}\n".encode())
 
     @property
     def exit_code(self) -> int:

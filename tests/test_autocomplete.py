@@ -229,7 +229,7 @@ def test_it_ends_at_end_of_text_and_where_the_context_is_full(exports):
 
 def test_the_prompt_is_cropped_from_the_left_to_leave_room(exports):
     completer = Completer(exports["autocomplete"][0])
-    ids = completer.tokenizer.encode(TEXT, add_special_tokens=False).ids
+    ids = completer.tokenizer.encode(TEXT)
     assert completer.prompt_ids(TEXT, 10) == (ids[-22:], True)
     assert completer.prompt_ids(TEXT, 1000) == (ids[-16:], True)  # half of the context at least stays
     assert completer.prompt_ids(TEXT * 500, 10) == (ids[-22:], True)  # of which most is never encoded
@@ -247,12 +247,12 @@ def test_a_token_that_begins_documents_is_put_where_the_beginning_is_seen(tmp_pa
 def test_special_tokens_that_are_spelt_out_are_text(exports):
     completer = Completer(exports["demo"][0])
     ids, _ = completer.prompt_ids("<|endoftext|>", 8)
-    assert completer.eos_id not in ids and len(ids) > 3
+    assert completer.tokenizer.eos_id not in ids and len(ids) > 3
 
 
 def test_the_pieces_are_whole_characters(exports, monkeypatch):
     completer = Completer(exports["demo"][0])
-    ids = completer.tokenizer.encode("é🔥x", add_special_tokens=False).ids
+    ids = completer.tokenizer.encode("é🔥x")
     assert len(ids) > 3
     monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(ids))
     d = completer.prompt_ids("d", 20)[0]
@@ -261,7 +261,7 @@ def test_the_pieces_are_whole_characters(exports, monkeypatch):
 
 def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
     completer = Completer(exports["demo"][0])
-    texts = completer.spellings
+    texts = completer.tokenizer.spellings
     asked = []
 
     def logits(self, ids, cache):

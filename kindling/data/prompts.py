@@ -85,16 +85,33 @@ def rendered_template(template: str) -> str:
 
 def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Segment]:
     """Return the ids of a conversation, a segment for each exchange. An empty response stays without ids."""
-    segments = []
-    for i, exchange in enumerate(exchanges):
-        prompt = tokenizer.encode(prompt_text(template, exchange, first=i == 0))
-        if i == 0 and tokenizer.bos_id is not None:
-            prompt = [tokenizer.bos_id, *prompt]
-        response = [*tokenizer.encode(exchange.response), tokenizer.eos_id] if exchange.response else []
-        segments.append(Segment(prompt, response))
-    return segments
+    return [_segment(template, exchange, tokenizer, i == 0) for i, exchange in enumerate(exchanges)]
+
+
+def _segment(template: str, exchange: Exchange, tokenizer: Encoder, first: bool) -> Segment:
+    prompt = tokenizer.encode(prompt_text(template, exchange, first))
+    if first and tokenizer.bos_id is not None:
+        prompt = [tokenizer.bos_id, *prompt]
+    return Segment(prompt, [*tokenizer.encode(exchange.response), tokenizer.eos_id] if exchange.response else [])
 
 
 def flatten(segments: Iterable[Segment]) -> list[int]:
     """Return the ids of all segments as one list."""
     return [token for segment in segments for token in (*segment.prompt, *segment.response)]
+
+
+def fit(
+    template: str, exchanges: Sequence[Exchange], tokenizer: Encoder, block_size: int, room: int
+) -> tuple[list[int], int]:
+    """Return the ids of a conversation, and how many of its oldest exchanges are left out so that `room` tokens fit after it.
+
+    The last exchange is always kept: its ids may leave less room, or none.
+    """
+    dropped, ids, after = len(exchanges), list[int](), list[int]()
+    for exchange in reversed(exchanges):  # whole exchanges, as a model was never trained on half a template
+        longer = [*flatten([_segment(template, exchange, tokenizer, first=True)]), *after]
+        if ids and len(longer) + room > block_size:
+            break
+        dropped, ids = dropped - 1, longer
+        after = [*flatten([_segment(template, exchange, tokenizer, first=False)]), *after]
+    return ids, dropped

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.data.infilling import KINDS, PSM, SPM, require_fim
 from kindling.files import UNENCODABLE
-from kindling.tokenization.infilling import arrange
+from kindling.tokenization.infilling import prompt_at_cursor
 
 if TYPE_CHECKING:
     from kindling.generation.sampling import Sampling
@@ -34,7 +34,6 @@ WITHOUT = "no suffix"
 WAY_OUT = "evaluate with --infills 0, and without the benchmarks that end in -infill"
 AT_A_TIME = 64  # gaps
 TOKENS_OF_GAP = 48  # most new tokens; of a small context, a quarter
-PREFIX_SHARE = 0.7  # of the room for prefix and suffix, if both are longer
 
 
 class Gap(NamedTuple):
@@ -120,11 +119,8 @@ def prompt_around(tokenizer: Tokenizer, prefix: str, suffix: str, longest: int, 
 
     Raises TokenizerError for a vocabulary without the control tokens.
     """
-    room = longest - 3  # control tokens
-    n_chars = room * LONGEST  # far more than fit
-    before, after = tokenizer.encode(prefix[-n_chars:]), tokenizer.encode(suffix[:n_chars])
-    before = before[-max(int(PREFIX_SHARE * room), room - len(after)) :]
-    return arrange(require_fim(tokenizer, WAY_OUT), before, after[: room - len(before)], [], spm)
+    fim = require_fim(tokenizer, WAY_OUT)
+    return prompt_at_cursor(fim, tokenizer.encode, prefix, suffix, longest, spm)[0]
 
 
 class Filler:

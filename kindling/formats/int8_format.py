@@ -50,8 +50,11 @@ def tensors(model: GPT) -> dict[str, Tensor]:
     return {name: t.cpu().contiguous() for name, t in out.items()}
 
 
-def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
-    """Write config, weights and tokenizer into an existing folder; raises Int8Error for a SentencePiece tokenizer."""
+def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str, infills: bool = False) -> None:
+    """Write config, weights and tokenizer into an existing folder; raises Int8Error for a SentencePiece tokenizer.
+
+    `infills`: the model was trained to fill in the middle.
+    """
     from safetensors.torch import save_file
 
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -67,6 +70,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str) -> None:
         "model": by_old_names(asdict(model.cfg)),
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
+        "infills": infills,
         "weights_sha256": sha256_file(folder / WEIGHTS),
     }
     write_json(folder / CONFIG, meta)

@@ -1,6 +1,7 @@
 """Text from a trained model.
 
-Read sampling.py (logits to a token), decoding.py (token ids after token ids), completion.py (text after text), healing.py
-(prompts that end inside a word), chat.py (the chat in the terminal) and inference.py (weights prepared for generation). It
-must never read a run's folder: callers pass a model and a tokenizer.
+Read settings.py (how the next token is chosen), sampling.py (logits to a token), numpy_sampling.py (the same without torch),
+decoding.py (token ids after token ids), text_stream.py (tokens to text as they come), completion.py (text after text),
+healing.py (prompts that end inside a word), chat.py (the chat in the terminal) and inference.py (weights prepared for
+generation). It must never read a run's folder: callers pass a model and a tokenizer.
 """

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kindling.data.prompts import Exchange, encode, flatten
+from kindling.data.prompts import Exchange, fit
 from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.healing import longest_prompt, split_for_healing, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
+from kindling.generation.text_stream import TextStream
 
 if TYPE_CHECKING:
     from kindling.generation.decoding import Allowed
@@ -37,60 +38,6 @@ class Completion(NamedTuple):
     """The number of sampled tokens, including those of a stop string."""
     ended_by: Ending
     """The model's own end of text, `max_new_tokens`, a stop string, or the end of the context."""
-
-
-class TextStream:
-    """Turns a stream of token ids into text of whole characters, up to the first of the strings `stop`.
-
-    A character whose bytes are spread over several tokens is held back until the last of them, and so is text that may be the
-    beginning of a stop string. Joined, the pieces are the decoded text, without that of the tokens `after` which they come and
-    without the `skip` characters that follow. SentencePiece may drop the space of a text's first token, so each token is
-    decoded with all tokens before it. This costs little beside the model's pass.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = (), skip: int = 0):
-        self._tokenizer, self._stop = tokenizer, stop
-        self._ids = list(after)
-        self._said = len(tokenizer.decode(after)) + skip  # characters that were returned, or are never returned
-        self.stopped = False
-        """A stop string was found; no more text is returned."""
-
-    def add(self, token: int) -> str:
-        """Return the text that this token completes, which may be empty."""
-        self._ids.append(token)
-        # U+FFFD at the end is most likely a character whose last bytes have not come yet
-        return self._beyond(self._tokenizer.decode(self._ids).rstrip("\ufffd"), more=True)
-
-    def add_all(self, ids: Sequence[int]) -> str:
-        """Return the text of all remaining tokens at once."""
-        if self._stop:  # token by token, so that a stop string is found in the same place as in a stream
-            said = "".join(self.add(token) for token in ids if not self.stopped)
-            return said + self.finish()
-        self._ids += ids
-        return self.finish()
-
-    def finish(self) -> str:
-        """Return the text that was held back. Call it when no more tokens come."""
-        return self._beyond(self._tokenizer.decode(self._ids), more=False)
-
-    def _beyond(self, text: str, more: bool) -> str:
-        if self.stopped:
-            return ""
-        # no stop string begins in text that was returned: it would have been held back
-        found = [at for s in self._stop if (at := text.find(s, self._said)) >= 0]
-        if found:
-            self.stopped, text = True, text[: min(found)]
-        elif more:
-            text = text[: len(text) - self._n_held(text)]
-        new = text[self._said :]
-        self._said += len(new)
-        return new
-
-    def _n_held(self, text: str) -> int:
-        """Return how many characters at the end may be the beginning of a stop string."""
-        longest = min(max(map(len, self._stop), default=1) - 1, max(0, len(text) - self._said))
-        lengths = range(longest, 0, -1)
-        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)
 
 
 def extend(
@@ -242,10 +189,7 @@ def _conversation_ids(
 ) -> list[int]:
     """Return the ids of the last exchange, and of as many before it as leave `room`. Raises GenerationError if none is left."""
     assert exchanges and not exchanges[-1].response, "the response is for the model to write"
-    for dropped in range(len(exchanges)):  # whole exchanges, as the model was never trained on half a template
-        ids = flatten(encode(template, exchanges[dropped:], tokenizer))
-        if len(ids) + room <= block_size:
-            break
+    ids, dropped = fit(template, exchanges, tokenizer, block_size, room)
     if len(ids) >= block_size:
         raise GenerationError(
             f"a question must leave room for an answer in the context of {block_size} tokens, but has {len(ids)} "

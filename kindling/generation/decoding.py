@@ -26,7 +26,7 @@ Allowed = Callable[[Sequence[int]], np.ndarray | None]
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Run a pass without gradients. Leave it before each yield, or the caller would run without gradients too."""
     # lengths change with each token, so a compiled model runs uncompiled; if nothing was compiled, do not import the compiler
     compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -52,7 +52,7 @@ def stream(
         if len(ids) > block_size:  # all positions change, so the cache is void
             n_read = len(ids) - block_size
             cache.lengths.zero_()
-        with _reading():
+        with reading():
             logits = gpt.forward_cached(torch.tensor([ids[n_read:]], device=device), cache)  # (1, V)
             if allowed is not None and (mask := allowed(ids[n_prompt:])) is not None:
                 logits = logits.masked_fill(torch.from_numpy(~mask).to(device), -torch.inf)
@@ -145,7 +145,7 @@ class _Batch:
 
     def _begin(self, place: int, number: int) -> None:
         prompt = self.prompts[number]
-        with _reading():
+        with reading():
             if prompt != self.read:
                 self.read = prompt
                 self.single.lengths.zero_()
@@ -165,7 +165,7 @@ class _Batch:
         places = sorted(self.active)
         last = [self.active[place].out[-1] if place in self.active else 0 for place in range(self.n_rows)]
         self.cache.lengths[[place for place in range(self.n_rows) if place not in self.active]] = 0  # idle rows
-        with _reading():
+        with reading():
             logits = self.gpt.forward_cached(torch.tensor(last, device=self.device)[:, None], self.cache)  # (B, V)
             tokens = sample_tokens(
                 logits[places], self.sampling, [self.active[place].sampling_state for place in places]

@@ -13,8 +13,9 @@ Imports no torch, as autocomplete.py uses it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -26,26 +27,41 @@ def longest_prompt(block_size: int, max_new_tokens: int) -> int:
     return block_size - min(max_new_tokens, block_size // 2)
 
 
+class Spellings(list[str]):
+    """The text of each token id, and the tokens by their text."""
+
+    @cached_property
+    def _order(self) -> tuple[list[str], list[int]]:
+        """The texts in their order, but for empty ones, and their ids."""
+        ids = sorted((i for i, text in enumerate(self) if text), key=self.__getitem__)
+        return [self[i] for i in ids], ids
+
+    def of(self, text: str) -> list[int]:
+        """Return the tokens with this text."""
+        texts, ids = self._order
+        return ids[bisect_left(texts, text) : bisect_right(texts, text)]
+
+    def beginning(self, text: str) -> list[int]:
+        """Return the tokens whose text begins with this one."""
+        texts, ids = self._order
+        start = bisect_left(texts, text)
+        # in the order of their texts they stand together
+        end = bisect_left(range(len(texts)), True, lo=start, key=lambda i: not texts[i].startswith(text))
+        return ids[start:end]
+
+
 class Healing:
     """What the next tokens must spell: first `text`, then anything."""
 
     def __init__(self, text: str, spellings: Sequence[str]):
         """`spellings` has the text of each token id, and is empty for tokens that are never allowed."""
         self.text = text
-        self._spellings = spellings
-        known = sorted(set(spellings))
-
-        def beyond(rest: str) -> bool:
-            """Return whether a token begins with `rest`."""
-            at = bisect_left(known, rest)
-            return at < len(known) and known[at].startswith(rest)
-
+        self._spellings = spellings if isinstance(spellings, Spellings) else Spellings(spellings)
         # whether the text from each character on can be spelled: " →" may be a token while "→" is not
         self._goes_on = [False] * len(text) + [True]
-        short = {s for s in known if s and len(s) <= len(text)}
         for i in reversed(range(len(text))):
-            inside = (text[i:j] in short and self._goes_on[j] for j in range(i + 1, len(text) + 1))
-            self._goes_on[i] = any(inside) or beyond(text[i:])
+            inside = (self._goes_on[j] and self._spellings.of(text[i:j]) for j in range(i + 1, len(text) + 1))
+            self._goes_on[i] = any(inside) or bool(self._spellings.beginning(text[i:]))
 
     def allowed(self, out: Sequence[int]) -> np.ndarray | None:
         """Return which tokens may follow the new tokens `out`, (V,) bool with at least one True, or None for all."""
@@ -53,12 +69,12 @@ class Healing:
         if at >= len(self.text):
             return None
         left = self.text[at:]
-        return np.array(
-            [
-                bool(s) and (s.startswith(left) or (left.startswith(s) and self._goes_on[at + len(s)]))
-                for s in self._spellings
-            ]
-        )
+        mask = np.zeros(len(self._spellings), bool)
+        mask[self._spellings.beginning(left)] = True
+        for n in range(1, len(left)):
+            if self._goes_on[at + n]:
+                mask[self._spellings.of(left[:n])] = True
+        return mask
 
 
 def split_for_healing(ids: Sequence[int], spellings: Sequence[str]) -> tuple[list[int], Healing]:
@@ -76,7 +92,7 @@ def token_texts(
     n_tokens: int,
     vocab_size: int,
     control: Collection[str],
-) -> list[str]:
+) -> Spellings:
     """Return the text that each of `vocab_size` ids has inside a text.
 
     It is empty for `control` tokens, for parts of characters, and for ids beyond the tokenizer's `n_tokens`. `before` is any
@@ -85,4 +101,4 @@ def token_texts(
     first, *texts = decode_batch([[before], *([before, token] for token in range(n_tokens))])
     spellings = [text[len(first) :] for text in texts]
     spellings = ["" if "\ufffd" in text or text in control else text for text in spellings]
-    return spellings + [""] * (vocab_size - n_tokens)
+    return Spellings(spellings + [""] * (vocab_size - n_tokens))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kindling.errors import KindlingError
 from kindling.int8.cache import Cache
 
 FORMAT = 1  # the version of config.json
@@ -31,7 +32,7 @@ BLOCK = 2**17  # weights that are float32 at the same time: half a MB, which fit
 Array = np.ndarray
 
 
-class CompletionError(Exception):
+class CompletionError(KindlingError):
     """An error that the user can fix; its text is one line."""
 
 

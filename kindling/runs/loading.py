@@ -15,7 +15,7 @@ from config import Config
 from kindling.data.build import DATA
 from kindling.data.shards import DataError, read_manifest
 from kindling.errors import KindlingError
-from kindling.paths import require_run
+from kindling.paths import newest_run, require_run, runs_by_age
 from kindling.runs.checkpoint import RUNS, CheckpointError, RunDirectory, load_weights
 from model import LanguageModel, build_model
 
@@ -26,15 +26,15 @@ def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
     A name is looked for in the working directory, then beside the scripts; the newest run only in the working directory.
     """
     if path is None:
-        found = [p.parent for p in RUNS.glob("*/config.yaml") if ".old-" not in p.parent.name]
-        if pretrained:
-            found = [folder for folder in found if _is_pretrained(folder)]
-        if not found:
+        if not pretrained:
+            return RunDirectory(newest_run())
+        newest = next(filter(_is_pretrained, runs_by_age()), None)
+        if newest is None:
             raise CheckpointError(
-                f"there must be a {'pre-trained ' if pretrained else ''}run under {RUNS.absolute()}/, but there is none; "
+                f"there must be a pre-trained run under {RUNS.absolute()}/, but there is none; "
                 f"name a run, or train one with `python main.py`"
             )
-        return RunDirectory(max(found, key=lambda p: max((c.stat().st_mtime for c in p.glob("step_*")), default=0.0)))
+        return RunDirectory(newest)
     return RunDirectory(require_run(path))
 
 

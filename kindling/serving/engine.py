@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +17,8 @@ class Engine(Protocol):
     block_size: int
     vocab_size: int
     """The number of logits, which may be more than the tokenizer's tokens."""
+    piece: int
+    """Tokens of prompts that are run in one pass, so that the texts being written do not wait long for the next one."""
 
     def tokens(self, row: int) -> Sequence[int]:
         """Return the tokens whose keys and values a row holds."""
@@ -38,8 +40,8 @@ class Vocabulary(Protocol):
     """The tokenizer of a run or of an export."""
 
     eos_id: int
-    bos_id: Optional[int]
-    fim: Optional[FimIds]
+    bos_id: int | None
+    fim: FimIds | None
     """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
     spellings: Sequence[str]
     """The text of each token, as generation/healing.py needs it."""

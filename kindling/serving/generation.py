@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 from kindling.generation.healing import Healing
-from kindling.generation.sampling import Sampling
+from kindling.generation.settings import Sampling
 
 Ending = Literal["end of text", "limit", "stop", "context", "edit", "time"]
 """The model's own end of text, `max_new_tokens`, a stop string, a full context, a rule of `Edit`, or the time limit."""
@@ -17,13 +17,15 @@ Ending = Literal["end of text", "limit", "stop", "context", "edit", "time"]
 class Edit:
     """Rules for text at an editor's cursor."""
 
+    prefix: str = ""
+    """The text before the cursor, or as much of it as holds the cursor's line."""
     suffix: str = ""
     """The text after the cursor: a completion ends before it would repeat the beginning of it."""
-    max_lines: Optional[int] = None
+    max_lines: int | None = None
     stop_at_dedent: bool = False
     """End before a line that is indented less than the line of the cursor."""
     min_confidence: float = 0.0
-    """Answer with no text if the mean probability of its tokens is below this."""
+    """Answer with no text if the mean probability of its tokens is below this. Above 0, all text is said at the end."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class Generation:
     ids: Sequence[int]
     """The prompt, from 1 to block_size - 1 tokens; who makes the request crops it."""
     sampling: Sampling
-    healing: Optional[Healing] = None
+    healing: Healing | None = None
     """What the first new tokens must spell, which is not part of the answer."""
-    edit: Optional[Edit] = None
-    n_logprobs: Optional[int] = None
+    edit: Edit | None = None
+    own_text: bool = False
+    """Decode the answer on its own, as a response of a conversation is encoded in training. False: it goes on from the prompt."""
+    n_logprobs: int | None = None
     """Give the log-probability of each token, and of this many of the most likely ones. None: give none."""
     time_limit_s: float = 60.0
     """From `submit` to the last token, the wait in the queue included."""
@@ -44,7 +48,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Token:
-    """A new token, with its log-probability before any filter of `Sampling`."""
+    """A new token, with its log-probability before any filter of `Sampling`, among the tokens that `healing` allows."""
 
     id: int
     logprob: float
@@ -54,7 +58,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text, in whole characters, and the tokens since the piece before (empty unless `n_logprobs`)."""
+    """New text, in whole characters, and the tokens that it begins in or that begin in it (none unless `n_logprobs`)."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -69,8 +73,8 @@ class Done:
     n_cached: int
     """Tokens of the prompt whose keys and values were there from an earlier request."""
     n_new: int
-    """All sampled tokens, also those that are not part of the text."""
-    stop: Optional[str] = None
+    """All sampled tokens but the end of text, also those that are not part of the text."""
+    stop: str | None = None
     """The stop string that ended it."""
 
 

@@ -8,9 +8,11 @@ a text they are text. Source: Bavarian et al. 2022, "Efficient training of langu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
+PREFIX_SHARE = 0.7  # of the room for prefix and suffix, if both are longer
+CHARACTERS = 80  # of text, for each token of the room, are encoded: far more than fit
 FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 
 
@@ -42,3 +44,28 @@ def arrange(fim: FimIds, prefix: list[int], suffix: list[int], middle: list[int]
     if spm:
         return [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
     return [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
+
+
+def prompt_at_cursor(
+    fim: FimIds, encode: Callable[[str], list[int]], prefix: str, suffix: str, most: int, spm: bool, step: int = 1
+) -> tuple[list[int], bool]:
+    """Return a prompt of at most `most` tokens with as much of prefix and suffix as fits, and whether text was left out.
+
+    Parts are cut in steps of `step` tokens: while somebody types, the same tokens stay for a while, and keys and values that
+    were computed for them can be used again.
+    """
+    room = most - 3
+    head = prefix[_cut(len(prefix), room * CHARACTERS, step * CHARACTERS) :]
+    before, after = encode(head), encode(suffix[: room * CHARACTERS])
+    n_prefix = max(int(PREFIX_SHARE * room), room - len(after))
+    kept = before[_cut(len(before), n_prefix, step) :]
+    n_suffix = room - min(n_prefix, -(-len(before) // step) * step)
+    is_cut = (
+        len(head) < len(prefix) or len(kept) < len(before) or len(suffix) > room * CHARACTERS or len(after) > n_suffix
+    )
+    return arrange(fim, kept, after[:n_suffix], [], spm), is_cut
+
+
+def _cut(length: int, most: int, step: int) -> int:
+    """Return how many of `length` are left out so that at most `most` stay: a multiple of `step`."""
+    return -(-max(0, length - most) // step) * step

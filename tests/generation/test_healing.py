@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kindling.generation.healing import Healing, split_for_healing, token_texts
+from kindling.generation.healing import Healing, Spellings, split_for_healing, token_texts
 
 VOCABULARY = ["", "a", "b", "ab", "abc", " ", " →", "bc", "c"]
 
@@ -51,3 +51,10 @@ def test_the_texts_of_tokens_are_those_inside_a_text():
         return ["".join(pieces[token] for token in ids).removeprefix(" ") for ids in batch]
 
     assert token_texts(decode_batch, 0, 4, 6, {"<end>"}) == [" x", " y", "", "", "", ""]
+
+
+@given(st.lists(st.text("ab→\U0010ffff", max_size=4), max_size=12), st.text("ab→\U0010ffff", min_size=1, max_size=3))
+def test_tokens_are_found_by_their_text_and_by_its_beginning(texts, wanted):
+    spellings = Spellings(texts)
+    assert sorted(spellings.of(wanted)) == [i for i, text in enumerate(texts) if text == wanted]
+    assert sorted(spellings.beginning(wanted)) == [i for i, text in enumerate(texts) if text.startswith(wanted)]

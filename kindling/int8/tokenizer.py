@@ -1,0 +1,59 @@
+"""The tokenizer of an export, through the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from kindling.generation.healing import token_texts
+from kindling.int8.model import TOKENIZER, CompletionError, Model
+
+
+class ExportTokenizer:
+    """Text to token ids, and back. A special token that is written in a text is text."""
+
+    def __init__(self, folder: Path, model: Model):
+        """Read the tokenizer of the export in `folder`, whose model this is. Raises CompletionError if it is damaged."""
+        from tokenizers import Tokenizer
+
+        try:
+            self.backend = Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception as e:  # the library raises plain Exception
+            raise CompletionError(
+                f"{folder / TOKENIZER} must be the run's tokenizer, but cannot be read ({e}); export the run again"
+            ) from None
+        self.backend.encode_special_tokens = True
+        self.eos_id: int = model.meta["eos_id"]
+        self.bos_id: int | None = model.meta["bos_id"]
+        self._vocab_size = model.m["vocab_size"]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without control tokens. Raises CompletionError for text that it cannot encode."""
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError):  # of half of a surrogate pair
+            raise CompletionError("the text must be valid Unicode, but has a lone surrogate; remove it") from None
+        if self.backend.normalizer is None and self.decode(ids) != text:
+            raise CompletionError(
+                "the text must use only characters that the tokenizer can spell, but some are in no token"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, control tokens included. An incomplete character becomes U+FFFD."""
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def spellings(self) -> list[str]:
+        """The text of each token, as generation/healing.py needs it."""
+        (*_, before) = self.encode("x")
+        tokens = self.backend.get_vocab(with_added_tokens=True).values()
+        control = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        return token_texts(
+            lambda batch: self.backend.decode_batch(batch, skip_special_tokens=False),
+            before,
+            max(tokens) + 1,
+            self._vocab_size,
+            control,
+        )

@@ -1,0 +1,96 @@
+"""Opens an export to int8 to be served, without torch. torch_opening.py opens a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from kindling.errors import KindlingError
+from kindling.int8.exports import find_export
+from kindling.int8.model import CONFIG, WEIGHTS, CompletionError, Model
+from kindling.paths import newest_run, places_of_run
+from kindling.serving.engine import Engine, Vocabulary
+
+MOST_ROWS = 64  # more texts at once would each be too slow
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+class Opened(NamedTuple):
+    """A model that can be served."""
+
+    name: str
+    engine: Engine
+    vocabulary: Vocabulary
+    template: str | None
+    """The template of a run that was fine-tuned on instructions."""
+    remembers: bool
+    about: dict[str, Any]
+
+
+def is_export(path: Path | None) -> bool:
+    """Return whether a path names an export itself, and no run."""
+    if path is None or any((place / "config.yaml").is_file() for place in places_of_run(path)):
+        return False
+    return any((place / CONFIG).is_file() for place in places_of_run(path))
+
+
+def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Opened:
+    """Open an export to int8, or that of a run; None is the newest run. Raises KindlingError."""
+    from kindling.serving.int8_engine import CACHE_BYTES, Int8Engine, Int8Vocabulary, rows_for
+
+    try:
+        folder = find_export(newest_run() if path is None else path)
+        model = Model(folder)
+        if kernel == "c":
+            model.compile()
+        vocabulary = Int8Vocabulary(folder, model)
+        _ = vocabulary.spellings  # now, and not while the first client waits
+    except CompletionError as e:
+        raise KindlingError(str(e).replace("DIR must be", f"{path or 'the newest run'} must be")) from None
+    engine = Int8Engine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
+    run = folder.resolve().parent.parent if folder.resolve().parent.name == "export" else folder
+    said = {"kind": "an export to int8", "source": model.meta.get("source", ""), "precision": "int8"}
+    said |= about(model.meta["model"], _n_parameters(folder / WEIGHTS), folder / WEIGHTS, engine, run)
+    said["sha256"] = model.meta["weights_sha256"]
+    name = run.resolve().name if run != folder else folder.resolve().name
+    return Opened(name, engine, cast(Vocabulary, vocabulary), None, False, said)
+
+
+def _n_parameters(weights: Path) -> int:
+    """Return the number of parameters in a safetensors file, without the scales of int8."""
+    with open(weights, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    shapes = [t["shape"] for name, t in header.items() if name != "__metadata__" and not name.endswith(".scale")]
+    return sum(map(math.prod, shapes))
+
+
+def about(shape: dict[str, Any], n_parameters: int, weights: Path, engine: Engine, run: Path) -> dict[str, Any]:
+    """Return what the page shows of a model in the file `weights` of a run."""
+    return {
+        "shape": {name: shape[name] for name in SHAPE},
+        "parameters": n_parameters,
+        "bytes": weights.stat().st_size if weights.is_file() else 0,
+        "rows": engine.n_rows,
+        "measured": measured(run),
+    }
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """Return what evaluate.py measured of a run, a few figures with their names; nothing if there is no whole eval.json."""
+    try:
+        found = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+        rows = []
+        figures = found.get("language_modelling", {}).get("all", {})
+        for key, said in (("bits_per_byte", "bits per byte, held-out files"), ("perplexity", "perplexity")):
+            rows.append({"what": said, "value": figures.get(key)})
+        for kind, gaps in found.get("infilling", {}).items():
+            for way, filled in gaps.get("ways", {}).items():
+                rows.append({"what": f"exact, a {kind} filled in ({way})", "value": filled.get("exact")})
+        for name, benchmark in found.get("functional", {}).items():
+            for k, value in benchmark.get("pass_at", {}).items():
+                rows.append({"what": f"{name}, pass@{k}", "value": value})
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [row for row in rows if isinstance(row["value"], (int, float)) and math.isfinite(row["value"])]
