@@ -116,13 +116,10 @@ def gap_table(of: dict[str, dict[int, Results]]) -> list[str]:
 
 def more_than(exact: list[float], without: list[float], n: list[float], filled: str) -> str:
     """Return the difference in exact matches to filling without the suffix, as a text."""
+    from kindling.evaluation.infill_report import percent_points
     from kindling.evaluation.intervals import paired_ratio_difference
 
-    if filled == WITHOUT:
-        return ""
-    found = paired_ratio_difference(exact, without, n)
-    low, high = (100 * x for x in (found.low, found.high))
-    return f"{100 * found.difference:+.1f} points" + ("" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+    return "" if filled == WITHOUT else percent_points(paired_ratio_difference(exact, without, n))
 
 
 def pooled(all_gaps: list[Results]) -> dict[str, dict[str, list[list[float]]]]:
