@@ -317,6 +317,8 @@ class DataConfig:
     """Share of the training documents' pieces that become fill-in-the-middle (prefix, suffix, then middle). 0: none."""
     fim_spm_share: float = 0.5
     """Of these pieces, the share in which the suffix comes first (SPM). In the others the prefix does (PSM)."""
+    fim_line_share: float = 0.0
+    """Of these pieces, the share whose middle is (the end of) a line or of a block of lines. The others: any two characters."""
     max_tokens: int | None = None
     """Stop reading when the training split has this many tokens. None: read the sources to their end."""
     stopping_strategy: Literal["repeat", "stop", "continue"] = "repeat"
@@ -339,7 +341,7 @@ class DataConfig:
     def _check(self) -> DataConfig:
         require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
         require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
-        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", "fim_rate", "fim_spm_share", high=1)
+        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", "fim_rate", "fim_spm_share", "fim_line_share", high=1)
         require_range("data", self, 0, "near_dedup", high=1, open_low=True)
         require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",

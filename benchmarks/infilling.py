@@ -9,6 +9,7 @@ Trains a preset once for each seed and way of cutting, by the project's own scri
 
 - plain: all text from left to right
 - fim: half of the pieces are filled in (`--data.fim-rate 0.5`)
+- lines: so too, and half of these are cut at lines and blocks (`--data.fim-line-share 0.5`)
 
 All runs have the same documents, steps and settings, and a seed has the same weights at its start. So losses are compared in
 pairs, document by document. What stands after `--` are more flags of main.py, for all runs. The data are built once for each
@@ -41,7 +42,8 @@ from gpu_training import pack  # noqa: E402
 from infilling_tables import markdown, run_figures  # noqa: E402
 from machine import RESULTS  # noqa: E402
 
-WAYS = {"plain": [], "fim": ["--data.fim-rate", "0.5"]}  # flags of the data
+FIM = ["--data.fim-rate", "0.5"]
+WAYS = {"plain": [], "fim": FIM, "lines": [*FIM, "--data.fim-line-share", "0.5"]}  # flags of the data
 SETTINGS = ["--data.val-fraction", "0.03", "--data.test-fraction", "0.005"]
 SETTINGS += ["--train.lr", "1e-3", "--train.warmup-steps", "100"]
 ONLY_THE_END = ["--train.eval-every", "1000000", "--train.save-every", "1000000", "--train.sample-prompts"]

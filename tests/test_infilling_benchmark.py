@@ -95,10 +95,9 @@ def measure(tmp_path, monkeypatch):
 
 def test_each_way_is_built_once_and_each_run_trained_and_evaluated(measure):
     found, text = measure("--tokens", "4096")
-    runs = ["plain-0", "fim-0", "plain-1", "fim-1"]
-    assert sorted(Pretended.began) == sorted(
-        ["build-plain", "build-fim", "trial", *(f"{kind}-{run}" for run in runs for kind in ("train", "evaluate"))]
-    )
+    runs = [f"{way}-{seed}" for seed in (0, 1) for way in ("plain", "fim", "lines")]
+    scripts = [f"{kind}-{run}" for run in runs for kind in ("train", "evaluate")]
+    assert sorted(Pretended.began) == sorted(["build-plain", "build-fim", "build-lines", "trial", *scripts])
     assert {run["bits_per_byte"] for run in found["runs"].values()} == {1.25} and set(found["runs"]) == set(runs)
     assert "4,096 tokens a run in steps of 2,048" in text and "Failed" not in text
     assert "| fim | 1.2500, 1.2500 | 1.2500 | +0.0000, +0.0000 |" in text
@@ -123,7 +122,7 @@ def test_the_tokens_follow_from_the_speed_and_the_time(measure):
 
 def test_what_has_no_time_says_so(measure):
     found, text = measure("--tokens", "4096", seconds=0.0)
-    assert len(found["runs"]) == 4 and "the time was over before it began" in text
+    assert len(found["runs"]) == 6 and "the time was over before it began" in text
 
 
 def test_the_flags_are_those_of_the_scripts():
