@@ -16,7 +16,15 @@ from kindling.evaluation.infill import prompt_around
 from kindling.evaluation.infill_report import line_notes, pass_difference
 from kindling.evaluation.intervals import bootstrap_ratio, paired_ratio_difference, pass_interval, wilson
 from kindling.evaluation.report import pass_cell
-from kindling.evaluation.samples import TOKENS_OF_LINE, ChatFormat, Sample, prompt_ids, prompts_too_long, write
+from kindling.evaluation.samples import (
+    TOKENS_OF_LINE,
+    ChatFormat,
+    Sample,
+    n_new_tokens,
+    prompt_ids,
+    prompts_too_long,
+    write,
+)
 from kindling.evaluation.tasks import Problem, load
 from kindling.sandbox.process import Limits
 from kindling.tokenization.tokenizer import train_bpe
@@ -123,7 +131,8 @@ def test_a_prompt_that_is_too_long_keeps_what_is_nearest_to_the_line():
     many = [p] * 3 + LINES["problems"][:2]
     assert prompts_too_long(many, BPE, None, block_size, CFG).startswith("3 of 5 prompts do not fit")
     # a line leaves more room than a program, however many tokens that may have
-    assert prompts_too_long(many, BPE, None, len(ids) + TOKENS_OF_LINE, replace(CFG, max_new_tokens=256)) == ""
+    assert prompts_too_long(many, BPE, None, len(ids) * 8 // 7 + 1, replace(CFG, max_new_tokens=256)) == ""
+    assert n_new_tokens(p, 4096, replace(CFG, max_new_tokens=256)) == TOKENS_OF_LINE
 
 
 # -- how they are judged
@@ -170,7 +179,9 @@ def test_the_figures_say_of_how_many_problems_the_lines_are_and_what_the_suffix_
     whole = {p.of: [0, 0, 0] for p in lines}
     for i, p in enumerate(lines):
         whole[p.of] = [x + y for x, y in zip(whole[p.of], (i % 2, i % 4 == 1, 1))]
-    assert found == paired_ratio_difference(*zip(*(whole[name] for name in sorted(whole)))), "whole problems are resampled"
+    assert found == paired_ratio_difference(*zip(*(whole[name] for name in sorted(whole)))), (
+        "whole problems are resampled"
+    )
     (note,) = line_notes({"problems-infill": with_it, "problems-infill-no-suffix": without, "mbpp": {"problems": 3}})
     assert note.startswith(f"problems-infill: {len(lines)} lines of 14 problems")
     assert f"{100 * found.difference:+.1f} points [" in note
