@@ -58,7 +58,9 @@ def pass_difference(benchmark: dict[str, Any], first: dict[str, Any], k: int) ->
     )
     if "lines_of" not in benchmark:
         return paired_difference(a, b)
-    return paired_ratio_difference(*cluster_sums([task.rpartition("/")[0] for task in shared], a, b, [1] * len(shared)))
+    whole = [task.rpartition("/")[0] for task in shared]
+    passed, of_first, lines = cluster_sums(whole, a, b, [1] * len(shared))
+    return paired_ratio_difference(passed, of_first, lines)
 
 
 def line_notes(part: dict[str, Any]) -> list[str]:

@@ -94,7 +94,8 @@ def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0, clusters: Seque
         return wilson(units * int(values[0]), units)
     if clusters is None:
         return bootstrap_mean(values, seed)
-    return bootstrap_ratio(*cluster_sums(clusters, values, np.ones(len(values))), seed)
+    passed, problems = cluster_sums(clusters, values, np.ones(len(values)))
+    return bootstrap_ratio(passed, problems, seed)
 
 
 def cluster_sums(clusters: Sequence[str], *columns: Numbers) -> list[np.ndarray]:

@@ -127,7 +127,7 @@ def write(
     kinds: dict[tuple[bool, bool], list[int]] = {}  # problems that are asked in the same way
     for i, (problem, _) in enumerate(problems):
         kinds.setdefault((problem.after is not None, problem.suffix is not None), []).append(i)
-    samples = {}
+    samples: dict[tuple[int, int], Sample] = {}
     for (is_line, _), numbers in kinds.items():
         asked = [problems[i] for i in numbers]
         written = _write_alike(model, tokenizer, asked, None if is_line else chat, cfg, progress)
