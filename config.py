@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from kindling.errors import require, require_range
 
 RUN = "demo"  # the preset that `python main.py` trains without flags
-BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot")  # what evaluate.py grades models on
+BENCHMARKS = ("problems", "humaneval", "mbpp", "mbpp-3shot", "problems-infill", "humaneval-infill", "mbpp-infill")
 Template = Literal["alpaca", "user-assistant"]
 IGNORE = -100  # the target of tokens without supervision, as in torch's cross-entropy
 
@@ -317,6 +317,8 @@ class DataConfig:
     """Share of the training documents' pieces that become fill-in-the-middle (prefix, suffix, then middle). 0: none."""
     fim_spm_share: float = 0.5
     """Of these pieces, the share in which the suffix comes first (SPM). In the others the prefix does (PSM)."""
+    fim_line_share: float = 0.0
+    """Of these pieces, the share whose middle is (the end of) a line or of a block of lines. The others: any two characters."""
     max_tokens: int | None = None
     """Stop reading when the training split has this many tokens. None: read the sources to their end."""
     stopping_strategy: Literal["repeat", "stop", "continue"] = "repeat"
@@ -339,7 +341,7 @@ class DataConfig:
     def _check(self) -> DataConfig:
         require_range("data", self, 0, "min_chars", "max_chars", "min_lines", "max_lines", "max_header_lines")
         require_range("data", self, 1, "max_line_chars", "max_tokens", "workers")
-        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", "fim_rate", "fim_spm_share", high=1)
+        require_range("data", self, 0, "min_alphanumeric", "max_non_ascii", "fim_rate", "fim_spm_share", "fim_line_share", high=1)
         require_range("data", self, 0, "near_dedup", high=1, open_low=True)
         require_range("data", self, 0, "val_fraction", "test_fraction", open_low=True, high=0.5)
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
@@ -500,12 +502,8 @@ class Config:
 
         A run by minutes gets None.
         """
-        if self.train.max_minutes is not None:
-            return replace(self, train=replace(self.train, max_steps=None))
-        if self.train.max_steps is not None:
-            return self
-        steps = max(1, round(self.train.epochs * n_rows / self.train.batch_size))
-        return replace(self, train=replace(self.train, max_steps=steps))
+        steps = self.train.max_steps or max(1, round(self.train.epochs * n_rows / self.train.batch_size))
+        return replace(self, train=replace(self.train, max_steps=steps if self.train.max_minutes is None else None))
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -528,7 +526,8 @@ class EvalConfig:
     full: bool = False
     """Run code as for a final table (FULL_EVAL in config.py). Benchmarks that are named are run as a whole without it, too."""
     benchmarks: tuple[str, ...] = ("problems:10",)
-    """Benchmarks, each with its number of samples per problem. problems: our own. none: no code, and no reference solutions."""
+    """Benchmarks, each with its number of samples per problem. problems: our own; -infill: each line of the solutions is filled
+    in, with what follows it and without (of a problem, the samples are for each line); none: no code, and no solutions."""
     max_level: int = 1
     """Of `problems`, run only those up to this level, from 0 to 5. The solutions of all levels are predicted."""
     humaneval: str | None = None
@@ -569,7 +568,8 @@ class EvalConfig:
     def n_samples(self) -> dict[str, int]:
         """Samples of each problem, by benchmark. Greedy samples would all be the same, so there is one."""
         named = [entry.partition(":") for entry in self.benchmarks if entry != "none"]
-        return {name: int(count or 1) if self.temperature else 1 for name, _, count in named}
+        ways = [(name + way, n) for name, _, n in named for way in ("", "-no-suffix")[: 1 + name.endswith("-infill")]]
+        return {name: int(n or 1) if self.temperature else 1 for name, n in ways}
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
@@ -578,15 +578,13 @@ class EvalConfig:
         require_range("eval", self, 0, "signatures", "seed", "contamination_tokens", "temperature")
         require_range("eval", self, 0, "top_p", high=1, open_low=True)
         require_range("eval", self, 64, "memory_mb")
-        for entry in self.benchmarks:
-            name, _, count = entry.partition(":")
-            require(name in BENCHMARKS or entry == "none", "eval.benchmarks", f"of {', '.join(BENCHMARKS)}, or none", entry,
-                    "write NAME or NAME:SAMPLES")
-            require(entry == name or (count.isdecimal() and int(count) > 0), "eval.benchmarks", "NAME or NAME:SAMPLES", entry,
-                    "give a number of samples")
-        names = [entry.partition(":")[0] for entry in self.benchmarks]
-        require(len(set(names)) == len(names) and ("none" not in names or len(names) == 1), "eval.benchmarks",
-                "each once, or none alone", self.benchmarks, "leave out the others")
+        field, known, names = "eval.benchmarks", ", ".join(BENCHMARKS), [entry.partition(":")[0] for entry in self.benchmarks]
+        for entry, name in zip(self.benchmarks, names):
+            n = entry.removeprefix(f"{name}:")
+            require(name in BENCHMARKS or entry == "none", field, f"of {known}, or none", entry, "write NAME or NAME:SAMPLES")
+            require(entry == name or n.strip("0").isdecimal(), field, "NAME or NAME:SAMPLES", entry, "give a number of samples")
+        require(len(set(names)) == len(names) and ("none" not in names or len(names) == 1), field, "each once, or none alone",
+                self.benchmarks, "leave out the others")
         return self
 
 

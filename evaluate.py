@@ -3,6 +3,7 @@
     python evaluate.py runs/demo
     python evaluate.py runs/demo --eval.full                      # all benchmarks, all levels, long samples
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
+    python evaluate.py runs/fim --eval.benchmarks humaneval-infill    # fill in each line of the solutions
     python evaluate.py runs/demo --text book.txt
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
     python evaluate.py runs/demo --grade                          # run what an evaluation with --sandbox later has written
@@ -141,12 +142,17 @@ def chat_format(run: RunDirectory) -> ChatFormat | None:
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
-    """Raise a KindlingError before the long work, if the run cannot be written, or a text or a task does not exist."""
+    """Raise a KindlingError before the long work, if the run cannot be written or asked, or a text or a task does not exist."""
+    from kindling.data.infilling import require_fim
+    from kindling.evaluation.tasks import INFILL
+
     if not os.access(run.path, os.W_OK):
         raise EvaluationError(f"{run.path} must be writable for the results, but is not; correct its permissions")
     for path in flags.text:
         if not path.is_file():
             raise EvaluationError(f"--text must name files that exist, but {path} does not; check the path")
+    if any(INFILL in name for name in flags.eval.n_samples):
+        require_fim(run.tokenizer(), "leave out the benchmarks that end in -infill")
     if flags.harness is not None:
         from kindling.evaluation.harness import require as require_harness
 
@@ -294,16 +300,8 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
     flags, out = subject.flags, {}
     for path in flags.text:
         with progress_bar(path.name[:16], 0, "token") as bar:
-            losses = text_losses(
-                subject.model,
-                subject.tokenizer,
-                path,
-                subject.runtime,
-                flags.field,
-                flags.eval.stride,
-                subject.config.train.evaluation_rows,
-                bar.update,
-            )
+            how = (flags.field, flags.eval.stride, subject.config.train.evaluation_rows, bar.update)
+            losses = text_losses(subject.model, subject.tokenizer, path, subject.runtime, *how)
         out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
     return out
 

@@ -9,6 +9,7 @@ Trains a preset once for each seed and way of cutting, by the project's own scri
 
 - plain: all text from left to right
 - fim: half of the pieces are filled in (`--data.fim-rate 0.5`)
+- lines: so too, and half of these are cut at lines and blocks (`--data.fim-line-share 0.5`)
 
 All runs have the same documents, steps and settings, and a seed has the same weights at its start. So losses are compared in
 pairs, document by document. What stands after `--` are more flags of main.py, for all runs. The data are built once for each
@@ -16,7 +17,9 @@ way. Then a short trial gives the speed. Without `--tokens`, the runs get as man
 trainings run at the same time (`--at-once`), and evaluations beside them. Each has its steps, so this changes times only.
 
 Results are written after each run: infilling.json, and infilling.md with the tables. At the end, runs.tar.gz has the runs
-without weights, and logs.tar.gz what the scripts printed. A run that fails is a line of the results. FOLDER of --corpus holds
+without weights, and logs.tar.gz what the scripts printed. With `--benchmarks humaneval-infill problems-infill` the models also
+fill in lines of programs, greedily, which are run in the sandbox; where it does not work, `python evaluate.py RUN --grade` runs
+them elsewhere. A run that fails is a line of the results. FOLDER of --corpus holds
 source.jsonl.gz (rows of path, language, content). Without it, the corpus is this machine's Python source.
 """
 
@@ -37,11 +40,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu_common import MANY_CORES, Command, Plan, keep_logs, logged_figures, say, source_flags  # noqa: E402
-from gpu_training import pack  # noqa: E402
+from gpu_training import pack, sandbox_of  # noqa: E402
 from infilling_tables import markdown, run_figures  # noqa: E402
 from machine import RESULTS  # noqa: E402
 
-WAYS = {"plain": [], "fim": ["--data.fim-rate", "0.5"]}  # flags of the data
+FIM = ["--data.fim-rate", "0.5"]
+WAYS = {"plain": [], "fim": FIM, "lines": [*FIM, "--data.fim-line-share", "0.5"]}  # flags of the data
 SETTINGS = ["--data.val-fraction", "0.03", "--data.test-fraction", "0.005"]
 SETTINGS += ["--train.lr", "1e-3", "--train.warmup-steps", "100"]
 ONLY_THE_END = ["--train.eval-every", "1000000", "--train.save-every", "1000000", "--train.sample-prompts"]
@@ -80,6 +84,7 @@ class Measurement:
         self.running: list[Job] = []
         self.n_steps, self.train_s = 0, 0.0
         self.many_cores = (os.cpu_count() or 1) >= MANY_CORES
+        self.sandbox = sandbox_of() if flags.benchmarks else "later"
 
     def run(self) -> None:
         """Do all of it, and add what is found to `plan.found` as it comes."""
@@ -210,8 +215,10 @@ class Measurement:
 
     def evaluate_flags(self) -> list[str]:
         """Return the flags of an evaluation: losses and gaps, no code."""
-        nothing = ["--eval.benchmarks", "none", "--eval.signatures", "0", "--eval.contamination-tokens", "0"]
-        return ["--device", self.plan.device, "--infills", str(self.flags.infills), *nothing]
+        flags = ["--device", self.plan.device, "--infills", str(self.flags.infills), "--eval.signatures", "0"]
+        flags += ["--eval.contamination-tokens", "0", "--eval.temperature", "0", "--eval.batch-size", "128"]
+        flags += ["--sandbox", self.sandbox, *(["--eval.limit", "2"] if self.flags.toy else [])]
+        return [*flags, "--eval.benchmarks", *(self.flags.benchmarks or ["none"])]
 
     def result_of(self, job: Job) -> dict[str, Any]:
         return {"way": job.way, "seed": job.seed, **job.figures}
@@ -259,6 +266,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="in a step; by default 64, and 8 on a CPU")
     parser.add_argument("--megabytes", type=int, help="of the corpus to read; by default 120, and 1 with --toy")
     parser.add_argument("--infills", type=int, help="gaps of each kind; by default 200, and 2 with --toy")
+    parser.add_argument("--benchmarks", nargs="+", help="also fill in lines that are run, such as humaneval-infill")
     parser.add_argument("--at-once", type=int, help="trainings at the same time; by default 3, and 1 on a CPU")
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], default="cpu")
     parser.add_argument("--corpus", type=Path, help="a folder with the corpus; without it, this machine's Python")

@@ -31,6 +31,7 @@ def run_figures(run: Path) -> dict[str, Any]:
         "documents": [[line["bytes"], line["nll"]] for line in losses],
         "infilling_bits_per_byte": infilling.get("all", {}).get("bits_per_byte"),
         "gaps": infilling.get("gaps", {}),
+        "functional": results.get("functional", {}),
     }
 
 
@@ -54,6 +55,7 @@ def markdown(results: Results) -> str:
     of = {way: {run["seed"]: run for run in runs if run["way"] == way} for way in ways}
     lines += ["", "## From left to right", "", *from_left_to_right(of)]
     lines += ["", "## Gaps in held-out files", "", *gap_table(of)]
+    lines += ["", "## Lines of programs, which were run", "", *line_table(of)] if settings["benchmarks"] else []
     lines += ["", "## The runs", "", *run_table(results.get("runs", {}))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -97,7 +99,7 @@ def difference(pairs: list[tuple[Results, Results]]) -> tuple[str, str]:
 
 def gap_table(of: dict[str, dict[int, Results]]) -> list[str]:
     """Return exact matches and similarity by way of cutting, kind of gap and way of filling it, all seeds together."""
-    from kindling.evaluation.intervals import bootstrap_ratio, number, percent
+    from kindling.evaluation.intervals import bootstrap_ratio, number, percent, rate_interval
 
     lines = ["| | gap | filled | exact | more than without the suffix | similarity | gaps | docs |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
@@ -105,7 +107,7 @@ def gap_table(of: dict[str, dict[int, Results]]) -> list[str]:
         for kind, ways in pooled([run["gaps"] for run in runs.values()]).items():
             for filled, (n, exact, similarity) in ways.items():
                 rates = [sum(column) / sum(n) for column in (exact, similarity)]
-                cells = [percent(rates[0], bootstrap_ratio(exact, n)), more_than(exact, ways[WITHOUT][1], n, filled)]
+                cells = [percent(rates[0], rate_interval(exact, n)), more_than(exact, ways[WITHOUT][1], n, filled)]
                 cells += [number(rates[1], bootstrap_ratio(similarity, n), ".3f"), str(int(sum(n))), str(len(n))]
                 lines.append(f"| {way} | {kind} | {filled} | {' | '.join(cells)} |")
         bits = [run["infilling_bits_per_byte"] for run in runs.values() if run["infilling_bits_per_byte"] is not None]
@@ -116,13 +118,10 @@ def gap_table(of: dict[str, dict[int, Results]]) -> list[str]:
 
 def more_than(exact: list[float], without: list[float], n: list[float], filled: str) -> str:
     """Return the difference in exact matches to filling without the suffix, as a text."""
+    from kindling.evaluation.infill_report import percent_points
     from kindling.evaluation.intervals import paired_ratio_difference
 
-    if filled == WITHOUT:
-        return ""
-    found = paired_ratio_difference(exact, without, n)
-    low, high = (100 * x for x in (found.low, found.high))
-    return f"{100 * found.difference:+.1f} points" + ("" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+    return "" if filled == WITHOUT else percent_points(paired_ratio_difference(exact, without, n))
 
 
 def pooled(all_gaps: list[Results]) -> dict[str, dict[str, list[list[float]]]]:
@@ -140,6 +139,34 @@ def pooled(all_gaps: list[Results]) -> dict[str, dict[str, list[list[float]]]]:
                     columns = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, columns)]
                 out[kind][filled] = columns
     return out
+
+
+def line_table(of: dict[str, dict[int, Results]]) -> list[str]:
+    """Return pass@1 of each way of cutting on each benchmark, all seeds together: a seed is one more sample of a line."""
+    from kindling.evaluation.infill_report import line_notes
+    from kindling.evaluation.report import pass_cell
+
+    lines = ["| | benchmark | pass@1 | each seed | lines |", "| --- | --- | ---: | --- | ---: |"]
+    notes = []
+    for way, runs in of.items():
+        found = [run["functional"] for run in runs.values()]
+        together = {}
+        for name in dict.fromkeys(name for part in found for name in part):
+            each = [part[name] for part in found if isinstance(part.get(name), dict) and "counts" in part[name]]
+            if not each:
+                said = next((part[name] for part in found if name in part), "")
+                notes.append(f"- {way}, {name}: {said['skipped'] if isinstance(said, dict) else said}")
+                continue
+            counts: dict[str, list[int]] = {}
+            for task, n, c in (row for part in each for row in part["counts"]):
+                counts[task] = [counts.get(task, [0, 0])[0] + n, counts.get(task, [0, 0])[1] + c]
+            rates = [part["pass_at"]["1"] for part in each]
+            together[name] = {**each[0], "counts": [[task, *row] for task, row in counts.items()]}
+            together[name]["pass_at"] = {"1": sum(c / n for n, c in counts.values()) / len(counts)}
+            by_seed = ", ".join(f"{rate:.1%}" for rate in rates)
+            lines.append(f"| {way} | {name} | {pass_cell(together[name], '1')} | {by_seed} | {len(counts)} |")
+        notes += [f"- {way}, {note}" for note in line_notes(together)]
+    return [*lines, *(["", *notes] if notes else [])]
 
 
 def run_table(runs: dict[str, Results]) -> list[str]:

@@ -22,7 +22,8 @@ from kindling.evaluation.code_eval import asked_problems
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap, which is not on this machine")
 LITTLE = ["--eval.limit", "3", "--eval.signatures", "5", "--eval.max-new-tokens", "16", "--eval.workers", "2"]
-LITTLE += ["--eval.benchmarks", "problems:2", "humaneval:1", "mbpp:1", "mbpp-3shot:1", "--device", "cpu"]
+LITTLE += ["--eval.benchmarks", "problems:2", "humaneval:1", "mbpp:1", "mbpp-3shot:1", "problems-infill"]
+LITTLE += ["--device", "cpu"]
 FILES = ["eval.json", "eval.md", "losses.jsonl", "samples.jsonl"]
 
 
@@ -74,7 +75,9 @@ def test_the_whole_table_is_printed_and_saved(work, name):
     assert found["language_modelling"]["by_language"] and found["language_modelling"]["by_source"]
     asked = {k: v["samples_per_problem"] for k, v in found["functional"].items() if "skipped" not in v}
     assert asked == {"problems": 2} | {name: 1 for name in asked if name != "problems"}
-    assert asked.keys() == {"problems", "humaneval", "mbpp", *(["mbpp-3shot"] if name == "base-sft" else [])}
+    lines = ["problems-infill", "problems-infill-no-suffix"]
+    assert asked.keys() == {"problems", "humaneval", "mbpp", *lines, *(["mbpp-3shot"] if name == "base-sft" else [])}
+    assert "problems-infill: 3 lines of 3 problems" in " ".join(out.split())
     assert list(found["gold"]) == ["problems", "humaneval", "mbpp"]
     assert found["gold"]["problems"]["by_level"].keys() == {"0"} and found["gold"]["mbpp"]["problems"] == 3
     for part in (out, (run / "eval.md").read_text(encoding="utf-8")):
@@ -108,16 +111,17 @@ def test_the_default_is_small_and_full_and_named_benchmarks_are_whole():
 @pytest.mark.parametrize("name", ["base", "base-sft"])
 def test_every_sample_is_kept_and_the_figures_are_counts_of_them(work, name):
     kept, found = samples(work / "runs" / name), results(work / "runs" / name)
-    assert len(kept) == 5 + 3 * 2 + 3 + 3 + 3 * (name == "base-sft")
+    assert len(kept) == 5 + 3 * 2 + 3 + 3 + 2 * 3 + 3 * (name == "base-sft")
     for benchmark, figures in found["functional"].items():
         if "skipped" in figures:
             continue
         verdicts = [s["verdict"] for s in kept if s["benchmark"] == benchmark]
         assert figures["verdicts"] == {v: verdicts.count(v) for v in figures["verdicts"]}
         assert sum(figures["verdicts"].values()) == len(verdicts)
-    assert found["syntax"]["samples"] == len(kept)
-    assert found["syntax"]["passes"] == sum(s["compiles"] for s in kept)
-    assert found["syntax"]["non_trivial"] == sum(s["non_trivial"] for s in kept)
+    whole = [s for s in kept if "-infill" not in s["benchmark"]]  # of the others, most is not the model's
+    assert found["syntax"]["samples"] == len(whole)
+    assert found["syntax"]["passes"] == sum(s["compiles"] for s in whole)
+    assert found["syntax"]["non_trivial"] == sum(s["non_trivial"] for s in whole)
     assert found["memorisation"]["longest"] == max(s["overlap"] for s in kept)
 
 
@@ -248,7 +252,7 @@ def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(wo
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"benchmarks": ("humanevil",)}, "problems, humaneval, mbpp, mbpp-3shot, or none"),
+        ({"benchmarks": ("humanevil",)}, "mbpp-3shot, problems-infill, humaneval-infill, mbpp-infill, or none"),
         ({"benchmarks": ("humaneval:x",)}, "NAME:SAMPLES"),
         ({"benchmarks": ("humaneval:0",)}, "NAME:SAMPLES"),
         ({"benchmarks": ("humaneval:",)}, "NAME:SAMPLES"),

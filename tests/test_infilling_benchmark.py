@@ -20,7 +20,6 @@ import infilling
 import infilling_tables
 
 MACHINE = {"gpu": "H100", "torch": "2.11", "threads": 16, "cores": 16, "instructions": [], "stolen_share": None}
-SETTINGS = {"preset": "autocomplete", "step_tokens": 16384, "at_once": 3, "more": []}
 
 
 def run_of(way: str, seed: int, nll: list[float], gaps: dict | None = None) -> dict:
@@ -49,6 +48,29 @@ def test_gaps_are_counted_over_all_seeds_and_beside_those_without_the_suffix():
     lines = infilling_tables.gap_table(of)
     assert "| fim | line | PSM | 80.0% [80.0, 80.0] | +25.0 points [+21" in lines[2] and "| 80 | 8 |" in lines[2]
     assert "| fim | line | no suffix | 55.0%" in lines[3] and "|  | 0.650" in lines[3]
+
+
+def test_lines_that_were_run_are_counted_over_all_seeds():
+    def functional(*passed: int) -> dict:
+        counts = [[f"HumanEval/{n // 2}/L{n}", 1, c] for n, c in enumerate(passed)]
+        return {"counts": counts, "pass_at": {"1": sum(passed) / len(passed)}, "problems": len(passed), "lines_of": 8}
+
+    name, skipped = "humaneval-infill", {"mbpp-infill": {"skipped": "too long"}}
+    runs = {
+        seed: run_of("fim", seed, [1.0])
+        | {
+            "functional": {
+                name: functional(*[1, 1, 0, seed] * 4),
+                f"{name}-no-suffix": functional(*[0] * 16),
+                **skipped,
+            }
+        }
+        for seed in (0, 1)
+    }
+    lines = infilling_tables.line_table({"fim": runs})
+    assert lines[2].startswith("| fim | humaneval-infill | 62.5% [") and lines[2].endswith("| 50.0%, 75.0% | 16 |")
+    assert lines[3].startswith("| fim | humaneval-infill-no-suffix | 0.0% [")
+    assert "- fim, mbpp-infill: too long" in lines and "the suffix less that without: +62.5 points [" in lines[-1]
 
 
 class Pretended(gpu_common.Command):
@@ -95,10 +117,9 @@ def measure(tmp_path, monkeypatch):
 
 def test_each_way_is_built_once_and_each_run_trained_and_evaluated(measure):
     found, text = measure("--tokens", "4096")
-    runs = ["plain-0", "fim-0", "plain-1", "fim-1"]
-    assert sorted(Pretended.began) == sorted(
-        ["build-plain", "build-fim", "trial", *(f"{kind}-{run}" for run in runs for kind in ("train", "evaluate"))]
-    )
+    runs = [f"{way}-{seed}" for seed in (0, 1) for way in ("plain", "fim", "lines")]
+    scripts = [f"{kind}-{run}" for run in runs for kind in ("train", "evaluate")]
+    assert sorted(Pretended.began) == sorted(["build-plain", "build-fim", "build-lines", "trial", *scripts])
     assert {run["bits_per_byte"] for run in found["runs"].values()} == {1.25} and set(found["runs"]) == set(runs)
     assert "4,096 tokens a run in steps of 2,048" in text and "Failed" not in text
     assert "| fim | 1.2500, 1.2500 | 1.2500 | +0.0000, +0.0000 |" in text
@@ -123,7 +144,7 @@ def test_the_tokens_follow_from_the_speed_and_the_time(measure):
 
 def test_what_has_no_time_says_so(measure):
     found, text = measure("--tokens", "4096", seconds=0.0)
-    assert len(found["runs"]) == 4 and "the time was over before it began" in text
+    assert len(found["runs"]) == 6 and "the time was over before it began" in text
 
 
 def test_the_flags_are_those_of_the_scripts():

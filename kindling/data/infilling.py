@@ -1,14 +1,17 @@
 """Cuts a document to pieces for fill-in-the-middle, and encodes prompts to be filled in.
 
-    pieces = cut_document(ids, tokenizer, rate=0.5, spm_share=0.5, context=256, digest=digest)
+    pieces = cut_document(ids, tokenizer, Shares(rate=0.5, spm=0.5, lines=0), context=256, digest=digest)
     ids = encode_infill(tokenizer, "def add(a, b):\\n    ", "\\n", spm=False)      # the model writes what is between them
 
-A piece fits in a row of the model whole. `rate` of the pieces are cut at two characters: prefix, middle and suffix are encoded
+A piece fits in a row of the model whole. `rate` of the pieces are cut at two places: prefix, middle and suffix are encoded
 each on its own, and the middle comes last, with an end-of-text token. So a model learns to stop where the suffix begins, and a
 prompt has the tokens that it would have in training, wherever the cursor is. The other pieces stay as they are.
 
 Source: Bavarian et al. 2022, "Efficient training of language models to fill in the middle", with its cuts at the level of the
-context: a suffix that is further away than a model can see teaches nothing.
+context: a suffix that is further away than a model can see teaches nothing. The places are any two characters, as there, or for
+the share `lines` the borders of what a person writes at a cursor: the rest of a line, or a statement with its block (the idea is
+that of AST-FIM, Gong et al. 2025). Indentation shows a block, so this is the same in Python, C and Java, and needs no parser,
+which would refuse a piece of a file.
 """
 
 from __future__ import annotations
@@ -21,11 +24,19 @@ import numpy as np
 from kindling.tokenization.infilling import FIM_TOKENS, FimIds, arrange
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
-KINDS = ("left to right", "PSM", "SPM")
-LEFT_TO_RIGHT, PSM, SPM = range(3)
+KINDS = ("left to right", "PSM", "SPM", "PSM, lines", "SPM, lines")
+LEFT_TO_RIGHT, PSM, SPM, PSM_LINES, SPM_LINES = range(5)
 LENGTH, KIND = range(2)  # columns of the table of pieces
 N_CONTROL = 4  # of a piece: three control tokens, and end-of-text
 _NEAR = 8  # tokens on either side that show whether a character is cut; one has at most four bytes
+
+
+class Shares(NamedTuple):
+    """How many pieces become fill-in-the-middle, and of these, how many have the suffix first and how many are cut at lines."""
+
+    rate: float
+    spm: float
+    lines: float
 
 
 class Pieces(NamedTuple):
@@ -54,9 +65,7 @@ def encode_infill(tokenizer: Tokenizer, prefix: str, suffix: str, spm: bool = Fa
     return arrange(fim, tokenizer.encode(prefix), tokenizer.encode(suffix), [], spm)
 
 
-def cut_document(
-    ids: list[int], tokenizer: Tokenizer, rate: float, spm_share: float, context: int, digest: bytes
-) -> Pieces:
+def cut_document(ids: list[int], tokenizer: Tokenizer, shares: Shares, context: int, digest: bytes) -> Pieces:
     """Return the pieces of a document: `ids` as in training, with its end-of-text token.
 
     `digest` is the hash of the content and seeds all choices, so they depend on nothing else. A piece from left to right has at
@@ -66,8 +75,7 @@ def cut_document(
     out: list[int] = []
     table: list[tuple[int, int]] = []
     while cut.at < len(ids):
-        kind = cut.choose(rate, spm_share)
-        piece = [] if kind == LEFT_TO_RIGHT else cut.infilling(kind == SPM)
+        kind, piece = cut.infilling(shares) if cut.wants_infilling(shares.rate) else (LEFT_TO_RIGHT, [])
         if not piece:
             kind, piece = LEFT_TO_RIGHT, cut.left_to_right()
         out += piece
@@ -83,11 +91,9 @@ class _Cut:
         self.fim = require_fim(tokenizer, "set --data.fim-rate 0, or train one with --tokenizer.kind bpe")
         self.at, self.end = 0, len(ids) - 1  # without end-of-text
 
-    def choose(self, rate: float, spm_share: float) -> int:
-        """Return the kind of the next piece. End-of-text alone has nothing to fill in."""
-        if self.at == self.end or self.rng.random() >= rate:
-            return LEFT_TO_RIGHT
-        return PSM if self.rng.random() >= spm_share else SPM
+    def wants_infilling(self, rate: float) -> bool:
+        """Return whether the next piece is to be filled in. End-of-text alone has nothing to fill in."""
+        return self.at != self.end and self.rng.random() < rate
 
     def left_to_right(self) -> list[int]:
         """Return the next tokens as they are."""
@@ -97,22 +103,26 @@ class _Cut:
         piece, self.at = self.ids[self.at : stop], stop
         return piece
 
-    def infilling(self, spm: bool) -> list[int]:
-        """Return as many of the next tokens as fit, cut at two characters; nothing if not even one token does."""
+    def infilling(self, shares: Shares) -> tuple[int, list[int]]:
+        """Return as many of the next tokens as fit, cut at two places, and their kind; no tokens if not even one fits."""
+        spm = self.rng.random() < shares.spm
         start = self.at + (self.ids[self.at] == self.tokenizer.bos_id)  # a prompt to be filled in has none either
         room = self.context + 1 - N_CONTROL
         stop = self._boundary(start, min(self.end, start + room))
         low, high = sorted((self.rng.random(), self.rng.random()))
+        at_lines = LineCut.draw(self.rng) if shares.lines and self.rng.random() < shares.lines else None
         while stop > start:
             text = self._text(start, stop)
-            a, b = int(low * (len(text) + 1)), int(high * (len(text) + 1))
+            found = None if at_lines is None else at_lines.places(text)
+            a, b = found or (int(low * (len(text) + 1)), int(high * (len(text) + 1)))
             prefix, middle, suffix = (self.tokenizer.encode(part) for part in (text[:a], text[a:b], text[b:]))
             over = len(prefix) + len(middle) + len(suffix) - room  # words that are cut take more tokens
             if over <= 0:
                 self.at = stop + (stop == self.end)
-                return [*arrange(self.fim, prefix, suffix, middle, spm), self.ids[-1]]
+                kind = (SPM if spm else PSM) if found is None else SPM_LINES if spm else PSM_LINES
+                return kind, [*arrange(self.fim, prefix, suffix, middle, spm), self.ids[-1]]
             stop = self._boundary(start, max(start, stop - over))
-        return []
+        return LEFT_TO_RIGHT, []
 
     def _text(self, start: int, stop: int) -> str:
         return self.tokenizer.decode_batch([self.ids[start:stop]])[0]
@@ -125,3 +135,52 @@ class _Cut:
                 break
             stop -= 1
         return stop
+
+
+class LineCut(NamedTuple):
+    """Four random numbers from 0 to 1, which say of any text where a line or a block of it is cut out."""
+
+    line: float
+    start: float
+    within: float
+    end: float
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> LineCut:
+        """Return a cut at random."""
+        return cls(rng.random(), rng.random(), rng.random(), rng.random())
+
+    def places(self, text: str) -> tuple[int, int] | None:
+        """Return where the middle begins and ends; None for a text without a whole line.
+
+        It is about one of the lines with text. It begins, each in a third of the cases, at the start of the line, after its
+        indentation, or anywhere in it. It ends at the end of the line, or in half of the cases at the end of its block.
+        """
+        lines = text.split("\n")[:-1]  # the last one may go on in the next piece
+        with_text = [number for number, line in enumerate(lines) if line.strip()]
+        if not with_text:
+            return None
+        number = with_text[int(self.line * len(with_text))]
+        line = lines[number]
+        offset = (0, _indentation(line), int(self.within * len(line)))[int(3 * self.start)]
+        last = number if self.end < 0.5 else end_of_block(lines, number)
+        begins = sum(len(line) + 1 for line in lines[:number])
+        return begins + offset, begins + sum(len(line) + 1 for line in lines[number : last + 1]) - 1
+
+
+def end_of_block(lines: list[str], first: int) -> int:
+    """Return the last line of the block that the line `first` opens: deeper lines, and a bracket that closes it."""
+    last, depth = first, _indentation(lines[first])
+    for number in range(first + 1, len(lines)):
+        line = lines[number]
+        if not line.strip():
+            continue
+        if _indentation(line) <= depth:
+            closes = _indentation(line) == depth and line.lstrip()[0] in ")]}" and last > first
+            return number if closes else last
+        last = number
+    return last
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())

@@ -20,7 +20,7 @@ from kindling.data.conversations import Example, conversation_text, encode_conve
 from kindling.data.docstrings import Pair, mine_pairs
 from kindling.data.duplicates import Benchmarks, signature, word_hashes
 from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
-from kindling.data.infilling import Pieces, cut_document
+from kindling.data.infilling import Pieces, Shares, cut_document
 from kindling.data.prompts import Exchange
 from kindling.data.sources import Document
 from kindling.errors import one_line
@@ -135,8 +135,10 @@ class DocumentProcessor:
     def _cut(self, out: ProcessedDocument, ids: list[int], tokenizer: Tokenizer) -> None:
         """Cut a document to pieces: in training `fim_rate` of them are filled in, held out all of them."""
         train = split_of(out.group or out.digest, self.cfg) == "train"
-        rate = self.cfg.fim_rate if train else 1.0
-        out.pieces = cut_document(ids, tokenizer, rate, self.cfg.fim_spm_share, self.context, out.digest)
+        # held out, all runs have the same pieces, wherever they cut in training
+        rate, line_share = (self.cfg.fim_rate, self.cfg.fim_line_share) if train else (1.0, 0.0)
+        shares = Shares(rate, self.cfg.fim_spm_share, line_share)
+        out.pieces = cut_document(ids, tokenizer, shares, self.context, out.digest)
         if train:
             out.ids = out.pieces.ids
 

@@ -99,8 +99,11 @@ def grade(sample: Sample, slot: int, is_answer: bool, mode: When, limits: Limits
     """
     problem = sample.problem
     head = problem.answer_head if is_answer else problem.head
-    cut = extract_from_answer if is_answer else extract_from_completion
-    program = cut(head, sample.text, problem.entry_point, sample.cut_short)
+    if problem.after is not None:
+        program = problem.head + sample.text + problem.after
+    else:
+        cut = extract_from_answer if is_answer else extract_from_completion
+        program = cut(head, sample.text, problem.entry_point, sample.cut_short)
     error = syntax_error(program)
     if error is not None:
         return GradedSample(program, "syntax", error, False, False)

@@ -120,9 +120,13 @@ def select_problems(
 
 
 def asked_problems(name: str, cfg: EvalConfig) -> list[Problem]:
-    """Return the problems of a benchmark whose solutions are to be written: of `problems`, up to a level."""
-    problems = load(name, source_of(name, cfg))
-    return [problem for problem in problems if (problem.level or 0) <= cfg.max_level][: cfg.limit]
+    """Return the problems of a benchmark whose solutions are to be written: of `problems`, up to a level.
+
+    A limit is one of whole problems, also where their lines are filled in.
+    """
+    problems = [p for p in load(name, source_of(name, cfg)) if (p.level or 0) <= cfg.max_level]
+    wanted = set(list(dict.fromkeys(p.of for p in problems))[: cfg.limit])
+    return [p for p in problems if p.of in wanted]
 
 
 def _skipped(chosen: Chosen) -> dict[str, Any]:
@@ -138,8 +142,11 @@ def code_figures(
     chosen: Chosen,
 ) -> dict[str, Any]:
     """Return the figures on syntax and functional correctness, as in eval.json."""
-    out: dict[str, Any] = {"syntax": syntax(samples, graded, platform.python_version())}
-    if cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
+    own = [(s, g) for s, g in zip(samples, graded) if s.problem.after is None]  # of the others, most is not the model's
+    out: dict[str, Any] = {}
+    if own:
+        out["syntax"] = syntax([s for s, _ in own], [g for _, g in own], platform.python_version())
+    if own and cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
         out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
     if benchmarks and mode == "later":
         out["functional"] = {"skipped": "the samples were not run; `python evaluate.py RUN --grade` runs them"}
@@ -191,10 +198,13 @@ def summary(samples: Sequence[Sample], graded: Sequence[GradedSample], mode: Whe
         "python": platform.python_version(),
         "counts": [[task, n, c] for task, (n, c) in counts.items()],
     }
+    whole = {s.problem.task_id: s.problem.of for s in samples if s.problem.after is not None}
+    out |= {"lines_of": len(set(whole.values()))} if whole else {}
     if levels:
         groups = {level: [t for t in counts if levels[t] == level] for level in sorted(set(levels.values()))}
         out["by_level"] = {
             level: {"problems": len(ts), "pass_at": pass_at(ts), "counts": [[t, *counts[t]] for t in ts]}
+            | ({"lines_of": len({whole[t] for t in ts})} if whole else {})
             for level, ts in groups.items()
         }
     return out

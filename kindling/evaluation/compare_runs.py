@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kindling.evaluation.infill_report import pass_difference
 from kindling.evaluation.intervals import (
     FEWEST,
     Difference,
@@ -23,7 +24,6 @@ from kindling.evaluation.intervals import (
     number,
     paired_difference,
     paired_ratio_difference,
-    pass_at_k,
 )
 from kindling.evaluation.report import (
     READING,
@@ -272,11 +272,11 @@ def _functional(runs: list[Evaluated]) -> Section | None:
         benchmarks = [part.get(name, {}) for part in parts]
         for k in sorted({k for benchmark in benchmarks for k in benchmark.get("pass_at", {})}, key=int):
             cells = [pass_cell(benchmark, k) for benchmark in benchmarks]
-            differences = [_shown(_pass_difference(b, benchmarks[0], int(k)), _points) for b in benchmarks[1:]]
+            differences = [_shown(pass_difference(b, benchmarks[0], int(k)), _points) for b in benchmarks[1:]]
             _add(section, runs, f"{name} pass@{k}", cells, differences)
         for level, groups in _by_level(benchmarks).items():  # at the most samples, where the steps are seen best
             k = max((k for group in groups for k in group.get("pass_at", {})), key=int, default="1")
-            differences = [_shown(_pass_difference(group, groups[0], int(k)), _points) for group in groups[1:]]
+            differences = [_shown(pass_difference(group, groups[0], int(k)), _points) for group in groups[1:]]
             _add(
                 section, runs, f"{name}, level {level} pass@{k}", [pass_cell(group, k) for group in groups], differences
             )
@@ -291,18 +291,6 @@ def _functional(runs: list[Evaluated]) -> Section | None:
             if benchmark.get("sandbox") == "none":
                 section.warnings.append(f"{name}: run {run.place} was evaluated NOT SANDBOXED")
     return section
-
-
-def _pass_difference(benchmark: dict[str, Any], first: dict[str, Any], k: int) -> Difference | None:
-    """Return the difference of pass@k on the problems that both have; None if some problem has fewer than k samples."""
-    own, other = ({task: (n, c) for task, n, c in side.get("counts", [])} for side in (benchmark, first))
-    shared = [task for task in own if task in other]
-    if not shared or any(side[task][0] < k for side in (own, other) for task in shared):
-        return None
-    values = [
-        pass_at_k([side[task][0] for task in shared], [side[task][1] for task in shared], k) for side in (own, other)
-    ]
-    return paired_difference(values[0], values[1])
 
 
 def _harness(runs: list[Evaluated]) -> Section | None:

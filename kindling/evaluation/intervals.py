@@ -81,16 +81,27 @@ def pass_at_k(n: int | Numbers, c: int | Numbers, k: int) -> float | np.ndarray:
     return 1.0 - missed if missed.shape else float(1.0 - missed)
 
 
-def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0) -> Interval:
+def pass_interval(n: Numbers, c: Numbers, k: int, seed: int = 0, clusters: Sequence[str] | None = None) -> Interval:
     """Return the 95% interval of the mean pass@k over problems, by the bootstrap.
 
-    If the pass@k of every problem is 0, or of every problem 1, resampling finds no spread and would claim certainty. The
-    interval is then Wilson's for that number of problems. Raises what pass_at_k raises.
+    `clusters` names one for each problem: whole clusters are then resampled, as the problems in one resemble each other. If the
+    pass@k of every problem is 0, or of every problem 1, resampling finds no spread and would claim certainty. The interval is
+    then Wilson's for that number of problems, or clusters. Raises what pass_at_k raises.
     """
     values = np.atleast_1d(pass_at_k(n, c, k))
+    units = len(values) if clusters is None else len(set(clusters))
     if len(values) and (values == values[0]).all() and values[0] in (0, 1):
-        return wilson(len(values) * int(values[0]), len(values))
-    return bootstrap_mean(values, seed)
+        return wilson(units * int(values[0]), units)
+    if clusters is None:
+        return bootstrap_mean(values, seed)
+    passed, problems = cluster_sums(clusters, values, np.ones(len(values)))
+    return bootstrap_ratio(passed, problems, seed)
+
+
+def cluster_sums(clusters: Sequence[str], *columns: Numbers) -> list[np.ndarray]:
+    """Return the sums of each column over the units of each cluster, (clusters,), in one order for all columns."""
+    _, numbers = np.unique(np.asarray(clusters), return_inverse=True)
+    return [np.bincount(numbers, weights=np.asarray(column, dtype=np.float64)) for column in columns]
 
 
 def rate_interval(successes: Numbers, n: Numbers, seed: int = 0) -> Interval:

@@ -34,8 +34,12 @@ def left_out_problems(
     for name, asked in problems.items():
         if source_of(name, cfg) is None:
             continue
-        results = map_jobs(partial(_run, mode=mode, limits=limits), asked, cfg.n_workers, limits.wall_s + START_S + 10)
-        reasons = {problem.task_id: _reason(result) for problem, result in zip(asked, results)}
+        whole = {problem.of: problem for problem in asked}  # lines to be filled in have one reference together
+        jobs = map_jobs(
+            partial(_run, mode=mode, limits=limits), whole.values(), cfg.n_workers, limits.wall_s + START_S + 10
+        )
+        results = {task: _reason(result) for task, result in zip(whole, jobs)}
+        reasons = {problem.task_id: results[problem.of] for problem in asked}
         found[name] = {task: reason for task, reason in reasons.items() if reason}
         if asked and len(found[name]) == len(asked):
             task, reason = next(iter(found[name].items()))

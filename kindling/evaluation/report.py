@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kindling.errors import KindlingError
+from kindling.evaluation.infill_report import gaps_section, line_notes, whole_problems
 from kindling.evaluation.intervals import (
     FEWEST,
     NONE,
@@ -144,7 +145,7 @@ def sections(results: Results, losses: Losses) -> list[Section]:
         elif name == "language_modelling":
             found.append(_language_modelling(part, losses))
         elif name == "infilling":
-            found.append(_infilling(part))
+            found.append(gaps_section(HEADINGS[name], part))
         elif name == "texts":
             found.append(_texts(part))
         elif name == "gold":
@@ -233,20 +234,6 @@ def _language_modelling(part: dict[str, Any], losses: Losses) -> Section:
     return section
 
 
-def _infilling(part: dict[str, Any]) -> Section:
-    section = Section(HEADINGS["infilling"], ["gap", "way", "exact", "similarity", "gaps", "docs"], names=2)
-    for kind, found in part.get("gaps", {}).items():
-        for way, figures in found["ways"].items():
-            n, exact, similarity = zip(*figures["by_document"])
-            cells = [percent(figures["exact"], rate_interval(exact, n))]
-            cells += [number(figures["similarity"], bootstrap_ratio(similarity, n), ".3f"), count(found["gaps"])]
-            section.rows.append([kind, way, *cells, count(len(n))])
-    section.notes.append("intervals: documents resampled; PSM and SPM: with the suffix, after or before the prefix")
-    if "all" in part:
-        section.notes.append(f"bits per byte of held-out pieces, all filled in: {number(part['all']['bits_per_byte'])}")
-    return section
-
-
 def _texts(part: dict[str, Any]) -> Section:
     rows = [_lm_row(name, text.get("all", {}), []) for name, text in part.items()]
     return Section(HEADINGS["texts"], ["", *_LM_COLUMNS], rows, ["no intervals: a text is not many documents"])
@@ -298,9 +285,8 @@ def pass_cell(benchmark: dict[str, Any], k: str) -> str:
     value, counts = benchmark.get("pass_at", {}).get(k), benchmark.get("counts", [])
     if value is None or any(n < int(k) for _, n, _ in counts):
         return "-"
-    return percent(
-        value, pass_interval([n for _, n, _ in counts], [c for _, _, c in counts], int(k)) if counts else NONE
-    )
+    n, c = [n for _, n, _ in counts], [c for _, _, c in counts]
+    return percent(value, pass_interval(n, c, int(k), clusters=whole_problems(benchmark)) if counts else NONE)
 
 
 def _functional(part: dict[str, Any]) -> list[Section]:
@@ -323,7 +309,7 @@ def _functional(part: dict[str, Any]) -> list[Section]:
             solved.notes.append(f"{name}: {describe_left_out(benchmark['left_out'])}")
         if benchmark.get("sandbox") == "none":
             solved.warnings.append(f"{name}: NOT SANDBOXED, the samples could do what the user can")
-    solved.notes += skipped_benchmarks(part)
+    solved.notes += skipped_benchmarks(part) + line_notes(part)
     modes = dict.fromkeys(b["sandbox"] for b in part.values() if b.get("sandbox", "none") != "none")
     solved.notes += [f"sandbox: {', '.join(modes)}"] * bool(modes)
     pythons = dict.fromkeys(b["python"] for b in part.values() if "python" in b)

@@ -10,6 +10,8 @@ cropped from the left, and counted.
 Byte-level BPE merges a newline with the indentation after it. So in training, text after a single newline token always begins
 at the left margin, and a prompt that ends in one would give empty functions. Therefore the last newline is removed from the
 prompt, and the first new token must begin with a newline.
+
+A line to be filled in ends at its newline. With its suffix, the prompt has the control tokens of fill-in-the-middle (PSM).
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kindling.data.infilling import encode_infill
 from kindling.data.prompts import Exchange, encode, flatten
 from kindling.evaluation.extraction import end_of_function
+from kindling.evaluation.infill import prompt_around
 from kindling.evaluation.tasks import STOP, Problem
 
 if TYPE_CHECKING:
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from kindling.generation.sampling import Sampling
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
+
+TOKENS_OF_LINE = (
+    64  # most new tokens of a line to be filled in; of a small context, an eighth. 1.3% of HumanEval's have over 32
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,12 @@ class Sample:
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) -> list[int]:
-    """Return the prompt of a problem as token ids."""
+    """Return the prompt of a problem as token ids. A line is filled in without a template, also by a fine-tuned model."""
     if problem.ids:
         return list(problem.ids)
-    if chat is None:
+    if problem.suffix is not None:
+        return encode_infill(tokenizer, problem.prompt, problem.suffix)
+    if chat is None or problem.after is not None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         prompt = problem.prompt.removesuffix("\n") if merges_newline_with_indent(tokenizer) else problem.prompt
         return bos + tokenizer.encode(prompt)
@@ -79,14 +89,26 @@ def prompts_too_long(
 
     Of a cropped prompt the model sees only the end, often without the task. So figures on such prompts would say nothing.
     """
-    from kindling.generation.healing import longest_prompt
-
-    longest = longest_prompt(block_size, cfg.max_new_tokens)
+    longest = longest_prompt_of(problems[0], block_size, cfg) if problems else block_size
     n = sum(len(prompt_ids(problem, tokenizer, chat)) > longest for problem in problems)
     if 2 * n <= len(problems):
         return ""
     room = f"{longest:,} tokens, beside {block_size - longest:,} new ones"
     return f"{n:,} of {len(problems):,} prompts do not fit into the model's context of {block_size:,} ({room})"
+
+
+def n_new_tokens(problem: Problem, block_size: int, cfg: EvalConfig) -> int:
+    """Return the most new tokens of a sample: a line needs fewer than a program, and must leave room for both sides of it."""
+    if problem.after is None:
+        return cfg.max_new_tokens
+    return min(cfg.max_new_tokens, TOKENS_OF_LINE, max(1, block_size // 8))
+
+
+def longest_prompt_of(problem: Problem, block_size: int, cfg: EvalConfig) -> int:
+    """Return how many tokens a prompt may have, so that the new tokens fit after it."""
+    from kindling.generation.healing import longest_prompt
+
+    return longest_prompt(block_size, n_new_tokens(problem, block_size, cfg))
 
 
 def write(
@@ -102,20 +124,40 @@ def write(
     `progress` is called with 1 after each sample. If the memory of the device has no room for `cfg.batch_size` samples at a
     time, fewer are generated at a time, which changes none of them.
     """
-    from kindling.generation.healing import longest_prompt
+    kinds: dict[tuple[bool, bool], list[int]] = {}  # problems that are asked in the same way
+    for i, (problem, _) in enumerate(problems):
+        kinds.setdefault((problem.after is not None, problem.suffix is not None), []).append(i)
+    samples: dict[tuple[int, int], Sample] = {}
+    for (is_line, _), numbers in kinds.items():
+        asked = [problems[i] for i in numbers]
+        written = _write_alike(model, tokenizer, asked, None if is_line else chat, cfg, progress)
+        samples |= {(numbers[i], number): sample for (i, number), sample in written.items()}
+    return [samples[key] for key in sorted(samples)]
+
+
+def _write_alike(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    problems: Sequence[tuple[Problem, int]],
+    chat: ChatFormat | None,
+    cfg: EvalConfig,
+    progress: Callable[[int], object] | None,
+) -> dict[tuple[int, int], Sample]:
+    """Return the samples of problems that are asked in the same way, by the place of the problem and the sample's number."""
     from kindling.generation.sampling import Sampling
 
-    longest = longest_prompt(model.cfg.block_size, cfg.max_new_tokens)
+    first = problems[0][0]
+    longest = longest_prompt_of(first, model.cfg.block_size, cfg)
     whole = [prompt_ids(problem, tokenizer, chat) for problem, _ in problems]
     order = [
         (i, number)
         for i in sorted(range(len(problems)), key=lambda i: len(whole[i]), reverse=True)
         for number in range(problems[i][1])
     ]
-    prompts = [whole[i][-longest:] for i, _ in order]
+    prompts = [_cropped(problems[i][0], whole[i], tokenizer, longest) for i, _ in order]
     seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature, None, cfg.top_p, seed=0)
-    own_newline = chat is None and merges_newline_with_indent(tokenizer)
+    sampling = Sampling(n_new_tokens(first, model.cfg.block_size, cfg), cfg.temperature, None, cfg.top_p, seed=0)
+    own_newline = chat is None and first.suffix is None and merges_newline_with_indent(tokenizer)
     begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     samples = {}
     for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, begins):
@@ -123,7 +165,10 @@ def write(
         problem, text = problems[i][0], tokenizer.decode(row.out)
         if own_newline:
             text = text.removeprefix("\n")
-        if chat is None:  # the program ends at the marker of the next example, or when its function is complete
+        if problem.after is not None:
+            text, newline, _ = text.partition("\n")
+            row.ended = row.ended or bool(newline)
+        elif chat is None:  # the program ends at the marker of the next example, or when its function is complete
             text, marker, _ = text.partition(STOP) if problem.shots else (text, "", "")
             row.ended = (
                 row.ended
@@ -135,7 +180,14 @@ def write(
             samples[i, number] = Sample(problem, number, text, row.out, cut_short, cropped)
             if progress is not None:
                 progress(1)
-    return [samples[key] for key in sorted(samples)]
+    return samples
+
+
+def _cropped(problem: Problem, ids: list[int], tokenizer: Tokenizer, longest: int) -> list[int]:
+    """Return a prompt of at most `longest` tokens: its end, or what is nearest to the line that is filled in."""
+    if problem.suffix is None or len(ids) <= longest:
+        return ids[-longest:]
+    return prompt_around(tokenizer, problem.prompt, problem.suffix, longest)
 
 
 def _rows_in_memory(

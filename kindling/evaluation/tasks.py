@@ -14,7 +14,7 @@ import builtins
 import inspect
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ FILES = {
     "mbpp": "mbpp.jsonl.gz",
     "mbpp-3shot": "mbpp.jsonl.gz",
 }
+INFILL, NO_SUFFIX = "-infill", "-no-suffix"  # the ends of benchmarks whose lines are filled in
+FILES |= {name + INFILL + way: FILES[name] for name in ("problems", "humaneval", "mbpp") for way in ("", NO_SUFFIX)}
 MBPP_TEST = range(11, 511)  # the split for reported results (Austin et al. 2021, section 2.1)
 MBPP_SHOTS = (2, 3, 4)  # the examples in their prompts
 STOP = "[DONE]"  # the marker that ends an example in these prompts
@@ -74,15 +76,28 @@ class Problem:
     """Examples that a fine-tuned model sees first: instructions with their programs."""
     ids: tuple[int, ...] = ()
     """The whole prompt as token ids, where it is already encoded."""
+    after: str | None = None
+    """The rest of the program, if one line of it is to be filled in: `head` is then the part before that line."""
+    suffix: str | None = None
+    """The same, if the model sees it: it is asked with the control tokens of fill-in-the-middle."""
+
+    @property
+    def of(self) -> str:
+        """The task_id of the problem that a line to be filled in belongs to; of a whole problem, its own."""
+        return self.task_id if self.after is None else self.task_id.rpartition("/")[0]
 
 
 def load(name: str, source: str | None = None) -> list[Problem]:
     """Return the problems of a benchmark: from `source`, a file or a data set on the hub, or else from `problems/`.
 
-    Of all of MBPP, only those of its test split. Raises TaskError if there are none or they cannot be read.
+    Of all of MBPP, only those of its test split. A name that ends in -infill or -infill-no-suffix gives a problem for each line
+    of the reference solutions. Raises TaskError if there are none or they cannot be read.
     """
     if name not in FILES:
         raise TaskError(f"no benchmark is called {name!r}; {did_you_mean(name, FILES)}")
+    base, infill, _ = name.partition(INFILL)
+    if infill:
+        return [line for problem in load(base, source) for line in _lines_to_fill(problem, name)]
     origin = source or str(PROBLEMS / FILES[name])
     rows = list(_rows(name, origin))
     try:
@@ -201,6 +216,27 @@ def _mbpp(name: str, row: dict[str, Any], shots: list[dict[str, Any]]) -> Proble
         solution=_unix(row["code"]),
         remote=tuple(dict.fromkeys([entry_point, *_unknown(tests)])),
     )
+
+
+def _lines_to_fill(problem: Problem, benchmark: str) -> Iterator[Problem]:
+    """Yield a problem for each line of the reference solution that is not blank: the model is to write this line again.
+
+    Of HumanEval, these are the 1,033 tasks of its single-line infilling (Fried et al. 2022, InCoder; Bavarian et al. 2022).
+    """
+    lines = problem.solution.removeprefix(problem.head).split("\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        before, after = ("".join(f"{x}\n" for x in lines[:number]), "".join(f"\n{x}" for x in lines[number + 1 :]))
+        yield replace(
+            problem,
+            benchmark=benchmark,
+            task_id=f"{problem.task_id}/L{number}",
+            prompt=problem.prompt + before,
+            head=problem.head + before,
+            after=after,
+            suffix=None if benchmark.endswith(NO_SUFFIX) else after,
+        )
 
 
 def _text(row: dict[str, Any]) -> str:

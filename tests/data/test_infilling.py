@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from config import IGNORE, ModelConfig, TokenizerConfig
 from kindling.data.build import fingerprint, list_files, prepare
 from kindling.data.examples import open_split, training_rows
-from kindling.data.infilling import KINDS, LEFT_TO_RIGHT, PSM, SPM, cut_document, encode_infill
+from kindling.data.infilling import (
+    KINDS,
+    LEFT_TO_RIGHT,
+    PSM,
+    PSM_LINES,
+    SPM,
+    SPM_LINES,
+    LineCut,
+    Shares,
+    cut_document,
+    encode_infill,
+    end_of_block,
+)
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.packing import PieceDataset, PieceRows
 from kindling.data.parts import gather, make_plan, run_part
@@ -48,7 +60,7 @@ def document(tokenizer, text: str) -> list[int]:
 
 def parts_of(piece: list[int], kind: int, fim) -> tuple[list[int], list[int], list[int]]:
     """The prefix, middle and suffix of a piece with its control tokens, taken apart by hand."""
-    if kind == PSM:
+    if kind in (PSM, PSM_LINES):
         assert piece[0] == fim.prefix
         suffix, middle = piece.index(fim.suffix), piece.index(fim.middle)
         return piece[1:suffix], piece[middle + 1 : -1], piece[suffix + 1 : middle]
@@ -59,12 +71,17 @@ def parts_of(piece: list[int], kind: int, fim) -> tuple[list[int], list[int], li
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from(list(TOKENIZERS)), TEXTS, st.sampled_from([0.5, 1.0]), st.integers(16, 64), st.binary(min_size=1)
+    st.sampled_from(list(TOKENIZERS)),
+    TEXTS,
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.integers(16, 64),
+    st.binary(min_size=1),
 )
-def test_the_pieces_fit_in_a_row_and_their_parts_join_to_the_document(name, text, rate, context, digest):
+def test_the_pieces_fit_in_a_row_and_their_parts_join_to_the_document(name, text, rate, lines, context, digest):
     tokenizer = TOKENIZERS[name]
     ids, fim = document(tokenizer, text), tokenizer.fim
-    pieces = cut_document(ids, tokenizer, rate, 0.5, context, digest)
+    pieces = cut_document(ids, tokenizer, Shares(rate, 0.5, lines), context, digest)
     assert pieces.table[:, 0].sum() == len(pieces.ids)
     joined, left = "", []
     for piece, kind in zip(np.split(pieces.ids, pieces.table[:, 0].cumsum()[:-1]), pieces.table[:, 1].tolist()):
@@ -77,10 +94,14 @@ def test_the_pieces_fit_in_a_row_and_their_parts_join_to_the_document(name, text
         assert len(piece) <= context + 1 and piece[-1] == tokenizer.eos_id
         assert sum(piece.count(token) for token in fim) == 3 and piece.count(tokenizer.eos_id) == 1
         prefix, middle, suffix = parts_of(piece, kind, fim)
-        joined += tokenizer.decode(prefix) + tokenizer.decode(middle) + tokenizer.decode(suffix) if kind == PSM else ""
-        if kind == SPM:
+        joined += (
+            tokenizer.decode(prefix) + tokenizer.decode(middle) + tokenizer.decode(suffix)
+            if kind in (PSM, PSM_LINES)
+            else ""
+        )
+        if kind in (SPM, SPM_LINES):
             joined += tokenizer.decode(middle) + tokenizer.decode(suffix)
-        for part in (prefix, middle, suffix) if kind == PSM else (suffix,):
+        for part in (prefix, middle, suffix) if kind in (PSM, PSM_LINES) else (suffix,):
             assert tokenizer.encode(tokenizer.decode(part)) == part, "each part is encoded on its own"
     assert joined + tokenizer.decode(left) == tokenizer.decode(tokenizer.encode(text))
     assert pieces.ids[-1] == tokenizer.eos_id
@@ -89,17 +110,64 @@ def test_the_pieces_fit_in_a_row_and_their_parts_join_to_the_document(name, text
 
 def test_the_cuts_follow_from_the_content_alone_and_come_in_the_shares_that_are_set():
     ids = document(BPE, "".join(CODE) * 40)
-    same, again, other = (cut_document(ids, BPE, 0.5, 0.25, 32, d) for d in (b"a", b"a", b"b"))
+    same, again, other = (cut_document(ids, BPE, Shares(0.5, 0.25, 0), 32, d) for d in (b"a", b"a", b"b"))
     assert same.ids.tolist() == again.ids.tolist() != other.ids.tolist()
-    kinds = np.concatenate([cut_document(ids, BPE, 0.5, 0.25, 32, bytes([d])).table[:, 1] for d in range(9)])
+    kinds = np.concatenate([cut_document(ids, BPE, Shares(0.5, 0.25, 0), 32, bytes([d])).table[:, 1] for d in range(9)])
     shares = np.bincount(kinds, minlength=3) / len(kinds)
     assert len(kinds) > 900 and shares == pytest.approx([0.5, 0.375, 0.125], abs=0.05)
+
+
+PYTHON = """\
+import os
+
+def first(items):
+    for item in items:
+        if item:
+
+            return item
+    return None
+"""
+C = "int f(int x) {\n\tif (x) {\n\t\treturn 1;\n\t}\n\treturn 0;\n}\nint y;\n"
+
+
+def test_a_middle_at_lines_is_the_end_of_a_line_or_of_its_block():
+    def middle(text: str, line: float, start: float, end: float, within: float = 0.0) -> str:
+        begins, ends = LineCut(line, start, within, end).places(text)
+        return text[begins:ends]
+
+    for number, line in enumerate(line for line in PYTHON.split("\n") if line.strip()):  # of 6 lines with text
+        at = (number + 0.5) / 6
+        assert middle(PYTHON, at, 0.0, 0.0) == line and middle(PYTHON, at, 0.5, 0.0) == line.lstrip()
+        assert middle(PYTHON, at, 0.9, 0.0, within=0.5) == line[len(line) // 2 :]
+    assert middle(PYTHON, 0.4, 0.5, 0.9) == "for item in items:\n        if item:\n\n            return item"
+    assert middle(PYTHON, 0.2, 0.0, 0.9) == PYTHON.partition("\n\n")[2].rstrip("\n")
+    assert middle(PYTHON, 0.9, 0.0, 0.9) == "    return None"
+    assert middle(C, 0.2, 0.5, 0.9) == "if (x) {\n\t\treturn 1;\n\t}"
+    assert middle(C, 0.0, 0.0, 0.9) == C.partition("\nint y")[0]
+    assert middle("a = f(\n    1", 0.9, 0.0, 0.9) == "a = f(", "a line that is not whole is in no middle"
+    assert [LineCut(0.5, 0.5, 0.5, 0.5).places(text) for text in ("", "x", "\n\n", "  \nx")] == [None] * 4
+    assert end_of_block(["a", ")"], 0) == 0, "a bracket closes what has something in it"
+
+
+def test_pieces_are_cut_at_lines_in_the_share_that_is_set_and_the_others_stay_as_they_are():
+    ids = document(BPE, PYTHON * 200)
+    kinds = np.concatenate(
+        [cut_document(ids, BPE, Shares(0.5, 0.5, 0.25), 64, bytes([d])).table[:, 1] for d in range(9)]
+    )
+    shares = np.bincount(kinds, minlength=5) / len(kinds)
+    assert len(kinds) > 900 and shares == pytest.approx([0.5, 0.1875, 0.1875, 0.0625, 0.0625], abs=0.04)
+    pieces = cut_document(ids, BPE, Shares(1.0, 0.0, 1.0), 64, b"x")
+    for piece, kind in zip(np.split(pieces.ids, pieces.table[:, 0].cumsum()[:-1]), pieces.table[:, 1]):
+        _, _, suffix = parts_of(piece.tolist(), PSM, BPE.fim)
+        assert kind == PSM_LINES and BPE.decode(suffix).startswith("\n")
+    one = cut_document(document(BPE, "x = 1"), BPE, Shares(1.0, 1.0, 1.0), 64, b"x")
+    assert one.table[:, 1].tolist() == [SPM], "without a whole line it is cut at two characters, and counted so"
 
 
 def test_a_prompt_to_fill_in_is_what_a_piece_begins_with():
     ids = document(BPE, CODE[0])
     for spm in (False, True):
-        piece = cut_document(ids, BPE, 1.0, float(spm), 64, b"x").ids.tolist()
+        piece = cut_document(ids, BPE, Shares(1.0, float(spm), 0), 64, b"x").ids.tolist()
         prefix, middle, suffix = parts_of(piece, SPM if spm else PSM, BPE.fim)
         for n in range(len(middle) + 1):  # in the joint form, the prefix ends anywhere before the middle
             before = prefix + (middle[:n] if spm else [])
@@ -182,7 +250,7 @@ def built(corpus, tmp_path_factory):
     """A config with fill-in-the-middle, and its data folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("built"))
-        cfg = with_fim(tiny_config(corpus / "email"), 0.5)
+        cfg = with_fim(tiny_config(corpus / "email"), 0.5, fim_line_share=0.5)
         return cfg, prepare(cfg).absolute()
 
 
@@ -308,6 +376,8 @@ def test_the_infilling_split_holds_the_held_out_documents_all_filled_in(built):
     val, infilling = TokenDataset(folder, "val"), open_split(cfg, folder, "val-infilling")
     assert (infilling.info.documents, infilling.info.bytes) == (val.info.documents, val.info.bytes)
     assert infilling.infills.all()
+    kinds = np.load(folder / "val-infilling-pieces.npy")[:, 1]
+    assert set(kinds.tolist()) == {PSM, SPM}, "whatever the training has, so that runs can be compared"
     model = ModelConfig(block_size=32, vocab_size=512)
     targets = np.concatenate([batch.targets[batch.targets != IGNORE] for batch in infilling.in_order(model, 4)])
     documents, counts = infilling.targets_in_order(model)

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import script
+from conftest import assert_one_clear_line, script
 
 from kindling.config_io import with_present_flags
 from kindling.runs.checkpoint import RunDirectory, verify
@@ -94,3 +94,9 @@ def test_it_is_exported_in_the_format_that_exports_have(work, form):
 def test_its_weights_have_the_names_of_now(work):
     model, folder = load_model(RunDirectory(work / "runs/old"), "cpu")
     assert folder.name == "step_000008" and model.n_parameters() == 13_232
+
+
+def test_its_vocabulary_cannot_fill_in_lines_which_is_said_before_anything_is_measured(work):
+    result = script("evaluate.py", "old", "--eval.benchmarks", "humaneval-infill", cwd=work)
+    assert_one_clear_line(result, "<fim_prefix>", "leave out the benchmarks that end in -infill")
+    assert "held-out losses" not in result.stderr
