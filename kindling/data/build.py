@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
+from kindling import hub
 from kindling.config_io import by_old_names
 from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
@@ -86,6 +87,7 @@ def require_inputs(cfg: Config, tokenizer: Tokenizer | None = None) -> None:
     for source in cfg.data.sources:
         require_paths(source)
     if any(map(is_on_hub, cfg.data.sources)) or (tokenizer is None and is_hub_tokenizer(cfg.tokenizer)):
+        hub.ask_ahead()
         files, folder = _files_and_folder(cfg, tokenizer)
         if not folder.is_dir():  # else the hub is not needed
             require_possible(cfg, files, tokenizer, DATA)
