@@ -258,7 +258,9 @@ def test_a_comparison_says_when_tokenizers_and_texts_differ(run, original, capsy
 def test_curves_of_different_parts_of_a_split_are_drawn_apart(run, original, monkeypatch, capsys):
     n_whole = run.heldout("val").n_targets
     drawn_figures, real = [], figures.compare_curves
-    monkeypatch.setattr(figures, "compare_curves", lambda *given: drawn_figures.append(real(*given)) or drawn_figures[-1])
+    monkeypatch.setattr(
+        figures, "compare_curves", lambda *given: drawn_figures.append(real(*given)) or drawn_figures[-1]
+    )
     for n_read, n_panels in ((n_whole, 1), (64, 2)):
         lines = [{"step": 0, "val_loss": 9.0, "val_bits_per_byte": 8.0, "val_tokens": n_read}]
         (run.path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
