@@ -4,12 +4,12 @@
     python autocomplete.py runs/demo --file main.c          # completes at the end of the file; - reads stdin
     python autocomplete.py runs/demo --prompt "def add(a, b):" --mode creative
 
-The process needs little more memory than the file has bytes, because the weights stay int8 (`kindling/int8/model.py`).
-The prompt is cropped from the left, so that the new text fits the context. Completion stops at end-of-text. `--kernel c`
-compiles a small kernel first, which is faster. Of the project it needs the folder `kindling/int8`; `healing.py`,
-`text_stream.py` and `numpy_sampling.py` of `kindling/generation/`; and `errors.py`, `help.py`, `output.py` and `paths.py` of
-`kindling/`.
+The weights stay int8, so it needs little more memory than the file has bytes. The prompt is cropped from the left, so that the
+new text fits the context. Completion stops at end-of-text.
 """
+
+# of the project, it needs the folder kindling/int8; healing.py, text_stream.py and numpy_sampling.py of kindling/generation/; and
+# errors.py, help.py, output.py and paths.py of kindling/
 
 from __future__ import annotations
 
@@ -143,30 +143,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog=None if __name__ == "__main__" else "autocomplete.py",
         usage="%(prog)s DIR [flags]",
         description="\n".join(wrapped(__doc__, width)),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=width),
         add_help=False,
     )
     parser.add_argument("--help", "--help-all", "-h", action="help", help="show this, then stop")
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="an export to int8, or a run's folder, or its name under runs/"
+        "folder", type=Path, metavar="DIR", help="an export to int8, or the run's folder or its name under runs/"
     )
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--prompt", help="complete this text")
+    text.add_argument("--prompt", metavar="TEXT", help="complete this text")
     text.add_argument("--file", help="complete at the end of this file; -: stdin")
     parser.add_argument(
-        "--mode", choices=MODES, default="autocomplete", help="sets temperature and top-k (default: %(default)s)"
+        "--mode",
+        choices=MODES,
+        metavar="MODE",
+        default="autocomplete",
+        help=f"{' or '.join(MODES)} (default: %(default)s)",
     )
-    parser.add_argument("--temperature", type=float, help="0: greedy (default: the mode's, 0.2 or 0.8)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy (default: the mode's, 0.2 or 0.8)")
     parser.add_argument(
-        "--top-k", type=int, help="draw from this many most likely tokens, 0: all (default: the mode's, 10 or 50)"
+        "--top-k", type=int, metavar="K", help="draw from the K most likely, 0: all (default: the mode's, 10 or 50)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="stop after this many new tokens (default: %(default)s)"
+        "--max-new-tokens", type=int, metavar="N", default=64, help="stop after N tokens (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument(
-        "--kernel", choices=("numpy", "c"), default="numpy", help="c: compile a kernel for this machine first"
+        "--seed", type=int, metavar="N", default=0, help="the same seed gives the same text (default: %(default)s)"
     )
+    parser.add_argument("--kernel", choices=("numpy", "c"), default="numpy", help="c: compile a faster kernel first")
     parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
     known = [flag.strip("-") for action in parser._actions for flag in action.option_strings]
     for word in argv:  # argparse would first ask for what is missing

@@ -67,7 +67,7 @@ def answer(flags: Flags) -> int:
         cfg, folder = flags.config, prepare(flags.config)
         print(f"reading {folder}, the build of these settings; --run NAME reads that of a run", file=sys.stderr)
     else:
-        from kindling.runs.loading import build_of_run  # imports torch
+        from kindling.runs.loading import build_of_run
 
         cfg, folder = build_of_run(flags.run)
     if flags.explain is not None:

@@ -144,10 +144,11 @@ def chat_format(run: RunDirectory) -> ChatFormat | None:
 def require(flags: Flags, run: RunDirectory) -> None:
     """Raise a KindlingError before the long work, if the run cannot be written or asked, or a text or a task does not exist."""
     from kindling.data.infilling import require_fim
-    from kindling.evaluation.tasks import INFILL
+    from kindling.evaluation.tasks import INFILL, require_sources
 
     if not os.access(run.path, os.W_OK):
         raise EvaluationError(f"{run.path} must be writable for the results, but is not; correct its permissions")
+    require_sources(flags.eval)
     for path in flags.text:
         if not path.is_file():
             raise EvaluationError(f"--text must name files that exist, but {path} does not; check the path")
@@ -297,11 +298,11 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
     from kindling.evaluation.perplexity import text_losses
     from kindling.evaluation.progress import progress_bar
 
-    flags, out = subject.flags, {}
+    flags, out, model, tokenizer = subject.flags, {}, subject.model, subject.tokenizer
+    how = (subject.runtime, flags.field, flags.eval.stride, subject.config.train.evaluation_rows)
     for path in flags.text:
         with progress_bar(path.name[:16], 0, "token") as bar:
-            how = (flags.field, flags.eval.stride, subject.config.train.evaluation_rows, bar.update)
-            losses = text_losses(subject.model, subject.tokenizer, path, subject.runtime, *how)
+            losses = text_losses(model, tokenizer, path, *how, bar.update)
         out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
     return out
 
@@ -373,6 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse(argv)
     require_runs(flags.run, *flags.compare)
     from kindling.distributed import process_group, require_single_process
+    from kindling.runs.loading import load_model
 
     if flags.compare:
         require_single_process("--compare")
@@ -381,13 +383,12 @@ def main(argv: list[str] | None = None) -> int:
     if flags.grade:
         require_single_process("--grade")
         return grade_earlier(flags)
-    from kindling.device import resolve
-    from kindling.runs.loading import load_model
-
     with process_group(flags.device) as world:
         run, checkpoint = world.on_main(lambda: chosen(flags))
         flags.eval = world.on_main(lambda: without_python(flags.eval, argv, run))
         config = run.config()
+        from kindling.device import resolve  # imports torch
+
         runtime = resolve(replace(config.train, device=flags.device), world)
         model, _ = load_model(run, runtime.device, checkpoint)
         return evaluate(EvalContext(run, config, checkpoint, model, run.tokenizer(), runtime, flags))

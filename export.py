@@ -182,9 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write an export, and print how it compares with the run."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_runs(flags.run)
-    import torch
-
-    from kindling.runs.loading import find_run, load_model
+    from kindling.runs.loading import find_run, load_model, require_checkpoint
     from kindling.sample_prompts import prompt_flag
 
     if flags.type is not None and flags.to != "gguf":
@@ -193,7 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{run.path.resolve().name}-{kind}.gguf" if flags.to == "gguf" else flags.to
     out = run.path / "export" / name if flags.out is None else flags.out
     require_place(out, flags.replace)
-    loaded, checkpoint = load_model(run, torch.device("cpu"))
+    checkpoint = require_checkpoint(run)
+    import torch
+
+    loaded, _ = load_model(run, torch.device("cpu"), checkpoint)
     model = loaded.for_generation()
     with written(out, flags.replace) as partial:
         if flags.to == "hf":

@@ -307,14 +307,18 @@ def main(argv: list[str] | None = None) -> int:
     text = None if flags.complete is None else read_text(flags.complete, "--complete")
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
     require_runs(flags.run)
-    from kindling.device import resolve
-    from kindling.generation.inference import prepare_for_inference
-    from kindling.runs.loading import find_run, load_model
+    from kindling.runs.loading import find_run, load_model, require_checkpoint
 
     run = find_run(flags.run)
     if flags.chat:
         _require_chat(run)
-    loaded, _ = load_model(run, resolve(replace(run.config().train, device=flags.device)).device)
+    checkpoint = require_checkpoint(run)
+    from kindling.device import resolve  # imports torch
+
+    device = resolve(replace(run.config().train, device=flags.device)).device
+    from kindling.generation.inference import prepare_for_inference
+
+    loaded, _ = load_model(run, device, checkpoint)
     model = prepare_for_inference(loaded, flags.precision)
     if flags.chat:
         _chat(run, model, flags.sampling)

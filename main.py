@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
 from kindling.data.build import require_documents
+from kindling.distributed import require_single_process
+from kindling.runs.checkpoint import RUNS, RunDirectory, step_of
 from kindling.sample_prompts import generate_command, knows_no_python
 from kindling.stopping import exit_on_sigterm
+from kindling.training.early_checks import check_inputs
 
 if TYPE_CHECKING:
     from kindling.training.trainer import Trainer
@@ -38,22 +41,22 @@ def main(argv: list[str] | None = None) -> int:
     """Train the run that the command line describes, or with --dry-run only measure it."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_documents(flags.config)
+    run = RunDirectory(RUNS / flags.config.run_name)
     if flags.dry_run:
+        require_single_process("--dry-run")
         from kindling import device
-        from kindling.distributed import require_single_process
-        from kindling.runs.checkpoint import RUNS, RunDirectory, step_of
         from kindling.training.dry_run import dry_run
         from kindling.training.start_or_resume import new_model
 
-        require_single_process("--dry-run")
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
-        saved = [] if flags.fresh else RunDirectory(RUNS / flags.config.run_name).checkpoints()
+        saved = [] if flags.fresh else run.checkpoints()
         done = step_of(saved[-1]) if saved else 0
         print(dry_run(flags.config, new_model(flags.config, runtime), runtime, done))
         print("this was a dry run: nothing was written; next: the same command without --dry-run")
         return 0
-    from kindling.training.stage import train_stage
+    check_inputs(flags.config, run, run.exists() and not flags.fresh)
+    from kindling.training.stage import train_stage  # imports torch
 
     return train_stage(flags.config, flags.fresh, report)
 

@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     named = flags.base or flags.config.train.init_from or flags.run
     path = None if named is None else expand_home(named, "the base run")
     require_runs(path)
-    from kindling.runs.loading import find_run  # imports torch
+    from kindling.runs.loading import find_run
 
     base = find_run(path, pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
@@ -119,23 +119,30 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.data.build import prepare
     from kindling.data.examples import open_split, training_rows
     from kindling.distributed import require_single_process
-    from kindling.runs.checkpoint import CheckpointError
-    from kindling.training.stage import audit_examples, train_stage
+    from kindling.errors import CheckpointError
+    from kindling.runs.checkpoint import RUNS, RunDirectory
+    from kindling.training.early_checks import check_inputs
 
     cfg = configured(flags, base)
     if not base.checkpoints():
         raise CheckpointError(
             f"{base.path} must have a checkpoint to fine-tune, but has none; train it first with main.py"
         )
+    tokenizer = base.tokenizer()
     if flags.explain is None and not flags.audit:
+        run = RunDirectory(RUNS / cfg.run_name)
+        check_inputs(cfg, run, run.exists() and not flags.fresh, tokenizer)
+        from kindling.training.stage import train_stage  # imports torch
+
         return train_stage(cfg, flags.fresh, report, base)
     require_single_process("--audit" if flags.explain is None else "--explain")
-    tokenizer = base.tokenizer()
     dataset = open_split(cfg, prepare(cfg, tokenizer), "train")
     if flags.explain is not None:
         print(f"reading {dataset.folder}, of these settings; --run names a run's", file=sys.stderr)
         print(explain_path(cfg, dataset.folder, flags.explain))
         return 0
+    from kindling.training.stage import audit_examples  # imports torch
+
     audit_examples(cfg, training_rows(cfg, dataset), tokenizer)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--audit"]
     print(f"this was the audit alone: nothing was trained; next: python sft_train.py {shlex.join(given)}".rstrip())

@@ -28,6 +28,7 @@ from kindling.paths import require_runs
 from kindling.rows import DAMAGE, open_text
 
 if TYPE_CHECKING:
+    from kindling.plots.figures import Compared
     from kindling.plots.inspection import InspectedRun, Text
     from kindling.runs.checkpoint import RunDirectory
 
@@ -154,8 +155,6 @@ def texts_of(manifest: dict[str, Any], split: str) -> tuple[int, int]:
 def compare(paths: list[Path]) -> None:
     """Draw the curves of several runs in one plot, in the folder of the first run."""
     from kindling.data.shards import read_manifest
-    from kindling.plots.figures import Compared, compare_curves, png
-    from kindling.plots.inspection import curves_of
     from kindling.public_paths import public_names
     from kindling.runs.loading import find_run
     from kindling.runs.metrics import read_metrics
@@ -164,25 +163,21 @@ def compare(paths: list[Path]) -> None:
     if len({run.path.resolve() for run in runs}) < max(2, len(runs)):
         given = ", ".join(map(str, paths))
         raise VisualizationError(f"--compare must name two or more different runs, but names {given}; name others")
-    found = []
-    for run, name in zip(runs, public_names([run.path for run in runs])):
-        lines = read_metrics(run.path / "metrics.jsonl")
-        if not lines:
-            raise VisualizationError(
-                f"{run.path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
-            )
-        manifest = read_manifest(run.data)
-        tokenizer, (train, val) = manifest["tokenizer_sha256"], (texts_of(manifest, s) for s in ("train", "val"))
-        found.append(Compared(name, curves_of(lines), (tokenizer, train), (tokenizer, val), val))
-    notes = []
-    if len({c.training[0] for c in found}) > 1:
-        notes.append(
-            "The runs have different tokenizers: loss does not compare; bits per byte does, on the same texts."
+    metrics = [read_metrics(run.path / "metrics.jsonl") for run in runs]
+    if without := [run for run, lines in zip(runs, metrics) if not lines]:
+        raise VisualizationError(
+            f"{without[0].path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
         )
-    if len({c.training[1] for c in found}) > 1:
-        notes.append("The runs are trained on different texts: their training losses do not compare.")
-    if len({c.held_out for c in found}) > 1:
-        notes.append("The runs hold out different texts: their validation curves do not compare.")
+    from kindling.plots.figures import Compared, compare_curves, png
+    from kindling.plots.inspection import curves_of  # imports torch
+
+    found = []
+    for run, name, lines in zip(runs, public_names([run.path for run in runs]), metrics):
+        manifest, curves = read_manifest(run.data), curves_of(lines)
+        tokenizer, (train, val) = manifest["tokenizer_sha256"], (texts_of(manifest, s) for s in ("train", "val"))
+        held_out = (val, part_of_split(run, tokenizer, curves.val_read))
+        found.append(Compared(name, curves, (tokenizer, train), (tokenizer, held_out), held_out))
+    notes = notes_on(found)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     folder = runs[0].path / PLOTS
@@ -190,22 +185,52 @@ def compare(paths: list[Path]) -> None:
     print(f"written to {folder / CURVES}")
 
 
+def part_of_split(run: RunDirectory, tokenizer: str, n_read: int | None) -> tuple[int, int, str] | None:
+    """Return what tells the part of the split that a run is validated on from other parts; None: it is the whole split.
+
+    A part is so many rows as long as the context, evenly spaced, so it depends on both and on the tokenizer.
+    """
+    if n_read is None or n_read == run.heldout("val").n_targets:
+        return None
+    return n_read, run.config().model.block_size, tokenizer
+
+
+def notes_on(found: list[Compared]) -> list[str]:
+    """Return a sentence on each thing that does not compare."""
+    notes = []
+    if len({c.training[0] for c in found}) > 1:
+        notes.append(
+            "The runs have different tokenizers: loss does not compare; bits per byte does, on the same texts."
+        )
+    if len({c.training[1] for c in found}) > 1:
+        notes.append("The runs are trained on different texts: their training losses do not compare.")
+    if len({c.held_out[0] for c in found}) > 1:
+        notes.append("The runs hold out different texts: their validation curves do not compare.")
+    elif len({c.held_out[1] for c in found}) > 1:
+        read = (f"{c.name} on {f'{c.held_out[1][0]:,} tokens' if c.held_out[1] else 'the whole'}" for c in found)
+        notes.append(f"The runs are validated on different parts of the held-out texts ({', '.join(read)}).")
+    return notes
+
+
 def main(argv: list[str] | None = None) -> int:
     """Draw a run, or the curves of several runs."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_runs(flags.run, *flags.compare)
+    from kindling.runs.loading import find_run, load_model, require_checkpoint
+
     if flags.compare:
         compare([*([] if flags.run is None else [flags.run]), *flags.compare])
         return 0
-    from kindling.device import resolve
-    from kindling.plots.inspection import InspectedRun
-    from kindling.plots.run_report import report_of
-    from kindling.runs.loading import find_run, load_model
-
     run = find_run(flags.run)
     given = require(flags, run)
-    runtime = resolve(replace(run.config().train, device=flags.device))
-    model, checkpoint = load_model(run, runtime.device)
+    checkpoint, train = require_checkpoint(run), run.config().train
+    from kindling.device import resolve  # imports torch
+
+    runtime = resolve(replace(train, device=flags.device))
+    from kindling.plots.inspection import InspectedRun
+    from kindling.plots.run_report import report_of
+
+    model, _ = load_model(run, runtime.device, checkpoint)
     subject = InspectedRun(run, model, checkpoint, run.tokenizer(), runtime)
     text = text_of(subject, flags, given)
     plots = draw(subject, text)

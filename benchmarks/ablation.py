@@ -80,7 +80,7 @@ def trainer_of(cfg: Config, data: Path) -> Trainer:
     runtime = device.resolve(cfg.train)
     model, rows = new_model(cfg, runtime), training_rows(cfg, TokenDataset(data, "train"))
     model.train()
-    return Trainer(cfg, RunDirectory(Path(os.devnull)), model, rows, lambda _: {}, runtime)
+    return Trainer(cfg, RunDirectory(Path(os.devnull)), model, rows, None, runtime)
 
 
 def measure(cfg: Config, data: Path, beside: Trainer) -> dict[str, Any]:

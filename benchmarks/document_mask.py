@@ -47,7 +47,7 @@ def main() -> None:
         device.seed_all(0)
         c = replace(cfg, train=train, model=replace(cfg.model, document_mask=mask))
         model = build_model(c.model).to(runtime.device)
-        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, RandomRows(c.model), lambda _: {}, runtime))
+        trainers.append(Trainer(c, RunDirectory(Path(os.devnull)), model, RandomRows(c.model), None, runtime))
         trainers[-1].compile()
         for _ in range(3):
             trainers[-1].train_step()

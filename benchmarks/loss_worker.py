@@ -164,7 +164,7 @@ def train_ours(spec: Spec) -> dict[str, Any]:
 
     loss_of = summed_loss_of(model, runtime)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(cfg, RunDirectory(Path(folder, "run")), model, rows, lambda _: {}, runtime)
+        trainer = Trainer(cfg, RunDirectory(Path(folder, "run")), model, rows, None, runtime)
         curve = Curve(spec, loss_of, cfg.model)
         model.train()
         compiled = wants_compile(cfg, model, runtime) and trainer.compile()

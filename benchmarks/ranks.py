@@ -49,7 +49,7 @@ def measure(shape: str, compiled: bool, result: Path) -> None:
         runtime = device.resolve(train, world)
         device.seed_all(0)
         model = build_model(cfg.model).to(runtime.device)
-        trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), lambda _: {}, runtime)
+        trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), None, runtime)
         if compiled:
             trainer.compile()
         seconds: list[float] = []

@@ -174,7 +174,7 @@ def variants(cfg: Config, examples: Examples, n_packed: int, runtime: Runtime) -
         train = replace(cfg.train, batch_size=n_rows, micro_batch_size=None, packing=name == PACKED)
         model = build_model(cfg.model).to(runtime.device)
         c = replace(cfg, train=train)
-        return Variant(name, Trainer(c, RunDirectory(Path(os.devnull)), model, batches, lambda _: {}, runtime), wasted)
+        return Variant(name, Trainer(c, RunDirectory(Path(os.devnull)), model, batches, None, runtime), wasted)
 
     return [
         variant(PACKED, packed, n_packed, packed.wasted),

@@ -97,7 +97,7 @@ def our_training(cfg: Config, runtime: Runtime, compiled: bool) -> Training:
 
     device.seed_all(0)
     model = build_model(cfg.model).to(runtime.device)
-    trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), lambda _: {}, runtime)
+    trainer = Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), None, runtime)
     model.train()
     compile_s = None
     if compiled:

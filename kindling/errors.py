@@ -30,6 +30,10 @@ class ConfigError(KindlingError):
     """A setting that cannot be used."""
 
 
+class CheckpointError(KindlingError):
+    """A run or checkpoint cannot be found, trusted, written or loaded."""
+
+
 def require(holds: bool, field: str, must: str, given: Any, mend: str) -> None:
     """Raise a ConfigError of one line unless `holds`.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,8 +24,8 @@ ANSWER_S = 1.5  # seconds in which the hub must answer
 
 
 @cache
-def _why_unreachable(endpoint: str) -> str | None:
-    """Return why a hub cannot be reached, or None if it answers, whatever it says. Asks once in a process."""
+def _asked(endpoint: str) -> tuple[Thread, list[str | None], float]:
+    """Ask a hub in a thread, once in a process. Return the thread, where it puts what it finds, and when to stop waiting."""
     from huggingface_hub import get_session
 
     said: list[str | None] = []
@@ -38,7 +39,22 @@ def _why_unreachable(endpoint: str) -> str | None:
 
     asking = Thread(target=ask, daemon=True)  # a look-up of the name has no time limit of its own
     asking.start()
-    asking.join(ANSWER_S)
+    return asking, said, time.monotonic() + ANSWER_S
+
+
+def ask_ahead() -> None:
+    """Ask the hub without waiting, so that it answers while something else is done, unless the environment says not to ask."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        _asked(constants.ENDPOINT)
+
+
+@cache
+def _why_unreachable(endpoint: str) -> str | None:
+    """Return why a hub cannot be reached, or None if it answers, whatever it says."""
+    asking, said, end = _asked(endpoint)
+    asking.join(max(0.0, end - time.monotonic()))
     found = said[0] if said else f"no answer in {ANSWER_S:g} s"
     return None if found is None else f"{endpoint} does not answer ({found})"
 

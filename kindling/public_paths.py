@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import Config, SourceConfig
+from config import Config, SourceConfig, TokenizerConfig
 from kindling.errors import KindlingError
 from kindling.paths import expand_home
 from kindling.tables import Section
@@ -103,3 +103,9 @@ def is_on_hub(source: SourceConfig) -> bool:
     """Return whether a source is a data set of the hub, and not a folder laid out like one."""
     path = source.path or ""
     return source.kind == "datasets" and path[:1] not in ("", ".", "/", "~") and not Path(path).is_dir()
+
+
+def is_hub_tokenizer(cfg: TokenizerConfig) -> bool:
+    """Return whether a tokenizer has a name on the hub, and is no file or folder."""
+    path = expand_home(cfg.path or "", "tokenizer.path")
+    return cfg.kind == "pretrained" and not (path.exists() or path.suffix == ".json" or path.is_absolute())

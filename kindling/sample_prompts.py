@@ -23,21 +23,22 @@ def sample_prompts(cfg: Config) -> tuple[str, ...]:
 
 
 def knows_no_python(cfg: Config) -> bool:
-    """Return whether all data of a run say that they are in another language, so that it is not asked for Python."""
-    languages = [source.language for source in cfg.data.sources]
-    of_others = all(language is not None and language.lower() != "python" for language in languages)
-    return of_others and cfg.train.init_from is None and not cfg.data.instructions
+    """Return whether it is certain that no data of a run are Python, so that it is not evaluated on Python."""
+    certain = all(_has_python(source) is False for source in cfg.data.sources)
+    return certain and cfg.train.init_from is None and not cfg.data.instructions
 
 
-def _has_python(source: SourceConfig) -> bool:
-    """Return whether a source holds Python, as far as its settings say."""
+def _has_python(source: SourceConfig) -> bool | None:
+    """Return whether a source holds Python, as far as its settings say; None: they do not say."""
     if source.language is not None:
         return source.language.lower() == "python"
     if source.kind == "files":
         return any(glob.endswith((".py", "*")) for glob in source.file_globs) or str(source.path).endswith(".py")
-    if source.kind in ("jsonl", "parquet", "datasets"):
-        return source.field == "content"  # the column of code in The Stack and its kin; prose is in `text`
-    return source.kind in ("local-python", "docstrings")
+    if source.kind in ("local-python", "docstrings"):
+        return True
+    if source.kind != "text" and source.field == "content":  # the column of code in The Stack and its kin
+        return True
+    return None  # rows of `text` are most often prose, but can be anything
 
 
 def prompt_flag(cfg: Config) -> str:

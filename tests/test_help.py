@@ -38,7 +38,7 @@ def defaults(module):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_one_screen_and_no_line_is_wider_than_the_terminal(script, monkeypatch):
-    for columns in (80, 120):
+    for columns in (60, 80, 120):
         lines = shown(script, "--help", monkeypatch, columns)
         assert len(lines) <= 40, len(lines)
         assert max(map(len, lines)) <= columns, max(lines, key=len)

@@ -96,6 +96,7 @@ def test_a_hub_that_answers_anything_is_reachable_and_asked_once(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.ask_ahead()
     for _ in range(2):
         with hub.cache_if_unreachable() as why:
             assert why is None and not hub.is_offline()
@@ -108,6 +109,8 @@ def test_offline_by_the_environment_asks_nobody(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "_why_unreachable", lambda endpoint: pytest.fail("it was asked"))
+    monkeypatch.setattr(hub, "_asked", lambda endpoint: pytest.fail("it was asked"))
+    hub.ask_ahead()
     with hub.cache_if_unreachable() as why:
         assert why is None and hub.is_offline()
 

@@ -66,8 +66,10 @@ def test_a_shell_reads_the_first_line_of_the_prompt(prompt):
 
 def test_only_a_run_whose_data_are_all_of_other_languages_knows_no_python():
     stories, code = SourceConfig(kind="text", path="x", language="english"), SourceConfig(kind="local-python")
-    unknown = SourceConfig(kind="text", path="x")
-    for sources, expected in [((stories,), True), ((stories, code), False), ((unknown,), False)]:
+    unknown, notes = SourceConfig(kind="text", path="x"), SourceConfig(kind="files", path="x", globs=("**/*.md",))
+    rows = SourceConfig(kind="jsonl", path="x", field="text")
+    of_others = [((stories,), True), ((stories, notes), True)]
+    for sources, expected in [*of_others, ((stories, code), False), ((unknown,), False), ((notes, rows), False)]:
         cfg = replace(preset("demo"), data=replace(preset("demo").data, sources=sources))
         assert knows_no_python(cfg) is expected
     cfg = replace(preset("tinystories"), train=replace(preset("tinystories").train, init_from="runs/demo"))

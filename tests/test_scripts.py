@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -461,6 +462,61 @@ def test_help_comes_without_loading_torch(name, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--help" in result.stdout
+
+
+MISTAKES = (
+    "main.py --data.sources.0.kind files --data.sources.0.path nowhere",
+    "main.py --train.init-from nosuch",
+    "main.py --train.init-from bare",
+    "main.py --tokenizer.kind pretrained --tokenizer.path /nowhere/tokenizer.json",
+    "main.py --name old --model.n-layer 3",
+    "main.py --preset tinystories",
+    "main.py --tokenizer.kind pretrained --tokenizer.path nobody/nothing",
+    "sft_train.py nosuch",
+    "sft_train.py bare",
+    "sft_train.py old --model.n-layer 3",
+    "sft_train.py old --run old",
+    "sft_train.py old --name new --preset alpaca --data.sources.0.kind jsonl --data.sources.0.path nowhere.jsonl",
+    "evaluate.py bare",
+    "evaluate.py old --text nofile",
+    "evaluate.py old --eval.humaneval nobody/nothing",
+    "evaluate.py --compare old bare",
+    "generate.py bare",
+    "generate.py old --chat",
+    "export.py bare",
+    "export.py old --type q8_0",
+    "visualize.py bare",
+    "visualize.py old --file nofile",
+    "visualize.py --compare old",
+    "visualize.py --compare old bare",
+    "data_pipeline.py --run bare --explain x",
+)
+
+
+def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):
+    with tarfile.open(ROOT / "tests/runs/old_run.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    shutil.copytree(tmp_path / "runs/old", tmp_path / "runs/bare")
+    shutil.rmtree(tmp_path / "runs/bare/step_000008")
+    (tmp_path / "runs/bare/metrics.jsonl").write_text("", encoding="utf-8")
+    shutil.rmtree(tmp_path / "data")
+    code = (
+        "import importlib, sys\nfrom kindling.errors import KindlingError\n"
+        f"for line in {MISTAKES!r}:\n"
+        "    name, *argv = line.split()\n"
+        "    try: importlib.import_module(name.removesuffix('.py')).main(argv)\n"
+        "    except KindlingError as e: print(e)\n"
+        "    else: raise AssertionError(f'{line} is no mistake')\n"
+        "    assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), line\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    answers = result.stdout.splitlines()
+    assert len(answers) == len(MISTAKES), result.stdout  # one line each
+    assert sum("http://127.0.0.1:9 does not answer" in answer for answer in answers) == 3, result.stdout
 
 
 def test_config_py_lists_the_presets(tmp_path):

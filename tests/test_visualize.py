@@ -13,7 +13,7 @@ from config import ModelConfig
 from kindling.data.shards import with_checksum
 from kindling.errors import KindlingError
 from kindling.files import write_json
-from kindling.plots import run_report
+from kindling.plots import figures, run_report
 from kindling.plots.inspection import given_text
 from kindling.runs.checkpoint import RunDirectory, weights_sha256
 from visualize import main, write_all
@@ -253,6 +253,23 @@ def test_a_comparison_says_when_tokenizers_and_texts_differ(run, original, capsy
     assert main([str(run.path), "--compare", str(original.path)]) == 0
     said = capsys.readouterr().err
     assert "different tokenizers" in said and "hold out different texts" in said
+
+
+def test_curves_of_different_parts_of_a_split_are_drawn_apart(run, original, monkeypatch, capsys):
+    n_whole = run.heldout("val").n_targets
+    drawn_figures, real = [], figures.compare_curves
+    monkeypatch.setattr(
+        figures, "compare_curves", lambda *given: drawn_figures.append(real(*given)) or drawn_figures[-1]
+    )
+    for n_read, n_panels in ((n_whole, 1), (64, 2)):
+        lines = [{"step": 0, "val_loss": 9.0, "val_bits_per_byte": 8.0, "val_tokens": n_read}]
+        (run.path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+        assert main([str(run.path), "--compare", str(original.path)]) == 0
+        titles = [ax.get_title(loc="left") for ax in drawn_figures[-1].axes]
+        for measure in ("Validation loss", "Validation bits per byte"):
+            assert sum(title.startswith(measure) for title in titles) == n_panels
+        said = capsys.readouterr().err
+        assert ("on 64 tokens" in said and "on the whole" in said) == (n_panels == 2)
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
+from kindling import hub
 from kindling.config_io import by_old_names
 from kindling.data.duplicates import benchmark_files
 from kindling.data.examples import ExampleWriter
@@ -37,10 +38,11 @@ from kindling.data.preflight import require_fits, require_possible, require_toke
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.prompts import rendered_template
 from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
-from kindling.data.sources import SourceFiles, documents, local_files
+from kindling.data.sources import SourceFiles, documents, local_files, require_paths
 from kindling.data.workers import WorkerPool
 from kindling.files import sha256_text
 from kindling.paths import expand_home
+from kindling.public_paths import is_hub_tokenizer, is_on_hub
 from kindling.tokenization.tokenizer import Tokenizer, load_pretrained, require_room, train
 
 DATA = Path("data")
@@ -70,13 +72,31 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
         )
     if tokenizer is None:
         require_tokenizer_file(cfg.tokenizer)
-    files = list_files(cfg)
-    folder = DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
+    files, folder = _files_and_folder(cfg, tokenizer)
     if folder.is_dir():
         for broken in read_manifest(folder).get("broken", []):
             print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
         return folder
     return build(cfg, files, folder, require_possible(cfg, files, tokenizer, DATA))
+
+
+def require_inputs(cfg: Config, tokenizer: Tokenizer | None = None) -> None:
+    """Raise KindlingError within seconds if `prepare` would find a file, a folder or the hub missing; build nothing."""
+    if tokenizer is None:
+        require_tokenizer_file(cfg.tokenizer)
+    for source in cfg.data.sources:
+        require_paths(source)
+    if any(map(is_on_hub, cfg.data.sources)) or (tokenizer is None and is_hub_tokenizer(cfg.tokenizer)):
+        hub.ask_ahead()
+        files, folder = _files_and_folder(cfg, tokenizer)
+        if not folder.is_dir():  # else the hub is not needed
+            require_possible(cfg, files, tokenizer, DATA)
+
+
+def _files_and_folder(cfg: Config, tokenizer: Tokenizer | None) -> tuple[SourceFiles, Path]:
+    """Return the files of each source, and the folder of the shards that are made of them."""
+    files = list_files(cfg)
+    return files, DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
 
 
 def list_files(cfg: Config) -> SourceFiles:

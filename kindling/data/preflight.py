@@ -13,6 +13,7 @@ from kindling.data.prompts import Exchange, encode
 from kindling.data.shards import DataError
 from kindling.data.sources import WHOLE_FILES, SourceFiles, require_answer
 from kindling.paths import expand_home
+from kindling.public_paths import is_hub_tokenizer
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, load_pretrained, require_room
 
 BYTES_PER_TOKEN = 5  # of text: more than tokenizers have on average, so that the estimate is rather too small
@@ -44,7 +45,7 @@ def require_possible(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | Non
 def require_tokenizer_file(cfg: TokenizerConfig) -> None:
     """Raise TokenizerError if a pretrained tokenizer must be a file and does not exist, before any source is listed."""
     path = expand_home(cfg.path or "", "tokenizer.path")
-    if cfg.kind == "pretrained" and (path.suffix == ".json" or path.is_absolute()) and not path.exists():
+    if cfg.kind == "pretrained" and not is_hub_tokenizer(cfg) and not path.exists():
         load_pretrained(cfg)
 
 

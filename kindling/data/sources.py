@@ -104,23 +104,31 @@ def source_roots(source: SourceConfig) -> dict[str, Path]:
     return {prefix: Path(root) for prefix, root in roots.items() if Path(root).is_dir()}
 
 
+def require_paths(source: SourceConfig) -> None:
+    """Raise DataError if the file or folder of a local source does not exist."""
+    if source.kind == "datasets":
+        return
+    for root in source_roots(source).values():
+        if not (root.is_dir() or root.is_file()):
+            raise DataError(
+                f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
+                f"set --data.sources.0.path"
+            )
+
+
 def local_files(source: SourceConfig) -> list[LocalFile]:
     """List the files of a local source in its fixed pseudo-random order, cut to `max_bytes`.
 
     Raises DataError if the folder does not exist or no file matches.
     """
+    require_paths(source)
     files: list[LocalFile] = []
     for prefix, root in source_roots(source).items():
         if root.is_dir():
             files += _walk(root, prefix, source.file_globs)
-        elif root.is_file():
+        else:
             found = root.stat()
             files.append(LocalFile(root.name, root, found.st_size, found.st_mtime_ns))
-        else:
-            raise DataError(
-                f"data.sources.path must be a file or folder that exists, but {source.path!r} is not; "
-                f"set --data.sources.0.path"
-            )
     if not files:
         raise DataError(
             f"a source must hold at least one file, but {source.label} has none that matches {', '.join(source.file_globs)}; "

@@ -44,8 +44,8 @@ class Chosen:
 
     problems: list[tuple[Problem, int]]
     left_out: LeftOut
-    skipped: dict[str, str]
-    """Benchmarks that are skipped as a whole, because their prompts do not fit into the context."""
+    skipped: dict[str, dict[str, str]]
+    """The figures of benchmarks that are skipped as a whole, because their prompts do not fit into the context."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def evaluate_code(
     chosen = world.on_main(lambda: select_problems(heldout, tokenizer, chat, block_size, benchmarks, mode, cfg))
     problems, n_samples = chosen.problems, sum(count for _, count in chosen.problems)
     if not problems:
-        return CodeResults([], [], {"functional": _skipped(chosen)} if chosen.skipped else {})
+        return CodeResults([], [], {"functional": chosen.skipped} if chosen.skipped else {})
     own = problems[world.rank :: world.size]
     with progress_bar("writing samples", sum(count for _, count in own), "sample", world.main) as bar:
         parts = [iter(part) for part in world.gather(write(model, tokenizer, own, chat, cfg, bar.update))]
@@ -84,7 +84,22 @@ def evaluate_code(
         return CodeResults(samples, [])
     with progress_bar("running samples", n_samples, "sample") as bar:
         graded = grade_samples(samples, chat, mode, cfg, bar.update)
-    return CodeResults(samples, graded, code_figures(samples, graded, benchmarks, mode, cfg, chosen))
+    figures: dict[str, Any] = {}
+    written = [
+        (s, g) for s, g in zip(samples, graded) if s.problem.after is None
+    ]  # of the others, most is not the model's
+    if written:
+        figures["syntax"] = syntax([s for s, _ in written], [g for _, g in written], platform.python_version())
+    if written and cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & figures["syntax"]["by_prompt"].keys():
+        figures["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
+    if benchmarks and mode == "later":
+        figures["functional"] = {"skipped": "the samples were not run; `python evaluate.py RUN --grade` runs them"}
+    elif benchmarks:
+        run = [name for name in benchmarks if name not in chosen.skipped]
+        figures["functional"] = functional_figures(samples, graded, run, mode, chosen.left_out)
+    if benchmarks:
+        figures["functional"] |= chosen.skipped
+    return CodeResults(samples, graded, figures)
 
 
 def select_problems(
@@ -116,7 +131,7 @@ def select_problems(
             print(f"note: {name}: {describe_left_out(reasons)}", file=sys.stderr)
     for name, asked in loaded.items():
         out += [(problem, benchmarks[name]) for problem in asked if problem.task_id not in left_out.get(name, {})]
-    return Chosen(out, left_out, skipped)
+    return Chosen(out, left_out, {name: {"skipped": reason} for name, reason in skipped.items()})
 
 
 def asked_problems(name: str, cfg: EvalConfig) -> list[Problem]:
@@ -129,85 +144,49 @@ def asked_problems(name: str, cfg: EvalConfig) -> list[Problem]:
     return [p for p in problems if p.of in wanted]
 
 
-def _skipped(chosen: Chosen) -> dict[str, Any]:
-    return {name: {"skipped": reason} for name, reason in chosen.skipped.items()}
-
-
-def code_figures(
-    samples: Sequence[Sample],
-    graded: Sequence[GradedSample],
-    benchmarks: dict[str, int],
-    mode: When,
-    cfg: EvalConfig,
-    chosen: Chosen,
-) -> dict[str, Any]:
-    """Return the figures on syntax and functional correctness, as in eval.json."""
-    own = [(s, g) for s, g in zip(samples, graded) if s.problem.after is None]  # of the others, most is not the model's
-    out: dict[str, Any] = {}
-    if own:
-        out["syntax"] = syntax([s for s, _ in own], [g for _, g in own], platform.python_version())
-    if own and cfg.signatures and not {FUNCTIONS, INSTRUCTIONS} & out["syntax"]["by_prompt"].keys():
-        out["syntax"]["notes"] = ["there is no Python function or answer among what was held out"]
-    if benchmarks and mode == "later":
-        out["functional"] = {"skipped": "the samples were not run; `python evaluate.py RUN --grade` runs them"}
-    elif benchmarks:
-        run = [name for name in benchmarks if name not in chosen.skipped]
-        out["functional"] = functional_figures(samples, graded, run, mode, chosen.left_out)
-    return out | ({"functional": out["functional"] | _skipped(chosen)} if benchmarks else {})
-
-
 def functional_figures(
     samples: Sequence[Sample], graded: Sequence[GradedSample], benchmarks: Sequence[str], mode: When, left_out: LeftOut
 ) -> dict[str, Any]:
     """Return the figures on functional correctness of each benchmark, as in eval.json. `left_out` problems do not count."""
-    out = {}
+    out: dict[str, Any] = {}
     for name in benchmarks:
         reasons = left_out.get(name, {})
-        pairs = [
-            (s, g) for s, g in zip(samples, graded) if s.problem.benchmark == name and s.problem.task_id not in reasons
-        ]
-        out[name] = summary([s for s, _ in pairs], [g for _, g in pairs], mode) | (
-            {"left_out": reasons} if reasons else {}
-        )
-    return out
-
-
-def summary(samples: Sequence[Sample], graded: Sequence[GradedSample], mode: When) -> dict[str, Any]:
-    """Return the figures of one benchmark's samples."""
-    counts: dict[str, list[int]] = {}
-    levels: dict[str, str] = {}
-    for s, g in zip(samples, graded):
-        n_c = counts.setdefault(s.problem.task_id, [0, 0])
-        n_c[0] += 1
-        n_c[1] += g.verdict == "passed"
-        if s.problem.level is not None:
-            levels[s.problem.task_id] = str(s.problem.level)
-    fewest = min((n for n, _ in counts.values()), default=0)
-
-    def pass_at(tasks: Sequence[str]) -> dict[str, float]:
-        ks = [k for k in (1, 5, 10, 100) if k <= fewest]
-        return {str(k): float(sum(pass_at_k(n, c, k) for n, c in (counts[t] for t in tasks)) / len(tasks)) for k in ks}
-
-    out: dict[str, Any] = {
-        "problems": len(counts),
-        "samples_per_problem": fewest,
-        "pass_at": pass_at(list(counts)) if counts else {},
-        "verdicts": {v: sum(g.verdict == v for g in graded) for v in VERDICTS},
-        "cropped": len({s.problem.task_id for s in samples if s.cropped}),
-        "sandbox": mode,
-        "python": platform.python_version(),
-        "counts": [[task, n, c] for task, (n, c) in counts.items()],
-    }
-    whole = {s.problem.task_id: s.problem.of for s in samples if s.problem.after is not None}
-    out |= {"lines_of": len(set(whole.values()))} if whole else {}
-    if levels:
-        groups = {level: [t for t in counts if levels[t] == level] for level in sorted(set(levels.values()))}
-        out["by_level"] = {
-            level: {"problems": len(ts), "pass_at": pass_at(ts), "counts": [[t, *counts[t]] for t in ts]}
-            | ({"lines_of": len({whole[t] for t in ts})} if whole else {})
-            for level, ts in groups.items()
+        of_problem: dict[str, list[tuple[Sample, GradedSample]]] = {}
+        for s, g in zip(samples, graded):
+            if s.problem.benchmark == name and s.problem.task_id not in reasons:
+                of_problem.setdefault(s.problem.task_id, []).append((s, g))
+        pairs = [pair for found in of_problem.values() for pair in found]
+        counts = [[t, len(found), sum(g.verdict == "passed" for _, g in found)] for t, found in of_problem.items()]
+        fewest = min((n for _, n, _ in counts), default=0)
+        out[name] = {
+            "problems": len(counts),
+            "samples_per_problem": fewest,
+            "pass_at": pass_at(counts, fewest),
+            "verdicts": {v: sum(g.verdict == v for _, g in pairs) for v in VERDICTS},
+            "cropped": len({s.problem.task_id for s, _ in pairs if s.cropped}),
+            "sandbox": mode,
+            "python": platform.python_version(),
+            "counts": counts,
         }
+        whole = {s.problem.task_id: s.problem.of for s, _ in pairs if s.problem.after is not None}
+        out[name] |= {"lines_of": len(set(whole.values()))} if whole else {}
+        levels = {s.problem.task_id: str(s.problem.level) for s, _ in pairs if s.problem.level is not None}
+        if levels:
+            groups = {level: [c for c in counts if levels[c[0]] == level] for level in sorted(set(levels.values()))}
+            out[name]["by_level"] = {
+                level: {"problems": len(group), "pass_at": pass_at(group, fewest), "counts": group}
+                | ({"lines_of": len({whole[task] for task, *_ in group})} if whole else {})
+                for level, group in groups.items()
+            }
+        if reasons:
+            out[name]["left_out"] = reasons
     return out
+
+
+def pass_at(counts: Sequence[Sequence[Any]], fewest: int) -> dict[str, float]:
+    """Return the mean pass@k of problems, each with its name, samples and passes, for each k up to `fewest` samples."""
+    ks = [k for k in (1, 5, 10, 100) if k <= fewest]
+    return {str(k): float(sum(pass_at_k(n, c, k) for _, n, c in counts) / len(counts)) for k in ks}
 
 
 def syntax(samples: Sequence[Sample], graded: Sequence[GradedSample], python: str) -> dict[str, Any]:

@@ -136,6 +136,13 @@ def source_of(name: str, cfg: EvalConfig) -> str | None:
     return {"humaneval": cfg.humaneval, "mbpp": cfg.mbpp}.get(name.partition("-")[0])
 
 
+def require_sources(cfg: EvalConfig) -> None:
+    """Raise TaskError if a file or data set that the settings name for a benchmark cannot be read, and problems are wanted."""
+    for name in ("humaneval", "mbpp") if cfg.n_samples else ():
+        if (source := source_of(name, cfg)) is not None:
+            load(name, source)
+
+
 def file_of(name: str, cfg: EvalConfig) -> str:
     """Return the file with a benchmark's problems. For a data set on the hub, this is the file in `problems/`."""
     given = source_of(name, cfg)

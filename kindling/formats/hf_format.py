@@ -138,11 +138,6 @@ def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
     return compare(model, lambda row: theirs(row[None], use_cache=False).logits[0], rows)
 
 
-def holds_model(folder: Path) -> bool:
-    """Return whether a folder has the layout of a model on the hub, and is not a run."""
-    return (folder / CONFIG).is_file() and not (folder / "config.yaml").is_file()
-
-
 def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return config and weights of a folder with the hub's layout, in float32, under the names of our `GPT`.
 

@@ -53,6 +53,7 @@ class Curves:
     val_loss: np.ndarray
     val_perplexity: np.ndarray
     val_bits_per_byte: np.ndarray
+    val_read: int | None = None  # tokens of the split that each validation read; None: not recorded, so all of them
 
 
 class Histogram(NamedTuple):

@@ -101,6 +101,7 @@ def curves_of(lines: list[dict[str, Any]]) -> Curves:
         val_loss=column(validation, "val_loss"),
         val_perplexity=column(validation, "val_perplexity"),
         val_bits_per_byte=column(validation, "val_bits_per_byte"),
+        val_read=next(iter(read), None),
     )
 
 

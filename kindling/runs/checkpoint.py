@@ -8,6 +8,8 @@
 A checkpoint is written to a temporary directory, synced to disk, and renamed: under its final name it is always whole. Its
 manifest holds size and sha256 of each file, since neither torch.load nor safetensors notices a flipped byte. Loading
 verifies these first, falls back to the checkpoint before with a warning, and never unpickles code.
+
+torch is imported by the functions that need it, so a script can find a run and check its flags without waiting for torch.
 """
 
 from __future__ import annotations
@@ -19,22 +21,21 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from config import Config
 from kindling.config_io import from_yaml, to_yaml
 from kindling.data.examples import open_split
 from kindling.data.shards import SplitInfo, TokenDataset, checksum_matches, read_manifest, with_checksum
 from kindling.distributed import SINGLE_PROCESS, MainRankFailed, World
-from kindling.errors import one_line
+from kindling.errors import CheckpointError, one_line
 from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
 from kindling.paths import RUNS as RUNS
-from kindling.runs import fsdp
-from kindling.runs.fsdp import CheckpointError
 from kindling.tokenization.tokenizer import Tokenizer, load_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 SHARDED = "sharded"  # the folder that holds weights and optimiser state of a run with `train.parallel` fsdp
@@ -176,6 +177,8 @@ class RunDirectory:
 
         `optimizers` are saved beside the weights, and need not be in `state`. Raises CheckpointError on every rank.
         """
+        from kindling.runs import fsdp
+
         with self._writing(step, world) as partial:
 
             def begin() -> None:
@@ -212,6 +215,8 @@ class RunDirectory:
 
     def _finish(self, partial: Path, step: int, state: dict[str, Any]) -> Path:
         """Write the training state and the manifest, and rename the folder: under its final name it is whole."""
+        import torch
+
         torch.save(state, partial / STATE)
         sync(partial / STATE)
         files = {
@@ -336,6 +341,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if is_sharded_checkpoint(folder):
         load_sharded(folder, model)
         return
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -367,6 +373,8 @@ def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.opti
 
     Every rank of a sharded model must call it. Raises CheckpointError as `load_weights` does.
     """
+    from kindling.runs import fsdp
+
     fsdp.load(folder / SHARDED, model, optimizers)
 
 
@@ -376,6 +384,8 @@ def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:
     With `mapped`, tensors (twice the size of the weights) are read from the file only when they are used. Raises
     CheckpointError if the file cannot be loaded.
     """
+    import torch
+
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:

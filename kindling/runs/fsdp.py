@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from kindling.errors import KindlingError, one_line
+from kindling.errors import CheckpointError, one_line
 from kindling.files import sync, write_json
 from model import LanguageModel
 
@@ -44,10 +44,6 @@ STATE = (
     "optimizer"  # the first word of a tensor's name that is not a weight: optimizer.0.exp_avg.blocks.0.attn.qkv.weight
 )
 WEIGHTS_FILE, STATE_FILE = 1, 2  # numbers in the names of parts: weights can be read without optimiser state
-
-
-class CheckpointError(KindlingError):
-    """A run or checkpoint cannot be found, trusted, written or loaded."""
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

@@ -2,22 +2,27 @@
 
 run = find_run(Path("demo"))                    # or find_run(None): the newest run
 model, checkpoint = load_model(run, device)
+
+Only `load_model` imports torch.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from config import Config
 from kindling.data.build import DATA
 from kindling.data.shards import DataError, read_manifest
-from kindling.errors import KindlingError
+from kindling.errors import CheckpointError, KindlingError
 from kindling.paths import newest_run, require_run, runs_by_age
-from kindling.runs.checkpoint import RUNS, CheckpointError, RunDirectory, load_weights
-from model import LanguageModel, build_model
+from kindling.runs.checkpoint import RUNS, RunDirectory, load_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import LanguageModel
 
 
 def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
@@ -81,6 +86,8 @@ def require_checkpoint(run: RunDirectory) -> Path:
 
 def load_model(run: RunDirectory, device: torch.device, folder: Path | None = None) -> tuple[LanguageModel, Path]:
     """Return the model of a verified checkpoint, ready for inference, and its folder. Default: the newest whole one."""
+    from model import build_model
+
     folder = folder or require_checkpoint(run)
     model = build_model(run.config().model)
     load_weights(folder, model)

@@ -27,6 +27,7 @@ from kindling import hub
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_text
 from kindling.paths import expand_home
+from kindling.public_paths import is_hub_tokenizer
 from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
 from kindling.tokenization.infilling import control_tokens, find_fim_ids
 
@@ -381,10 +382,8 @@ def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
 def _load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
     assert cfg.path is not None
     path = expand_home(cfg.path, "tokenizer.path")
-    if path.is_dir():
-        return load_json(path / "tokenizer.json", cfg)
-    if path.is_file() or path.suffix == ".json" or path.is_absolute():
-        return load_json(path, cfg)
+    if not is_hub_tokenizer(cfg):
+        return load_json(path / "tokenizer.json" if path.is_dir() else path, cfg)
     from huggingface_hub import hf_hub_download
 
     with hub.cache_if_unreachable() as why:

@@ -105,7 +105,7 @@ class RandomRows:
 def trainer_of(micro_batch: int, cfg: Config, model: LanguageModel, runtime: Runtime) -> Trainer:
     """Return a trainer on random tokens. Its step is one micro-batch, and it writes nothing."""
     cfg = replace(cfg, train=replace(cfg.train, batch_size=micro_batch, micro_batch_size=None))
-    return Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), lambda _: {}, runtime)
+    return Trainer(cfg, RunDirectory(Path(os.devnull)), model, RandomRows(cfg.model), None, runtime)
 
 
 def seconds_of(work: Callable[[], Any], runtime: Runtime, deadline: float) -> float:

@@ -75,7 +75,9 @@ class Evaluations:
     """The evaluations and samples of one session of training. Neither changes a bit of it."""
 
     def __init__(self, trainer: Trainer, log: MetricsLog | NoLog, bar: ProgressBar):
+        assert trainer.validation is not None, "a trainer without one is only measured"
         self.trainer, self.train, self.log, self.bar = trainer, trainer.train, log, bar
+        self.validation = trainer.validation
         self.every = steps_between(trainer.train)
         self._tenths = self._tenths_done()
         self._last_s = 0.0  # that the newest evaluation took
@@ -83,18 +85,17 @@ class Evaluations:
 
     def begin(self) -> None:
         """Evaluate the model of a new run, before its first step."""
-        trainer, state = self.trainer, self.trainer.state
+        trainer, state, validation = self.trainer, self.trainer.state, self.validation
         if self.train.sample_every and is_sharded(trainer.model):
             trainer.say("note: a model that is sharded (fsdp) shows its samples at the end of the run only")
         if state.step:
             return
-        if (validation := trainer.validation) is not None:
-            n_rows, row_s, started = validation.dataset.n_rows_in_order(trainer.cfg.model), None, time.perf_counter()
-            if self.train.max_minutes is not None:
-                row_s = validation.row_s(trainer.model)
-                self._count(started)
-            state.validation_rows = validation.part = part_of_split(trainer.cfg, n_rows, row_s)
-        state.first_eval = state.last_point = self._run(trainer.evaluate)
+        n_rows, row_s, started = validation.n_rows_of_split(trainer.model), None, time.perf_counter()
+        if self.train.max_minutes is not None:
+            row_s = validation.row_s(trainer.model)
+            self._count(started)
+        state.validation_rows = validation.part = part_of_split(trainer.cfg, n_rows, row_s)
+        state.first_eval = state.last_point = self._run(validation)
 
     def due(self) -> bool:
         """Return whether to evaluate after the newest step."""
@@ -112,17 +113,16 @@ class Evaluations:
         if not finished and not self._fits(self._last_s, POINTS_LIMIT):
             self._say_once("some evaluations are left out")
             return False
-        state.last_point, state.last_eval_step = self._run(self.trainer.evaluate), state.step
+        state.last_point, state.last_eval_step = self._run(self.validation), state.step
         state.last_eval = state.last_point
         loss = state.last_point["val_loss"]
         improved = math.isfinite(loss) and (state.best is None or loss < state.best["val_loss"])
         if improved:
             state.best = {"step": state.step, "val_loss": loss}
-        if finished and self.trainer.validation is not None and state.validation_rows is not None:
-            validation = self.trainer.validation
-            n_rows = validation.dataset.n_rows_in_order(self.trainer.cfg.model)
+        if finished and state.validation_rows is not None:
+            n_rows = self.validation.n_rows_of_split(self.trainer.model)
             if self._fits(self._last_s * n_rows / state.validation_rows, TOTAL_LIMIT):
-                state.last_eval = self._run(validation.whole, whole=True)
+                state.last_eval = self._run(self.validation.whole, whole=True)
             else:
                 self._say_once(f"the last validation is of {state.validation_rows:,} of {n_rows:,} rows")
         return improved

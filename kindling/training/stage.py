@@ -65,8 +65,8 @@ def train_stage(
                 return code
         state = trainer.state
         if not state.last_eval or state.last_eval_step != state.step:  # for example after max_steps was lowered
-            whole = trainer.evaluate if trainer.validation is None else trainer.validation.whole
-            state.last_eval, state.last_eval_step = whole(trainer.model), state.step
+            assert trainer.validation is not None, "start_or_resume sets it"
+            state.last_eval, state.last_eval_step = trainer.validation.whole(trainer.model), state.step
         digest = trainer.digest()
         if world.main:
             commands = report(trainer)

@@ -1,8 +1,7 @@
 """Starts a run, or resumes it from its newest checkpoint, in pre-training and in fine-tuning.
 
 In the order of the calls, which are all in stage.py: `check_config_changes` and `data_of_run`, or for a new run
-`check_new_run`; then `start_or_resume` makes the model and the trainer and loads the weights. KEEPS_EVERY_BIT and MAY_CHANGE
-are the settings that a resumed run may change.
+`check_new_run`; then `start_or_resume` makes the model and the trainer and loads the weights.
 """
 
 from __future__ import annotations
@@ -16,45 +15,27 @@ from torch import Tensor
 
 from config import Config, ModelConfig
 from kindling import device
-from kindling.config_io import changed_fields
 from kindling.data.build import DATA, prepare
 from kindling.data.examples import open_split
 from kindling.data.shards import DataError, SplitInfo, TokenDataset, TrainingRows, read_manifest
 from kindling.device import Runtime
 from kindling.distributed import SINGLE_PROCESS, World
-from kindling.errors import KindlingError, require
+from kindling.errors import CheckpointError, KindlingError, require
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
-from kindling.paths import expand_home
-from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, weights_sha256
+from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run, require_checkpoint
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
+from kindling.training.early_checks import (
+    KEEPS_EVERY_BIT,
+    config_changes,
+    holds_hub_model,
+    init_path,
+    run_with_checkpoint,
+)
 from kindling.training.trainer import Trainer
 from kindling.training.validation import Validation
 from model import LanguageModel, build_model
-
-# settings that a resumed run may change. These keep every bit of the result
-KEEPS_EVERY_BIT = {"data.workers"} | {
-    f"train.{field}"
-    for field in (
-        "sample_prompts",
-        "sample_every",
-        "held_out_answers",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "keep_checkpoints",
-        "activation_checkpointing",
-    )
-}
-# the others may change the result, and print a note
-MAY_CHANGE = KEEPS_EVERY_BIT | {
-    f"train.{field}"
-    for field in (
-        *("max_steps", "epochs", "max_minutes", "threads", "device", "precision", "compile", "micro_batch_size"),
-        *("deterministic", "spike_ratio", "max_skipped_steps"),
-    )
-}
 
 
 def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
@@ -64,8 +45,8 @@ def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
             f"{run.path} must have its config.yaml beside its checkpoints, but has none; restore it, or start over with --fresh"
         )
     if cfg.train.init_from is not None:
-        source = _expanded(cfg.train.init_from)
-        if hf_format.holds_model(source):
+        source = init_path(cfg.train.init_from)
+        if holds_hub_model(source):
             _weights_of_hub(source, cfg.model)
             if cfg.tokenizer.kind == "pretrained":  # a tokenizer that is trained does not exist yet
                 hf_format.require_same_tokenizer(source, load_pretrained(cfg.tokenizer))
@@ -78,16 +59,7 @@ def check_new_run(cfg: Config, run: RunDirectory, fresh: bool) -> None:
 
 def check_config_changes(saved: Config, given: Config, run: RunDirectory) -> None:
     """Print the settings that differ from the saved ones. Raises KindlingError if one of them must not change."""
-    changes = changed_fields(saved, given)
-    changes.pop("name", None)
-    said = {field: f"{field} {old!r} -> {new!r}" for field, (old, new) in changes.items()}
-    refused = [text for field, text in said.items() if field not in MAY_CHANGE]
-    if refused:
-        raise KindlingError(
-            f"{run.path} must be resumed with the config that it was started with, but these differ: {'; '.join(refused)}; "
-            f"undo these changes, or use another --name, or start over with --fresh"
-        )
-    for field, text in said.items():
+    for field, text in config_changes(saved, given, run).items():
         print(
             f"note: {text}"
             + ("" if field in KEEPS_EVERY_BIT else ": from here on the run differs from one without the change")
@@ -188,8 +160,8 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
 
     Raises CheckpointError if `source` has none, or has another tokenizer.
     """
-    path = _expanded(source)
-    if hf_format.holds_model(path):
+    path = init_path(source)
+    if holds_hub_model(path):
         hf_format.require_same_tokenizer(path, tokenizer)
         load_into(model, _weights_of_hub(path, model.cfg))
         return hf_format.weights_sha256(path)
@@ -198,16 +170,6 @@ def load_initial_weights(model: LanguageModel, source: str, tokenizer: Tokenizer
     folder = require_checkpoint(run)
     load_weights(folder, model)
     return weights_sha256(folder)
-
-
-def run_with_checkpoint(source: Path) -> RunDirectory:
-    """Return the run that `train.init_from` names. Raises CheckpointError if there is none, or it has no checkpoint."""
-    run = find_run(source)
-    if not run.checkpoints():
-        raise CheckpointError(
-            f"train.init_from must name a run with a checkpoint, but {run.path} has none; train it first"
-        )
-    return run
 
 
 def require_tokenizer_of(run: RunDirectory, tokenizer: Tokenizer) -> None:
@@ -271,14 +233,10 @@ def require_same_initial_weights(run: RunDirectory, source: str | None, began_wi
         )
 
 
-def _expanded(source: str) -> Path:
-    return expand_home(source, "--train.init-from")
-
-
 def _initial_sha256(source: str) -> str | None:
     """Return the sha256 of the weights that a run or hub folder has now; None if a run has none."""
-    path = _expanded(source)
-    if hf_format.holds_model(path):
+    path = init_path(source)
+    if holds_hub_model(path):
         return hf_format.weights_sha256(path)
     folder = find_run(path).newest()
     return None if folder is None else weights_sha256(folder)

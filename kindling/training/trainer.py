@@ -13,7 +13,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,13 +69,15 @@ class Trainer:
         run: RunDirectory,
         model: LanguageModel,
         batches: TrainingRows,
-        evaluate: Callable[[LanguageModel], dict[str, float]],
+        validation: Validation | None,
         runtime: Runtime,
     ):
-        """`cfg` must have its number of steps (`Config.with_steps`), and a batch that the ranks can divide."""
+        """`cfg` must have its number of steps (`Config.with_steps`), and a batch that the ranks can divide.
+
+        A trainer without `validation` cannot run the loop: only its steps are measured.
+        """
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
-        self.model, self.batches, self.evaluate = model, batches, evaluate
-        self.validation = evaluate if isinstance(evaluate, Validation) else None  # any other function has no parts
+        self.model, self.batches, self.validation = model, batches, validation
         ranks = self.world.size
         assert cfg.train.batch_size % ranks == 0, "start_or_resume.require_divisible_batch checks it"
         self.rows_per_rank = cfg.train.batch_size // ranks  # rows of a step on each rank

@@ -90,6 +90,10 @@ class Validation:
         self.dataset, self.runtime, self.n_rows = dataset, runtime, n_rows
         self.part: int | None = None
 
+    def n_rows_of_split(self, model: LanguageModel) -> int:
+        """Return the number of rows of the whole split."""
+        return self.dataset.n_rows_in_order(model.cfg)
+
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return the figures of the part."""
         return validate(model, self.dataset, self.runtime, self.n_rows, self.part)
@@ -100,7 +104,7 @@ class Validation:
 
     def row_s(self, model: LanguageModel) -> float:
         """Return the seconds that a row takes, on the slowest rank."""
-        rows = min(self.n_rows * self.runtime.world.size, self.dataset.n_rows_in_order(model.cfg))
+        rows = min(self.n_rows * self.runtime.world.size, self.n_rows_of_split(model))
         for _ in range(2):  # the first pass allocates memory, or compiles
             started = time.perf_counter()
             validate(model, self.dataset, self.runtime, self.n_rows, rows)

@@ -4,7 +4,7 @@ import platform
 import pytest
 
 from kindling.evaluation.check_correctness import GradedSample
-from kindling.evaluation.code_eval import summary, syntax
+from kindling.evaluation.code_eval import functional_figures, syntax
 from kindling.evaluation.samples import Sample
 from kindling.evaluation.tasks import load
 
@@ -19,12 +19,12 @@ def result(verdict, compiles=True, non_trivial=True) -> GradedSample:
     return GradedSample("", verdict, "", compiles, non_trivial)
 
 
-def test_the_summary_of_a_benchmark_by_hand():
+def test_the_figures_of_a_benchmark_by_hand():
     passes = {GRADED[0]: 2, GRADED[1]: 0, GRADED[20]: 5}  # of 5 samples; levels 1, 1 and 2
     written = [sample(p, n, "", cropped=p is GRADED[1]) for p in passes for n in range(5)]
     graded = [result("passed" if w.number < passes[w.problem] else "wrong") for w in written]
     graded[-6] = result("timeout")  # of the second problem
-    out = summary(written, graded, "bwrap")
+    out = functional_figures(written, graded, ["problems"], "bwrap", {})["problems"]
     assert out["problems"] == 3 and out["samples_per_problem"] == 5 and out["sandbox"] == "bwrap"
     assert out["cropped"] == 1
     assert out["pass_at"] == pytest.approx({"1": (2 / 5 + 0 + 1) / 3, "5": 2 / 3})
@@ -40,14 +40,15 @@ def test_the_summary_of_a_benchmark_by_hand():
 def test_pass_at_k_is_given_up_to_the_number_of_samples():
     for n, ks in {1: ["1"], 4: ["1"], 5: ["1", "5"], 10: ["1", "5", "10"], 100: ["1", "5", "10", "100"]}.items():
         written = [sample(MBPP[0], i, "") for i in range(n)]
-        out = summary(written, [result("passed"), *[result("wrong")] * (n - 1)], "bwrap")
+        graded = [result("passed"), *[result("wrong")] * (n - 1)]
+        out = functional_figures(written, graded, ["mbpp"], "bwrap", {})["mbpp"]
         assert list(out["pass_at"]) == ks and "by_level" not in out
         for k in ks:
             assert math.isclose(out["pass_at"][k], int(k) / n)  # one of n is right: the chance that k hold it
 
 
-def test_the_summary_of_nothing_is_empty():
-    out = summary([], [], "bwrap")
+def test_the_figures_of_nothing_are_empty():
+    out = functional_figures([], [], ["mbpp"], "bwrap", {})["mbpp"]
     assert out["problems"] == 0 and out["pass_at"] == {} and out["counts"] == []
 
 

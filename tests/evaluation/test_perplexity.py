@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_file, tiny_config
+from given_figures import GivenFigures
 from test_examples import TOKENIZER, conversations, write_examples
 
 from config import ModelConfig, TokenizerConfig, TrainConfig
@@ -210,7 +211,7 @@ def test_a_real_run_is_evaluated_by_language_and_source_to_the_figures_of_its_va
     run.create(cfg, folder)
     device.seed_all(0)
     rows = PackedBlocks(TokenDataset(folder, "train"), 32, 0)
-    trainer = Trainer(cfg, run, build_model(cfg.model), rows, lambda m: {"val_loss": 1.0}, RUNTIME)
+    trainer = Trainer(cfg, run, build_model(cfg.model), rows, GivenFigures(), RUNTIME)
     fit(trainer)
     heldout = run.heldout("val")
     expected, losses = validate(trainer.model, heldout, RUNTIME), document_losses(trainer.model, heldout, RUNTIME)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from card import LIMITS, PRECISIONS, copies, distance, model_of, runtime_of, shape_of
 from conftest import tiny_config
+from given_figures import GivenFigures
 
 from kindling import device
 from kindling.distributed import World, wrap_ddp
@@ -31,7 +32,7 @@ def trainer_of(path, corpus, gpu, name="demo", shape=None, **train) -> Trainer:
     device.seed_all(0)
     model = model_of(cfg.model).to(runtime.device)
     path.mkdir(parents=True, exist_ok=True)
-    return Trainer(cfg, RunDirectory(path), model, RandomRows(cfg.model), lambda m: {"val_loss": 1.0}, runtime)
+    return Trainer(cfg, RunDirectory(path), model, RandomRows(cfg.model), GivenFigures(), runtime)
 
 
 @pytest.mark.parametrize("name", ["demo", "code-50m", "smallcoder-1"])

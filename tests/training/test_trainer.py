@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from given_figures import GivenFigures
 from torch._dynamo.utils import counters
 
 from config import IGNORE
@@ -53,7 +54,7 @@ def make_trainer(path, cfg, batches=None, model_seed=0):
     runtime = device.resolve(cfg.train)
     path.mkdir(parents=True, exist_ok=True)
     batches = batches or PackedBlocks(Numbers(), cfg.model.block_size, cfg.train.seed)
-    return Trainer(cfg, RunDirectory(path), model, batches, lambda m: {"val_loss": 1.0}, runtime)
+    return Trainer(cfg, RunDirectory(path), model, batches, GivenFigures(), runtime)
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -424,7 +425,7 @@ def test_last_checkpoints_and_the_best_are_kept(corpus, tmp_path):
     cfg = tiny_config(corpus, max_steps=10, eval_every=1, save_every=1, keep_checkpoints=2)
     trainer = make_trainer(tmp_path / "r", cfg)
     losses = iter([9, 5, 4, 1, 3, 2, 6, 7, 8, 9, 10])
-    trainer.evaluate = lambda m: {"val_loss": float(next(losses))}
+    trainer.validation = GivenFigures(lambda m: {"val_loss": float(next(losses))})
     fit(trainer)
     assert [p.name for p in trainer.run.checkpoints()] == ["step_000003", "step_000009", "step_000010"]
 
@@ -435,7 +436,7 @@ def test_a_best_checkpoint_that_could_not_be_saved_does_not_replace_the_one_on_d
     cfg = tiny_config(corpus, max_steps=8, eval_every=2, save_every=2, keep_checkpoints=1)
     trainer = make_trainer(tmp_path / "r", cfg)
     losses = iter([9.0, 2.0, 1.0, 3.0, 4.0])
-    trainer.evaluate = lambda m: {"val_loss": next(losses)}
+    trainer.validation = GivenFigures(lambda m: {"val_loss": next(losses)})
     real = RunDirectory.save
 
     def full_at_4(run, step, *rest):
@@ -452,7 +453,7 @@ def test_a_best_checkpoint_that_could_not_be_saved_does_not_replace_the_one_on_d
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus, max_steps=6, eval_every=2))
     losses = iter([9.0, math.nan, 2.0, 3.0])
-    trainer.evaluate = lambda m: {"val_loss": next(losses)}
+    trainer.validation = GivenFigures(lambda m: {"val_loss": next(losses)})
     fit(trainer)
     assert trainer.state.best == {"step": 4, "val_loss": 2.0}
     lines = (trainer.run.path / "metrics.jsonl").read_text(encoding="utf-8")
@@ -484,7 +485,7 @@ def test_a_tensorboard_that_cannot_write_costs_a_warning_and_no_traceback(corpus
         monkeypatch.setattr(gfile.LocalFileSystem, "_write", no_space)
         return {"val_loss": 1.0}
 
-    trainer.evaluate = fill_the_disk
+    trainer.validation = GivenFigures(fill_the_disk)
     assert fit(trainer) == 0
     err = capfd.readouterr().err
     assert err.count("metrics cannot be written") == 1 and "Traceback" not in err
@@ -731,7 +732,7 @@ def test_rows_to_avoid_and_the_norms_of_the_guard_are_restored(corpus, tmp_path)
 def test_a_better_loss_on_a_skipped_step_does_not_cost_the_best_checkpoint(corpus, tmp_path):
     trainer = spoiled(tmp_path / "r", corpus, steps=range(11, 12), save_every=10, eval_every=1, keep_checkpoints=1)
     losses = iter([5.0 - n if n <= 12 else 9.0 for n in range(25)])
-    trainer.evaluate = lambda model: {"val_loss": next(losses)}
+    trainer.validation = GivenFigures(lambda model: {"val_loss": next(losses)})
     fit(trainer)
     assert trainer.state.best["step"] == 11 and (tmp_path / "r" / "step_000011").is_dir()
 
