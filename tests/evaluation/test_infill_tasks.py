@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from test_samples import CFG, Scripted, texts
 
 from config import EvalConfig, ModelConfig, TokenizerConfig
 from kindling.data.infilling import encode_infill
-from kindling.evaluation import references
+from kindling.evaluation import code_eval, references
 from kindling.evaluation.check_correctness import GradedSample, Verdict, grade
-from kindling.evaluation.code_eval import asked_problems, code_figures, summary
+from kindling.evaluation.code_eval import Chosen, asked_problems, evaluate_code, functional_figures
 from kindling.evaluation.infill import prompt_around
 from kindling.evaluation.infill_report import line_notes, pass_difference
 from kindling.evaluation.intervals import bootstrap_ratio, paired_ratio_difference, pass_interval, wilson
@@ -167,7 +168,8 @@ def test_intervals_resample_whole_problems():
 def test_the_figures_say_of_how_many_problems_the_lines_are_and_what_the_suffix_is_worth():
     lines = [p for p in LINES["problems"] if p.level == 4]
     with_it, without = (
-        summary(*samples_of(lines, passed), "none") for passed in (lambda i: i % 2, lambda i: i % 4 == 1)
+        functional_figures(*samples_of(lines, passed), ["problems-infill"], "none", {})["problems-infill"]
+        for passed in (lambda i: i % 2, lambda i: i % 4 == 1)
     )
     assert with_it["problems"] == len(lines) and with_it["lines_of"] == 14 == with_it["by_level"]["4"]["lines_of"]
     share = sum(i % 2 for i in range(len(lines))) / len(lines)
@@ -188,14 +190,14 @@ def test_the_figures_say_of_how_many_problems_the_lines_are_and_what_the_suffix_
     assert line_notes({"problems-infill": with_it})[0].endswith("which are resampled")
 
 
-def test_lines_are_not_in_the_table_of_syntax():
+def test_lines_are_not_in_the_table_of_syntax(monkeypatch):
     cfg, (samples, graded) = EvalConfig(signatures=0), samples_of(LINES["problems"][:4], lambda i: True)
-    figures = code_figures(samples, graded, {"problems-infill": 1}, "none", cfg, Chosen)
+    chosen = Chosen([(s.problem, 1) for s in samples], {}, {})
+    for name, found in (("select_problems", chosen), ("write", samples), ("grade_samples", graded)):
+        monkeypatch.setattr(code_eval, name, lambda *given, found=found: found)
+    model = SimpleNamespace(cfg=SimpleNamespace(block_size=64))
+    figures = evaluate_code(model, None, None, None, {"problems-infill": 1}, "none", cfg).figures
     assert "syntax" not in figures and figures["functional"]["problems-infill"]["pass_at"] == {"1": 1.0}
-
-
-class Chosen:
-    skipped = left_out = {}  # noqa: RUF012
 
 
 def test_a_reference_runs_once_for_all_of_its_lines(monkeypatch):
