@@ -60,10 +60,11 @@ POLL_S = 0.05
 
 @dataclass
 class Job:
-    """A run: its training, then its evaluation."""
+    """A run: its training, its evaluation, and then the lines of programs, if they are wanted."""
 
     way: str
     seed: int
+    stage: str = "training"
     command: Command | None = None
     limit_s: float = START_S
     figures: dict[str, Any] = field(default_factory=dict)
@@ -180,45 +181,52 @@ class Measurement:
         built = self.plan.found["builds"]
         for job in [job for job in waiting if job.way in built]:
             # with many cores, an evaluation leaves room for the next training
-            if sum(not (self.many_cores and job.figures) for job in self.running) >= self.flags.at_once:
+            if sum(not (self.many_cores and job.stage != "training") for job in self.running) >= self.flags.at_once:
                 return
             waiting.remove(job)
             if "failed" in built[job.way]:
                 self.end(job, f"building the data: {built[job.way]['failed']}")
                 continue
             flags = [*self.train_flags(job.way, job.seed, self.n_steps), "--name", job.name]
-            job.command = self.command(f"train-{job.name}", "main.py", *flags)
+            job.command = self.command(f"training-{job.name}", "main.py", *flags)
             job.limit_s = START_S + PATIENCE * self.flags.at_once * self.train_s
             self.running.append(job)
 
     def advance(self, job: Job) -> None:
-        """Go on to the evaluation after the training; end a job that is done, has failed or takes too long."""
+        """Go on to the next stage after the one before; end a job that is done, has failed or takes too long."""
         assert job.command is not None
         over = time.perf_counter() - job.command.started > job.limit_s
         if job.command.process.poll() is None and not over:
             return
         reason = job.command.wait(0.1)
         run = self.plan.work / "runs" / job.name
-        if job.figures:
-            job.figures |= run_figures(run) | {"evaluation_s": job.command.took_s}
-            self.end(job, f"evaluation: {reason}" if reason else "")
-            return
-        trained = {} if reason else logged_figures(run)
-        if not trained:
-            self.end(job, f"training: {reason or 'no step was logged'}")
-            return
-        job.figures = trained | {"command_s": job.command.took_s}
+        found = logged_figures(run) if job.stage == "training" and not reason else run_figures(run)
+        job.figures |= found | {f"{job.stage}_s": job.command.took_s}
+        if reason or not found:
+            self.end(job, f"{job.stage}: {reason or 'no figures were written'}")
+        elif job.stage == "training":
+            self.go_on(job, "evaluation", str(self.flags.infills), "none")
+        elif job.stage == "evaluation" and self.flags.benchmarks:
+            self.go_on(job, "lines", "0", *self.flags.benchmarks)
+        else:
+            self.end(job, "")
+
+    def go_on(self, job: Job, stage: str, *what: str) -> None:
+        """Keep what a job has found, and start its next stage, an evaluation.
+
+        Lines of programs have an evaluation of their own, so that the figures before it are there if time ends.
+        """
         self.plan.found["runs"][job.name] = self.result_of(job)
         self.plan.save()
-        job.command = self.command(f"evaluate-{job.name}", "evaluate.py", job.name, *self.evaluate_flags())
-        job.limit_s = 10 * START_S
+        job.stage, job.limit_s = stage, 10 * START_S
+        job.command = self.command(f"{stage}-{job.name}", "evaluate.py", job.name, *self.evaluate_flags(*what))
 
-    def evaluate_flags(self) -> list[str]:
-        """Return the flags of an evaluation: losses and gaps, no code."""
-        flags = ["--device", self.plan.device, "--infills", str(self.flags.infills), "--eval.signatures", "0"]
+    def evaluate_flags(self, infills: str, *benchmarks: str) -> list[str]:
+        """Return the flags of an evaluation with so many gaps and these benchmarks."""
+        flags = ["--device", self.plan.device, "--infills", infills, "--eval.signatures", "0"]
         flags += ["--eval.contamination-tokens", "0", "--eval.temperature", "0", "--eval.batch-size", "128"]
         flags += ["--sandbox", self.sandbox, *(["--eval.limit", "2"] if self.flags.toy else [])]
-        return [*flags, "--eval.benchmarks", *(self.flags.benchmarks or ["none"])]
+        return [*flags, "--eval.benchmarks", *benchmarks]
 
     def result_of(self, job: Job) -> dict[str, Any]:
         return {"way": job.way, "seed": job.seed, **job.figures}

@@ -171,11 +171,11 @@ def line_table(of: dict[str, dict[int, Results]]) -> list[str]:
 
 def run_table(runs: dict[str, Results]) -> list[str]:
     """Return what each run took."""
-    lines = ["| run | steps | tokens/s | bits per byte | training, s | all of its command, s | evaluation, s |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines = ["| run | steps | tokens/s | bits per byte | steps, s | training, s | evaluation, s | lines, s |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, run in runs.items():
         figures = [("steps", ",.0f"), ("tokens_per_s", ",.0f"), ("bits_per_byte", ".4f"), ("seconds", ".1f")]
-        figures += [("command_s", ".1f"), ("evaluation_s", ".1f")]
+        figures += [(f"{stage}_s", ".1f") for stage in ("training", "evaluation", "lines")]
         cells = [format(run[key], form) if key in run else "-" for key, form in figures]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines

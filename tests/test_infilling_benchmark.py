@@ -89,7 +89,7 @@ class Pretended(gpu_common.Command):
         step = {"tokens_per_s": 1e6, "elapsed_s": 2.0, "step": 9, "tokens": 99, "skipped_steps": 0}
         evaluated = {"val_loss": 2.0, "val_bits_per_byte": 1.5}
         (run / "metrics.jsonl").write_text(f"{json.dumps(step)}\n{json.dumps(evaluated)}\n", encoding="utf-8")
-        if kind == "evaluate" and log.stem not in self.bad:
+        if kind in ("evaluation", "lines") and log.stem not in self.bad:
             results = {"language_modelling": {"all": {"bits_per_byte": 1.25}}}
             (run / "eval.json").write_text(json.dumps(results), encoding="utf-8")
             (run / "losses.jsonl").write_text('{"bytes": 10, "nll": 20.0}\n', encoding="utf-8")
@@ -118,7 +118,7 @@ def measure(tmp_path, monkeypatch):
 def test_each_way_is_built_once_and_each_run_trained_and_evaluated(measure):
     found, text = measure("--tokens", "4096")
     runs = [f"{way}-{seed}" for seed in (0, 1) for way in ("plain", "fim", "lines")]
-    scripts = [f"{kind}-{run}" for run in runs for kind in ("train", "evaluate")]
+    scripts = [f"{kind}-{run}" for run in runs for kind in ("training", "evaluation")]
     assert sorted(Pretended.began) == sorted(["build-plain", "build-fim", "build-lines", "trial", *scripts])
     assert {run["bits_per_byte"] for run in found["runs"].values()} == {1.25} and set(found["runs"]) == set(runs)
     assert "4,096 tokens a run in steps of 2,048" in text and "Failed" not in text
@@ -126,13 +126,21 @@ def test_each_way_is_built_once_and_each_run_trained_and_evaluated(measure):
 
 
 def test_what_fails_is_a_line_and_the_next_run_begins(measure):
-    found, text = measure("--tokens", "4096", bad=("train-plain-0", "evaluate-fim-0"))
+    found, text = measure("--tokens", "4096", bad=("training-plain-0", "evaluation-fim-0"))
     assert "training: exit code 1: error: no" in found["runs"]["plain-0"]["failed"]
     assert "evaluation: exit code 1" in found["runs"]["fim-0"]["failed"] and found["runs"]["fim-0"]["steps"] == 9
     assert "failed" not in found["runs"]["plain-1"] and "- plain-0: training" in text
     found, text = measure("--tokens", "4096", bad=("build-fim", "trial"))
     assert "building the data" in found["runs"]["fim-1"]["failed"] and "failed" not in found["runs"]["plain-1"]
     assert "failed" in found["trial"]
+
+
+def test_lines_of_programs_come_last_and_cost_no_other_figure(measure):
+    flags = ["--tokens", "4096", "--ways", "fim", "--benchmarks", "problems-infill"]
+    found, text = measure(*flags, bad=("lines-fim-1",))
+    assert Pretended.began.index("evaluation-fim-0") < Pretended.began.index("lines-fim-0")
+    assert "failed" not in found["runs"]["fim-0"] and found["runs"]["fim-1"]["failed"].startswith("lines: exit code 1")
+    assert "| fim | 1.2500, 1.2500 |" in text and "## Lines of programs" in text
 
 
 def test_the_tokens_follow_from_the_speed_and_the_time(measure):
@@ -153,7 +161,8 @@ def test_the_flags_are_those_of_the_scripts():
     )
     assert flags.step_tokens == 64 * 512 and flags.more[-1] == "6e-4"
     plan = gpu_common.Plan("cuda", False, None, ROOT, ROOT, 0.0)
-    assert evaluate.parse(["r", *infilling.Measurement(plan, flags).evaluate_flags()]).infills == 200
+    parsed = evaluate.parse(["r", *infilling.Measurement(plan, flags).evaluate_flags("7", "humaneval-infill")])
+    assert parsed.infills == 7 and "humaneval-infill-no-suffix" in parsed.eval.n_samples
 
 
 @pytest.mark.parametrize(
