@@ -301,13 +301,18 @@ class Terminal:
         os.write(self.fd, keys)
 
     def press_until_it_ends(self, key: bytes) -> int:
-        """Return the exit code. A Ctrl-C in the moment before readline waits for keys is only seen with the next one."""
+        """Return the exit code. A Ctrl-C in the moment before readline waits for keys is only seen with the next one.
+
+        When a new line shows that it was seen, the process ends in its own time: another Ctrl-C would disturb that.
+        """
         for _ in range(40):
             self.press(key)
             try:
-                return self.process.wait(timeout=3)
-            except subprocess.TimeoutExpired:
-                pass
+                self.wait_for("\n", timeout_s=3)
+            except (AssertionError, OSError):  # OSError: it has ended, and its terminal with it
+                if self.process.poll() is None:
+                    continue
+            return self.process.wait(timeout=300)
         raise AssertionError(f"{key!r} does not end it")
 
     def close(self) -> None:
