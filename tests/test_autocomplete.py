@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -286,6 +288,20 @@ print(sorted({{"torch", "pydantic", "tyro", "transformers", "safetensors"}} & se
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.endswith("[]\n"), result.stderr
+
+
+def test_the_files_that_it_names_are_enough(exports, tmp_path):
+    named = re.search(r"Of the project it needs (.*)\.$", autocomplete.__doc__, re.DOTALL | re.MULTILINE)[1]
+    folder, generation, own = (re.findall(r"`([^`]*)`", part) for part in " ".join(named.split()).split(";"))
+    assert folder == ["kindling/int8"] and generation.pop() == "kindling/generation/" and own.pop() == "kindling/"
+    paths = [f"kindling/generation/{name}" for name in generation] + [f"kindling/{name}" for name in own]
+    for path in ("autocomplete.py", *paths):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    shutil.copytree(ROOT / folder[0], tmp_path / folder[0])
+    command = [sys.executable, "autocomplete.py", exports["demo"][0], "--prompt", "def f", "--max-new-tokens", "3"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert result.returncode == 0 and result.stdout, result.stderr
 
 
 def test_a_run_finds_its_export(exports, tmp_path, monkeypatch, capsys):

@@ -85,15 +85,15 @@ class Batch:
         for job in list(waiting):
             if self._prefixes.n_free == 0:
                 return
-            found = self._prefixes.find(job.ids)
-            if self._another_reads(job, found):
-                continue
-            waiting.remove(job)
             try:
-                self._begin(job, found)
-            except Exception as e:
-                self._say_failed(e)
+                found = self._prefixes.find(job.ids)
+                if not self._another_reads(job, found):
+                    self._begin(job, found)
+                    waiting.remove(job)
+            except Exception as e:  # as when there is no memory to copy a row
+                waiting.remove(job)
                 self._counters.requests["failed"] += 1
+                self._say_failed(e)
                 job.say(Failed(f"the model failed ({one_line(e)})"))
 
     def _another_reads(self, job: Job, found: Found) -> bool:

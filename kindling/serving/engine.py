@@ -41,10 +41,14 @@ class Vocabulary(Protocol):
 
     eos_id: int
     bos_id: int | None
-    fim: FimIds | None
-    """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
-    spellings: Sequence[str]
-    """The text of each token, as generation/healing.py needs it."""
+
+    @property
+    def fim(self) -> FimIds | None:
+        """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
+
+    @property
+    def spellings(self) -> Sequence[str]:
+        """The text of each token, as generation/healing.py needs it."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. A control token written in it is text. Raises KindlingError for what cannot be encoded."""

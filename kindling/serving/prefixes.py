@@ -10,8 +10,14 @@ from kindling.serving.engine import Engine
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the number of tokens at the beginning that both have."""
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+    same, other = 0, min(len(a), len(b)) + 1  # the first tokens that are the same, and a number that are not
+    while other - same > 1:
+        middle = (same + other) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            other = middle
+    return same
 
 
 class Found(NamedTuple):
@@ -37,10 +43,7 @@ class Prefixes:
 
     def find(self, ids: list[int]) -> Found:
         """Return the row that holds the most of a prompt but for its last token, whose logits are wanted."""
-        lengths = [
-            common_length(list(self._engine.tokens(row)), ids[:-1]) if self._engine.tokens(row) else 0
-            for row in range(len(self._last_used))
-        ]
+        lengths = [common_length(self._engine.tokens(row), ids[:-1]) for row in range(len(self._last_used))]
         # of equal ones a free one, which need not be copied, and then the newest
         row = max(range(len(lengths)), key=lambda row: (lengths[row], row not in self._in_use, self._last_used[row]))
         return Found(row, lengths[row])
@@ -48,13 +51,16 @@ class Prefixes:
     def take(self, found: Found) -> int:
         """Return a free row, now in use, that holds the beginning that was found and nothing more.
 
-        The least recently used row is overwritten, unless the row that was found is free and most of it is used again.
+        If the row that was found is free and most of it is used again, it is that one. Otherwise a row is overwritten: the least
+        recently used of those that another row holds as well, as when an editor asks again before its last request has ended,
+        or of all.
         """
         free = [row for row in range(len(self._last_used)) if row not in self._in_use]
         others = [row for row in free if row != found.row or found.length == 0]
-        row = min(others or free, key=self._last_used.__getitem__)
-        if found.row in free and 2 * found.length > len(self._engine.tokens(found.row)):
+        if found.row in free and (2 * found.length > len(self._engine.tokens(found.row)) or not others):
             row = found.row
+        else:
+            row = min(others, key=lambda row: (not self._is_held_twice(row), self._last_used[row]))
         if row == found.row or found.length == 0:
             self._engine.truncate(row, found.length)
         else:
@@ -62,6 +68,12 @@ class Prefixes:
         self._in_use.add(row)
         self._touch(row)
         return row
+
+    def _is_held_twice(self, row: int) -> bool:
+        """Return whether another row holds most of what this one does."""
+        tokens = self._engine.tokens(row)
+        others = (self._engine.tokens(other) for other in range(len(self._last_used)) if other != row)
+        return any(2 * common_length(tokens, held) >= len(tokens) for held in others)
 
     def give_back(self, row: int) -> None:
         """Say that a row is no longer in use; it keeps its tokens."""
