@@ -171,10 +171,11 @@ def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], 
 def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
     """Write and check a folder for autocomplete.py; return lines on it."""
     from kindling.formats.int8_format import difference, write
+    from kindling.runs.loading import chat_of
 
     out.mkdir()
-    infills = run.config().data.fim_rate > 0
-    write(out, model, run.tokenizer(), f"{run.path.resolve().name}, {checkpoint.name}", infills)
+    infills, source = run.config().data.fim_rate > 0, f"{run.path.resolve().name}, {checkpoint.name}"
+    write(out, model, run.tokenizer(), source, infills, chat_of(run))
     return [require_close(difference(out, model, sample(run)))]
 
 

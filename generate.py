@@ -282,14 +282,14 @@ def _require_chat(run: RunDirectory) -> None:
 
 def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
     """Chat with the user in the run's template. Earlier exchanges are kept if the run was fine-tuned on conversations."""
-    from kindling.data.examples import require_template
-    from kindling.data.shards import read_manifest
     from kindling.generation.chat import chat
     from kindling.generation.completion import answer
     from kindling.generation.decoding import stream
+    from kindling.runs.loading import chat_of
 
-    template, tokenizer, manifest = run.config().data.template, run.tokenizer(), read_manifest(run.data)
-    require_template(manifest, template)
+    asked, tokenizer = chat_of(run), run.tokenizer()
+    assert asked is not None  # as _require_chat said
+    template = asked.template
     room = min(sampling.max_new_tokens, model.cfg.block_size // 4)  # earlier exchanges must leave room for the answer
     # torch imports more modules at the first token, for seconds, and Ctrl-C during these imports would make it unusable
     list(stream(model, [tokenizer.eos_id], replace(sampling, max_new_tokens=1), tokenizer.eos_id))
@@ -298,7 +298,7 @@ def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
         its_own = replace(sampling, seed=sampling.seed + number)
         return answer(model, tokenizer, template, exchanges, its_own, say, room).cut_by
 
-    chat(f"{run.path}, template {template}", reply, remembers=manifest["max_exchanges"] > 1)
+    chat(f"{run.path}, template {template}", reply, remembers=asked.remembers)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from tiny_runs import bigram_model, make_run
 
 import generate
 from config import TokenizerConfig
+from kindling.errors import KindlingError
 from kindling.generation.sampling import GenerationError, Sampling
-from kindling.runs.checkpoint import CheckpointError
 from kindling.tokenization.tokenizer import Tokenizer, train_bpe
 
 COUNTS = {"1": "2", "2": "3", "3": None, "x": "x", "\n": "\r", "\r": "1"}
@@ -247,7 +247,7 @@ def test_a_run_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
         script("generate.py", "runs/none", "--prompt", "x", cwd=tmp_path), "runs/none", "there are: none"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"python main\.py"):
+    with pytest.raises(KindlingError, match=r"python main\.py"):
         generate.main(["--prompt", "x"])
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@ from kindling import help
 from kindling.cli import parse_cli
 from presets import preset
 
-SCRIPTS = ["main", "sft_train", "data_pipeline", "evaluate", "generate", "export", "visualize", "autocomplete"]
+SCRIPTS = ["main", "sft_train", "data_pipeline", "evaluate", "generate", "serve", "export", "visualize", "autocomplete"]
 SCRIPTS += ["kindling.data.distributed_build", "kindling.tokenization.compare"]
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from kindling.config_io import by_old_names
+from kindling.data.prompts import rendered_template
 from kindling.errors import KindlingError
 from kindling.files import sha256_file, write_json
 from kindling.formats.parity import Difference, compare
 from kindling.int8.model import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Model
 from kindling.rounding import round_rows, row_scales
+from kindling.runs.loading import Chat
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT
 
@@ -50,10 +52,12 @@ def tensors(model: GPT) -> dict[str, Tensor]:
     return {name: t.cpu().contiguous() for name, t in out.items()}
 
 
-def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str, infills: bool = False) -> None:
+def write(
+    folder: Path, model: GPT, tokenizer: Tokenizer, source: str, infills: bool = False, chat: Chat | None = None
+) -> None:
     """Write config, weights and tokenizer into an existing folder; raises Int8Error for a SentencePiece tokenizer.
 
-    `infills`: the model was trained to fill in the middle.
+    `infills`: the model was trained to fill in the middle. `chat`: how a model that was fine-tuned on instructions is asked.
     """
     from safetensors.torch import save_file
 
@@ -71,6 +75,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, source: str, infills: 
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
         "infills": infills,
+        "chat": None if chat is None else {**chat._asdict(), "rendered": rendered_template(chat.template)},
         "weights_sha256": sha256_file(folder / WEIGHTS),
     }
     write_json(folder / CONFIG, meta)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from config import Config
 from kindling.data.build import DATA
+from kindling.data.examples import require_template
 from kindling.data.shards import DataError, read_manifest
 from kindling.errors import CheckpointError, KindlingError
 from kindling.paths import newest_run, require_run, runs_by_age
@@ -69,6 +70,24 @@ def _is_pretrained(folder: Path) -> bool:
     except KindlingError as e:
         print(f"warning: {e}; {folder} is ignored", file=sys.stderr)
         return False
+
+
+class Chat(NamedTuple):
+    """How a run that was fine-tuned on instructions is asked."""
+
+    template: str
+    remembers: bool
+    """It was fine-tuned on conversations of several exchanges."""
+
+
+def chat_of(run: RunDirectory) -> Chat | None:
+    """Return how a run is asked, or None for one that saw only documents. Raises DataError if the template has changed."""
+    data = run.config().data
+    if not data.instructions:
+        return None
+    manifest = read_manifest(run.data)
+    require_template(manifest, data.template)
+    return Chat(data.template, manifest["max_exchanges"] > 1)
 
 
 def require_checkpoint(run: RunDirectory) -> Path:

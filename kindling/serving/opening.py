@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from kindling.data.prompts import rendered_template
 from kindling.errors import KindlingError
 from kindling.int8.exports import find_export
 from kindling.int8.model import CONFIG, WEIGHTS, CompletionError, Model
 from kindling.paths import newest_run, places_of_run
 from kindling.serving.engine import Engine, Vocabulary
 
+NO_CHAT: tuple[str | None, bool] = (None, False)
 MOST_ROWS = 64  # more texts at once would each be too slow
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
@@ -45,6 +47,7 @@ def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Open
         model = Model(folder)
         if kernel == "c":
             model.compile()
+        template, remembers = _chat_of(model.meta.get("chat"))
         vocabulary = Int8Vocabulary(folder, model)
         _ = vocabulary.spellings  # now, and not while the first client waits
     except CompletionError as e:
@@ -55,7 +58,19 @@ def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Open
     said |= about(model.meta["model"], _n_parameters(folder / WEIGHTS), folder / WEIGHTS, engine, run)
     said["sha256"] = model.meta["weights_sha256"]
     name = run.resolve().name if run != folder else folder.resolve().name
-    return Opened(name, engine, cast(Vocabulary, vocabulary), None, False, said)
+    return Opened(name, engine, vocabulary, template, remembers, said)
+
+
+def _chat_of(chat: dict[str, Any] | None) -> tuple[str | None, bool]:
+    """Return the template of an export, and whether its run remembers; older exports do not say. Raises CompletionError."""
+    if chat is None:
+        return NO_CHAT
+    if chat["rendered"] != rendered_template(chat["template"]):
+        raise CompletionError(
+            f"the export must have been made with the template {chat['template']} as it is in prompts.py, but it was another "
+            f"then; take the change of the template back, or fine-tune anew and export again"
+        )
+    return chat["template"], chat["remembers"]
 
 
 def _n_parameters(weights: Path) -> int:

@@ -58,7 +58,7 @@ def sampling(served: Served, fields: Fields, names: Names, default: Sampling) ->
         stop=stop,
     )
     if found.temperature < LOWEST_TEMPERATURE or found.top_p == 0:
-        found = replace(found, temperature=0.0, top_p=1.0)
+        found = replace(found, temperature=0.0, top_p=found.top_p or 1.0)
     found.check()
     return found
 

@@ -181,8 +181,8 @@ def require_chat(served: Served) -> str:
     """Return the template of a run that was fine-tuned on instructions. Raises BadRequest for any other."""
     if served.template is None:
         raise BadRequest(
-            f"{served.name} must be fine-tuned on instructions to chat, but has only seen documents; fine-tune it with "
-            f"sft_train.py, or use a completion"
+            f"{served.name} must be fine-tuned on instructions to chat, but has no template of questions; fine-tune it with "
+            f"sft_train.py (and export that run, for an export), or use a completion"
         )
     return served.template
 

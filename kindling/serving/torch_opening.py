@@ -6,13 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from kindling.data.examples import require_template
-from kindling.data.shards import read_manifest
 from kindling.device import resolve
 from kindling.generation.inference import prepare_for_inference
-from kindling.runs.loading import find_run, load_model
-from kindling.serving.engine import Vocabulary
-from kindling.serving.opening import MOST_ROWS, Opened, about
+from kindling.runs.loading import chat_of, find_run, load_model
+from kindling.serving.opening import MOST_ROWS, NO_CHAT, Opened, about
 from kindling.serving.torch_engine import CACHE_BYTES, TorchEngine, TorchVocabulary, rows_for
 
 
@@ -22,15 +19,10 @@ def open_run(path: Path | None, device: str, precision: str, cache_bytes: int | 
     cfg = run.config()
     loaded, checkpoint = load_model(run, resolve(replace(cfg.train, device=cast(Any, device))).device)
     model = prepare_for_inference(loaded, cast(Any, precision))
-    template, remembers = None, False
-    if cfg.data.instructions:
-        manifest = read_manifest(run.data)
-        require_template(manifest, cfg.data.template)
-        template, remembers = cfg.data.template, manifest["max_exchanges"] > 1
     engine = TorchEngine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
     vocabulary = TorchVocabulary(run.tokenizer(), model.cfg.vocab_size, cfg.data.fim_rate > 0)
     _ = vocabulary.spellings  # now, and not while the first client waits
     name = run.path.resolve().name
     said = {"kind": "a run in PyTorch", "source": f"{name}, {checkpoint.name}", "precision": precision}
     said |= about(asdict(cfg.model), cfg.model.n_parameters, checkpoint / "model.safetensors", engine, run.path)
-    return Opened(name, engine, cast(Vocabulary, vocabulary), template, remembers, said)
+    return Opened(name, engine, vocabulary, *(chat_of(run) or NO_CHAT), said)

@@ -183,6 +183,43 @@ def test_a_model_that_fails_is_an_error_of_the_server_and_the_next_request_is_an
         assert server.post("/v1/completions", prompt="a", max_tokens=1)["choices"][0]["text"] == "x"
 
 
+def test_an_error_in_the_midst_of_a_stream_is_its_last_message():
+    def follows(text: str) -> str:
+        if text.endswith("xx"):
+            raise RuntimeError("no more")
+        return "x"
+
+    with running(served(follows)) as server:
+        status, _, body = server.ask("POST", "/v1/completions", {"prompt": "a", "stream": True, "max_tokens": 9})
+        first, *_, last = events_of(body)
+        assert status == 200 and first["choices"][0]["text"] == "x" and last["error"]["type"] == "server_error"
+        lines = server.ask("POST", "/api/generate", {"prompt": "a"})[2].splitlines()
+        assert isinstance(json.loads(lines[-1])["error"], str)
+
+
+def test_a_request_for_text_at_a_cursor_becomes_what_the_scheduler_takes(server, monkeypatch):
+    taken = []
+    submit = server.served.scheduler.submit
+
+    def taking(generation, say):
+        taken.append(generation)
+        return submit(generation, say)
+
+    monkeypatch.setattr(server.served.scheduler, "submit", taking)
+    fields = {"input_prefix": "a", "prompt": "b", "input_suffix": "c", "n_indent": 4, "n_cmpl": 3, "max_lines": 2}
+    server.post("/infill", **fields, t_max_prompt_ms=500, t_max_predict_ms=1000, top_k=40, top_p=0.9)
+    assert [g.sampling.temperature for g in taken] == [0.0, 0.8, 0.8] and taken[1].sampling.seed != taken[
+        2
+    ].sampling.seed
+    assert {g.time_limit_s for g in taken} == {1.5} and taken[1].sampling.top_p == 0.9
+    edit = taken[0].edit
+    assert (edit.prefix, edit.suffix, edit.max_lines, edit.stop_at_dedent) == ("ab", "c", 2, True)
+    taken.clear()
+    server.post("/infill", **{**fields, "n_indent": 0, "n_cmpl": 2, "temperature": 0.5, "t_max_predict_ms": 0})
+    assert [g.sampling.temperature for g in taken] == [0.5, 0.5] and taken[0].edit.stop_at_dedent is False
+    assert taken[0].time_limit_s == 60
+
+
 def test_figures_are_in_the_text_format(server):
     server.ask("GET", "/nowhere")
     text = server.ask("GET", "/metrics")[2].decode()

@@ -201,6 +201,17 @@ def test_a_broken_connection_gets_its_status_and_is_closed(server, what):
     is_well(server)
 
 
+def test_the_headers_of_a_second_request_have_their_time_too(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert sock.recv(2**16).startswith(b"HTTP/1.1 200")
+        sock.sendall(b"GET /health HT")
+        sock.settimeout(5)
+        while sock.recv(2**16):  # the rest of the first answer; b"" is the end of the connection
+            pass
+    is_well(server)
+
+
 def test_a_request_that_comes_in_pieces_is_whole(server):
     body = b'{"prompt": "7"}'
     raw = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body

@@ -63,6 +63,14 @@ def test_several_prompts_and_samples_come_in_order(client):
     assert [(c.index, c.text) for c in answer.choices] == [(0, "23"), (1, "23"), (2, "xxx"), (3, "xxx")]
 
 
+def test_samples_have_seeds_of_their_own_and_their_prompt_counts_once(client):
+    one, four = (
+        client.completions.create(model="any", prompt="q", temperature=1, seed=7, max_tokens=8, n=n) for n in (1, 4)
+    )
+    assert len({choice.text for choice in four.choices}) == 4 and four.choices[0].text == one.choices[0].text
+    assert four.usage.prompt_tokens == one.usage.prompt_tokens
+
+
 def test_token_ids_are_a_prompt(client):
     (first,) = complete(client, "1", logprobs=0).choices
     tokenizer = train_bpe(["no merges"], TokenizerConfig(), 261)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from http_server import until
+from http_server import running, until
 from tiny_runs import bigram_model, make_run
 
 import serve
@@ -92,6 +92,30 @@ def test_ctrl_c_finishes_what_is_being_written_and_an_export_needs_no_torch(run)
     _, err = server.process.communicate(timeout=20)
     assert server.process.returncode == 130
     assert err.strip() == "finishing what is being written; once more to stop at once"
+
+
+def test_an_export_of_a_fine_tuned_run_chats_in_its_template(tmp_path):
+    from kindling.runs.loading import chat_of
+
+    tokenizer = train_bpe(["no merges"], TokenizerConfig(), 261)
+    made = make_run(tmp_path / "runs/chats", tokenizer, bigram_model(tokenizer, {"\n": "a", "a": None}, 192))
+    out = tmp_path / "runs/chats/export/int8"
+    out.parent.mkdir()
+    out.mkdir()
+    write(out, made_model(made), tokenizer, "chats, step_000001", chat=chat_of(made))
+    flags = opened(str(made.path), "--int8", "--kernel", "numpy")
+    with running(serve.to_serve(serve.open_model(flags), flags)) as server:
+        fields = {"messages": [{"role": "user", "content": "Say a."}], "temperature": 0}
+        answer = server.post("/v1/chat/completions", **fields)
+    assert answer["choices"][0]["message"]["content"] == "a"
+    meta = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for chat, said in (({**meta["chat"], "rendered": "another"}, "export again"), (None, None)):
+        (out / "config.json").write_text(json.dumps({**meta, "chat": chat}), encoding="utf-8")
+        if said is None:
+            assert serve.open_model(flags).template is None  # as the exports of earlier versions
+        else:
+            with pytest.raises(KindlingError, match=said):
+                serve.open_model(flags)
 
 
 def test_a_second_signal_stops_at_once(run, monkeypatch):
