@@ -65,7 +65,7 @@ def work(tmp_path_factory, corpus) -> Path:
     flags = [*tiny_flags(corpus), "--model.block-size", "128", "--train.max-steps", "4"]
     result = script("main.py", *flags, "--name", "base", cwd=folder)
     assert result.returncode == 0, result.stderr
-    result = script("sft_train.py", *mined(corpus), cwd=folder, fresh=True)
+    result = script("sft_train.py", *mined(corpus), cwd=folder)
     assert result.returncode == 0, result.stderr
     (folder / "stdout.txt").write_text(result.stdout, encoding="utf-8")
     return folder

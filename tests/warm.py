@@ -3,11 +3,12 @@
     result = run(["main.py", "--name", "base"], cwd=folder, env=dict(os.environ), timeout_s=300)
 
 A new interpreter needs 3 to 5 seconds to import torch; a fork of one that has done so starts in a tenth of a second. The warm
-process is not the process of the tests, so it does not depend on the tests that ran before. It imports nothing of the project,
-and runs one script at a time. The script runs as `__main__`, with its own working directory, environment and pipes, and ends as
-an interpreter ends. With `ranks`, several forks run it as ranks that reach each other, with the variables that torchrun would
-give them. Two things differ from a user's run: the libraries are in `sys.modules` already, and all forks have the same
-hash seed, so sets have the same order in all of them. Tests that depend on one of the two start a new interpreter.
+process is not the process of the tests, so it does not depend on the tests that ran before. It runs one script at a time. The
+script runs as `__main__`, with its own working directory, environment and pipes, and ends as an interpreter ends. With `ranks`,
+several forks run it as ranks that reach each other, with the variables that torchrun would give them. Four things differ from a
+user's run: the libraries and the project's packages are in `sys.modules` already; all forks have the same hash seed, so sets
+have the same order in all of them; workers are forks of the script, where a user's are new interpreters; and modules are not
+taken apart at the end. Tests that depend on one of these start a new interpreter, or call what starts the workers themselves.
 """
 
 from __future__ import annotations
@@ -32,21 +33,9 @@ SCRIPTS = ("main.py", "sft_train.py", "evaluate.py", "generate.py", "data_pipeli
 LIBRARIES = ["torch", "torch._dynamo", "torch.utils.tensorboard", "numpy", "tyro", "pydantic.dataclasses", "yaml"]
 LIBRARIES += ["tqdm", "safetensors.torch", "tokenizers", "rensa", "regex", "typeguard", "multiprocessing.synchronize"]
 # of the project what scripts import; these import the rest
-MODULES = [
-    "training.stage",
-    "evaluation.code_eval",
-    "evaluation.memorization",
-    "evaluation.perplexity",
-    "evaluation.gold",
-]
-MODULES += [
-    "evaluation.compare_runs",
-    "evaluation.grade_written",
-    "plots.run_report",
-    "formats.hf_format",
-    "generation.chat",
-]
-MODULES = [f"kindling.{name}" for name in [*MODULES, "formats.model_card", "data.explain", "sandbox.self_test"]]
+MODULES = ["training.stage", "plots.run_report", "formats.hf_format", "formats.model_card", "generation.chat"]
+MODULES += ["data.explain", "sandbox.self_test", "evaluation.code_eval", "evaluation.memorization", "evaluation.gold"]
+MODULES += ["evaluation.perplexity", "evaluation.compare_runs", "evaluation.grade_written"]
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before a test changes it
 REQUEST_BYTES = 2**17
@@ -118,8 +107,11 @@ def run(
 
 def _become(request: dict, streams: list[int]) -> None:
     """Make this fork the script that was asked for, up to its first line."""
+    import multiprocessing.context
     import multiprocessing.process
 
+    kinds = multiprocessing.context._concrete_contexts
+    kinds["spawn"] = kinds["fork"]  # a worker that is a new interpreter takes one or two seconds to start
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -191,7 +183,7 @@ def _serve(asked: socket.socket) -> None:
     import runpy
 
     sys.path.insert(0, str(ROOT))
-    for name in LIBRARIES + MODULES:
+    for name in LIBRARIES + [f"kindling.{module}" for module in MODULES]:
         importlib.import_module(name)
     del sys.path[0]
     gc.freeze()  # garbage collection in a fork then does not copy shared memory

@@ -156,7 +156,9 @@ def functional_figures(
             if s.problem.benchmark == name and s.problem.task_id not in reasons:
                 of_problem.setdefault(s.problem.task_id, []).append((s, g))
         pairs = [pair for found in of_problem.values() for pair in found]
-        counts = [[t, len(found), sum(g.verdict == "passed" for _, g in found)] for t, found in of_problem.items()]
+        counts: list[list[Any]] = []  # of each problem: its name, samples and passes
+        for task, found in of_problem.items():
+            counts.append([task, len(found), sum(g.verdict == "passed" for _, g in found)])
         fewest = min((n for _, n, _ in counts), default=0)
         out[name] = {
             "problems": len(counts),
