@@ -321,9 +321,8 @@ def describe_memory(device: torch.device) -> str:
     """Return the name and size of the memory of a device as a text, such as "the GPU's 15.8 GB"."""
     if device.type != "cuda":
         return "this machine's memory"
-    text = f"the GPU's {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB"
-    others = memory_of_others(device)
-    return text + (f", of which other programs hold {others / 1e9:.1f} GB" if others else "")
+    others = f", of which other programs hold {held / 1e9:.1f} GB" if (held := memory_of_others(device)) else ""
+    return f"the GPU's {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB{others}"
 
 
 def describe_out_of_memory(error: RuntimeError) -> str:
