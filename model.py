@@ -308,7 +308,7 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def forward_cached(self, idx: Tensor, cache: Cache) -> Tensor:
-        """Run the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after the last token.
+        """Run the next tokens idx (B, T) of each row of the cache; return the logits (B, V) after each row's last token.
 
         No row may get longer than block_size tokens.
         """
@@ -319,9 +319,7 @@ class GPT(LanguageModel):
         for layer, block in enumerate(self.blocks):
             extend = partial(cache.extend, layer, position_ids=position_ids, S=S)
             x = block(x, rope, mask, extend)
-        cache.lengths += idx.size(1)
-        cache.last.copy_(idx[:, -1])
-        x = x[:, -1]  # (B, C)
+        x = cache.advance(idx, x)  # (B, C)
         return self.head(x if self.norm_f is None else self.norm_f(x))
 
     def for_generation(self) -> GPT:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from kindling import help
-from kindling.errors import KindlingError, one_line, says_out_of_memory
+from kindling.errors import KindlingError, says_out_of_memory
 from kindling.openmp import limit_spinning
 from kindling.output import silent_if_reader_ends
 from kindling.paths import expand_home
@@ -136,14 +136,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         rank = os.environ.get("RANK", "0")  # under torchrun; most often all ranks fail for the same reason
         print(f"error: {e}" if rank == "0" else f"error on rank {rank}: {e}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as e:  # torch's errors for a lack of memory, which this file must not import
+    except RuntimeError as e:
         if not says_out_of_memory(e):
             raise
-        print(
-            "error: the model and what it works on must fit into the memory of the device, but do not "
-            f"({one_line(e, 120)}); use a smaller batch, --train.precision bf16, or --device cpu",
-            file=sys.stderr,
-        )
+        from kindling.device import describe_out_of_memory
+
+        print(f"error: {describe_out_of_memory(e)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

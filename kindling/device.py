@@ -159,9 +159,10 @@ def skip_vector_isa_test() -> None:
 
 @contextmanager
 def attention_of_fixed_shapes(runtime: Runtime) -> Iterator[None]:
-    """Allow cuDNN's attention, the fastest one of an H100: for the passes of training, whose rows all have one length.
+    """Allow cuDNN's attention, the fastest one of an H100: for rows that fill the context, as in pre-training.
 
-    It prepares a plan for each new shape, which takes longer than many tokens of generated text. So `resolve` switches it off.
+    It prepares a plan for each new shape, which takes longer than many tokens of generated text. So `resolve` switches it off,
+    and generation and padded rows do without it.
     """
     if runtime.device.type != "cuda":
         yield
@@ -253,10 +254,8 @@ def reset_peak_memory(runtime: Runtime) -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        trim = ctypes.CDLL(
-            None
-        ).malloc_trim  # of glibc: memory that it keeps from earlier work would hide what later work needs
-        trim(0)
+        # of glibc: memory that it keeps from earlier work would hide what later work needs
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError, TypeError):
         return False
@@ -306,11 +305,37 @@ def gpu_memory_bytes(device: torch.device) -> int | None:
     return torch.mps.recommended_max_memory() if device.type == "mps" else None
 
 
-def describe_memory(runtime: Runtime) -> str:
-    """Return the name and size of the memory of the device as a text, such as "the GPU's 15.8 GB"."""
-    if runtime.device.type == "cuda":
-        return f"the GPU's {torch.cuda.get_device_properties(runtime.device).total_memory / 1e9:.1f} GB"
-    return "this machine's memory"
+def memory_of_others(device: torch.device) -> int:
+    """Return the bytes of a GPU that other programs hold; 0 if that is under a tenth of it, or unknown, as on MPS."""
+    if device.type != "cuda":
+        return 0
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        held = total - free - torch.cuda.memory_reserved(device)
+    except RuntimeError:  # after some errors, CUDA answers nothing more
+        return 0
+    return held if held > total / 10 else 0  # CUDA itself takes half a GB in each process
+
+
+def describe_memory(device: torch.device) -> str:
+    """Return the name and size of the memory of a device as a text, such as "the GPU's 15.8 GB"."""
+    if device.type != "cuda":
+        return "this machine's memory"
+    others = f", of which other programs hold {held / 1e9:.1f} GB" if (held := memory_of_others(device)) else ""
+    return f"the GPU's {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB{others}"
+
+
+def describe_out_of_memory(error: RuntimeError) -> str:
+    """Return what did not fit into which memory and what helps, for an error that no code closer to it has explained."""
+    where = torch.device("cuda" if "CUDA" in str(error) and torch.cuda.is_available() else "cpu")
+    said = " ".join(re.split(r"(?<=\.)\s", str(error).partition("\n")[0])[:2])[
+        :120
+    ]  # what follows is a list of processes
+    advice = "end the other programs, or " if memory_of_others(where) else ""
+    return (
+        f"the model and what it works on must fit into {describe_memory(where)}, but do not ({said.rstrip('.')}); {advice}use "
+        f"a smaller batch, --train.precision bf16, or --device cpu"
+    )
 
 
 def rows_at_once(device: torch.device, row_bytes: int, least: int) -> int:

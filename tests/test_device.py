@@ -76,6 +76,65 @@ def test_rows_at_once_fill_a_32nd_of_a_gpu_and_are_fixed_elsewhere(monkeypatch):
     assert device.rows_at_once(torch.device("cpu"), row, 1024) == 1024
 
 
+@pytest.fixture
+def full_gpu(monkeypatch):
+    """A GPU of 85 GB: sets what is free of it, and what this process holds."""
+
+    def fill(free_gb: float, own_gb: float) -> None:
+        total = int(85e9)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: SimpleNamespace(total_memory=total))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda which: (int(free_gb * 1e9), total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda which: int(own_gb * 1e9))
+
+    return fill
+
+
+def test_memory_that_other_programs_hold_is_said(full_gpu, monkeypatch):
+    gpu = torch.device("cuda")
+    full_gpu(free_gb=0.3, own_gb=6.5)
+    assert device.describe_memory(gpu) == "the GPU's 85.0 GB, of which other programs hold 78.2 GB"
+    full_gpu(free_gb=0.3, own_gb=84)  # the rest is CUDA's own
+    assert device.describe_memory(gpu) == "the GPU's 85.0 GB"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda which: 1 / 0)
+    assert device.describe_memory(torch.device("cpu")) == "this machine's memory"
+
+    def broken(which):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert device.describe_memory(gpu) == "the GPU's 85.0 GB"
+
+
+def test_a_lack_of_memory_names_the_memory_and_what_helps(full_gpu):
+    said = (
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 12.56 MiB is "
+        "free. Process 10196 has 11.74 GiB memory in use."
+    )
+    full_gpu(free_gb=0.3, own_gb=6.5)
+    assert device.describe_out_of_memory(torch.OutOfMemoryError(said)) == (
+        "the model and what it works on must fit into the GPU's 85.0 GB, of which other programs hold 78.2 GB, but do not "
+        "(CUDA out of memory. Tried to allocate 20.00 MiB); end the other programs, or use a smaller batch, "
+        "--train.precision bf16, or --device cpu"
+    )
+    full_gpu(free_gb=0.3, own_gb=84)
+    short = device.describe_out_of_memory(RuntimeError("CUDA error: out of memory\nSearch for `cudaError' in https"))
+    assert "GPU's 85.0 GB, but do not (CUDA error: out of memory); use a smaller batch" in short
+    cpu = device.describe_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."))
+    assert "into this machine's memory, but do not (DefaultCPUAllocator: can't allocate" in cpu
+
+
+def test_cudnns_attention_is_on_in_its_passes_only(monkeypatch):
+    switched = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    with device.attention_of_fixed_shapes(device.Runtime(torch.device("cpu"), "fp32")):
+        assert not switched
+    with pytest.raises(ValueError), device.attention_of_fixed_shapes(device.Runtime(torch.device("cuda"), "bf16")):
+        assert switched == [True]
+        raise ValueError
+    assert switched == [True, False]
+
+
 @pytest.mark.parametrize(
     ("kind", "wanted", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
 )

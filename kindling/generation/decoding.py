@@ -8,18 +8,21 @@ Limit: in a stream, each token beyond the context costs a pass over the whole co
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from kindling.cache import PromptRows
 from kindling.generation.sampling import Sampling, SamplingState, sample_tokens
 from model import GPT, LanguageModel
 
 CHECK_EVERY = 8  # a caller sees a row after this many tokens again
+TOKENS_A_PASS = 8192  # of prompts that are read together: enough to keep a GPU busy, and few beside a step of training
 
 Allowed = Callable[[Sequence[int]], np.ndarray | None]
 """Takes the new tokens so far; returns which tokens may come next, (V,) bool, or None for all."""
@@ -45,7 +48,7 @@ def stream(
     """
     gpt = model.for_generation()
     block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
-    device = cache.lengths.device
+    device = cache.last.device
     sampling_state = SamplingState.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
     ids, n_prompt, n_read = list(ids), len(ids), 0
     for _ in range(sampling.max_new_tokens):
@@ -85,13 +88,16 @@ def stream_batch(
     seeds: Sequence[int] | None = None,
     n_rows: int = 32,
     begins: torch.Tensor | None = None,
+    together: bool | None = None,
 ) -> Iterator[Row]:
     """Yield the row of each prompt after every CHECK_EVERY tokens, and when it has ended.
 
     `n_rows` rows are generated at a time; where one ends, the next prompt begins. A row ends at end of text, after
     `sampling.max_new_tokens`, when the context is full, or when the caller sets its `ended` to True. `seeds` are one for each
     prompt; without them each has `sampling.seed` and gets the same tokens as from `stream`. `begins` (V,) bool says which
-    tokens may come first. Raises ValueError for a prompt that leaves no room in the context.
+    tokens may come first. `together`: read the prompts that begin at the same time in one pass, padded to one length, and wait
+    until an eighth of the rows are free; None: on every device but the CPU, which gains nothing from it. Raises ValueError for
+    a prompt that leaves no room in the context.
     """
     gpt = model.for_generation()
     for ids in prompts:
@@ -101,12 +107,24 @@ def stream_batch(
             )
     if seeds is None:
         seeds = [sampling.seed] * len(prompts)
-    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), begins)
+    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), begins, together)
     while batch.begin() or batch.active:
         yield from batch.seen()
         if batch.active:
             batch.step()
             yield from batch.seen()
+
+
+def passes(prompts: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Yield prompts, which come by length, in groups of at most TOKENS_A_PASS tokens with their padding, or of one prompt."""
+    group: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if group and (len(group) + 1) * len(prompt) > TOKENS_A_PASS:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
 
 
 class _Batch:
@@ -121,11 +139,14 @@ class _Batch:
         eos_id: int,
         n_rows: int,
         begins: torch.Tensor | None,
+        together: bool | None,
     ):
         self.gpt, self.prompts, self.seeds, self.sampling = gpt, prompts, seeds, sampling
         self.eos_id = eos_id
-        self.n_rows, self.cache, self.single = n_rows, gpt.new_cache(n_rows), gpt.new_cache(1)
-        self.device = self.cache.lengths.device
+        self.n_rows, self.cache = n_rows, gpt.new_cache(n_rows)
+        self.device = self.cache.last.device
+        self.together = self.device.type != "cpu" if together is None else together
+        self.single = gpt.new_cache(0 if self.together else 1)
         self.begins = None if begins is None else begins.to(self.device)
         self.active: dict[int, Row] = {}  # by row of the cache
         self.waiting = iter(range(len(prompts)))
@@ -137,28 +158,63 @@ class _Batch:
     def begin(self) -> bool:
         """Begin the next prompts in the free rows; return whether any began."""
         begun = False
-        for place in range(self.n_rows):
-            while place not in self.active and (number := next(self.waiting, None)) is not None:
-                begun = True
-                self._begin(place, number)
+        while free := [place for place in range(self.n_rows) if place not in self.active]:
+            if self.together and self.active and 8 * len(free) < self.n_rows:
+                break  # a pass over few prompts takes as long as one over many
+            numbers = list(itertools.islice(self.waiting, len(free)))
+            if not numbers:
+                break
+            begun = True
+            with reading():
+                places = dict(zip(free, numbers))
+                logits = self._read_together(places) if self.together else self._read(places)
+                self._begin(places, logits)
         return begun
 
-    def _begin(self, place: int, number: int) -> None:
-        prompt = self.prompts[number]
-        with reading():
-            if prompt != self.read:
-                self.read = prompt
+    def _read(self, places: dict[int, int]) -> torch.Tensor:
+        """Read prompts into their places, one after another; return the logits (N, V) after each."""
+        logits = []
+        for place, number in places.items():
+            if self.prompts[number] != self.read:
+                self.read = self.prompts[number]
                 self.single.lengths.zero_()
-                self.first = self.gpt.forward_cached(torch.tensor([prompt], device=self.device), self.single)
-                if self.begins is not None:
-                    self.first = self.first.masked_fill(~self.begins, -torch.inf)
+                self.first = self.gpt.forward_cached(torch.tensor([self.read], device=self.device), self.single)
             self.cache.copy_row(place, self.single)
+            logits.append(self.first)
+        return torch.cat(logits)
+
+    def _read_together(self, places: dict[int, int]) -> torch.Tensor:
+        """Read prompts into their places, many in one pass; return the logits (N, V) after each."""
+        same: dict[tuple[int, ...], list[int]] = {}  # the places of each prompt
+        for place, number in places.items():
+            same.setdefault(tuple(self.prompts[number]), []).append(place)
+        logits: dict[int, torch.Tensor] = {}
+        for prompts in passes(sorted(same, key=len)):
+            lengths = [len(prompt) for prompt in prompts]
+            idx = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts])  # (N, T)
+            rows = PromptRows(self.cache, [same[prompt][0] for prompt in prompts], lengths)
+            for prompt, after in zip(prompts, self.gpt.forward_cached(idx.to(self.device), rows)):
+                first, *others = same[prompt]
+                logits[first] = after  # (V,)
+                for place in others:
+                    self.cache.copy_row(place, self.cache, first)
+                    logits[place] = after
+        return torch.stack([logits[place] for place in places])
+
+    def _begin(self, places: dict[int, int], logits: torch.Tensor) -> None:
+        """Give each new row its first token, from the logits (N, V) after its prompt."""
+        if self.begins is not None:
+            logits = logits.masked_fill(~self.begins, -torch.inf)
+        states = []
+        for place, number in places.items():
+            prompt = self.prompts[number]
             limit = min(self.sampling.max_new_tokens, self.gpt.cfg.block_size - len(prompt))
-            sampling_state = SamplingState.of(
-                self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id
+            states.append(
+                SamplingState.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
             )
-            self.active[place] = Row(number, sampling_state, limit)
-            self._take(place, sample_tokens(self.first, self.sampling, [sampling_state])[0])
+            self.active[place] = Row(number, states[-1], limit)
+        for place, token in zip(places, sample_tokens(logits, self.sampling, states)):
+            self._take(place, token)
 
     def step(self) -> None:
         """Give each active row its next token."""
@@ -167,9 +223,9 @@ class _Batch:
         self.cache.lengths[[place for place in range(self.n_rows) if place not in self.active]] = 0  # idle rows
         with reading():
             logits = self.gpt.forward_cached(torch.tensor(last, device=self.device)[:, None], self.cache)  # (B, V)
-            tokens = sample_tokens(
-                logits[places], self.sampling, [self.active[place].sampling_state for place in places]
-            )
+            if len(places) < self.n_rows:
+                logits = logits[places]
+            tokens = sample_tokens(logits, self.sampling, [self.active[place].sampling_state for place in places])
         for place, token in zip(places, tokens):
             self._take(place, token)
 

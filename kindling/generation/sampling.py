@@ -104,15 +104,16 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, sampling_states: Seq
         tokens = logits.argmax(-1).tolist()
     else:
         up_to = next_token_probabilities(logits, sampling, seen).double().cumsum(-1)  # (B, V)
-        if not up_to[:, -1].isfinite().all():
-            raise GenerationError(
-                "a model's logits must be numbers, but are not; fall back to an older checkpoint, or use --precision fp32"
-            )
         # drawn on the CPU, so the numbers are the same on every device
         drawn = torch.stack([torch.rand(1, generator=d.generator, dtype=torch.float64) for d in sampling_states]).to(
             logits.device
         )  # (B, 1)
-        tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True).squeeze(1).tolist()
+        drawn_tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True)  # (B, 1)
+        tokens = drawn_tokens.masked_fill(~up_to[:, -1:].isfinite(), -1).squeeze(1).tolist()  # the device is read once
+        if -1 in tokens:
+            raise GenerationError(
+                "a model's logits must be numbers, but are not; fall back to an older checkpoint, or use --precision fp32"
+            )
     for sampling_state, token in zip(sampling_states, tokens):
         if sampling_state.seen is not None:
             sampling_state.seen[token] = True

@@ -36,7 +36,7 @@ class TorchEngine:
     def __init__(self, gpt: GPT, n_rows: int):
         self.n_rows, self.block_size, self.vocab_size = n_rows, gpt.cfg.block_size, gpt.cfg.vocab_size
         self._gpt, self._cache = gpt, gpt.new_cache(n_rows)
-        self._device = self._cache.lengths.device
+        self._device = self._cache.last.device
         self.piece = PIECE_ON_CPU if self._device.type == "cpu" else PIECE
         self._tokens: list[list[int]] = [[] for _ in range(n_rows)]
 
@@ -72,7 +72,6 @@ class TorchEngine:
             idx = torch.tensor([list(texts[i][1]) for i in group], device=self._device)  # (B, T)
             with reading():
                 logits[group] = self._gpt.forward_cached(idx, rows).float().cpu()
-            rows.write_back()
         for row, ids in texts:
             self._tokens[row] += ids
         return logits.numpy()

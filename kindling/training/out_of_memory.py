@@ -35,10 +35,11 @@ def out_of_memory(trainer: Trainer) -> OutOfMemoryError:
         fits = ", nor does one row" if largest is None else f", while {largest} {'does' if largest == 1 else 'do'}"
         if largest is not None:
             advice.insert(0, f"--train.micro-batch-size {largest}")
+    others = "end the other programs, or " if device.memory_of_others(runtime.device) else ""
     kept = "; what was saved is kept, and the same command goes on from it" if trainer.run.checkpoints() else ""
     return OutOfMemoryError(
-        f"a micro-batch must fit into {device.describe_memory(runtime)}, but one of {failed} rows of "
-        f"{trainer.cfg.model.block_size} tokens does not{fits if failed > 1 else ''}; set {' or '.join(advice)}{kept}"
+        f"a micro-batch must fit into {device.describe_memory(runtime.device)}, but one of {failed} rows of "
+        f"{trainer.cfg.model.block_size} tokens does not{fits if failed > 1 else ''}; {others}set {' or '.join(advice)}{kept}"
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from config import ModelConfig
+from kindling.generation import decoding
 from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.sampling import Sampling
 from model import GPT, Cache, LanguageModel, build_model
@@ -135,7 +136,9 @@ def test_reading_in_pieces_and_token_by_token_gives_the_logits_of_the_whole(shap
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n_rows", [1, 3, 8])
-def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows):
+@pytest.mark.parametrize("together", [False, True])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows, together, monkeypatch):
+    monkeypatch.setattr(decoding, "TOKENS_A_PASS", 20)
     model = random_model(SHAPES[shape])
     prompts = [[5], [6, 7, 8], [9] * 10, [9] * 10, [1, 2], [3] * 15, [4] * 4]
     greedy = Sampling(greedy=True, max_new_tokens=6)
@@ -145,7 +148,38 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(shape, n_rows):
             generate(model, ids, replace(sampling, seed=seed, max_new_tokens=min(6, 16 - len(ids))), 7)
             for ids, seed in zip(prompts, seeds or [0] * 7)
         ]
-        assert generate_batch(model, prompts, sampling, 7, seeds, n_rows) == expected
+        assert generate_batch(model, prompts, sampling, 7, seeds, n_rows, together=together) == expected
+
+
+def test_prompts_that_begin_together_are_read_in_few_passes_and_each_once(model, monkeypatch):
+    monkeypatch.setattr(decoding, "TOKENS_A_PASS", 24)
+    passes, forward = [], GPT.forward_cached
+
+    def counted(self, idx, cache):
+        passes.append(tuple(idx.shape))
+        return forward(self, idx, cache)
+
+    monkeypatch.setattr(GPT, "forward_cached", counted)
+    prompts = [[1] * 9, [2] * 3, [3] * 11, [1] * 9, [4] * 8, [1] * 9, [5] * 12, [6]]
+    first_row = next(stream_batch(model, prompts, Sampling(max_new_tokens=1), -1, together=True))
+    assert first_row.number == 0 and passes == [(3, 8), (2, 11), (1, 12)]  # of 1, 3, 8; 9, 11; 12 tokens
+    passes.clear()
+    assert list(stream_batch(model, prompts[:3], Sampling(max_new_tokens=1), -1))[-1].ended
+    assert passes == [(1, 9), (1, 3), (1, 11)], "on the CPU one by one"
+
+
+def test_new_prompts_wait_until_an_eighth_of_the_rows_are_free(model, monkeypatch):
+    begun = []
+    read = decoding._Batch._read_together
+    monkeypatch.setattr(
+        decoding._Batch, "_read_together", lambda self, places: begun.append(len(places)) or read(self, places)
+    )
+    prompts = [[n] for n in range(1, 40)]
+    outs = set()
+    for row in stream_batch(model, prompts, Sampling(max_new_tokens=9), -1, n_rows=24, together=True):
+        row.ended = row.ended or row.number in (0, 5, 9, 30)  # after 8 tokens; two more than the others' end would free
+        outs.add(row.number)
+    assert begun == [24, 3, 12] and outs == set(range(39))
 
 
 def test_a_row_that_its_caller_ends_gets_no_more_tokens(model):
@@ -167,7 +201,8 @@ def test_a_penalty_is_of_each_row_its_own_and_counts_its_prompt(model):
     for sampling in (Sampling(greedy=True), Sampling(temperature=1.5)):
         sampling = replace(sampling, max_new_tokens=6, repetition_penalty=5.0)
         expected = [generate(model, ids, sampling, 7) for ids in prompts]
-        assert generate_batch(model, prompts, sampling, 7, n_rows=2) == expected
+        for together in (False, True):
+            assert generate_batch(model, prompts, sampling, 7, n_rows=2, together=together) == expected
         assert expected != [generate(model, ids, replace(sampling, repetition_penalty=1.0), 7) for ids in prompts]
 
 

@@ -4,14 +4,18 @@ import csv
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import make_run, tiny_config
 from test_trainer import Clock, Numbers, stop_during
 
+from config import ModelConfig, TrainConfig
 from kindling import device
-from kindling.data.shards import PackedBlocks, evenly_spaced
+from kindling.data.shards import Batch, PackedBlocks, evenly_spaced
 from kindling.generation.completion import complete
 from kindling.generation.sampling import Sampling
 from kindling.runs.checkpoint import load_state
@@ -21,7 +25,7 @@ from kindling.training.loop import fit
 from kindling.training.stage import length, summary_line
 from kindling.training.state import TrainingState
 from kindling.training.trainer import Trainer
-from kindling.training.validation import Validation, mean_loss, validate
+from kindling.training.validation import Validation, mean_loss, summed_loss, validate
 from model import build_model
 from presets import PRESETS, preset
 
@@ -108,6 +112,20 @@ def test_the_figures_of_a_part_are_those_of_its_rows(made, corpus, tmp_path):
     assert whole["val_tokens"] == dataset.n_targets == len(dataset) - 1
     ratio = [figures["val_bits_per_byte"] / figures["val_loss"] for figures in (found, whole)]
     assert ratio[0] == pytest.approx(ratio[1])
+
+
+def test_only_rows_that_fill_the_context_get_the_attention_of_fixed_shapes(monkeypatch):
+    cfg = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=20)
+    model, runtime = build_model(cfg), device.resolve(TrainConfig(device="cpu"))
+    used = []
+    monkeypatch.setattr(device, "attention_of_fixed_shapes", lambda runtime: used.append(True) or nullcontext())
+    wrapped = torch.nn.Module()  # as DDP does
+    wrapped.module, wrapped.forward = model, model.forward
+    for way, width, expected in ((model, 6, []), (model, 8, [True]), (wrapped, 8, [True]), (wrapped, 6, [])):
+        used.clear()
+        idx = np.ones((2, width), dtype=np.int64)
+        summed_loss(way, Batch(idx, idx), runtime)
+        assert used == expected
 
 
 def test_a_run_is_evaluated_before_its_first_step_on_the_same_part_at_each_point_and_whole_at_the_end(

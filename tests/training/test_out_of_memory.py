@@ -81,6 +81,13 @@ def test_on_several_ranks_nothing_is_tried(corpus, tmp_path, monkeypatch):
     assert not tried
 
 
+def test_where_other_programs_hold_the_memory_they_are_the_first_advice(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_config(corpus))
+    with_room_for(0, monkeypatch)
+    monkeypatch.setattr(device, "memory_of_others", lambda where: int(78.2e9))
+    assert "; end the other programs, or set --train.activation-checkpointing True or" in str(out_of_memory(trainer))
+
+
 def test_other_errors_pass_as_they_are(corpus, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, tiny_config(corpus))
 
