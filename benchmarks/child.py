@@ -11,12 +11,23 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
-LAST_WORDS = 2000  # characters
+MOST = 200  # characters of a reason
+ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Exit)\b")
+
+
+def short(text: str) -> str:
+    """Return a text in one line of at most MOST characters: of a longer one, what the last error in it says."""
+    whole = " ".join(text.split())
+    if len(whole) <= MOST:
+        return whole
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ([line for line in lines if ERROR.match(line)] or lines)[-1][:MOST].strip()
 
 
 class ChildError(Exception):
@@ -28,10 +39,11 @@ class Child:
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None):
         """Start it. What it prints to standard error goes to the file `log`."""
-        self._log = open(log, "w+", encoding="utf-8", errors="replace")
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env
-        )
+        self._log = log
+        with open(log, "w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+            )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -51,7 +63,9 @@ class Child:
             raise ChildError(f"no answer within {limit_s:.0f} s") from None
         if line is None:
             code = self.process.wait()
-            raise ChildError(f"it ended with code {code}: {self.last_words()}")
+            raise ChildError(
+                f"it ended with code {code}: {short(self._log.read_text(encoding='utf-8', errors='replace'))}"
+            )
         return json.loads(line)
 
     def ask(self, request: Any, limit_s: float | None = None) -> dict[str, Any]:
@@ -63,12 +77,6 @@ class Child:
         except OSError:  # it has ended; `answer` says why
             pass
         return self.answer(limit_s)
-
-    def last_words(self) -> str:
-        """Return the end of what it has printed to standard error."""
-        self._log.flush()
-        self._log.seek(0)
-        return self._log.read().strip()[-LAST_WORDS:]
 
     def kill(self) -> None:
         """End it at once."""
@@ -85,4 +93,3 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._log.close()

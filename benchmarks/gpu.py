@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from child import short  # noqa: E402
 from gpu_checks import Checks  # noqa: E402
 from gpu_common import MANY_CORES, Plan, Section, keep_logs, say  # noqa: E402
 from gpu_decoding import Decoding  # noqa: E402
@@ -84,7 +85,7 @@ def run_sections(plan: Plan, sections: dict[str, Section], minutes: float) -> No
         try:
             section.run(plan, limit_s)
         except Exception as e:  # a section stands alone, so whatever happens in it is its result
-            reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+            reason = short(f"{type(e).__name__}: {e}")
             plan.found.setdefault(name, {})["failed"] = reason
             say(f"{name}: failed: {reason}")
         finally:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from child import short
 from gpu_common import ROOT, Command, Plan, say
 
 PARTS = {  # by name: the file, and which of its tests. The slowest begin first
@@ -94,7 +95,7 @@ def counts(results: Path, reason: str) -> dict[str, Any]:
     by = {
         outcome: [line for line in lines if line["outcome"] == outcome] for outcome in ("passed", "failed", "skipped")
     }
-    failures = {line["test"]: " ".join(line["message"].split())[:300] for line in by["failed"]}
+    failures = {line["test"]: short(line["message"]) for line in by["failed"]}
     if reason and not failures:  # it was killed, or pytest itself failed
         failures["all"] = reason
     said = {line["test"]: line["said"] for line in lines if line["said"]}

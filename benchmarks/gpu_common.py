@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from child import Child
+from child import Child, short
 
 ROOT = Path(__file__).resolve().parent.parent
 MANY_CORES = 8  # from here on, a section is prepared while the one before it runs
@@ -99,10 +99,8 @@ class Command:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def last_line(self) -> str:
-        """Return its error, or else the last line that it printed."""
-        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["nothing was printed"])[-1][:300]
+        """Return its last error, or else the last line that it printed."""
+        return short(self.output()) or "nothing was printed"
 
 
 IN_TURN = """

@@ -14,14 +14,17 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from child import Child, ChildError
+from child import Child, ChildError, short
 from gpu_common import MANY_CORES, Plan, say, start_worker
+from gpu_profile import profiled
+
+from kindling.errors import says_out_of_memory
 
 if TYPE_CHECKING:
     from config import Config
@@ -33,13 +36,15 @@ SHAPES = ("code-50m", "code-150m", "code-225m", "smallcoder-1", "modern-50m", "m
 WHOLE = ("code-50m",)  # also compiled as a whole, not block by block
 TOY_SHAPES = ("code-50m", "smallcoder-1")
 LARGE = ("smallcoder-1",)  # half as many tokens
-TOKENS_PER_GIB = 1024  # of a micro-batch: 80 GiB take 65,536
+TOKENS_PER_GIB, MOST_TOKENS = 512, 32_768  # of a micro-batch: 80 GiB take 32,768
+PROCESS_GIB = 20  # of the GPU's memory for each process that gets ready, and for those that are ready
 TOY_TOKENS = 256
 TURN_S, TURNS = 1.0, 3
-TRIES, PAUSE_S = 15, 2.0  # of a size that does not fit while the other processes get ready
-READY_SHARE = 0.55  # of the section's time, in which processes may still get ready
+TRIES, PAUSE_S = 10, 2.0  # of a size that does not fit while the other processes get ready
+STARTS, RESTART_S = 3, 10.0  # of a process that has no memory to get ready in
+READY_SHARE, ROUNDS = 0.55, 2  # of the time that is left, in which processes may still get ready
+LATE = "it was not ready in time"
 ASK_S = 90.0  # for one answer: a size that did not fit before may have to be compiled
-PROFILED_STEPS = 4
 
 
 # -- in the process of one shape and side ------------------------------------------------------------------------------
@@ -142,14 +147,19 @@ def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
 
     cfg = configured(shape, device_kind, toy)
     runtime = device.resolve(cfg.train)
-    side: Side = Theirs(cfg, runtime) if name == "transformers" else Ours(cfg, runtime, name.endswith("whole"))
     compiles = not toy and device.has_compiler(device_kind)
-    if compiles:
-        side.compile()
     started = time.perf_counter()
     tokens = TOY_TOKENS if toy else tokens_of(runtime)
     whole = tokens // cfg.model.block_size // (2 if shape in LARGE else 1)
-    n_rows, reason = first_that_fits(side, [whole, max(1, whole // 2)])
+    try:
+        side: Side = Theirs(cfg, runtime) if name == "transformers" else Ours(cfg, runtime, name.endswith("whole"))
+        if compiles:
+            side.compile()
+        n_rows, reason = first_that_fits(side, [whole, max(1, whole // 2)])
+    except RuntimeError as e:
+        if not device.is_out_of_memory(e):
+            raise
+        raise SystemExit(short(f"{type(e).__name__}: {e}")) from None  # gpu.py starts a new process
     about = {"rows": n_rows, "smaller_because": reason, "compiled": compiles, "precision": runtime.precision}
     about |= {"ready_s": time.perf_counter() - started, "matrices": matrix_parameters(side.model)}
     answer(about)
@@ -164,20 +174,25 @@ def worker(shape: str, name: str, device_kind: str, toy: bool) -> None:
             else:
                 answer(turn(side, n_rows, request["seconds"]))
         except RuntimeError as e:
-            answer({"failed": " ".join(str(e).split())[:200]})
+            answer({"failed": short(str(e))})
         device.release_memory(runtime.device)  # the other processes need it
 
 
 def tokens_of(runtime: Runtime) -> int:
-    """Return the tokens of a micro-batch: a power of two that grows with the memory of the GPU, up to 65,536."""
+    """Return the tokens of a micro-batch: a power of two that grows with the memory of the GPU, up to MOST_TOKENS."""
     from kindling import device
 
     gibibytes = (device.gpu_memory_bytes(runtime.device) or 2**33) / 2**30
-    return min(65_536, 2 ** round(math.log2(gibibytes * TOKENS_PER_GIB)))
+    return min(MOST_TOKENS, 2 ** round(math.log2(gibibytes * TOKENS_PER_GIB)))
 
 
 def first_that_fits(side: Side, sizes: list[int]) -> tuple[int, str]:
-    """Compile and do two steps with the first of the `sizes` that fits, and return it, with why the ones before do not."""
+    """Compile and do two steps with the first of the `sizes` that fits, and return it, with why the ones before do not.
+
+    After an AcceleratorError, CUDA may answer nothing more in this process, so it is not tried again here.
+    """
+    import torch
+
     from kindling import device
 
     reason = ""
@@ -187,11 +202,12 @@ def first_that_fits(side: Side, sizes: list[int]) -> tuple[int, str]:
                 for _ in range(2):
                     side.step(n_rows)
                 device.synchronize(side.runtime)
+                device.release_memory(side.runtime.device)  # the other processes need it
                 return n_rows, reason
             except RuntimeError as e:
-                if not device.is_out_of_memory(e):
+                if not device.is_out_of_memory(e) or isinstance(e, torch.AcceleratorError):
                     raise
-                reason = " ".join(str(e).split())[:100]
+                reason = short(str(e))
             device.release_memory(side.runtime.device)
             time.sleep(PAUSE_S)
     raise SystemExit(f"no micro-batch fits: {reason}")
@@ -214,89 +230,6 @@ def turn(side: Side, n_rows: int, seconds: float) -> dict[str, Any]:
     return {"tokens_per_s": tokens / took, "step_s": took / steps, "peak_bytes": device.peak_memory_bytes(side.runtime)}
 
 
-KINDS = {  # of kernels, by words in their names; the first that fits
-    "compiled": ("triton", "compiledfx", "graph_"),
-    "attention": ("flash", "fmha", "attention", "cudnn_generated", "sdpa"),
-    "products": (
-        "gemm",
-        "cutlass",
-        "nvjet",
-        "cublas",
-        "xmma",
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
-        "splitk",
-    ),
-    "optimiser and gradients": ("adam", "multi_tensor", "foreach"),
-    "copies": ("memcpy", "memset", "copy_kernel", "aten::copy_", "aten::fill_", "aten::_to_copy"),
-}
-
-
-def kind_of(kernel: str) -> str:
-    """Return what a kernel does, by its name."""
-    name = kernel.lower()
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
-
-
-def profiled(step: Callable[[], None], runtime: Runtime) -> dict[str, Any]:
-    """Return the share of time in which the device is idle during steps, and the shares of each kind of kernel."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    from kindling import device
-
-    on_gpu = runtime.device.type == "cuda"
-    step()
-    device.synchronize(runtime)
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as prof:
-        for _ in range(PROFILED_STEPS):
-            step()
-        device.synchronize(runtime)
-    if not on_gpu:
-        times = {event.key: event.self_cpu_time_total for event in prof.key_averages()}
-        return {"idle_share": None, "kinds": shares(times.items()), "slowest": slowest(times.items())}
-    spans = [
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in prof.events()
-        # annotations, such as that of a whole optimiser step, span the gaps between kernels
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    named = [(name, stop - start) for start, stop, name in spans]
-    idle = idle_share([(start, stop) for start, stop, _ in spans])
-    return {"idle_share": idle, "kinds": shares(named), "slowest": slowest(named)}
-
-
-def idle_share(spans: list[tuple[float, float]]) -> float | None:
-    """Return the share of the time from the first start to the last end in which no span runs; None without spans."""
-    if not spans:
-        return None
-    busy, reached = 0.0, spans[0][0]
-    for start, stop in sorted(spans):
-        busy += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-    return 1 - busy / max(1e-9, reached - min(start for start, _ in spans))
-
-
-def shares(named: Any) -> dict[str, float]:
-    """Return the share of each kind in pairs of a kernel's name and its time, the largest first."""
-    sums: dict[str, float] = {}
-    for name, time_us in named:
-        sums[kind_of(name)] = sums.get(kind_of(name), 0.0) + time_us
-    total = sum(sums.values()) or 1.0
-    return {kind: value / total for kind, value in sorted(sums.items(), key=lambda item: -item[1])}
-
-
-def slowest(named: Any, n: int = 12) -> dict[str, float]:
-    """Return the share of the n slowest kernels, by name."""
-    sums: dict[str, float] = {}
-    for name, time_us in named:
-        sums[name[:80]] = sums.get(name[:80], 0.0) + time_us
-    total = sum(sums.values()) or 1.0
-    return {name: value / total for name, value in sorted(sums.items(), key=lambda item: -item[1])[:n]}
-
-
 def answer(found: dict[str, Any]) -> None:
     """Answer the process that started this one."""
     print(json.dumps(found), flush=True)
@@ -310,6 +243,16 @@ def sides_of(shape: str, toy: bool) -> list[str]:
     return ["ours", "transformers", *(["ours, whole"] if shape in WHOLE and not toy else [])]
 
 
+def at_once(device_kind: str) -> int:
+    """Return how many processes may get ready at a time: as the cores allow, and the memory of the GPU."""
+    import torch
+
+    from kindling import device
+
+    gibibytes = (device.gpu_memory_bytes(torch.device(device_kind)) or 2**33) / 2**30
+    return max(1, min((os.cpu_count() or 1) // 2, round(gibibytes / PROCESS_GIB)))
+
+
 class Speed:
     """Starts a process for each shape and side, and lets them take turns."""
 
@@ -319,69 +262,111 @@ class Speed:
         self.ready: dict[tuple[str, str], Future[tuple[Child, dict[str, Any]]]] = {}
         self.children: dict[tuple[str, str], Child] = {}
         self.pool: ThreadPoolExecutor | None = None
-        self.lock, self.closed = threading.Lock(), False
+        self.lock, self.closed = threading.Lock(), threading.Event()
 
     def prepare(self, plan: Plan) -> None:
-        """Start the processes, some at a time, and let them compile."""
-        self.pool = ThreadPoolExecutor(1 if plan.toy else max(2, (os.cpu_count() or 1) // 2))
-        both = [(shape, side) for shape in self.shapes(plan) for side in sides_of(shape, plan.toy)]
-        for shape, side in sorted(both, key=lambda each: each[1] == "ours"):  # a whole model takes longest to compile
-            self.ready[shape, side] = self.pool.submit(self.start, plan, shape, side)
+        """Start the processes of all shapes."""
+        self.get_ready(plan, self.shapes(plan))
+
+    def get_ready(self, plan: Plan, shapes: Sequence[str]) -> None:
+        """Start the processes of some shapes, some at a time, and let them compile."""
+        self.pool = ThreadPoolExecutor(1 if plan.toy else at_once(plan.device))
+        self.closed.clear()
+        for shape in shapes:
+            for side in sides_of(shape, plan.toy)[::-1]:  # a whole model takes longest to compile
+                self.ready[shape, side] = self.pool.submit(self.start, plan, shape, side)
 
     def shapes(self, plan: Plan) -> tuple[str, ...]:
         """Return the shapes to measure."""
         return TOY_SHAPES if plan.toy else SHAPES
 
     def start(self, plan: Plan, shape: str, side: str) -> tuple[Child, dict[str, Any]]:
-        """Start the process of one shape and side; return it when it is ready, with what it says."""
+        """Start the process of one shape and side; return it when it is ready, with what it says.
+
+        Where there was no memory, a new one is started a little later. Raises ChildError if none gets ready.
+        """
         log = plan.work / f"fast-{shape}-{side.replace(', ', '-')}.log"
         env = {
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # sizes change, so pieces would not fit
             "TORCHINDUCTOR_COMPILE_THREADS": "2",  # several processes compile at a time
         }
-        with self.lock:
-            if self.closed:
-                raise ChildError("it was not ready in time")
-            child = start_worker(__file__, [shape, side, plan.device, plan.toy], log, **env)
-            self.children[shape, side] = child
-        return child, child.answer()
+        for number in range(STARTS):
+            with self.lock:
+                if self.closed.is_set():
+                    raise ChildError(LATE)
+                child = start_worker(__file__, [shape, side, plan.device, plan.toy], log, **env)
+                self.children[shape, side] = child
+            try:
+                return child, child.answer()
+            except ChildError as e:
+                reason = e
+            self.end(shape, side)
+            if not says_out_of_memory(RuntimeError(str(reason))):
+                break
+            if number + 1 < STARTS:
+                self.closed.wait(RESTART_S)
+        raise ChildError(LATE) if self.closed.is_set() else reason
 
     def run(self, plan: Plan, limit_s: float) -> None:
-        """Wait until the processes are ready, end those that are not, and let one shape after another take its turn."""
-        started = time.perf_counter()
-        found: dict[str, Any] = {"shapes": {}}
-        plan.found[self.name] = found
-        if self.pool is None and (os.cpu_count() or 1) >= MANY_CORES:
-            self.prepare(plan)
-        if self.pool is not None:
-            wait(self.ready.values(), timeout=READY_SHARE * limit_s)
-            self.stop_preparing()
-        shapes = self.shapes(plan)
-        for number, shape in enumerate(shapes):
-            left_s = (started + limit_s - time.perf_counter()) / (len(shapes) - number)
-            found["shapes"][shape] = measured = {}
-            try:
-                if self.pool is None:  # few cores: only this shape's processes
-                    for side in sides_of(shape, plan.toy):
-                        self.ready[shape, side] = Future()
-                        self.ready[shape, side].set_result(self.start(plan, shape, side))
-                self.measure(plan, shape, left_s, measured)
-                say(f"fast: {shape}: {line_of(measured)}")
-            except ChildError as e:
-                measured["failed"] = str(e)
-                say(f"fast: {shape}: failed: {e}")
-            for side in sides_of(shape, plan.toy):
-                self.end(shape, side)
-            plan.save()
+        """Measure the shapes whose processes are ready, once no other gets ready; then let the others get ready again."""
+        ends = time.perf_counter() + limit_s
+        found = plan.found[self.name] = {"shapes": {}}
+        left = list(self.shapes(plan))
+        if self.pool is None and (os.cpu_count() or 1) < MANY_CORES:
+            for number, shape in enumerate(left):
+                self.get_ready(plan, [shape])  # only this shape's processes
+                self.await_ready(ends)
+                self.measure_shape(plan, shape, (ends - time.perf_counter()) / (len(left) - number))
+            return
+        for number in range(ROUNDS):
+            if number or self.pool is None:
+                self.get_ready(plan, left)
+            self.await_ready(time.perf_counter() + READY_SHARE * (ends - time.perf_counter()))
+            last = number + 1 == ROUNDS or time.perf_counter() > ends
+            chosen = [shape for shape in left if last or self.is_ready(shape)]
+            for place, shape in enumerate(chosen):
+                self.measure_shape(plan, shape, (ends - time.perf_counter()) / (len(chosen) - place))
+                left.remove(shape)
+            for key in list(self.children):  # of a shape whose other side was late
+                self.end(*key)
+            if not left or time.perf_counter() > ends:
+                break
+        for shape in left:
+            found["shapes"][shape] = {"failed": LATE}
+
+    def is_ready(self, shape: str) -> bool:
+        """Return whether neither ours nor the peer was late. A process that has failed is no reason to wait."""
+        futures = [self.ready[shape, side] for side in ("ours", "transformers")]
+        return not any(future.cancelled() or str(future.exception()) == LATE for future in futures)
+
+    def await_ready(self, ends: float) -> None:
+        """Wait for the processes that get ready; at the time `ends`, end those that are not."""
+        wait(self.ready.values(), timeout=max(0.0, ends - time.perf_counter()))
+        self.stop_preparing()
+        wait(self.ready.values())
+
+    def measure_shape(self, plan: Plan, shape: str, limit_s: float) -> None:
+        """Measure one shape, and end its processes. What is found, or why nothing is, goes into the results."""
+        measured: dict[str, Any] = {}
+        plan.found[self.name]["shapes"][shape] = measured
+        try:
+            self.measure(plan, shape, limit_s, measured)
+            say(f"fast: {shape}: {line_of(measured)}")
+        except ChildError as e:
+            measured["failed"] = short(str(e))
+            say(f"fast: {shape}: failed: {measured['failed']}")
+        for side in sides_of(shape, plan.toy):
+            self.end(shape, side)
+        plan.save()
 
     def stop_preparing(self) -> None:
         """End the processes that are not ready: they would disturb what is measured."""
         assert self.pool is not None
         with self.lock:
-            self.closed = True
+            self.closed.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
         for key, future in self.ready.items():
-            if not future.done() and key in self.children:
+            if not future.done():
                 self.end(*key)
 
     def measure(self, plan: Plan, shape: str, limit_s: float, out: dict[str, Any]) -> None:
@@ -398,7 +383,7 @@ class Speed:
             try:
                 future = self.ready[shape, side]
                 if not future.done() or future.cancelled():
-                    raise ChildError("it was not ready in time")
+                    raise ChildError(LATE)
                 child, about = future.result()
                 sides[side] = {"about": about, "rows": about["rows"], "turns": []}
                 children[side] = child

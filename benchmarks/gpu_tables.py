@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from child import short
+
 Results = dict[str, Any]
 
 CLAIMS = {  # of the scaling study behind code-50m, in its own words
@@ -24,7 +26,7 @@ def markdown(results: Results) -> str:
     for name, found in results["sections"].items():
         lines += ["", f"## {name}", ""]
         if "failed" in found:
-            lines += [f"Failed: {found['failed']}", ""]
+            lines += [f"Failed: {short(found['failed'])}", ""]
         try:
             lines += tables[name](found)
         except (KeyError, TypeError, ValueError) as e:  # only a part of the section was done
@@ -43,7 +45,7 @@ def verdict(found: Results) -> list[str]:
         bad += [f"real, {run}: {trained['failed']}"] if "failed" in trained else []
         if trained.get("evaluation", "done") != "done":
             bad.append(f"real, {run}: evaluation: {trained['evaluation']}")
-    return bad
+    return [short(text) for text in bad]
 
 
 def right(found: Results) -> list[str]:
@@ -54,7 +56,7 @@ def right(found: Results) -> list[str]:
         lines.append(
             f"| {part} | {counted['passed']} | {counted['failed']} | {counted['skipped']} | {counted['seconds']:.0f} |"
         )
-        failures += [f"- **{part}**, {test}: {why}" for test, why in counted["failures"].items()]
+        failures += [f"- **{part}**, {test}: {short(why)}" for test, why in counted["failures"].items()]
         said += [(test, kept) for test, kept in counted["said"].items()]
     worst: dict[str, list[float]] = {}
     resumed = []
@@ -96,7 +98,7 @@ def fast(found: Results) -> list[str]:
                 how = "compiled" if about["compiled"] else "not compiled"
                 ways.add(f"{side.partition(',')[0]} in {about['precision']}, {how}")
         if "failed" in measured or "times" not in measured:
-            notes.append(f"- `{shape}`: failed: {measured.get('failed', 'it was cut off')}")
+            notes.append(f"- `{shape}`: failed: {short(measured.get('failed', 'it was cut off'))}")
             continue
         ours, theirs, profile = sides["ours"], sides["transformers"], measured.get("profile", {})
         idle = profile.get("idle_share")
@@ -139,7 +141,7 @@ def real(found: Results) -> list[str]:
     for name, run in runs.items():
         cells: dict[str, str] = {}
         if "failed" in run:
-            cells["failed"] = run["failed"].replace("|", "/")
+            cells["failed"] = short(run["failed"]).replace("|", "/")
         for key, label, form in (
             ("tokens", "tokens", "{:,}"),
             ("tokens_per_s", "tokens/s", "{:,.0f}"),

@@ -187,14 +187,14 @@ class Training:
 
 
 def rows_of(plan: Plan, name: str) -> int:
-    """Return the rows of a step: half of those of section `fast`, as in a few minutes more steps learn more."""
+    """Return the rows of a step: those of section `fast`."""
     from kindling import device
     from presets import preset
 
     if plan.toy:
         return 8
     cfg = preset(name)
-    return max(1, tokens_of(device.resolve(replace(cfg.train, device=plan.device))) // cfg.model.block_size // 2)
+    return max(1, tokens_of(device.resolve(replace(cfg.train, device=plan.device))) // cfg.model.block_size)
 
 
 def sandbox_of() -> str:

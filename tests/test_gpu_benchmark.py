@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 
 import pytest
+import torch
 from conftest import ROOT, assert_one_clear_line
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -15,16 +17,19 @@ import child
 import gpu
 import gpu_checks
 import gpu_common
+import gpu_profile
 import gpu_speed
 import gpu_tables
+
+from kindling import device
 
 MACHINE = {"gpu": "H100", "torch": "2.11", "threads": 16, "cores": 16, "instructions": [], "stolen_share": None}
 
 
 def test_the_share_of_time_without_a_kernel():
-    assert gpu_speed.idle_share([]) is None
-    assert gpu_speed.idle_share([(0, 10)]) == 0
-    assert gpu_speed.idle_share([(0, 4), (2, 5), (3, 4), (8, 10)]) == pytest.approx(0.3)  # 5 to 8
+    assert gpu_profile.idle_share([]) is None
+    assert gpu_profile.idle_share([(0, 10)]) == 0
+    assert gpu_profile.idle_share([(0, 4), (2, 5), (3, 4), (8, 10)]) == pytest.approx(0.3)  # 5 to 8
 
 
 def test_kernels_are_counted_by_kind_and_shares_add_up():
@@ -41,8 +46,8 @@ def test_kernels_are_counted_by_kind_and_shares_add_up():
         "Memcpy HtoD": "copies",
         "something": "other",
     }
-    assert {name: gpu_speed.kind_of(name) for name in names} == names
-    found = gpu_speed.shares([("nvjet", 6.0), ("flash", 3.0), ("gemm", 1.0)])
+    assert {name: gpu_profile.kind_of(name) for name in names} == names
+    found = gpu_profile.shares([("nvjet", 6.0), ("flash", 3.0), ("gemm", 1.0)])
     assert found == {"products": 0.7, "attention": 0.3}
 
 
@@ -132,6 +137,134 @@ def test_a_process_that_ends_or_hangs_says_so(tmp_path):
     with pytest.raises(child.ChildError, match="ended with code 1: gone"):
         dead.ask(1, 60)
     dead.close()
+
+
+ACCELERATOR_ERROR = """Traceback (most recent call last):
+  File "gpu_speed.py", line 1384, in to
+    return self._apply(convert)
+torch.AcceleratorError: CUDA error: out of memory
+Search for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+"""
+
+
+def test_a_reason_is_one_short_line_the_last_error_of_a_traceback():
+    assert child.short(ACCELERATOR_ERROR) == "torch.AcceleratorError: CUDA error: out of memory"
+    assert child.short("a\n b") == "a b"
+    assert child.short("x" * 500 + "\nlast") == "last" and len(child.short("x" * 500)) == 200
+    found = {"fast": {"shapes": {"demo": {"failed": ACCELERATOR_ERROR, "sides": {}}}}, "real": {"failed": "y" * 999}}
+    assert all(len(text) <= 200 and "\n" not in text for text in gpu_tables.verdict(found))
+    text = gpu_tables.markdown({"machine": MACHINE, "seconds": 3, "toy": False, "sections": found})
+    assert "- `demo`: failed: torch.AcceleratorError: CUDA error: out of memory\n" in text and "y" * 201 not in text
+
+
+class Steps:
+    """A side whose steps raise `errors`, one after another, and then succeed."""
+
+    runtime = device.Runtime(torch.device("cpu"), "fp32")
+
+    def __init__(self, *errors):
+        self.errors, self.tried = list(errors), []
+
+    def step(self, n_rows):
+        self.tried.append(n_rows)
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+def test_a_size_without_memory_is_tried_again_and_then_half_of_it(monkeypatch):
+    monkeypatch.setattr(gpu_speed, "PAUSE_S", 0)
+    monkeypatch.setattr(gpu_speed, "TRIES", 2)
+    monkeypatch.setattr(device, "release_memory", lambda which: None)
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert gpu_speed.first_that_fits(Steps(full), [4, 2]) == (4, "CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert gpu_speed.first_that_fits(Steps(*[full] * gpu_speed.TRIES), [4, 2])[0] == 2
+    with pytest.raises(SystemExit, match="no micro-batch fits: CUDA out of memory"):
+        gpu_speed.first_that_fits(Steps(*[full] * 2 * gpu_speed.TRIES), [4, 2])
+    broken = Steps(torch.AcceleratorError("CUDA error: out of memory"))
+    with pytest.raises(torch.AcceleratorError):  # only another process can go on
+        gpu_speed.first_that_fits(broken, [4, 2])
+    assert broken.tried == [4]
+
+
+def test_a_micro_batch_and_the_processes_at_a_time_grow_with_the_memory_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for gibibytes, tokens, processes in ((80, 32_768, 4), (141, 32_768, 7), (16, 8192, 1), (6, 4096, 1)):
+        monkeypatch.setattr(device, "gpu_memory_bytes", lambda which, memory=gibibytes: memory * 2**30)
+        assert (gpu_speed.tokens_of(Steps.runtime), gpu_speed.at_once("cuda")) == (tokens, processes)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(device, "gpu_memory_bytes", lambda which: 80 * 2**30)
+    assert gpu_speed.at_once("cuda") == 2
+
+
+class Worker:
+    """Stands for the process of a shape and side: it fails, is ready, or (None) never gets ready."""
+
+    def __init__(self, outcome):
+        self.outcome, self.killed = outcome, threading.Event()
+
+    def answer(self, limit_s=None):
+        if self.outcome is None:
+            self.killed.wait(60)
+            raise child.ChildError("it ended with code -9: ")
+        if isinstance(self.outcome, str):
+            raise child.ChildError(self.outcome)
+        return self.outcome
+
+    def kill(self):
+        self.killed.set()
+
+
+@pytest.fixture
+def workers(monkeypatch, tmp_path):
+    """Start Workers in place of processes, with the outcomes of each shape and side in turn; return what was started."""
+    outcomes, started = {}, []
+
+    def start(script, arguments, log, **env):
+        started.append(tuple(arguments[:2]))
+        left = outcomes.get(started[-1])
+        return Worker(left.pop(0) if left else {"rows": 4})
+
+    monkeypatch.setattr(gpu_speed, "start_worker", start)
+    monkeypatch.setattr(gpu_speed, "RESTART_S", 0)
+    plan = gpu_common.Plan("cpu", True, None, tmp_path, tmp_path, ends=float("inf"))
+    return outcomes, started, plan
+
+
+def test_a_process_without_memory_is_started_anew_and_another_failure_is_not(workers):
+    outcomes, started, plan = workers
+    full = "it ended with code 1: AcceleratorError: CUDA error: out of memory"
+    outcomes["demo", "ours"] = [full, {"rows": 8}, *[full] * 3, "it ended with code 1: ValueError: no", full]
+    assert gpu_speed.Speed().start(plan, "demo", "ours")[1] == {"rows": 8} and len(started) == 2
+    with pytest.raises(child.ChildError, match="out of memory"):
+        gpu_speed.Speed().start(plan, "demo", "ours")
+    assert len(started) == 2 + gpu_speed.STARTS
+    with pytest.raises(child.ChildError, match="ValueError: no"):
+        gpu_speed.Speed().start(plan, "demo", "ours")
+    assert len(started) == 3 + gpu_speed.STARTS
+
+
+def test_shapes_that_are_ready_are_measured_first_and_those_that_are_late_after_them_or_say_so(workers, monkeypatch):
+    outcomes, _, plan = workers
+    monkeypatch.setattr(gpu_speed, "MANY_CORES", 1)
+    monkeypatch.setattr(gpu_speed, "READY_SHARE", 0.02)
+    monkeypatch.setattr(gpu_speed, "SHAPES", ("slow", "quick", "never"))
+    monkeypatch.setattr(gpu_speed, "at_once", lambda kind: 9)
+    section, measured = gpu_speed.Speed(), []
+    outcomes |= {("slow", "ours"): [None], ("never", "transformers"): [None, None]}
+
+    def measure(plan, shape, limit_s, out):
+        for side in ("transformers", "ours"):
+            section.ready[shape, side].result()
+        getting_ready = [key for key, future in section.ready.items() if not future.done()]
+        measured.append((shape, getting_ready))
+
+    monkeypatch.setattr(section, "measure", measure)
+    monkeypatch.setattr(gpu_speed, "line_of", lambda found: "")
+    plan.toy = False
+    section.run(plan, 10)
+    assert measured == [("quick", []), ("slow", [])] and not section.children
+    assert plan.found["fast"]["shapes"] == {"quick": {}, "slow": {}, "never": {"failed": gpu_speed.LATE}}
 
 
 @pytest.mark.parametrize(
