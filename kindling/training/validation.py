@@ -28,8 +28,8 @@ def summed_loss(model: nn.Module, batch: Batch, runtime: Runtime) -> tuple[Tenso
     """Return the summed loss of a batch and its number of supervised tokens, for training and for validation."""
     # (B, T) each
     idx, targets, position_ids = (None if rows is None else device.to_device(rows, runtime) for rows in batch)
-    own: Any = getattr(model, "module", model)  # DDP wraps the model
-    full = batch.idx.shape[1] == own.cfg.block_size  # padded examples are as wide as the longest of them needs
+    inner: Any = getattr(model, "module", model)  # DDP wraps the model
+    full = batch.idx.shape[1] == inner.cfg.block_size  # padded examples are as wide as the longest of them needs
     with runtime.autocast(), device.attention_of_fixed_shapes(runtime) if full else nullcontext():
         return model(idx, targets, position_ids)
 
