@@ -19,7 +19,7 @@ import pytest
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
 TYPES = {"Enter": "\r", " ": " "}
 ALT, CONTROL, SHIFT = 1, 2, 8
-WAIT_S = 20
+WAIT_S = 60
 
 
 def chromium() -> str:

@@ -160,6 +160,23 @@ def test_a_rival_can_be_taken_instead(page):
     assert other[0] == "6" and other != "67" and page.run("document.activeElement.id") == "text"
 
 
+def test_a_clicked_token_is_held_while_the_mouse_goes_to_its_rivals(page):
+    write(page, "x = 5")
+    page.point("#strip button:nth-child(2)", click=True)
+    page.point("#strip button:nth-child(3)")
+    assert page.text("#rivals .chosen").startswith("7")
+    page.point("#rivals li:nth-child(3) button")
+    page.point("h1")
+    page.point("#strip button:nth-child(3)")
+    assert page.text("#rivals .chosen").startswith("8")
+
+
+def test_only_what_is_near_the_cursor_is_sent(page):
+    write(page, ("x" * 59 + "\n") * 2000 + "if x:", ("y" * 59 + "\n") * 2000)
+    body = asked(page)[-1]
+    assert len(body["prompt"]) == len(body["suffix"]) == 100_000 and body["prompt"].endswith("x:")
+
+
 def test_a_slider_changes_the_next_request(page):
     write(page, "x = 5")
     assert asked(page)[-1]["temperature"] == 0 and "seed" not in asked(page)[-1]
@@ -196,15 +213,17 @@ def test_a_chat_streams_stops_and_begins_anew(page, server):
     page.until("messages.length === 2")
     assert page.text("#log .mine .said") == "one\ntwo" and page.text("#log li:nth-child(2) .said") == "0123456789"
     assert page.run("$('strip').children.length") == 10
-    page.run("about.remembers = true")
     page.type("again")
+    page.press("Enter")
+    page.until("messages.length === 4")
+    page.run("about.remembers = true")
+    page.type("and again")
     with held(server, after=4):
         page.press("Enter")
         page.until("$('log').lastChild.textContent.length > 4")
         page.press("Escape")
         page.until("$('status').textContent === 'Stopped.'")
-    assert page.run("messages.length") == 4
-    assert [len(one["messages"]) for one in asked(page) if "messages" in one] == [1, 3]
+    assert [len(one["messages"]) for one in asked(page) if "messages" in one] == [1, 1, 5]
     page.point("#new-chat", click=True)
     assert page.text("#log") == "" and page.run("messages.length") == 0
 
