@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-gpu test-harness test-distributed-build bench gpu bench-all
+.PHONY: help install run clean lint test test-slow test-faults test-shuffled test-gpu test-browser test-harness test-distributed-build bench gpu bench-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-shuffled: .venv/.installed-dev ## run the test suite in a random order with
 
 test-gpu: .venv/.installed-dev ## run the tests that need a CUDA GPU (a minute or two; skipped where there is none)
 	@$(BIN)/python -m pytest -m gpu tests/gpu
+
+test-browser: .venv/.installed-dev ## try the page in Chromium and the server in Neovim (a minute; skipped without them)
+	@$(BIN)/python -m pytest -n 0 -rs -m browser tests/serving
 
 test-harness: .venv/.installed-dev ## install lm-eval, and run the tests that need it
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-harness.txt accelerate==1.15.0

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
 
 from kindling.generation.text_stream import TextStream
 from kindling.serving.edit import EditText
 from kindling.serving.engine import Vocabulary
 from kindling.serving.generation import Ending, Generation, Piece, Token
-
-
-class _Placed(NamedTuple):
-    """A token, and where its text begins in the answer."""
-
-    token: Token
-    begins: int
 
 
 class Answer:
@@ -30,7 +23,7 @@ class Answer:
         self._wants_tokens = generation.n_logprobs is not None
         self._heals = skip > 0
         self._begins = self._text.n_decoded + skip  # the answer, in the decoded text
-        self._held: list[_Placed] = []  # tokens whose text has not been said
+        self._held: list[Token] = []  # tokens whose text has not been said
         self._n_said = 0
         self._probabilities: list[float] = []
         self._pieces: list[str] = []  # said at the end
@@ -57,7 +50,7 @@ class Answer:
         if not self._heals or begins >= 0 or self._text.n_decoded > self._begins:
             self.n_counted += 1
             if self._wants_tokens:
-                self._held.append(_Placed(token, begins))
+                self._held.append(replace(token, begins=begins))
             if self._least > 0:
                 self._probabilities.append(math.exp(token.logprob))
         return self._piece(new if self._edit is None else self._edit.add(new))
@@ -82,6 +75,6 @@ class Answer:
         if not new:
             return None
         self._n_said += len(new)
-        n = sum(held.begins < self._n_said for held in self._held)
+        n = sum(token.begins < self._n_said for token in self._held)
         tokens, self._held = self._held[:n], self._held[n:]
-        return Piece(new, tuple(held.token for held in tokens))
+        return Piece(new, tuple(tokens))

@@ -54,6 +54,8 @@ class Token:
     logprob: float
     likely: tuple[tuple[int, float], ...]
     """The most likely tokens in its place, with their log-probabilities, the most likely first."""
+    begins: int = 0
+    """Where its text begins in the answer; below 0 if it also ends what the prompt had begun."""
 
 
 @dataclass(frozen=True)

@@ -145,16 +145,11 @@ class Logprobs:
 
     def of(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return those of the next tokens."""
-        texts = [self._decode([token.id]) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self._decode([token.id]) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{self._decode([i]): logprob for i, logprob in token.likely} for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [self._offset + max(0, token.begins) for token in tokens],
         }
 
 

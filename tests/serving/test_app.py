@@ -1,8 +1,11 @@
 """The server's app over real connections, with a model of digits: streams, clients that leave, a full queue, all paths."""
 
 import json
+import re
 import socket
 import threading
+from base64 import b64encode
+from hashlib import sha256
 
 import pytest
 from http_server import FIM, PlainVocabulary, read_answer, running, served, tells, until
@@ -24,7 +27,11 @@ def events_of(body: bytes) -> list[dict]:
 def test_the_page_says_what_it_may_load_and_the_model_is_described(server):
     status, headers, body = server.ask("GET", "/")
     assert status == 200 and headers["content-type"].startswith("text/html") and body
-    assert "default-src 'none'" in headers["content-security-policy"]
+    rules = headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'sha256-" in rules and "unsafe" not in rules
+    (script,) = re.findall(b"<script>(.*?)</script>", body, re.DOTALL)
+    assert f"script-src 'sha256-{b64encode(sha256(script).digest()).decode()}'; style-src 'sha256-" in rules
+    assert not re.search(rb"innerHTML|insertAdjacentHTML|document\.write|\son[a-z]+=", body)
     about = json.loads(server.ask("GET", "/about.json")[2])
     assert about["name"] == "fake" and about["can"] == {"complete": True, "infill": True, "chat": False}
     assert about["parameters"] == 1_234_567 and about["sampling"]["temperature"] == 0.8

@@ -274,7 +274,26 @@ def test_the_first_tokens_spell_what_was_taken_back_and_are_no_part_of_the_answe
     desk.waiting.append(job)
     desk.run()
     assert said(events) == "zz" and events[-1].n_new == 5 and VOCABULARY.decode(job.out) == "llozz"
-    assert [[t.id for t in event.tokens] for event in events[:-1]] == [[ord("z")], [ord("z")]]
+    assert [[(t.id, t.begins) for t in event.tokens] for event in events[:-1]] == [[(ord("z"), 0)], [(ord("z"), 1)]]
+
+
+def test_a_token_that_ends_what_the_prompt_began_says_how_much_of_it_is_the_answer():
+    class Words(FakeVocabulary):
+        spellings = (*FakeVocabulary.spellings[:-1], "print")
+
+        def decode(self, ids):
+            return "".join(map(self.spellings.__getitem__, ids))
+
+    words = Words()
+    kept, healing = split_for_healing(words.encode("xpri"), words.spellings)
+    engine = FakeEngine(lambda text: "(" if text[-1] == chr(127) else chr(127))
+    batch, events = Batch(engine, words, Counters(), lambda: 0.0), []
+    sampling = Sampling(max_new_tokens=2, greedy=True)
+    batch.admit([Job(Generation(kept, sampling, healing, n_logprobs=0), words, events.append, 0.0)])
+    while batch.jobs:
+        batch.step()
+    assert said(events) == "nt("
+    assert [(t.id, t.begins) for piece in events[:-1] for t in piece.tokens] == [(127, -3), (ord("("), 2)]
 
 
 def test_each_token_has_its_log_probability_and_its_rivals():

@@ -89,6 +89,8 @@ def test_log_probabilities_are_those_of_the_tokens(client):
     assert logprobs.token_logprobs == pytest.approx([0, 0], abs=1e-6)
     assert [len(likely) for likely in logprobs.top_logprobs] == [2, 2]
     assert max(logprobs.top_logprobs[0], key=logprobs.top_logprobs[0].get) == "2"
+    chunks = complete(client, "1", logprobs=0, stream=True)
+    assert [o for c in chunks if c.choices[0].logprobs for o in c.choices[0].logprobs.text_offset] == [0, 1]
 
 
 def test_a_stream_joins_to_the_completion(client):
