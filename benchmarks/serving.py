@@ -10,8 +10,8 @@ of the shape of `autocomplete` with random weights, or the run that `--run` name
 
 - latency: from a request to its first text and to the end of a line of 12 tokens, after a prompt of 200 tokens and one more
   with each request, and after one of 200 tokens that has not been seen. Servers take turns.
-- clients: 16 clients, each with a text of its own that it types on, beside the same requests one by one, and whether greedy
-  texts are the same.
+- clients: 16 clients, each with texts of its own, beside as many requests one by one, and whether greedy texts are the same.
+  writing: 64 tokens after a new prompt of 30. typing: a line after a prompt of 100 tokens, and one more with each request.
 - memory: of the whole process of the export's server after 1,000 requests. It is what Linux calls resident (VmRSS): memory of its
   own, and pages of mapped files, such as the weights.
 - growth: the same after up to 10,000 requests.
@@ -48,6 +48,7 @@ from serving_tables import Results, markdown  # noqa: E402
 SECTIONS = ("latency", "clients", "memory", "growth", "broken")
 OURS, TORCH, FOR_LLAMA, LLAMA = "int8", "PyTorch, fp32", "int8, llama.cpp's shape", "llama.cpp, Q8_0"
 LINE, CLIENTS = 12, 16
+LOADS = ("writing", "typing")
 SLOW_AT_ONCE = 40
 
 
@@ -58,8 +59,8 @@ class Sizes(NamedTuple):
     rounds: int = 7
     requests: int = 8
     """Of each kind, server and round, or of each client."""
-    new: int = 32
-    """Tokens of an answer to one of many clients."""
+    new: int = 64
+    """Tokens of a long answer to one of many clients."""
     many: int = 1_000
     grown: int = 10_000
     broken: int = 10_000
@@ -184,32 +185,40 @@ def ask(port: int, prompts: list[list[str]], n: int, at_once: bool, **more: Any)
 
 def clients(servers: dict[str, Server], models: Models, sizes: Sizes) -> Results:
     """Return tokens a second of 16 clients and of one, the times to the first text, and whether the texts are the same."""
-    rounds = min(3, sizes.rounds)
-    rates: dict[str, dict[str, list[float]]] = {name: {"one": [], "many": []} for name in servers}
-    firsts: dict[str, list[float]] = {name: [] for name in servers}
-    same = dict.fromkeys(servers, True)
-    for number in range(rounds):
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {load: [] for load in LOADS} for name in servers}
+    for number in range(min(3, sizes.rounds)):
         source = Prompts(models, 100 + number)
-        apart, together = (
-            [source.typed(sizes.prefix // 2, sizes.requests - 1) for _ in range(CLIENTS)] for _ in range(2)
-        )
-        for name, server in servers.items():
-            many = ask(server.port, together, sizes.new, at_once=True)
-            rates[name]["many"].append(many.rate)
-            rates[name]["one"].append(ask(server.port, apart, sizes.new, at_once=False).rate)
-            firsts[name] += [one.first_s for answers in many.answers for one in answers]
-            if number == 0:
-                same[name] = ask(server.port, together, sizes.new, at_once=False).texts == many.texts
+        for load in LOADS:
+            together, apart = (_of_clients(source, load, sizes) for _ in range(2))
+            for name, server in servers.items():
+                found[name][load].append(_one_round(server, together, apart, sizes.new if load == "writing" else LINE))
+    return {name: {load: _over_rounds(rounds) for load, rounds in loads.items()} for name, loads in found.items()}
+
+
+def _of_clients(source: Prompts, load: str, sizes: Sizes) -> list[list[str]]:
+    """Return the prompts of each client."""
+    if load == "typing":
+        return [source.typed(sizes.prefix // 2, sizes.requests - 1) for _ in range(CLIENTS)]
+    return [[source.one(30) for _ in range(sizes.requests // 2)] for _ in range(CLIENTS)]
+
+
+def _one_round(server: Server, together: list[list[str]], apart: list[list[str]], n: int) -> dict[str, Any]:
+    many = ask(server.port, together, n, at_once=True)
+    one = ask(server.port, apart, n, at_once=False)  # other texts, as those before are in the cache
+    firsts = [answer.first_s for answers in many.answers for answer in answers]
+    same = ask(server.port, together, n, at_once=False).texts == many.texts
+    return {"one": one.rate, "many": many.rate, "firsts": firsts, "same": same}
+
+
+def _over_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    firsts = [seconds for one in rounds for seconds in one["firsts"]]
     return {
-        name: {
-            "one client, tokens/s": round(statistics.median(found["one"]), 1),
-            "16 clients, tokens/s": round(statistics.median(found["many"]), 1),
-            "times one": round(statistics.median(many / one for one, many in zip(found["one"], found["many"])), 2),
-            "first text, median, ms": in_ms(firsts[name]),
-            "first text, p95, ms": round(1000 * at_share(firsts[name], 0.95), 1),
-            "the same texts": same[name],
-        }
-        for name, found in rates.items()
+        "one client, tokens/s": round(statistics.median(one["one"] for one in rounds), 1),
+        "16 clients, tokens/s": round(statistics.median(one["many"] for one in rounds), 1),
+        "times one": round(statistics.median(one["many"] / one["one"] for one in rounds), 2),
+        "first text, median, ms": in_ms(firsts),
+        "first text, p95, ms": round(1000 * at_share(firsts, 0.95), 1),
+        "the same texts": all(one["same"] for one in rounds),
     }
 
 

@@ -25,9 +25,11 @@ def markdown(results: Results) -> str:
                 lines.append(f"| {said} | {name} | {times} |")
         lines += ["", "Goals for int8: 40 and 90 ms; 250 ms to the first text of a new prompt.", ""]
     if found := results.get("clients"):
-        columns = list(next(iter(found.values())))
-        lines += [f"| server | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-        lines += [f"| {name} | {' | '.join(str(one[key]) for key in columns)} |" for name, one in found.items()]
+        columns = list(next(iter(found.values()))["writing"])
+        lines += [f"| 16 clients | server | {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * len(columns)}"]
+        for load in ("writing", "typing"):
+            for name, loads in found.items():
+                lines.append(f"| {load} | {name} | {' | '.join(str(loads[load][key]) for key in columns)} |")
         lines += ["", "Goals for int8: at least 4 times one client, p95 under 1,000 ms, the same texts.", ""]
     lines += _memory_lines(results)
     if found := results.get("broken"):
