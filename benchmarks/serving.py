@@ -270,8 +270,8 @@ def broken(server: Server, models: Models, sizes: Sizes) -> Results:
     usual = [_timed_good(server.port) for _ in range(40)]
     for name, send in KINDS.items():  # once each, so that buffers have their size
         statuses[name, send(rng, server.port)] += 1
-    before, between, names = server.memory(), [], list(KINDS)
-    for number in range(sizes.broken - len(KINDS)):
+    found, between, names = [in_mb(server.memory())], [], list(KINDS)
+    for number in range(sizes.broken):
         name = names[number % len(names)]
         statuses[name, KINDS[name](rng, server.port)] += 1
         slow.go_on()
@@ -279,7 +279,8 @@ def broken(server: Server, models: Models, sizes: Sizes) -> Results:
             slow.begin(rng)
         if number % 20 == 0:
             between.append(_timed_good(server.port))
-    after = server.memory()
+        if (number + 1) % (sizes.broken // 10) == 0:
+            found.append(in_mb(server.memory()))
     slow.wait(15 if sizes is not TOY else 0)
     for status in slow.statuses:
         statuses["slow", status] += 1
@@ -294,7 +295,8 @@ def broken(server: Server, models: Models, sizes: Sizes) -> Results:
         "their time, ms": {"before": in_ms(usual), "between": in_ms(between), "after": in_ms(usual_after),
                            "before, p95": round(1000 * at_share(usual, 0.95), 1),
                            "between, p95": round(1000 * at_share(between, 0.95), 1)},
-        "memory before and after": [in_mb(before), in_mb(after)],
+        "memory after each tenth": found,
+        "grown since the first tenth": _grown(found[1:]),
     }  # fmt: skip
 
 

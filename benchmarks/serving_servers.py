@@ -5,8 +5,8 @@ with Server(our_command(models.int8), folder / "log.txt") as server:
     answer = Client(server.port).complete("def fib(n):", 12)
 
 A model has random weights, which cost the same time as trained ones, or those of a run. llama.cpp has no architecture for the
-shape of `autocomplete`: it knows no exact GELU and no bias in the head. So its model has `gelu_new` and no such bias, and ours
-beside it has too.
+shape of `autocomplete`: it knows no exact GELU, no bias in the head, and no normalizer of text. So its model has `gelu_new` and
+neither of the others, and the export of ours beside it is of the same model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
-    from config import Config
+    from config import Config, TokenizerConfig
     from kindling.tokenization.tokenizer import Tokenizer
     from model import GPT
 
@@ -72,21 +72,24 @@ def make_models(folder: Path, run: Path | None, toy: bool, with_gguf: bool) -> M
     write(folder / "int8", model, tokenizer, "serving.py", found.config().data.fim_rate > 0)
     ids = tokenizer.encode(text[:1_000_000])
     models = Models(found.path, folder / "int8", ids, tokenizer, vars(model.cfg))
-    return with_llama(folder, models, model) if with_gguf else models
+    return with_llama(folder, models, model, found.config().tokenizer) if with_gguf else models
 
 
-def with_llama(folder: Path, models: Models, model: GPT) -> Models:
+def with_llama(folder: Path, models: Models, model: GPT, cfg: TokenizerConfig) -> Models:
     """Write the model for llama.cpp too, and one for us with the same weights."""
     from kindling.formats import gguf_format, int8_format
+    from kindling.tokenization.tokenizer import from_json
     from model import GPT
 
     if any(getattr(model.cfg, name) != value for name, value in FOR_LLAMA.items()):
         held = GPT(replace(model.cfg, **FOR_LLAMA)).eval()
         held.load_state_dict(model.state_dict(), strict=False)  # all but the bias of the head
         model = held
+    plain = json.dumps(json.loads(models.tokenizer.to_json()) | {"normalizer": None})
+    tokenizer = from_json(plain, replace(cfg, normalizer="none"))
     (folder / "int8-for-llama").mkdir()
-    int8_format.write(folder / "int8-for-llama", model, models.tokenizer, "serving.py")
-    gguf_format.write(folder / "model.gguf", model, models.tokenizer, "q8_0", "serving")
+    int8_format.write(folder / "int8-for-llama", model, tokenizer, "serving.py")
+    gguf_format.write(folder / "model.gguf", model, tokenizer, "q8_0", "serving")
     return replace(models, int8_for_llama=folder / "int8-for-llama", gguf=folder / "model.gguf")
 
 

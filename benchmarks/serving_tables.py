@@ -39,8 +39,8 @@ def markdown(results: Results) -> str:
             f"{found['status 500 and above']}; slow ones never ended: {found['slow ones that the server never ended']}. "
             f"{found['good requests in between']} good ones in between took {times['between']} ms "
             f"(p95 {times['between, p95']}), before them {times['before']} ({times['before, p95']}), "
-            f"after them {times['after']}. Memory: {found['memory before and after'][0]['whole']} MB, then "
-            f"{found['memory before and after'][1]['whole']} MB.",
+            f"after them {times['after']}. Memory after each tenth: "
+            f"{', '.join(str(one['whole']) for one in found['memory after each tenth'])} MB.",
             "",
         ]
     return "\n".join(lines)

@@ -86,6 +86,7 @@ def test_broken_requests_of_thirty_kinds_get_no_500(server, models):
     wrong = {name for name, statuses in found["statuses"].items() if "200" in statuses}
     may_be_good = {"changed bytes", "a wrong type or range"}
     assert wrong <= may_be_good | {"a prompt of 300,000 characters"}
+    assert len(found["memory after each tenth"]) == 11 and found["grown since the first tenth"] < 50
     assert set(found["statuses"]["a body above the limit"]) == {"413"}
     assert set(found["statuses"]["a foreign host"]) == {"403"}
 
@@ -99,6 +100,24 @@ def test_slow_connections_send_a_byte_at_a_time_and_are_counted(server, monkeypa
     assert slow.n_open == 1
     slow.wait(5)
     assert slow.statuses == [400] and slow.n_open == 0
+
+
+def test_llama_cpps_model_has_the_weights_of_the_export_beside_it(tmp_path, monkeypatch):
+    from kindling.formats.gguf_format import read
+    from kindling.int8.model import Model
+
+    real = serving_servers.python_source
+    monkeypatch.setattr(serving_servers, "python_source", lambda n: real(20_000))
+    models = serving_servers.make_models(tmp_path, None, toy=True, with_gguf=True)
+    stored, ours, exact = read(models.gguf), Model(models.int8_for_llama), Model(models.int8)
+    assert (ours.m["activation"], exact.m["activation"]) == ("gelu_new", "gelu")
+    assert ours.head.bias is None and exact.head.bias is not None
+    for name, matrix in (("head", ours.head), ("blocks.0.mlp.up", ours.blocks[0].up)):
+        weights = stored[f"{name}.weight"].numpy()
+        assert abs(weights - matrix.q * matrix.scale[:, None]).max() < 0.01 * abs(weights).max()
+    # an answer does not end by chance, and no part of a character holds it back
+    nothing = [i for i in range(len(exact.head.q)) if not models.tokenizer.decode([i]).isascii()]
+    assert len(nothing) > 100 and not exact.head.q[[*nothing, models.tokenizer.eos_id]].any()
 
 
 def test_the_tables_have_a_row_for_each_server():
