@@ -91,4 +91,5 @@ bench-all: bench ## measure all other figures too (over an hour more)
 	@$(BIN)/python benchmarks/fsdp_smallcoder.py
 	@$(BIN)/python benchmarks/sft.py
 	@$(BIN)/python benchmarks/evaluation.py
+	@$(BIN)/python benchmarks/serving.py
 	@$(BIN)/python benchmarks/summary.py

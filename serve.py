@@ -54,7 +54,7 @@ class Flags:
     time_limit_s: float = 60.0
     """Seconds from a request to its last token."""
     cache_mb: Optional[int] = None
-    """Memory for keys and values, in MB. None: 500, or 40 for int8."""
+    """Memory for keys and values, in MB. None: 500, or 36 for int8."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU. Of PyTorch."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"

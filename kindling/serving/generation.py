@@ -75,7 +75,7 @@ class Done:
     n_cached: int
     """Tokens of the prompt whose keys and values were there from an earlier request."""
     n_new: int
-    """All sampled tokens but the end of text, also those that are not part of the text."""
+    """Sampled tokens, but for the end of text and those that only spell what healing took back."""
     stop: str | None = None
     """The stop string that ended it."""
 

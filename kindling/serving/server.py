@@ -25,7 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens at an address; port 0 is any free one. Raises KindlingError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        sock = socket.create_server((host, port), family=family, backlog=512)
     except OverflowError:
         raise KindlingError(f"--port must be from 0 to 65535, but is {port}; choose another") from None
     except OSError as e:
@@ -36,6 +36,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise KindlingError(
             f"--host and --port must be an address of this machine, but {host}:{port} is not ({e.strerror}); choose another"
         ) from None
+    # asyncio sends small pieces at once only where a socket names its protocol; otherwise each waits for the client's
+    # acknowledgement, up to 40 ms
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=sock.detach())
 
 
 def address_of(sock: socket.socket, host: str) -> str:

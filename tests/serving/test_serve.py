@@ -1,5 +1,6 @@
 """The script serve.py: what it opens, what it refuses at the start, and how it ends."""
 
+import asyncio
 import json
 import os
 import re
@@ -177,6 +178,24 @@ def test_a_port_in_use_is_one_clear_line():
     assert "\n" not in str(e.value)
     with pytest.raises(KindlingError, match="must be an address of this machine"):
         bind("203.0.113.7", 0)
+
+
+def test_small_pieces_are_sent_at_once():
+    """Otherwise each piece of a stream waits for the client's acknowledgement of the one before, up to 40 ms."""
+
+    async def has_no_delay() -> bool:
+        found = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(bool(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        sock = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=sock):
+            with socket.create_connection(sock.getsockname()):
+                return await found
+
+    assert asyncio.run(has_no_delay())
 
 
 def test_what_is_no_run_and_no_export_is_one_clear_line(tmp_path, capsys, monkeypatch):
