@@ -1,6 +1,6 @@
 """Measure the server: how soon text comes, many clients at once, memory, and what broken requests do.
 
-    python benchmarks/serving.py                                     # see that nothing else runs
+    python benchmarks/serving.py                                     # a quarter of an hour; see that nothing else runs
     python benchmarks/serving.py --llama build/bin/llama-server      # beside llama.cpp's server
     python benchmarks/serving.py --sections latency clients          # only these; --toy tries it out
 
@@ -191,22 +191,26 @@ def clients(servers: dict[str, Server], models: Models, sizes: Sizes) -> Results
         for load in LOADS:
             together, apart = (_of_clients(source, load, sizes) for _ in range(2))
             for name, server in servers.items():
-                found[name][load].append(_one_round(server, together, apart, sizes.new if load == "writing" else LINE))
+                n = sizes.new if load == "writing" else LINE
+                found[name][load].append(_one_round(server, together, apart, n, compares=number == 0))
     return {name: {load: _over_rounds(rounds) for load, rounds in loads.items()} for name, loads in found.items()}
 
 
 def _of_clients(source: Prompts, load: str, sizes: Sizes) -> list[list[str]]:
     """Return the prompts of each client."""
     if load == "typing":
-        return [source.typed(sizes.prefix // 2, sizes.requests - 1) for _ in range(CLIENTS)]
-    return [[source.one(30) for _ in range(sizes.requests // 2)] for _ in range(CLIENTS)]
+        return [source.typed(sizes.prefix // 2, sizes.requests // 2 - 1) for _ in range(CLIENTS)]
+    return [[source.one(30) for _ in range(max(1, sizes.requests // 4))] for _ in range(CLIENTS)]
 
 
-def _one_round(server: Server, together: list[list[str]], apart: list[list[str]], n: int) -> dict[str, Any]:
+def _one_round(
+    server: Server, together: list[list[str]], apart: list[list[str]], n: int, compares: bool
+) -> dict[str, Any]:
+    """Return the rates, the times to the first text, and, if it `compares` them, whether the texts are the same."""
     many = ask(server.port, together, n, at_once=True)
     one = ask(server.port, apart, n, at_once=False)  # other texts, as those before are in the cache
     firsts = [answer.first_s for answers in many.answers for answer in answers]
-    same = ask(server.port, together, n, at_once=False).texts == many.texts
+    same = not compares or ask(server.port, together, n, at_once=False).texts == many.texts
     return {"one": one.rate, "many": many.rate, "firsts": firsts, "same": same}
 
 

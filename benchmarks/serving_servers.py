@@ -247,9 +247,11 @@ class Client:
         """Ask for `n` tokens as a stream, greedily. Raises ServerError."""
         content = {"prompt": prompt, "max_tokens": n, "temperature": 0, "stream": True, **more}
         body = json.dumps({**content, "stream_options": {"include_usage": True}})
-        started = time.perf_counter()
-        self._connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        response = self._connection.getresponse()
+        try:
+            started, response = self._asked(body)
+        except ConnectionError:  # llama.cpp's server closes a connection that is idle for 5 s
+            self._connection.close()
+            started, response = self._asked(body)
         if response.status != 200:
             raise ServerError(f"a request must be answered, but got {response.status}: {response.read()[:300]!r}")
         parts: list[str] = []
@@ -266,6 +268,11 @@ class Client:
         return Answer(
             "".join(parts), (first or whole) - started, whole - started, usage.get("completion_tokens", n), cached
         )
+
+    def _asked(self, body: str) -> tuple[float, http.client.HTTPResponse]:
+        started = time.perf_counter()
+        self._connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        return started, self._connection.getresponse()
 
     def close(self) -> None:
         """Close the connection."""

@@ -65,6 +65,14 @@ def test_a_request_that_fails_is_no_figure(server):
         serving.ask(server.port, [["a"], ["é"]], 3, at_once=True)
 
 
+def test_a_connection_that_was_closed_while_idle_is_opened_again(server):
+    client = serving_servers.Client(server.port)
+    assert client.complete("7", 5).text == "89"
+    client._connection.sock.shutdown(2)
+    assert client.complete("6", 5).text == "789"
+    client.close()
+
+
 def test_all_requests_are_sent_and_memory_is_that_of_the_process(server, models):
     def n_served() -> int:
         return sum(server.served.metrics.requests.values())

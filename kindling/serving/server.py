@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import socket
 from collections.abc import Iterator
@@ -82,6 +83,8 @@ def make_server(served: Served, host: str, api_key: str | None, stop: StopReques
 
 def run(served: Served, sock: socket.socket, host: str, api_key: str | None) -> int:
     """Serve until Ctrl-C or SIGTERM, then finish what is being written. Return the exit code."""
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through all of it would hold up an answer for tens of milliseconds
     with StopRequest(STOPPING) as stop:
         asyncio.run(make_server(served, host, api_key, stop).serve(sockets=[sock]))
     served.scheduler.close(1.0)

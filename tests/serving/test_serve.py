@@ -1,6 +1,7 @@
 """The script serve.py: what it opens, what it refuses at the start, and how it ends."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -20,6 +22,7 @@ from config import TokenizerConfig
 from kindling.errors import KindlingError
 from kindling.formats.int8_format import write
 from kindling.serving.server import bind
+from kindling.serving.server import run as run_server
 from kindling.tokenization.tokenizer import train_bpe
 
 
@@ -196,6 +199,22 @@ def test_small_pieces_are_sent_at_once():
                 return await found
 
     assert asyncio.run(has_no_delay())
+
+
+def test_what_stays_is_not_looked_through_again_while_answers_wait(monkeypatch):
+    frozen = []
+
+    async def serve_once(sockets: list) -> None:
+        frozen.append(gc.get_freeze_count())
+
+    gc.unfreeze()
+    monkeypatch.setattr("kindling.serving.server.make_server", lambda *args: SimpleNamespace(serve=serve_once))
+    model = SimpleNamespace(scheduler=SimpleNamespace(close=lambda patience_s: None))
+    try:
+        run_server(model, None, "127.0.0.1", None)
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 1000
 
 
 def test_what_is_no_run_and_no_export_is_one_clear_line(tmp_path, capsys, monkeypatch):
