@@ -138,8 +138,9 @@ def browser() -> Iterator[Page]:
     flags += ["--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-color-profile=srgb"]
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none as root
     quiet = os.open(os.devnull, os.O_WRONLY)
-    actions = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[3], 4)]  # where it reads and writes
-    actions += [(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)]
+    # it reads commands from 3 and writes answers to 4; these come last, since `quiet` may be one of them
+    given = ((quiet, 1), (quiet, 2), (ends[0], 3), (ends[3], 4))
+    actions = [(os.POSIX_SPAWN_DUP2, end, number) for end, number in given]
     process = os.posix_spawn(program, [program, *flags], os.environ, file_actions=actions, setsid=True)
     for end in (ends[0], ends[3], quiet):
         os.close(end)

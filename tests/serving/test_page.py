@@ -7,6 +7,7 @@ import pytest
 from browser import ALT, CONTROL, SHIFT, Page, browser
 from http_server import Running, running, served, tells, until
 
+from kindling.serving import openai
 from kindling.serving.scheduler import Busy
 
 pytestmark = pytest.mark.browser
@@ -248,8 +249,8 @@ class held:
 
 
 def test_who_types_on_ends_the_request_before(page, server):
-    n = server.served.metrics.n_left
     write(page, "x = 5")
+    n = server.served.metrics.n_left
     with held(server, after=1):
         page.type("0")
         page.until("asking && rest() === ''")
@@ -280,6 +281,22 @@ def test_a_busy_server_is_asked_once_more_and_then_its_error_is_shown(page, serv
     page.until("rest() && $('error').hidden")
     page.run("1")
     page.complaints[:] = [said for said in page.complaints if "503" not in said]  # the browser's own line
+
+
+def test_an_answer_that_breaks_off_is_an_error_in_one_line(page, server, monkeypatch):
+    monkeypatch.setattr(openai, "usage", lambda wholes, n: None)
+    page.type("5")
+    page.until("!$('error').hidden")
+    assert page.text("#error").startswith("The answer broke off") and page.text("#status") == ""
+
+
+def test_a_dismissed_request_is_no_longer_said_to_be_written(page, server):
+    page.until("$('status').textContent.includes('tokens/s')")
+    with held(server, after=0):
+        page.type("5")
+        page.until("$('status').textContent === 'Writing …'")
+        page.press("Escape")
+        page.until("$('status').textContent === ''")
 
 
 def test_the_theme_is_the_system_s_until_one_is_chosen(page, server):
