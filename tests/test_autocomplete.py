@@ -19,6 +19,7 @@ import autocomplete
 from autocomplete import Completer, Sampling, draw, main, stream
 from config import ModelConfig, TokenizerConfig
 from kindling.formats.int8_format import difference, quantize, write
+from kindling.generation.healing import Healing
 from kindling.int8 import kernel as int8_kernel
 from kindling.int8.model import CompletionError, Model, erf
 from kindling.tokenization.tokenizer import train_bpe
@@ -259,6 +260,16 @@ def test_the_pieces_are_whole_characters(exports, monkeypatch):
     monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(ids))
     d = completer.prompt_ids("d", 20)[0]
     assert [piece for piece in completer.complete(d, Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
+
+
+def test_half_of_a_character_is_left_out_at_the_limit(exports, monkeypatch):
+    completer = Completer(exports["demo"][0])
+    monkeypatch.setattr(autocomplete, "split_for_healing", lambda ids, spellings: (ids, Healing("", spellings)))
+    half = completer.tokenizer.encode("é🔥")[:-1]
+    monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(half))
+    d = completer.prompt_ids("d", 20)[0]
+    texts = ["".join(completer.complete(d, Sampling(0, 0, n, 0))) for n in (len(half), 20)]
+    assert texts == ["é", "é\ufffd"]
 
 
 def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):

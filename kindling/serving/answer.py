@@ -57,7 +57,7 @@ class Answer:
 
     def finish(self, ended_by: Ending) -> tuple[Piece | None, Ending]:
         """Return what was held back and may be said, and what ended the text, which may be a rule of the edit after all."""
-        new = self._text.finish()
+        new = self._text.finish(cut=ended_by in ("limit", "context", "time"))
         if self._edit is not None:
             new = self._edit.add(new) + self._edit.finish(complete=ended_by == "end of text")
             ended_by = "edit" if self._edit.ended and ended_by != "stop" else ended_by
