@@ -245,7 +245,8 @@ class Batch:
         self._leave(job, ended_by)
         if piece is not None:
             job.say(piece)
-        job.say(Done(ended_by, len(job.ids), job.n_cached, job.answer.n_counted, job.answer.stop))
+        n_prompt = len(job.ids) + job.generation.n_taken_back
+        job.say(Done(ended_by, n_prompt, job.n_cached, job.answer.n_counted, job.answer.stop))
 
     def _leave(self, job: Job, ending: str) -> None:
         """Free the row of a job, and count it."""

@@ -15,7 +15,7 @@ from kindling.data.prompts import encode as encode_conversation
 from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece, Token
-from kindling.serving.openai_chat import exchanges_of
+from kindling.serving.openai_chat import conversation_of
 from kindling.serving.options import AT_CURSOR, Names, edit, max_new_tokens, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, encoded, require_chat
@@ -229,8 +229,9 @@ async def detokenize(served: Served, fields: Fields) -> Reply:
 
 async def apply_template(served: Served, fields: Fields) -> Reply:
     """Answer /apply-template: the text of a conversation, up to where the answer begins."""
-    exchanges = exchanges_of(fields, served.limits.messages)
-    template = require_chat(served)
+    asked, template = conversation_of(fields, served.limits.messages), require_chat(served)
+    first, *others = asked.exchanges
+    exchanges = [replace(first, instruction=asked.before + first.instruction), *others]
     return {"prompt": served.vocabulary.decode(flatten(encode_conversation(template, exchanges, served.vocabulary)))}
 
 
