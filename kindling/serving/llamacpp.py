@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from kindling.data.prompts import encode as encode_conversation
 from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
-from kindling.serving.generation import Edit, Piece, Token
+from kindling.serving.generation import Edit, Piece
+from kindling.serving.logprobs import listed, text_or_bytes
 from kindling.serving.openai_chat import conversation_of
 from kindling.serving.options import AT_CURSOR, Names, edit, max_new_tokens, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
@@ -168,16 +169,8 @@ def _final(
         },
     }
     if n_logprobs is not None:
-        content["completion_probabilities"] = _probabilities(served, whole.tokens)
+        content["completion_probabilities"] = listed(served.vocabulary, whole.tokens)
     return content
-
-
-def _probabilities(served: Served, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        text = served.vocabulary.decode([token])
-        return {"id": token, "token": text, "bytes": list(text.encode("utf-8")), "logprob": logprob}
-
-    return [{**one(t.id, t.logprob), "top_logprobs": [one(i, logprob) for i, logprob in t.likely]} for t in tokens]
 
 
 async def _reply(served: Served, fields: Fields, asked: Asked, discards: bool) -> Reply:
@@ -201,7 +194,7 @@ async def _chunks(served: Served, answers: Answers, asked: Asked) -> AsyncGenera
             chunk = {"index": i, "content": event.text, "tokens": [t.id for t in event.tokens], "stop": False}
             chunk |= {"id_slot": -1}
             if asked.n_logprobs is not None:
-                chunk["completion_probabilities"] = _probabilities(served, event.tokens)
+                chunk["completion_probabilities"] = listed(served.vocabulary, event.tokens)
         else:
             times = (answers.truncated, answers.prompt_s, answers.predicted_s)
             chunk = {**_final(served, Whole(done=event), None, *times), "index": i}
@@ -218,7 +211,7 @@ async def tokenize(served: Served, fields: Fields) -> Reply:
     ids = [bos] if fields.flag("add_special") and bos is not None else []
     ids += await asyncio.to_thread(encoded, served, text, "content")  # a whole file may take a second
     if fields.flag("with_pieces"):
-        return {"tokens": [{"id": i, "piece": served.vocabulary.decode([i])} for i in ids]}
+        return {"tokens": [{"id": i, "piece": text_or_bytes(served.vocabulary, i)} for i in ids]}
     return {"tokens": ids}
 
 

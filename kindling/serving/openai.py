@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kindling.serving.body import BadRequest, Fields, is_integer, is_text
 from kindling.serving.generation import Done, Edit, Piece, Token
+from kindling.serving.logprobs import in_columns
 from kindling.serving.options import AT_CURSOR, Names, edit, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, is_literal_fim, literal
@@ -137,22 +138,6 @@ def _asked(served: Served, fields: Fields, names: Names) -> Asked:
     return Asked(with_seeds(prompts, n), n, n_logprobs, echoes)
 
 
-class Logprobs:
-    """Writes the log-probabilities of one answer in the form of /v1/completions."""
-
-    def __init__(self, served: Served, offset: int):
-        self._decode, self._offset = served.vocabulary.decode, offset
-
-    def of(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return those of the next tokens."""
-        return {
-            "tokens": [self._decode([token.id]) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._decode([i]): logprob for i, logprob in token.likely} for token in tokens],
-            "text_offset": [self._offset + max(0, token.begins) for token in tokens],
-        }
-
-
 def head(served: Served, kind: str, prefix: str) -> dict[str, Any]:
     """Return what every answer begins with."""
     return {
@@ -173,16 +158,15 @@ async def completions(served: Served, fields: Fields) -> Reply:
     asked, begin = _asked(served, fields, NAMES), head(served, "text_completion", "cmpl")
     streams, includes = fields.flag("stream"), with_usage(fields)
     answers = Answers(served, asked.prompts)
-    logprobs = [Logprobs(served, len(echo)) for echo in asked.echoes]
     if streams:
-        return Stream(answers, _completion_chunks(answers, asked, begin, logprobs, includes))
+        return Stream(answers, _completion_chunks(served, answers, asked, begin, includes))
     with answers:
         wholes = await collect(answers, len(asked.prompts))
     choices = [
         {
             "text": asked.echoes[i] + whole.text,
             "index": i,
-            "logprobs": None if asked.n_logprobs is None else logprobs[i].of(whole.tokens),
+            "logprobs": None if asked.n_logprobs is None else in_columns(served.vocabulary, whole.tokens),
             "finish_reason": finish_reason(whole.done),
         }
         for i, whole in enumerate(wholes)
@@ -191,13 +175,13 @@ async def completions(served: Served, fields: Fields) -> Reply:
 
 
 async def _completion_chunks(
-    answers: Answers, asked: Asked, begin: dict[str, Any], logprobs: list[Logprobs], includes: bool
+    served: Served, answers: Answers, asked: Asked, begin: dict[str, Any], includes: bool
 ) -> AsyncGenerator[str]:
     wholes = [Whole() for _ in asked.prompts]
     nothing: dict[str, Any] = {"usage": None} if includes else {}
 
     def chunk(i: int, text: str, tokens: Sequence[Token], reason: str | None) -> str:
-        likely = logprobs[i].of(tokens) if asked.n_logprobs is not None and tokens else None
+        likely = in_columns(served.vocabulary, tokens) if asked.n_logprobs is not None and tokens else None
         choice = {"text": text, "index": i, "logprobs": likely, "finish_reason": reason}
         return sse({**begin, "choices": [choice], **nothing})
 

@@ -13,6 +13,7 @@ from typing import Any
 from kindling.data.prompts import Exchange
 from kindling.serving.body import BadRequest, Fields
 from kindling.serving.generation import Piece, Token
+from kindling.serving.logprobs import listed
 from kindling.serving.openai import finish_reason, head, refuse_unsupported, usage, with_usage
 from kindling.serving.options import Names, max_new_tokens, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
@@ -84,20 +85,12 @@ async def chat_completions(served: Served, fields: Fields) -> Reply:
         {
             "index": i,
             "message": {"role": "assistant", "content": whole.text},
-            "logprobs": {"content": _logprobs(served, whole.tokens)} if wants else None,
+            "logprobs": {"content": listed(served.vocabulary, whole.tokens)} if wants else None,
             "finish_reason": finish_reason(whole.done),
         }
         for i, whole in enumerate(wholes)
     ]
     return {**begin, "choices": choices, "usage": usage(wholes, n), "truncated": answers.truncated}
-
-
-def _logprobs(served: Served, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        text = served.vocabulary.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
-
-    return [{**one(t.id, t.logprob), "top_logprobs": [one(i, logprob) for i, logprob in t.likely]} for t in tokens]
 
 
 async def _chunks(
@@ -107,7 +100,7 @@ async def _chunks(
     wholes = [Whole() for _ in range(n)]
 
     def chunk(i: int, delta: dict[str, Any], tokens: Sequence[Token] = (), reason: str | None = None) -> str:
-        likely = {"content": _logprobs(served, tokens)} if wants and tokens else None
+        likely = {"content": listed(served.vocabulary, tokens)} if wants and tokens else None
         choice = {"index": i, "delta": delta, "logprobs": likely, "finish_reason": reason}
         return sse({**begin, "choices": [choice]})
 

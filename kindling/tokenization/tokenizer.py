@@ -132,6 +132,10 @@ class Tokenizer:
         # bpe.py keeps half of a surrogate pair, which is not valid text: decode such a text with the library
         return [t if t.isascii() or not _SURROGATE.search(t) else self.decode(ids) for t, ids in zip(texts, batch)]
 
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""
+        return self._backend.id_to_token(token) or ""
+
     def to_json(self) -> str:
         """Return the tokenizer in the format of `tokenizer.json`."""
         return self._backend.to_str()
@@ -228,6 +232,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode_batch(self, batch: Sequence[list[int]]) -> list[str]:
         """Return the text of each list of token ids, like `decode`."""
         return [self.decode(ids) for ids in batch]
+
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""
+        return self._processor.id_to_piece(token) if token < self.vocab_size else ""
 
     def to_json(self) -> str:
         """Return the model as JSON, for `from_json`."""
