@@ -17,7 +17,17 @@ from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece
 from kindling.serving.logprobs import listed, text_or_bytes
 from kindling.serving.openai_chat import conversation_of
-from kindling.serving.options import AT_CURSOR, Names, edit, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.options import (
+    AT_CURSOR,
+    Names,
+    edit,
+    only_warms_cache,
+    options,
+    refuse_penalties,
+    require_few,
+    sampling,
+    with_seeds,
+)
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, encoded, require_chat
 
@@ -57,7 +67,7 @@ async def infill(served: Served, fields: Fields) -> Reply:
     how = _how(served, fields, at_cursor=True)
     rules = edit(served, fields, fields.integer("n_indent", 0, HUGE) or 0)
     n = fields.integer("n_cmpl", 1, served.limits.n) or 1
-    if max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0:  # fills a cache before it is needed
+    if only_warms_cache(fields, NAMES):
         if not text:
             return _kept(_final(served, Whole(), None, False, 0.0, 0.0), _keep(fields))
         how = how._replace(sampling=replace(how.sampling, max_new_tokens=1))
@@ -86,7 +96,7 @@ async def completion(served: Served, fields: Fields) -> Reply:
     how = _how(served, fields, at_cursor=False)
     prompts = [_prompt(served, fields, one, how) for one in all_given]
     asked = Asked(with_seeds(prompts, n), is_list or n > 1, how.n_logprobs, _keep(fields))
-    return await _reply(served, fields, asked, max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0)
+    return await _reply(served, fields, asked, only_warms_cache(fields, NAMES))
 
 
 def _prompt(served: Served, fields: Fields, given: Any, how: Options) -> Prompt:
@@ -112,8 +122,7 @@ def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
     fields.integer("id_slot", -1, HUGE)
     fields.refuse("grammar", ("",), "this server knows no grammars")
     fields.refuse("json_schema", ({},), "this server knows no grammars")
-    fields.refuse("presence_penalty", (0,), "use repeat_penalty")
-    fields.refuse("frequency_penalty", (0,), "use repeat_penalty")
+    refuse_penalties(fields, "repeat_penalty")
     default = replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     chosen = sampling(served, fields, NAMES, AT_CURSOR if at_cursor else default)
     times = [fields.integer(name, -1, HUGE) for name in ("t_max_prompt_ms", "t_max_predict_ms")]

@@ -17,7 +17,7 @@ from kindling.serving.body import Fields
 from kindling.serving.generation import Done, Piece
 from kindling.serving.openai import finish_reason
 from kindling.serving.openai_chat import conversation_of
-from kindling.serving.options import AT_CURSOR, Names, edit, options, sampling
+from kindling.serving.options import AT_CURSOR, Names, edit, options, refuse_penalties, sampling
 from kindling.serving.replies import Answers, Reply, Stream, collect
 from kindling.serving.served import Conversation, Prompt, Served, at_cursor, chat, continuation, require_chat
 from kindling.tokenization.infilling import FIM_TOKENS
@@ -41,8 +41,7 @@ def _chosen(served: Served, fields: Fields, at_cursor: bool) -> Any:
     for name in ("num_ctx", "num_thread", "num_gpu", "repeat_last_n"):
         asked.integer(name, -1, 10**9)
     asked.refuse("mirostat", (0,), "this server does not support it")
-    for name in ("presence_penalty", "frequency_penalty"):
-        asked.refuse(name, (0,), "use repeat_penalty")
+    refuse_penalties(asked, "repeat_penalty")
     default = AT_CURSOR if at_cursor else replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     return sampling(served, asked, NAMES, default)
 

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 from kindling.serving.body import BadRequest, Fields, is_integer, is_text
 from kindling.serving.generation import Done, Edit, Piece, Token
 from kindling.serving.logprobs import in_columns
-from kindling.serving.options import AT_CURSOR, Names, edit, options, require_few, sampling, with_seeds
+from kindling.serving.options import (
+    AT_CURSOR,
+    Names,
+    edit,
+    options,
+    refuse_penalties,
+    require_few,
+    sampling,
+    with_seeds,
+)
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, is_literal_fim, literal
 
@@ -54,10 +63,7 @@ async def model(served: Served, fields: Fields) -> Reply:
 
 def refuse_unsupported(fields: Fields) -> None:
     """Raise BadRequest for what OpenAI's server can do and this one cannot; values that ask for nothing pass."""
-    fields.number("presence_penalty", -2, 2)
-    fields.number("frequency_penalty", -2, 2)
-    fields.refuse("presence_penalty", (0,), "use repetition_penalty")
-    fields.refuse("frequency_penalty", (0,), "use repetition_penalty")
+    refuse_penalties(fields, "repetition_penalty")
     fields.refuse("logit_bias", ({},), "this server does not support it")
     fields.text("model")
 
@@ -128,8 +134,8 @@ def _asked(served: Served, fields: Fields, names: Names) -> Asked:
         raise BadRequest("echo must be false with logprobs, but is true: a prompt's are not computed; drop one", "echo")
     require_few(served, len(given), n, "n")
     is_literal = suffix is None and any(isinstance(one, str) and is_literal_fim(served, one) for one in given)
-    default = replace(served.sampling, max_new_tokens=MAX_TOKENS)
-    default = default if suffix is None and not is_literal else AT_CURSOR
+    at_its_end = suffix is None and not is_literal
+    default = replace(served.sampling, max_new_tokens=MAX_TOKENS) if at_its_end else AT_CURSOR
     how = options(served, sampling(served, fields, names, default), n_logprobs)
     rules = edit(served, fields)
     prompts = [_prompt(served, one, suffix, how, rules, is_literal) for one in given]

@@ -15,7 +15,7 @@ from kindling.serving.body import BadRequest, Fields
 from kindling.serving.generation import Piece, Token
 from kindling.serving.logprobs import listed
 from kindling.serving.openai import finish_reason, head, refuse_unsupported, usage, with_usage
-from kindling.serving.options import Names, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.options import Names, only_warms_cache, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Conversation, Served, chat
 
@@ -73,7 +73,7 @@ async def chat_completions(served: Served, fields: Fields) -> Reply:
     chosen = sampling(served, fields, NAMES, served.sampling)
     prompts = with_seeds([chat(served, asked, options(served, chosen, n_logprobs))], n)
     begin, streams, includes = head(served, "chat.completion", "chatcmpl"), fields.flag("stream"), with_usage(fields)
-    if max_new_tokens(fields, Names(("n_predict",), no_limit=(-1, 0))) == 0 and fields.any("n_predict") == 0:
+    if only_warms_cache(fields, Names(("n_predict",), no_limit=(-1, 0))):
         message = {"role": "assistant", "content": ""}  # llama.vim warms a cache that this server keeps by itself
         return {**begin, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]}
     answers = Answers(served, prompts)
