@@ -183,11 +183,13 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, cfg: TokenizerConfig):
         self.cfg = cfg
         self._model, self._processor = model, _sentencepiece().SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.vocab_size()
         self._control = {
             i: self._processor.id_to_piece(i)
-            for i in range(self._processor.vocab_size())
+            for i in range(self.vocab_size)
             if self._processor.is_control(i) or self._processor.is_unknown(i)
         }
+        self.special_tokens = sorted(self._control.values())
         self._find_control_ids()
 
     def _token_to_id(self, token: str) -> int | None:
@@ -195,16 +197,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _control_tokens(self) -> dict[str, int]:
         return {token: i for i, token in self._control.items()}
-
-    @cached_property
-    def special_tokens(self) -> list[str]:
-        """The control tokens."""
-        return sorted(self._control.values())
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest token id, control tokens included."""
-        return self._processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it would change."""

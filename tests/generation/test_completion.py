@@ -367,7 +367,9 @@ def test_what_is_taken_back_is_written_again_and_not_said_twice(drawn, tokenizer
     whole = tokenizer.decode(kept + out)
     assert whole.startswith(tokenizer.decode(ids))
     new = complete_document(drawn, tokenizer, text, replace(sampling, max_new_tokens=12 - len(ids) + len(kept)))
-    assert tokenizer.decode(ids) + new.text == whole
+    assert tokenizer.decode(ids) + new.text == (
+        whole.rstrip("\ufffd") if new.ended_by in ("limit", "context") else whole
+    )
 
 
 def test_a_control_token_is_never_what_was_taken_back(tokenizer):
