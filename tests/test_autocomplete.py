@@ -302,8 +302,9 @@ print(sorted({{"torch", "pydantic", "tyro", "transformers", "safetensors"}} & se
 
 
 def test_the_files_that_it_names_are_enough(exports, tmp_path):
-    named = re.search(r"Of the project it needs (.*)\.$", autocomplete.__doc__, re.DOTALL | re.MULTILINE)[1]
-    folder, generation, own = (re.findall(r"`([^`]*)`", part) for part in " ".join(named.split()).split(";"))
+    source = (ROOT / "autocomplete.py").read_text(encoding="utf-8")
+    named = re.search(r"^# of the project, it needs (.*?)\n\n", source, re.DOTALL | re.MULTILINE)[1]
+    folder, generation, own = (re.findall(r"\w+\.py|kindling/\w*/?", part) for part in named.split(";"))
     assert folder == ["kindling/int8"] and generation.pop() == "kindling/generation/" and own.pop() == "kindling/"
     paths = [f"kindling/generation/{name}" for name in generation] + [f"kindling/{name}" for name in own]
     for path in ("autocomplete.py", *paths):
