@@ -116,11 +116,12 @@ class Completer:
         limit = min(sampling.max_new_tokens, self.model.block_size - len(ids)) + len(ids) - len(kept)
         text = TextStream(self.tokenizer, after=kept[-1:], skip=len(healing.text))
         tokens = stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.tokenizer.eos_id, healing)
-        for n, token in enumerate(tokens, 1):
-            self.n_written = n
+        self.n_written = 0
+        for token in tokens:
+            self.n_written += 1
             if piece := text.add(token):
                 yield piece
-        yield text.finish()
+        yield text.finish(cut=self.n_written == limit)
 
 
 class Parser(argparse.ArgumentParser):

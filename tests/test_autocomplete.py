@@ -19,6 +19,7 @@ import autocomplete
 from autocomplete import Completer, Sampling, draw, main, stream
 from config import ModelConfig, TokenizerConfig
 from kindling.formats.int8_format import difference, quantize, write
+from kindling.generation.healing import Healing
 from kindling.int8 import kernel as int8_kernel
 from kindling.int8.model import CompletionError, Model, erf
 from kindling.tokenization.tokenizer import train_bpe
@@ -261,6 +262,16 @@ def test_the_pieces_are_whole_characters(exports, monkeypatch):
     assert [piece for piece in completer.complete(d, Sampling(0, 0, 20, 0)) if piece] == ["é", "🔥", "x"]
 
 
+def test_half_of_a_character_is_left_out_at_the_limit(exports, monkeypatch):
+    completer = Completer(exports["demo"][0])
+    monkeypatch.setattr(autocomplete, "split_for_healing", lambda ids, spellings: (ids, Healing("", spellings)))
+    half = completer.tokenizer.encode("é🔥")[:-1]
+    monkeypatch.setattr(autocomplete, "stream", lambda *_: iter(half))
+    d = completer.prompt_ids("d", 20)[0]
+    texts = ["".join(completer.complete(d, Sampling(0, 0, n, 0))) for n in (len(half), 20)]
+    assert texts == ["é", "é\ufffd"]
+
+
 def test_a_text_cut_inside_a_word_goes_on_inside_it(exports, monkeypatch):
     completer = Completer(exports["demo"][0])
     texts = completer.tokenizer.spellings
@@ -291,8 +302,9 @@ print(sorted({{"torch", "pydantic", "tyro", "transformers", "safetensors"}} & se
 
 
 def test_the_files_that_it_names_are_enough(exports, tmp_path):
-    named = re.search(r"Of the project it needs (.*)\.$", autocomplete.__doc__, re.DOTALL | re.MULTILINE)[1]
-    folder, generation, own = (re.findall(r"`([^`]*)`", part) for part in " ".join(named.split()).split(";"))
+    source = (ROOT / "autocomplete.py").read_text(encoding="utf-8")
+    named = re.search(r"^# of the project, it needs (.*?)\n\n", source, re.DOTALL | re.MULTILINE)[1]
+    folder, generation, own = (re.findall(r"\w+\.py|kindling/\w*/?", part) for part in named.split(";"))
     assert folder == ["kindling/int8"] and generation.pop() == "kindling/generation/" and own.pop() == "kindling/"
     paths = [f"kindling/generation/{name}" for name in generation] + [f"kindling/{name}" for name in own]
     for path in ("autocomplete.py", *paths):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 # from Stanford Alpaca (Taori et al. 2023), with a newline after the last marker, so that code begins on a new line
@@ -101,15 +101,17 @@ def flatten(segments: Iterable[Segment]) -> list[int]:
 
 
 def fit(
-    template: str, exchanges: Sequence[Exchange], tokenizer: Encoder, block_size: int, room: int
+    template: str, exchanges: Sequence[Exchange], tokenizer: Encoder, block_size: int, room: int, before: str = ""
 ) -> tuple[list[int], int]:
     """Return the ids of a conversation, and how many of its oldest exchanges are left out so that `room` tokens fit after it.
 
-    The last exchange is always kept: its ids may leave less room, or none.
+    The text `before` stands in front of the first instruction that is kept. The last exchange is always kept: its ids may leave
+    less room, or none.
     """
     dropped, ids, after = len(exchanges), list[int](), list[int]()
     for exchange in reversed(exchanges):  # whole exchanges, as a model was never trained on half a template
-        longer = [*flatten([_segment(template, exchange, tokenizer, first=True)]), *after]
+        begin = replace(exchange, instruction=before + exchange.instruction)
+        longer = [*flatten([_segment(template, begin, tokenizer, first=True)]), *after]
         if ids and len(longer) + room > block_size:
             break
         dropped, ids = dropped - 1, longer

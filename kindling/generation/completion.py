@@ -48,8 +48,13 @@ def extend(
     text: TextStream,
     say: Say | None = None,
     allowed: Allowed | None = None,
+    whole_characters: bool = False,
 ) -> Completion:
-    """Return what the model writes after the prompt `ids`, as text from the stream `text`."""
+    """Return what the model writes after the prompt `ids`, as text from the stream `text`.
+
+    `whole_characters`: a character that the limit cuts is left out, as for a reader. Otherwise it becomes U+FFFD, as in
+    `complete_batch`, so that a sample is all that was written.
+    """
     pieces, n_tokens = [], 0
 
     def put(piece: str) -> None:
@@ -63,7 +68,7 @@ def extend(
         put(text.add(token))
         if text.stopped:
             break
-    put(text.finish())
+    put(text.finish(cut=whole_characters and n_tokens == sampling.max_new_tokens))
     ended_by: Ending = "stop" if text.stopped else "limit" if n_tokens == sampling.max_new_tokens else "end of text"
     return Completion("".join(pieces), n_tokens, ended_by)
 
@@ -116,7 +121,7 @@ def complete_document(
         sampling, max_new_tokens=limit + len(ids) - len(kept)
     )  # the tokens that were taken back are written again
     pieces = TextStream(tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
-    new = extend(model, tokenizer, kept, its_own, pieces, say, healing.allowed)
+    new = extend(model, tokenizer, kept, its_own, pieces, say, healing.allowed, whole_characters=True)
     return new._replace(ended_by="context") if new.ended_by == "limit" and limit < sampling.max_new_tokens else new
 
 
@@ -177,7 +182,7 @@ def answer(
     limit = min(sampling.max_new_tokens, free)
     # decoded on its own, as a response is encoded in training
     text = TextStream(tokenizer, sampling.stop)
-    said = extend(model, tokenizer, ids, replace(sampling, max_new_tokens=limit), text, say)
+    said = extend(model, tokenizer, ids, replace(sampling, max_new_tokens=limit), text, say, whole_characters=True)
     cut_by = ""
     if said.ended_by == "limit":
         cut_by = f"the context of {block_size} tokens" if limit == free else f"--max-new-tokens {limit}"

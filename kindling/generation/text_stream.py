@@ -52,9 +52,13 @@ class TextStream:
         self._ids += ids
         return self.finish()
 
-    def finish(self) -> str:
-        """Return the text that was held back. Call it when no more tokens come."""
-        return self._beyond(self._tokenizer.decode(self._ids), more=False)
+    def finish(self, cut: bool = False) -> str:
+        """Return the text that was held back. Call it when no more tokens come.
+
+        `cut`: a limit ended the text, so a character whose last bytes are missing is left out. Otherwise it becomes U+FFFD.
+        """
+        text = self._tokenizer.decode(self._ids)
+        return self._beyond(text.rstrip("\ufffd") if cut else text, more=False)
 
     def _beyond(self, text: str, more: bool) -> str:
         if self.stopped:

@@ -57,15 +57,16 @@ class Answer:
 
     def finish(self, ended_by: Ending) -> tuple[Piece | None, Ending]:
         """Return what was held back and may be said, and what ended the text, which may be a rule of the edit after all."""
-        new = self._text.finish()
+        new = self._text.finish(cut=ended_by in ("limit", "context", "time"))
         if self._edit is not None:
             new = self._edit.add(new) + self._edit.finish(complete=ended_by == "end of text")
             ended_by = "edit" if self._edit.ended and ended_by != "stop" else ended_by
         if self._least == 0:
             return self._piece(new), ended_by
-        new, self._pieces, least, self._least = "".join([*self._pieces, new]), [], self._least, 0.0
-        sure = sum(self._probabilities) >= least * len(self._probabilities)
-        return (self._piece(new), ended_by) if sure else (None, "edit")
+        if sum(self._probabilities) < self._least * len(self._probabilities):
+            return None, "edit"
+        self._least = 0.0  # so that the text is said
+        return self._piece("".join([*self._pieces, new])), ended_by
 
     def _piece(self, new: str) -> Piece | None:
         """Return the piece of this text, with its tokens."""

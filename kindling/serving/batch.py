@@ -150,9 +150,9 @@ class Batch:
         reading = [job for job in self.jobs if not job.out]
         left = self._engine.piece
         take = {id(job): 0 for job in reading}
-        for job, most in [(reading[0], (left + 1) // 2)] if reading else []:
-            take[id(job)] = min(most, len(job.unread))
-            left -= take[id(job)]
+        if reading:
+            take[id(reading[0])] = min((left + 1) // 2, len(reading[0].unread))
+            left -= take[id(reading[0])]
         for job in sorted(reading, key=lambda job: len(job.unread)):
             more = min(left, len(job.unread) - take[id(job)])
             take[id(job)] += more
@@ -245,7 +245,8 @@ class Batch:
         self._leave(job, ended_by)
         if piece is not None:
             job.say(piece)
-        job.say(Done(ended_by, len(job.ids), job.n_cached, job.answer.n_counted, job.answer.stop))
+        n_prompt = len(job.ids) + job.generation.n_taken_back
+        job.say(Done(ended_by, n_prompt, job.n_cached, job.answer.n_counted, job.answer.stop))
 
     def _leave(self, job: Job, ending: str) -> None:
         """Free the row of a job, and count it."""

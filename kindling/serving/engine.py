@@ -55,3 +55,6 @@ class Vocabulary(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
+
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""

@@ -37,6 +37,8 @@ class Generation:
     sampling: Sampling
     healing: Healing | None = None
     """What the first new tokens must spell, which is not part of the answer."""
+    n_taken_back: int = 0
+    """Tokens that healing took from the end of the prompt: to who asked, they are part of it."""
     edit: Edit | None = None
     own_text: bool = False
     """Decode the answer on its own, as a response of a conversation is encoded in training. False: it goes on from the prompt."""
@@ -72,6 +74,7 @@ class Done:
 
     ended_by: Ending
     n_prompt: int
+    """Tokens of the prompt, those that healing took back included."""
     n_cached: int
     """Tokens of the prompt whose keys and values were there from an earlier request."""
     n_new: int

@@ -64,6 +64,10 @@ class Int8Vocabulary(ExportTokenizer):
         super().__init__(folder, model)
         self._infills = bool(model.meta.get("infills", False))  # older exports do not have the key
 
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""
+        return self.backend.id_to_token(token) or ""
+
     @cached_property
     def fim(self) -> FimIds | None:
         """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""

@@ -14,9 +14,20 @@ from typing import Any, NamedTuple
 from kindling.data.prompts import encode as encode_conversation
 from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
-from kindling.serving.generation import Edit, Piece, Token
-from kindling.serving.openai_chat import exchanges_of
-from kindling.serving.options import AT_CURSOR, Names, edit, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.generation import Edit, Piece
+from kindling.serving.logprobs import listed, text_or_bytes
+from kindling.serving.openai_chat import conversation_of
+from kindling.serving.options import (
+    AT_CURSOR,
+    Names,
+    edit,
+    only_warms_cache,
+    options,
+    refuse_penalties,
+    require_few,
+    sampling,
+    with_seeds,
+)
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, encoded, require_chat
 
@@ -56,7 +67,7 @@ async def infill(served: Served, fields: Fields) -> Reply:
     how = _how(served, fields, at_cursor=True)
     rules = edit(served, fields, fields.integer("n_indent", 0, HUGE) or 0)
     n = fields.integer("n_cmpl", 1, served.limits.n) or 1
-    if max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0:  # fills a cache before it is needed
+    if only_warms_cache(fields, NAMES):
         if not text:
             return _kept(_final(served, Whole(), None, False, 0.0, 0.0), _keep(fields))
         how = how._replace(sampling=replace(how.sampling, max_new_tokens=1))
@@ -85,7 +96,7 @@ async def completion(served: Served, fields: Fields) -> Reply:
     how = _how(served, fields, at_cursor=False)
     prompts = [_prompt(served, fields, one, how) for one in all_given]
     asked = Asked(with_seeds(prompts, n), is_list or n > 1, how.n_logprobs, _keep(fields))
-    return await _reply(served, fields, asked, max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0)
+    return await _reply(served, fields, asked, only_warms_cache(fields, NAMES))
 
 
 def _prompt(served: Served, fields: Fields, given: Any, how: Options) -> Prompt:
@@ -111,8 +122,7 @@ def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
     fields.integer("id_slot", -1, HUGE)
     fields.refuse("grammar", ("",), "this server knows no grammars")
     fields.refuse("json_schema", ({},), "this server knows no grammars")
-    fields.refuse("presence_penalty", (0,), "use repeat_penalty")
-    fields.refuse("frequency_penalty", (0,), "use repeat_penalty")
+    refuse_penalties(fields, "repeat_penalty")
     default = replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     chosen = sampling(served, fields, NAMES, AT_CURSOR if at_cursor else default)
     times = [fields.integer(name, -1, HUGE) for name in ("t_max_prompt_ms", "t_max_predict_ms")]
@@ -168,16 +178,8 @@ def _final(
         },
     }
     if n_logprobs is not None:
-        content["completion_probabilities"] = _probabilities(served, whole.tokens)
+        content["completion_probabilities"] = listed(served.vocabulary, whole.tokens)
     return content
-
-
-def _probabilities(served: Served, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        text = served.vocabulary.decode([token])
-        return {"id": token, "token": text, "bytes": list(text.encode("utf-8")), "logprob": logprob}
-
-    return [{**one(t.id, t.logprob), "top_logprobs": [one(i, logprob) for i, logprob in t.likely]} for t in tokens]
 
 
 async def _reply(served: Served, fields: Fields, asked: Asked, discards: bool) -> Reply:
@@ -201,7 +203,7 @@ async def _chunks(served: Served, answers: Answers, asked: Asked) -> AsyncGenera
             chunk = {"index": i, "content": event.text, "tokens": [t.id for t in event.tokens], "stop": False}
             chunk |= {"id_slot": -1}
             if asked.n_logprobs is not None:
-                chunk["completion_probabilities"] = _probabilities(served, event.tokens)
+                chunk["completion_probabilities"] = listed(served.vocabulary, event.tokens)
         else:
             times = (answers.truncated, answers.prompt_s, answers.predicted_s)
             chunk = {**_final(served, Whole(done=event), None, *times), "index": i}
@@ -218,7 +220,7 @@ async def tokenize(served: Served, fields: Fields) -> Reply:
     ids = [bos] if fields.flag("add_special") and bos is not None else []
     ids += await asyncio.to_thread(encoded, served, text, "content")  # a whole file may take a second
     if fields.flag("with_pieces"):
-        return {"tokens": [{"id": i, "piece": served.vocabulary.decode([i])} for i in ids]}
+        return {"tokens": [{"id": i, "piece": text_or_bytes(served.vocabulary, i)} for i in ids]}
     return {"tokens": ids}
 
 
@@ -229,8 +231,9 @@ async def detokenize(served: Served, fields: Fields) -> Reply:
 
 async def apply_template(served: Served, fields: Fields) -> Reply:
     """Answer /apply-template: the text of a conversation, up to where the answer begins."""
-    exchanges = exchanges_of(fields, served.limits.messages)
-    template = require_chat(served)
+    asked, template = conversation_of(fields, served.limits.messages), require_chat(served)
+    first, *others = asked.exchanges
+    exchanges = [replace(first, instruction=asked.before + first.instruction), *others]
     return {"prompt": served.vocabulary.decode(flatten(encode_conversation(template, exchanges, served.vocabulary)))}
 
 

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 from kindling.serving.body import BadRequest, Fields, is_integer, is_text
 from kindling.serving.generation import Done, Edit, Piece, Token
-from kindling.serving.options import AT_CURSOR, Names, edit, options, require_few, sampling, with_seeds
+from kindling.serving.logprobs import in_columns
+from kindling.serving.options import (
+    AT_CURSOR,
+    Names,
+    edit,
+    options,
+    refuse_penalties,
+    require_few,
+    sampling,
+    with_seeds,
+)
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, is_literal_fim, literal
 
@@ -53,10 +63,7 @@ async def model(served: Served, fields: Fields) -> Reply:
 
 def refuse_unsupported(fields: Fields) -> None:
     """Raise BadRequest for what OpenAI's server can do and this one cannot; values that ask for nothing pass."""
-    fields.number("presence_penalty", -2, 2)
-    fields.number("frequency_penalty", -2, 2)
-    fields.refuse("presence_penalty", (0,), "use repetition_penalty")
-    fields.refuse("frequency_penalty", (0,), "use repetition_penalty")
+    refuse_penalties(fields, "repetition_penalty")
     fields.refuse("logit_bias", ({},), "this server does not support it")
     fields.text("model")
 
@@ -127,30 +134,14 @@ def _asked(served: Served, fields: Fields, names: Names) -> Asked:
         raise BadRequest("echo must be false with logprobs, but is true: a prompt's are not computed; drop one", "echo")
     require_few(served, len(given), n, "n")
     is_literal = suffix is None and any(isinstance(one, str) and is_literal_fim(served, one) for one in given)
-    default = replace(served.sampling, max_new_tokens=MAX_TOKENS)
-    default = default if suffix is None and not is_literal else AT_CURSOR
+    at_its_end = suffix is None and not is_literal
+    default = replace(served.sampling, max_new_tokens=MAX_TOKENS) if at_its_end else AT_CURSOR
     how = options(served, sampling(served, fields, names, default), n_logprobs)
     rules = edit(served, fields)
     prompts = [_prompt(served, one, suffix, how, rules, is_literal) for one in given]
     texts = [one if isinstance(one, str) else served.vocabulary.decode(one) for one in given]
     echoes = [text if echo else "" for text in texts for _ in range(n)]
     return Asked(with_seeds(prompts, n), n, n_logprobs, echoes)
-
-
-class Logprobs:
-    """Writes the log-probabilities of one answer in the form of /v1/completions."""
-
-    def __init__(self, served: Served, offset: int):
-        self._decode, self._offset = served.vocabulary.decode, offset
-
-    def of(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return those of the next tokens."""
-        return {
-            "tokens": [self._decode([token.id]) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._decode([i]): logprob for i, logprob in token.likely} for token in tokens],
-            "text_offset": [self._offset + max(0, token.begins) for token in tokens],
-        }
 
 
 def head(served: Served, kind: str, prefix: str) -> dict[str, Any]:
@@ -173,16 +164,15 @@ async def completions(served: Served, fields: Fields) -> Reply:
     asked, begin = _asked(served, fields, NAMES), head(served, "text_completion", "cmpl")
     streams, includes = fields.flag("stream"), with_usage(fields)
     answers = Answers(served, asked.prompts)
-    logprobs = [Logprobs(served, len(echo)) for echo in asked.echoes]
     if streams:
-        return Stream(answers, _completion_chunks(answers, asked, begin, logprobs, includes))
+        return Stream(answers, _completion_chunks(served, answers, asked, begin, includes))
     with answers:
         wholes = await collect(answers, len(asked.prompts))
     choices = [
         {
             "text": asked.echoes[i] + whole.text,
             "index": i,
-            "logprobs": None if asked.n_logprobs is None else logprobs[i].of(whole.tokens),
+            "logprobs": None if asked.n_logprobs is None else in_columns(served.vocabulary, whole.tokens),
             "finish_reason": finish_reason(whole.done),
         }
         for i, whole in enumerate(wholes)
@@ -191,13 +181,13 @@ async def completions(served: Served, fields: Fields) -> Reply:
 
 
 async def _completion_chunks(
-    answers: Answers, asked: Asked, begin: dict[str, Any], logprobs: list[Logprobs], includes: bool
+    served: Served, answers: Answers, asked: Asked, begin: dict[str, Any], includes: bool
 ) -> AsyncGenerator[str]:
     wholes = [Whole() for _ in asked.prompts]
     nothing: dict[str, Any] = {"usage": None} if includes else {}
 
     def chunk(i: int, text: str, tokens: Sequence[Token], reason: str | None) -> str:
-        likely = logprobs[i].of(tokens) if asked.n_logprobs is not None and tokens else None
+        likely = in_columns(served.vocabulary, tokens) if asked.n_logprobs is not None and tokens else None
         choice = {"text": text, "index": i, "logprobs": likely, "finish_reason": reason}
         return sse({**begin, "choices": [choice], **nothing})
 

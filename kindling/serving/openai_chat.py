@@ -1,7 +1,8 @@
 """OpenAI's /v1/chat/completions, for runs that were fine-tuned on instructions.
 
 Messages become exchanges of the run's template. A system message has no place in a template, so it stands before the first
-question. Of a run that was fine-tuned on single exchanges, only the last question is asked, and `truncated` is true.
+question that fits in the context. Of a run that was fine-tuned on single exchanges, only the last question is asked, and
+`truncated` is true.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from typing import Any
 from kindling.data.prompts import Exchange
 from kindling.serving.body import BadRequest, Fields
 from kindling.serving.generation import Piece, Token
+from kindling.serving.logprobs import listed
 from kindling.serving.openai import finish_reason, head, refuse_unsupported, usage, with_usage
-from kindling.serving.options import Names, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.options import Names, only_warms_cache, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
-from kindling.serving.served import Served, chat
+from kindling.serving.served import Conversation, Served, chat
 
 NAMES = Names(("max_completion_tokens", "max_tokens", "n_predict"), no_limit=(-1, 0))
 
 
-def exchanges_of(fields: Fields, most: int) -> list[Exchange]:
-    """Return the exchanges of a conversation, the last without a response. Raises BadRequest."""
+def conversation_of(fields: Fields, most: int) -> Conversation:
+    """Return the conversation of some messages. Raises BadRequest."""
     system: list[str] = []
     asked: list[str] = []
     exchanges: list[Exchange] = []
@@ -40,9 +42,7 @@ def exchanges_of(fields: Fields, most: int) -> list[Exchange]:
     if not asked:
         raise BadRequest("messages must end with one of the role user, but do not; add the question", "messages")
     exchanges.append(Exchange("\n\n".join(asked)))
-    before = "".join(f"{text}\n\n" for text in system)
-    first = exchanges[0]
-    return [Exchange(before + first.instruction, first.response), *exchanges[1:]]
+    return Conversation(exchanges, "\n\n".join(system))
 
 
 def _content(message: Fields) -> str:
@@ -66,14 +66,14 @@ async def chat_completions(served: Served, fields: Fields) -> Reply:
         fields.refuse(name, ([],), "this server calls no tools")
     if fields.section("response_format").text("type") not in (None, "text"):
         raise fields.wrong("response_format", 'of the type "text"', "leave it out")
-    n, exchanges = fields.integer("n", 1, served.limits.n) or 1, exchanges_of(fields, served.limits.messages)
+    n, asked = fields.integer("n", 1, served.limits.n) or 1, conversation_of(fields, served.limits.messages)
     require_few(served, 1, n, "n")
     wants = fields.flag("logprobs")
     n_logprobs = (fields.integer("top_logprobs", 0, served.limits.logprobs) or 0) if wants else None
     chosen = sampling(served, fields, NAMES, served.sampling)
-    prompts = with_seeds([chat(served, exchanges, options(served, chosen, n_logprobs))], n)
+    prompts = with_seeds([chat(served, asked, options(served, chosen, n_logprobs))], n)
     begin, streams, includes = head(served, "chat.completion", "chatcmpl"), fields.flag("stream"), with_usage(fields)
-    if max_new_tokens(fields, Names(("n_predict",), no_limit=(-1, 0))) == 0 and fields.any("n_predict") == 0:
+    if only_warms_cache(fields, Names(("n_predict",), no_limit=(-1, 0))):
         message = {"role": "assistant", "content": ""}  # llama.vim warms a cache that this server keeps by itself
         return {**begin, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]}
     answers = Answers(served, prompts)
@@ -85,20 +85,12 @@ async def chat_completions(served: Served, fields: Fields) -> Reply:
         {
             "index": i,
             "message": {"role": "assistant", "content": whole.text},
-            "logprobs": {"content": _logprobs(served, whole.tokens)} if wants else None,
+            "logprobs": {"content": listed(served.vocabulary, whole.tokens)} if wants else None,
             "finish_reason": finish_reason(whole.done),
         }
         for i, whole in enumerate(wholes)
     ]
     return {**begin, "choices": choices, "usage": usage(wholes, n), "truncated": answers.truncated}
-
-
-def _logprobs(served: Served, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        text = served.vocabulary.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
-
-    return [{**one(t.id, t.logprob), "top_logprobs": [one(i, logprob) for i, logprob in t.likely]} for t in tokens]
 
 
 async def _chunks(
@@ -108,7 +100,7 @@ async def _chunks(
     wholes = [Whole() for _ in range(n)]
 
     def chunk(i: int, delta: dict[str, Any], tokens: Sequence[Token] = (), reason: str | None = None) -> str:
-        likely = {"content": _logprobs(served, tokens)} if wants and tokens else None
+        likely = {"content": listed(served.vocabulary, tokens)} if wants and tokens else None
         choice = {"index": i, "delta": delta, "logprobs": likely, "finish_reason": reason}
         return sse({**begin, "choices": [choice]})
 

@@ -74,6 +74,18 @@ def max_new_tokens(fields: Fields, names: Names) -> int | None:
     return None
 
 
+def only_warms_cache(fields: Fields, names: Names) -> bool:
+    """Return whether `n_predict` is 0: llama.cpp's clients have a prompt read in this way before they need its continuation."""
+    return max_new_tokens(fields, names) == 0 and fields.any("n_predict") == 0
+
+
+def refuse_penalties(fields: Fields, instead: str) -> None:
+    """Raise BadRequest for penalties that this server does not have; zeros pass."""
+    for name in ("presence_penalty", "frequency_penalty"):
+        fields.number(name, -2, 2)
+        fields.refuse(name, (0,), f"use {instead}")
+
+
 def edit(served: Served, fields: Fields, n_indent: int = 0) -> Edit:
     """Return the rules for text at a cursor. `max_lines` and `min_confidence` are this server's own fields."""
     confidence = fields.number("min_confidence", 0, 1)

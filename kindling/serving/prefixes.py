@@ -10,14 +10,14 @@ from kindling.serving.engine import Engine
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the number of tokens at the beginning that both have."""
-    same, other = 0, min(len(a), len(b)) + 1  # the first tokens that are the same, and a number that are not
-    while other - same > 1:
-        middle = (same + other) // 2
-        if a[same:middle] == b[same:middle]:
-            same = middle
+    low, high = 0, min(len(a), len(b))  # at least and at most so many
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
         else:
-            other = middle
-    return same
+            high = middle - 1
+    return low
 
 
 class Found(NamedTuple):

@@ -95,6 +95,19 @@ class Prompt(NamedTuple):
     truncated: bool = False
 
 
+class Conversation(NamedTuple):
+    """Exchanges, the last without a response."""
+
+    exchanges: Sequence[Exchange]
+    system: str = ""
+    """What a system message says. A template has no place for it, so it stands before the first question that is kept."""
+
+    @property
+    def before(self) -> str:
+        """What stands before the first question."""
+        return f"{self.system}\n\n" if self.system else ""
+
+
 class Options(NamedTuple):
     """How a request's texts are to be generated."""
 
@@ -127,7 +140,7 @@ def continuation(
     kept, healing = split_for_healing(ids, vocabulary.spellings)
     generation = _generation(kept, options, edit)
     if healing.text:
-        generation = replace(generation, healing=healing)
+        generation = replace(generation, healing=healing, n_taken_back=len(ids) - len(kept))
     return Prompt(generation, len(end) < len(text) or len(ids) < len(whole))
 
 
@@ -187,18 +200,22 @@ def require_chat(served: Served) -> str:
     return served.template
 
 
-def chat(served: Served, exchanges: Sequence[Exchange], options: Options) -> Prompt:
-    """Return the generation of the response to the last of some exchanges. Raises BadRequest if the run cannot chat."""
+def chat(served: Served, conversation: Conversation, options: Options) -> Prompt:
+    """Return the generation of the response to the last exchange. Raises BadRequest if the run cannot chat."""
     template = require_chat(served)
-    asked = _newest(exchanges if served.remembers else exchanges[-1:], CHARACTERS * served.block_size)
+    exchanges, before = conversation.exchanges, conversation.before
+    what = "the last message with the system messages" if before else "the last message"
+    asked = _newest(
+        exchanges if served.remembers else exchanges[-1:], CHARACTERS * served.block_size, len(before), what
+    )
     room = min(options.sampling.max_new_tokens, served.block_size // OPEN_ANSWER)
     try:
-        ids, dropped = fit(template, asked, served.vocabulary, served.block_size, room)
+        ids, dropped = fit(template, asked, served.vocabulary, served.block_size, room, before)
     except ENCODING as e:
         raise BadRequest(f"messages: {e}", "messages") from None
     if len(ids) >= served.block_size:
         raise BadRequest(
-            f"the last message must leave room for an answer in the context of {served.block_size} tokens, but has "
+            f"{what} must leave room for an answer in the context of {served.block_size} tokens, but has "
             f"{len(ids)} with its template; shorten it",
             "messages",
         )
@@ -206,12 +223,16 @@ def chat(served: Served, exchanges: Sequence[Exchange], options: Options) -> Pro
     return Prompt(generation, dropped > 0 or len(asked) < len(exchanges))
 
 
-def _newest(exchanges: Sequence[Exchange], n_chars: int) -> list[Exchange]:
-    """Return the last exchanges that can fit, so that no long text is encoded in vain. Raises BadRequest if the last cannot."""
+def _newest(exchanges: Sequence[Exchange], n_chars: int, n_before: int, what: str) -> list[Exchange]:
+    """Return the last exchanges that can fit after `n_before` characters, so that no long text is encoded in vain.
+
+    Raises BadRequest, which says `what` is too long, if the last one cannot.
+    """
     lengths = [len(exchange.instruction) + len(exchange.response) for exchange in reversed(exchanges)]
+    lengths[0] += n_before
     if lengths[0] > n_chars:
         raise BadRequest(
-            f"the last message must have at most {n_chars:,} characters, but has {lengths[0]:,}; shorten it", "messages"
+            f"{what} must have at most {n_chars:,} characters, but has {lengths[0]:,}; shorten it", "messages"
         )
     n = sum(length <= n_chars for length in accumulate(lengths))
     return list(exchanges[-n:])

@@ -67,7 +67,8 @@ class TorchEngine:
         """
         logits = torch.empty(len(texts), self.vocab_size)
         single = [i for i, (_, ids) in enumerate(texts) if len(ids) == 1]
-        for group in [single] * bool(single) + [[i] for i, (_, ids) in enumerate(texts) if len(ids) > 1]:
+        longer = [[i] for i, (_, ids) in enumerate(texts) if len(ids) > 1]
+        for group in [single, *longer] if single else longer:
             rows = CacheRows(self._cache, [texts[i][0] for i in group])
             idx = torch.tensor([list(texts[i][1]) for i in group], device=self._device)  # (B, T)
             with reading():
@@ -99,3 +100,7 @@ class TorchVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
         return self._tokenizer.decode(ids)
+
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""
+        return self._tokenizer.piece(token)

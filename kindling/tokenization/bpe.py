@@ -31,7 +31,8 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHER = [b for b in range(256) if b not in _PRINTABLE]
 SYMBOLS = [chr(b) if b in _PRINTABLE else chr(256 + _OTHER.index(b)) for b in range(256)]
 """The printable character that stands for each byte in `tokenizer.json` (GPT-2's bytes_to_unicode)."""
-_BYTES = {symbol: b for b, symbol in enumerate(SYMBOLS)}
+BYTES = {symbol: b for b, symbol in enumerate(SYMBOLS)}
+"""The byte that each of these characters stands for."""
 
 # Letters and numerals newer than Unicode 16: the `tokenizers` library does not know them. A test compares all of them.
 _NEWER_LETTERS = (
@@ -266,7 +267,7 @@ class ByteLevelBPE:
 def _spell(token: str) -> bytes:
     """Return the bytes of a token. A token that is not made of `SYMBOLS` stands for its own characters."""
     try:
-        return bytes(_BYTES[symbol] for symbol in token)
+        return bytes(BYTES[symbol] for symbol in token)
     except KeyError:
         return token.encode("utf-8")
 

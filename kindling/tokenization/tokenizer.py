@@ -132,6 +132,10 @@ class Tokenizer:
         # bpe.py keeps half of a surrogate pair, which is not valid text: decode such a text with the library
         return [t if t.isascii() or not _SURROGATE.search(t) else self.decode(ids) for t, ids in zip(texts, batch)]
 
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""
+        return self._backend.id_to_token(token) or ""
+
     def to_json(self) -> str:
         """Return the tokenizer in the format of `tokenizer.json`."""
         return self._backend.to_str()
@@ -179,11 +183,13 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, cfg: TokenizerConfig):
         self.cfg = cfg
         self._model, self._processor = model, _sentencepiece().SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.vocab_size()
         self._control = {
             i: self._processor.id_to_piece(i)
-            for i in range(self._processor.vocab_size())
+            for i in range(self.vocab_size)
             if self._processor.is_control(i) or self._processor.is_unknown(i)
         }
+        self.special_tokens = sorted(self._control.values())
         self._find_control_ids()
 
     def _token_to_id(self, token: str) -> int | None:
@@ -191,16 +197,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _control_tokens(self) -> dict[str, int]:
         return {token: i for i, token in self._control.items()}
-
-    @cached_property
-    def special_tokens(self) -> list[str]:
-        """The control tokens."""
-        return sorted(self._control.values())
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest token id, control tokens included."""
-        return self._processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it would change."""
@@ -228,6 +224,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode_batch(self, batch: Sequence[list[int]]) -> list[str]:
         """Return the text of each list of token ids, like `decode`."""
         return [self.decode(ids) for ids in batch]
+
+    def piece(self, token: int) -> str:
+        """Return a token as the tokenizer's file writes it; "" for an id without a token."""
+        return self._processor.id_to_piece(token) if token < self.vocab_size else ""
 
     def to_json(self) -> str:
         """Return the model as JSON, for `from_json`."""

@@ -154,9 +154,18 @@ def test_an_answer_ends_with_the_context_and_the_prompt_is_never_cropped(tokeniz
     assert all(context[: len(prompt)] == prompt for context in endless.contexts)
 
 
-def test_half_a_character_at_the_limit_is_shown_as_such(tokenizer):
-    cut = answer(says(tokenizer, "a🦆"), tokenizer, "alpaca", QUESTION, Sampling(max_new_tokens=3))
-    assert cut.text == "a\ufffd" and not cut.stopped
+def test_a_reader_gets_no_half_of_a_character_that_the_limit_cuts(tokenizer):
+    heard, sampling = [], Sampling(max_new_tokens=3)
+    cut = answer(says(tokenizer, "a🦆"), tokenizer, "alpaca", QUESTION, sampling, heard.append)
+    assert cut.text == "".join(heard) == "a" and not cut.stopped
+    assert complete_document(says(tokenizer, "a🦆"), tokenizer, "", sampling).text == "a"
+
+
+def test_half_a_character_is_part_of_a_sample_and_of_what_a_model_ended_itself(tokenizer):
+    assert complete(says(tokenizer, "a🦆"), tokenizer, "", Sampling(max_new_tokens=3)).text == "a\ufffd"
+    half = says(tokenizer, "a🦆")
+    del half.script[-2:-1]
+    assert complete_document(half, tokenizer, "", Sampling(max_new_tokens=9)).text == "a\ufffd"
 
 
 CONVERSATION = [
@@ -358,7 +367,9 @@ def test_what_is_taken_back_is_written_again_and_not_said_twice(drawn, tokenizer
     whole = tokenizer.decode(kept + out)
     assert whole.startswith(tokenizer.decode(ids))
     new = complete_document(drawn, tokenizer, text, replace(sampling, max_new_tokens=12 - len(ids) + len(kept)))
-    assert tokenizer.decode(ids) + new.text == whole
+    assert tokenizer.decode(ids) + new.text == (
+        whole.rstrip("\ufffd") if new.ended_by in ("limit", "context") else whole
+    )
 
 
 def test_a_control_token_is_never_what_was_taken_back(tokenizer):

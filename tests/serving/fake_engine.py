@@ -24,6 +24,9 @@ class FakeVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
+    def piece(self, token: int) -> str:
+        return self.decode([token])
+
 
 def counts_up(text: str) -> str:
     """Return the character after the last one, from a to z and again."""

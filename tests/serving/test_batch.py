@@ -365,6 +365,23 @@ def test_a_text_that_the_model_is_not_sure_of_is_not_said(least, expected, ended
         assert len(events[0].tokens) == 3 and isinstance(events[0].tokens[0], Token)
 
 
+class Bytes(FakeVocabulary):
+    """A token is a byte of UTF-8: a letter from 64 on, below it the first or a later byte of a longer character."""
+
+    def decode(self, ids):
+        return bytes(i + 192 if i < 32 else i + 128 if i < 64 else i for i in ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(("script", "n", "text"), [("\x03", 1, ""), ("\x03\x29", 2, "é"), ("\x03", 9, "\ufffd")])
+def test_half_of_a_character_is_left_out_where_a_limit_cuts_it(script, n, text):
+    engine = FakeEngine(lambda written: (script + "\0")[len(written) - 1])
+    batch, events = Batch(engine, Bytes(), Counters(), lambda: 0.0), []
+    batch.admit([Job(Generation([ord("x")], Sampling(max_new_tokens=n, greedy=True)), Bytes(), events.append, 0.0)])
+    while batch.jobs:
+        batch.step()
+    assert said(events) == text
+
+
 def test_a_rule_of_an_edit_ends_the_request():
     desk = Desk(FakeEngine(lambda text: "\n" if text[-1] == "d" else counts_up(text)))
     assert desk.answer("xb", 50, edit=Edit("xb", max_lines=1)) == ("cd", Done("edit", 2, 0, 3))

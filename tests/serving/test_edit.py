@@ -42,7 +42,29 @@ CASES = {
     "a line before the one that the cursor begins": (
         Edit("a\n", "    return x\n"),
         "    b()\n    return x\n",
-        "    b()",
+        "    b()\n",
+    ),
+    "lines before the one that the cursor begins": (
+        Edit("a\n    ", "return x\n"),
+        "b()\n    c()\n    return x\n",
+        "b()\n    c()\n    ",
+    ),
+    "a word that ends as the suffix begins": (Edit("foo(", "a, b)\n"), "data, ", "data, "),
+    "a number that ends as the suffix begins": (Edit("range(", "0, 10)\n"), "10", "10"),
+    "a name that ends as the suffix begins": (Edit("x = ", "x_old\n"), "max", "max"),
+    "the rest of a line that begins inside a word": (Edit("def ", "e_score(x):\n"), "compute_score(x):", "comput"),
+    "the end of a word that the suffix goes on with": (Edit("pri", "nt(x)\n"), "nt(", ""),
+    "a quote that is needed": (Edit("", '"b"]\n'), '["a"', '["a"'),
+    "a quote that is there": (Edit('print("', '")\n'), 'hello"', "hello"),
+    "a quote and a bracket that are there": (Edit('print("', '")\n'), 'hello")', "hello"),
+    "only up to the rest of the line": (Edit("def f(", "):\n    return x\n"), "a, b):\n    y = 1\n    z", "a, b"),
+    "only up to a part of the rest": (Edit("x = f(", ") + 1\n"), "a)\ny = 2", "a"),
+    "one line before an operator": (Edit("x = ", " + 1\n"), "foo()\ny = 2", "foo()"),
+    "one line before a bracket that is needed twice": (Edit("print(f(", ")\n"), "x)\nfoo()\n", "x)"),
+    "a block before the bracket that ends it": (
+        Edit("then(() => {", "})\n"),
+        "\n  if (a) {\n    b\n  }\n  c\n})\nd",
+        "\n  if (a) {\n    b\n  }",
     ),
     "only white space": (Edit("a"), "\n   \n\t", ""),
     "only the suffix": (Edit("f(", ")"), ")", ""),
@@ -57,14 +79,14 @@ def test_shown_is(edit, text, expected):
 
 
 def test_at_a_limit_a_line_that_may_become_the_next_one_is_left_out():
-    edit = Edit("    x = ", "  # one\n    return x\n")
+    edit = Edit("    x = ", "\n\n    return x\n")
     assert shown(edit, "1\n    retu", complete=False) == "1"
     assert shown(edit, "1\n    retu", complete=True) == "1\n    retu"
 
 
 def test_text_is_held_back_only_while_it_may_be_taken_away():
     text = EditText(Edit("f(", ")\nreturn x\n"))
-    assert [text.add(c) for c in ("a", ")", " ", "+", "\n", "ret", "ry")] == ["a", "", "", ") +", "", "", "\nretry"]
+    assert [text.add(c) for c in ("a", ")", " ", "+(", "\n", "ret", "ry")] == ["a", "", "", ") +(", "", "", "\nretry"]
 
 
 short = st.text("ab ()\n\t", max_size=12)
@@ -83,8 +105,25 @@ def test_pieces_do_not_matter_and_the_rules_hold(edit, pieces, complete):
         assert sum(bool(line.strip()) for line in said.split("\n")) <= edit.max_lines
 
 
-@given(short, st.text("ab ", max_size=4))
+@given(st.text("ab, ", max_size=12), st.text("ab, ", max_size=4))
 def test_the_longest_beginning_of_the_suffix_is_cut_from_the_end(text, suffix):
-    n = max(n for n in range(len(suffix) + 1) if text.endswith(suffix[:n]))
-    kept = text[: len(text) - n]
+    def is_repeated(n: int) -> bool:
+        inside_word = 0 < n < len(text) and text[-n - 1] in "ab" and text[-n] in "ab"
+        return text.endswith(suffix[:n]) and (not inside_word or n >= len(suffix.rstrip()))
+
+    kept = text[: len(text) - max(n for n in range(min(len(suffix), len(text)) + 1) if n == 0 or is_repeated(n))]
     assert shown(Edit("x", suffix), text) == (kept if kept.strip() else "")
+
+
+def test_a_long_text_before_a_long_suffix_is_read_once():
+    class Read(str):
+        n = 0
+
+        def __getitem__(self, key):
+            Read.n += 1
+            return str.__getitem__(self, key)
+
+    text = EditText(Edit("x", Read("a" * 3000 + "b")))
+    for _ in range(1000):
+        text.add("aa ")
+    assert Read.n < 30_000

@@ -14,6 +14,7 @@ from kindling.errors import KindlingError
 from kindling.formats.int8_format import write
 from kindling.int8.model import Model
 from kindling.serving.int8_engine import Int8Engine, Int8Vocabulary, rows_for
+from kindling.serving.logprobs import bytes_of
 from kindling.tokenization.tokenizer import train_bpe
 from model import GPT
 
@@ -65,6 +66,7 @@ def test_the_vocabulary_is_that_of_the_run(models):
     assert ids == tokenizer.encode(TEXT + "é <|endoftext|>") and vocabulary.eos_id == tokenizer.eos_id not in ids
     assert vocabulary.decode(ids) == TEXT + "é <|endoftext|>"
     assert vocabulary.spellings[ids[0]] and len(vocabulary.spellings) == 320 and vocabulary.bos_id is None
+    assert b"".join(bytes_of(vocabulary, i) for i in ids).decode("utf-8") == TEXT + "é <|endoftext|>"
     with pytest.raises(KindlingError, match="surrogate"):
         vocabulary.encode("a\ud800")
 

@@ -1,6 +1,7 @@
 """How a request's text becomes a prompt."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from http_server import FIM, served
@@ -9,8 +10,8 @@ from kindling.data.prompts import Exchange, prompt_text
 from kindling.generation.settings import Sampling
 from kindling.serving.body import BadRequest
 from kindling.serving.generation import Edit
-from kindling.serving.replies import Answers, collect
-from kindling.serving.served import Options, at_cursor, chat, continuation
+from kindling.serving.replies import Answers, Whole, collect
+from kindling.serving.served import Conversation, Options, at_cursor, chat, continuation
 from kindling.tokenization.infilling import arrange, prompt_at_cursor
 
 HOW = Options(Sampling(16, temperature=0.0))
@@ -84,24 +85,32 @@ def test_a_prompt_at_a_cursor_keeps_what_is_nearest_and_says_what_it_left_out():
 
 
 def test_a_question_is_in_the_template_and_forgets_what_came_before(small):
-    from dataclasses import replace
-
     wide = replace(small, block_size=256, template="user-assistant")
     exchanges = [Exchange("One?", "1"), Exchange("Two?")]
-    prompt = chat(wide, exchanges, HOW)
+    prompt = chat(wide, Conversation(exchanges), HOW)
     assert shown(prompt) == prompt_text("user-assistant", exchanges[-1]) and prompt.truncated
     assert prompt.generation.own_text
-    both = chat(replace(wide, remembers=True), exchanges, HOW)
+    both = chat(replace(wide, remembers=True), Conversation(exchanges), HOW)
     assert shown(both) == "User: One?\nAssistant:1\0\nUser: Two?\nAssistant:" and not both.truncated
     with pytest.raises(BadRequest, match="must leave room for an answer"):
-        chat(wide, [Exchange("x" * 300)], HOW)
+        chat(wide, Conversation([Exchange("x" * 300)]), HOW)
     with pytest.raises(BadRequest, match="at most 20,480 characters, but has 99,999"):
-        chat(wide, [Exchange("x" * 99_999)], HOW)
+        chat(wide, Conversation([Exchange("x" * 99_999)]), HOW)
+
+
+def test_the_system_message_stands_before_the_first_exchange_that_fits(small):
+    wide = replace(small, block_size=256, template="user-assistant", remembers=True)
+    exchanges = [Exchange("One?", "1" * 200), Exchange("Two?", "2"), Exchange("Three?")]
+    prompt = chat(wide, Conversation(exchanges, "Be short."), HOW)
+    assert shown(prompt) == "User: Be short.\n\nTwo?\nAssistant:2\0\nUser: Three?\nAssistant:" and prompt.truncated
+    alone = chat(replace(wide, remembers=False), Conversation(exchanges, "Be short."), HOW)
+    assert shown(alone) == "User: Be short.\n\nThree?\nAssistant:"
+    for length in (300, 99_999):
+        with pytest.raises(BadRequest, match="the last message with the system messages must"):
+            chat(wide, Conversation(exchanges, "x" * length), HOW)
 
 
 def test_of_a_long_conversation_only_what_can_fit_is_encoded(small, monkeypatch):
-    from dataclasses import replace
-
     wide, n_encoded = replace(small, block_size=256, template="user-assistant", remembers=True), 0
     encode = wide.vocabulary.encode
 
@@ -111,14 +120,15 @@ def test_of_a_long_conversation_only_what_can_fit_is_encoded(small, monkeypatch)
         return encode(text)
 
     monkeypatch.setattr(wide.vocabulary, "encode", counted)
-    prompt = chat(wide, [*[Exchange("a" * 50, "b" * 50)] * 5000, Exchange("Two?")], HOW)
+    prompt = chat(wide, Conversation([*[Exchange("a" * 50, "b" * 50)] * 5000, Exchange("Two?")]), HOW)
     assert prompt.truncated and 100 < len(prompt.generation.ids) <= 240 and n_encoded < 1500
 
 
-def test_the_first_new_tokens_are_not_part_of_the_answer_nor_of_its_limit(small):
-    async def ask() -> str:
+def test_what_healing_takes_back_is_part_of_the_prompt_and_not_of_the_answer_nor_of_its_limit(small):
+    async def ask() -> Whole:
         with Answers(small, [continuation(small, "0123", Options(Sampling(4, temperature=0.0)))]) as answers:
             (whole,) = await collect(answers, 1)
-        return whole.text
+        return whole
 
-    assert asyncio.run(ask()) == "4567"
+    whole = asyncio.run(ask())
+    assert (whole.text, whole.done.n_prompt, whole.done.n_new) == ("4567", 4, 4)
