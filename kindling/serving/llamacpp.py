@@ -16,9 +16,19 @@ from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece, Token
 from kindling.serving.openai_chat import exchanges_of
-from kindling.serving.options import AT_CURSOR, Names, edit, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.options import (
+    AT_CURSOR,
+    Names,
+    edit,
+    only_warms_cache,
+    options,
+    refuse_penalties,
+    require_few,
+    sampling,
+    with_seeds,
+)
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
-from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, encoded, require_chat
+from kindling.serving.served import Options, Prompt, Served, after_parts, at_cursor, continuation, encoded, require_chat
 
 NAMES = Names(("n_predict", "max_tokens"), (-1, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")
 STOP_TYPES = {"end of text": "eos", "stop": "word", "edit": "word"}  # otherwise "limit"
@@ -56,15 +66,16 @@ async def infill(served: Served, fields: Fields) -> Reply:
     how = _how(served, fields, at_cursor=True)
     rules = edit(served, fields, fields.integer("n_indent", 0, HUGE) or 0)
     n = fields.integer("n_cmpl", 1, served.limits.n) or 1
-    if max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0:  # fills a cache before it is needed
-        if not text:
-            return _kept(_final(served, Whole(), None, False, 0.0, 0.0), _keep(fields))
-        how = how._replace(sampling=replace(how.sampling, max_new_tokens=1))
-        prompts, discards = [at_cursor_of(served, text, suffix or "", how, rules)], True
-    else:
-        others = how.sampling if "temperature" in fields else replace(how.sampling, temperature=OTHERS_TEMPERATURE)
-        ways = [how, *[how._replace(sampling=replace(others, seed=others.seed + k)) for k in range(1, n)]]
-        prompts, discards = [at_cursor_of(served, text, suffix or "", way, rules) for way in ways], False
+    discards = only_warms_cache(fields)
+    if discards and not text:
+        return _kept(_final(served, Whole(), None, False, 0.0, 0.0), _keep(fields))
+    if discards:
+        how, n = how._replace(sampling=replace(how.sampling, max_new_tokens=1)), 1
+    first = await asyncio.to_thread(at_cursor_of, served, text, suffix or "", how, rules)
+    others = how.sampling if "temperature" in fields else replace(how.sampling, temperature=OTHERS_TEMPERATURE)
+    seeds = [others.seed + k for k in range(1, n)]
+    generations = [replace(first.generation, sampling=replace(others, seed=seed)) for seed in seeds]
+    prompts = [first, *[first._replace(generation=generation) for generation in generations]]
     return await _reply(served, fields, Asked(prompts, n > 1, how.n_logprobs, _keep(fields)), discards)
 
 
@@ -77,6 +88,11 @@ def at_cursor_of(served: Served, prefix: str, suffix: str, how: Options, rules: 
 
 async def completion(served: Served, fields: Fields) -> Reply:
     """Answer /completion: what follows `prompt`, a text, token ids, both mixed, or a list of these."""
+    asked = await asyncio.to_thread(_asked, served, fields)  # long prompts may take a second to encode
+    return await _reply(served, fields, asked, only_warms_cache(fields))
+
+
+def _asked(served: Served, fields: Fields) -> Asked:
     given = fields.any("prompt")
     is_list = isinstance(given, list) and bool(given) and not any(is_integer(item) for item in given)
     all_given = given if is_list else [given]
@@ -84,24 +100,17 @@ async def completion(served: Served, fields: Fields) -> Reply:
     require_few(served, len(all_given), n, "prompt")
     how = _how(served, fields, at_cursor=False)
     prompts = [_prompt(served, fields, one, how) for one in all_given]
-    asked = Asked(with_seeds(prompts, n), is_list or n > 1, how.n_logprobs, _keep(fields))
-    return await _reply(served, fields, asked, max_new_tokens(fields, NAMES) == 0 and fields.any("n_predict") == 0)
+    return Asked(with_seeds(prompts, n), is_list or n > 1, how.n_logprobs, _keep(fields))
 
 
 def _prompt(served: Served, fields: Fields, given: Any, how: Options) -> Prompt:
     if is_text(given):
         return continuation(served, given, how)
-    parts = given if isinstance(given, list) and given else [None]
-    ids: list[int] = []
-    for part in parts:
-        if is_integer(part) and 0 <= part < served.n_tokens:
-            ids.append(int(part))
-        elif is_text(part):
-            ids += encoded(served, part, "prompt")
-        else:
-            must = f"a text of valid Unicode, token ids from 0 to {served.n_tokens - 1}, or a list of prompts"
-            raise fields.wrong("prompt", must)
-    return after_ids(served, ids, how)
+    parts: list[Any] = given if isinstance(given, list) and given else [None]
+    if not all(is_text(part) or (is_integer(part) and 0 <= part < served.n_tokens) for part in parts):
+        must = f"a text of valid Unicode, token ids from 0 to {served.n_tokens - 1}, or a list of prompts"
+        raise fields.wrong("prompt", must)
+    return after_parts(served, [part if isinstance(part, str) else int(part) for part in parts], how)
 
 
 def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
@@ -111,8 +120,7 @@ def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
     fields.integer("id_slot", -1, HUGE)
     fields.refuse("grammar", ("",), "this server knows no grammars")
     fields.refuse("json_schema", ({},), "this server knows no grammars")
-    fields.refuse("presence_penalty", (0,), "use repeat_penalty")
-    fields.refuse("frequency_penalty", (0,), "use repeat_penalty")
+    refuse_penalties(fields, "repeat_penalty")
     default = replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     chosen = sampling(served, fields, NAMES, AT_CURSOR if at_cursor else default)
     times = [fields.integer(name, -1, HUGE) for name in ("t_max_prompt_ms", "t_max_predict_ms")]
@@ -210,28 +218,37 @@ async def _chunks(served: Served, answers: Answers, asked: Asked) -> AsyncGenera
 
 async def tokenize(served: Served, fields: Fields) -> Reply:
     """Answer /tokenize. A control token that is written in the text is text, also with `parse_special`."""
+    return await asyncio.to_thread(_tokenize, served, fields)  # a whole file may take a second
+
+
+def _tokenize(served: Served, fields: Fields) -> Reply:
     text = fields.text("content")
     if text is None:
         raise fields.wrong("content", "a text", "give the text")
     fields.flag("parse_special")
     bos = served.vocabulary.bos_id
     ids = [bos] if fields.flag("add_special") and bos is not None else []
-    ids += await asyncio.to_thread(encoded, served, text, "content")  # a whole file may take a second
-    if fields.flag("with_pieces"):
-        return {"tokens": [{"id": i, "piece": served.vocabulary.decode([i])} for i in ids]}
-    return {"tokens": ids}
+    ids += encoded(served, text, "content")
+    if not fields.flag("with_pieces"):
+        return {"tokens": ids}
+    pieces = {i: {"id": i, "piece": served.vocabulary.decode([i])} for i in set(ids)}
+    return {"tokens": [pieces[i] for i in ids]}
 
 
 async def detokenize(served: Served, fields: Fields) -> Reply:
     """Answer /detokenize."""
-    return {"content": served.vocabulary.decode(fields.ids("tokens", served.n_tokens))}
+    return await asyncio.to_thread(lambda: {"content": served.vocabulary.decode(fields.ids("tokens", served.n_tokens))})
 
 
 async def apply_template(served: Served, fields: Fields) -> Reply:
     """Answer /apply-template: the text of a conversation, up to where the answer begins."""
     exchanges = exchanges_of(fields, served.limits.messages)
     template = require_chat(served)
-    return {"prompt": served.vocabulary.decode(flatten(encode_conversation(template, exchanges, served.vocabulary)))}
+
+    def text() -> str:
+        return served.vocabulary.decode(flatten(encode_conversation(template, exchanges, served.vocabulary)))
+
+    return {"prompt": await asyncio.to_thread(text)}
 
 
 async def props(served: Served, fields: Fields) -> Reply:

@@ -6,6 +6,7 @@ Streams are lines of JSON, and are the default. A run that was fine-tuned on ins
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
@@ -15,8 +16,9 @@ from typing import Any
 from kindling.data.prompts import Exchange
 from kindling.serving.body import Fields
 from kindling.serving.generation import Done, Piece
+from kindling.serving.openai import finish_reason
 from kindling.serving.openai_chat import exchanges_of
-from kindling.serving.options import AT_CURSOR, Names, edit, options, sampling
+from kindling.serving.options import AT_CURSOR, Names, edit, options, refuse_penalties, sampling
 from kindling.serving.replies import Answers, Reply, Stream, collect
 from kindling.serving.served import Prompt, Served, at_cursor, chat, continuation, require_chat
 from kindling.tokenization.infilling import FIM_TOKENS
@@ -24,7 +26,6 @@ from kindling.tokenization.infilling import FIM_TOKENS
 NAMES = Names(("num_predict",), (-1, -2, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")
 VERSION = "0.5.0"  # of Ollama's protocol, which clients ask for
 LINES = "application/x-ndjson"
-ENDED = {"end of text": "stop", "stop": "stop", "edit": "stop"}  # otherwise "length"
 
 
 def error(e: Exception, status: int) -> dict[str, Any]:
@@ -41,8 +42,7 @@ def _chosen(served: Served, fields: Fields, at_cursor: bool) -> Any:
     for name in ("num_ctx", "num_thread", "num_gpu", "repeat_last_n"):
         asked.integer(name, -1, 10**9)
     asked.refuse("mirostat", (0,), "this server does not support it")
-    for name in ("presence_penalty", "frequency_penalty"):
-        asked.refuse(name, (0,), "use repeat_penalty")
+    refuse_penalties(asked, "repeat_penalty")
     default = AT_CURSOR if at_cursor else replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     return sampling(served, asked, NAMES, default)
 
@@ -60,12 +60,12 @@ async def generate(served: Served, fields: Fields) -> Reply:
     if not text and not suffix:
         return {**begin, "response": "", "done": True, "done_reason": "load"}
     if suffix:
-        prompt = at_cursor(served, text, suffix, how, edit(served, fields))
+        prompt = await asyncio.to_thread(at_cursor, served, text, suffix, how, edit(served, fields))
     elif served.template is not None and not is_raw:
         about = f"{fields.text('system')}\n\n" if "system" in fields else ""
-        prompt = chat(served, [Exchange(about + text)], how)
+        prompt = await asyncio.to_thread(chat, served, [Exchange(about + text)], how)
     else:
-        prompt = continuation(served, text, how)
+        prompt = await asyncio.to_thread(continuation, served, text, how)
     return await _reply(served, begin, prompt, streams, lambda text: {"response": text})
 
 
@@ -79,7 +79,8 @@ async def chat_messages(served: Served, fields: Fields) -> Reply:
     if not fields.any("messages"):
         return {**begin, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "load"}
     exchanges = exchanges_of(fields, served.limits.messages)
-    prompt = chat(served, exchanges, options(served, _chosen(served, fields, at_cursor=False)))
+    how = options(served, _chosen(served, fields, at_cursor=False))
+    prompt = await asyncio.to_thread(chat, served, exchanges, how)
     return await _reply(
         served, begin, prompt, streams, lambda text: {"message": {"role": "assistant", "content": text}}
     )
@@ -103,10 +104,15 @@ async def _lines(answers: Answers, begin: dict[str, Any], said: Any) -> AsyncGen
 def _end(answers: Answers, done: Done) -> dict[str, Any]:
     prompt_ns, answer_ns = int(answers.prompt_s * 1e9), int(answers.predicted_s * 1e9)
     return {
-        **{"done": True, "done_reason": ENDED.get(done.ended_by, "length"), "truncated": answers.truncated},
-        **{"total_duration": prompt_ns + answer_ns, "load_duration": 0},
-        **{"prompt_eval_count": done.n_prompt, "prompt_eval_duration": prompt_ns},
-        **{"eval_count": done.n_new, "eval_duration": answer_ns},
+        "done": True,
+        "done_reason": finish_reason(done),
+        "truncated": answers.truncated,
+        "total_duration": prompt_ns + answer_ns,
+        "load_duration": 0,
+        "prompt_eval_count": done.n_prompt,
+        "prompt_eval_duration": prompt_ns,
+        "eval_count": done.n_new,
+        "eval_duration": answer_ns,
     }
 
 
@@ -115,8 +121,12 @@ def _details(served: Served) -> dict[str, Any]:
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
     kind = served.about.get("precision", "fp32")
     return {
-        **{"parent_model": "", "format": "kindling", "family": "kindling", "families": ["kindling"]},
-        **{"parameter_size": size, "quantization_level": {"int8": "Q8_0", "bf16": "BF16"}.get(kind, "F32")},
+        "parent_model": "",
+        "format": "kindling",
+        "family": "kindling",
+        "families": ["kindling"],
+        "parameter_size": size,
+        "quantization_level": {"int8": "Q8_0", "bf16": "BF16"}.get(kind, "F32"),
     }
 
 

@@ -5,6 +5,7 @@ A prompt that is cropped is reported: `usage.prompt_tokens` counts the tokens th
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -13,7 +14,16 @@ from typing import Any, NamedTuple
 
 from kindling.serving.body import BadRequest, Fields, is_integer, is_text
 from kindling.serving.generation import Done, Edit, Piece, Token
-from kindling.serving.options import AT_CURSOR, Names, edit, options, require_few, sampling, with_seeds
+from kindling.serving.options import (
+    AT_CURSOR,
+    Names,
+    edit,
+    options,
+    refuse_penalties,
+    require_few,
+    sampling,
+    with_seeds,
+)
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, is_literal_fim, literal
 
@@ -55,8 +65,7 @@ def refuse_unsupported(fields: Fields) -> None:
     """Raise BadRequest for what OpenAI's server can do and this one cannot; values that ask for nothing pass."""
     fields.number("presence_penalty", -2, 2)
     fields.number("frequency_penalty", -2, 2)
-    fields.refuse("presence_penalty", (0,), "use repetition_penalty")
-    fields.refuse("frequency_penalty", (0,), "use repetition_penalty")
+    refuse_penalties(fields, "repetition_penalty")
     fields.refuse("logit_bias", ({},), "this server does not support it")
     fields.text("model")
 
@@ -132,9 +141,10 @@ def _asked(served: Served, fields: Fields, names: Names) -> Asked:
     how = options(served, sampling(served, fields, names, default), n_logprobs)
     rules = edit(served, fields)
     prompts = [_prompt(served, one, suffix, how, rules, is_literal) for one in given]
-    texts = [one if isinstance(one, str) else served.vocabulary.decode(one) for one in given]
-    echoes = [text if echo else "" for text in texts for _ in range(n)]
-    return Asked(with_seeds(prompts, n), n, n_logprobs, echoes)
+    texts = (
+        [one if isinstance(one, str) else served.vocabulary.decode(one) for one in given] if echo else [""] * len(given)
+    )
+    return Asked(with_seeds(prompts, n), n, n_logprobs, [text for text in texts for _ in range(n)])
 
 
 class Logprobs:
@@ -170,7 +180,8 @@ def with_usage(fields: Fields) -> bool:
 
 async def completions(served: Served, fields: Fields) -> Reply:
     """Answer /v1/completions. Raises BadRequest, Busy and GenerationFailed."""
-    asked, begin = _asked(served, fields, NAMES), head(served, "text_completion", "cmpl")
+    asked = await asyncio.to_thread(_asked, served, fields, NAMES)  # long prompts may take a second to encode
+    begin = head(served, "text_completion", "cmpl")
     streams, includes = fields.flag("stream"), with_usage(fields)
     answers = Answers(served, asked.prompts)
     logprobs = [Logprobs(served, len(echo)) for echo in asked.echoes]
@@ -225,7 +236,8 @@ async def fim(served: Served, fields: Fields) -> Reply:
     how = options(served, sampling(served, fields, FIM_NAMES, AT_CURSOR))
     begin, streams = head(served, "chat.completion", "fim"), fields.flag("stream")
     includes = with_usage(fields)
-    answers = Answers(served, [at_cursor(served, prefix, suffix, how, edit(served, fields))])
+    prompt = await asyncio.to_thread(at_cursor, served, prefix, suffix, how, edit(served, fields))
+    answers = Answers(served, [prompt])
     if streams:
         return Stream(answers, _fim_chunks(answers, begin, includes))
     with answers:

@@ -6,6 +6,7 @@ question. Of a run that was fine-tuned on single exchanges, only the last questi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from kindling.data.prompts import Exchange
 from kindling.serving.body import BadRequest, Fields
 from kindling.serving.generation import Piece, Token
 from kindling.serving.openai import finish_reason, head, refuse_unsupported, usage, with_usage
-from kindling.serving.options import Names, max_new_tokens, options, require_few, sampling, with_seeds
+from kindling.serving.options import Names, only_warms_cache, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
 from kindling.serving.served import Served, chat
 
@@ -71,9 +72,9 @@ async def chat_completions(served: Served, fields: Fields) -> Reply:
     wants = fields.flag("logprobs")
     n_logprobs = (fields.integer("top_logprobs", 0, served.limits.logprobs) or 0) if wants else None
     chosen = sampling(served, fields, NAMES, served.sampling)
-    prompts = with_seeds([chat(served, exchanges, options(served, chosen, n_logprobs))], n)
+    prompts = with_seeds([await asyncio.to_thread(chat, served, exchanges, options(served, chosen, n_logprobs))], n)
     begin, streams, includes = head(served, "chat.completion", "chatcmpl"), fields.flag("stream"), with_usage(fields)
-    if max_new_tokens(fields, Names(("n_predict",), no_limit=(-1, 0))) == 0 and fields.any("n_predict") == 0:
+    if only_warms_cache(fields):
         message = {"role": "assistant", "content": ""}  # llama.vim warms a cache that this server keeps by itself
         return {**begin, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]}
     answers = Answers(served, prompts)

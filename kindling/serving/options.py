@@ -74,6 +74,17 @@ def max_new_tokens(fields: Fields, names: Names) -> int | None:
     return None
 
 
+def only_warms_cache(fields: Fields) -> bool:
+    """Return whether a request wants no text: llama.cpp's editors let a prompt be read before they need it."""
+    return fields.integer("n_predict", -1, HUGE) == 0
+
+
+def refuse_penalties(fields: Fields, use: str) -> None:
+    """Raise BadRequest for penalties that this server has not, and name the one that it has."""
+    for name in ("presence_penalty", "frequency_penalty"):
+        fields.refuse(name, (0,), f"use {use}")
+
+
 def edit(served: Served, fields: Fields, n_indent: int = 0) -> Edit:
     """Return the rules for text at a cursor. `max_lines` and `min_confidence` are this server's own fields."""
     confidence = fields.number("min_confidence", 0, 1)

@@ -29,6 +29,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ErrorForm = Callable[[Exception, int], dict[str, Any]]
 
 OPEN_PATHS = ("/", "/health")  # need no key: they say nothing that was asked or answered
+SLICE = 10_000  # items of a list that are written as JSON at once
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -198,11 +199,31 @@ async def unless_gone(receive: Receive, work: Any) -> None:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
+def _is_long(content: Any) -> bool:
+    return isinstance(content, dict) and any(
+        isinstance(value, list) and len(value) > SLICE for value in content.values()
+    )
+
+
+def dumped(content: Any) -> bytes:
+    """Return JSON. A long list in an object is written in slices, as no other thread can run while one is written."""
+    if not _is_long(content):
+        return json.dumps(content).encode()
+    fields = []
+    for name, value in content.items():
+        if isinstance(value, list) and len(value) > SLICE:
+            slices = (json.dumps(value[i : i + SLICE])[1:-1] for i in range(0, len(value), SLICE))
+            fields.append(f"{json.dumps(name)}: [{', '.join(slices)}]")
+        else:
+            fields.append(f"{json.dumps(name)}: {json.dumps(value)}")
+    return f"{{{', '.join(fields)}}}".encode()
+
+
 async def send_json(
     send: Send, status: int, content: Any, headers: Collection[tuple[bytes, bytes]] = (), closes: bool = False
 ) -> None:
     """Send an answer as JSON. `closes`: the connection with it, as the rest of the request is not read."""
-    body = json.dumps(content).encode()
+    body = await asyncio.to_thread(dumped, content) if _is_long(content) else dumped(content)
     lines = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
     lines += [(b"connection", b"close")] if closes else []
     lines += [(b"www-authenticate", b"Bearer")] if status == 401 else []

@@ -116,9 +116,7 @@ def continuation(
 ) -> Prompt:
     """Return the generation that goes on after a text, also where it ends inside a token."""
     vocabulary = served.vocabulary
-    end = text[-CHARACTERS * served.block_size :]
-    if len(end) < len(text):  # from the start of a line, where a tokenizer would split
-        end = end[end.find("\n") + 1 :]
+    end = newest_text(served, text)
     ids = encoded(served, end, param)
     if len(end) == len(text) and vocabulary.bos_id is not None:
         ids = [vocabulary.bos_id, *ids]
@@ -136,6 +134,30 @@ def after_ids(served: Served, ids: Sequence[int], options: Options) -> Prompt:
     whole = list(ids) or [served.vocabulary.eos_id]
     kept = cropped(served, whole, options)
     return Prompt(_generation(kept, options, None), len(kept) < len(whole))
+
+
+def newest_text(served: Served, text: str) -> str:
+    """Return the end of a text that is too long to be encoded whole, from the start of a line, where a tokenizer would split."""
+    end = text[-CHARACTERS * served.block_size :]
+    return end if len(end) == len(text) else end[end.find("\n", 0, len(end) // 2) + 1 :]
+
+
+def after_parts(served: Served, parts: Sequence[str | int], options: Options) -> Prompt:
+    """Return the generation that goes on after texts and token ids."""
+    newest: list[int] = []  # the last one first
+    is_cut = False
+    for part in reversed(parts):
+        is_cut = is_cut or len(newest) >= served.block_size
+        if is_cut:
+            break
+        if isinstance(part, str):
+            end = newest_text(served, part)
+            newest += reversed(encoded(served, end, "prompt"))
+            is_cut = len(end) < len(part)
+        else:
+            newest.append(part)
+    prompt = after_ids(served, newest[::-1], options)
+    return prompt._replace(truncated=prompt.truncated or is_cut)
 
 
 def cropped(served: Served, ids: list[int], options: Options) -> list[int]:
