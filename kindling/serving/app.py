@@ -147,6 +147,7 @@ class Endpoint:
 
 async def _send_stream(send: Send, stream: Stream, form: ErrorForm) -> None:
     """Send a stream. An error before its first chunk is raised; a later one is its last chunk."""
+    await stream.answers.wait_for_first()  # some begin with a chunk that says nothing yet
     async with aclosing(stream.chunks) as chunks:
         first = await anext(chunks)
         headers = [(b"content-type", stream.media_type.encode()), (b"cache-control", b"no-store")]
@@ -155,8 +156,11 @@ async def _send_stream(send: Send, stream: Stream, form: ErrorForm) -> None:
         try:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
-        except GenerationFailed as e:
-            await send({"type": "http.response.body", "body": stream.failure(form(e, 500)).encode(), "more_body": True})
+        except (GenerationFailed, Busy) as e:
+            status = 503 if isinstance(e, Busy) else 500
+            await send(
+                {"type": "http.response.body", "body": stream.failure(form(e, status)).encode(), "more_body": True}
+            )
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -123,12 +123,10 @@ def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
     refuse_penalties(fields, "repeat_penalty")
     default = replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     chosen = sampling(served, fields, NAMES, AT_CURSOR if at_cursor else default)
-    times = [fields.integer(name, -1, HUGE) for name in ("t_max_prompt_ms", "t_max_predict_ms")]
+    fields.integer("t_max_prompt_ms", -1, HUGE)  # llama.cpp does not use it either
+    predict_ms = fields.integer("t_max_predict_ms", -1, HUGE)
     how = options(served, chosen, fields.integer("n_probs", 0, served.limits.logprobs) or None)
-    if times[1] is not None and times[1] > 0:  # the time for the prompt is not a limit of its own in llama.cpp either
-        limit_s = (max(0, times[0] or 0) + times[1]) / 1000
-        how = how._replace(time_limit_s=min(how.time_limit_s, limit_s))
-    return how
+    return how._replace(lines_limit_s=predict_ms / 1000) if predict_ms is not None and predict_ms > 0 else how
 
 
 def _keep(fields: Fields) -> tuple[str, ...]:

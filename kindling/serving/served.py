@@ -101,6 +101,7 @@ class Options(NamedTuple):
     sampling: Sampling
     n_logprobs: int | None = None
     time_limit_s: float = 60.0
+    lines_limit_s: float | None = None
 
 
 def encoded(served: Served, text: str, param: str) -> list[int]:
@@ -241,5 +242,10 @@ def _newest(exchanges: Sequence[Exchange], n_chars: int) -> list[Exchange]:
 
 def _generation(ids: Sequence[int], options: Options, edit: Edit | None) -> Generation:
     return Generation(
-        ids, options.sampling, edit=edit, n_logprobs=options.n_logprobs, time_limit_s=options.time_limit_s
+        ids,
+        options.sampling,
+        edit=edit,
+        n_logprobs=options.n_logprobs,
+        time_limit_s=options.time_limit_s,
+        lines_limit_s=options.lines_limit_s,
     )

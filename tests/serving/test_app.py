@@ -6,11 +6,14 @@ import socket
 import threading
 from base64 import b64encode
 from hashlib import sha256
+from time import sleep
 
 import pytest
 from http_server import FIM, PlainVocabulary, read_answer, running, served, tells, until
 
+from kindling.serving import connections
 from kindling.serving.app import ENTRIES
+from kindling.serving.served import Limits
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +164,35 @@ def test_a_client_that_leaves_ends_its_request_at_once():
         assert server.served.metrics.n_left == 2 and server.served.scheduler.counters.new_tokens < 50
 
 
+def asks_much_and_reads_nothing(server) -> socket.socket:
+    """Ask for far more than the buffers of a connection hold, and return once the server can write no more."""
+    body = json.dumps({"prompt": "a" * 10**6, "n": 12, "max_tokens": 1, "echo": True, "stream": True}).encode()
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert sock.recv(8).startswith(b"HTTP/1.1")
+    return sock
+
+
+def test_a_client_that_reads_nothing_is_left_in_the_end_but_not_a_slow_one():
+    with running(served(lambda text: "x", limits=Limits(body_s=0.15))) as server:
+        with asks_much_and_reads_nothing(server):
+            until(lambda: server.served.metrics.n_open == 0)
+        with asks_much_and_reads_nothing(server) as sock:
+            n_read = 0
+            while n_read < 10**7:
+                piece = sock.recv(2**19)
+                assert piece, "the connection was closed"
+                n_read += len(piece)
+                sleep(0.03)
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end_of_the_server(monkeypatch):
+    monkeypatch.setattr(connections, "STOPPING_S", 0.05)
+    with running(served(lambda text: "x", limits=Limits(body_s=600, time_s=600))) as server:
+        sock = asks_much_and_reads_nothing(server)
+    sock.close()
+
+
 def test_a_full_queue_is_503_with_a_time_to_ask_again():
     gate = threading.Event()
     with running(served(waits_for(gate), n_rows=1, max_queue=0)) as server:
@@ -173,6 +205,37 @@ def test_a_full_queue_is_503_with_a_time_to_ask_again():
         gate.set()
         first.join(10)
         assert server.post("/v1/completions", prompt="b", max_tokens=1)["choices"][0]["text"] == "x"
+
+
+def test_a_request_that_finds_no_place_in_time_is_503_before_anything_is_sent():
+    gate = threading.Event()
+    limits = Limits(time_s=0.05)
+    with running(served(waits_for(gate), n_rows=1, limits=limits, template="alpaca")) as server:
+        first = threading.Thread(target=lambda: server.post("/v1/completions", prompt="a", max_tokens=2))
+        first.start()
+        until(lambda: server.served.scheduler.counters.n_running == 1)
+        chat = {"messages": [{"role": "user", "content": "b"}]}
+        asked = [
+            (path, {**fields, "stream": streams})
+            for path, fields in (
+                ("/v1/completions", {"prompt": "b", "echo": True}),
+                ("/v1/chat/completions", chat),
+                ("/infill", {"input_prefix": "b", "input_suffix": ""}),
+                ("/api/chat", chat),
+            )
+            for streams in (True, False)
+        ]
+        answers = []
+        others = [threading.Thread(target=lambda a=a: answers.append(server.ask("POST", *a))) for a in asked]
+        for thread in others:
+            thread.start()
+        until(lambda: server.served.scheduler.counters.n_waiting == len(others))
+        sleep(0.06)  # past the time limit of all
+        gate.set()
+        for thread in (first, *others):
+            thread.join(10)
+        assert [status for status, _, _ in answers] == [503] * len(asked)
+        assert all(int(headers["retry-after"]) >= 1 and b"was busy" in raw for _, headers, raw in answers)
 
 
 def test_a_model_that_fails_is_an_error_of_the_server_and_the_next_request_is_answered():
@@ -218,13 +281,13 @@ def test_a_request_for_text_at_a_cursor_becomes_what_the_scheduler_takes(server,
     assert [g.sampling.temperature for g in taken] == [0.0, 0.8, 0.8] and taken[1].sampling.seed != taken[
         2
     ].sampling.seed
-    assert {g.time_limit_s for g in taken} == {1.5} and taken[1].sampling.top_p == 0.9
+    assert {(g.time_limit_s, g.lines_limit_s) for g in taken} == {(60, 1.0)} and taken[1].sampling.top_p == 0.9
     edit = taken[0].edit
     assert (edit.prefix, edit.suffix, edit.max_lines, edit.stop_at_dedent) == ("ab", "c", 2, True)
     taken.clear()
     server.post("/infill", **{**fields, "n_indent": 0, "n_cmpl": 2, "temperature": 0.5, "t_max_predict_ms": 0})
     assert [g.sampling.temperature for g in taken] == [0.5, 0.5] and taken[0].edit.stop_at_dedent is False
-    assert taken[0].time_limit_s == 60
+    assert taken[0].lines_limit_s is None
 
 
 def test_figures_are_in_the_text_format(server):
