@@ -49,7 +49,8 @@ class Scheduler:
         """Queue a request; return a function that cancels it, from any thread, at any time.
 
         `say` is called from the scheduler's thread with each Piece, then once with Done or Failed, or only with Refused. It must
-        return at once. After a cancellation it is called no more. Raises Busy, and ValueError for a prompt that leaves no room in the context.
+        return at once. After a cancellation it is called no more. Raises Busy, and ValueError for a prompt that leaves no room
+        in the context.
         """
         if not 0 < len(generation.ids) < self._block_size:
             raise ValueError(
