@@ -153,9 +153,10 @@ class Batch:
         reading = [job for job in self.jobs if not job.out]
         left = self._engine.piece
         take = {id(job): 0 for job in reading}
-        for job, most in [(reading[0], (left + 1) // 2)] if reading else []:
-            take[id(job)] = min(most, len(job.unread))
-            left -= take[id(job)]
+        if reading:
+            first = reading[0]
+            take[id(first)] = min((left + 1) // 2, len(first.unread))
+            left -= take[id(first)]
         for job in sorted(reading, key=lambda job: len(job.unread)):
             more = min(left, len(job.unread) - take[id(job)])
             take[id(job)] += more

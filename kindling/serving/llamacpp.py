@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kindling.data.prompts import encode as encode_conversation
-from kindling.data.prompts import flatten
+from kindling.data.prompts import flatten, jinja_template
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece, Token
 from kindling.serving.openai_chat import exchanges_of
@@ -154,13 +154,20 @@ def _final(
     done, prompt_ms, predicted_ms = whole.done, max(1e-3, 1000 * prompt_s), max(1e-3, 1000 * predicted_s)
     n_new_prompt = max(0, done.n_prompt - done.n_cached)
     content: dict[str, Any] = {
-        **{"index": 0, "content": whole.text, "tokens": [], "id_slot": -1, "stop": True, "model": served.name},
-        **{"tokens_predicted": done.n_new, "tokens_evaluated": done.n_prompt, "truncated": truncated},
+        "index": 0,
+        "content": whole.text,
+        "tokens": [],
+        "id_slot": -1,
+        "stop": True,
+        "model": served.name,
+        "tokens_predicted": done.n_new,
+        "tokens_evaluated": done.n_prompt,
+        "truncated": truncated,
         "generation_settings": {"n_ctx": served.block_size},
         "has_new_line": "\n" in whole.text,
         "stop_type": STOP_TYPES.get(done.ended_by, "limit"),
         "stopping_word": done.stop or "",
-        "tokens_cached": done.n_cached,
+        "tokens_cached": done.n_prompt + done.n_new,  # all that the slot holds; those found there are timings.cache_n
         "timings": {
             "cache_n": done.n_cached,
             "prompt_n": n_new_prompt,
@@ -251,13 +258,14 @@ async def apply_template(served: Served, fields: Fields) -> Reply:
 
 async def props(served: Served, fields: Fields) -> Reply:
     """Answer /props."""
+    end = served.vocabulary.decode([served.vocabulary.eos_id])
     settings = {"n_ctx": served.block_size, "params": {"n_predict": served.limits.max_new_tokens}}
     return {
         "default_generation_settings": settings,
         "total_slots": served.about.get("rows", 1),
         "model_alias": served.name,
         "model_path": served.name,
-        "chat_template": served.template or "",
+        "chat_template": jinja_template(served.template, end) if served.template else "",
         "build_info": "kindling",
     }
 

@@ -10,14 +10,14 @@ from kindling.serving.engine import Engine
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the number of tokens at the beginning that both have."""
-    same, other = 0, min(len(a), len(b)) + 1  # the first tokens that are the same, and a number that are not
-    while other - same > 1:
-        middle = (same + other) // 2
-        if a[same:middle] == b[same:middle]:
-            same = middle
+    n_same, too_many = 0, min(len(a), len(b)) + 1  # the answer is from the one to below the other
+    while too_many - n_same > 1:
+        middle = (n_same + too_many) // 2
+        if a[n_same:middle] == b[n_same:middle]:
+            n_same = middle
         else:
-            other = middle
-    return same
+            too_many = middle
+    return n_same
 
 
 class Found(NamedTuple):

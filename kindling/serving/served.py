@@ -189,15 +189,23 @@ def at_cursor(served: Served, prefix: str, suffix: str, options: Options, edit: 
 def is_literal_fim(served: Served, text: str) -> bool:
     """Return whether a text spells `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`, and the server reads them as commands."""
     begin, end, between = FIM_TOKENS[0], FIM_TOKENS[1], FIM_TOKENS[2]
-    return served.literal_fim and text.startswith(begin) and text.endswith(end) and text.count(between) == 1
+    return served.literal_fim and text.startswith(begin) and text.endswith(end) and between in text
 
 
 def literal(served: Served, text: str, options: Options, edit: Edit) -> Prompt | None:
-    """Return the generation for a text that spells the control tokens; None if it does not."""
+    """Return the generation for a text that spells the control tokens; None if it does not.
+
+    Raises BadRequest for code that itself spells `<fim_suffix>`: nobody knows where its cursor is.
+    """
     if not is_literal_fim(served, text):
         return None
-    prefix, suffix = text[len(FIM_TOKENS[0]) : -len(FIM_TOKENS[1])].split(FIM_TOKENS[2])
-    return at_cursor(served, prefix, suffix, options, edit)
+    prefix, *suffixes = text[len(FIM_TOKENS[0]) : -len(FIM_TOKENS[1])].split(FIM_TOKENS[2])
+    if len(suffixes) > 1:
+        raise BadRequest(
+            f"prompt must have {FIM_TOKENS[2]} once, but has it {len(suffixes)} times; for code that spells it, send a suffix",
+            "prompt",
+        )
+    return at_cursor(served, prefix, suffixes[0], options, edit)
 
 
 def require_chat(served: Served) -> str:

@@ -67,7 +67,8 @@ class TorchEngine:
         """
         logits = torch.empty(len(texts), self.vocab_size)
         single = [i for i, (_, ids) in enumerate(texts) if len(ids) == 1]
-        for group in [single] * bool(single) + [[i] for i, (_, ids) in enumerate(texts) if len(ids) > 1]:
+        longer = [[i] for i, (_, ids) in enumerate(texts) if len(ids) > 1]
+        for group in [single, *longer] if single else longer:
             rows = CacheRows(self._cache, [texts[i][0] for i in group])
             idx = torch.tensor([list(texts[i][1]) for i in group], device=self._device)  # (B, T)
             with reading():

@@ -7,12 +7,15 @@ import threading
 from base64 import b64encode
 from hashlib import sha256
 from time import sleep
+from types import SimpleNamespace
 
 import pytest
 from http_server import FIM, PlainVocabulary, read_answer, running, served, tells, until
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from kindling.serving import connections
 from kindling.serving.app import ENTRIES
+from kindling.serving.metrics import Metrics
 from kindling.serving.served import Limits
 
 
@@ -72,6 +75,9 @@ def test_control_tokens_written_in_a_prompt_are_commands_only_where_the_server_w
     assert server.post("/v1/completions", prompt=spelled)["choices"][0]["text"] == "pass"
     assert server.post("/completion", prompt=spelled, n_predict=3)["content"] == "012"
     assert server.post("/api/generate", prompt=spelled, raw=True, stream=False)["response"].startswith("012")
+    status, _, raw = server.ask("POST", "/v1/completions", {"prompt": spelled.replace("if", "<fim_suffix>")})
+    assert status == 400 and b"must have <fim_suffix> once, but has it 2 times" in raw
+    assert server.post("/v1/completions", prompt="<fim_prefix>1<fim_middle>", max_tokens=1)["choices"][0]["text"] == "0"
     with running(served()) as other:
         assert other.post("/v1/completions", prompt=spelled, max_tokens=3)["choices"][0]["text"] == "012"
 
@@ -95,6 +101,7 @@ def test_llama_cpp_answers_have_what_its_clients_read(server):
     answer = server.post("/completion", **fields)
     assert answer["content"] == "234" and answer["stop"] is True and answer["stop_type"] == "limit"
     assert answer["timings"]["predicted_n"] >= 3 and answer["timings"]["predicted_per_second"] > 0
+    assert answer["tokens_cached"] == answer["tokens_evaluated"] + answer["tokens_predicted"] == 4
     assert [token["token"] for token in answer["completion_probabilities"]] == ["2", "3", "4"]
     assert server.post(
         "/completion", prompt="7", response_fields=["content", "timings/predicted_n", "none"]
@@ -115,6 +122,27 @@ def test_text_becomes_tokens_and_back(server):
     assert server.post("/detokenize", tokens=[49, 50]) == {"content": "12"}
     status, _, body = server.ask("POST", "/apply-template", {"messages": [{"role": "user", "content": "a"}]})
     assert status == 400 and b"fine-tuned on instructions" in body
+
+
+@pytest.mark.parametrize("template", ["alpaca", "user-assistant"])
+def test_the_template_that_llama_cpp_s_clients_get_says_the_same_as_the_server(template):
+    jinja2 = pytest.importorskip("jinja2")
+    system, question, answer = (
+        {"role": r, "content": c} for r, c in (("system", "s\n"), ("user", "{q}"), ("assistant", "a"))
+    )
+    with running(served(template=template)) as server:
+        text = json.loads(server.ask("GET", "/props")[2])["chat_template"]
+        for messages in (
+            [question],
+            [system, question],
+            [question, answer, question],
+            [system, question, answer, question],
+        ):
+            rendered = jinja2.Environment().from_string(text).render(messages=messages)
+            said = server.post("/apply-template", messages=messages)["prompt"]
+            assert rendered == said
+    with running(served()) as server:
+        assert json.loads(server.ask("GET", "/props")[2])["chat_template"] == ""
 
 
 def test_ollama_streams_lines_and_lists_the_model(server):
@@ -184,6 +212,26 @@ def test_a_client_that_reads_nothing_is_left_in_the_end_but_not_a_slow_one():
                 assert piece, "the connection was closed"
                 n_read += len(piece)
                 sleep(0.03)
+
+
+def test_a_client_has_read_where_as_much_waits_again():
+    looks, closed, waiting = [], [], [70_000]
+    transport = SimpleNamespace(
+        is_closing=lambda: False, get_write_buffer_size=lambda: waiting[0], abort=lambda: closed.append(True)
+    )
+    loop = SimpleNamespace(call_later=lambda after, look: looks.append(look) or SimpleNamespace(cancel=lambda: None))
+    protocol = object.__new__(connections.guarded(Limits(), Metrics()))
+    protocol.transport, protocol.loop, protocol.flow = transport, loop, FlowControl(transport)
+    protocol.pause_writing()
+    protocol._look()
+    protocol.resume_writing()
+    protocol.pause_writing()
+    looks[-1]()
+    waiting[0] = 69_000
+    looks[-1]()
+    assert not closed
+    looks[-1]()
+    assert closed
 
 
 def test_a_client_that_reads_nothing_does_not_hold_up_the_end_of_the_server(monkeypatch):
