@@ -12,7 +12,7 @@ the settings of editors.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
@@ -42,7 +42,9 @@ class Flags:
     port: int = 8011
     """The port to listen at. 0: any free one."""
     api_key: Optional[str] = None
-    """Clients must send this key as `Authorization: Bearer KEY`."""
+    """Clients must send this key as `Authorization: Bearer KEY`. None: KINDLING_API_KEY of the environment, unseen by `ps`."""
+    public_name: Optional[str] = None
+    """What others call a proxy before the server, as in the address that they use: NAME or NAME:PORT. Needs --api-key."""
     literal_fim: bool = False
     """Read <fim_prefix>, <fim_suffix> and <fim_middle> as commands in the prompt of /v1/completions."""
     min_confidence: float = 0.0
@@ -65,6 +67,12 @@ class Flags:
     """Print every request with its text. Otherwise no text is ever printed."""
 
 
+def read_flags(argv: list[str] | None) -> Flags:
+    """Return the flags, with the key from the environment if no flag gives one."""
+    flags = parse_cli(Flags, __doc__ or "", argv)
+    return flags if flags.api_key is not None else replace(flags, api_key=os.environ.get("KINDLING_API_KEY"))
+
+
 def check(flags: Flags) -> None:
     """Raise KindlingError for values that cannot be used, or that would open the server to others."""
     from kindling.serving.safety import require_key
@@ -81,7 +89,7 @@ def check(flags: Flags) -> None:
         if value is not None and not low <= value <= high:
             flag = f"--{name.replace('_', '-')}"
             raise KindlingError(f"{flag} must be from {low:g} to {high:g}, but is {value}; choose another")
-    require_key(flags.host, flags.api_key)
+    require_key(flags.host, flags.api_key, flags.public_name)
 
 
 def open_model(flags: Flags) -> Opened:
@@ -119,7 +127,7 @@ def to_serve(opened: Opened, flags: Flags) -> Served:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until Ctrl-C."""
-    flags = parse_cli(Flags, __doc__ or "", argv)
+    flags = read_flags(argv)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported; as in autocomplete.py
     check(flags)
     from kindling.serving.server import address_of, bind, run
@@ -127,8 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     sock = bind(flags.host, flags.port)  # before the model is loaded, which may take long
     opened = open_model(flags)
     served = to_serve(opened, flags)
-    can = ["continues texts", *["fills in the middle"] * served.can_infill]
-    can += ["chats"] * (served.template is not None)
+    can = ["continues texts"]
+    if served.can_infill:
+        can.append("fills in the middle")
+    if served.template is not None:
+        can.append("chats")
     address = address_of(sock, flags.host)
     print(
         f"{opened.about['source']}: {opened.about['parameters']:,} parameters in {opened.about['precision']}, context "
@@ -137,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         f"Ctrl-C finishes what is being written; a second one stops at once",
         flush=True,
     )
-    return run(served, sock, flags.host, flags.api_key)
+    return run(served, sock, flags.host, flags.api_key, flags.public_name)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class ExportTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without control tokens. Raises CompletionError for text that it cannot encode."""
         try:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
+            # unlike `encode`, a batch lets other threads run meanwhile: a long text may take seconds
+            ids = self.backend.encode_batch([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError):  # of half of a surrogate pair
             raise CompletionError("the text must be valid Unicode, but has a lone surrogate; remove it") from None
         if self.backend.normalizer is None and self.decode(ids) != text:
@@ -42,7 +43,7 @@ class ExportTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, control tokens included. An incomplete character becomes U+FFFD."""
-        return self.backend.decode(ids, skip_special_tokens=False)
+        return self.backend.decode_batch([list(ids)], skip_special_tokens=False)[0]
 
     @cached_property
     def spellings(self) -> list[str]:

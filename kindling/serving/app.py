@@ -32,6 +32,7 @@ from kindling.serving.safety import (
     Scope,
     Send,
     read_body,
+    refuse,
     require_json,
     send_json,
     unless_gone,
@@ -82,8 +83,8 @@ def error_form(path: str) -> ErrorForm:
     return ollama.error if path.startswith("/api/") else openai.error
 
 
-def make_app(served: Served, host: str, api_key: str | None) -> Guard:
-    """Return the ASGI app that serves a model at an address."""
+def make_app(served: Served, host: str, api_key: str | None, public_name: str | None = None) -> Guard:
+    """Return the ASGI app that serves a model at an address, and under a name that a proxy has."""
     routes = [Route(entry.path, Endpoint(served, entry), methods=[entry.method]) for entry in ENTRIES]
     page = PAGE.read_text(encoding="utf-8")
     routes += [
@@ -93,7 +94,7 @@ def make_app(served: Served, host: str, api_key: str | None) -> Guard:
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
     app.router.redirect_slashes = False
-    return Guard(app, host, api_key, served.metrics, PATHS, error_form)
+    return Guard(app, host, api_key, served.metrics, PATHS, error_form, public_name)
 
 
 class Endpoint:
@@ -109,17 +110,21 @@ class Endpoint:
             self._served.metrics.n_left += 1
 
     async def _read_and_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
         try:
             if self._entry.method == "POST":
                 require_json(scope)
-                fields = parse(await read_body(scope, receive, self._served.limits))
-            else:
-                fields = Fields(dict(scope["path_params"]))
-            if self._served.log_prompts:
-                print(f"{scope['path']}: {fields.as_json()}", file=sys.stderr, flush=True)
+                body = await read_body(scope, receive, self._served.limits)
         except BadRequest as e:
-            await send_json(send, e.status, self._entry.error(e, e.status), closes=True)
+            await refuse(receive, send, e.status, self._entry.error(e, e.status))
             return
+        try:
+            fields = Fields(dict(scope["path_params"])) if self._entry.method == "GET" else parse(body)
+        except BadRequest as e:
+            await send_json(send, e.status, self._entry.error(e, e.status))
+            return
+        if self._served.log_prompts:  # in ASCII, as a terminal obeys control characters
+            print(f"{ascii(scope['path'])[1:-1]}: {fields.as_json()}", file=sys.stderr, flush=True)
         await unless_gone(receive, self._answer(fields, send))
 
     async def _answer(self, fields: Fields, send: Send) -> None:
@@ -147,6 +152,7 @@ class Endpoint:
 
 async def _send_stream(send: Send, stream: Stream, form: ErrorForm) -> None:
     """Send a stream. An error before its first chunk is raised; a later one is its last chunk."""
+    await stream.answers.wait_for_first()  # some begin with a chunk that says nothing yet
     async with aclosing(stream.chunks) as chunks:
         first = await anext(chunks)
         headers = [(b"content-type", stream.media_type.encode()), (b"cache-control", b"no-store")]
@@ -155,8 +161,11 @@ async def _send_stream(send: Send, stream: Stream, form: ErrorForm) -> None:
         try:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
-        except GenerationFailed as e:
-            await send({"type": "http.response.body", "body": stream.failure(form(e, 500)).encode(), "more_body": True})
+        except (GenerationFailed, Busy) as e:
+            status = 503 if isinstance(e, Busy) else 500
+            await send(
+                {"type": "http.response.body", "body": stream.failure(form(e, status)).encode(), "more_body": True}
+            )
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -187,7 +196,7 @@ def page_rules(page: str) -> str:
 
 
 async def _page(page: str, rules: str, request: Request) -> Response:
-    headers = {"content-security-policy": rules, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+    headers = {"content-security-policy": rules, "cache-control": "no-cache"}
     return Response(page, media_type="text/html", headers=headers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -31,6 +32,8 @@ class Job:
         self.deadline = now + generation.time_limit_s
         self.row = -1
         self.n_cached = 0
+        self.lines_deadline = math.inf
+        self.n_line_breaks = 0 if generation.healing is None else -generation.healing.text.count("\n")  # of the answer
         self.unread = self.ids  # tokens to run before the next one can be drawn
         self.out: list[int] = []
         self.rng: np.random.Generator | None = (
@@ -151,8 +154,9 @@ class Batch:
         left = self._engine.piece
         take = {id(job): 0 for job in reading}
         if reading:
-            take[id(reading[0])] = min((left + 1) // 2, len(reading[0].unread))
-            left -= take[id(reading[0])]
+            first = reading[0]
+            take[id(first)] = min((left + 1) // 2, len(first.unread))
+            left -= take[id(first)]
         for job in sorted(reading, key=lambda job: len(job.unread)):
             more = min(left, len(job.unread) - take[id(job)])
             take[id(job)] += more
@@ -223,6 +227,8 @@ class Batch:
             self._counters.token_s.add(now - job.last_token)
         else:
             self._counters.first_token_s.add(now - job.submitted)
+            if job.generation.lines_limit_s is not None:
+                job.lines_deadline = now + job.generation.lines_limit_s
         job.last_token = now
         if token.id in self._ends:
             self._finish(job, "end of text")
@@ -231,6 +237,7 @@ class Batch:
         job.out.append(token.id)
         if job.seen is not None:
             job.seen.add(token.id)
+        job.n_line_breaks += self._vocabulary.spellings[token.id].count("\n")
         if (piece := job.answer.add(token)) is not None:
             job.say(piece)
         if (ended_by := job.answer.ended_by) is not None:
@@ -239,6 +246,8 @@ class Batch:
             self._finish(job, "limit")
         elif len(job.ids) + len(job.out) >= self._engine.block_size:
             self._finish(job, "context")
+        elif job.n_line_breaks > 0 and now > job.lines_deadline:
+            self._finish(job, "time")
 
     def _finish(self, job: Job, ended_by: Ending) -> None:
         piece, ended_by = job.answer.finish(ended_by)

@@ -34,7 +34,7 @@ class Counters:
     """Counts since the start, and the present state."""
 
     requests: dict[str, int] = field(default_factory=_endings)
-    """By what ended them. refused: the queue was full."""
+    """By what ended them. refused: the queue was full, or none of the model's rows was free in time."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Of the prompts' tokens, those that did not have to be run."""

@@ -46,6 +46,8 @@ class Generation:
     """Give the log-probability of each token, and of this many of the most likely ones. None: give none."""
     time_limit_s: float = 60.0
     """From `submit` to the last token, the wait in the queue included."""
+    lines_limit_s: float | None = None
+    """From the first token on; it ends the text only once that has a line break."""
 
 
 @dataclass(frozen=True)
@@ -90,4 +92,12 @@ class Failed:
     reason: str
 
 
-Event = Piece | Done | Failed
+@dataclass(frozen=True)
+class Refused:
+    """The only event of a request that found no place in time. `retry_after_s` says when to ask again."""
+
+    reason: str
+    retry_after_s: float
+
+
+Event = Piece | Done | Failed | Refused

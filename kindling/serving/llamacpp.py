@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kindling.data.prompts import encode as encode_conversation
-from kindling.data.prompts import flatten
+from kindling.data.prompts import flatten, jinja_template
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece
 from kindling.serving.logprobs import listed, text_or_bytes
@@ -29,7 +29,7 @@ from kindling.serving.options import (
     with_seeds,
 )
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
-from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, encoded, require_chat
+from kindling.serving.served import Options, Prompt, Served, after_parts, at_cursor, continuation, encoded, require_chat
 
 NAMES = Names(("n_predict", "max_tokens"), (-1, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")
 STOP_TYPES = {"end of text": "eos", "stop": "word", "edit": "word"}  # otherwise "limit"
@@ -67,15 +67,16 @@ async def infill(served: Served, fields: Fields) -> Reply:
     how = _how(served, fields, at_cursor=True)
     rules = edit(served, fields, fields.integer("n_indent", 0, HUGE) or 0)
     n = fields.integer("n_cmpl", 1, served.limits.n) or 1
-    if only_warms_cache(fields, NAMES):
-        if not text:
-            return _kept(_final(served, Whole(), None, False, 0.0, 0.0), _keep(fields))
-        how = how._replace(sampling=replace(how.sampling, max_new_tokens=1))
-        prompts, discards = [at_cursor_of(served, text, suffix or "", how, rules)], True
-    else:
-        others = how.sampling if "temperature" in fields else replace(how.sampling, temperature=OTHERS_TEMPERATURE)
-        ways = [how, *[how._replace(sampling=replace(others, seed=others.seed + k)) for k in range(1, n)]]
-        prompts, discards = [at_cursor_of(served, text, suffix or "", way, rules) for way in ways], False
+    discards = only_warms_cache(fields)
+    if discards and not text:
+        return _kept(_final(served, Whole(), None, False, 0.0, 0.0), _keep(fields))
+    if discards:
+        how, n = how._replace(sampling=replace(how.sampling, max_new_tokens=1)), 1
+    first = await asyncio.to_thread(at_cursor_of, served, text, suffix or "", how, rules)
+    others = how.sampling if "temperature" in fields else replace(how.sampling, temperature=OTHERS_TEMPERATURE)
+    seeds = [others.seed + k for k in range(1, n)]
+    generations = [replace(first.generation, sampling=replace(others, seed=seed)) for seed in seeds]
+    prompts = [first, *[first._replace(generation=generation) for generation in generations]]
     return await _reply(served, fields, Asked(prompts, n > 1, how.n_logprobs, _keep(fields)), discards)
 
 
@@ -88,6 +89,11 @@ def at_cursor_of(served: Served, prefix: str, suffix: str, how: Options, rules: 
 
 async def completion(served: Served, fields: Fields) -> Reply:
     """Answer /completion: what follows `prompt`, a text, token ids, both mixed, or a list of these."""
+    asked = await asyncio.to_thread(_asked, served, fields)  # long prompts may take a second to encode
+    return await _reply(served, fields, asked, only_warms_cache(fields))
+
+
+def _asked(served: Served, fields: Fields) -> Asked:
     given = fields.any("prompt")
     is_list = isinstance(given, list) and bool(given) and not any(is_integer(item) for item in given)
     all_given = given if is_list else [given]
@@ -95,24 +101,17 @@ async def completion(served: Served, fields: Fields) -> Reply:
     require_few(served, len(all_given), n, "prompt")
     how = _how(served, fields, at_cursor=False)
     prompts = [_prompt(served, fields, one, how) for one in all_given]
-    asked = Asked(with_seeds(prompts, n), is_list or n > 1, how.n_logprobs, _keep(fields))
-    return await _reply(served, fields, asked, only_warms_cache(fields, NAMES))
+    return Asked(with_seeds(prompts, n), is_list or n > 1, how.n_logprobs, _keep(fields))
 
 
 def _prompt(served: Served, fields: Fields, given: Any, how: Options) -> Prompt:
     if is_text(given):
         return continuation(served, given, how)
-    parts = given if isinstance(given, list) and given else [None]
-    ids: list[int] = []
-    for part in parts:
-        if is_integer(part) and 0 <= part < served.n_tokens:
-            ids.append(int(part))
-        elif is_text(part):
-            ids += encoded(served, part, "prompt")
-        else:
-            must = f"a text of valid Unicode, token ids from 0 to {served.n_tokens - 1}, or a list of prompts"
-            raise fields.wrong("prompt", must)
-    return after_ids(served, ids, how)
+    parts: list[Any] = given if isinstance(given, list) and given else [None]
+    if not all(is_text(part) or (is_integer(part) and 0 <= part < served.n_tokens) for part in parts):
+        must = f"a text of valid Unicode, token ids from 0 to {served.n_tokens - 1}, or a list of prompts"
+        raise fields.wrong("prompt", must)
+    return after_parts(served, [part if isinstance(part, str) else int(part) for part in parts], how)
 
 
 def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
@@ -125,12 +124,10 @@ def _how(served: Served, fields: Fields, at_cursor: bool) -> Options:
     refuse_penalties(fields, "repeat_penalty")
     default = replace(served.sampling, max_new_tokens=served.limits.max_new_tokens)
     chosen = sampling(served, fields, NAMES, AT_CURSOR if at_cursor else default)
-    times = [fields.integer(name, -1, HUGE) for name in ("t_max_prompt_ms", "t_max_predict_ms")]
+    fields.integer("t_max_prompt_ms", -1, HUGE)  # llama.cpp does not use it either
+    predict_ms = fields.integer("t_max_predict_ms", -1, HUGE)
     how = options(served, chosen, fields.integer("n_probs", 0, served.limits.logprobs) or None)
-    if times[1] is not None and times[1] > 0:  # the time for the prompt is not a limit of its own in llama.cpp either
-        limit_s = (max(0, times[0] or 0) + times[1]) / 1000
-        how = how._replace(time_limit_s=min(how.time_limit_s, limit_s))
-    return how
+    return how._replace(lines_limit_s=predict_ms / 1000) if predict_ms is not None and predict_ms > 0 else how
 
 
 def _keep(fields: Fields) -> tuple[str, ...]:
@@ -158,13 +155,20 @@ def _final(
     done, prompt_ms, predicted_ms = whole.done, max(1e-3, 1000 * prompt_s), max(1e-3, 1000 * predicted_s)
     n_new_prompt = max(0, done.n_prompt - done.n_cached)
     content: dict[str, Any] = {
-        **{"index": 0, "content": whole.text, "tokens": [], "id_slot": -1, "stop": True, "model": served.name},
-        **{"tokens_predicted": done.n_new, "tokens_evaluated": done.n_prompt, "truncated": truncated},
+        "index": 0,
+        "content": whole.text,
+        "tokens": [],
+        "id_slot": -1,
+        "stop": True,
+        "model": served.name,
+        "tokens_predicted": done.n_new,
+        "tokens_evaluated": done.n_prompt,
+        "truncated": truncated,
         "generation_settings": {"n_ctx": served.block_size},
         "has_new_line": "\n" in whole.text,
         "stop_type": STOP_TYPES.get(done.ended_by, "limit"),
         "stopping_word": done.stop or "",
-        "tokens_cached": done.n_cached,
+        "tokens_cached": done.n_prompt + done.n_new,  # all that the slot holds; those found there are timings.cache_n
         "timings": {
             "cache_n": done.n_cached,
             "prompt_n": n_new_prompt,
@@ -212,21 +216,26 @@ async def _chunks(served: Served, answers: Answers, asked: Asked) -> AsyncGenera
 
 async def tokenize(served: Served, fields: Fields) -> Reply:
     """Answer /tokenize. A control token that is written in the text is text, also with `parse_special`."""
+    return await asyncio.to_thread(_tokenize, served, fields)  # a whole file may take a second
+
+
+def _tokenize(served: Served, fields: Fields) -> Reply:
     text = fields.text("content")
     if text is None:
         raise fields.wrong("content", "a text", "give the text")
     fields.flag("parse_special")
     bos = served.vocabulary.bos_id
     ids = [bos] if fields.flag("add_special") and bos is not None else []
-    ids += await asyncio.to_thread(encoded, served, text, "content")  # a whole file may take a second
-    if fields.flag("with_pieces"):
-        return {"tokens": [{"id": i, "piece": text_or_bytes(served.vocabulary, i)} for i in ids]}
-    return {"tokens": ids}
+    ids += encoded(served, text, "content")
+    if not fields.flag("with_pieces"):
+        return {"tokens": ids}
+    pieces = {i: {"id": i, "piece": text_or_bytes(served.vocabulary, i)} for i in set(ids)}
+    return {"tokens": [pieces[i] for i in ids]}
 
 
 async def detokenize(served: Served, fields: Fields) -> Reply:
     """Answer /detokenize."""
-    return {"content": served.vocabulary.decode(fields.ids("tokens", served.n_tokens))}
+    return await asyncio.to_thread(lambda: {"content": served.vocabulary.decode(fields.ids("tokens", served.n_tokens))})
 
 
 async def apply_template(served: Served, fields: Fields) -> Reply:
@@ -234,18 +243,23 @@ async def apply_template(served: Served, fields: Fields) -> Reply:
     asked, template = conversation_of(fields, served.limits.messages), require_chat(served)
     first, *others = asked.exchanges
     exchanges = [replace(first, instruction=asked.before + first.instruction), *others]
-    return {"prompt": served.vocabulary.decode(flatten(encode_conversation(template, exchanges, served.vocabulary)))}
+
+    def text() -> str:
+        return served.vocabulary.decode(flatten(encode_conversation(template, exchanges, served.vocabulary)))
+
+    return {"prompt": await asyncio.to_thread(text)}
 
 
 async def props(served: Served, fields: Fields) -> Reply:
     """Answer /props."""
+    end = served.vocabulary.decode([served.vocabulary.eos_id])
     settings = {"n_ctx": served.block_size, "params": {"n_predict": served.limits.max_new_tokens}}
     return {
         "default_generation_settings": settings,
         "total_slots": served.about.get("rows", 1),
         "model_alias": served.name,
         "model_path": served.name,
-        "chat_template": served.template or "",
+        "chat_template": jinja_template(served.template, end) if served.template else "",
         "build_info": "kindling",
     }
 

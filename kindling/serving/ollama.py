@@ -6,6 +6,7 @@ Streams are lines of JSON, and are the default. A run that was fine-tuned on ins
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
@@ -59,11 +60,12 @@ async def generate(served: Served, fields: Fields) -> Reply:
     if not text and not suffix:
         return {**begin, "response": "", "done": True, "done_reason": "load"}
     if suffix:
-        prompt = at_cursor(served, text, suffix, how, edit(served, fields))
+        prompt = await asyncio.to_thread(at_cursor, served, text, suffix, how, edit(served, fields))
     elif served.template is not None and not is_raw:
-        prompt = chat(served, Conversation([Exchange(text)], fields.text("system") or ""), how)
+        asked = Conversation([Exchange(text)], fields.text("system") or "")
+        prompt = await asyncio.to_thread(chat, served, asked, how)
     else:
-        prompt = continuation(served, text, how)
+        prompt = await asyncio.to_thread(continuation, served, text, how)
     return await _reply(served, begin, prompt, streams, lambda text: {"response": text})
 
 
@@ -77,7 +79,8 @@ async def chat_messages(served: Served, fields: Fields) -> Reply:
     if not fields.any("messages"):
         return {**begin, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "load"}
     asked = conversation_of(fields, served.limits.messages)
-    prompt = chat(served, asked, options(served, _chosen(served, fields, at_cursor=False)))
+    how = options(served, _chosen(served, fields, at_cursor=False))
+    prompt = await asyncio.to_thread(chat, served, asked, how)
     return await _reply(
         served, begin, prompt, streams, lambda text: {"message": {"role": "assistant", "content": text}}
     )
@@ -101,10 +104,15 @@ async def _lines(answers: Answers, begin: dict[str, Any], said: Any) -> AsyncGen
 def _end(answers: Answers, done: Done) -> dict[str, Any]:
     prompt_ns, answer_ns = int(answers.prompt_s * 1e9), int(answers.predicted_s * 1e9)
     return {
-        **{"done": True, "done_reason": finish_reason(done), "truncated": answers.truncated},
-        **{"total_duration": prompt_ns + answer_ns, "load_duration": 0},
-        **{"prompt_eval_count": done.n_prompt, "prompt_eval_duration": prompt_ns},
-        **{"eval_count": done.n_new, "eval_duration": answer_ns},
+        "done": True,
+        "done_reason": finish_reason(done),
+        "truncated": answers.truncated,
+        "total_duration": prompt_ns + answer_ns,
+        "load_duration": 0,
+        "prompt_eval_count": done.n_prompt,
+        "prompt_eval_duration": prompt_ns,
+        "eval_count": done.n_new,
+        "eval_duration": answer_ns,
     }
 
 
@@ -113,8 +121,12 @@ def _details(served: Served) -> dict[str, Any]:
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
     kind = served.about.get("precision", "fp32")
     return {
-        **{"parent_model": "", "format": "kindling", "family": "kindling", "families": ["kindling"]},
-        **{"parameter_size": size, "quantization_level": {"int8": "Q8_0", "bf16": "BF16"}.get(kind, "F32")},
+        "parent_model": "",
+        "format": "kindling",
+        "family": "kindling",
+        "families": ["kindling"],
+        "parameter_size": size,
+        "quantization_level": {"int8": "Q8_0", "bf16": "BF16"}.get(kind, "F32"),
     }
 
 

@@ -5,6 +5,7 @@ A prompt that is cropped is reported: `usage.prompt_tokens` counts the tokens th
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -139,9 +140,10 @@ def _asked(served: Served, fields: Fields, names: Names) -> Asked:
     how = options(served, sampling(served, fields, names, default), n_logprobs)
     rules = edit(served, fields)
     prompts = [_prompt(served, one, suffix, how, rules, is_literal) for one in given]
-    texts = [one if isinstance(one, str) else served.vocabulary.decode(one) for one in given]
-    echoes = [text if echo else "" for text in texts for _ in range(n)]
-    return Asked(with_seeds(prompts, n), n, n_logprobs, echoes)
+    texts = (
+        [one if isinstance(one, str) else served.vocabulary.decode(one) for one in given] if echo else [""] * len(given)
+    )
+    return Asked(with_seeds(prompts, n), n, n_logprobs, [text for text in texts for _ in range(n)])
 
 
 def head(served: Served, kind: str, prefix: str) -> dict[str, Any]:
@@ -161,7 +163,8 @@ def with_usage(fields: Fields) -> bool:
 
 async def completions(served: Served, fields: Fields) -> Reply:
     """Answer /v1/completions. Raises BadRequest, Busy and GenerationFailed."""
-    asked, begin = _asked(served, fields, NAMES), head(served, "text_completion", "cmpl")
+    asked = await asyncio.to_thread(_asked, served, fields, NAMES)  # long prompts may take a second to encode
+    begin = head(served, "text_completion", "cmpl")
     streams, includes = fields.flag("stream"), with_usage(fields)
     answers = Answers(served, asked.prompts)
     if streams:
@@ -215,7 +218,8 @@ async def fim(served: Served, fields: Fields) -> Reply:
     how = options(served, sampling(served, fields, FIM_NAMES, AT_CURSOR))
     begin, streams = head(served, "chat.completion", "fim"), fields.flag("stream")
     includes = with_usage(fields)
-    answers = Answers(served, [at_cursor(served, prefix, suffix, how, edit(served, fields))])
+    prompt = await asyncio.to_thread(at_cursor, served, prefix, suffix, how, edit(served, fields))
+    answers = Answers(served, [prompt])
     if streams:
         return Stream(answers, _fim_chunks(answers, begin, includes))
     with answers:

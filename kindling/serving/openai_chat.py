@@ -7,6 +7,7 @@ question that fits in the context. Of a run that was fine-tuned on single exchan
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -71,9 +72,9 @@ async def chat_completions(served: Served, fields: Fields) -> Reply:
     wants = fields.flag("logprobs")
     n_logprobs = (fields.integer("top_logprobs", 0, served.limits.logprobs) or 0) if wants else None
     chosen = sampling(served, fields, NAMES, served.sampling)
-    prompts = with_seeds([chat(served, asked, options(served, chosen, n_logprobs))], n)
+    prompts = with_seeds([await asyncio.to_thread(chat, served, asked, options(served, chosen, n_logprobs))], n)
     begin, streams, includes = head(served, "chat.completion", "chatcmpl"), fields.flag("stream"), with_usage(fields)
-    if only_warms_cache(fields, Names(("n_predict",), no_limit=(-1, 0))):
+    if only_warms_cache(fields):
         message = {"role": "assistant", "content": ""}  # llama.vim warms a cache that this server keeps by itself
         return {**begin, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]}
     answers = Answers(served, prompts)

@@ -74,13 +74,13 @@ def max_new_tokens(fields: Fields, names: Names) -> int | None:
     return None
 
 
-def only_warms_cache(fields: Fields, names: Names) -> bool:
-    """Return whether `n_predict` is 0: llama.cpp's clients have a prompt read in this way before they need its continuation."""
-    return max_new_tokens(fields, names) == 0 and fields.any("n_predict") == 0
+def only_warms_cache(fields: Fields) -> bool:
+    """Return whether a request wants no text: llama.cpp's editors let a prompt be read before they need what follows."""
+    return fields.integer("n_predict", -2, HUGE) == 0
 
 
 def refuse_penalties(fields: Fields, instead: str) -> None:
-    """Raise BadRequest for penalties that this server does not have; zeros pass."""
+    """Raise BadRequest for penalties that this server does not have, and name the one that it has; zeros pass."""
     for name in ("presence_penalty", "frequency_penalty"):
         fields.number(name, -2, 2)
         fields.refuse(name, (0,), f"use {instead}")

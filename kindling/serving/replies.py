@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kindling.errors import KindlingError
-from kindling.serving.generation import Done, Event, Failed, Piece, Token
+from kindling.serving.generation import Done, Event, Failed, Piece, Refused, Token
+from kindling.serving.scheduler import Busy
 from kindling.serving.served import Prompt, Served
 
 SSE = "text/event-stream"
@@ -34,6 +35,7 @@ class Answers:
         """Submit all of them. Raises Busy, and then none runs."""
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self._left = len(prompts)
+        self._next: tuple[int, Piece | Done] | None = None
         self.truncated = any(prompt.truncated for prompt in prompts)
         self.submitted = time.perf_counter()
         self.first: float | None = None
@@ -64,16 +66,27 @@ class Answers:
         for cancel in self._cancels:
             cancel()
 
+    async def wait_for_first(self) -> None:
+        """Wait until there is something to send. Raises Busy and GenerationFailed, which then are still a status of their own."""
+        self._next = await self._get()
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | Done]]:
-        """Yield each event with the number of its generation. Raises GenerationFailed."""
+        """Yield each event with the number of its generation. Raises Busy and GenerationFailed."""
         while self._left:
-            number, event = await self._events.get()
-            if self.first is None:
-                self.first = time.perf_counter()
-            if isinstance(event, Failed):
-                raise GenerationFailed(event.reason)
+            number, event = self._next or await self._get()
+            self._next = None
             self._left -= isinstance(event, Done)
             yield number, event
+
+    async def _get(self) -> tuple[int, Piece | Done]:
+        number, event = await self._events.get()
+        if self.first is None:
+            self.first = time.perf_counter()
+        if isinstance(event, Failed):
+            raise GenerationFailed(event.reason)
+        if isinstance(event, Refused):
+            raise Busy(event.retry_after_s, event.reason)
+        return number, event
 
     @property
     def prompt_s(self) -> float:
@@ -96,7 +109,7 @@ class Whole:
 
 
 async def collect(answers: Answers, n: int) -> list[Whole]:
-    """Return the answers to `n` generations, once all are finished. Raises GenerationFailed."""
+    """Return the answers to `n` generations, once all are finished. Raises Busy and GenerationFailed."""
     wholes = [Whole() for _ in range(n)]
     async for number, event in answers:
         if isinstance(event, Done):

@@ -10,9 +10,11 @@ Bodies that are too large or come too slowly are refused where they are read (`r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
@@ -28,7 +30,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ErrorForm = Callable[[Exception, int], dict[str, Any]]
 
+NAME = re.compile(r"[a-z0-9_.-]+(:\d{1,5})?|\[[0-9a-f:.]+\](:\d{1,5})?")
+REST_S, QUIET_S = 3.0, 0.5  # how long the rest of a refused request is read, and without any news
 OPEN_PATHS = ("/", "/health")  # need no key: they say nothing that was asked or answered
+SLICE = 10_000  # items of a list that are written as JSON at once
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")  # an answer is never a page or a script, whatever it looks like
+ONCE = (b"host", b"origin", b"sec-fetch-site")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -46,11 +53,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_key(host: str, api_key: str | None) -> None:
-    """Raise KindlingError if others could use the server without a key, or if the key cannot be sent in a header."""
+def require_key(host: str, api_key: str | None, public_name: str | None = None) -> None:
+    """Raise KindlingError if others could use the server without a key, or for a key or a name that no header can hold."""
     if api_key is None and not is_loopback(host):
         raise KindlingError(
             f"--host must be of this machine alone without --api-key, but is {host}; give a key, or leave out --host"
+        )
+    if public_name is not None and not NAME.fullmatch(public_name.lower()):
+        raise KindlingError(
+            f"--public-name must be a name, or NAME:PORT, but is {public_name!a}; leave out https:// and the path"
+        )
+    if public_name is not None and api_key is None:
+        raise KindlingError(
+            "--public-name must come with --api-key, as others reach the server then, but does not; give a key"
         )
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise KindlingError("--api-key must be printable ASCII without spaces around it, but is not; choose another")
@@ -79,11 +94,21 @@ class Guard:
         metrics: Metrics,
         paths: Collection[str],
         form: Callable[[str], ErrorForm],
+        public_name: str | None = None,
     ):
-        """`paths` are those of the app, for labels; `form` gives the form of an error by its path."""
+        """`paths` are those of the app, for labels; `form` gives the form of an error by its path.
+
+        `public_name` is what others call the server where a proxy stands before it.
+        """
         self._app, self._key, self._metrics, self._paths, self._form = app, api_key, metrics, paths, form
         self._is_local = is_loopback(host)
-        self._names = {*LOCAL, host.lower(), *([] if self._is_local else [socket.gethostname().lower()])}
+        self._names = {*LOCAL, host.lower()}
+        if not self._is_local:
+            self._names.add(socket.gethostname().lower())
+        self._origins: set[str] = set()
+        if public_name is not None:
+            self._names.add(host_of(public_name) or "")
+            self._origins = {f"http://{public_name.lower()}", f"https://{public_name.lower()}"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,6 +119,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), NO_SNIFFING]}
             await send(message)
 
         self._metrics.n_open += 1
@@ -102,7 +128,7 @@ class Guard:
             if refusal is None:
                 await self._app(scope, receive, counted)
             else:
-                await send_json(counted, refusal.status, self._form(path)(refusal, refusal.status), closes=True)
+                await refuse(receive, counted, refusal.status, self._form(path)(refusal, refusal.status))
         finally:
             self._metrics.n_open -= 1
             if status:
@@ -111,18 +137,19 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> BadRequest | None:
         """Return why a request is refused, or None."""
-        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = host_of(hosts[0]) if len(hosts) == 1 else None
+        names = [name for name, _ in scope["headers"]]
+        for name in ONCE:
+            if names.count(name) > 1:
+                return BadRequest(f"the header {name.decode().title()} must come once, but comes again", None, 403)
+        host = host_of(headers.get(b"host", ""))
         if host is None or not self._is_own(host):
             return BadRequest(
                 "the Host header must name this server, but does not; use the address that it printed", None, 403
             )
-        origin = headers.get(b"origin")
-        if scope["method"] not in ("GET", "HEAD") and (
-            (origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"))
-            or headers.get(b"sec-fetch-site") == "cross-site"
-        ):
+        origin, own = headers.get(b"origin"), headers[b"host"]
+        is_foreign = origin is not None and origin not in {f"http://{own}", f"https://{own}", *self._origins}
+        if scope["method"] not in ("GET", "HEAD") and (is_foreign or headers.get(b"sec-fetch-site") == "cross-site"):
             return BadRequest("a request must not come from a page of another site, but does", None, 403)
         if self._key is not None and scope["path"] not in OPEN_PATHS:
             kind, _, key = headers.get(b"authorization", "").partition(" ")
@@ -172,10 +199,14 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
 
 
 def require_json(scope: Scope) -> None:
-    """Raise BadRequest for a body that says it is something else than JSON."""
-    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"content-type"), "")
-    kind = given.partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not kind.endswith("+json"):
+    """Raise BadRequest for a body of a browser that says it is something else than JSON.
+
+    A browser may send such a body for a page of another site without asking first. `curl -d` calls its body a form.
+    """
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+    is_browser = b"origin" in headers or b"sec-fetch-site" in headers
+    if is_browser and kind and kind != "application/json" and not kind.endswith("+json"):
         raise BadRequest("Content-Type must be application/json, but is another; send that header", None, 415)
 
 
@@ -198,13 +229,48 @@ async def unless_gone(receive: Receive, work: Any) -> None:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def send_json(
-    send: Send, status: int, content: Any, headers: Collection[tuple[bytes, bytes]] = (), closes: bool = False
-) -> None:
-    """Send an answer as JSON. `closes`: the connection with it, as the rest of the request is not read."""
-    body = json.dumps(content).encode()
+def _is_long(content: Any) -> bool:
+    return isinstance(content, dict) and any(
+        isinstance(value, list) and len(value) > SLICE for value in content.values()
+    )
+
+
+def dumped(content: Any) -> bytes:
+    """Return JSON. A long list in an object is written in slices, as no other thread can run while one is written."""
+    if not _is_long(content):
+        return json.dumps(content).encode()
+    fields = []
+    for name, value in content.items():
+        if isinstance(value, list) and len(value) > SLICE:
+            slices = (json.dumps(value[i : i + SLICE])[1:-1] for i in range(0, len(value), SLICE))
+            fields.append(f"{json.dumps(name)}: [{', '.join(slices)}]")
+        else:
+            fields.append(f"{json.dumps(name)}: {json.dumps(value)}")
+    return f"{{{', '.join(fields)}}}".encode()
+
+
+async def refuse(receive: Receive, send: Send, status: int, content: Any) -> None:
+    """Answer a request whose body was not read, and close the connection.
+
+    The rest of the body is read for a moment and thrown away: a client that is still sending would not see the answer.
+    """
+
+    async def sends(message: MutableMapping[str, Any]) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    await send_json(sends, status, content, [(b"connection", b"close")])
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REST_S):
+            message: MutableMapping[str, Any] = {"more_body": True}
+            while message.get("more_body"):  # none when the client has gone
+                message = await asyncio.wait_for(receive(), QUIET_S)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def send_json(send: Send, status: int, content: Any, headers: Collection[tuple[bytes, bytes]] = ()) -> None:
+    """Send an answer as JSON."""
+    body = await asyncio.to_thread(dumped, content) if _is_long(content) else dumped(content)
     lines = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
-    lines += [(b"connection", b"close")] if closes else []
     lines += [(b"www-authenticate", b"Bearer")] if status == 401 else []
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})

@@ -12,14 +12,15 @@ from kindling.errors import KindlingError, one_line
 from kindling.serving.batch import Batch, Job
 from kindling.serving.counters import Counters
 from kindling.serving.engine import Engine, Vocabulary
-from kindling.serving.generation import Done, Event, Failed, Generation
+from kindling.serving.generation import Event, Generation, Refused
 
 LONGEST_RETRY_S = 60.0
 STOPPING = "the server is stopping"
+NO_PLACE = "the model was busy with other requests until the time limit"
 
 
 class Busy(KindlingError):
-    """The queue is full. `retry_after_s` says when to ask again."""
+    """There is no place for a request. `retry_after_s` says when to ask again."""
 
     def __init__(self, retry_after_s: float, why: str = "the server has as many requests as it takes"):
         super().__init__(f"{why}; ask again in {retry_after_s:.0f} s")
@@ -47,8 +48,9 @@ class Scheduler:
     def submit(self, generation: Generation, say: Callable[[Event], None]) -> Callable[[], None]:
         """Queue a request; return a function that cancels it, from any thread, at any time.
 
-        `say` is called from the scheduler's thread with each Piece, then once with Done or Failed, and must return at once.
-        After a cancellation it is called no more. Raises Busy, and ValueError for a prompt that leaves no room in the context.
+        `say` is called from the scheduler's thread with each Piece, then once with Done or Failed, or only with Refused. It must
+        return at once. After a cancellation it is called no more. Raises Busy, and ValueError for a prompt that leaves no room
+        in the context.
         """
         if not 0 < len(generation.ids) < self._block_size:
             raise ValueError(
@@ -113,11 +115,11 @@ class Scheduler:
             ended: list[tuple[Job, Event]] = []
             for job in list(self._waiting):
                 if self._stop_at is not None:
-                    self._drop(job, "failed")
-                    ended.append((job, Failed(STOPPING)))
+                    self._drop(job, "refused")
+                    ended.append((job, Refused(STOPPING, 1.0)))
                 elif now >= job.deadline:
-                    self._drop(job, "time")
-                    ended.append((job, Done("time", len(job.ids), 0, 0)))
+                    self._drop(job, "refused")
+                    ended.append((job, Refused(NO_PLACE, self._retry_after_s())))
             self._batch.admit(self._waiting)
             self.counters.n_waiting, self.counters.n_running = len(self._waiting), len(self._batch.jobs)
         for job, event in ended:

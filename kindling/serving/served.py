@@ -114,6 +114,7 @@ class Options(NamedTuple):
     sampling: Sampling
     n_logprobs: int | None = None
     time_limit_s: float = 60.0
+    lines_limit_s: float | None = None
 
 
 def encoded(served: Served, text: str, param: str) -> list[int]:
@@ -129,9 +130,7 @@ def continuation(
 ) -> Prompt:
     """Return the generation that goes on after a text, also where it ends inside a token."""
     vocabulary = served.vocabulary
-    end = text[-CHARACTERS * served.block_size :]
-    if len(end) < len(text):  # from the start of a line, where a tokenizer would split
-        end = end[end.find("\n") + 1 :]
+    end = newest_text(served, text)
     ids = encoded(served, end, param)
     if len(end) == len(text) and vocabulary.bos_id is not None:
         ids = [vocabulary.bos_id, *ids]
@@ -149,6 +148,30 @@ def after_ids(served: Served, ids: Sequence[int], options: Options) -> Prompt:
     whole = list(ids) or [served.vocabulary.eos_id]
     kept = cropped(served, whole, options)
     return Prompt(_generation(kept, options, None), len(kept) < len(whole))
+
+
+def newest_text(served: Served, text: str) -> str:
+    """Return the end of a text that is too long to be encoded whole, from the start of a line, where a tokenizer would split."""
+    end = text[-CHARACTERS * served.block_size :]
+    return end if len(end) == len(text) else end[end.find("\n", 0, len(end) // 2) + 1 :]
+
+
+def after_parts(served: Served, parts: Sequence[str | int], options: Options) -> Prompt:
+    """Return the generation that goes on after texts and token ids."""
+    newest: list[int] = []  # the last one first
+    is_cut = False
+    for part in reversed(parts):
+        is_cut = is_cut or len(newest) >= served.block_size
+        if is_cut:
+            break
+        if isinstance(part, str):
+            end = newest_text(served, part)
+            newest += reversed(encoded(served, end, "prompt"))
+            is_cut = len(end) < len(part)
+        else:
+            newest.append(part)
+    prompt = after_ids(served, newest[::-1], options)
+    return prompt._replace(truncated=prompt.truncated or is_cut)
 
 
 def cropped(served: Served, ids: list[int], options: Options) -> list[int]:
@@ -179,15 +202,23 @@ def at_cursor(served: Served, prefix: str, suffix: str, options: Options, edit: 
 def is_literal_fim(served: Served, text: str) -> bool:
     """Return whether a text spells `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`, and the server reads them as commands."""
     begin, end, between = FIM_TOKENS[0], FIM_TOKENS[1], FIM_TOKENS[2]
-    return served.literal_fim and text.startswith(begin) and text.endswith(end) and text.count(between) == 1
+    return served.literal_fim and text.startswith(begin) and text.endswith(end) and between in text
 
 
 def literal(served: Served, text: str, options: Options, edit: Edit) -> Prompt | None:
-    """Return the generation for a text that spells the control tokens; None if it does not."""
+    """Return the generation for a text that spells the control tokens; None if it does not.
+
+    Raises BadRequest for code that itself spells `<fim_suffix>`: nobody knows where its cursor is.
+    """
     if not is_literal_fim(served, text):
         return None
-    prefix, suffix = text[len(FIM_TOKENS[0]) : -len(FIM_TOKENS[1])].split(FIM_TOKENS[2])
-    return at_cursor(served, prefix, suffix, options, edit)
+    prefix, *suffixes = text[len(FIM_TOKENS[0]) : -len(FIM_TOKENS[1])].split(FIM_TOKENS[2])
+    if len(suffixes) > 1:
+        raise BadRequest(
+            f"prompt must have {FIM_TOKENS[2]} once, but has it {len(suffixes)} times; for code that spells it, send a suffix",
+            "prompt",
+        )
+    return at_cursor(served, prefix, suffixes[0], options, edit)
 
 
 def require_chat(served: Served) -> str:
@@ -240,5 +271,10 @@ def _newest(exchanges: Sequence[Exchange], n_chars: int, n_before: int, what: st
 
 def _generation(ids: Sequence[int], options: Options, edit: Edit | None) -> Generation:
     return Generation(
-        ids, options.sampling, edit=edit, n_logprobs=options.n_logprobs, time_limit_s=options.time_limit_s
+        ids,
+        options.sampling,
+        edit=edit,
+        n_logprobs=options.n_logprobs,
+        time_limit_s=options.time_limit_s,
+        lines_limit_s=options.lines_limit_s,
     )

@@ -63,12 +63,14 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self._stop.signal is not None
 
 
-def make_server(served: Served, host: str, api_key: str | None, stop: StopRequest) -> uvicorn.Server:
+def make_server(
+    served: Served, host: str, api_key: str | None, stop: StopRequest, public_name: str | None = None
+) -> uvicorn.Server:
     """Return the server of a model; `serve(sockets=[...])` runs it."""
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what comes in is counted, not printed
     config = uvicorn.Config(
-        make_app(served, host, api_key),
+        make_app(served, host, api_key, public_name),
         http=guarded(served.limits, served.metrics),
         ws="none",
         lifespan="off",
@@ -81,11 +83,11 @@ def make_server(served: Served, host: str, api_key: str | None, stop: StopReques
     return _Server(config, stop)
 
 
-def run(served: Served, sock: socket.socket, host: str, api_key: str | None) -> int:
+def run(served: Served, sock: socket.socket, host: str, api_key: str | None, public_name: str | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM, then finish what is being written. Return the exit code."""
     gc.collect()
     gc.freeze()  # what is there now stays; looking through all of it would hold up an answer for tens of milliseconds
     with StopRequest(STOPPING) as stop:
-        asyncio.run(make_server(served, host, api_key, stop).serve(sockets=[sock]))
+        asyncio.run(make_server(served, host, api_key, stop, public_name).serve(sockets=[sock]))
     served.scheduler.close(1.0)
     return stop.exit_code

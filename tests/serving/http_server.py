@@ -117,10 +117,12 @@ def chunks_of(body: bytes) -> Iterator[bytes]:
 
 
 @contextmanager
-def running(model: Served, host: str = "127.0.0.1", api_key: str | None = None) -> Iterator[Running]:
+def running(
+    model: Served, host: str = "127.0.0.1", api_key: str | None = None, public_name: str | None = None
+) -> Iterator[Running]:
     sock, stop = bind("127.0.0.1", 0), SimpleNamespace(signal=None)
     port = sock.getsockname()[1]
-    server = make_server(model, host, api_key, stop)
+    server = make_server(model, host, api_key, stop, public_name)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()
     try:

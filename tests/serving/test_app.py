@@ -6,11 +6,17 @@ import socket
 import threading
 from base64 import b64encode
 from hashlib import sha256
+from time import sleep
+from types import SimpleNamespace
 
 import pytest
 from http_server import FIM, PlainVocabulary, read_answer, running, served, tells, until
+from uvicorn.protocols.http.flow_control import FlowControl
 
+from kindling.serving import connections
 from kindling.serving.app import ENTRIES
+from kindling.serving.metrics import Metrics
+from kindling.serving.served import Limits
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +75,9 @@ def test_control_tokens_written_in_a_prompt_are_commands_only_where_the_server_w
     assert server.post("/v1/completions", prompt=spelled)["choices"][0]["text"] == "pass"
     assert server.post("/completion", prompt=spelled, n_predict=3)["content"] == "012"
     assert server.post("/api/generate", prompt=spelled, raw=True, stream=False)["response"].startswith("012")
+    status, _, raw = server.ask("POST", "/v1/completions", {"prompt": spelled.replace("if", "<fim_suffix>")})
+    assert status == 400 and b"must have <fim_suffix> once, but has it 2 times" in raw
+    assert server.post("/v1/completions", prompt="<fim_prefix>1<fim_middle>", max_tokens=1)["choices"][0]["text"] == "0"
     with running(served()) as other:
         assert other.post("/v1/completions", prompt=spelled, max_tokens=3)["choices"][0]["text"] == "012"
 
@@ -92,6 +101,7 @@ def test_llama_cpp_answers_have_what_its_clients_read(server):
     answer = server.post("/completion", **fields)
     assert answer["content"] == "234" and answer["stop"] is True and answer["stop_type"] == "limit"
     assert answer["timings"]["predicted_n"] >= 3 and answer["timings"]["predicted_per_second"] > 0
+    assert answer["tokens_cached"] == answer["tokens_evaluated"] + answer["tokens_predicted"] == 4
     assert [token["token"] for token in answer["completion_probabilities"]] == ["2", "3", "4"]
     assert server.post(
         "/completion", prompt="7", response_fields=["content", "timings/predicted_n", "none"]
@@ -112,6 +122,27 @@ def test_text_becomes_tokens_and_back(server):
     assert server.post("/detokenize", tokens=[49, 50]) == {"content": "12"}
     status, _, body = server.ask("POST", "/apply-template", {"messages": [{"role": "user", "content": "a"}]})
     assert status == 400 and b"fine-tuned on instructions" in body
+
+
+@pytest.mark.parametrize("template", ["alpaca", "user-assistant"])
+def test_the_template_that_llama_cpp_s_clients_get_says_the_same_as_the_server(template):
+    jinja2 = pytest.importorskip("jinja2")
+    system, question, answer = (
+        {"role": r, "content": c} for r, c in (("system", "s\n"), ("user", "{q}"), ("assistant", "a"))
+    )
+    with running(served(template=template)) as server:
+        text = json.loads(server.ask("GET", "/props")[2])["chat_template"]
+        for messages in (
+            [question],
+            [system, question],
+            [question, answer, question],
+            [system, question, answer, question],
+        ):
+            rendered = jinja2.Environment().from_string(text).render(messages=messages)
+            said = server.post("/apply-template", messages=messages)["prompt"]
+            assert rendered == said
+    with running(served()) as server:
+        assert json.loads(server.ask("GET", "/props")[2])["chat_template"] == ""
 
 
 def test_ollama_streams_lines_and_lists_the_model(server):
@@ -148,17 +179,67 @@ def waits_for(gate: threading.Event):
 def test_a_client_that_leaves_ends_its_request_at_once():
     gate = threading.Event()
     with running(served(waits_for(gate), n_rows=2)) as server:
-        for streams in (True, False):
+        counters = server.served.scheduler.counters
+        for n, streams in enumerate((True, False), start=1):
             body = json.dumps({"prompt": "a", "max_tokens": 200, "stream": streams}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             sock = socket.create_connection(("127.0.0.1", server.port))
             sock.sendall(head + body)
-            until(lambda: server.served.metrics.n_open == 1)
+            until(lambda n=n: counters.n_waiting + counters.n_running == n)  # the first is in its pass all the time
             sock.close()
             until(lambda: server.served.metrics.n_open == 0)
         gate.set()
         until(lambda: server.served.scheduler.counters.requests["cancelled"] == 2)
         assert server.served.metrics.n_left == 2 and server.served.scheduler.counters.new_tokens < 50
+
+
+def asks_much_and_reads_nothing(server) -> socket.socket:
+    """Ask for far more than the buffers of a connection hold, and return once the server can write no more."""
+    body = json.dumps({"prompt": "a" * 10**6, "n": 12, "max_tokens": 1, "echo": True, "stream": True}).encode()
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert sock.recv(8).startswith(b"HTTP/1.1")
+    return sock
+
+
+def test_a_client_that_reads_nothing_is_left_in_the_end_but_not_a_slow_one():
+    with running(served(lambda text: "x", limits=Limits(body_s=0.15))) as server:
+        with asks_much_and_reads_nothing(server):
+            until(lambda: server.served.metrics.n_open == 0)
+        with asks_much_and_reads_nothing(server) as sock:
+            n_read = 0
+            while n_read < 10**7:
+                piece = sock.recv(2**19)
+                assert piece, "the connection was closed"
+                n_read += len(piece)
+                sleep(0.03)
+
+
+def test_a_client_has_read_where_as_much_waits_again():
+    looks, closed, waiting = [], [], [70_000]
+    transport = SimpleNamespace(
+        is_closing=lambda: False, get_write_buffer_size=lambda: waiting[0], abort=lambda: closed.append(True)
+    )
+    loop = SimpleNamespace(call_later=lambda after, look: looks.append(look) or SimpleNamespace(cancel=lambda: None))
+    protocol = object.__new__(connections.guarded(Limits(), Metrics()))
+    protocol.transport, protocol.loop, protocol.flow = transport, loop, FlowControl(transport)
+    protocol.pause_writing()
+    protocol._look()
+    protocol.resume_writing()
+    protocol.pause_writing()
+    looks[-1]()
+    waiting[0] = 69_000
+    looks[-1]()
+    assert not closed
+    looks[-1]()
+    assert closed
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end_of_the_server(monkeypatch):
+    monkeypatch.setattr(connections, "STOPPING_S", 0.05)
+    with running(served(lambda text: "x", limits=Limits(body_s=600, time_s=600))) as server:
+        sock = asks_much_and_reads_nothing(server)
+    sock.close()
 
 
 def test_a_full_queue_is_503_with_a_time_to_ask_again():
@@ -173,6 +254,37 @@ def test_a_full_queue_is_503_with_a_time_to_ask_again():
         gate.set()
         first.join(10)
         assert server.post("/v1/completions", prompt="b", max_tokens=1)["choices"][0]["text"] == "x"
+
+
+def test_a_request_that_finds_no_place_in_time_is_503_before_anything_is_sent():
+    gate = threading.Event()
+    limits = Limits(time_s=0.05)
+    with running(served(waits_for(gate), n_rows=1, limits=limits, template="alpaca")) as server:
+        first = threading.Thread(target=lambda: server.post("/v1/completions", prompt="a", max_tokens=2))
+        first.start()
+        until(lambda: server.served.scheduler.counters.n_running == 1)
+        chat = {"messages": [{"role": "user", "content": "b"}]}
+        asked = [
+            (path, {**fields, "stream": streams})
+            for path, fields in (
+                ("/v1/completions", {"prompt": "b", "echo": True}),
+                ("/v1/chat/completions", chat),
+                ("/infill", {"input_prefix": "b", "input_suffix": ""}),
+                ("/api/chat", chat),
+            )
+            for streams in (True, False)
+        ]
+        answers = []
+        others = [threading.Thread(target=lambda a=a: answers.append(server.ask("POST", *a))) for a in asked]
+        for thread in others:
+            thread.start()
+        until(lambda: server.served.scheduler.counters.n_waiting == len(others))
+        sleep(0.06)  # past the time limit of all
+        gate.set()
+        for thread in (first, *others):
+            thread.join(10)
+        assert [status for status, _, _ in answers] == [503] * len(asked)
+        assert all(int(headers["retry-after"]) >= 1 and b"was busy" in raw for _, headers, raw in answers)
 
 
 def test_a_model_that_fails_is_an_error_of_the_server_and_the_next_request_is_answered():
@@ -218,13 +330,13 @@ def test_a_request_for_text_at_a_cursor_becomes_what_the_scheduler_takes(server,
     assert [g.sampling.temperature for g in taken] == [0.0, 0.8, 0.8] and taken[1].sampling.seed != taken[
         2
     ].sampling.seed
-    assert {g.time_limit_s for g in taken} == {1.5} and taken[1].sampling.top_p == 0.9
+    assert {(g.time_limit_s, g.lines_limit_s) for g in taken} == {(60, 1.0)} and taken[1].sampling.top_p == 0.9
     edit = taken[0].edit
     assert (edit.prefix, edit.suffix, edit.max_lines, edit.stop_at_dedent) == ("ab", "c", 2, True)
     taken.clear()
     server.post("/infill", **{**fields, "n_indent": 0, "n_cmpl": 2, "temperature": 0.5, "t_max_predict_ms": 0})
     assert [g.sampling.temperature for g in taken] == [0.5, 0.5] and taken[0].edit.stop_at_dedent is False
-    assert taken[0].time_limit_s == 60
+    assert taken[0].lines_limit_s is None
 
 
 def test_figures_are_in_the_text_format(server):

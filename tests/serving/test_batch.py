@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_engine import EOS, FakeEngine, FakeVocabulary, counts_up
 
-from kindling.generation.healing import split_for_healing
+from kindling.generation.healing import Healing, split_for_healing
 from kindling.generation.settings import Sampling
 from kindling.serving.batch import Batch, Job
 from kindling.serving.counters import Counters
@@ -205,6 +205,27 @@ def test_a_request_that_takes_too_long_ends_with_what_it_has(desk):
     desk.now = 10.0
     assert desk.step() == []
     assert said(events) == "bc" and events[-1] == Done("time", 2, 0, 2)
+
+
+def test_a_limit_for_lines_counts_from_the_first_token_and_ends_no_first_line():
+    desk = Desk(FakeEngine(lambda text: "ab\ncd\nef\ngh"[text.count("") - 3]))
+    _, events = desk.ask("xy", 9, lines_limit_s=2.0)
+    desk.now = 30.0  # in the queue
+    for _ in range(6):
+        desk.step()
+        desk.now += 1.0
+    assert said(events) == "ab\nc" and events[-1].ended_by == "time"
+    assert desk.answer("xy", 9)[1].ended_by == "limit"
+
+
+def test_a_line_break_that_healing_took_back_is_none_of_the_answer():
+    desk = Desk(FakeEngine(lambda text: "\nabcdefgh"[text.count("") - 2]))
+    healing = Healing("\n", VOCABULARY.spellings)
+    _, events = desk.ask("x", 5, lines_limit_s=1.0, healing=healing)
+    for _ in range(9):
+        desk.step()
+        desk.now += 1.0
+    assert said(events) == "abcde" and events[-1].ended_by == "limit"
 
 
 @pytest.mark.parametrize("n_rows", [1, 4])

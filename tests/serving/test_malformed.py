@@ -11,6 +11,7 @@ from http_server import Running, read_answer, running, served, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kindling.serving import safety
 from kindling.serving.served import Limits
 
 LIMITS = Limits(body_bytes=20_000, body_s=0.3, connections=40, max_new_tokens=32, time_s=10)
@@ -20,7 +21,8 @@ POSTS += ("/detokenize", "/apply-template", "/api/generate", "/api/chat", "/api/
 
 @pytest.fixture(scope="module")
 def server():
-    with running(served(limits=LIMITS)) as one:
+    with pytest.MonkeyPatch.context() as patch, running(served(limits=LIMITS)) as one:
+        patch.setattr(safety, "QUIET_S", 0.02)
         yield one
 
 
@@ -164,8 +166,38 @@ def test_other_paths_and_methods_get_their_status(server, method, path, status):
         ("", 200),
     ],
 )
-def test_the_type_of_a_body_must_be_json(server, kind, status):
-    assert server.ask("POST", "/v1/completions", {"prompt": "7"}, content_type=kind)[0] == status
+def test_the_type_of_a_body_of_a_browser_must_be_json(server, kind, status):
+    for browser in ({"origin": server.url}, {"sec_fetch_site": "same-origin"}):
+        assert server.ask("POST", "/v1/completions", {"prompt": "7"}, content_type=kind, **browser)[0] == status
+
+
+def test_other_clients_may_call_a_body_what_they_like_as_curl_does(server):
+    kind = "application/x-www-form-urlencoded"
+    assert server.ask("POST", "/api/generate", {"prompt": "7", "stream": False}, content_type=kind)[0] == 200
+    assert server.ask("POST", "/api/generate", b"prompt=7", content_type=kind)[0] == 400
+
+
+@pytest.mark.parametrize(("header", "status"), [("", 413), ("Origin: http://evil.com\r\n", 403)])
+def test_a_client_sees_why_it_is_refused_also_while_it_still_sends(server, header, status):
+    body = bytes(8_000_000)
+    raw = HEAD + f"{header}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    assert server.send(raw)[0] == status  # it reads only once all is sent
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:  # without a length, too
+        sock.sendall(HEAD + header.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            sock.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+        sock.sendall(b"0\r\n\r\n")
+        assert read_answer(sock)[0] == status
+
+
+def test_a_bad_request_that_was_read_leaves_its_connection_open(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+        for _ in range(2):
+            sock.sendall(HEAD + b"Content-Length: 3\r\n\r\n[1]")
+            raw = b""
+            while not raw.endswith(b"}"):
+                raw += sock.recv(2**16)
+            assert raw.startswith(b"HTTP/1.1 400")
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"

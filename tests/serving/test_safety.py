@@ -65,6 +65,44 @@ def test_pages_of_other_sites_cannot_ask(server, origin):
     assert preflight[0] in (403, 405) and not any(name.startswith("access-control") for name in preflight[1])
 
 
+@pytest.mark.parametrize("name", ["Origin", "Sec-Fetch-Site", "Host"])
+def test_a_header_that_says_who_asks_comes_once(server, name):
+    values = {"Origin": ("http://evil.com", server.url), "Sec-Fetch-Site": ("cross-site", "same-origin")}
+    lines = {"Host": f"127.0.0.1:{server.port}", "Content-Length": "2", "Connection": "close"}
+    head = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
+    twice = "".join(f"{name}: {value}\r\n" for value in values.get(name, ("127.0.0.1",)))
+    assert server.send(f"POST /tokenize HTTP/1.1\r\n{head}{twice}\r\n{{}}".encode())[0] in (403, 400)
+    assert name == "Host" or server.send(f"POST /tokenize HTTP/1.1\r\n{head}{twice}\r\n{{}}".encode())[0] == 403
+
+
+def test_no_answer_is_taken_for_a_page_or_a_script(server):
+    for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/nothing"), ("POST", "/tokenize")):
+        assert server.ask(method, path)[1]["x-content-type-options"] == "nosniff"
+    assert server.ask("GET", "/", host="evil.com")[1]["x-content-type-options"] == "nosniff"
+
+
+def test_behind_a_proxy_the_server_has_the_name_of_the_proxy():
+    with running(served(), api_key=KEY, public_name="Code.example.org:8443") as server:
+        key, fields = {"authorization": f"Bearer {KEY}"}, {"prompt": "7"}
+        for host in ("code.example.org:8443", "code.example.org", f"127.0.0.1:{server.port}"):
+            assert server.ask("GET", "/v1/models", host=host, **key)[0] == 200
+            for origin, status in (("https://code.example.org:8443", 200), ("https://evil.org", 403)):
+                assert server.ask("POST", "/v1/completions", fields, host=host, origin=origin, **key)[0] == status
+        assert server.ask("GET", "/v1/models", host="example.org", **key)[0] == 403
+        origin = "https://code.example.org"  # another port, another server
+        assert server.ask("POST", "/v1/completions", fields, origin=origin, **key)[0] == 403
+
+
+def test_a_public_name_is_a_name_and_needs_a_key():
+    for name in ("code.example.org", "code.example.org:443", "10.0.0.5", "[fe80::1]:80"):
+        require_key("127.0.0.1", KEY, name)
+        with pytest.raises(KindlingError, match="must come with --api-key"):
+            require_key("127.0.0.1", None, name)
+    for name in ("", "https://code.example.org", "a/b", "a b", "a:b", "a\n", "*"):
+        with pytest.raises(KindlingError, match="--public-name must be a name"):
+            require_key("127.0.0.1", KEY, name)
+
+
 def test_its_own_page_can_ask(server):
     status, headers, _ = server.ask("POST", "/v1/completions", {"prompt": "7"}, origin=server.url)
     assert status == 200 and not any(name.startswith("access-control") for name in headers)
@@ -147,6 +185,14 @@ def test_text_is_printed_where_the_user_said_so(capfd):
     with running(served(log_prompts=True)) as server:
         server.ask("POST", "/v1/completions", {"prompt": SECRET, "max_tokens": 2})
     assert f'/v1/completions: {{"prompt": "{SECRET}"' in capfd.readouterr().err
+
+
+def test_what_is_printed_cannot_command_the_terminal(capfd):
+    with running(served(log_prompts=True)) as server:
+        server.ask("GET", "/v1/models/%1b%5d0;a%07%9b%e2%80%ae")
+        server.ask("POST", "/v1/completions", {"prompt": "\x1b]0;a\x07\x7f", "max_tokens": 1})
+    printed = capfd.readouterr().err
+    assert "/v1/models/\\x1b]0;a" in printed and printed.replace("\n", "").isprintable() and printed.isascii()
 
 
 def test_errors_hold_little_of_what_was_sent(server):

@@ -6,8 +6,8 @@ import pytest
 from fake_engine import FakeEngine, FakeVocabulary
 
 from kindling.generation.settings import Sampling
-from kindling.serving.generation import Done, Failed, Generation, Piece
-from kindling.serving.scheduler import Busy, Scheduler
+from kindling.serving.generation import Done, Failed, Generation, Piece, Refused
+from kindling.serving.scheduler import NO_PLACE, Busy, Scheduler
 
 LONG_S = 30.0  # only ends a test that hangs
 
@@ -165,7 +165,8 @@ def test_the_time_limit_counts_from_the_request_also_in_the_queue(engine, schedu
     clock.now = 5.0
     gate.go.release()
     gate.at_pass()
-    assert late.events == [Done("time", 2, 0, 0)], "before a row is free"
+    assert late.events == [Refused(NO_PLACE, 3.0)], "before a row is free, and that is no answer"
+    assert scheduler.counters.requests["refused"] == 1
     gate.open()
     assert [client.text()[:5] for client in clients] == ["bcdef"] * 2
 
@@ -186,7 +187,7 @@ def test_closing_waits_for_what_is_being_written_and_takes_nothing_more(engine, 
     closing.join(LONG_S)
     n_written = sum(client.text() == "bcdef" for client in clients)
     assert n_written in (1, 2)  # the second may have come while the first pass waited
-    assert all(isinstance(client.events[-1], (Done, Failed)) for client in clients)
+    assert all(isinstance(client.events[-1], (Done, Refused)) for client in clients)
     scheduler.close(0.0)
 
 

@@ -161,6 +161,7 @@ def test_a_run_and_its_export_are_told_apart(run, monkeypatch):
     ("argv", "said"),
     [
         (["--host", "0.0.0.0"], "--host must be of this machine alone without --api-key"),
+        (["--public-name", "code.example.org"], "--public-name must come with --api-key"),
         (["--port", "70000"], "--port must be from 0 to 65535"),
         (["--max-queue", "-1"], "--max-queue must be from 0"),
         (["--min-confidence", "2"], "--min-confidence must be from 0 to 1"),
@@ -171,6 +172,16 @@ def test_a_run_and_its_export_are_told_apart(run, monkeypatch):
 def test_flags_that_cannot_be_used_are_refused_at_the_start(argv, said):
     with pytest.raises(KindlingError, match=said):
         opened(*argv)
+
+
+def test_the_key_may_stand_in_the_environment(monkeypatch):
+    monkeypatch.setenv("KINDLING_API_KEY", "abc")
+    assert serve.read_flags([]).api_key == "abc" and serve.read_flags(["--api-key", "d"]).api_key == "d"
+    monkeypatch.setenv("KINDLING_API_KEY", "")  # as a script leaves it whose secret is missing: no key is not meant
+    with pytest.raises(KindlingError, match="--api-key must be printable ASCII"):
+        serve.main([])
+    monkeypatch.delenv("KINDLING_API_KEY")
+    assert serve.read_flags([]).api_key is None
 
 
 def test_a_port_in_use_is_one_clear_line():
