@@ -22,10 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kindling.data.infilling import encode_infill
 from kindling.data.prompts import Exchange, encode, flatten
 from kindling.evaluation.extraction import end_of_function
-from kindling.evaluation.infill import prompt_around
 from kindling.evaluation.tasks import STOP, Problem
 
 if TYPE_CHECKING:
@@ -70,6 +68,8 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) 
     if problem.ids:
         return list(problem.ids)
     if problem.suffix is not None:
+        from kindling.data.infilling import encode_infill  # it imports NumPy, which the judge's Python may lack
+
         return encode_infill(tokenizer, problem.prompt, problem.suffix)
     if chat is None or problem.after is not None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -187,6 +187,8 @@ def _cropped(problem: Problem, ids: list[int], tokenizer: Tokenizer, longest: in
     """Return a prompt of at most `longest` tokens: its end, or what is nearest to the line that is filled in."""
     if problem.suffix is None or len(ids) <= longest:
         return ids[-longest:]
+    from kindling.evaluation.infill import prompt_around
+
     return prompt_around(tokenizer, problem.prompt, problem.suffix, longest)
 
 
