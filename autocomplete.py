@@ -30,7 +30,7 @@ import numpy as np
 
 from kindling.errors import KindlingError
 from kindling.generation import numpy_sampling
-from kindling.generation.healing import Healing, longest_prompt, split_for_healing
+from kindling.generation.healing import Healing, longest_prompt, newest_text, split_for_healing
 from kindling.generation.numpy_sampling import distribution
 from kindling.generation.text_stream import TextStream
 from kindling.help import unknown_word, wrapped
@@ -99,9 +99,7 @@ class Completer:
 
         Raises CompletionError for text that the tokenizer cannot encode.
         """
-        end = text[-CHARACTERS * self.model.block_size :]
-        if len(end) < len(text):  # from the start of a line, where a tokenizer would split
-            end = end[end.find("\n") + 1 :]
+        end = newest_text(text, CHARACTERS * self.model.block_size)
         ids = self.tokenizer.encode(end)
         if len(end) == len(text) and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id, *ids]

@@ -236,6 +236,8 @@ def test_the_prompt_is_cropped_from_the_left_to_leave_room(exports):
     assert completer.prompt_ids(TEXT, 10) == (ids[-22:], True)
     assert completer.prompt_ids(TEXT, 1000) == (ids[-16:], True)  # half of the context at least stays
     assert completer.prompt_ids(TEXT * 500, 10) == (ids[-22:], True)  # of which most is never encoded
+    line = "x = 1; " * 5000 + "\n"  # whose only line break is its end
+    assert completer.prompt_ids(line, 10) == (completer.tokenizer.encode(line[-400:])[-22:], True)
     assert completer.prompt_ids("def", 10)[1] is False
 
 

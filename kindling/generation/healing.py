@@ -27,6 +27,15 @@ def longest_prompt(block_size: int, max_new_tokens: int) -> int:
     return block_size - min(max_new_tokens, block_size // 2)
 
 
+def newest_text(text: str, n_chars: int) -> str:
+    """Return at most the last `n_chars` of a text, from the start of a line in their first half, where a tokenizer would split.
+
+    Without a line that starts there, it begins in the middle of one.
+    """
+    end = text[-n_chars:]
+    return end if len(end) == len(text) else end[end.find("\n", 0, len(end) // 2) + 1 :]
+
+
 class Spellings(list[str]):
     """The text of each token id, and the tokens by their text."""
 

@@ -74,9 +74,8 @@ async def infill(served: Served, fields: Fields) -> Reply:
         how, n = how._replace(sampling=replace(how.sampling, max_new_tokens=1)), 1
     first = await asyncio.to_thread(at_cursor_of, served, text, suffix or "", how, rules)
     others = how.sampling if "temperature" in fields else replace(how.sampling, temperature=OTHERS_TEMPERATURE)
-    seeds = [others.seed + k for k in range(1, n)]
-    generations = [replace(first.generation, sampling=replace(others, seed=seed)) for seed in seeds]
-    prompts = [first, *[first._replace(generation=generation) for generation in generations]]
+    sampled = first._replace(generation=replace(first.generation, sampling=others))
+    prompts = [first, *with_seeds([sampled], n)[1:]]
     return await _reply(served, fields, Asked(prompts, n > 1, how.n_logprobs, _keep(fields)), discards)
 
 

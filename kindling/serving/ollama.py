@@ -33,8 +33,9 @@ def error(e: Exception, status: int) -> dict[str, Any]:
     return {"error": str(e)}
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def _date(seconds: float) -> str:
+    """Return a time in seconds since 1970 as a date and time of day, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _chosen(served: Served, fields: Fields, at_cursor: bool) -> Any:
@@ -56,7 +57,7 @@ async def generate(served: Served, fields: Fields) -> Reply:
     is_raw = fields.flag("raw") or "template" in fields
     how = options(served, _chosen(served, fields, bool(suffix)))
     streams = fields.flag("stream", True)
-    begin = {"model": served.name, "created_at": _now()}
+    begin = {"model": served.name, "created_at": _date(time.time())}
     if not text and not suffix:
         return {**begin, "response": "", "done": True, "done_reason": "load"}
     if suffix:
@@ -74,7 +75,7 @@ async def chat_messages(served: Served, fields: Fields) -> Reply:
     fields.text("model")
     fields.refuse("tools", ([],), "this server calls no tools")
     fields.refuse("format", ("",), "this server knows no grammars")
-    begin, streams = {"model": served.name, "created_at": _now()}, fields.flag("stream", True)
+    begin, streams = {"model": served.name, "created_at": _date(time.time())}, fields.flag("stream", True)
     require_chat(served)
     if not fields.any("messages"):
         return {**begin, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "load"}
@@ -139,7 +140,7 @@ async def tags(served: Served, fields: Fields) -> Reply:
     card: dict[str, Any] = {
         "name": f"{served.name}:latest",
         "model": f"{served.name}:latest",
-        "modified_at": _started(served),
+        "modified_at": _date(served.metrics.started),
     }
     card |= {
         "size": served.about.get("bytes", 0),
@@ -147,10 +148,6 @@ async def tags(served: Served, fields: Fields) -> Reply:
         "details": _details(served),
     }
     return {"models": [card]}
-
-
-def _started(served: Served) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(served.metrics.started))
 
 
 async def show(served: Served, fields: Fields) -> Reply:
@@ -171,7 +168,7 @@ async def show(served: Served, fields: Fields) -> Reply:
         "details": _details(served),
         "model_info": info,
         "capabilities": _capabilities(served),
-        "modified_at": _started(served),
+        "modified_at": _date(served.metrics.started),
     }
 
 

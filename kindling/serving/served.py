@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from kindling.data.prompts import Exchange, fit
 from kindling.errors import KindlingError
-from kindling.generation.healing import longest_prompt, split_for_healing
+from kindling.generation.healing import longest_prompt, newest_text, split_for_healing
 from kindling.generation.settings import Sampling
 from kindling.int8.model import CompletionError
 from kindling.serving.body import BadRequest
@@ -130,7 +130,7 @@ def continuation(
 ) -> Prompt:
     """Return the generation that goes on after a text, also where it ends inside a token."""
     vocabulary = served.vocabulary
-    end = newest_text(served, text)
+    end = newest_text(text, CHARACTERS * served.block_size)
     ids = encoded(served, end, param)
     if len(end) == len(text) and vocabulary.bos_id is not None:
         ids = [vocabulary.bos_id, *ids]
@@ -150,12 +150,6 @@ def after_ids(served: Served, ids: Sequence[int], options: Options) -> Prompt:
     return Prompt(_generation(kept, options, None), len(kept) < len(whole))
 
 
-def newest_text(served: Served, text: str) -> str:
-    """Return the end of a text that is too long to be encoded whole, from the start of a line, where a tokenizer would split."""
-    end = text[-CHARACTERS * served.block_size :]
-    return end if len(end) == len(text) else end[end.find("\n", 0, len(end) // 2) + 1 :]
-
-
 def after_parts(served: Served, parts: Sequence[str | int], options: Options) -> Prompt:
     """Return the generation that goes on after texts and token ids."""
     newest: list[int] = []  # the last one first
@@ -165,7 +159,7 @@ def after_parts(served: Served, parts: Sequence[str | int], options: Options) ->
         if is_cut:
             break
         if isinstance(part, str):
-            end = newest_text(served, part)
+            end = newest_text(part, CHARACTERS * served.block_size)
             newest += reversed(encoded(served, end, "prompt"))
             is_cut = len(end) < len(part)
         else:
