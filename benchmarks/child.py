@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import re
+import signal
 import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
 MOST = 200  # characters of a reason
+REST_S = 1.0  # to read what a process that has ended has printed
 ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Exit)\b")
 
 
@@ -42,24 +45,37 @@ class Child:
         self._log = log
         with open(log, "w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+                start_new_session=True,  # so that its processes end with it: they hold its standard output open
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):  # other lines are what libraries print
                 self._lines.put(line)
+
+    def _watch(self) -> None:
+        """Say that there are no more answers, even if a process that it started still holds its standard output."""
+        self.process.wait()
+        self._reader.join(REST_S)
         self._lines.put(None)
 
     def answer(self, limit_s: float | None = None) -> dict[str, Any]:
         """Return its next answer. Raises ChildError if it ends first, or after `limit_s` seconds."""
         try:
-            line = self._lines.get(timeout=limit_s)
+            line = self._lines.get(timeout=None if limit_s is None else max(0.0, limit_s))
         except queue.Empty:
-            self.process.kill()  # or its late answer would be taken for the next one
+            self._kill()  # or its late answer would be taken for the next one
             raise ChildError(f"no answer within {limit_s:.0f} s") from None
         if line is None:
             code = self.process.wait()
@@ -79,9 +95,13 @@ class Child:
         return self.answer(limit_s)
 
     def kill(self) -> None:
-        """End it at once."""
-        self.process.kill()
+        """End it and its processes at once. Who waits for an answer gets a ChildError."""
+        self._kill()
         self.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self, patience_s: float = 30.0) -> None:
         """End it: it may finish its work for `patience_s` seconds, then it is killed."""
@@ -91,5 +111,5 @@ class Child:
         try:
             self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()

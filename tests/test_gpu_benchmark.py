@@ -139,6 +139,20 @@ def test_a_process_that_ends_or_hangs_says_so(tmp_path):
     dead.close()
 
 
+def test_a_killed_process_whose_own_process_holds_its_output_is_waited_for_no_longer(tmp_path, monkeypatch):
+    """As the compiler's processes do: a wait for the answer of a process that had been killed never ended."""
+    monkeypatch.setattr(child, "REST_S", 0.05)
+    starts = "import subprocess, sys\nsubprocess.Popen(['sleep', '15']{})\nprint('{{}}', flush=True)\nsys.stdin.read()"
+    for apart in ("", ", start_new_session=True"):
+        hangs = child.Child([sys.executable, "-c", starts.format(apart)], tmp_path / "log")
+        assert hangs.answer(60) == {}
+        killer = threading.Timer(0.1, hangs.kill)
+        killer.start()
+        with pytest.raises(child.ChildError, match="ended with code -9"):
+            hangs.answer(8)
+        killer.join()
+
+
 ACCELERATOR_ERROR = """Traceback (most recent call last):
   File "gpu_speed.py", line 1384, in to
     return self._apply(convert)
