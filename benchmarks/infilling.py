@@ -83,6 +83,7 @@ class Measurement:
         self.commands: list[Command] = []
         self.builds: dict[str, Command] = {}
         self.running: list[Job] = []
+        self.evaluated: list[Job] = []  # whose lines of programs wait until nothing is left to train
         self.n_steps, self.train_s = 0, 0.0
         self.many_cores = (os.cpu_count() or 1) >= MANY_CORES
         self.sandbox = sandbox_of() if flags.benchmarks else "later"
@@ -98,7 +99,7 @@ class Measurement:
             self.build(way)
         self.wait_for_build(first)
         self.set_steps(first, len(waiting))
-        while waiting or self.running:
+        while waiting or self.running or self.evaluated:
             if not self.unfinished_builds():
                 for way in [way for way in others if way not in self.builds][:1]:
                     self.build(way)
@@ -191,6 +192,16 @@ class Measurement:
             job.command = self.command(f"training-{job.name}", "main.py", *flags)
             job.limit_s = START_S + PATIENCE * self.flags.at_once * self.train_s
             self.running.append(job)
+        if not waiting and all(job.stage == "lines" for job in self.running):
+            self.start_lines()
+
+    def start_lines(self) -> None:
+        """Let evaluated models fill in lines of programs. Those that were trained to come first."""
+        self.evaluated.sort(key=lambda job: not WAYS[job.way])
+        while self.evaluated and len(self.running) < self.flags.at_once:
+            job = self.evaluated.pop(0)
+            self.running.append(job)
+            self.go_on(job, "lines", "0", *self.flags.benchmarks)
 
     def advance(self, job: Job) -> None:
         """Go on to the next stage after the one before; end a job that is done, has failed or takes too long."""
@@ -207,7 +218,9 @@ class Measurement:
         elif job.stage == "training":
             self.go_on(job, "evaluation", str(self.flags.infills), "none")
         elif job.stage == "evaluation" and self.flags.benchmarks:
-            self.go_on(job, "lines", "0", *self.flags.benchmarks)
+            self.keep(job)
+            self.running = [other for other in self.running if other is not job]
+            self.evaluated.append(job)
         else:
             self.end(job, "")
 
@@ -216,10 +229,14 @@ class Measurement:
 
         Lines of programs have an evaluation of their own, so that the figures before it are there if time ends.
         """
-        self.plan.found["runs"][job.name] = self.result_of(job)
-        self.plan.save()
+        self.keep(job)
         job.stage, job.limit_s = stage, 10 * START_S
         job.command = self.command(f"{stage}-{job.name}", "evaluate.py", job.name, *self.evaluate_flags(*what))
+
+    def keep(self, job: Job) -> None:
+        """Write what a job has found so far."""
+        self.plan.found["runs"][job.name] = self.result_of(job)
+        self.plan.save()
 
     def evaluate_flags(self, infills: str, *benchmarks: str) -> list[str]:
         """Return the flags of an evaluation with so many gaps and these benchmarks."""
@@ -241,7 +258,7 @@ class Measurement:
 
     def out_of_time(self, waiting: list[Job]) -> None:
         """Note the jobs that had no time."""
-        for job in [*self.running, *waiting]:
+        for job in [*self.running, *self.evaluated, *waiting]:
             self.end(job, "the time was over " + ("before it ended" if job.command else "before it began"))
 
     def command(self, name: str, script: str, *flags: str) -> Command:

@@ -50,8 +50,8 @@ def markdown(results: Results) -> str:
     parts = {name: found for part in ("builds", "runs") for name, found in results.get(part, {}).items()}
     failed = [f"- {name}: {found['failed']}" for name, found in parts.items() if "failed" in found]
     lines += ["", "Failed:", "", *failed] if failed else []
-    runs = [run for run in results.get("runs", {}).values() if "documents" in run]
-    ways = list(dict.fromkeys(run["way"] for run in runs))
+    runs = [run for run in results.get("runs", {}).values() if "bits_per_byte" in run]
+    ways = [way for way in settings["ways"] if any(run["way"] == way for run in runs)]
     of = {way: {run["seed"]: run for run in runs if run["way"] == way} for way in ways}
     lines += ["", "## From left to right", "", *from_left_to_right(of)]
     lines += ["", "## Gaps in held-out files", "", *gap_table(of)]
@@ -84,6 +84,9 @@ def difference(pairs: list[tuple[Results, Results]]) -> tuple[str, str]:
     from kindling.evaluation.intervals import paired_ratio_difference
 
     each, total = [], []
+    if any("documents" not in run for pair in pairs for run in pair):  # not evaluated: the last validation of training
+        plain = [run["bits_per_byte"] - other["bits_per_byte"] for run, other in pairs]
+        return ", ".join(f"{d:+.4f}" for d in plain), f"{statistics.mean(plain):+.4f}"
     for run, other in pairs:
         n_bytes, nll = zip(*run["documents"])
         other_bytes, other_nll = zip(*other["documents"])
@@ -104,13 +107,14 @@ def gap_table(of: dict[str, dict[int, Results]]) -> list[str]:
     lines = ["| | gap | filled | exact | more than without the suffix | similarity | gaps | docs |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for way, runs in of.items():
-        for kind, ways in pooled([run["gaps"] for run in runs.values()]).items():
+        for kind, ways in pooled([run.get("gaps", {}) for run in runs.values()]).items():
             for filled, (n, exact, similarity) in ways.items():
                 rates = [sum(column) / sum(n) for column in (exact, similarity)]
                 cells = [percent(rates[0], rate_interval(exact, n)), more_than(exact, ways[WITHOUT][1], n, filled)]
                 cells += [number(rates[1], bootstrap_ratio(similarity, n), ".3f"), str(int(sum(n))), str(len(n))]
                 lines.append(f"| {way} | {kind} | {filled} | {' | '.join(cells)} |")
-        bits = [run["infilling_bits_per_byte"] for run in runs.values() if run["infilling_bits_per_byte"] is not None]
+        bits = [run.get("infilling_bits_per_byte") for run in runs.values()]
+        bits = [b for b in bits if b is not None]
         if bits:
             lines.append(f"| {way} | pieces, all filled in | bits per byte: {statistics.mean(bits):.4f} | | | | | |")
     return lines
@@ -149,7 +153,7 @@ def line_table(of: dict[str, dict[int, Results]]) -> list[str]:
     lines = ["| | benchmark | pass@1 | each seed | lines |", "| --- | --- | ---: | --- | ---: |"]
     notes = []
     for way, runs in of.items():
-        found = [run["functional"] for run in runs.values()]
+        found = [run.get("functional", {}) for run in runs.values()]
         together = {}
         for name in dict.fromkeys(name for part in found for name in part):
             each = [part[name] for part in found if isinstance(part.get(name), dict) and "counts" in part[name]]

@@ -141,6 +141,14 @@ def test_lines_of_programs_come_last_and_cost_no_other_figure(measure):
     assert Pretended.began.index("evaluation-fim-0") < Pretended.began.index("lines-fim-0")
     assert "failed" not in found["runs"]["fim-0"] and found["runs"]["fim-1"]["failed"].startswith("lines: exit code 1")
     assert "| fim | 1.2500, 1.2500 |" in text and "## Lines of programs" in text
+    measure(*flags[:2], "--benchmarks", "problems-infill")
+    first = min(i for i, log in enumerate(Pretended.began) if log.startswith("lines-"))
+    assert all(log.startswith("lines-") for log in Pretended.began[first:]) and "plain" not in Pretended.began[first]
+
+
+def test_a_run_that_was_trained_and_not_evaluated_is_compared_by_its_last_validation(measure):
+    _, text = measure("--tokens", "4096", "--ways", "plain", "fim", bad=("evaluation-fim-0", "evaluation-fim-1"))
+    assert "| fim | 1.5000, 1.5000 | 1.5000 | +0.2500, +0.2500 | +0.2500 |" in text
 
 
 def test_the_tokens_follow_from_the_speed_and_the_time(measure):
