@@ -10,7 +10,7 @@ To add one, write a function and name it in `PRESETS`. The projects:
 - `fineweb-nano`: kotlarmilos/gpt2-nano, with a BPE tokenizer and a transformer written by hand
 - `smallcoder-*`: SmallCoder, a Llama trained in four stages
 
-`demo`, `modern-*` and `docstrings` are our own recipes.
+`demo`, `demo-infill`, `modern-*` and `docstrings` are our own recipes.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def demo() -> Config:
     cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, save_every=150,
                   sample_every=500)
     return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, bigram_rows=32_768))
+
+
+def demo_infill() -> Config:
+    """`demo` with half of its pieces filled in, so that it completes code in the middle of a file, in an editor."""
+    cfg = demo()
+    return replace(cfg, preset="demo-infill", data=replace(cfg.data, fim_rate=0.5))
 
 
 def _local_python() -> DataConfig:
@@ -125,7 +131,7 @@ def tinystories() -> Config:
 
 
 def autocomplete() -> Config:
-    """Code-AutoComplete-LLM: Python, C and Java from cloned repositories in a folder `repos/`."""
+    """Code-AutoComplete-LLM: Python, C and Java from cloned repositories in a folder `repos/`. Half of the pieces are filled in."""
     repos = SourceConfig(kind="files", path="repos", globs=("**/*.py", "**/*.c", "**/*.h", "**/*.java"))
     return Config(
         preset="autocomplete",
@@ -133,7 +139,7 @@ def autocomplete() -> Config:
                           tie_embeddings=False, head_bias=True),
         tokenizer=TokenizerConfig(normalizer="nfkc", pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"),
         data=DataConfig(sources=(repos,), min_lines=3, max_lines=4_000, max_non_ascii=0.1, drop_tests=True, drop_generated=True,
-                        max_header_lines=20),
+                        max_header_lines=20, fim_rate=0.5),
         train=TrainConfig(max_steps=49_072, batch_size=32, micro_batch_size=8, lr=3e-4, warmup_steps=500, save_every=1000),
     )
 
@@ -245,8 +251,8 @@ def alpaca() -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     f.__name__.replace("_", "-"): f
-    for f in (demo, modern_5m, modern_50m, modern_150m, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
-              smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4, docstrings, alpaca)
+    for f in (demo, demo_infill, modern_5m, modern_50m, modern_150m, code_50m, code_150m, code_225m, tinystories, autocomplete,
+              fineweb_nano, smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4, docstrings, alpaca)
 }
 FINE_TUNING = {"smallcoder-3": "smallcoder-4"} | dict.fromkeys(
     ("modern-50m", "modern-150m", "code-50m", "code-150m", "code-225m"), "alpaca")

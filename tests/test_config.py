@@ -20,6 +20,7 @@ from presets import FINE_TUNING, PRESETS, list_presets, preset
 
 EXACT = {
     "demo": 6_030_464,
+    "demo-infill": 6_030_464,
     "modern-5m": 4_867_392,
     "modern-50m": 50_340_352,
     "modern-150m": 141_576_960,
