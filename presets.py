@@ -131,7 +131,7 @@ def tinystories() -> Config:
 
 
 def autocomplete() -> Config:
-    """Code-AutoComplete-LLM: Python, C and Java from cloned repositories in a folder `repos/`. Half of the pieces are filled in."""
+    """Code-AutoComplete-LLM: Python, C and Java from cloned repositories in a folder `repos/`, half of it filled in."""
     repos = SourceConfig(kind="files", path="repos", globs=("**/*.py", "**/*.c", "**/*.h", "**/*.java"))
     return Config(
         preset="autocomplete",

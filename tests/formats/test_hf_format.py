@@ -22,6 +22,7 @@ from presets import PRESETS, preset
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM"}
 ARCHITECTURES = {
+    "demo-infill": "kindling",
     "demo": "kindling",
     "modern-5m": "kindling",
     "modern-50m": "kindling",
