@@ -6,13 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_clear_line, script, tiny_flags
+from conftest import assert_one_clear_line, script, started, tiny_flags
 from test_sft_train import mined
 
 import evaluate
@@ -34,7 +33,7 @@ def work(tmp_path_factory, corpus) -> Path:
     flags = [*tiny_flags(corpus), "--model.block-size", "512", "--train.max-steps", "4"]
     for command in (
         ("main.py", *flags, "--name", "base"),
-        ("sft_train.py", *mined(corpus)),
+        ("sft_train.py", *mined(corpus), "--train.held-out-answers", "0", "--train.sample-prompts"),
         ("evaluate.py", "runs/base", *LITTLE),
         ("evaluate.py", "runs/base-sft", *LITTLE),
     ):
@@ -223,22 +222,14 @@ def test_without_a_sandbox_it_says_so_and_the_results_carry_it(work, tmp_path):
 def test_ctrl_c_ends_it_with_a_line_and_leaves_no_process_and_the_old_results(work):
     shutil.copytree(work / "runs/base", work / "runs/stopped")
     before = {name: (work / "runs/stopped" / name).read_bytes() for name in FILES}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "evaluate.py"), "stopped", *LITTLE, "--eval.benchmarks", "problems:1000"],
-        cwd=work,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    seen = ""
-    while "writing samples" not in seen and process.poll() is None:
-        seen += process.stderr.read(1)
+    process = started("evaluate.py", "stopped", *LITTLE, "--eval.benchmarks", "problems:1000", cwd=work)
+    seen = b""
+    while b"writing samples" not in seen and (piece := process.stderr.read(100)):
+        seen += piece
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    _, rest = process.communicate(timeout=600)
-    assert process.returncode == 130, seen + rest
+    rest = process.communicate()[1].decode()
+    assert process.returncode == 130, seen.decode() + rest
     assert "Traceback" not in rest and "interrupted" in rest
     assert {name: (work / "runs/stopped" / name).read_bytes() for name in FILES} == before
     for _ in range(600):  # the tracker of multiprocessing goes when it sees that its parent has gone

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import select
 import signal
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_clear_line, script
+from conftest import ROOT, assert_one_clear_line, script, started
 from tiny_runs import bigram_model, make_run
 
 import generate
@@ -220,22 +221,15 @@ def test_a_prompt_that_the_tokenizer_cannot_hold_is_named_by_its_line(ask, tmp_p
 
 
 def test_text_reaches_a_pipe_as_it_is_sampled_and_ctrl_c_ends_it_on_a_new_line(runs):
-    command = [sys.executable, str(ROOT / "generate.py"), "runs/counts", "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--prompt", "x", "--max-new-tokens", "10000000"],
-        cwd=runs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-    )
+    flags = ("--device", "cpu", "--prompt", "x", "--max-new-tokens", "10000000")
+    process = started("generate.py", "runs/counts", *flags, cwd=runs)
     try:
         begun = b""
         while len(begun) < 3:  # the prompt and a part of a text that would take hours
             assert select.select([process.stdout], [], [], 300)[0]
             begun += process.stdout.read(100)
-        process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=600)
+        os.kill(process.pid, signal.SIGINT)
+        rest, err = process.communicate()
     finally:
         process.kill()
     assert (process.returncode, err) == (130, b"interrupted\n")

@@ -317,6 +317,7 @@ def at_toy_size(out, *flags: str) -> dict:
     return json.loads((out / "gpu.json").read_text(encoding="utf-8"))["sections"]
 
 
+@pytest.mark.slow
 def test_a_section_alone_runs_at_toy_size(tmp_path):
     found = at_toy_size(tmp_path, "--sections", "decoding")
     assert list(found) == ["decoding"] and set(found["decoding"]["batches"]) == {"1", "3"}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +106,7 @@ def test_evaluation_needs_nothing_but_the_run_and_equals_the_plain_formula(work,
 
 def test_generate_continues_a_prompt_from_the_newest_run(work):
     first, again = (
-        script("generate.py", "base", "--prompt", "def fib(n):", "--max-new-tokens", "20", cwd=work, fresh=fresh)
-        for fresh in (True, False)
+        script("generate.py", "base", "--prompt", "def fib(n):", "--max-new-tokens", "20", cwd=work) for _ in range(2)
     )
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def fib(n):") and first.stdout == again.stdout
@@ -145,57 +143,30 @@ def test_fresh_starts_over_and_keeps_the_old_run(work, corpus):
     assert (work / "runs/again.old-1/step_000012/model.safetensors").is_file()
 
 
-def long_run(corpus, max_steps: int) -> list[str]:
-    return [*tiny_flags(corpus), "--train.max-steps", str(max_steps)]
-
-
 def digest_of(out: str) -> str:
     return re.search(r"state sha256 (\w+)", out)[1]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(work, corpus) -> str:
-    """The digest of a longer run that nothing stopped."""
-    result = script("main.py", *long_run(corpus, 20), "--name", "undisturbed", cwd=work)
-    assert result.returncode == 0, result.stderr
-    return digest_of(result.stdout)
 
 
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, undisturbed, sent, code):
-    command = ["main.py", *long_run(corpus, 20), "--name", f"stopped-{code}"]
-    result = script(*command, cwd=work, before=signal_at_step(8, sent))
+def test_a_signal_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, sent, code):
+    command = ["main.py", *tiny_flags(corpus), "--name", f"stopped-{code}"]
+    result = script(*command, cwd=work, before=signal_at_step(5, sent))
     assert result.returncode == code, result.stderr
     step = int(re.search(r"stopped and saved at step (\d+)", result.stdout)[1])
-    assert 7 <= step <= 9 and (work / f"runs/stopped-{code}/step_{step:06d}").is_dir()
-    result = script(*command, cwd=work, fresh=True)
+    assert 4 <= step <= 6 and (work / f"runs/stopped-{code}/step_{step:06d}").is_dir()
+    result = script(*command, cwd=work)
     assert result.returncode == 0 and f"resuming at step {step}" in result.stdout, result.stderr
-    assert digest_of(result.stdout) == undisturbed
+    # those of the run `base`, which nothing stopped and which has other hashes of strings
+    assert digest_of(result.stdout) == digest_of((work / "stdout.txt").read_text(encoding="utf-8"))
 
 
 def test_a_second_signal_ends_it_at_once(work, corpus):
-    command = [
-        sys.executable,
-        str(ROOT / "main.py"),
-        *long_run(corpus, 10**6),
-        "--name",
-        "twice",
-        "--train.log-every",
-        "1",
-    ]
-    process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    metrics = work / "runs/twice/metrics.jsonl"
-    while not metrics.is_file() or not metrics.stat().st_size:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGSTOP)  # so that both are pending when it goes on
-    os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(timeout=600) in (130, 143)
-    assert not list((work / "runs/twice").glob("step_*"))
+    both = signal_at_step(3, signal.SIGINT, signal.SIGTERM)
+    result = script("main.py", *tiny_flags(corpus), "--name", "twice", cwd=work, before=both)
+    assert result.returncode in (130, 143), result.stderr
+    assert (work / "runs/twice/metrics.jsonl").is_file() and not list((work / "runs/twice").glob("step_*"))
 
 
 def test_a_dry_run_measures_and_writes_nothing(tmp_path, corpus):
@@ -452,16 +423,18 @@ def test_a_run_without_checkpoints_says_how_to_get_one(work):
     assert_one_clear_line(script("generate.py", "bare", cwd=work), "must have a checkpoint", "--name bare")
 
 
-@pytest.mark.parametrize("name", ["main.py", "generate.py", "evaluate.py", "data_pipeline.py"])
-def test_help_comes_without_loading_torch(name, tmp_path):
+def test_help_comes_without_loading_torch(tmp_path):
     code = (
-        f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{name!r}, '--help']\n"
-        f"try: runpy.run_path({str(ROOT / name)!r}, run_name='__main__')\nexcept SystemExit as e: assert not e.code\n"
-        f"assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
+        f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r})\n"
+        "for name in 'main.py', 'generate.py', 'evaluate.py', 'data_pipeline.py':\n"
+        "    sys.argv = [name, '--help']\n"
+        f"    try: runpy.run_path({str(ROOT)!r} + '/' + name, run_name='__main__')\n"
+        "    except SystemExit as e: assert not e.code\n"
+        "    assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), name\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "--help" in result.stdout
+    assert result.stdout.count("usage: ") == 4
 
 
 MISTAKES = (

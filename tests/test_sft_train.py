@@ -4,13 +4,11 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_clear_line, script, signal_at_step, tiny_flags
+from conftest import assert_one_clear_line, script, signal_at_step, tiny_flags
 from test_examples import TASKS
 
 from kindling.data import prompts
@@ -181,14 +179,8 @@ def test_evaluation_of_a_fine_tuned_run_is_that_of_its_responses(work, out):
 
 
 def test_a_chat_answers_over_a_pipe(work):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), "runs/base-sft", "--chat", "--max-new-tokens", "5"],
-        cwd=work,
-        input="Add two numbers.\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    flags = ("runs/base-sft", "--chat", "--max-new-tokens", "5")
+    result = script("generate.py", *flags, cwd=work, given="Add two numbers.\n")
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
 
 

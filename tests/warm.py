@@ -66,43 +66,85 @@ class _Server:
 _server: _Server | None = None
 
 
+class Process:
+    """A script in a fork of the warm process, with pipes, as a subprocess.Popen has them; `before` and `ranks` as in `run`.
+
+    Until it has ended, no other can start.
+    """
+
+    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str], before: str = "", ranks: int = 1):
+        global _server
+        if _server is None:
+            _server = _Server()
+        request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env, "before": before, "ranks": ranks}).encode()
+        assert len(request) < REQUEST_BYTES
+        (its_in, stdin), (stdout, its_out), (stderr, its_err) = os.pipe(), os.pipe(), os.pipe()
+        socket.send_fds(_server.socket, [request], [its_in, its_out, its_err])
+        for end in (its_in, its_out, its_err):
+            os.close(end)
+        self.argv, self.ranks, self.returncode = argv, ranks, None
+        self.stdin, self.stdout, self.stderr = open(stdin, "wb", 0), open(stdout, "rb", 0), open(stderr, "rb", 0)
+        self.pid = int(_server.socket.recv(64))
+
+    def wait(self) -> int:
+        """Return its exit code, when it has ended."""
+        if self.returncode is None:
+            assert _server is not None
+            self.returncode = int(_server.socket.recv(64))
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it and, of several ranks, all of them."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL) if self.ranks > 1 else os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def communicate(self, given: bytes = b"", timeout_s: float = 600) -> tuple[bytes, bytes]:
+        """Write `given` to it, and return what else it prints until it ends; raises subprocess.TimeoutExpired, and ends it."""
+        assert len(given) < 2**16  # what a pipe holds
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.write(given)
+        self.stdin.close()
+        deadline = time.monotonic() + timeout_s
+        read = {self.stdout: bytearray(), self.stderr: bytearray()}
+        with selectors.DefaultSelector() as selector:
+            for stream in read:
+                selector.register(stream, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
+                    if raw := key.fileobj.read(2**16):
+                        read[key.fileobj] += raw
+                    else:
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+                if time.monotonic() > deadline:
+                    self.kill()
+                    raise subprocess.TimeoutExpired(
+                        self.argv, timeout_s, bytes(read[self.stdout]), bytes(read[self.stderr])
+                    )
+        self.wait()
+        return bytes(read[self.stdout]), bytes(read[self.stderr])
+
+
 def run(
-    argv: list[str], cwd: Path, env: dict[str, str], timeout_s: float, before: str = "", ranks: int = 1
+    argv: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    timeout_s: float,
+    before: str = "",
+    ranks: int = 1,
+    given: bytes = b"",
 ) -> subprocess.CompletedProcess:
-    """Run a script, given by its path, in a fork of the warm process, and before it the code `before`.
+    """Run a script, given by its path, in a fork of the warm process, and before it the code `before`; `given` is its input.
 
     If there are several `ranks`, the exit code is that of the first one that failed. Raises subprocess.TimeoutExpired.
     """
-    global _server
-    if _server is None:
-        _server = _Server()
-    (out, out_end), (err, err_end) = os.pipe(), os.pipe()
-    with open(os.devnull, "rb") as nothing:
-        request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env, "before": before, "ranks": ranks}).encode()
-        assert len(request) < REQUEST_BYTES
-        socket.send_fds(_server.socket, [request], [nothing.fileno(), out_end, err_end])
-    for end in (out_end, err_end):
-        os.close(end)
-    pid, deadline = int(_server.socket.recv(64)), time.monotonic() + timeout_s
-    read = {out: bytearray(), err: bytearray()}
-    with selectors.DefaultSelector() as selector:
-        for stream in read:
-            selector.register(stream, selectors.EVENT_READ)
-        while selector.get_map():
-            for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
-                if raw := os.read(key.fd, 2**16):
-                    read[key.fd] += raw
-                else:
-                    selector.unregister(key.fd)
-                    os.close(key.fd)
-            if time.monotonic() > deadline:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL) if ranks > 1 else os.kill(pid, signal.SIGKILL)
-                _server.socket.recv(64)
-                raise subprocess.TimeoutExpired(argv, timeout_s, bytes(read[out]), bytes(read[err]))
-    code = int(_server.socket.recv(64))
-    said, complained = (bytes(raw).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n") for raw in read.values())
-    return subprocess.CompletedProcess(argv, code, said, complained)
+    process = Process(argv, cwd, env, before, ranks)
+    said, complained = (
+        raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n") for raw in process.communicate(given, timeout_s)
+    )
+    return subprocess.CompletedProcess(argv, process.returncode, said, complained)
 
 
 def _become(request: dict, streams: list[int]) -> None:
@@ -185,6 +227,10 @@ def _serve(asked: socket.socket) -> None:
     sys.path.insert(0, str(ROOT))
     for name in LIBRARIES + [f"kindling.{module}" for module in MODULES]:
         importlib.import_module(name)
+    from data_pipeline import Flags  # with a config, as those of most scripts
+    from kindling.cli import parse_cli
+
+    parse_cli(Flags, "", [])  # the first time takes a third of a second longer: texts of settings, modules of tyro
     del sys.path[0]
     gc.freeze()  # garbage collection in a fork then does not copy shared memory
     while True:

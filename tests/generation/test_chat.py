@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_clear_line, script
+from conftest import ROOT, assert_one_clear_line, script, started
 from tiny_runs import bigram_model, make_run
 
 import generate
@@ -67,32 +67,15 @@ def test_a_cut_answer_and_a_refused_question_are_a_line_on_stderr_and_the_chat_g
 
 
 def test_an_answer_reaches_a_pipe_as_it_is_written_and_ctrl_c_ends_it(runs):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "generate.py"),
-            "runs/on",
-            "--chat",
-            "--device",
-            "cpu",
-            "--max-new-tokens",
-            "100000",
-        ],
-        cwd=runs,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        env={**os.environ, "PYTHONUNBUFFERED": ""},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-    )
+    flags = ("--chat", "--device", "cpu", "--max-new-tokens", "100000")
+    process = started("generate.py", "runs/on", *flags, cwd=runs)
     try:
         process.stdin.write(b"One\nTwo\n")
         assert select.select([process.stdout], [], [], 300)[0]
         begun = process.stdout.read(100)
         assert b"Yes".startswith(begun[:3]) and b"\n" not in begun  # the whole answer would take minutes
-        process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=600)
+        os.kill(process.pid, signal.SIGINT)
+        rest, err = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 130 and b"\n" not in rest and err == b"interrupted\n"
