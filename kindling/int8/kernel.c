@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define SHARED (1 << 18) /* loops with fewer multiplications end before another thread has started */
 #define APART __attribute__((noinline)) /* so that all sums of a loop have a register */
@@ -102,50 +105,109 @@ static float round_vector(const float *restrict x, int64_t k, float limit, int16
     return largest / limit;
 }
 
-/* four rows of weights times a vector: four sums that do not wait for each other */
+/* four rows of int8 times a vector, or two: the rows are widened once for both; more at a time have no registers left */
+#ifdef __AVX2__ /* as compilers write the loops below, but they load a vector anew for each row and add up sum after sum */
+typedef __m256i Ints;
+static inline Ints load(const int16_t *r) { return _mm256_loadu_si256((const Ints *)r); }
+static inline Ints widened(const int8_t *w) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)); }
+static inline Ints plus_products(Ints sums, Ints a, Ints b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    sums = _mm256_dpwssd_epi32(sums, a, b);
+#else
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+    __asm__ volatile("" : "+x"(sums)); /* in the order that is written, for which there are registers */
+    return sums;
+}
+/* the sum of each of four, and of what is left of the rows from j on */
+static inline void add_up(Ints a, Ints b, Ints c, Ints d, const int8_t *const w[4], const int16_t *r, int64_t j, int64_t k,
+                          int32_t out[4]) {
+    const Ints ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    const Ints cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    const Ints all = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128((__m128i *)out, _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    for (; j < k; j++)
+        for (int i = 0; i < 4; i++) out[i] += w[i][j] * r[j];
+}
+static APART void four(const int8_t *const w[4], const int16_t *r, int64_t k, int32_t out[4]) {
+    const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
+    Ints sa = {0}, sb = {0}, sc = {0}, sd = {0};
+    int64_t j = 0;
+    for (; j + 16 <= k; j += 16) {
+        const Ints x = load(r + j);
+        sa = plus_products(sa, widened(a + j), x);
+        sb = plus_products(sb, widened(b + j), x);
+        sc = plus_products(sc, widened(c + j), x);
+        sd = plus_products(sd, widened(d + j), x);
+    }
+    add_up(sa, sb, sc, sd, w, r, j, k, out);
+}
+static APART void four_by_two(const int8_t *const w[4], const int16_t *r, const int16_t *s, int64_t k, int32_t out_r[4],
+                              int32_t out_s[4]) {
+    const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
+    Ints ra = {0}, rb = {0}, rc = {0}, rd = {0}, sa = {0}, sb = {0}, sc = {0}, sd = {0};
+    int64_t j = 0;
+    for (; j + 16 <= k; j += 16) {
+        Ints x = load(r + j), y = load(s + j);
+        __asm__("" : "+x"(x), "+x"(y)); /* loaded once, not for each row */
+        Ints row = widened(a + j);
+        ra = plus_products(ra, row, x), sa = plus_products(sa, row, y), row = widened(b + j);
+        rb = plus_products(rb, row, x), sb = plus_products(sb, row, y), row = widened(c + j);
+        rc = plus_products(rc, row, x), sc = plus_products(sc, row, y), row = widened(d + j);
+        rd = plus_products(rd, row, x), sd = plus_products(sd, row, y);
+    }
+    add_up(ra, rb, rc, rd, w, r, j, k, out_r);
+    add_up(sa, sb, sc, sd, w, s, j, k, out_s);
+}
+#else
 static APART void four(const int8_t *const w[4], const int16_t *restrict r, int64_t k, int32_t out[4]) {
     const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
     int32_t sa = 0, sb = 0, sc = 0, sd = 0;
-    for (int64_t j = 0; j < k; j++) {
-        sa += a[j] * r[j];
-        sb += b[j] * r[j];
-        sc += c[j] * r[j];
-        sd += d[j] * r[j];
-    }
+    for (int64_t j = 0; j < k; j++) sa += a[j] * r[j], sb += b[j] * r[j], sc += c[j] * r[j], sd += d[j] * r[j];
     out[0] = sa, out[1] = sb, out[2] = sc, out[3] = sd;
 }
-
-/* the same of two vectors, for which the weights are widened once; more at a time is not faster */
 static APART void four_by_two(const int8_t *const w[4], const int16_t *restrict r, const int16_t *restrict s, int64_t k,
                               int32_t out_r[4], int32_t out_s[4]) {
     const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
     int32_t ra = 0, rb = 0, rc = 0, rd = 0, sa = 0, sb = 0, sc = 0, sd = 0;
     for (int64_t j = 0; j < k; j++) {
-        ra += a[j] * r[j];
-        rb += b[j] * r[j];
-        rc += c[j] * r[j];
-        rd += d[j] * r[j];
-        sa += a[j] * s[j];
-        sb += b[j] * s[j];
-        sc += c[j] * s[j];
-        sd += d[j] * s[j];
+        ra += a[j] * r[j], rb += b[j] * r[j], rc += c[j] * r[j], rd += d[j] * r[j];
+        sa += a[j] * s[j], sb += b[j] * s[j], sc += c[j] * s[j], sd += d[j] * s[j];
     }
     out_r[0] = ra, out_r[1] = rb, out_r[2] = rc, out_r[3] = rd;
     out_s[0] = sa, out_s[1] = sb, out_s[2] = sc, out_s[3] = sd;
+}
+#endif
+
+/* the largest integers for a vector of k, whose products with int8 have room for their sum */
+static inline float limit_of(int64_t k) {
+    const int64_t room = INT32_MAX / (127 * k);
+    return room < INT16_MAX ? room : INT16_MAX;
+}
+
+/* four rows from i on, of `last` + 1, each k apart; the last one again in place of those that are missing */
+static inline void four_rows(const int8_t *first, int64_t apart, int64_t i, int64_t last, const int8_t *w[4]) {
+    for (int s = 0; s < 4; s++) w[s] = first + (i + s < last ? i + s : last) * apart;
+}
+
+/* y (4, or as many as are left) = the sums of rows i to i + 3, as they were before x was rounded, plus bias */
+static inline void scale_four(const Matrix *m, int64_t i, const int32_t sums[4], float back, float *y) {
+    if (i + 4 <= m->n)
+        for (int s = 0; s < 4; s++) y[s] = sums[s] * back * m->scale[i + s] + (m->bias ? m->bias[i + s] : 0);
+    else
+        for (int s = 0; i + s < m->n; s++) y[s] = sums[s] * back * m->scale[i + s] + (m->bias ? m->bias[i + s] : 0);
 }
 
 /* y (n, m.n) = m x + bias, of each x (n, m.k) */
 static void product(const Model *model, const Matrix *m, const float *x, int64_t n, float *y) {
     const int64_t k = m->k, last = m->n - 1;
-    const int64_t room = INT32_MAX / (127 * k);
-    const float limit = room < INT16_MAX ? room : INT16_MAX;
+    const float limit = limit_of(k);
     #pragma omp parallel for schedule(static) if (8 * n * k > SHARED)
     for (int64_t t = 0; t < n; t++) model->back[t] = round_vector(x + t * k, k, limit, model->rounded + t * k);
     #pragma omp parallel for schedule(static) if (m->n * k * n > SHARED)
     for (int64_t i = 0; i < m->n; i += 4) {
-        int64_t rows[4];
         const int8_t *w[4];
-        for (int s = 0; s < 4; s++) rows[s] = i + s < last ? i + s : last, w[s] = m->q + rows[s] * k;
+        four_rows(m->q, k, i, last, w);
         for (int64_t j = 0; j < 4 * k; j += 64) __builtin_prefetch(w[0] + 8 * k + j); /* two rounds ahead; harmless at the end */
         for (int64_t t = 0; t < n; t += 2) {
             const int16_t *r = model->rounded + t * k;
@@ -153,10 +215,7 @@ static void product(const Model *model, const Matrix *m, const float *x, int64_t
             const int64_t both = t + 1 < n ? 2 : 1;
             if (both == 2) four_by_two(w, r, r + k, k, sums[0], sums[1]);
             else four(w, r, k, sums[0]);
-            for (int64_t u = 0; u < both; u++)
-                for (int s = 0; s < 4; s++)
-                    y[(t + u) * m->n + rows[s]] =
-                        sums[u][s] * model->back[t + u] * m->scale[rows[s]] + (m->bias ? m->bias[rows[s]] : 0);
+            for (int64_t u = 0; u < both; u++) scale_four(m, i, sums[u], model->back[t + u], y + (t + u) * m->n + i);
         }
     }
 }
