@@ -33,7 +33,7 @@ SHAPES = {
     if not make().data.instructions
 } | {
     "grouped": ModelConfig(
-        n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=150, vocab_size=320, position="rope"
+        n_layer=2, n_head=4, n_kv_head=2, n_embd=96, block_size=150, vocab_size=320, position="rope"
     ),
     "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, bigram_rows=101),
 }
@@ -107,17 +107,31 @@ def compiled(exports):
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
-    """The kernel rounds activations."""
-    assert np.abs(actual - expected).max() < 2e-3 * np.abs(expected).max()
+    """The kernel rounds activations, so that now and then a key or value is rounded to the next number."""
+    assert np.sqrt(np.mean((actual - expected) ** 2)) < 1e-3 * np.abs(expected).max()
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 320, n).tolist()
 
 
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """Vectors as int8 with a scale each holds them."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.rint(x / scale) * scale
+
+
+class AsInC(Model):
+    """The model in NumPy, with keys and values as the kernel's cache holds them."""
+
+    def _heads(self, qkv, start):
+        q, k, v = super()._heads(qkv, start)
+        return q, to_bytes(k), to_bytes(v)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kernel_in_c_computes_what_numpy_does(exports, compiled, name):
-    by_numpy, by_c = Model(exports[name][0]), compiled[name]
+    by_numpy, by_c = AsInC(exports[name][0]), compiled[name]
     ids = random_ids(by_c.block_size)
     assert_close(by_c.logits(ids), by_numpy.logits(ids))
     caches = by_numpy.new_cache(3), by_c.new_cache(3)

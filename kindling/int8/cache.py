@@ -8,14 +8,14 @@ import numpy as np
 class Cache:
     """Keys and values (n_rows, n_layer, n_kv, block_size, D), and the tokens that they belong to.
 
-    They are float32, or for the kernel in C int16 with a scale for each vector, which is half of the memory and of the time to
-    read it. Rows are independent texts: `tokens` holds each row's tokens so far, and their number is the position of its next
+    They are float32, or for the kernel in C int8 with a scale for each vector, which is a quarter of the memory and of the time
+    to read it. Rows are independent texts: `tokens` holds each row's tokens so far, and their number is the position of its next
     one. Memory is taken from the system when a position is first used, and kept.
     """
 
     def __init__(self, shape: tuple[int, ...], rounded: bool):
         """Make empty rows; the first number of `shape` is how many."""
-        self.keys, self.values = (np.zeros(shape, np.int16 if rounded else np.float32) for _ in range(2))
+        self.keys, self.values = (np.zeros(shape, np.int8 if rounded else np.float32) for _ in range(2))
         scales = shape[:-1] if rounded else (0,) * 4  # (n_rows, n_layer, n_kv, block_size)
         self.key_scale, self.value_scale = (np.zeros(scales, np.float32) for _ in range(2))
         self.tokens: list[list[int]] = [[] for _ in range(shape[0])]

@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define SHARED (1 << 18) /* loops with fewer multiplications end before another thread has started */
 #define APART __attribute__((noinline)) /* so that all sums of a loop have a register */
@@ -33,7 +36,7 @@ typedef struct {
     int16_t *rounded;
 } Model;
 /* (rows, n_layer, n_kv, block_size, head_dim), and a scale for each vector */
-typedef struct { int16_t *keys, *values; float *key_scale, *value_scale; } Cache;
+typedef struct { int8_t *keys, *values; float *key_scale, *value_scale; } Cache;
 /* a token, its row of the bigram hash embedding, its row of the cache, its position, and whether its logits are wanted */
 typedef struct { int64_t id, pair, row, position, wanted; } Token;
 
@@ -102,61 +105,155 @@ static float round_vector(const float *restrict x, int64_t k, float limit, int16
     return largest / limit;
 }
 
-/* four rows of weights times a vector: four sums that do not wait for each other */
+/* four rows of int8 times a vector, or two, for which the rows are widened once; for more there are not enough registers */
+#ifdef __AVX2__ /* what compilers make of the loops below loads a vector anew for each row, adds up each sum alone, and waits more */
+typedef __m256i Ints;
+static inline Ints load(const int16_t *r) { return _mm256_loadu_si256((const Ints *)r); }
+static inline Ints widened(const int8_t *w) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)); }
+static inline Ints plus_products(Ints sums, Ints a, Ints b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    sums = _mm256_dpwssd_epi32(sums, a, b);
+#else
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+    __asm__ volatile("" : "+x"(sums)); /* in the order that is written, for which there are registers */
+    return sums;
+}
+/* the sum of each of four, and of what is left of the rows from j on */
+static inline void add_up(Ints a, Ints b, Ints c, Ints d, const int8_t *const w[4], const int16_t *r, int64_t j, int64_t k,
+                          int32_t out[4]) {
+    const Ints ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    const Ints cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    const Ints all = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128((__m128i *)out, _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    for (; j < k; j++)
+        for (int i = 0; i < 4; i++) out[i] += w[i][j] * r[j];
+}
+static APART void four(const int8_t *const w[4], const int16_t *r, int64_t k, int32_t out[4]) {
+    const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3], *next = a + 4 * k; /* the rows after these; harmless at the end */
+    Ints sa = {0}, sb = {0}, sc = {0}, sd = {0};
+    int64_t j = 0;
+    for (; j + 32 <= k; j += 32) {
+        __builtin_prefetch(next + 4 * j), __builtin_prefetch(next + 4 * j + 64);
+        const Ints x = load(r + j), y = load(r + j + 16);
+        sa = plus_products(plus_products(sa, widened(a + j), x), widened(a + j + 16), y);
+        sb = plus_products(plus_products(sb, widened(b + j), x), widened(b + j + 16), y);
+        sc = plus_products(plus_products(sc, widened(c + j), x), widened(c + j + 16), y);
+        sd = plus_products(plus_products(sd, widened(d + j), x), widened(d + j + 16), y);
+    }
+    add_up(sa, sb, sc, sd, w, r, j, k, out);
+}
+static APART void four_by_two(const int8_t *const w[4], const int16_t *r, const int16_t *s, int64_t k, int32_t out_r[4],
+                              int32_t out_s[4]) {
+    const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3], *next = a + 4 * k;
+    Ints ra = {0}, rb = {0}, rc = {0}, rd = {0}, sa = {0}, sb = {0}, sc = {0}, sd = {0};
+    int64_t j = 0;
+    for (; j + 16 <= k; j += 16) {
+        Ints x = load(r + j), y = load(s + j);
+        __builtin_prefetch(next + 4 * j);
+        __asm__("" : "+x"(x), "+x"(y)); /* loaded once, not for each row */
+        Ints row = widened(a + j);
+        ra = plus_products(ra, row, x), sa = plus_products(sa, row, y), row = widened(b + j);
+        rb = plus_products(rb, row, x), sb = plus_products(sb, row, y), row = widened(c + j);
+        rc = plus_products(rc, row, x), sc = plus_products(sc, row, y), row = widened(d + j);
+        rd = plus_products(rd, row, x), sd = plus_products(sd, row, y);
+    }
+    add_up(ra, rb, rc, rd, w, r, j, k, out_r);
+    add_up(sa, sb, sc, sd, w, s, j, k, out_s);
+}
+/* out (D) = the sum of n rows of int8, each times its number in r, in which there is room for one more */
+static void mix(const int8_t *rows, int16_t *r, int64_t n, int64_t D, int32_t *out) {
+    int64_t j = 0;
+    r[n] = 0;
+    for (; j + 16 <= D; j += 16) {
+        Ints low = {0}, high = {0};
+        for (int64_t t = 0; t < n; t += 2) { /* numbers of two rows side by side, as they are added in pairs */
+            const int8_t *row = rows + t * D + j;
+            const __m128i a = _mm_loadu_si128((const __m128i *)row);
+            const __m128i b = t + 1 < n ? _mm_loadu_si128((const __m128i *)(row + D)) : a;
+            const Ints both = _mm256_set1_epi32((uint16_t)r[t] | (uint32_t)(uint16_t)r[t + 1] << 16);
+            low = plus_products(low, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)), both);
+            high = plus_products(high, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)), both);
+        }
+        _mm256_storeu_si256((Ints *)(out + j), low);
+        _mm256_storeu_si256((Ints *)(out + j + 8), high);
+    }
+    for (; j < D; j++) {
+        out[j] = 0;
+        for (int64_t t = 0; t < n; t++) out[j] += r[t] * rows[t * D + j];
+    }
+}
+#else
 static APART void four(const int8_t *const w[4], const int16_t *restrict r, int64_t k, int32_t out[4]) {
     const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
     int32_t sa = 0, sb = 0, sc = 0, sd = 0;
-    for (int64_t j = 0; j < k; j++) {
-        sa += a[j] * r[j];
-        sb += b[j] * r[j];
-        sc += c[j] * r[j];
-        sd += d[j] * r[j];
-    }
+    for (int64_t j = 0; j < k; j++) sa += a[j] * r[j], sb += b[j] * r[j], sc += c[j] * r[j], sd += d[j] * r[j];
     out[0] = sa, out[1] = sb, out[2] = sc, out[3] = sd;
 }
-
-/* the same of two vectors, for which the weights are widened once; more at a time is not faster */
 static APART void four_by_two(const int8_t *const w[4], const int16_t *restrict r, const int16_t *restrict s, int64_t k,
                               int32_t out_r[4], int32_t out_s[4]) {
     const int8_t *a = w[0], *b = w[1], *c = w[2], *d = w[3];
     int32_t ra = 0, rb = 0, rc = 0, rd = 0, sa = 0, sb = 0, sc = 0, sd = 0;
     for (int64_t j = 0; j < k; j++) {
-        ra += a[j] * r[j];
-        rb += b[j] * r[j];
-        rc += c[j] * r[j];
-        rd += d[j] * r[j];
-        sa += a[j] * s[j];
-        sb += b[j] * s[j];
-        sc += c[j] * s[j];
-        sd += d[j] * s[j];
+        ra += a[j] * r[j], rb += b[j] * r[j], rc += c[j] * r[j], rd += d[j] * r[j];
+        sa += a[j] * s[j], sb += b[j] * s[j], sc += c[j] * s[j], sd += d[j] * s[j];
     }
     out_r[0] = ra, out_r[1] = rb, out_r[2] = rc, out_r[3] = rd;
     out_s[0] = sa, out_s[1] = sb, out_s[2] = sc, out_s[3] = sd;
+}
+static void mix(const int8_t *rows, int16_t *r, int64_t n, int64_t D, int32_t *restrict out) {
+    memset(out, 0, D * sizeof *out);
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t j = 0; j < D; j++) out[j] += r[t] * rows[t * D + j];
+}
+#endif
+
+/* the largest integers for a vector of k, whose products with int8 have room for their sum */
+static inline float limit_of(int64_t k) {
+    const int64_t room = INT32_MAX / (127 * k);
+    return room < INT16_MAX ? room : INT16_MAX;
+}
+
+/* four rows from i on, of `last` + 1, each k apart; the last one again in place of those that are missing */
+static inline void four_rows(const int8_t *first, int64_t apart, int64_t i, int64_t last, const int8_t *w[4]) {
+    for (int s = 0; s < 4; s++) w[s] = first + (i + s < last ? i + s : last) * apart;
+}
+
+/* y (4, or as many as are left) = the sums of rows i to i + 3, as they were before x was rounded, plus bias */
+static inline void scale_four(const Matrix *m, int64_t i, const int32_t sums[4], float back, float *y) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four values = {sums[0], sums[1], sums[2], sums[3]}, scale, bias;
+    values *= back;
+    if (i + 4 > m->n) {
+        for (int s = 0; i + s < m->n; s++) y[s] = values[s] * m->scale[i + s] + (m->bias ? m->bias[i + s] : 0);
+        return;
+    }
+    memcpy(&scale, m->scale + i, sizeof scale);
+    values *= scale;
+    if (m->bias) memcpy(&bias, m->bias + i, sizeof bias), values += bias;
+    memcpy(y, &values, sizeof values);
 }
 
 /* y (n, m.n) = m x + bias, of each x (n, m.k) */
 static void product(const Model *model, const Matrix *m, const float *x, int64_t n, float *y) {
     const int64_t k = m->k, last = m->n - 1;
-    const int64_t room = INT32_MAX / (127 * k);
-    const float limit = room < INT16_MAX ? room : INT16_MAX;
+    const float limit = limit_of(k);
     #pragma omp parallel for schedule(static) if (8 * n * k > SHARED)
     for (int64_t t = 0; t < n; t++) model->back[t] = round_vector(x + t * k, k, limit, model->rounded + t * k);
     #pragma omp parallel for schedule(static) if (m->n * k * n > SHARED)
     for (int64_t i = 0; i < m->n; i += 4) {
-        int64_t rows[4];
         const int8_t *w[4];
-        for (int s = 0; s < 4; s++) rows[s] = i + s < last ? i + s : last, w[s] = m->q + rows[s] * k;
+        four_rows(m->q, k, i, last, w);
+#ifndef __AVX2__
         for (int64_t j = 0; j < 4 * k; j += 64) __builtin_prefetch(w[0] + 8 * k + j); /* two rounds ahead; harmless at the end */
+#endif
         for (int64_t t = 0; t < n; t += 2) {
             const int16_t *r = model->rounded + t * k;
             int32_t sums[2][4];
             const int64_t both = t + 1 < n ? 2 : 1;
             if (both == 2) four_by_two(w, r, r + k, k, sums[0], sums[1]);
             else four(w, r, k, sums[0]);
-            for (int64_t u = 0; u < both; u++)
-                for (int s = 0; s < 4; s++)
-                    y[(t + u) * m->n + rows[s]] =
-                        sums[u][s] * model->back[t + u] * m->scale[rows[s]] + (m->bias ? m->bias[rows[s]] : 0);
+            for (int64_t u = 0; u < both; u++) scale_four(m, i, sums[u], model->back[t + u], y + (t + u) * m->n + i);
         }
     }
 }
@@ -192,64 +289,62 @@ static void place(const Model *model, float *x, int64_t position) {
     }
 }
 
-/* the first vector in the cache of a token's row, in a layer and head */
-static inline int64_t first_of(const Model *model, const Token *token, int64_t layer, int64_t head) {
-    return ((token->row * model->n_layer + layer) * model->n_kv + head) * model->block_size;
+/* the vectors in the cache of a token's row, in a layer and head */
+static inline Cache part_of(const Model *model, const Cache *cache, const Token *token, int64_t layer, int64_t head) {
+    const int64_t at = ((token->row * model->n_layer + layer) * model->n_kv + head) * model->block_size, D = model->head_dim;
+    return (Cache){cache->keys + at * D, cache->values + at * D, cache->key_scale + at, cache->value_scale + at};
 }
 
-/* the largest integers of queries and keys whose products have room for their sum */
-static inline float key_limit(const Model *model) {
-    const float limit = floorf(sqrtf((float)(INT32_MAX / model->head_dim))) - 1;
-    return limit < INT16_MAX ? limit : INT16_MAX;
+static float round_to_bytes(const float *x, int64_t D, int16_t *restrict r, int8_t *restrict bytes) {
+    const float back = round_vector(x, D, INT8_MAX, r);
+    for (int64_t j = 0; j < D; j++) bytes[j] = (int8_t)r[j];
+    return back;
 }
 
 /* store keys and values of all tokens */
 static void extend(const Model *model, const Cache *cache, int64_t layer, int64_t n, const Token *tokens) {
     const int64_t D = model->head_dim, n_head = model->n_head, n_kv = model->n_kv;
-    const float limit = key_limit(model);
     #pragma omp parallel for schedule(static) if (16 * n * n_kv * D > SHARED)
     for (int64_t t = 0; t < n; t++) {
+        const int64_t position = tokens[t].position;
         float *k = model->qkv + (t * (n_head + 2 * n_kv) + n_head) * D, *v = k + n_kv * D;
         for (int64_t i = 0; i < n_kv; i++) {
-            const int64_t at = first_of(model, tokens + t, layer, i) + tokens[t].position;
-            place(model, k + i * D, tokens[t].position);
-            cache->key_scale[at] = round_vector(k + i * D, D, limit, cache->keys + at * D);
-            cache->value_scale[at] = round_vector(v + i * D, D, INT16_MAX, cache->values + at * D);
+            const Cache part = part_of(model, cache, tokens + t, layer, i);
+            place(model, k + i * D, position);
+            part.key_scale[position] = round_to_bytes(k + i * D, D, model->rounded + t * D, part.keys + position * D);
+            part.value_scale[position] = round_to_bytes(v + i * D, D, model->rounded + t * D, part.values + position * D);
         }
     }
 }
 
-/* the attention output of one head over the S vectors of the cache from `first`, KEYS at a time: when a larger score comes,
- * what was summed is scaled down */
-static void attend_head(const int16_t *q, float scale, const Cache *cache, int64_t first, int64_t S, int64_t D,
-                        float *restrict out) {
+/* the attention output of one head over S vectors of the cache, KEYS at a time: when a larger score comes, what was summed is
+ * scaled down */
+static void attend_head(const int16_t *q, float scale, const Cache *part, int64_t S, int64_t D, float *restrict out) {
     float largest = -1e30f, total = 0, scores[KEYS];
+    int16_t rounded[KEYS + 1]; /* scores */
+    int32_t products[KEYS], sums[D];
+    const int8_t *w[4];
     memset(out, 0, D * sizeof(float));
-    for (int64_t from = first; from < first + S; from += KEYS) {
-        const int64_t n = first + S - from < KEYS ? first + S - from : KEYS;
-        const int16_t *keys = cache->keys + from * D, *values = cache->values + from * D;
+    for (int64_t from = 0; from < S; from += KEYS) {
+        const int64_t n = S - from < KEYS ? S - from : KEYS;
+        for (int64_t t = 0; t < n; t++) __builtin_prefetch(part->values + (from + t) * D);
+        for (int64_t t = 0; t < n; t += 4) {
+            four_rows(part->keys, D, from + t, S - 1, w);
+            four(w, q, D, products + t);
+        }
         float top = largest;
         for (int64_t t = 0; t < n; t++) {
-            int32_t products = 0;
-            for (int64_t j = 0; j < D; j++) products += q[j] * keys[t * D + j];
-            scores[t] = products * scale * cache->key_scale[from + t];
+            scores[t] = products[t] * scale * part->key_scale[from + t];
             top = scores[t] > top ? scores[t] : top;
         }
         const float shrink = exponential(largest - top);
         for (int64_t t = 0; t < n; t++) scores[t] = exponential(scores[t] - top);
         total = total * shrink + sum(scores, n);
         largest = top;
-        for (int64_t t = 0; t < n; t++) scores[t] *= cache->value_scale[from + t];
-        for (int64_t j = 0; j < D; j++) out[j] *= shrink;
-        int64_t t = 0;
-        for (; t + 4 <= n; t += 4) {
-            const int16_t *v = values + t * D;
-            const float *s = scores + t;
-            for (int64_t j = 0; j < D; j++)
-                out[j] += (s[0] * v[j] + s[1] * v[D + j]) + (s[2] * v[2 * D + j] + s[3] * v[3 * D + j]);
-        }
-        for (; t < n; t++)
-            for (int64_t j = 0; j < D; j++) out[j] += scores[t] * values[t * D + j];
+        for (int64_t t = 0; t < n; t++) scores[t] *= part->value_scale[from + t];
+        const float back = round_vector(scores, n, INT16_MAX, rounded);
+        mix(part->values + from * D, rounded, n, D, sums);
+        for (int64_t j = 0; j < D; j++) out[j] = out[j] * shrink + sums[j] * back;
     }
     for (int64_t j = 0; j < D; j++) out[j] /= total;
 }
@@ -265,8 +360,9 @@ static void attend(const Model *model, const Cache *cache, int64_t layer, int64_
         float *q = model->qkv + t * width + head * D;
         int16_t *r = model->rounded + i * D;
         place(model, q, tokens[t].position);
-        const float scale = round_vector(q, D, key_limit(model), r) / sqrtf((float)D);
-        attend_head(r, scale, cache, first_of(model, tokens + t, layer, head / (n_head / n_kv)), S, D, y + i * D);
+        const float scale = round_vector(q, D, limit_of(D), r) / sqrtf((float)D);
+        const Cache part = part_of(model, cache, tokens + t, layer, head / (n_head / n_kv));
+        attend_head(r, scale, &part, S, D, y + i * D);
     }
 }
 

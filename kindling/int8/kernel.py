@@ -140,7 +140,7 @@ def build(model: Any) -> Forward:
 
     def forward(cache: Cache, tokens: np.ndarray) -> np.ndarray:
         # the struct holds addresses only; this function keeps the arrays alive
-        assert len(rooms) == len(_ROOMS) and cache.keys.shape[1:] == each and cache.keys.dtype == np.int16
+        assert len(rooms) == len(_ROOMS) and cache.keys.shape[1:] == each and cache.keys.dtype == np.int8
         limits = (len(model.wte.q), n_pairs, len(cache.keys), m["block_size"], 2)
         assert tokens.dtype == np.int64 and tokens.min() >= 0 and (tokens.max(0) < limits).all()
         logits = np.empty((int(tokens[:, -1].sum()), len(model.head.q)), np.float32)

@@ -297,14 +297,7 @@ class Model:
         """
         T, D, n_head, n_kv = len(qkv), self.head_dim, self.n_head, self.kv_heads
         stop = start + T
-        qkv = qkv.reshape(T, n_head + 2 * n_kv, D).transpose(1, 0, 2)  # (H, T, D)
-        q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
-        if self.m["qk_norm"]:
-            q, k = unit_rms(q), unit_rms(k)
-        if self.cos is not None and self.sin is not None:
-            cos, sin = self.cos[start:stop], self.sin[start:stop]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        keys[:, start:stop], values[:, start:stop] = k, qkv[n_head + n_kv :]
+        q, keys[:, start:stop], values[:, start:stop] = self._heads(qkv, start)
         keys, values = keys[:, :stop], values[:, :stop]  # (n_kv, S, D)
         q = (q * np.float32(1 / math.sqrt(D))).reshape(n_kv, -1, D)  # (n_kv, G * T, D)
         scores = q @ keys.transpose(0, 2, 1)  # (n_kv, G * T, S)
@@ -312,6 +305,18 @@ class Model:
             later = np.arange(stop) > np.arange(start, stop)[:, None]  # (T, S)
             scores.reshape(n_kv, -1, T, stop)[..., later] = -np.inf
         return (softmax(scores) @ values).reshape(n_head, T, D).transpose(1, 0, 2).reshape(T, -1)  # (T, C)
+
+    def _heads(self, qkv: Array, start: int) -> tuple[Array, Array, Array]:
+        """Return queries (n_head, T, D), keys and values (n_kv, T, D) of the tokens from `start`."""
+        n_head, n_kv = self.n_head, self.kv_heads
+        qkv = qkv.reshape(len(qkv), n_head + 2 * n_kv, self.head_dim).transpose(1, 0, 2)  # (H, T, D)
+        q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
+        if self.m["qk_norm"]:
+            q, k = unit_rms(q), unit_rms(k)
+        if self.cos is not None and self.sin is not None:
+            cos, sin = self.cos[start : start + len(q[0])], self.sin[start : start + len(q[0])]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, qkv[n_head + n_kv :]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ PIECE = 32  # tokens; twice as many are hardly faster for each, and texts that a
 def rows_for(model: Model, memory_bytes: int) -> int:
     """Return how many texts of a whole context have their keys and values in this much memory, but at least 2."""
     n_vectors = 2 * model.m["n_layer"] * model.kv_heads * model.block_size
-    vector_bytes = 2 * model.head_dim + 4 if model.kernel is not None else 4 * model.head_dim
+    vector_bytes = model.head_dim + 4 if model.kernel is not None else 4 * model.head_dim
     return max(2, memory_bytes // (n_vectors * vector_bytes))
 
 
