@@ -45,7 +45,11 @@ from infilling_tables import markdown, run_figures  # noqa: E402
 from machine import RESULTS  # noqa: E402
 
 FIM = ["--data.fim-rate", "0.5"]
-WAYS = {"plain": ["--data.fim-rate", "0"], "fim": FIM, "lines": [*FIM, "--data.fim-line-share", "0.5"]}  # flags of the data
+WAYS = {
+    "plain": ["--data.fim-rate", "0"],
+    "fim": FIM,
+    "lines": [*FIM, "--data.fim-line-share", "0.5"],
+}  # flags of the data
 SETTINGS = ["--data.val-fraction", "0.03", "--data.test-fraction", "0.005"]
 SETTINGS += ["--train.lr", "1e-3", "--train.warmup-steps", "100"]
 ONLY_THE_END = ["--train.eval-every", "1000000", "--train.save-every", "1000000", "--train.sample-prompts"]

@@ -1,11 +1,11 @@
 """Measure the server: how soon text comes, many clients at once, memory, and what broken requests do.
 
     python benchmarks/serving.py                                     # a quarter of an hour; see that nothing else runs
-    python benchmarks/serving.py --llama build/bin/llama-server      # beside llama.cpp's server
+    python benchmarks/serving.py --llama venv/bin/python             # beside llama.cpp's server, of the package xllamacpp
     python benchmarks/serving.py --sections latency clients          # only these; --toy tries it out
 
 Servers are processes of their own: our export to int8 with the kernel in C, our run in PyTorch (float32), and with `--llama`
-llama.cpp's server with the same weights in Q8_0. `--llama` names its binary, or a Python that has llama-cpp-python. The model is
+llama.cpp's server with the same weights in Q8_0. `--llama` names its binary, or a Python that has xllamacpp. The model is
 of the shape of `autocomplete` with random weights, or the run that `--run` names. Its prompts are Python of the standard library.
 
 - latency: from a request to its first text and to the end of a line of 12 tokens, after a prompt of 200 tokens and one more
@@ -323,7 +323,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--run", type=Path, help="measure this run, not random weights")
-    parser.add_argument("--llama", type=Path, help="llama.cpp's llama-server, or a Python that has llama_cpp")
+    parser.add_argument("--llama", type=Path, help="llama.cpp's llama-server, or a Python that has xllamacpp")
     parser.add_argument("--no-torch", action="store_true", help="leave out the run in PyTorch")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")

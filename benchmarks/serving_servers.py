@@ -145,13 +145,22 @@ def our_command(model: Path, *flags: str) -> list[str]:
 
 
 def llama_command(llama: Path, gguf: Path, context: int, threads: int) -> list[str]:
-    """Return the command of llama.cpp's own server, or of llama-cpp-python's if `llama` is a Python that has it."""
-    port = str(free_port())
-    if llama.name.startswith("python"):
-        return [str(llama), "-m", "llama_cpp.server", "--model", str(gguf), "--port", port, "--n_ctx", str(context),
-                "--n_threads", str(threads), "--cache", "true"]  # fmt: skip
-    return [str(llama), "--model", str(gguf), "--port", port, "--ctx-size", str(SLOTS * context), "--parallel",
-            str(SLOTS), "--threads", str(threads), "--no-webui"]  # fmt: skip
+    """Return the command of llama.cpp's server: its own binary, or the one in xllamacpp if `llama` is a Python that has it."""
+    flags = [
+        "--model",
+        gguf,
+        "--port",
+        free_port(),
+        "--ctx-size",
+        SLOTS * context,
+        "--parallel",
+        SLOTS,
+        "--threads",
+        threads,
+    ]
+    packaged = llama.name.startswith("python")
+    command = [llama, ROOT / "benchmarks/llama_server.py", *flags] if packaged else [llama, *flags, "--no-webui"]
+    return [str(word) for word in command]
 
 
 def free_port() -> int:
