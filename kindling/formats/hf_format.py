@@ -142,13 +142,12 @@ def _split_before_answers(backend: Backend, template: str) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, *present])
 
 
-def _without_split(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Undo `_split_before_answers` in the content of a tokenizer.json."""
-    first, *others = (pre_tokenizer or {}).get("pretokenizers") or [{}]
-    is_ours = first.get("type") == "Split" and first.get("behavior") == "MergedWithPrevious" and len(others) <= 1
-    if not is_ours or first.get("pattern") not in [{"String": parts(template).after} for template in MARKERS]:
-        return pre_tokenizer
-    return others[0] if others else None
+def _without_split(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the pre-tokenizers of a tokenizer.json in their order, without that of `_split_before_answers`."""
+    steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    added = [{"String": parts(template).after} for template in MARKERS]
+    is_added = bool(steps) and steps[0].get("behavior") == "MergedWithPrevious" and steps[0].get("pattern") in added
+    return steps[1:] if is_added else steps
 
 
 def _add(path: Path, **values: Any) -> None:
