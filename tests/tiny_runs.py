@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from config import Config, DataConfig, ModelConfig, SourceConfig
+from kindling.data.ledger import Ledger
 from kindling.data.prompts import rendered_template
 from kindling.data.shards import FORMAT
 from kindling.files import write_json
@@ -48,7 +49,7 @@ def make_run(folder: Path, tokenizer: Tokenizer, model: GPT, kind: str = "docstr
         "template": rendered_template("alpaca"),
     }
     write_json(data / "manifest.json", {**about, **manifest})
-    write_json(data / "ledger.json", {})
+    Ledger(["tiny"], [1.0]).write(data)
     (data / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     run = RunDirectory(folder)
     run.create(Config(preset="docstrings", model=model.cfg, data=DataConfig(sources=(SourceConfig(kind=kind),))), data)

@@ -69,7 +69,15 @@ class Int8Vocabulary(ExportTokenizer):
         return self.backend.id_to_token(token) or ""
 
     @cached_property
+    def _special(self) -> dict[str, int]:
+        return {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special and t.content}
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """The control tokens of the vocabulary."""
+        return sorted(self._special)
+
+    @cached_property
     def fim(self) -> FimIds | None:
         """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
-        special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        return find_fim_ids(special, special) if self._infills else None
+        return find_fim_ids(self._special, self._special) if self._infills else None

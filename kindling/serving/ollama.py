@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
+from kindling.data.chat_templates import go_template
 from kindling.data.prompts import Exchange
 from kindling.serving.body import Fields
 from kindling.serving.generation import Done, Piece
@@ -155,7 +156,8 @@ async def show(served: Served, fields: Fields) -> Reply:
     fields.text("model"), fields.text("name")
     prefix, middle, suffix, _ = FIM_TOKENS
     filled = f"{prefix}{{{{ .Prompt }}}}{suffix}{{{{ .Suffix }}}}{middle}"
-    insert = f"{{{{ if .Suffix }}}}{filled}{{{{ else }}}}{{{{ .Prompt }}}}{{{{ end }}}}"
+    asks = "{{ .Prompt }}" if served.template is None else go_template(served.template, served.vocabulary)
+    insert = f"{{{{ if .Suffix }}}}{filled}{{{{ else }}}}{asks}{{{{ end }}}}"
     info = {
         "general.architecture": "kindling",
         "general.parameter_count": served.about.get("parameters"),
@@ -164,7 +166,7 @@ async def show(served: Served, fields: Fields) -> Reply:
     return {
         "modelfile": "",
         "parameters": f"num_ctx {served.block_size}",
-        "template": insert if served.can_infill else "{{ .Prompt }}",
+        "template": insert if served.can_infill else asks,
         "details": _details(served),
         "model_info": info,
         "capabilities": _capabilities(served),

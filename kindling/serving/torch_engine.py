@@ -86,6 +86,7 @@ class TorchVocabulary:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.eos_id: int = tokenizer.eos_id
         self.bos_id: int | None = tokenizer.bos_id
+        self.special_tokens: Sequence[str] = tokenizer.special_tokens
         self.fim: FimIds | None = tokenizer.fim if infills else None
 
     @cached_property

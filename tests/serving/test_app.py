@@ -13,6 +13,7 @@ import pytest
 from http_server import FIM, PlainVocabulary, read_answer, running, served, tells, until
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from kindling.data.chat_templates import go_template
 from kindling.serving import connections
 from kindling.serving.app import ENTRIES
 from kindling.serving.metrics import Metrics
@@ -138,9 +139,10 @@ def test_the_template_that_llama_cpp_s_clients_get_says_the_same_as_the_server(t
             [question, answer, question],
             [system, question, answer, question],
         ):
-            rendered = jinja2.Environment().from_string(text).render(messages=messages)
+            rendered = jinja2.Environment().from_string(text).render(messages=messages, add_generation_prompt=True)
             said = server.post("/apply-template", messages=messages)["prompt"]
             assert rendered == said
+        assert go_template(template, PlainVocabulary()) in server.post("/api/show")["template"]
     with running(served()) as server:
         assert json.loads(server.ask("GET", "/props")[2])["chat_template"] == ""
 

@@ -19,6 +19,7 @@ from tiny_runs import bigram_model, make_run
 
 import serve
 from config import TokenizerConfig
+from kindling.data.chat_templates import jinja_template
 from kindling.errors import KindlingError
 from kindling.formats.int8_format import write
 from kindling.serving.server import bind
@@ -111,7 +112,11 @@ def test_an_export_of_a_fine_tuned_run_chats_in_its_template(tmp_path):
     with running(serve.to_serve(serve.open_model(flags), flags)) as server:
         fields = {"messages": [{"role": "user", "content": "Say a."}], "temperature": 0}
         answer = server.post("/v1/chat/completions", **fields)
+        template = json.loads(server.ask("GET", "/props")[2])["chat_template"]
     assert answer["choices"][0]["message"]["content"] == "a"
+    assert template == jinja_template("alpaca", tokenizer)  # as in the exports to other formats
+    vocabulary = serve.open_model(opened(str(made.path))).vocabulary
+    assert jinja_template("alpaca", vocabulary) == template  # of the run in PyTorch
     meta = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for chat, said in (({**meta["chat"], "rendered": "another"}, "export again"), (None, None)):
         (out / "config.json").write_text(json.dumps({**meta, "chat": chat}), encoding="utf-8")
