@@ -138,7 +138,7 @@ class Tokenizer:
             ids = self.encode_by_library(text)
             self._require_same(text, ids)
             if not self._commands.isdisjoint(ids):
-                what = self.find_control_token_text(text)
+                what = self.piece(next(i for i in ids if i in self._commands))
                 raise TokenizerError(f"a text must stay text, but {what!r} becomes a control token; drop the document")
             return ids
         if self._normalizer is not None:

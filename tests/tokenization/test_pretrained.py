@@ -203,6 +203,13 @@ def test_a_special_token_that_a_vocabulary_spells_as_a_word_never_becomes_a_comm
     assert error.value.rule == "not in the vocabulary"
 
 
+def test_neither_does_one_that_only_the_normaliser_writes(tmp_path):
+    backend = unigram(byte_fallback=True)
+    backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(TokenizerError, match=f"'{END}' becomes a control token"):
+        load_pretrained(saved(backend, tmp_path, lossy=True)).encode(f"x{END.upper()}")
+
+
 def test_a_byte_that_is_missing_is_still_the_reason_where_it_is_one(tmp_path):
     content = json.loads(byte_level().to_str())
     del content["model"]["vocab"]["\xf1"]  # the symbol of byte F1, which planes 4 to 7 begin with
