@@ -164,6 +164,8 @@ class TokenizerConfig:
     """For pretrained: a tokenizer.json, a folder with one, or a name on the hub, such as bigcode/starcoder2-3b."""
     normalizer: Literal["none", "nfkc"] = "none"
     """nfkc: replace characters by compatible ones (² by 2, … by ...). Decoding then does not give the exact source back."""
+    lossy: bool = False
+    """Accept a tokenizer that changes text, for example to NFC, and count the documents that it changes. False: refuse it."""
     eos_token: str = "<|endoftext|>"
     """The end-of-text token: ends every document, and stops generation."""
     bos_token: str | None = None
@@ -185,11 +187,8 @@ class TokenizerConfig:
         require_range("tokenizer", self, 1, "train_bytes")
         require(self.kind != "pretrained" or bool(self.path), "tokenizer.path", "set for a pretrained tokenizer", self.path,
                 "set --tokenizer.path to a tokenizer.json, a folder or a hub name")
-        require(self.kind != "pretrained" or self.normalizer == "none", "tokenizer.normalizer",
-                "none for a pretrained tokenizer, which has its own", self.normalizer, "set --tokenizer.normalizer none")
-        require(self.kind in ("bpe", "pretrained") or self.normalizer == "none", "tokenizer.normalizer",
-                f"none for a {self.kind} tokenizer, which keeps text as it is", self.normalizer,
-                "set --tokenizer.normalizer none, or --tokenizer.kind bpe")
+        require(self.kind == "bpe" or self.normalizer == "none", "tokenizer.normalizer", f"none for a {self.kind} tokenizer",
+                self.normalizer, "set --tokenizer.normalizer none, or --tokenizer.kind bpe")
         require(all(self.special_tokens), "tokenizer special tokens", "non-empty", self.special_tokens, "name them, or use None")
         require(len(set(self.special_tokens)) == len(self.special_tokens), "tokenizer special tokens",
                 "different from each other", self.special_tokens, "padding must never be the end token")

@@ -128,7 +128,7 @@ def configured(flags: argparse.Namespace) -> tuple[Config, Tokenizer]:
     """Return the config of the fine-tuning that is measured, and the tokenizer of its base."""
     from config import TokenizerConfig
     from kindling.runs.loading import find_run
-    from kindling.tokenization.tokenizer import load_pretrained
+    from kindling.tokenization.pretrained import load_pretrained
     from presets import FINE_TUNING, preset
 
     if flags.preset:

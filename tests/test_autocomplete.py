@@ -22,7 +22,7 @@ from kindling.formats.int8_format import difference, quantize, write
 from kindling.generation.healing import Healing
 from kindling.int8 import kernel as int8_kernel
 from kindling.int8.model import CompletionError, Model, erf
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.tokenizer import from_json, train_bpe
 from model import GPT
 from presets import PRESETS
 
@@ -261,6 +261,20 @@ def test_a_token_that_begins_documents_is_put_where_the_beginning_is_seen(tmp_pa
     completer = Completer(tmp_path / "x")
     assert completer.prompt_ids("def", 8)[0] == [tokenizer.bos_id, *tokenizer.encode("def")]
     assert tokenizer.bos_id not in completer.prompt_ids(TEXT, 8)[0]
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_text_that_the_tokenizer_of_an_export_would_change_is_refused_unless_the_run_took_that(lossy, tmp_path):
+    content = json.loads(train_bpe([TEXT], TokenizerConfig(), 320).to_json())
+    content["normalizer"] = {"type": "Lowercase"}
+    exported(tmp_path / "x", SHAPES["demo"], from_json(json.dumps(content), TokenizerConfig(lossy=lossy)))
+    tokenizer = Completer(tmp_path / "x").tokenizer
+    assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
+    if lossy:
+        assert tokenizer.encode("Ab") == tokenizer.encode("ab")
+    else:
+        with pytest.raises(CompletionError, match="as it was, but 'Ab' comes back as 'ab'"):
+            tokenizer.encode("Ab")
 
 
 def test_special_tokens_that_are_spelt_out_are_text(exports):

@@ -1,6 +1,8 @@
-"""README.md and docs/: their commands parse, their links lead somewhere, and what they name is there."""
+"""README.md, docs/ and the notebook: their commands parse, their links lead somewhere, and what they name is there."""
 
 import importlib
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,7 +24,8 @@ from kindling.config_io import to_yaml
 from presets import PRESETS, preset
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "kindling.ipynb"
+PAGES = [README, NOTEBOOK, *sorted((ROOT / "docs").glob("*.md"))]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 SECTIONS = {
     "model": ModelConfig,
@@ -36,8 +39,26 @@ SUFFIXES = ("py", "md", "json", "jsonl")  # of files that are called as a sectio
 MOST_LINES, MOST_WORDS = 220, 1800  # of the README
 
 
+@cache
 def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    return text if page.suffix == ".md" else notebook_as_markdown(json.loads(text))
+
+
+def notebook_as_markdown(notebook: dict) -> str:
+    """Return a notebook as a page: its commands in blocks, with the flags that its first cell sets, at both of its sizes."""
+    sources = [("".join(cell["source"]), cell["cell_type"]) for cell in notebook["cells"]]
+    first = next(source for source, kind in sources if kind == "code")
+    out = [source for source, kind in sources if kind == "markdown"]
+    for size in ("0", "1"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(os.environ, "KINDLING_TOY", size)
+            exec(first, flags := {})
+        lines = [line for source, kind in sources if kind == "code" for line in source.splitlines()]
+        commands = [line[1:].format(**flags) for line in lines if line.startswith("!")]
+        assert commands, "a cell of the notebook begins with its command"
+        out.append("\n".join(["```", *commands, "```"]))
+    return "\n\n".join(out) + "\n"
 
 
 def blocks_of(page: Path) -> list[list[str]]:

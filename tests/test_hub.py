@@ -16,7 +16,8 @@ from kindling import hub
 from kindling.data.shards import DataError
 from kindling.data.sources import documents
 from kindling.evaluation.tasks import TaskError, load
-from kindling.tokenization.tokenizer import TokenizerError, load_pretrained, train_bpe
+from kindling.tokenization.pretrained import load_pretrained
+from kindling.tokenization.tokenizer import TokenizerError, train_bpe
 
 
 @pytest.fixture(params=["closed", "silent"])

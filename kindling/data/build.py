@@ -43,7 +43,8 @@ from kindling.data.workers import WorkerPool
 from kindling.files import sha256_text
 from kindling.paths import expand_home
 from kindling.public_paths import is_hub_tokenizer, is_on_hub
-from kindling.tokenization.tokenizer import Tokenizer, load_pretrained, require_room, train
+from kindling.tokenization.pretrained import load_pretrained, rewrites
+from kindling.tokenization.tokenizer import Tokenizer, require_room, train
 
 DATA = Path("data")
 RECIPE = 6  # raise it when a change of the code gives other shards for the same settings and inputs
@@ -125,6 +126,8 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
         "tokenizer": dataclasses.asdict(cfg.tokenizer),
         "files": [f and [(x.key, x.size, x.mtime_ns) for x in f] for f in files],
     }
+    if not cfg.tokenizer.lossy:
+        del parts["tokenizer"]["lossy"]  # data from before this setting is found
     for i, source in enumerate(cfg.data.sources):
         root = expand_home(source.path or "", "data.sources.path")
         if source.kind == "datasets" and root.is_dir():  # a local folder with the layout of the hub
@@ -217,11 +220,9 @@ def load_or_train_tokenizer(
     It is trained on `tokenizer.train_bytes` bytes of the training split. Also returns notes for the ledger. Raises
     TokenizerError if the tokenizer does not fit into `model.vocab_size`.
     """
-    notes: list[str] = []
+    notes: list[str] = [] if pool.unreadable is None else [pool.unreadable]
     if pool.undetectable:
         notes.append(f"{len(pool.undetectable)} problems of data.decontaminate are too short to be recognised")
-    if pool.unreadable is not None:
-        notes.append(pool.unreadable)
     if tokenizer is None and cfg.tokenizer.kind == "pretrained":
         tokenizer = load_pretrained(cfg.tokenizer)
     elif tokenizer is None:
@@ -241,6 +242,8 @@ def load_or_train_tokenizer(
                         break
         tokenizer = train(texts, cfg.tokenizer, cfg.model.vocab_size)
         notes += [f"the tokenizer was trained without {source}" for source in mixture.broken.values()]
+    if tokenizer.cfg.lossy and (said := rewrites(tokenizer)):
+        notes.append(f"the tokenizer rewrites text: {said}")
     require_fits(tokenizer, cfg.model.vocab_size)
     if cfg.data.fim_rate:
         require_fim(tokenizer, "set --data.fim-rate 0, or train one with --tokenizer.kind bpe")

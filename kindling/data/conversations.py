@@ -25,6 +25,7 @@ from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
 SPELT, MARKED = "control token kept as text", "template marker kept"  # in an instruction
+REWRITTEN = "rewritten by the tokenizer"
 PROMPT, RESPONSE, PROMPT_HASH, RESPONSE_HASH = range(4)  # columns of the segments
 
 
@@ -104,14 +105,23 @@ def encode_conversation(
     try:  # for each exchange: the ids of its prompt, and those of its response with the end-of-text token
         turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))
     except TokenizerError as e:
-        return Drop("not in the vocabulary", str(e).split(";")[0])
+        return Drop(e.rule, e.reason)
+    changes: list[tuple[str, int]] = []
+    prompts = []  # what they say once they are tokens
     for i, (exchange, segment) in enumerate(turns):
         texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
         control = int(i == 0 and tokenizer.bos_id is not None)
-        if (tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])) != texts:
-            return Drop("not reproducible", repr(exchange.response[:40]))
+        back = tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])
+        if back != texts:
+            if not tokenizer.may_rewrite:
+                return Drop("not reproducible", repr(exchange.response[:40]))
+            if marker := find_marker(cfg.template, back[1]):
+                return Drop("template marker", repr(marker))
+            turns[i] = _Turn(replace(exchange, response=back[1]), segment)
+            changes = [(REWRITTEN, 0)]
+        prompts.append(back[0])
     asked = [f"{e.instruction}\n{e.input}" for e in exchanges]
-    changes = [(SPELT, 0)] if any(map(tokenizer.find_control_token_text, asked)) else []
+    changes += [(SPELT, 0)] if any(map(tokenizer.find_control_token_text, asked)) else []
     changes += [(MARKED, 0)] if any(find_marker(cfg.template, text) for text in asked) else []
     length = sum(len(part) for turn in turns for part in turn.segment)
     room = context + 1  # the last token is only a target
@@ -126,9 +136,8 @@ def encode_conversation(
         kept = [turn.exchange for turn in turns]
         changes.append((CUT, _bytes(exchanges) - _bytes(kept)))
     rows = []
-    for i, (exchange, segment) in enumerate(turns):
-        texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
-        rows.append((len(segment.prompt), len(segment.response), *map(text_hash, texts)))
+    for prompt, (exchange, segment) in zip(prompts, turns):
+        rows.append((len(segment.prompt), len(segment.response), text_hash(prompt), text_hash(exchange.response)))
     ids = np.array(flatten(turn.segment for turn in turns), dtype=np.uint32)
     n_bytes = sum(len(turn.exchange.response.encode()) for turn in turns)
     return Example(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))

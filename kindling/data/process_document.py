@@ -16,7 +16,14 @@ from itertools import chain
 import numpy as np
 
 from config import DataConfig
-from kindling.data.conversations import Example, conversation_text, encode_conversation, normalize_exchanges, refusal
+from kindling.data.conversations import (
+    REWRITTEN,
+    Example,
+    conversation_text,
+    encode_conversation,
+    normalize_exchanges,
+    refusal,
+)
 from kindling.data.docstrings import Pair, mine_pairs
 from kindling.data.duplicates import Benchmarks, signature, word_hashes
 from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
@@ -120,16 +127,18 @@ class DocumentProcessor:
             out.text = text
             return None
         try:
-            out.ids = self._encode(text, self.tokenizer)
+            out.ids = self._encode(text, self.tokenizer, out)
             if self.cfg.fim_rate:
                 self._cut(out, out.ids.tolist(), self.tokenizer)
         except TokenizerError as e:
-            return Drop("not in the vocabulary", str(e).split(";")[0])
+            return Drop(e.rule, e.reason)
         return None
 
-    def _encode(self, text: str, tokenizer: Tokenizer) -> np.ndarray:
-        """Return the ids of a document, between the tokens that enclose it, (N,)."""
+    def _encode(self, text: str, tokenizer: Tokenizer, out: ProcessedDocument) -> np.ndarray:
+        """Return the ids of a document, between the tokens that enclose it, (N,); note in `out` if they are of another text."""
         ids, bos, eos = tokenizer.encode(text), tokenizer.bos_id, tokenizer.eos_id
+        if tokenizer.may_rewrite and tokenizer.rewritten(text, ids) is not None:
+            out.changes += ((REWRITTEN, 0),)
         return np.fromiter(chain([] if bos is None else [bos], ids, [eos]), np.uint32, len(ids) + 1 + (bos is not None))
 
     def _cut(self, out: ProcessedDocument, ids: list[int], tokenizer: Tokenizer) -> None:
@@ -193,6 +202,8 @@ class DocumentProcessor:
         if isinstance(example, Drop):
             return example
         out.example, out.ids, out.changes = example, example.ids, example.changes
+        if exchanges != document.exchanges and (REWRITTEN, 0) not in out.changes:
+            out.changes += ((REWRITTEN, 0),)
         return None
 
     def _marked(self, text: str, content: bytes, out: ProcessedDocument) -> Drop | None:

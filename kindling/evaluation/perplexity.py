@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from config import IGNORE, ModelConfig, SourceConfig
+from kindling.data.conversations import REWRITTEN
 from kindling.data.examples import Examples
 from kindling.data.shards import BYTES, LANGUAGE, SOURCE, Batch, DataError, TokenDataset, blocks_in_order, row_starts
 from kindling.data.sources import Document, LocalFile, documents, language_of
@@ -255,11 +256,13 @@ class _Texts:
             except UnicodeEncodeError as e:
                 self._leave_out(document, "not UTF-8", f"character {e.start:,}")
             except TokenizerError as e:
-                self._leave_out(document, "not in the vocabulary", str(e).split(";")[0])
+                self._leave_out(document, e.rule, e.reason)
             else:
                 if not ids:
                     self._leave_out(document, "empty", "no characters")
                     continue
+                if self.tokenizer.may_rewrite and self.tokenizer.rewritten(text, ids) is not None:
+                    self.notes[REWRITTEN] += 1
                 if len(text) < len(document.text):
                     self.notes["byte-order mark cut off"] += 1
                 self.tokens.append(len(ids) + 1)

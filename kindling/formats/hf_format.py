@@ -37,6 +37,7 @@ from kindling.formats.hf_layout import (
     restore_config,
 )
 from kindling.formats.parity import Difference, compare
+from kindling.tokenization.rewriting import without_added_space
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT
 
@@ -269,7 +270,7 @@ def require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             f"load the tokenizer and call save_pretrained"
         )
     try:
-        theirs = Backend.from_str(path.read_text(encoding="utf-8")).to_str()
+        theirs = without_added_space(Backend.from_str(path.read_text(encoding="utf-8")).to_str())
     except Exception as e:  # the library raises plain Exception
         raise HubFormatError(
             f"{path} must be of the `tokenizers` library, but is not ({one_line(e)}); fetch it again"

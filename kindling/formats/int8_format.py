@@ -74,6 +74,7 @@ def write(
         "model": by_old_names(asdict(model.cfg)),
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
+        "lossy": tokenizer.may_rewrite,
         "infills": infills,
         "chat": None if chat is None else {**chat._asdict(), "rendered": rendered_template(chat.template)},
         "weights_sha256": sha256_file(folder / WEIGHTS),

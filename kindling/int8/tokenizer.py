@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kindling.generation.healing import token_texts
 from kindling.int8.model import TOKENIZER, CompletionError, Model
+from kindling.tokenization.rewriting import example
 
 
 class ExportTokenizer:
@@ -27,6 +28,8 @@ class ExportTokenizer:
         self.eos_id: int = model.meta["eos_id"]
         self.bos_id: int | None = model.meta["bos_id"]
         self._vocab_size = model.m["vocab_size"]
+        # an earlier version does not say it
+        self._lossy: bool = model.meta.get("lossy", self.backend.normalizer is not None)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without control tokens. Raises CompletionError for text that it cannot encode."""
@@ -35,10 +38,8 @@ class ExportTokenizer:
             ids = self.backend.encode_batch([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError):  # of half of a surrogate pair
             raise CompletionError("the text must be valid Unicode, but has a lone surrogate; remove it") from None
-        if self.backend.normalizer is None and self.decode(ids) != text:
-            raise CompletionError(
-                "the text must use only characters that the tokenizer can spell, but some are in no token"
-            )
+        if not self._lossy and (back := self.decode(ids)) != text:
+            raise CompletionError(f"the text must come back from the tokenizer as it was, but {example(text, back)}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

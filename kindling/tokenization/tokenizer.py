@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import TokenizerConfig
-from kindling import hub
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_text
-from kindling.paths import expand_home
-from kindling.public_paths import is_hub_tokenizer
-from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
+from kindling.tokenization.bpe import ByteLevelBPE
 from kindling.tokenization.infilling import control_tokens, find_fim_ids
+from kindling.tokenization.rewriting import WAYS_OUT, example
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,6 +35,24 @@ if TYPE_CHECKING:
 
 class TokenizerError(KindlingError):
     """A tokenizer cannot be loaded or trained, or cannot encode a text."""
+
+    rule = "not in the vocabulary"
+    """What the ledger calls a document that is dropped for it."""
+
+    @property
+    def reason(self) -> str:
+        """The text without its way out, for the ledger."""
+        return str(self).rpartition(";")[0]
+
+
+class RewrittenError(TokenizerError):
+    """A tokenizer would change a text; `change` is an example."""
+
+    rule = "changed by the tokenizer"
+
+    def __init__(self, text: str, back: str):
+        self.change = example(text, back)
+        super().__init__(f"a text must come back from the tokenizer whole, but {self.change}; drop it, {WAYS_OUT}")
 
 
 class Tokenizer:
@@ -50,6 +66,11 @@ class Tokenizer:
         self._backend.no_padding()
         self._normalizer = backend.normalizer
         self._find_control_ids()
+
+    @cached_property
+    def may_rewrite(self) -> bool:
+        """Whether a text that would come back changed is encoded all the same. If not, it is refused."""
+        return self.cfg.lossy or self.cfg.normalizer != "none"
 
     def _find_control_ids(self) -> None:
         cfg = self.cfg
@@ -84,14 +105,22 @@ class Tokenizer:
         return sorted(token.content for token in added if token.special and token.content)
 
     @cached_property
+    def added_tokens(self) -> list[str]:
+        """All added tokens, special or not."""
+        return sorted(filter(None, self._control_tokens()))
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id, control tokens included. Some ids may be unused."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
-    def _missing_bytes(self) -> bytes:
-        """Bytes without a token, as in some published vocabularies. The library would lose them silently."""
-        return bytes(b for b, symbol in enumerate(SYMBOLS) if self._backend.token_to_id(symbol) is None)
+    def _commands(self) -> frozenset[int]:
+        """The ids that no text may have: some vocabularies spell a special token as a word too. Unknown text is what it is."""
+        model = json.loads(self._backend.to_str())["model"]
+        unknown = {model.get("unk_id"), self._backend.token_to_id(model.get("unk_token") or "")}
+        ids = {self._backend.token_to_id(token) for token in self.special_tokens}
+        return frozenset(i for i in ids - (unknown if self.may_rewrite else set()) if i is not None)
 
     @cached_property
     def _bpe(self) -> ByteLevelBPE | None:
@@ -106,19 +135,38 @@ class Tokenizer:
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it cannot encode."""
         _require_unicode(text)
         if self._bpe is None:
-            if self._missing_bytes and len(raw := text.encode("utf-8")) > len(raw.translate(None, self._missing_bytes)):
-                raise TokenizerError(UNSPELLABLE)
-            return self.encode_by_library(text)
+            ids = self.encode_by_library(text)
+            self._require_same(text, ids)
+            if not self._commands.isdisjoint(ids):
+                what = self.piece(next(i for i in ids if i in self._commands))
+                raise TokenizerError(f"a text must stay text, but {what!r} becomes a control token; drop the document")
+            return ids
         if self._normalizer is not None:
+            self._require_same(text)
             text = self._normalizer.normalize_str(text)
         try:
             return self._bpe.encode(text)
         except ValueError:
-            raise TokenizerError(UNSPELLABLE) from None
+            raise TokenizerError(
+                "a text must use only characters that the tokenizer can spell, but one of its bytes is in no token; "
+                "drop the document, or train a tokenizer with --tokenizer.kind bpe"
+            ) from None
 
     def encode_by_library(self, text: str) -> list[int]:
         """Return the same ids from the tokenizer's own library, without checks, for comparisons."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def rewritten(self, text: str, ids: Sequence[int]) -> str | None:
+        """Return what `ids`, those of `text`, stand for if it is another text; else None."""
+        if self._bpe is not None and self._normalizer is None:
+            return None
+        back = self.decode(ids) if self._bpe is None else self._normalizer.normalize_str(text)
+        return None if back == text else back
+
+    def _require_same(self, text: str, ids: Sequence[int] = ()) -> None:
+        """Raise RewrittenError if a text would come back changed, unless that is allowed."""
+        if not self.may_rewrite and (back := self.rewritten(text, ids)) is not None:
+            raise RewrittenError(text, back)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids, control tokens included. An incomplete character becomes U+FFFD."""
@@ -147,10 +195,6 @@ class Tokenizer:
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-UNSPELLABLE = (
-    "a text must use only characters that the tokenizer can spell, but one of its bytes is in no token; "
-    "drop the document, or train a tokenizer with --tokenizer.kind bpe"
-)
 
 
 def _require_unicode(text: str) -> None:
@@ -181,7 +225,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, BPE or unigram. Unknown characters become bytes; inside, a space is U+2581."""
 
     def __init__(self, model: bytes, cfg: TokenizerConfig):
-        self.cfg = cfg
+        self.cfg, self._bpe = cfg, None
         self._model, self._processor = model, _sentencepiece().SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         self._control = {
@@ -202,11 +246,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it would change."""
         _require_unicode(text)
         ids = self.encode_by_library(text)
-        if self.decode(ids) != text:
-            raise TokenizerError(
-                "a text must survive SentencePiece, but this one comes back changed (U+2581 stands for a space in it); "
-                "drop the document, or train a tokenizer with --tokenizer.kind bpe"
-            )
+        self._require_same(text, ids)
         return ids
 
     def encode_by_library(self, text: str) -> list[int]:
@@ -358,41 +398,3 @@ def from_json(text: str, cfg: TokenizerConfig, where: str = "the tokenizer") -> 
             f"({one_line(e)}); check the file"
         ) from None
     return Tokenizer(backend, cfg)
-
-
-def load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
-    """Load the tokenizer that `cfg.path` names: a tokenizer.json, a folder that holds one, or a hub name.
-
-    Raises TokenizerError for one that puts a space before each text: no example would be what its row says.
-    """
-    tokenizer = _load_pretrained(cfg)
-    probe = "x = 1\n"
-    try:
-        back = tokenizer.decode(tokenizer.encode(probe))
-    except TokenizerError:  # it cannot spell all letters
-        back = probe
-    if back == f" {probe}":
-        raise TokenizerError(
-            f"the tokenizer of tokenizer.path must give a text back as it was, but that of {cfg.path!r} puts a space "
-            f'before it; set "add_prefix_space": false in its tokenizer.json, or train one with --tokenizer.kind bpe'
-        )
-    return tokenizer
-
-
-def _load_pretrained(cfg: TokenizerConfig) -> Tokenizer:
-    assert cfg.path is not None
-    path = expand_home(cfg.path, "tokenizer.path")
-    if not is_hub_tokenizer(cfg):
-        return load_json(path / "tokenizer.json" if path.is_dir() else path, cfg)
-    from huggingface_hub import hf_hub_download
-
-    with hub.cache_if_unreachable() as why:
-        try:
-            path = Path(hf_hub_download(cfg.path, "tokenizer.json"))
-        except Exception as e:  # errors of connection, authorisation and name share no base class
-            raise TokenizerError(
-                f"tokenizer.path must be a file, a folder or a name on the hub that can be reached, but {cfg.path!r} gave "
-                f"{why or one_line(e)}; check the network and the name (a gated one needs its terms accepted on its page, "
-                f"and `hf auth login`), or set --tokenizer.path to a local tokenizer.json"
-            ) from None
-    return load_json(path, cfg)

@@ -25,7 +25,8 @@ from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
 from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run, require_checkpoint
-from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
+from kindling.tokenization.pretrained import load_pretrained
+from kindling.tokenization.tokenizer import Tokenizer, load_json
 from kindling.training.early_checks import (
     KEEPS_EVERY_BIT,
     config_changes,

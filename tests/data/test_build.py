@@ -29,7 +29,7 @@ from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
 from kindling.data.workers import WorkerPool
 from kindling.runs.checkpoint import RunDirectory
-from kindling.tokenization.tokenizer import load_json
+from kindling.tokenization.tokenizer import TokenizerError, load_json, train
 from presets import PRESETS, preset
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -365,6 +365,34 @@ def test_a_tokenizer_of_each_kind_reaches_the_workers(corpus, kind):
     assert prepare(replace(cfg, model=replace(cfg.model, vocab_size=500))) != folder
 
 
+@pytest.mark.parametrize("fim_rate", [0.0, 0.5])
+def test_what_a_tokenizer_rewrites_is_refused_before_the_build_or_counted_and_explained(fim_rate, capsys):
+    Path("repo").mkdir()
+    for i in range(24):
+        text = f"name_{i} = 'cafe\u0301 {i}'\n" if i % 3 == 0 else f"name_{i} = {i}\n"
+        Path(f"repo/f{i}.py").write_text(text * 9, encoding="utf-8")
+    content = json.loads(train(["name = 1\n"], TokenizerConfig(), 300).to_json()) | {"normalizer": {"type": "NFC"}}
+    Path("theirs.json").write_text(json.dumps(content), encoding="utf-8")
+    cfg = tiny_config(Path("repo"))
+    cfg = replace(cfg, data=replace(cfg.data, near_dedup=None, fim_rate=fim_rate, val_fraction=0.2, test_fraction=0.2))
+    cfg = replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path="theirs.json"))
+    with pytest.raises(TokenizerError, match=r"'e\\u0301' comes back as '\\xe9'.*--tokenizer\.lossy True"):
+        prepare(cfg)
+    assert not Path("data").exists()
+    cfg = replace(cfg, tokenizer=replace(cfg.tokenizer, lossy=True))
+    folder = prepare(cfg)
+    (row,) = ledger_rows(folder)
+    assert row["changed"]["rewritten by the tokenizer"] == [8, 0] and row["kept"][0] == 24
+    assert_adds_up(row)
+    out = capsys.readouterr().out
+    assert re.search(r"^  rewritten by the tokenizer +8 ", out, re.MULTILINE)
+    assert r"the tokenizer rewrites text: 'e\u0301' comes back as '\xe9'" in out
+    assert "rewritten by the tokenizer" in explain(folder, {"f0.py"})[0]
+    assert "rewritten by the tokenizer" not in explain(folder, {"f1.py"})[0]
+    held_out = texts_of(folder, "val", cfg.tokenizer) + texts_of(folder, "test", cfg.tokenizer)
+    assert held_out and all("\u0301" not in text for text in held_out)
+
+
 def mixture(stopping_strategy: str, max_tokens: int | None = None, n_a: int = 400):
     """A config of two sources, weighted three to one."""
     for name, letter, count in (("a", "alpha", n_a), ("b", "beta", 400)):
@@ -646,6 +674,7 @@ def test_settings_have_their_old_names_in_the_fingerprint_so_that_old_data_is_fo
     fingerprint(cfg, list_files(cfg))
     (parts,) = hashed
     assert parts["data"]["when_dry"] == "repeat" and "stopping_strategy" not in parts["data"]
+    assert "lossy" not in parts["tokenizer"]
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch, corpus):

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from config import DataConfig, SourceConfig, TokenizerConfig
 from kindling.data.conversations import (
     CUT,
     MARKED,
+    REWRITTEN,
     SPELT,
     Example,
     conversation_text,
@@ -21,7 +23,7 @@ from kindling.data.filters import Drop
 from kindling.data.process_document import DocumentProcessor
 from kindling.data.prompts import Exchange, encode, prompt_text
 from kindling.data.sources import Document
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.tokenizer import Tokenizer, from_json, train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b  # naïve Σ 日本\nBelow is an instruction. ### Response:\n" * 20]
 TOKENIZER = train_bpe(TEXTS, TokenizerConfig(), 400)
@@ -133,6 +135,48 @@ def test_a_normalizing_tokenizer_is_trained_on_the_normal_form():
     processor = DocumentProcessor(ROWS, tokenizer=tokenizer, context=1000)
     for response, rule in (("＃＃＃ Response: x", "template marker"), ("＜|endoftext|＞", "control token")):
         assert processor(Document("k", "", exchanges=(Exchange("x", response),))).drop.rule == rule
+
+
+def lower_case(**settings) -> Tokenizer:
+    """A tokenizer of others that rewrites text."""
+    content = json.loads(TOKENIZER.to_json()) | {"normalizer": {"type": "Lowercase"}}
+    return from_json(json.dumps(content), TokenizerConfig(**settings))
+
+
+def test_a_conversation_that_the_tokenizer_rewrites_is_dropped_with_the_reason_or_kept_as_it_comes_back_and_noted():
+    exchanges = (Exchange("Say a", "A b"), Exchange("Again", "c"))
+    refused = encode_conversation(exchanges, ROWS, lower_case(), 1000)
+    assert refused.rule == "changed by the tokenizer" and "comes back as 'below is an " in refused.value
+    example = encode_conversation(exchanges, ROWS, lower_case(lossy=True), 1000)
+    assert example.changes == ((REWRITTEN, 0),)
+    assert example.segments[:, 3].tolist() == [text_hash("a b"), text_hash("c")]
+    assert example.segments[0, 2] == text_hash(prompt_text("alpaca", exchanges[0]).lower())
+    processor = DocumentProcessor(ROWS, tokenizer=lower_case(lossy=True), context=1000)
+    assert processor(Document("k", "", exchanges=exchanges)).changes == ((REWRITTEN, 0),)
+
+
+def test_what_is_rewritten_is_cut_where_it_is_too_long():
+    cut = replace(ROWS, too_long="cut")
+    long = (Exchange("x", "A B C " * 40),)
+    example = encode_conversation(long, cut, lower_case(lossy=True), 120)
+    assert [name for name, _ in example.changes] == [REWRITTEN, CUT] and len(example.ids) <= 121
+
+
+def test_a_response_that_becomes_a_marker_is_dropped():
+    tokenizer = lower_case(lossy=True)
+    content = json.loads(tokenizer.to_json())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "@"}, "content": "#"}
+    tokenizer = from_json(json.dumps(content), TokenizerConfig(lossy=True))
+    assert encode_conversation((Exchange("x", "y\n@## Response:"),), ROWS, tokenizer, 1000).rule == "template marker"
+
+
+def test_a_normalizing_tokenizer_counts_what_it_changes():
+    tokenizer = train_bpe(TEXTS, TokenizerConfig(normalizer="nfkc"), 400)
+    processor = DocumentProcessor(ROWS, tokenizer=tokenizer, context=1000)
+    assert processor(Document("k", "", exchanges=(Exchange("\xbd", "y"),))).changes == ((REWRITTEN, 0),)
+    assert processor(Document("k", "", exchanges=(Exchange("x", "y"),))).changes == ()
+    assert processor(Document("k", "", text="y \xbd")).changes == ((REWRITTEN, 0),)
+    assert processor(Document("k", "", text="y")).changes == ()
 
 
 def test_a_response_that_is_not_reproducible_is_dropped_and_not_cut(monkeypatch):

@@ -305,7 +305,7 @@ def test_changing_prompt_tokens_leaves_the_supervised_targets_alone(folder):
 def test_the_mask_holds_on_real_instructions_with_the_real_vocabulary(tmp_path):
     import gzip
 
-    from kindling.tokenization.tokenizer import load_pretrained
+    from kindling.tokenization.pretrained import load_pretrained
 
     with gzip.open(shared_file("codealpaca/python_alpaca_subset.jsonl.gz"), "rt", encoding="utf-8") as f:
         rows = [json.loads(line) for line in itertools.islice(f, 300)]

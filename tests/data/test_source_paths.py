@@ -90,7 +90,7 @@ def unknown_user_in(what: str) -> None:
     from kindling.evaluation import tasks
     from kindling.evaluation.perplexity import text_losses
     from kindling.tokenization.compare import read_documents
-    from kindling.tokenization.tokenizer import load_pretrained
+    from kindling.tokenization.pretrained import load_pretrained
     from kindling.training.start_or_resume import check_new_run, load_initial_weights
 
     named = "~nosuchuser/x"

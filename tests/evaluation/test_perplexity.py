@@ -326,6 +326,14 @@ def test_line_ends_of_windows_are_kept_and_its_byte_order_mark_is_cut_off_and_no
     assert marked.notes == {"byte-order mark cut off": 1} and not dos.notes
 
 
+def test_a_text_that_the_tokenizer_rewrites_is_noted(tmp_path):
+    model, _ = model_of()
+    tokenizer = train_bpe(TEXTS, TokenizerConfig(normalizer="nfkc"), 400)
+    for text, notes in (("x\xb2", {"rewritten by the tokenizer": 1}), ("x2", {})):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        assert text_losses(model, tokenizer, tmp_path / "a.txt", RUNTIME).notes == notes
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

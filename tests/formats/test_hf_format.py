@@ -345,6 +345,10 @@ def test_a_folders_tokenizer_is_the_runs_by_what_ids_depend_on(tmp_path):
     for another in (tokenizer(), tokenizer(normalizer="nfkc", **CONTROL), swapped, tokenizer(kind="sentencepiece")):
         with pytest.raises(HubFormatError, match=r"--tokenizer\.kind pretrained --tokenizer\.path"):
             hf_format.require_same_tokenizer(tmp_path / "hub", another)
+    content = json.loads(ours.to_json())
+    content["pre_tokenizer"]["add_prefix_space"] = True  # which a run that loads it leaves out
+    (tmp_path / "hub" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    hf_format.require_same_tokenizer(tmp_path / "hub", ours)
     (tmp_path / "hub" / "tokenizer.json").unlink()
     with pytest.raises(HubFormatError, match="must hold a tokenizer"):
         hf_format.require_same_tokenizer(tmp_path / "hub", ours)

@@ -14,15 +14,8 @@ from config import TokenizerConfig
 from kindling.errors import ConfigError
 from kindling.tokenization.bpe import SYMBOLS
 from kindling.tokenization.compare import COMPARED, read_documents, split_held_out
-from kindling.tokenization.tokenizer import (
-    Tokenizer,
-    TokenizerError,
-    from_json,
-    load_json,
-    load_pretrained,
-    train,
-    train_bpe,
-)
+from kindling.tokenization.pretrained import load_pretrained
+from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, from_json, load_json, train, train_bpe
 
 CODE = [
     "def add(a, b):\n    return a + b\n\n\n",
@@ -113,7 +106,7 @@ def test_bytes_that_are_no_text_are_decoded_alike_too(raw):
 def test_sentencepiece_gives_every_text_back_or_refuses_it(model, text):
     tokenizer = SENTENCEPIECE[model]
     if "\u2581" in text:
-        with pytest.raises(TokenizerError, match=r"U\+2581"):
+        with pytest.raises(TokenizerError, match=r"\\u2581.* comes back as .*--tokenizer\.lossy"):
             tokenizer.encode(text)
     else:
         ids = tokenizer.encode(text)
@@ -260,23 +253,6 @@ def write_corpus(folder, n: int) -> None:
     (folder / "src").mkdir()
     for i in range(n):
         (folder / "src" / f"m{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\n" * 5, encoding="utf-8")
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_tokenizer_that_puts_a_space_before_a_text_is_refused_before_the_build(inside, tmp_path):
-    content = json.loads(train(["x = 1\n"] * 9, TokenizerConfig(), 300).to_json())
-    added = content["pre_tokenizer"] | {"add_prefix_space": True}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [added]} if inside else added
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    cfg = TokenizerConfig(kind="pretrained", path=str(tmp_path))
-    with pytest.raises(TokenizerError, match='puts a space before it; set "add_prefix_space": false') as error:
-        load_pretrained(cfg)
-    assert "\n" not in str(error.value)
-    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace('_space": true', '_space": false')
-    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
-    tokenizer = load_pretrained(cfg)
-    for text in ("x", " x", "", "\n", "\tx", "☃"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_compare_prints_a_table_and_saves_a_plot_and_asks_no_network(tmp_path):

@@ -19,7 +19,8 @@ from kindling.device import DeviceError
 from kindling.files import sha256_file, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
-from kindling.tokenization.tokenizer import load_pretrained, train_bpe
+from kindling.tokenization.pretrained import load_pretrained
+from kindling.tokenization.tokenizer import train_bpe
 from kindling.training.stage import train_stage
 from kindling.training.start_or_resume import (
     check_config_changes,
