@@ -16,6 +16,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # with more, each is a proces
 
 # the time of an example and the number of rejected ones depend on chance
 by_chance = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=by_chance)
+hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=by_chance, max_examples=40)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("kindling"), max_examples=300)
 hypothesis.settings.load_profile("kindling")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,17 +178,25 @@ def corpus(tmp_path_factory) -> Path:
 def forked_workers() -> Iterator[None]:
     """Start the workers of data builds as forks of a process that has imported their modules, which saves a second for each.
 
-    Tests that run the scripts start them as a user's build does, each in a new interpreter.
+    The benchmarks that come with the project are read once for all builds. Tests that run the scripts start them as a user's
+    build does, each in a new interpreter.
     """
     import multiprocessing
     from multiprocessing import forkserver
 
+    from kindling.data import workers
+    from kindling.data.duplicates import BENCHMARKS, Benchmarks
+
+    read = cache(Benchmarks)
     real = multiprocessing.get_context
     os.chdir(ROOT)  # where the process finds the modules
     real("forkserver").set_forkserver_preload(["kindling.data.workers", "rensa", "tokenizers"])
     forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", lambda how=None: real("forkserver" if how == "spawn" else how))
+        patch.setattr(
+            workers, "Benchmarks", lambda names: (read if set(names) <= set(BENCHMARKS) else Benchmarks)(names)
+        )
         yield
 
 
