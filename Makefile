@@ -34,12 +34,16 @@ clean: ## remove .venv and caches; runs/ and data/ stay
 
 ##@ Check
 
+# compiled modules are kept, whatever the environment says: each process of the tests would compile them again
+test test-slow test-faults test-shuffled: export PYTHONDONTWRITEBYTECODE :=
+
 test: .venv/.installed-dev ## check the style, then run the test suite (3 to 10 minutes, offline)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/python -m pytest
 
-test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, more runs and signals
+test-slow: .venv/.installed-dev ## run the tests that take minutes: all of MBPP, mutants, more runs, signals and examples
 	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m "hypothesis and not (faults or gpu or browser)" --hypothesis-profile thorough
 
 test-faults: .venv/.installed-dev ## kill, damage and starve runs by the hundred; writes a table (15 minutes)
 	@$(BIN)/python -m pytest -n 0 -m faults tests/faults

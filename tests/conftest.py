@@ -16,6 +16,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # with more, each is a proces
 
 # the time of an example and the number of rejected ones depend on chance
 by_chance = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=by_chance)
+hypothesis.settings.register_profile("kindling", deadline=None, suppress_health_check=by_chance, max_examples=40)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("kindling"), max_examples=300)
 hypothesis.settings.load_profile("kindling")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +44,11 @@ SHARED = ROOT.parent / "shared" / "data"
 from config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig  # noqa: E402
 
 # the slowest files start first; otherwise one worker is busy with one of them after all others have finished
-SLOW_FIRST = ("test_build.py", "test_process.py", "test_evaluate.py", "test_distributed.py", "test_scripts.py")
-SLOW_FIRST += ("test_trainer.py", "test_sft_train.py", "test_distributed_build.py", "test_fsdp.py", "test_visualize.py")
-SLOW_FIRST += ("test_check_correctness.py", "test_sources.py", "test_extraction.py", "test_model.py")
+SLOW_FIRST = ("test_build.py", "test_process.py", "test_scripts.py", "test_evaluate.py", "test_distributed.py")
+SLOW_FIRST += ("test_trainer.py", "test_fsdp.py", "test_check_correctness.py", "test_sft_train.py", "test_hf_format.py")
+SLOW_FIRST += ("test_start_or_resume.py", "test_evaluations.py", "test_chat.py", "test_figures.py", "test_decoding.py")
+SLOW_FIRST += ("test_memorization.py", "test_perplexity.py", "test_bpe.py", "test_tokenizer.py", "test_rows.py")
+SLOW_FIRST += ("test_distributed_build.py", "test_visualize.py", "test_extraction.py", "test_model.py")
 
 
 def pytest_addoption(parser) -> None:
@@ -176,17 +180,25 @@ def corpus(tmp_path_factory) -> Path:
 def forked_workers() -> Iterator[None]:
     """Start the workers of data builds as forks of a process that has imported their modules, which saves a second for each.
 
-    Tests that run the scripts start them as a user's build does, each in a new interpreter.
+    The benchmarks that come with the project are read once for all builds. Tests that run the scripts start them as a user's
+    build does, each in a new interpreter.
     """
     import multiprocessing
     from multiprocessing import forkserver
 
+    from kindling.data import workers
+    from kindling.data.duplicates import BENCHMARKS, Benchmarks
+
+    read = cache(Benchmarks)
     real = multiprocessing.get_context
     os.chdir(ROOT)  # where the process finds the modules
     real("forkserver").set_forkserver_preload(["kindling.data.workers", "rensa", "tokenizers"])
     forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", lambda how=None: real("forkserver" if how == "spawn" else how))
+        patch.setattr(
+            workers, "Benchmarks", lambda names: (read if set(names) <= set(BENCHMARKS) else Benchmarks)(names)
+        )
         yield
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import ranks
@@ -95,18 +96,27 @@ def test_every_batch_counts_on_one_rank_and_each_rank_has_as_many(size):
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     """The folder, the output and the flags of a run on two ranks."""
-    folder = tmp_path_factory.mktemp("torchrun")
+    folder = tmp_path_factory.mktemp("two")
     flags = [*tiny_flags(corpus), "--model.dropout", "0.1"]
-    process = torchrun(ROOT / "main.py", *flags, "--name", "whole", cwd=folder)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out + err
-    return folder, out, flags
+    result = on_ranks(ROOT / "main.py", *flags, "--name", "whole", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout, flags
 
 
-def test_torchrun_trains_main_py_and_one_rank_reports(undisturbed):
+def test_two_ranks_train_main_py_and_one_reports(undisturbed):
     _, out, _ = undisturbed
     assert "on 2 ranks" in out
     assert out.count("state sha256") == out.count("validation over the whole") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_trains_main_py_to_the_same_bits(undisturbed):
+    folder, expected, flags = undisturbed
+    process = torchrun(ROOT / "main.py", *flags, "--name", "launched", cwd=folder)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    assert "on 2 ranks" in out
+    assert re.findall(r"state sha256 \w+", out) == re.findall(r"state sha256 \w+", expected) != []
 
 
 def test_ranks_share_out_an_evaluation(undisturbed):

@@ -501,7 +501,7 @@ def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shard
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_path):
     cfg = preset(name)
-    sources = tuple(replace(s, max_bytes=s.max_bytes and 400_000) for s in cfg.data.sources)
+    sources = tuple(replace(s, max_bytes=s.max_bytes and 2_000_000) for s in cfg.data.sources)
     cfg = replace(cfg, data=replace(cfg.data, sources=sources))
     cfg = local_preset(cfg, tmp_path)
     if cfg.data.instructions:  # the small tokenizer spells a template in many tokens

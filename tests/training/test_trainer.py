@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -345,10 +346,15 @@ def test_validation_with_the_document_mask_is_the_loss_of_the_documents_one_by_o
     assert validate(model, dataset, trainer.runtime)["val_loss"] != pytest.approx(found, rel=1e-5)
 
 
-def test_compiled_training_is_eager_training_compiles_once_and_resumes_exactly(corpus, tmp_path):
-    """In an architecture with all that is hard to compile. Slow tests of the model compile others."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_eager_training_compiles_once_and_resumes_exactly(corpus, tmp_path, monkeypatch, backend):
+    """In an architecture with all that is hard to compile. Slow tests of the model compile others.
+
+    The backend `aot_eager` traces the same graphs, forward and backward, and does not make the C++ compiler work for minutes.
+    """
     if not device.has_compiler("cpu"):
         pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     cfg = masked_config(corpus, **{**RESUME, "max_steps": 6, "compile": "on"})
     hard = dict(norm="rmsnorm", position="rope", activation="swiglu", bias=False, n_kv_head=1, dropout=0.0)
     cfg = replace(cfg, model=replace(cfg.model, **hard))
