@@ -1,5 +1,7 @@
 import ast
 import sys
+import sysconfig
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -7,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kindling.data.docstrings import Pair, _are_equal, mine_pairs
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
 
 DOC = "Return the sum of a and b."
 
@@ -49,9 +53,9 @@ def assert_each_pair_is_its_function(source: str) -> list[Pair]:
     return pairs
 
 
-def test_every_pair_of_real_source_is_the_code_of_its_function(corpus):
+def test_every_pair_of_real_source_is_the_code_of_its_function():
     pairs = {}
-    for path in sorted(corpus.rglob("*.py")):
+    for path in (path for name in ("asyncio", "email", "json") for path in sorted((STDLIB / name).rglob("*.py"))):
         for pair in assert_each_pair_is_its_function(path.read_text(encoding="utf-8")):
             pairs.setdefault(f"{path.parent.name}.{pair.name}", pair)
     assert len(pairs) > 400
