@@ -12,9 +12,16 @@ from conftest import shared_file
 
 from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
-from kindling.formats.hf_format import difference, read, write
 from kindling.formats.folding import fold_qk_norm
-from kindling.formats.hf_layout import CLASSES, HubFormatError, architecture, differing, nearest_stock, unsupported_settings
+from kindling.formats.hf_format import difference, read, write
+from kindling.formats.hf_layout import (
+    CLASSES,
+    HubFormatError,
+    architecture,
+    differing,
+    nearest_stock,
+    unsupported_settings,
+)
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
@@ -366,14 +373,7 @@ def test_a_folders_tokenizer_is_the_runs_by_what_ids_depend_on(tmp_path):
 
 def published(folder, name: str, dtype=torch.float32, shards: bool = False, **settings):
     """Write a random model as transformers publishes it, and return it as transformers loads it, in float32."""
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(3)
     if name == "gpt2":
