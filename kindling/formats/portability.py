@@ -88,9 +88,10 @@ def row(name: str, cfg: Config) -> list[str]:
     found = destinations(cfg)
     stock, gguf, int8 = found["transformers"], found["llama.cpp"], found["int8"]
     in_vllm = stock.is_open and stock.holder in VLLM
+    with_code = not any(field.startswith("tokenizer.") for field in stock.needs)  # our code holds every shape
     cells = [
         f"`{stock.holder}`" if stock.is_open else "-",
-        "not needed" if stock.is_open else "yes",
+        "not needed" if stock.is_open else "yes" if with_code else "-",
         f"`{gguf.holder}`" if gguf.is_open else "-",
         "yes" if gguf.is_open else "-",
         f"`{stock.holder}`" if in_vllm else "-",

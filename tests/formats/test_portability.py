@@ -47,8 +47,9 @@ def test_a_portable_preset_goes_everywhere_without_our_code():
 
 
 def test_a_sentencepiece_tokenizer_stands_in_every_way():
-    found = destinations(replace(preset("portable-5m"), tokenizer=TokenizerConfig(kind="sentencepiece")))
-    assert all(destination.needs == {"tokenizer.kind": "bpe"} for destination in found.values())
+    cfg = replace(preset("portable-5m"), tokenizer=TokenizerConfig(kind="sentencepiece"))
+    assert all(destination.needs == {"tokenizer.kind": "bpe"} for destination in destinations(cfg).values())
+    assert row("x", cfg)[1:7] == ["-"] * 6
 
 
 def test_a_run_that_llama_cpp_does_not_know_is_told_the_portable_preset_of_its_size():
