@@ -29,7 +29,12 @@ BEGIN, END = "<!-- the table that `python -m kindling.formats.portability --writ
 VLLM = frozenset({"GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"})
 TEXT = "def add(a, b):\n    return a + b\n" * 3  # for a tokenizer that only shows its kind
 COLUMNS = ("transformers", "transformers with our code", "llama.cpp", "Ollama", "vLLM", "int8")
-TOKENIZER_CHANGES = ({"normalizer": "none"}, {"kind": "bpe"}, {"kind": "bpe", "normalizer": "none"})
+TOKENIZER_CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"normalizer": "none"},
+    {"kind": "bpe"},
+    {"kind": "bpe", "normalizer": "none"},
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def _tokenizer_needs(cfg: TokenizerConfig, require: Callable[[Tokenizer], object
     """Return the smallest change of a tokenizer's settings with which `require` accepts it."""
     if cfg.kind == "pretrained":
         return {}
-    for change in ({}, *TOKENIZER_CHANGES):
+    for change in TOKENIZER_CHANGES:
         try:
             require(train([TEXT], replace(cfg, **change), 300 + len(cfg.special_tokens)))
         except KindlingError:
