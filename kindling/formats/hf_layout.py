@@ -1,11 +1,12 @@
 """Our configs and weights in transformers' names and layout, and back. Reads and writes no files.
 
-    architecture(cfg)                       # "gpt2" or "llama" if the stock class computes the same, else "kindling"
+    architecture(cfg)                       # "gpt2", "llama" or "qwen3" if the stock class computes the same, else "kindling"
     hub_config(cfg, ids), hub_weights(weights, cfg)
     our_config(content), our_weights(tensors, cfg, "llama")
 
 GPT-2's linear layers are stored as (in, out) and always have biases. Llama has three matrices for queries, keys and values.
-Limit: transformers' Llama has dropout only on the attention weights, so only that is kept.
+Qwen3 is Llama with learned QK-norm; QK-norm without weights is folded into it (folding.py).
+Limit: transformers' Llama and Qwen3 have dropout only on the attention weights, so only that is kept.
 """
 
 from __future__ import annotations
@@ -21,26 +22,34 @@ from torch import Tensor
 from config import ModelConfig
 from kindling.config_io import by_old_names, by_present_names
 from kindling.errors import KindlingError
+from kindling.formats.folding import fold_qk_norm
 from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-Architecture = Literal["gpt2", "llama", "kindling"]
+Architecture = Literal["gpt2", "llama", "qwen3", "kindling"]
 CLASSES: dict[Architecture, str] = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "kindling": "KindlingForCausalLM",
 }
 CODE = "modeling_kindling.py"  # holds the class for all other shapes
 OWN = "kindling"  # the key of our ModelConfig in config.json
+_LLAMA: dict[str, tuple[Any, ...]] = {
+    "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)
+}  # fmt: skip
+_EVERY: dict[str, tuple[Any, ...]] = {
+    "final_norm": (True,), "attn_out_proj": (True,), "head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,)
+}  # fmt: skip
 STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # the settings that the stock classes support; numbers are free
-    "gpt2": {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2")},
-    "llama": {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)},
-}
-for _settings in STOCK.values():
-    _settings |= {"final_norm": (True,), "attn_out_proj": (True,)}
-    _settings |= {"head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,)}
+    "gpt2": {
+        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2"), **_EVERY
+    },
+    "llama": {**_LLAMA, **_EVERY},
+    "qwen3": {**_LLAMA, **_EVERY, "qk_norm": ("learned", True)},
+}  # fmt: skip
 # settings that only training uses, or that choose the backbone; any weights fit them
 TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"} | {a: a for a in STOCK["gpt2"]["activation"]}
@@ -71,6 +80,9 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("lm_head",),
     },
 }
+NAMES["qwen3"] = NAMES["llama"] | {
+    f"blocks.{{}}.attn.{t}_norm": (f"model.layers.{{}}.self_attn.{t}_norm",) for t in "qk"
+}
 # masks and frequencies, which older versions saved with the weights
 NO_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
@@ -79,19 +91,28 @@ class HubFormatError(KindlingError):
     """A model that the format cannot hold, or a folder that Kindling cannot read."""
 
 
-def unsupported_settings(cfg: ModelConfig, name: Literal["gpt2", "llama"]) -> list[str]:
-    """Return the settings that the stock class does not support, such as "model.head_bias=True"."""
-    found = [f for f, held in STOCK[name].items() if getattr(cfg, f) not in held]
+def unsupported_settings(cfg: ModelConfig, name: str) -> dict[str, Any]:
+    """Return the settings of `cfg` that the stock class `name` does not support, each with a value that it does."""
+    found = {f: held[0] for f, held in STOCK[name].items() if getattr(cfg, f) not in held}
     if name == "gpt2" and cfg.kv_heads != cfg.n_head:
-        found.append("n_kv_head")
-    return [f"model.{f}={getattr(cfg, f)}" for f in found]
+        found["n_kv_head"] = None
+    return found
+
+
+def nearest_stock(cfg: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
+    """Return the stock class that supports the most settings of `cfg`, and the values that it needs of the others.
+
+    Of several that need as many changes, it is the one with QK-norm if the shape has that: no other setting buys as much.
+    """
+    stock: tuple[Architecture, ...] = ("qwen3", "gpt2", "llama") if cfg.qk_norm else ("gpt2", "llama", "qwen3")
+    nearest = min(stock, key=lambda name: len(unsupported_settings(cfg, name)))
+    return nearest, unsupported_settings(cfg, nearest)
 
 
 def architecture(cfg: ModelConfig) -> Architecture:
     """Return the stock class that computes exactly the model of `cfg`, else "kindling", whose file supports every shape."""
-    if not unsupported_settings(cfg, "gpt2"):
-        return "gpt2"
-    return "kindling" if unsupported_settings(cfg, "llama") else "llama"
+    nearest, missing = nearest_stock(cfg)
+    return "kindling" if missing else nearest
 
 
 MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
@@ -107,7 +128,7 @@ def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig:
     """Return the config of the class that `architecture` names, with our config in it; `ids` are those of special tokens."""
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
     to = architecture(cfg)
 
@@ -124,13 +145,14 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
             layer_norm_epsilon=cfg.norm_eps, initializer_range=cfg.init_std, resid_pdrop=cfg.dropout,
             embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, architectures=["GPT2LMHeadModel"], **common,
         )  # fmt: skip
-    if to == "llama":
-        return LlamaConfig(
+    if to in ("llama", "qwen3"):
+        own_width = {"head_dim": cfg.head_dim} if to == "qwen3" else {}  # Llama derives it, Qwen3 does not
+        return (LlamaConfig if to == "llama" else Qwen3Config)(
             vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
             intermediate_size=cfg.ff_width, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
             num_key_value_heads=cfg.kv_heads, rms_norm_eps=cfg.norm_eps, initializer_range=cfg.init_std,
             rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, attention_dropout=cfg.dropout,
-            architectures=["LlamaForCausalLM"], **common,
+            architectures=[CLASSES[to]], **own_width, **common,
         )  # fmt: skip
     from kindling.formats.modeling_kindling import KindlingConfig
 
@@ -146,6 +168,8 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
 def hub_weights(weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """Return the weights of our `GPT` in names and layout of the class that `architecture` names."""
     to = architecture(cfg)
+    if to == "qwen3":
+        cfg, weights = fold_qk_norm(cfg, weights)
     out: dict[str, Tensor] = {}
     for name, shape in _shapes(cfg, to).items():
         weight = weights.get(name)
@@ -236,13 +260,15 @@ def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
 
     Raises HubFormatError for what transformers computes differently from us, and ConfigError for impossible shapes.
     """
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
     _require({"quantization_config": (content.get("quantization_config"), (None,))})
     if name == "gpt2":
         return _of_gpt2(GPT2Config.from_dict(content))
     if name == "llama":
         return _of_llama(LlamaConfig.from_dict(content))
+    if name == "qwen3":
+        return replace(_of_llama(Qwen3Config.from_dict(content)), qk_norm="learned")
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
     content = by_present_names({"pair_rows": 0} | content)  # older folders do not have this key
     return ModelConfig(**{f: content[f] for f in shape}, tie_embeddings=content["tie_word_embeddings"])
@@ -274,13 +300,14 @@ def _of_gpt2(theirs: GPT2Config) -> ModelConfig:
     )  # fmt: skip
 
 
-def _of_llama(theirs: LlamaConfig) -> ModelConfig:
+def _of_llama(theirs: LlamaConfig | Qwen3Config) -> ModelConfig:
     rope = theirs.rope_parameters
     _require(
         {
             "hidden_act": (theirs.hidden_act, ("silu", "swish")),
             "attention_bias": (theirs.attention_bias, (False,)),
-            "mlp_bias": (theirs.mlp_bias, (False,)),
+            "mlp_bias": (getattr(theirs, "mlp_bias", False), (False,)),  # Qwen3 has no such setting
+            "use_sliding_window": (getattr(theirs, "use_sliding_window", False), (False,)),
             "head_dim": (theirs.head_dim, (theirs.hidden_size // theirs.num_attention_heads,)),
             "rope_type (rope_scaling)": (rope["rope_type"], ("default",)),
             "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),

@@ -52,7 +52,7 @@ class KindlingConfig(PretrainedConfig):
         bias: bool = True,
         head_bias: bool = False,
         attn_out_proj: bool = True,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         pair_rows: int = 0,
         tie_word_embeddings: bool = True,
         dropout: float = 0.0,
@@ -121,6 +121,8 @@ class Attention(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.bias)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+        learned = cfg.qk_norm == "learned"
+        self.q_norm, self.k_norm = (nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps) if learned else None for _ in "qk")
 
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
         """Attend within x (B, T, C) and what the cache holds; mask (B, 1, T, S), or None for the causal one."""
@@ -129,7 +131,9 @@ class Attention(nn.Module):
         q, k, v = (
             t.view(B, T, -1, cfg.head_dim).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1)
         )  # (B, H, T, D)
-        if cfg.qk_norm:
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif cfg.qk_norm:
             q, k = F.rms_norm(q, (cfg.head_dim,)), F.rms_norm(k, (cfg.head_dim,))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)

@@ -12,21 +12,31 @@ from conftest import shared_file
 
 from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
+from kindling.formats.folding import fold_qk_norm
 from kindling.formats.hf_format import difference, read, write
-from kindling.formats.hf_layout import HubFormatError, architecture, unsupported_settings
+from kindling.formats.hf_layout import (
+    CLASSES,
+    HubFormatError,
+    architecture,
+    differing,
+    nearest_stock,
+    unsupported_settings,
+)
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
 from model import GPT, build_model
 from presets import PRESETS, preset
 
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM"}
 ARCHITECTURES = {
     "demo-infill": "kindling",
     "demo": "kindling",
     "modern-5m": "kindling",
     "modern-50m": "kindling",
     "modern-150m": "kindling",
+    "portable-5m": "qwen3",
+    "portable-50m": "qwen3",
+    "portable-150m": "qwen3",
     "code-50m": "gpt2",
     "code-150m": "gpt2",
     "code-225m": "gpt2",
@@ -40,6 +50,7 @@ ARCHITECTURES = {
 }
 SHAPES = [
     "demo",
+    "portable-5m",
     "code-50m",
     "tinystories",
     "autocomplete",
@@ -103,6 +114,10 @@ VARIANTS = {
     "gpt2-untied-relu2": small(replace(preset("code-50m").model, tie_embeddings=False, activation="relu2")),
     "llama-grouped-tied": small(replace(preset("smallcoder-1").model, n_head=4, n_kv_head=2, tie_embeddings=True,
                                         rope_theta=500_000.0)),
+    "qwen3-grouped-tied": small(replace(preset("portable-5m").model, n_head=4, n_kv_head=1, tie_embeddings=True, norm_eps=1e-3,
+                                        rope_theta=500_000.0)),
+    "qwen3-folded": small(replace(preset("portable-5m").model, qk_norm=True, norm_eps=1e-3)),
+    "ours-learned-qk-norm": small(replace(preset("demo").model, qk_norm="learned", n_kv_head=2, norm_eps=1e-3)),
     "ours-grouped-swiglu": small(replace(preset("demo").model, n_head=4, n_kv_head=2, activation="swiglu", bias=True)),
     "ours-learned-without-bias": small(replace(preset("tinystories").model, qk_norm=True, bias=False)),
     "ours-pairs": small(replace(preset("demo").model, bigram_rows=101)),
@@ -141,8 +156,12 @@ def test_every_preset_has_the_class_that_holds_it():
 def test_what_was_written_is_read_back_to_the_bit(folders, name):
     folder, model = folders(name)
     cfg, weights = read(folder)
-    assert cfg == model.cfg
-    ours = dict(model.named_parameters())
+    if name == "qwen3-folded":  # what the class holds, and not what was folded
+        assert cfg.qk_norm == "learned" and differing(cfg, model.cfg) == ["qk_norm"]
+        ours = fold_qk_norm(model.cfg, dict(model.named_parameters()))[1]
+    else:
+        assert cfg == model.cfg
+        ours = dict(model.named_parameters())
     assert weights.keys() == ours.keys()
     assert all(torch.equal(weights[n], ours[n]) for n in ours)
 
@@ -157,7 +176,7 @@ def test_a_folder_of_before_the_table_of_pairs_is_read(tmp_path):
     assert difference(tmp_path / "hub", model, random_rows(model.cfg)).largest <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["demo", "tinystories", "smallcoder-1", "fineweb-nano", "ours-pairs"])
+@pytest.mark.parametrize("name", ["demo", "tinystories", "smallcoder-1", "portable-5m", "fineweb-nano", "ours-pairs"])
 def test_greedy_text_is_what_transformers_generates(folders, name):
     folder, model = folders(name)
     their = theirs(folder)
@@ -359,7 +378,7 @@ def test_a_folders_tokenizer_is_the_runs_by_what_ids_depend_on(tmp_path):
 
 def published(folder, name: str, dtype=torch.float32, shards: bool = False, **settings):
     """Write a random model as transformers publishes it, and return it as transformers loads it, in float32."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(3)
     if name == "gpt2":
@@ -368,7 +387,10 @@ def published(folder, name: str, dtype=torch.float32, shards: bool = False, **se
     else:
         shape = {"vocab_size": 320, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 96,
                  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-        model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
+        if name == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, "head_dim": 12, **settings}))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
@@ -393,6 +415,8 @@ def logits_of(folder) -> torch.Tensor:
         ("llama", {}),
         ("llama", {"shards": True, "rope_theta": 500_000.0, "tie_word_embeddings": True}),
         ("llama", {"dtype": torch.float16, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+        ("qwen3", {}),
+        ("qwen3", {"shards": True, "rope_theta": 500_000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     ],
     ids=str,
 )
@@ -435,10 +459,12 @@ def test_gpt2_is_read_as_openai_laid_it_out(tmp_path):
         ("llama", {"attention_bias": True}, "attention_bias must be False"),
         ("llama", {"mlp_bias": True}, "mlp_bias must be False"),
         ("llama", {"head_dim": 8}, "head_dim must be 12, but is 8|head_dim must be 12"),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be False"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window must be False"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_scaling"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
-        ("llama", {"model_type": "mistral"}, "model_type gpt2, llama or kindling, but is of 'mistral'"),
+        ("llama", {"model_type": "mistral"}, "model_type gpt2, llama, qwen3 or kindling, but is of 'mistral'"),
         ("llama", {"num_hidden_layers": "two"}, "must be a config of llama"),
         ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ("llama", {"num_hidden_layers": 1}, "model.layers.1.* has no place in it"),
@@ -530,11 +556,15 @@ def test_biases_that_were_trained_since_are_kept(tmp_path):
     assert weights["blocks.1.mlp.up.bias"].eq(1).all()
 
 
-def test_obstacles_are_named_with_their_values():
-    assert unsupported_settings(preset("autocomplete").model, "gpt2") == ["model.head_bias=True"]
-    assert unsupported_settings(preset("code-50m").model, "gpt2") == []
-    named = unsupported_settings(preset("demo").model, "llama")
-    assert set(named) == {"model.activation=relu2", "model.qk_norm=True", "model.bigram_rows=32768"}
+def test_obstacles_are_named_with_the_values_that_a_class_has():
+    assert unsupported_settings(preset("autocomplete").model, "gpt2") == {"head_bias": False}
+    assert unsupported_settings(preset("code-50m").model, "gpt2") == {}
+    assert unsupported_settings(preset("demo").model, "llama") == {
+        "activation": "swiglu", "qk_norm": False, "bigram_rows": 0
+    }  # fmt: skip
+    # QK-norm stays where a class has it
+    assert nearest_stock(preset("demo").model) == ("qwen3", {"activation": "swiglu", "bigram_rows": 0})
+    assert nearest_stock(preset("portable-5m").model) == ("qwen3", {})
 
 
 def test_a_difference_is_seen_wherever_it_is(folders):
@@ -550,6 +580,17 @@ def test_a_difference_is_seen_wherever_it_is(folders):
         model.norm_f.weight[0] = torch.nan
         assert math.isnan(difference(folder, model, random_rows(model.cfg, 1)).largest)
         model.norm_f.weight[0] = 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["portable-5m", "demo"])
+def test_greedy_text_of_128_tokens_at_the_true_size_is_what_transformers_generates(tmp_path, name):
+    model = written(tmp_path / "hub", preset(name).model)
+    prompt = random_rows(model.cfg, 1)[:, :20]
+    ours = list(stream(model, prompt[0].tolist(), Sampling(greedy=True, max_new_tokens=128), -1))
+    settings = {"do_sample": False, "max_new_tokens": 128, "eos_token_id": None}
+    out = theirs(tmp_path / "hub").generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert ours == out[0, 20:].tolist() and len(ours) == 128
 
 
 @pytest.mark.slow
