@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         config = run.config()
         from kindling.device import resolve  # imports torch
 
-        runtime = resolve(replace(config.train, device=flags.device), world)
+        runtime = resolve(replace(config.train, device=flags.device), world, flag="--device")
         model, _ = load_model(run, runtime.device, checkpoint)
         return evaluate(EvalContext(run, config, checkpoint, model, run.tokenizer(), runtime, flags))
 

@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = require_checkpoint(run)
     from kindling.device import resolve  # imports torch
 
-    device = resolve(replace(run.config().train, device=flags.device)).device
+    device = resolve(replace(run.config().train, device=flags.device), flag="--device").device
     from kindling.generation.inference import prepare_for_inference
 
     loaded, _ = load_model(run, device, checkpoint)

@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.serving.server import address_of, bind, run
 
     sock = bind(flags.host, flags.port)  # before the model is loaded, which may take long
+    print(f"loading {flags.run or 'the newest run'}", flush=True)
     opened = open_model(flags)
     served = to_serve(opened, flags)
     can = ["continues texts"]

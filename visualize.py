@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint, train = require_checkpoint(run), run.config().train
     from kindling.device import resolve  # imports torch
 
-    runtime = resolve(replace(train, device=flags.device))
+    runtime = resolve(replace(train, device=flags.device), flag="--device")
     from kindling.plots.inspection import InspectedRun
     from kindling.plots.run_report import report_of
 

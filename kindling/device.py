@@ -87,17 +87,17 @@ def to_device(rows: np.ndarray, runtime: Runtime) -> torch.Tensor:
     return tensor.to(runtime.device)
 
 
-def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> Runtime:
+def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS, flag: str = "--train.device") -> Runtime:
     """Choose device and precision from `cfg` and the hardware; raises DeviceError if the machine does not have them.
 
-    With several ranks on CUDA, each rank uses the GPU with its local rank.
+    `flag` is where the device was given, for the error. With several ranks on CUDA, each rank uses the GPU with its local rank.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = next(k for k in ("cuda", "mps", "cpu") if available[k]) if cfg.device == "auto" else cfg.device
     if not available[kind]:
         there = ", ".join(k for k, yes in available.items() if yes)
         raise DeviceError(
-            f"the device must be one of this machine ({there}), but is {kind!r}; set --device auto, or --train.device auto"
+            f"{flag} must be a device of this machine ({there}), but is {kind!r}; choose one of them, or {flag} auto"
         )
     if kind == "cuda":  # TensorFloat-32 for products that stay float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"

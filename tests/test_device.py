@@ -13,6 +13,13 @@ CPU = device.resolve(TrainConfig(device="cpu"))
 MB = 2**20
 
 
+def test_a_device_that_is_not_there_is_named_with_the_flag_that_asks_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flag, given in (("--train.device", {}), ("--device", {"flag": "--device"})):
+        with pytest.raises(device.DeviceError, match=f"^{flag} must be a device of this machine .* 'cuda'; .*, or {flag} auto$"):
+            device.resolve(TrainConfig(device="cuda"), **given)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux only")
 def test_the_peak_of_memory_can_be_counted_anew():
     assert device.reset_peak_memory(CPU)

@@ -107,7 +107,7 @@ static float round_vector(const float *restrict x, int64_t k, float limit, int16
 }
 
 /* four rows of int8 times a vector, or two, for which the rows are widened once; for more there are not enough registers */
-#ifdef __AVX2__ /* what compilers make of the loops below loads a vector anew for each row, adds up each sum alone, and waits more */
+#ifdef __AVX2__ /* what compilers make of the loops below loads a vector anew for each row, and waits longer for memory */
 typedef __m256i Ints;
 static inline Ints load(const int16_t *r) { return _mm256_loadu_si256((const Ints *)r); }
 static inline Ints widened(const int8_t *w) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)); }
@@ -223,8 +223,10 @@ static inline void four_rows(const int8_t *first, int64_t apart, int64_t i, int6
 /* y (4, or as many as are left) = the sums of rows i to i + 3, as they were before x was rounded, plus bias */
 static inline void scale_four(const Matrix *m, int64_t i, const int32_t sums[4], float back, float *y) {
     typedef float Four __attribute__((vector_size(16)));
-    Four values = {sums[0], sums[1], sums[2], sums[3]}, scale, bias;
-    values *= back;
+    typedef int32_t Whole __attribute__((vector_size(16)));
+    Whole whole;
+    memcpy(&whole, sums, sizeof whole);
+    Four values = __builtin_convertvector(whole, Four) * back, scale, bias;
     if (i + 4 > m->n) {
         for (int s = 0; i + s < m->n; s++) y[s] = values[s] * m->scale[i + s] + (m->bias ? m->bias[i + s] : 0);
         return;
@@ -241,7 +243,8 @@ static void product(const Model *model, const Matrix *m, const float *x, int64_t
     const float limit = limit_of(k);
     #pragma omp parallel for schedule(static) if (8 * n * k > SHARED)
     for (int64_t t = 0; t < n; t++) model->back[t] = round_vector(x + t * k, k, limit, model->rounded + t * k);
-    #pragma omp parallel for schedule(static) if (m->n * k * n > SHARED)
+    /* in 16 parts, as a core may have other work, too */
+    #pragma omp parallel for schedule(dynamic, m->n / 64 + 1) if (m->n * k * n > SHARED)
     for (int64_t i = 0; i < m->n; i += 4) {
         const int8_t *w[4];
         four_rows(m->q, k, i, last, w);

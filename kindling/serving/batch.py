@@ -79,6 +79,7 @@ class Batch:
         self._engine, self._vocabulary, self._counters, self._clock = engine, vocabulary, counters, clock
         self._prefixes = Prefixes(engine)
         self._ends = {vocabulary.eos_id, *(vocabulary.fim or ())}  # a control token can be no part of an answer
+        self._unsaid: list[tuple[Job, Event]] = []
         self.jobs: list[Job] = []
         self.held_s: float | None = None
         """How long a job holds its row, on average, the newest counting most."""
@@ -114,7 +115,16 @@ class Batch:
         self._counters.cached_tokens += found.length
 
     def step(self) -> None:
-        """Run a piece of the prompts that are being read and the next token of the texts that are being written."""
+        """Run a piece of the prompts that are being read and the next token of the texts that are being written.
+
+        What there is to say is said at the end: who hears it then works while the model computes, and not between two tokens.
+        """
+        try:
+            self._step()
+        finally:
+            self._say_all()
+
+    def _step(self) -> None:
         now = self._clock()
         for job in list(self.jobs):
             if job.cancelled:
@@ -135,6 +145,12 @@ class Batch:
         """End all jobs."""
         for job in list(self.jobs):
             self.fail(job, reason)
+        self._say_all()
+
+    def _say_all(self) -> None:
+        events, self._unsaid = self._unsaid, []
+        for job, event in events:
+            job.say(event)
 
     def fail(self, job: Job, reason: str) -> None:
         """End a job that cannot go on, and forget what its row holds."""
@@ -142,7 +158,7 @@ class Batch:
             with contextlib.suppress(Exception):  # of an engine that has failed
                 self._engine.truncate(job.row, 0)
             self._leave(job, "failed")
-            job.say(Failed(reason))
+            self._unsaid.append((job, Failed(reason)))
 
     def _parts(self) -> list[_Part]:
         """Return what is run in the next pass: a token of each text that is written, and a piece of the prompts.
@@ -239,7 +255,7 @@ class Batch:
             job.seen.add(token.id)
         job.n_line_breaks += self._vocabulary.spellings[token.id].count("\n")
         if (piece := job.answer.add(token)) is not None:
-            job.say(piece)
+            self._unsaid.append((job, piece))
         if (ended_by := job.answer.ended_by) is not None:
             self._finish(job, ended_by)
         elif job.answer.n_counted >= job.generation.sampling.max_new_tokens:
@@ -253,9 +269,10 @@ class Batch:
         piece, ended_by = job.answer.finish(ended_by)
         self._leave(job, ended_by)
         if piece is not None:
-            job.say(piece)
+            self._unsaid.append((job, piece))
         n_prompt = len(job.ids) + job.generation.n_taken_back
-        job.say(Done(ended_by, n_prompt, job.n_cached, job.answer.n_counted, job.answer.stop))
+        done = Done(ended_by, n_prompt, job.n_cached, job.answer.n_counted, job.answer.stop)
+        self._unsaid.append((job, done))
 
     def _leave(self, job: Job, ending: str) -> None:
         """Free the row of a job, and count it."""

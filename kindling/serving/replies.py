@@ -9,12 +9,13 @@ Leaving the block cancels what is not finished, so a client that has gone costs 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kindling.errors import KindlingError
 from kindling.serving.generation import Done, Event, Failed, Piece, Refused, Token
@@ -22,10 +23,42 @@ from kindling.serving.scheduler import Busy
 from kindling.serving.served import Prompt, Served
 
 SSE = "text/event-stream"
+Events = asyncio.Queue[tuple[int, Event]]
 
 
 class GenerationFailed(KindlingError):
     """The model could not generate an answer."""
+
+
+class _Mail:
+    """What the scheduler's thread says to the clients of an event loop, which is woken once for all that is said together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Events, tuple[int, Event]]] = []
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: Events, item: tuple[int, Event]) -> None:
+        """Put an item in a queue of the loop, from another thread."""
+        with self._lock:
+            self._waiting.append((queue, item))
+            is_first = len(self._waiting) == 1
+        if is_first:
+            try:
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop has been closed
+                self._take()
+
+    def _take(self) -> list[tuple[Events, tuple[int, Event]]]:
+        with self._lock:
+            taken, self._waiting = self._waiting, []
+        return taken
+
+    def _deliver(self) -> None:
+        for queue, item in self._take():
+            queue.put_nowait(item)
+
+
+_mail_of: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail] = WeakKeyDictionary()
 
 
 class Answers:
@@ -33,7 +66,7 @@ class Answers:
 
     def __init__(self, served: Served, prompts: Sequence[Prompt]):
         """Submit all of them. Raises Busy, and then none runs."""
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        self._loop, self._events = asyncio.get_running_loop(), Events()
         self._left = len(prompts)
         self._next: tuple[int, Piece | Done] | None = None
         self.truncated = any(prompt.truncated for prompt in prompts)
@@ -49,9 +82,10 @@ class Answers:
             raise
 
     def _saying(self, number: int) -> Any:
+        mail = _mail_of.setdefault(self._loop, _Mail())
+
         def say(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+            mail.put(self._loop, self._events, (number, event))
 
         return say
 

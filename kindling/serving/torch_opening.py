@@ -17,7 +17,8 @@ def open_run(path: Path | None, device: str, precision: str, cache_bytes: int | 
     """Open a run with PyTorch; None is the newest one. Raises KindlingError."""
     run = find_run(path)
     cfg = run.config()
-    loaded, checkpoint = load_model(run, resolve(replace(cfg.train, device=cast(Any, device))).device)
+    runtime = resolve(replace(cfg.train, device=cast(Any, device)), flag="--device")
+    loaded, checkpoint = load_model(run, runtime.device)
     model = prepare_for_inference(loaded, cast(Any, precision))
     engine = TorchEngine(model, min(MOST_ROWS, rows_for(model, CACHE_BYTES if cache_bytes is None else cache_bytes)))
     vocabulary = TorchVocabulary(run.tokenizer(), model.cfg.vocab_size, cfg.data.fim_rate > 0)

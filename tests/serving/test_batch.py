@@ -69,6 +69,17 @@ def test_requests_that_come_together_are_decoded_together_and_join_and_leave_bet
     assert said(second) == "nopq" and second[-1] == Done("limit", 2, 0, 4)
 
 
+def test_what_is_to_be_said_is_said_once_all_have_their_token(desk):
+    heard: list[list[int]] = []
+    (first, _), (second, _) = desk.ask("xa", 2), desk.ask("ym", 2)
+    for job in (first, second):
+        job._say = lambda event: heard.append([len(first.out), len(second.out)])
+    desk.step()
+    assert heard == [[1, 1]] * 2
+    desk.run()
+    assert heard[2:] == [[2, 2]] * 4, "a last piece and the end, of each"
+
+
 def test_a_long_prompt_is_read_in_pieces_while_other_texts_get_their_tokens(desk):
     desk.ask("xa", 9)
     desk.step()

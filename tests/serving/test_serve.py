@@ -60,7 +60,7 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.said = "".join(self.process.stdout.readline() for _ in range(3))
+        self.said = "".join(self.process.stdout.readline() for _ in range(4))
         self.port = int(re.search(r"page http://127\.0\.0\.1:(\d+)/", self.said)[1])
 
     def end(self, number: int) -> tuple[int, str]:
@@ -87,6 +87,7 @@ def rest_of(sock: socket.socket) -> bytes:
 
 def test_ctrl_c_finishes_what_is_being_written_and_an_export_needs_no_torch(run):
     server = Process(str(run / "export/int8"), "--kernel", "numpy", "--max-queue", "5")
+    assert server.said.startswith(f"loading {run / 'export/int8'}\n")
     assert "says-x, step_000001" in server.said and "in int8, context 64; continues texts\n" in server.said
     maps = Path(f"/proc/{server.process.pid}/maps").read_text(encoding="utf-8")
     assert "libtorch" not in maps and "tokenizers" in maps

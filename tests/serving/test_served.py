@@ -9,8 +9,8 @@ from http_server import FIM, served
 from kindling.data.prompts import Exchange, prompt_text
 from kindling.generation.settings import Sampling
 from kindling.serving.body import BadRequest
-from kindling.serving.generation import Edit
-from kindling.serving.replies import Answers, Whole, collect
+from kindling.serving.generation import Edit, Piece
+from kindling.serving.replies import Answers, Whole, _Mail, collect
 from kindling.serving.served import Conversation, Options, at_cursor, chat, continuation
 from kindling.tokenization.infilling import arrange, prompt_at_cursor
 
@@ -132,3 +132,25 @@ def test_what_healing_takes_back_is_part_of_the_prompt_and_not_of_the_answer_nor
 
     whole = asyncio.run(ask())
     assert (whole.text, whole.done.n_prompt, whole.done.n_new) == ("4567", 4, 4)
+
+
+def test_an_event_loop_is_woken_once_for_what_is_said_together(monkeypatch):
+    async def ask() -> tuple[int, list]:
+        loop, queues, n_woken = asyncio.get_running_loop(), [asyncio.Queue(), asyncio.Queue()], 0
+        wake, mail = loop.call_soon_threadsafe, _Mail()
+
+        def counted(*args):
+            nonlocal n_woken
+            n_woken += 1
+            wake(*args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        for text in ("a", "b"):
+            for number, queue in enumerate(queues):
+                mail.put(loop, queue, (number, Piece(text)))
+        got = [[await queue.get() for _ in "ab"] for queue in queues]
+        mail.put(loop, queues[0], (0, Piece("c")))
+        return n_woken, [*got, await queues[0].get()]
+
+    pieces = [[(number, Piece(text)) for text in "ab"] for number in range(2)]
+    assert asyncio.run(ask()) == (2, [*pieces, (0, Piece("c"))])
