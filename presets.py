@@ -286,8 +286,8 @@ def alpaca() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     f.__name__.replace("_", "-"): f
     for f in (demo, demo_infill, modern_5m, modern_50m, modern_150m, portable_5m, portable_50m, portable_150m, code_50m,
-              code_150m, code_225m, tinystories, autocomplete, fineweb_nano, smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4,
-              docstrings, alpaca)
+              code_150m, code_225m, tinystories, autocomplete, fineweb_nano, smallcoder_1, smallcoder_2, smallcoder_3,
+              smallcoder_4, docstrings, alpaca)
 }
 FINE_TUNING = {"smallcoder-3": "smallcoder-4"} | dict.fromkeys(
     ("modern-50m", "modern-150m", "portable-50m", "portable-150m", "code-50m", "code-150m", "code-225m"), "alpaca")

@@ -132,8 +132,8 @@ def to_bytes(x: np.ndarray) -> np.ndarray:
 class AsInC(Model):
     """The model in NumPy, with keys and values as the kernel's cache holds them."""
 
-    def _heads(self, qkv, start):
-        q, k, v = super()._heads(qkv, start)
+    def _heads(self, block, qkv, start):
+        q, k, v = super()._heads(block, qkv, start)
         return q, to_bytes(k), to_bytes(v)
 
 
