@@ -2,11 +2,12 @@
 
     write(folder, model, tokenizer, card)               # config, weights, tokenizer, generation config, README.md
     difference(folder, model, rows)                     # between the model and the folder as transformers loads it
-    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama or one of our own
+    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama, a Qwen2 or one of our own
 
-Shapes that `GPT2LMHeadModel` or `LlamaForCausalLM` compute are written for these classes (hf_layout.py). All others need the
-file modeling_kindling.py, which is written into the folder. config.json holds our `ModelConfig` under the key "kindling", so
-reading one of our folders gives the same config. Limits: weights are in safetensors, written in float32; no SentencePiece.
+Shapes that `GPT2LMHeadModel`, `LlamaForCausalLM` or `Qwen2ForCausalLM` compute are written for these classes (hf_layout.py).
+All others need the file modeling_kindling.py, which is written into the folder. config.json holds our `ModelConfig` under the
+key "kindling", so reading one of our folders gives the same config. Limits: weights are in safetensors, written in float32; no
+SentencePiece.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from config import ModelConfig
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_file, write_json, write_text
 from kindling.formats.hf_layout import (
+    CLASSES,
     CODE,
     OWN,
     HubFormatError,
     architecture,
     hub_config,
+    hub_rope,
     hub_weights,
     our_config,
     our_weights,
@@ -76,8 +79,9 @@ def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     hub_config(model.cfg, ids).save_pretrained(folder)
-    if architecture(model.cfg) == "llama":
-        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta)  # where transformers 4 reads it
+    if architecture(model.cfg) in ("llama", "qwen2"):  # where transformers 4 reads it
+        scaling = {"rope_scaling": hub_rope(model.cfg)} if model.cfg.rope_factors else {}
+        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta, **scaling)
     if architecture(model.cfg) == "kindling":
         shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     # named_parameters lists a tied matrix once
@@ -148,9 +152,10 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     path = folder / CONFIG
     content = _read_json(path)
     name = content.get("model_type")
-    if name not in ("gpt2", "llama", "kindling"):
+    if name not in CLASSES:
         raise HubFormatError(
-            f"{path} must be of model_type gpt2, llama or kindling, but is of {name!r}; choose such a model"
+            f"{path} must be of a model_type that Kindling computes ({', '.join(CLASSES)}), but is of {name!r}; choose another "
+            f"model"
         )
     try:
         cfg = our_config(content, name)

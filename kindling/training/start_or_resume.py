@@ -191,9 +191,23 @@ def require_same_shape(run: RunDirectory, cfg: ModelConfig) -> None:
 def weight_settings(cfg: ModelConfig) -> tuple[object, ...]:
     """Return what the names and shapes of a model's weights depend on; making the model to compare them takes seconds."""
     return (
-        *(cfg.vocab_size, cfg.n_layer, cfg.n_embd, cfg.kv_heads * cfg.head_dim, cfg.ff_width),
+        *(
+            cfg.vocab_size,
+            cfg.n_layer,
+            cfg.n_embd,
+            cfg.n_head * cfg.head_dim,
+            cfg.kv_heads * cfg.head_dim,
+            cfg.ff_width,
+        ),
         cfg.activation == "swiglu",
-        *(cfg.bias, cfg.bias and cfg.norm == "layernorm", cfg.final_norm, cfg.attn_out_proj, cfg.bigram_rows),
+        *(
+            cfg.bias,
+            cfg.has_qkv_bias,
+            cfg.bias and cfg.norm == "layernorm",
+            cfg.final_norm,
+            cfg.attn_out_proj,
+            cfg.bigram_rows,
+        ),
         *(cfg.tie_embeddings, cfg.head_bias, cfg.block_size if cfg.position == "learned" else None, cfg.backbone),
     )
 

@@ -13,14 +13,13 @@ from conftest import shared_file
 from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
 from kindling.formats.hf_format import difference, read, write
-from kindling.formats.hf_layout import HubFormatError, architecture, unsupported_settings
+from kindling.formats.hf_layout import CLASSES, HubFormatError, architecture, unsupported_settings
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
 from model import GPT, build_model
 from presets import PRESETS, preset
 
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "kindling": "KindlingForCausalLM"}
 ARCHITECTURES = {
     "demo": "kindling",
     "modern-5m": "kindling",
@@ -102,6 +101,10 @@ VARIANTS = {
     "gpt2-untied-relu2": small(replace(preset("code-50m").model, tie_embeddings=False, activation="relu2")),
     "llama-grouped-tied": small(replace(preset("smallcoder-1").model, n_head=4, n_kv_head=2, tie_embeddings=True,
                                         rope_theta=500_000.0)),
+    "llama-stretched": small(replace(preset("smallcoder-1").model, rope_factors=(8.0, 1.0, 4.0, 32.0), d_head=16)),
+    "qwen2-linear": small(replace(preset("smallcoder-1").model, qkv_bias=True, rope_factors=(4.0,), n_kv_head=2)),
+    "ours-heads": small(replace(preset("demo").model, d_head=20, qkv_bias=True, rope_factors=(8.0, 1.0, 4.0, 32.0))),
+    "ours-linear": small(replace(preset("demo").model, rope_factors=(4.0,))),
     "ours-grouped-swiglu": small(replace(preset("demo").model, n_head=4, n_kv_head=2, activation="swiglu", bias=True)),
     "ours-learned-without-bias": small(replace(preset("tinystories").model, qk_norm=True, bias=False)),
     "ours-pairs": small(replace(preset("demo").model, bigram_rows=101)),
@@ -352,9 +355,15 @@ def test_a_folders_tokenizer_is_the_runs_by_what_ids_depend_on(tmp_path):
 # -- folders that others wrote ----------------------------------------------------------------------------------------
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 20, "rope_theta": 1000.0}  # fmt: skip
+
+
 def published(folder, name: str, dtype=torch.float32, shards: bool = False, **settings):
     """Write a random model as transformers publishes it, and return it as transformers loads it, in float32."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    import transformers
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(3)
     if name == "gpt2":
@@ -363,7 +372,8 @@ def published(folder, name: str, dtype=torch.float32, shards: bool = False, **se
     else:
         shape = {"vocab_size": 320, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 96,
                  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-        model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
+        its = {"llama": "Llama", "qwen2": "Qwen2"}[name]
+        model = getattr(transformers, f"{its}ForCausalLM")(getattr(transformers, f"{its}Config")(**{**shape, **settings}))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
@@ -388,6 +398,11 @@ def logits_of(folder) -> torch.Tensor:
         ("llama", {}),
         ("llama", {"shards": True, "rope_theta": 500_000.0, "tie_word_embeddings": True}),
         ("llama", {"dtype": torch.float16, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+        ("llama", {"head_dim": 8}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("llama", {"rope_parameters": LLAMA_3, "head_dim": 16, "tie_word_embeddings": True}),
+        ("qwen2", {"shards": True}),
+        ("qwen2", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
     ],
     ids=str,
 )
@@ -429,11 +444,17 @@ def test_gpt2_is_read_as_openai_laid_it_out(tmp_path):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights must be True"),
         ("llama", {"attention_bias": True}, "attention_bias must be False"),
         ("llama", {"mlp_bias": True}, "mlp_bias must be False"),
-        ("llama", {"head_dim": 8}, "head_dim must be 12, but is 8|head_dim must be 12"),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_scaling"),
+        ("llama", {"head_dim": 8}, r"q_proj.weight must be \(32, 48\)"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type must .* 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must .* 'dynamic'"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "code.Mine"}}, "auto_map must be None"),
+        ("llama", {"model_type": "qwen3_moe"}, "but is of 'qwen3_moe'"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window must be False"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must .* {'sliding_attention'}"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
-        ("llama", {"model_type": "mistral"}, "model_type gpt2, llama or kindling, but is of 'mistral'"),
+        ("llama", {"model_type": "mistral"}, r"model_type .*\(gpt2, llama, qwen2, kindling\), but is of 'mistral'"),
         ("llama", {"num_hidden_layers": "two"}, "must be a config of llama"),
         ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ("llama", {"num_hidden_layers": 1}, "model.layers.1.* has no place in it"),
