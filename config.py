@@ -182,6 +182,8 @@ class TokenizerConfig:
     """nfkc: replace characters by compatible ones (² by 2, … by ...). Decoding then does not give the exact source back."""
     eos_token: str = "<|endoftext|>"
     """The end-of-text token: ends every document, and stops generation."""
+    end_tokens: tuple[str, ...] = ()
+    """More tokens that stop generation, as some pretrained models have them."""
     bos_token: str | None = None
     """A token that begins every document. None: no such token."""
     pad_token: str | None = None

@@ -207,7 +207,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         n_prompt = int(example.segments[0, PROMPT])
         prompt = example.ids[:n_prompt].tolist()
         room = model.cfg.block_size - n_prompt + 1  # as in training, the last token is predicted from a full context
-        ids = list(stream(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id))
+        ids = list(stream(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.end_ids))
         stopped += len(ids) < room
         texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")

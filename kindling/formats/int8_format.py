@@ -73,6 +73,7 @@ def write(
         "source": source,
         "model": by_old_names(asdict(model.cfg)),
         "eos_id": tokenizer.eos_id,
+        "end_ids": list(tokenizer.end_ids),
         "bos_id": tokenizer.bos_id,
         "infills": infills,
         "chat": None if chat is None else {**chat._asdict(), "rendered": rendered_template(chat.template)},

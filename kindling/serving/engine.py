@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -40,7 +40,11 @@ class Vocabulary(Protocol):
     """The tokenizer of a run or of an export."""
 
     eos_id: int
+    end_ids: Sequence[int]
+    """The ids of all tokens that end a text."""
     bos_id: int | None
+    special_ids: Mapping[str, int]
+    """The ids of the special tokens."""
 
     @property
     def fim(self) -> FimIds | None:

@@ -71,5 +71,4 @@ class Int8Vocabulary(ExportTokenizer):
     @cached_property
     def fim(self) -> FimIds | None:
         """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
-        special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        return find_fim_ids(special, special) if self._infills else None
+        return find_fim_ids(self.special_ids, self.special_ids) if self._infills else None

@@ -373,7 +373,9 @@ def published(folder, name: str, dtype=torch.float32, shards: bool = False, **se
         shape = {"vocab_size": 320, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 96,
                  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
         its = {"llama": "Llama", "qwen2": "Qwen2"}[name]
-        model = getattr(transformers, f"{its}ForCausalLM")(getattr(transformers, f"{its}Config")(**{**shape, **settings}))
+        model = getattr(transformers, f"{its}ForCausalLM")(
+            getattr(transformers, f"{its}Config")(**{**shape, **settings})
+        )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
@@ -445,13 +447,25 @@ def test_gpt2_is_read_as_openai_laid_it_out(tmp_path):
         ("llama", {"attention_bias": True}, "attention_bias must be False"),
         ("llama", {"mlp_bias": True}, "mlp_bias must be False"),
         ("llama", {"head_dim": 8}, r"q_proj.weight must be \(32, 48\)"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type must .* 'yarn'"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must .* 'dynamic'"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None},
+            "rope_type must .* 'yarn'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type must .* 'dynamic'",
+        ),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "code.Mine"}}, "auto_map must be None"),
         ("llama", {"model_type": "qwen3_moe"}, "but is of 'qwen3_moe'"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window must be False"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must .* {'sliding_attention'}"),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types must .* {'sliding_attention'}",
+        ),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
         ("llama", {"model_type": "mistral"}, r"model_type .*\(gpt2, llama, qwen2, kindling\), but is of 'mistral'"),
