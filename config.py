@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Literal, dataclass_transform
+from typing import Literal, dataclass_transform, get_args
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
@@ -315,8 +315,9 @@ class DataConfig:
     """Share of the documents in the validation split, chosen by a hash of their content."""
     test_fraction: float = 0.01
     """Share of the documents in the test split, chosen by a hash of their content. Use it for final results only."""
-    template: Template = "alpaca"
-    """For instructions: the template that makes a text of an instruction and its answer (see prompts.py)."""
+    template: Template | str = "alpaca"
+    """For instructions: the template that makes a text of an instruction and its answer (see prompts.py). A model of others
+    brings its own, in Jinja."""
     too_long: Literal["drop", "cut"] = "drop"
     """Of an example longer than the context: drop: leave it out; cut: truncate its last answer, and append end-of-text."""
     fim_rate: float = 0.0
@@ -353,6 +354,8 @@ class DataConfig:
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
                 self.val_fraction + self.test_fraction, "leave something to train on")
         require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
+        known = self.template in get_args(Template) or "{{" in self.template or "{%" in self.template
+        require(known, "data.template", f"{' or '.join(get_args(Template))}, or Jinja", self.template, "choose one")
         require(len({s.is_instructions for s in self.sources}) == 1, "data.sources", "all of instructions, or all of documents",
                 tuple(s.label for s in self.sources), "fine-tune on the ones and pre-train on the others")
         require(self.fim_rate == 0 or not self.instructions, "data.fim_rate", "0 for instructions", self.fim_rate, "set it so")

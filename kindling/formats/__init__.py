@@ -1,6 +1,7 @@
 """Models in the formats of other tools, and back.
 
-For Hugging Face: hf_layout.py, hf_format.py, modeling_kindling.py, model_card.py. For llama.cpp: gguf_format.py. For
+For Hugging Face: hf_layout.py, hf_format.py, hf_import.py (other people's models),
+modeling_kindling.py, model_card.py. For llama.cpp: gguf_format.py. For
 autocomplete.py: int8_format.py. parity.py compares an export with its model. An export must never be left without that
 comparison.
 """

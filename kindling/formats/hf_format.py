@@ -28,6 +28,7 @@ from kindling.formats.hf_layout import (
     CLASSES,
     CODE,
     OWN,
+    Architecture,
     HubFormatError,
     architecture,
     hub_config,
@@ -124,7 +125,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
 
 def _add(path: Path, **values: Any) -> None:
     """Set entries of a JSON file."""
-    write_json(path, _read_json(path) | values)
+    write_json(path, read_json(path) | values)
 
 
 def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
@@ -136,7 +137,7 @@ def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # loading is over before one can read it
-    own = _read_json(folder / CONFIG).get("model_type") == "kindling"
+    own = read_json(folder / CONFIG).get("model_type") == "kindling"
     device = model.head.weight.device
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32).to(device).eval()
     return compare(model, lambda row: theirs(row[None], use_cache=False).logits[0], rows)
@@ -149,8 +150,35 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     HubFormatError for other architectures, for settings that we do not have, and for files that are missing or damaged, or do
     not fit each other.
     """
+    content, name, cfg = _read_config(folder)
+    try:
+        weights = our_weights(_read_weights(folder), cfg, name)
+    except (HubFormatError, RuntimeError) as e:  # RuntimeError: torch's, for sizes that fit no memory
+        raise HubFormatError(f"{folder}: {e if isinstance(e, HubFormatError) else one_line(e)}") from None
+    if OWN not in content:
+        return cfg, weights
+    try:
+        return restore_config(cfg, content[OWN], weights)
+    except Exception as e:  # wrong types, unknown names or impossible values
+        raise HubFormatError(
+            f'{folder / CONFIG} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'
+        ) from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return our config for a folder's config.json, and see that weights are there. Raises HubFormatError as `read` does.
+
+    A folder that we wrote may have been made from a config with fewer biases, which only the weights show: it is read whole.
+    """
+    content, _, cfg = _read_config(folder)
+    weight_files(folder)
+    return read(folder)[0] if OWN in content else cfg
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture, ModelConfig]:
+    """Return the content of a folder's config.json, the architecture that it names, and our config for it."""
     path = folder / CONFIG
-    content = _read_json(path)
+    content = read_json(path)
     name = content.get("model_type")
     if name not in CLASSES:
         raise HubFormatError(
@@ -163,21 +191,11 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise HubFormatError(f"{path}: {e}") from None
     except Exception as e:  # transformers and pydantic check types, and raise errors of their own
         raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
-    try:
-        weights = our_weights(_read_weights(folder), cfg, name)
-    except (HubFormatError, RuntimeError) as e:  # RuntimeError: torch's, for sizes that fit no memory
-        raise HubFormatError(f"{folder}: {e if isinstance(e, HubFormatError) else one_line(e)}") from None
-    if OWN not in content:
-        return cfg, weights
-    try:
-        return restore_config(cfg, content[OWN], weights)
-    except Exception as e:  # wrong types, unknown names or impossible values
-        raise HubFormatError(
-            f'{path} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'
-        ) from None
+    return content, name, cfg
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises HubFormatError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -194,7 +212,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = _read_json(folder / INDEX).get("weight_map")
+        shards = read_json(folder / INDEX).get("weight_map")
         names = set(shards.values()) if isinstance(shards, dict) else set()
         # only files directly in the folder
         if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
@@ -202,11 +220,13 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := sorted(n for n in names if not (folder / n).is_file()):
             raise HubFormatError(f"{folder} must hold all files of {INDEX}, but {missing[0]} is missing; fetch it too")
         return [folder / n for n in sorted(names)]
+    gguf = next((p.name for p in sorted(folder.glob("*.gguf"))), None)
     pickled = next((p.name for p in sorted(folder.glob("pytorch_model*.bin"))), None)
     raise HubFormatError(
         f"{folder} must hold {WEIGHTS} or {INDEX}, but "
         + (f"holds {pickled}, which could run code; have transformers load it and call save_pretrained, which writes "
-           f"safetensors" if pickled else "holds neither; fetch the weights too")
+           f"safetensors" if pickled else f"holds {gguf}, which llama.cpp runs; fetch the model that it was made from" if gguf
+           else "holds neither; fetch the weights too")
     )  # fmt: skip
 
 

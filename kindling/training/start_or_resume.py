@@ -23,16 +23,11 @@ from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import CheckpointError, KindlingError, require
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
+from kindling.paths import holds_hub_model
 from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run, require_checkpoint
 from kindling.tokenization.tokenizer import Tokenizer, load_json, load_pretrained
-from kindling.training.early_checks import (
-    KEEPS_EVERY_BIT,
-    config_changes,
-    holds_hub_model,
-    init_path,
-    run_with_checkpoint,
-)
+from kindling.training.early_checks import KEEPS_EVERY_BIT, config_changes, init_path, run_with_checkpoint
 from kindling.training.trainer import Trainer
 from kindling.training.validation import Validation
 from model import LanguageModel, build_model
