@@ -74,8 +74,8 @@ class ModelConfig:
     """A bias in the output head. Only for untied heads."""
     attn_out_proj: bool = True
     """The attention output projection W_O. False: the concatenated heads are added to the residual stream as they are."""
-    qk_norm: bool = False
-    """RMS-normalise the queries and keys of each head before attention. Has no parameters."""
+    qk_norm: bool | Literal["learned"] = False
+    """RMS-normalise queries and keys of each head before attention. True: without weights; learned: with them, as in Qwen3."""
     bigram_rows: int = 0
     """Rows of the bigram hash embedding, added to a token's: a hash of the token and the one before it picks one. 0: off."""
     tie_embeddings: bool = True
@@ -123,7 +123,7 @@ class ModelConfig:
         block = 2 * norm + C * qkv + self.has_qkv_bias * qkv + sum(i * o + self.bias * o for i, o in linears)
         head = 0 if self.tie_embeddings else self.vocab_size * C + (self.vocab_size if self.head_bias else 0)
         outside = (self.vocab_size + self.bigram_rows) * C + self.n_position_parameters + (norm if self.final_norm else 0) + head
-        return outside + self.n_layer * block
+        return outside + self.n_layer * (block + (2 * self.head_dim if self.qk_norm == "learned" else 0))
 
     @property
     def n_position_parameters(self) -> int:

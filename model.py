@@ -4,9 +4,9 @@
     loss_sum, n_targets = model(idx, targets)
 
 `config.ModelConfig` chooses between the architectures. Parameter names: `wte`, `wpe`, `blocks.N` with `norm_1`,
-`attn.qkv`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`; `wtp` is the bigram
-hash embedding. Given `position_ids` that restart with each document of a packed block (`shards.document_position_ids`), no
-token sees another document. For generation, a `Cache` keeps keys and values (cache.py).
+`attn.qkv`, `attn.q_norm`, `attn.k_norm`, `attn.proj`, `norm_2`, `mlp.up`, `mlp.gate`, `mlp.down`; then `norm_f` and `head`;
+`wtp` is the bigram hash embedding. Given `position_ids` that restart with each document of a packed block
+(`shards.document_position_ids`), no token sees another document. For generation, a `Cache` keeps keys and values (cache.py).
 """
 
 from __future__ import annotations
@@ -26,27 +26,12 @@ from config import IGNORE, ModelConfig
 from kindling.cache import Cache
 from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
 from kindling.loss import linear_cross_entropy, nll_and_grad
+from kindling.norm import Norm
 from kindling.positions import bigram_ids, document_mask, previous_tokens, rotary_tables, rotate, sinusoidal_positions
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of each position
 # takes the keys and values of new tokens, returns those of all tokens so far
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class Norm(nn.Module):
-    """LayerNorm, with or without bias, or RMSNorm (Zhang and Sennrich 2019)."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.rms, self.eps = cfg.norm == "rmsnorm", cfg.norm_eps
-        self.weight = nn.Parameter(torch.ones(cfg.n_embd))
-        self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias and not self.rms else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)  # FSDP may gather it in bfloat16; the residual stream is float32
-        if self.rms:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -57,15 +42,17 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.kv_heads, cfg.head_dim
         self.qk_norm, self.dropout = cfg.qk_norm, cfg.dropout
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.has_qkv_bias)
-        width = cfg.n_head * cfg.head_dim
-        self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+        self.proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+        self.q_norm, self.k_norm = (Norm(cfg, qk=True) if cfg.qk_norm == "learned" else None for _ in "qk")
 
     def heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, n_head, T, D), keys and values (B, n_kv_head, T, D) of x (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)  # (B, H, T, D)
-        if self.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)

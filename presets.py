@@ -10,7 +10,7 @@ To add one, write a function and name it in `PRESETS`. The projects:
 - `fineweb-nano`: kotlarmilos/gpt2-nano, with a BPE tokenizer and a transformer written by hand
 - `smallcoder-*`: SmallCoder, a Llama trained in four stages
 
-`demo`, `modern-*` and `docstrings` are our own recipes.
+`demo`, `modern-*`, `portable-*` and `docstrings` are our own recipes.
 """
 
 from __future__ import annotations
@@ -77,6 +77,36 @@ def modern_150m() -> Config:
     """Our recipe at depth 12: 1.9B tokens of Python from The Stack, 20 for each parameter of blocks and head."""
     return _modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
                    save_every=1000)
+
+
+def _portable(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
+    """Return our recipe in the shape of Qwen3, which transformers, llama.cpp and others load, scaled by the same dial.
+
+    It has no table of pairs; SwiGLU, of as many parameters as squared ReLU has; and learned QK-norm. Half of the heads share
+    keys and values with another where their number is even, which halves the cache. The head stays untied: tied, it could not
+    have a rate of its own beside the embeddings' high one.
+    """
+    cfg = _modern(preset, depth, block_size, data, **train)
+    n_kv_head = depth // 2 if depth % 2 == 0 else None
+    return replace(cfg, model=replace(cfg.model, n_kv_head=n_kv_head, d_ff=64 * round(8 * depth / 3), activation="swiglu",
+                                      qk_norm="learned", bigram_rows=0))
+
+
+def portable_5m() -> Config:
+    """The portable recipe at depth 4, for an hour or two on a small machine, with the data and tokenizer of `demo`."""
+    return _portable("portable-5m", 4, 512, _local_python(), max_steps=4_640, batch_size=8, save_every=464)
+
+
+def portable_50m() -> Config:
+    """The portable recipe at depth 10."""
+    return _portable("portable-50m", 10, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
+                     save_every=896)
+
+
+def portable_150m() -> Config:
+    """The portable recipe at depth 14."""
+    return _portable("portable-150m", 14, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
+                     save_every=1000)
 
 
 def _stack(max_tokens: int) -> DataConfig:
@@ -245,11 +275,11 @@ def alpaca() -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     f.__name__.replace("_", "-"): f
-    for f in (demo, modern_5m, modern_50m, modern_150m, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
+    for f in (demo, modern_5m, modern_50m, modern_150m, portable_5m, portable_50m, portable_150m, code_50m, code_150m, code_225m, tinystories, autocomplete, fineweb_nano,
               smallcoder_1, smallcoder_2, smallcoder_3, smallcoder_4, docstrings, alpaca)
 }
 FINE_TUNING = {"smallcoder-3": "smallcoder-4"} | dict.fromkeys(
-    ("modern-50m", "modern-150m", "code-50m", "code-150m", "code-225m"), "alpaca")
+    ("modern-50m", "modern-150m", "portable-50m", "portable-150m", "code-50m", "code-150m", "code-225m"), "alpaca")
 
 
 def preset(name: str) -> Config:

@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "modern": (
         ModelConfig(
             **SIZE, norm="rmsnorm", position="rope", activation="relu2", bias=False, tie_embeddings=False, head_bias=True,
-            qk_norm=True, bigram_rows=33, residual_init="zero", document_mask=True,
+            qk_norm="learned", bigram_rows=33, residual_init="zero", document_mask=True,
         ),
         TrainConfig(lr=1e-3, optimizer="muon"),
     ),

@@ -33,7 +33,7 @@ SHAPES = {
     if not make().data.instructions
 } | {
     "grouped": ModelConfig(
-        n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=150, vocab_size=320, position="rope"
+        n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=150, vocab_size=320, position="rope", qk_norm="learned"
     ),
     "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, bigram_rows=101),
 }

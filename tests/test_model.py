@@ -24,7 +24,7 @@ def positions_of(idx, eos_id):
 SMALL = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
 SEEDS = {  # the five systems' architectures at toy size, and the demo's, also with a table of pairs
     name: replace(preset(name).model, **SMALL, n_kv_head=None, d_ff=64)
-    for name in ("demo", "code-50m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-1")
+    for name in ("demo", "portable-5m", "code-50m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-1")
 }
 SEEDS["pairs"] = replace(SEEDS["demo"], bigram_rows=211)
 shapes = st.builds(
@@ -38,7 +38,7 @@ shapes = st.builds(
     activation=st.sampled_from(["gelu", "gelu_new", "relu", "relu2", "swiglu"]),
     bias=st.booleans(),
     attn_out_proj=st.booleans(),
-    qk_norm=st.booleans(),
+    qk_norm=st.sampled_from([False, True, "learned"]),
     tie_embeddings=st.booleans(),
     bigram_rows=st.sampled_from([0, 2, 50]),
 )

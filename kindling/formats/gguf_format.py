@@ -3,10 +3,10 @@
     in_f16 = write(Path("model.gguf"), model, tokenizer, "q8_0", name="code-50m")
     found = difference(Path("model.gguf"), model, rows)
 
-Three architectures of llama.cpp support shapes of ours: `gpt2` (learned positions, LayerNorm, gelu_new), `llama` (RoPE,
-RMSNorm, SwiGLU) and `arcee` (like llama, with squared ReLU and no gate). Other shapes are refused, and all tokenizers but
-plain byte-level BPE. Names, keys and bytes of the weights are those of llama.cpp's converter (convert_hf_to_gguf.py). There
-are more keys: the tokens for fill-in-the-middle, and that no space is added before a text.
+Four architectures of llama.cpp support shapes of ours: `gpt2` (learned positions, LayerNorm, gelu_new), `llama` (RoPE,
+RMSNorm, SwiGLU), `qwen3` (like llama, with QK-norm) and `arcee` (like llama, with squared ReLU and no gate). Other shapes are
+refused, and all tokenizers but plain byte-level BPE. Names, keys and bytes of the weights are those of llama.cpp's converter
+(convert_hf_to_gguf.py). There are more keys: the tokens for fill-in-the-middle, and that no space is added before a text.
 
 Limits of llama.cpp, not of the file: it reads gelu_new from a table in half precision, and by default stores keys and
 values in half precision, so with F32 its logits differ from ours by about 1e-3. With Q8_0 it also rounds activations. It
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from config import ModelConfig
 from kindling.errors import KindlingError, one_line
+from kindling.formats.folding import fold_qk_norm
 from kindling.tokenization.bpe import ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from kindling.tokenization.tokenizer import Tokenizer
     from model import GPT
 
-Architecture = Literal["gpt2", "llama", "arcee"]
+Architecture = Literal["gpt2", "llama", "qwen3", "arcee"]
 Kind = Literal["f32", "f16", "q8_0"]
 
 _EVERY: dict[str, Any] = {
@@ -47,17 +48,22 @@ _EVERY: dict[str, Any] = {
 }
 _ROPE = {"position": "rope", "norm": "rmsnorm"}
 HOLDS: dict[Architecture, dict[str, Any]] = {
+    "qwen3": {**_ROPE, "activation": "swiglu", "bias": False, **_EVERY, "qk_norm": "learned"},
     "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_new", **_EVERY},
     "llama": {**_ROPE, "activation": "swiglu", **_EVERY},
     "arcee": {**_ROPE, "activation": "relu2", "bias": False, **_EVERY},
 }
-"""The settings that each architecture requires. All others, such as sizes and tied heads, are free."""
+"""The settings that each architecture requires. All others, such as sizes and tied heads, are free.
+
+Of two that are equally near to a shape with QK-norm, the first is named in an error: qwen3, which keeps it."""
 
 _OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "norm_f": "output_norm", "head": "output"}
 _IN_BLOCK = {
     "norm_1": "attn_norm",
     "attn.qkv": "attn_qkv",
     "attn.proj": "attn_output",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
     "norm_2": "ffn_norm",
     "mlp.up": "ffn_up",
     "mlp.gate": "ffn_gate",
@@ -79,18 +85,26 @@ class GGUFError(KindlingError):
     """A run that a GGUF file cannot hold, or a file that cannot be read back."""
 
 
+def nearest_architecture(cfg: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
+    """Return the architecture of llama.cpp that holds the most settings of a shape, and what it needs of the others."""
+    cfg, _ = fold_qk_norm(cfg, {})
+    differing = {
+        name: {field: must for field, must in holds.items() if getattr(cfg, field) != must}
+        for name, holds in HOLDS.items()
+    }
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    return nearest, differing[nearest]
+
+
 def architecture(cfg: ModelConfig) -> Architecture:
     """Return the architecture of llama.cpp that computes a shape exactly.
 
     Raises GGUFError if there is none; the error names the nearest one and the settings in which it differs.
     """
-    differing = {
-        name: [field for field, must in holds.items() if getattr(cfg, field) != must] for name, holds in HOLDS.items()
-    }
-    nearest = min(differing, key=lambda name: len(differing[name]))
-    if not differing[nearest]:
+    nearest, missing = nearest_architecture(cfg)
+    if not missing:
         return nearest
-    needs = ", ".join(f"model.{f}={HOLDS[nearest][f]} (is {getattr(cfg, f)})" for f in differing[nearest])
+    needs = ", ".join(f"model.{field}={must} (is {getattr(cfg, field)})" for field, must in missing.items())
     raise GGUFError(
         f"a GGUF file must be of an architecture of llama.cpp, but none of them holds this model: the nearest, {nearest}, "
         f"needs {needs}; {_OTHER_FORMATS}"
@@ -145,7 +159,7 @@ def read(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"its architecture is {arch}")
         heads = [int(reader.fields[f"{arch}.attention.{key}"].contents()) for key in ("head_count", "head_count_kv")]
         stored = {t.name: torch.from_numpy(np.array(dequantize(t.data, t.tensor_type))) for t in reader.tensors}
-        return dict(_ours(stored, *heads))
+        return dict(_ours(stored, arch, *heads))
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, NotImplementedError) as e:
         raise GGUFError(f"{path} must be a GGUF file of Kindling's, but is not ({one_line(e)}); export again") from None
 
@@ -155,13 +169,12 @@ def difference(path: Path, model: GPT, rows: Tensor) -> Difference:
 
     Raises GGUFError if the file has another shape.
     """
-    import copy
-
     import torch
 
     from kindling.formats.parity import compare
+    from model import GPT
 
-    held = copy.deepcopy(model).eval()
+    held = GPT(fold_qk_norm(model.cfg, {})[0]).to(model.head.weight.device).eval()
     parameters, stored = dict(held.named_parameters()), read(path)
     extra = {name for name in stored if name not in parameters and stored[name].any()}
     wrong = extra | {n for n, p in parameters.items() if n not in stored or stored[n].shape != p.shape}
@@ -181,7 +194,9 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     import torch
 
     cfg = model.cfg
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if arch == "qwen3":
+        cfg, parameters = fold_qk_norm(cfg, {name: p.detach().cpu() for name, p in parameters.items()})
     for ours, parameter in parameters.items():
         module, _, which = ours.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
@@ -190,8 +205,10 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         if arch != "gpt2" and name.endswith("attn_qkv"):
             widths = [n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
             q, k, v = values.split(widths)
-            yield f"{name[:-3]}q.{which}", interleave(q, cfg.n_head)
-            yield f"{name[:-3]}k.{which}", interleave(k, cfg.kv_heads)
+            if arch != "qwen3":  # its pairs are ours
+                q, k = interleave(q, cfg.n_head), interleave(k, cfg.kv_heads)
+            yield f"{name[:-3]}q.{which}", q
+            yield f"{name[:-3]}k.{which}", k
             yield f"{name[:-3]}v.{which}", v
         else:
             yield f"{name}.{which}", values
@@ -199,7 +216,7 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.bias", torch.zeros(values.size(0))  # gpt2 needs every bias
 
 
-def _ours(stored: dict[str, Tensor], n_head: int, n_kv_head: int) -> Iterator[tuple[str, Tensor]]:
+def _ours(stored: dict[str, Tensor], arch: str, n_head: int, n_kv_head: int) -> Iterator[tuple[str, Tensor]]:
     """Undo `_stored`. Raises KeyError for a name that it does not use."""
     import torch
 
@@ -212,7 +229,9 @@ def _ours(stored: dict[str, Tensor], n_head: int, n_kv_head: int) -> Iterator[tu
         _, i, theirs, which = parts
         if theirs == "attn_q":
             k, v = (stored[f"blk.{i}.attn_{x}.{which}"] for x in "kv")
-            values = torch.cat((halves(values, n_head), halves(k, n_kv_head), v))  # (C + 2 * n_kv_head * D, C)
+            if arch != "qwen3":
+                values, k = halves(values, n_head), halves(k, n_kv_head)
+            values = torch.cat((values, k, v))  # (C + 2 * n_kv_head * D, C)
             theirs = "attn_qkv"
         if theirs not in ("attn_k", "attn_v"):
             yield f"blocks.{i}.{in_block[theirs]}.{which}", values
@@ -221,7 +240,7 @@ def _ours(stored: dict[str, Tensor], n_head: int, n_kv_head: int) -> Iterator[tu
 def interleave(weight: Tensor, n_head: int) -> Tensor:
     """Reorder the rows of a projection (n_head * D, ...) to queries or keys from our RoPE layout to llama.cpp's.
 
-    Ours rotates the pairs (i, i + D/2), llama.cpp's llama the pairs (2i, 2i + 1).
+    Ours rotates the pairs (i, i + D/2), as llama.cpp's qwen3 does; its llama and arcee the pairs (2i, 2i + 1).
     """
     return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
@@ -274,6 +293,9 @@ def _add_shape(writer: GGUFWriter, cfg: ModelConfig, arch: Architecture, kind: K
         writer.add_layer_norm_rms_eps(cfg.norm_eps)
         writer.add_rope_dimension_count(cfg.head_dim)
         writer.add_rope_freq_base(cfg.rope_theta)
+    if arch == "qwen3":
+        writer.add_key_length(cfg.head_dim)
+        writer.add_value_length(cfg.head_dim)
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:

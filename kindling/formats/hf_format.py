@@ -2,12 +2,12 @@
 
     write(folder, model, tokenizer, card)               # config, weights, tokenizer, generation config, README.md
     difference(folder, model, rows)                     # between the model and the folder as transformers loads it
-    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama, a Qwen2 or one of our own
+    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama, a Qwen2, a Qwen3 or one of our own
 
-Shapes that `GPT2LMHeadModel`, `LlamaForCausalLM` or `Qwen2ForCausalLM` compute are written for these classes (hf_layout.py).
-All others need the file modeling_kindling.py, which is written into the folder. config.json holds our `ModelConfig` under the
-key "kindling", so reading one of our folders gives the same config. Limits: weights are in safetensors, written in float32; no
-SentencePiece.
+Shapes that `GPT2LMHeadModel`, `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` compute are written for these classes
+(hf_layout.py). All others need the file modeling_kindling.py, which is written into the folder. config.json holds our
+`ModelConfig` under the key "kindling", so reading one of our folders gives the same config, unless weights were folded
+(folding.py). Limits: weights are in safetensors, written in float32; no SentencePiece.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     hub_config(model.cfg, ids).save_pretrained(folder)
-    if architecture(model.cfg) in ("llama", "qwen2"):  # where transformers 4 reads it
+    if architecture(model.cfg) in ("llama", "qwen2", "qwen3"):  # where transformers 4 reads it
         scaling = {"rope_scaling": hub_rope(model.cfg)} if model.cfg.rope_factors else {}
         _add(folder / CONFIG, rope_theta=model.cfg.rope_theta, **scaling)
     if architecture(model.cfg) == "kindling":

@@ -1,12 +1,12 @@
 """Our configs and weights in transformers' names and layout, and back. Reads and writes no files.
 
-    architecture(cfg)                       # "gpt2", "llama" or "qwen2" if that class computes the same, else "kindling"
+    architecture(cfg)                       # a stock class that computes the same, such as "llama", else "kindling"
     hub_config(cfg, ids), hub_weights(weights, cfg)
     our_config(content), our_weights(tensors, cfg, "llama")
 
 GPT-2's linear layers are stored as (in, out) and always have biases. The others have three matrices for queries, keys and
-values.
-Limit: transformers' Llama and Qwen2 have dropout only on the attention weights, so only that is kept.
+values. Qwen2 is Llama with biases of these three, Qwen3 is Llama with learned QK-norm; QK-norm without weights is folded into it
+(folding.py). Limit: transformers' Llama, Qwen2 and Qwen3 have dropout only on the attention weights, so only that is kept.
 """
 
 from __future__ import annotations
@@ -22,30 +22,38 @@ from torch import Tensor
 from config import ModelConfig
 from kindling.config_io import by_old_names, by_present_names
 from kindling.errors import KindlingError
+from kindling.formats.folding import fold_qk_norm
 from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-Architecture = Literal["gpt2", "llama", "qwen2", "kindling"]
+Architecture = Literal["gpt2", "llama", "qwen2", "qwen3", "kindling"]
 CLASSES: dict[Architecture, str] = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "kindling": "KindlingForCausalLM",
 }
 CODE = "modeling_kindling.py"  # holds the class for all other shapes
 OWN = "kindling"  # the key of our ModelConfig in config.json
+_LLAMA: dict[str, tuple[Any, ...]] = {
+    "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)
+}  # fmt: skip
+_EVERY: dict[str, tuple[Any, ...]] = {
+    "final_norm": (True,), "attn_out_proj": (True,), "head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,),
+    "qkv_bias": (None, False),
+}  # fmt: skip
 STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # the settings that the stock classes support; numbers are free
-    "gpt2": {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2")},
-    "llama": {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)},
-}
-STOCK["qwen2"] = STOCK["llama"] | {"has_qkv_bias": (True,)}
-STOCK["llama"] |= {"has_qkv_bias": (False,)}
-STOCK["gpt2"] |= {"d_head": (None,), "qkv_bias": (None,)}
-for _settings in STOCK.values():
-    _settings |= {"final_norm": (True,), "attn_out_proj": (True,)}
-    _settings |= {"head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,)}
+    "gpt2": {
+        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2"), **_EVERY,
+        "d_head": (None,)
+    },
+    "llama": {**_LLAMA, **_EVERY},
+    "qwen2": {**_LLAMA, **_EVERY, "qkv_bias": (True,)},
+    "qwen3": {**_LLAMA, **_EVERY, "qk_norm": ("learned", True)},
+}  # fmt: skip
 REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # settings that only training uses, or that choose the backbone; any weights fit them
 TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
@@ -78,6 +86,9 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 NAMES["qwen2"] = NAMES["llama"]
+NAMES["qwen3"] = NAMES["llama"] | {
+    f"blocks.{{}}.attn.{t}_norm": (f"model.layers.{{}}.self_attn.{t}_norm",) for t in "qk"
+}
 # masks and frequencies, which older versions saved with the weights
 NO_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
@@ -86,18 +97,30 @@ class HubFormatError(KindlingError):
     """A model that the format cannot hold, or a folder that Kindling cannot read."""
 
 
-def unsupported_settings(cfg: ModelConfig, name: str) -> list[str]:
-    """Return the settings that the stock class does not support, such as "model.head_bias=True"."""
-    found = [f for f, held in STOCK[name].items() if getattr(cfg, f) not in held]
+def unsupported_settings(cfg: ModelConfig, name: str) -> dict[str, Any]:
+    """Return the settings of `cfg` that the stock class `name` does not support, each with a value that it does."""
+    found = {f: held[0] for f, held in STOCK[name].items() if getattr(cfg, f) not in held}
     if name == "gpt2" and cfg.kv_heads != cfg.n_head:
-        found.append("n_kv_head")
-    return [f"model.{f}={getattr(cfg, f)}" for f in found]
+        found["n_kv_head"] = None
+    return found
+
+
+def nearest_stock(cfg: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
+    """Return the stock class that supports the most settings of `cfg`, and the values that it needs of the others.
+
+    Of several that need as many changes, it is the one with QK-norm if the shape has that: no other setting buys as much.
+    """
+    stock: tuple[Architecture, ...] = ("qwen3", "gpt2", "llama", "qwen2")
+    if not cfg.qk_norm:
+        stock = ("gpt2", "llama", "qwen2", "qwen3")
+    nearest = min(stock, key=lambda name: len(unsupported_settings(cfg, name)))
+    return nearest, unsupported_settings(cfg, nearest)
 
 
 def architecture(cfg: ModelConfig) -> Architecture:
     """Return the stock class that computes exactly the model of `cfg`, else "kindling", whose file supports every shape."""
-    fitting: list[Architecture] = [a for a in CLASSES if a in STOCK and not unsupported_settings(cfg, a)]
-    return fitting[0] if fitting else "kindling"
+    nearest, missing = nearest_stock(cfg)
+    return "kindling" if missing else nearest
 
 
 MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width", "d_head": "head_dim", "qkv_bias": "has_qkv_bias"}
@@ -113,7 +136,7 @@ def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig:
     """Return the config of the class that `architecture` names, with our config in it; `ids` are those of special tokens."""
-    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
     to = architecture(cfg)
     common: dict[str, Any] = {
@@ -130,8 +153,9 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
             embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, architectures=["GPT2LMHeadModel"], **common,
         )  # fmt: skip
     if to != "kindling":
-        common |= {} if cfg.head_dim * cfg.n_head == cfg.n_embd else {"head_dim": cfg.head_dim}
-        return {"llama": LlamaConfig, "qwen2": Qwen2Config}[to](
+        derived = to != "qwen3" and cfg.head_dim * cfg.n_head == cfg.n_embd  # Qwen3 does not derive it
+        common |= {} if derived else {"head_dim": cfg.head_dim}
+        return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[to](
             vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
             intermediate_size=cfg.ff_width, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
             num_key_value_heads=cfg.kv_heads, rms_norm_eps=cfg.norm_eps, initializer_range=cfg.init_std,
@@ -163,6 +187,8 @@ def hub_rope(cfg: ModelConfig) -> dict[str, Any]:
 def hub_weights(weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """Return the weights of our `GPT` in names and layout of the class that `architecture` names."""
     to = architecture(cfg)
+    if to == "qwen3":
+        cfg, weights = fold_qk_norm(cfg, weights)
     out: dict[str, Tensor] = {}
     for name, shape in _shapes(cfg, to).items():
         weight = weights.get(name)
@@ -256,15 +282,17 @@ def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
 
     Raises HubFormatError for what transformers computes differently from us, and ConfigError for impossible shapes.
     """
-    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
     _require_known(content, name)
     if name == "gpt2":
         return _of_gpt2(GPT2Config.from_dict(content))
     if name == "llama":
-        return _of_llama(LlamaConfig.from_dict(content), qkv_bias=False)
+        return _of_llama(LlamaConfig.from_dict(content))
     if name == "qwen2":
-        return _of_llama(Qwen2Config.from_dict(content), qkv_bias=True)
+        return replace(_of_llama(Qwen2Config.from_dict(content)), qkv_bias=True)
+    if name == "qwen3":
+        return replace(_of_llama(Qwen3Config.from_dict(content)), qk_norm="learned")
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
     # older folders do not have these keys
     content = by_present_names({"pair_rows": 0, "d_head": None, "qkv_bias": None, "rope_factors": ()} | content)
@@ -316,11 +344,11 @@ def _of_gpt2(theirs: GPT2Config) -> ModelConfig:
     )  # fmt: skip
 
 
-def _of_llama(theirs: LlamaConfig | Qwen2Config, qkv_bias: bool) -> ModelConfig:
+def _of_llama(theirs: LlamaConfig | Qwen2Config | Qwen3Config) -> ModelConfig:
     rope, heads = theirs.rope_parameters, theirs.num_attention_heads
     d_head = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     scaling = [float(rope[name]) for name in ROPE_FACTORS if rope["rope_type"] != "default" and name in rope]
-    _require(
+    _require(  # not all classes have all settings
         {
             "hidden_act": (theirs.hidden_act, ("silu", "swish")),
             "attention_bias": (getattr(theirs, "attention_bias", False), (False,)),
@@ -333,7 +361,7 @@ def _of_llama(theirs: LlamaConfig | Qwen2Config, qkv_bias: bool) -> ModelConfig:
         n_head=theirs.num_attention_heads, n_kv_head=theirs.num_key_value_heads, n_embd=theirs.hidden_size,
         d_head=None if d_head * heads == theirs.hidden_size else d_head, d_ff=theirs.intermediate_size, position="rope",
         rope_theta=rope["rope_theta"], rope_factors=tuple(scaling[:1] if rope["rope_type"] == "linear" else scaling),
-        qkv_bias=qkv_bias or None, norm="rmsnorm", norm_eps=theirs.rms_norm_eps, activation="swiglu", bias=False,
+        norm="rmsnorm", norm_eps=theirs.rms_norm_eps, activation="swiglu", bias=False,
         tie_embeddings=theirs.tie_word_embeddings,
     )  # fmt: skip
 

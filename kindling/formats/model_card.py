@@ -142,7 +142,8 @@ def _shape(cfg: ModelConfig) -> Section:
         "a final norm": cfg.final_norm,
         "an output projection of attention": cfg.attn_out_proj,
     }
-    present = {"a bias in the head": cfg.head_bias, "normalised queries and keys": cfg.qk_norm}
+    present = {"a bias in the head": cfg.head_bias, "normalised queries and keys": cfg.qk_norm is True}
+    present["normalised queries and keys, with weights"] = cfg.qk_norm == "learned"
     rows = [
         ["class", CLASSES[architecture(cfg)]],
         ["parameters", f"{cfg.n_parameters:,}"],

@@ -52,7 +52,7 @@ class KindlingConfig(PretrainedConfig):
         bias: bool = True,
         head_bias: bool = False,
         attn_out_proj: bool = True,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         pair_rows: int = 0,
         d_head: int | None = None,
         qkv_bias: bool | None = None,
@@ -127,9 +127,11 @@ class Attention(nn.Module):
     def __init__(self, cfg: KindlingConfig, layer: int):
         super().__init__()
         self.cfg, self.layer = cfg, layer
-        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim,
-                             bias=cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias)  # fmt: skip
+        bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=bias)
         self.proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+        learned = cfg.qk_norm == "learned"
+        self.q_norm, self.k_norm = (nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps) if learned else None for _ in "qk")
 
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
         """Attend within x (B, T, C) and what the cache holds; mask (B, 1, T, S), or None for the causal one."""
@@ -138,7 +140,9 @@ class Attention(nn.Module):
         q, k, v = (
             t.view(B, T, -1, cfg.head_dim).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1)
         )  # (B, H, T, D)
-        if cfg.qk_norm:
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif cfg.qk_norm:
             q, k = F.rms_norm(q, (cfg.head_dim,)), F.rms_norm(k, (cfg.head_dim,))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)

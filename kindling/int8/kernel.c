@@ -18,7 +18,8 @@
 /* int8 rows (n, k) with a scale for each; bias (n) or NULL; q is NULL if the model has no such matrix */
 typedef struct { const int8_t *q; const float *scale, *bias; int64_t n, k; } Matrix;
 typedef struct { const float *weight, *bias; } Norm;
-typedef struct { Norm norm_1, norm_2; Matrix qkv, proj, up, gate, down; } Block;
+/* q_norm and k_norm (head_dim): weight NULL where QK-norm has no weights */
+typedef struct { Norm norm_1, norm_2, q_norm, k_norm; Matrix qkv, proj, up, gate, down; } Block;
 enum Activation { GELU, GELU_NEW, RELU, RELU2, SWIGLU };
 typedef struct {
     int64_t n_layer, n_head, n_kv, head_dim, n_embd, d_ff, block_size, activation, rms, qk_norm;
@@ -175,12 +176,14 @@ static void normalise(const Model *model, const Norm *norm, const float *x, int6
     }
 }
 
-/* QK-norm and rotary position of one head, in place */
-static void place(const Model *model, float *x, int64_t position) {
+/* QK-norm and rotary position of one head, in place; weight (head_dim) or NULL */
+static void place(const Model *model, const float *weight, float *x, int64_t position) {
     const int64_t D = model->head_dim, half = D / 2;
     if (model->qk_norm) {
-        const float over = 1 / sqrtf(dot(x, 0, x, 0, D) / D + 1.1920929e-7f);
+        const float over = 1 / sqrtf(dot(x, 0, x, 0, D) / D + (weight ? (float)model->eps : 1.1920929e-7f));
         for (int64_t j = 0; j < D; j++) x[j] *= over;
+        if (weight)
+            for (int64_t j = 0; j < D; j++) x[j] *= weight[j];
     }
     if (model->cos) {
         const float *c = model->cos + position * D, *s = model->sin + position * D;
@@ -212,7 +215,7 @@ static void extend(const Model *model, const Cache *cache, int64_t layer, int64_
         float *k = model->qkv + (t * (n_head + 2 * n_kv) + n_head) * D, *v = k + n_kv * D;
         for (int64_t i = 0; i < n_kv; i++) {
             const int64_t at = first_of(model, tokens + t, layer, i) + tokens[t].position;
-            place(model, k + i * D, tokens[t].position);
+            place(model, model->blocks[layer].k_norm.weight, k + i * D, tokens[t].position);
             cache->key_scale[at] = round_vector(k + i * D, D, limit, cache->keys + at * D);
             cache->value_scale[at] = round_vector(v + i * D, D, INT16_MAX, cache->values + at * D);
         }
@@ -264,7 +267,7 @@ static void attend(const Model *model, const Cache *cache, int64_t layer, int64_
         const int64_t t = i / n_head, head = i % n_head, S = tokens[t].position + 1;
         float *q = model->qkv + t * width + head * D;
         int16_t *r = model->rounded + i * D;
-        place(model, q, tokens[t].position);
+        place(model, model->blocks[layer].q_norm.weight, q, tokens[t].position);
         const float scale = round_vector(q, D, key_limit(model), r) / sqrtf((float)D);
         attend_head(r, scale, cache, first_of(model, tokens + t, layer, head / (n_head / n_kv)), S, D, y + i * D);
     }

@@ -62,7 +62,7 @@ class _Norm(ctypes.Structure):
 
 
 class _Block(ctypes.Structure):
-    _fields_ = [(name, _Norm) for name in ("norm_1", "norm_2")] + [
+    _fields_ = [(name, _Norm) for name in ("norm_1", "norm_2", "q_norm", "k_norm")] + [
         (name, _Matrix) for name in ("qkv", "proj", "up", "gate", "down")
     ]
 
@@ -120,11 +120,11 @@ def build(model: Any) -> Forward:
     n_ff = model.blocks[0].up.q.shape[0]
     qkv = model.blocks[0].qkv.q.shape[0]
     sizes = (m["n_layer"], model.n_head, model.kv_heads, model.head_dim, m["n_embd"], n_ff, m["block_size"],
-             ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", m["qk_norm"], ROOM)  # fmt: skip
+             ACTIVATIONS.index(m["activation"]), m["norm"] == "rmsnorm", bool(m["qk_norm"]), ROOM)  # fmt: skip
     blocks = (_Block * m["n_layer"])(
         *(
             _Block(
-                *map(_norm, (block.norm_1, block.norm_2)),
+                *map(_norm, (block.norm_1, block.norm_2, block.q_norm, block.k_norm)),
                 *map(_matrix, (block.qkv, block.proj, block.up, block.gate, block.down)),
             )
             for block in model.blocks

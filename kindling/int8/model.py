@@ -87,7 +87,7 @@ class Norm:
     def __call__(self, x: Array) -> Array:
         if not self.rms:
             x = x - (x @ self.mean)[:, None]
-        y = x * (1 / np.sqrt(np.vecdot(x, x) * self.mean[0] + self.eps))[:, None]
+        y = x * (1 / np.sqrt(np.vecdot(x, x) * self.mean[0] + self.eps))[..., None]
         y *= self.weight
         if self.bias is not None:
             y += self.bias
@@ -148,7 +148,7 @@ def activate(kind: str, h: Array, gate: Array | None) -> Array:
 
 
 class Block(NamedTuple):
-    """The layers of one transformer block; `proj` and `gate` are None for shapes without them."""
+    """The layers of one transformer block; `proj`, `gate` and the norms of queries and keys are None for shapes without them."""
 
     qkv: Matrix
     proj: Matrix | None
@@ -157,6 +157,8 @@ class Block(NamedTuple):
     down: Matrix
     norm_1: Norm
     norm_2: Norm
+    q_norm: Norm | None
+    k_norm: Norm | None
 
 
 class Model:
@@ -187,10 +189,11 @@ class Model:
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             return Matrix(weight, tensors[f"{name}.weight.scale"], bias, block)
 
-        def norm(name: str) -> Norm:
+        def norm(name: str, qk: bool = False) -> Norm:
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            return Norm(m["norm"] == "rmsnorm", m["norm_eps"], weight, bias)
+            return Norm(qk or m["norm"] == "rmsnorm", m["norm_eps"], weight, bias)
 
+        learned = m["qk_norm"] == "learned"
         self.wte, self.wpe = matrix("wte"), tensors.get("wpe")
         self.wtp = matrix("wtp") if m.get("pair_rows") else None  # older exports do not have the key
         self.norm_f = norm("norm_f") if m["final_norm"] else None
@@ -204,6 +207,8 @@ class Model:
                 gate=matrix(f"blocks.{i}.mlp.gate") if m["activation"] == "swiglu" else None,
                 norm_1=norm(f"blocks.{i}.norm_1"),
                 norm_2=norm(f"blocks.{i}.norm_2"),
+                q_norm=norm(f"blocks.{i}.attn.q_norm", qk=True) if learned else None,
+                k_norm=norm(f"blocks.{i}.attn.k_norm", qk=True) if learned else None,
             )
             for i in range(m["n_layer"])
         ]
@@ -284,7 +289,8 @@ class Model:
         if self.wpe is not None:
             x += self.wpe[start:stop]
         for layer, block in enumerate(self.blocks):
-            y = self._attention(block.qkv(block.norm_1(x)), cache.keys[row, layer], cache.values[row, layer], start)
+            qkv = block.qkv(block.norm_1(x))  # (T, (n_head + 2 * n_kv) * D)
+            y = self._attention(block, qkv, cache.keys[row, layer], cache.values[row, layer], start)
             x += y if block.proj is None else block.proj(y)
             y = block.norm_2(x)
             gate = None if block.gate is None else block.gate(y)
@@ -292,7 +298,7 @@ class Model:
         cache.tokens[row] += ids
         return x if self.norm_f is None else self.norm_f(x)
 
-    def _attention(self, qkv: Array, keys: Array, values: Array, start: int) -> Array:
+    def _attention(self, block: Block, qkv: Array, keys: Array, values: Array, start: int) -> Array:
         """Return the attention output (T, C) of the tokens from `start`, from qkv (T, (n_head + 2 * n_kv) * D).
 
         keys and values (n_kv, block_size, D) are one row's of one layer, and are extended.
@@ -301,7 +307,9 @@ class Model:
         stop = start + T
         qkv = qkv.reshape(T, n_head + 2 * n_kv, D).transpose(1, 0, 2)  # (H, T, D)
         q, k = qkv[:n_head], qkv[n_head : n_head + n_kv]
-        if self.m["qk_norm"]:
+        if block.q_norm is not None and block.k_norm is not None:
+            q, k = block.q_norm(q), block.k_norm(k)
+        elif self.m["qk_norm"]:
             q, k = unit_rms(q), unit_rms(k)
         if self.cos is not None and self.sin is not None:
             cos, sin = self.cos[start:stop], self.sin[start:stop]

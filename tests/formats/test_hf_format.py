@@ -12,8 +12,16 @@ from conftest import shared_file
 
 from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
+from kindling.formats.folding import fold_qk_norm
 from kindling.formats.hf_format import difference, read, write
-from kindling.formats.hf_layout import CLASSES, HubFormatError, architecture, unsupported_settings
+from kindling.formats.hf_layout import (
+    CLASSES,
+    HubFormatError,
+    architecture,
+    differing,
+    nearest_stock,
+    unsupported_settings,
+)
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
@@ -25,6 +33,9 @@ ARCHITECTURES = {
     "modern-5m": "kindling",
     "modern-50m": "kindling",
     "modern-150m": "kindling",
+    "portable-5m": "qwen3",
+    "portable-50m": "qwen3",
+    "portable-150m": "qwen3",
     "code-50m": "gpt2",
     "code-150m": "gpt2",
     "code-225m": "gpt2",
@@ -38,6 +49,7 @@ ARCHITECTURES = {
 }
 SHAPES = [
     "demo",
+    "portable-5m",
     "code-50m",
     "tinystories",
     "autocomplete",
@@ -105,6 +117,10 @@ VARIANTS = {
     "qwen2-linear": small(replace(preset("smallcoder-1").model, qkv_bias=True, rope_factors=(4.0,), n_kv_head=2)),
     "ours-heads": small(replace(preset("demo").model, d_head=20, qkv_bias=True, rope_factors=(8.0, 1.0, 4.0, 32.0))),
     "ours-linear": small(replace(preset("demo").model, rope_factors=(4.0,))),
+    "qwen3-grouped-tied": small(replace(preset("portable-5m").model, n_head=4, n_kv_head=1, tie_embeddings=True, norm_eps=1e-3,
+                                        rope_theta=500_000.0)),
+    "qwen3-folded": small(replace(preset("portable-5m").model, qk_norm=True, norm_eps=1e-3)),
+    "ours-learned-qk-norm": small(replace(preset("demo").model, qk_norm="learned", n_kv_head=2, norm_eps=1e-3)),
     "ours-grouped-swiglu": small(replace(preset("demo").model, n_head=4, n_kv_head=2, activation="swiglu", bias=True)),
     "ours-learned-without-bias": small(replace(preset("tinystories").model, qk_norm=True, bias=False)),
     "ours-pairs": small(replace(preset("demo").model, bigram_rows=101)),
@@ -143,8 +159,12 @@ def test_every_preset_has_the_class_that_holds_it():
 def test_what_was_written_is_read_back_to_the_bit(folders, name):
     folder, model = folders(name)
     cfg, weights = read(folder)
-    assert cfg == model.cfg
-    ours = dict(model.named_parameters())
+    if name == "qwen3-folded":  # what the class holds, and not what was folded
+        assert cfg.qk_norm == "learned" and differing(cfg, model.cfg) == ["qk_norm"]
+        ours = fold_qk_norm(model.cfg, dict(model.named_parameters()))[1]
+    else:
+        assert cfg == model.cfg
+        ours = dict(model.named_parameters())
     assert weights.keys() == ours.keys()
     assert all(torch.equal(weights[n], ours[n]) for n in ours)
 
@@ -159,7 +179,7 @@ def test_a_folder_of_before_the_table_of_pairs_is_read(tmp_path):
     assert difference(tmp_path / "hub", model, random_rows(model.cfg)).largest <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["demo", "tinystories", "smallcoder-1", "fineweb-nano", "ours-pairs"])
+@pytest.mark.parametrize("name", ["demo", "tinystories", "smallcoder-1", "portable-5m", "fineweb-nano", "ours-pairs"])
 def test_greedy_text_is_what_transformers_generates(folders, name):
     folder, model = folders(name)
     their = theirs(folder)
@@ -372,7 +392,8 @@ def published(folder, name: str, dtype=torch.float32, shards: bool = False, **se
     else:
         shape = {"vocab_size": 320, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 96,
                  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-        its = {"llama": "Llama", "qwen2": "Qwen2"}[name]
+        its = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
+        shape |= {"head_dim": 12} if name == "qwen3" else {}
         model = getattr(transformers, f"{its}ForCausalLM")(
             getattr(transformers, f"{its}Config")(**{**shape, **settings})
         )
@@ -405,6 +426,8 @@ def logits_of(folder) -> torch.Tensor:
         ("llama", {"rope_parameters": LLAMA_3, "head_dim": 16, "tie_word_embeddings": True}),
         ("qwen2", {"shards": True}),
         ("qwen2", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
+        ("qwen3", {}),
+        ("qwen3", {"shards": True, "rope_theta": 500_000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     ],
     ids=str,
 )
@@ -466,9 +489,15 @@ def test_gpt2_is_read_as_openai_laid_it_out(tmp_path):
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types must .* {'sliding_attention'}",
         ),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be False"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window must be False"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
-        ("llama", {"model_type": "mistral"}, r"model_type .*\(gpt2, llama, qwen2, kindling\), but is of 'mistral'"),
+        (
+            "llama",
+            {"model_type": "mistral"},
+            r"model_type .*\(gpt2, llama, qwen2, qwen3, kindling\), but is of 'mistral'",
+        ),
         ("llama", {"num_hidden_layers": "two"}, "must be a config of llama"),
         ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ("llama", {"num_hidden_layers": 1}, "model.layers.1.* has no place in it"),
@@ -560,11 +589,15 @@ def test_biases_that_were_trained_since_are_kept(tmp_path):
     assert weights["blocks.1.mlp.up.bias"].eq(1).all()
 
 
-def test_obstacles_are_named_with_their_values():
-    assert unsupported_settings(preset("autocomplete").model, "gpt2") == ["model.head_bias=True"]
-    assert unsupported_settings(preset("code-50m").model, "gpt2") == []
-    named = unsupported_settings(preset("demo").model, "llama")
-    assert set(named) == {"model.activation=relu2", "model.qk_norm=True", "model.bigram_rows=32768"}
+def test_obstacles_are_named_with_the_values_that_a_class_has():
+    assert unsupported_settings(preset("autocomplete").model, "gpt2") == {"head_bias": False}
+    assert unsupported_settings(preset("code-50m").model, "gpt2") == {}
+    assert unsupported_settings(preset("demo").model, "llama") == {
+        "activation": "swiglu", "qk_norm": False, "bigram_rows": 0
+    }  # fmt: skip
+    # QK-norm stays where a class has it
+    assert nearest_stock(preset("demo").model) == ("qwen3", {"activation": "swiglu", "bigram_rows": 0})
+    assert nearest_stock(preset("portable-5m").model) == ("qwen3", {})
 
 
 def test_a_difference_is_seen_wherever_it_is(folders):

@@ -105,6 +105,7 @@ def test_the_stream_gives_a_token_before_the_next_is_sampled():
 SHAPES = {
     "learned positions": CFG,
     "rotary, grouped": replace(CFG, position="rope", n_head=4, n_kv_head=2, qk_norm=True, norm="rmsnorm", bias=False),
+    "learned QK-norm": replace(CFG, position="rope", n_head=4, n_kv_head=1, qk_norm="learned"),
     "rotary, pairs of tokens": replace(CFG, position="rope", bigram_rows=97),
     "sinusoidal, no final norm": replace(CFG, position="sinusoidal", final_norm=False, attn_out_proj=False),
     "transformers": replace(CFG, backbone="transformers", init_std=0.2),
@@ -112,11 +113,14 @@ SHAPES = {
 
 
 def random_model(cfg):
-    """A model whose table of pairs, which starts at zero, counts too."""
+    """A model whose table of pairs, which starts at zero, and weights of QK-norm count too."""
     torch.manual_seed(1)
     model = build_model(cfg).eval()
     if cfg.bigram_rows:
         torch.nn.init.normal_(model.wtp.weight, std=0.5)
+    for name, p in model.named_parameters():
+        if "q_norm" in name or "k_norm" in name:
+            torch.nn.init.normal_(p, mean=1.0, std=0.3)
     return model
 
 

@@ -16,7 +16,7 @@ from presets import preset
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 NAMES = ("demo", "modern-5m", "modern-50m", "modern-150m", "code-50m", "code-150m", "code-225m", "tinystories")
-NAMES += ("autocomplete", "fineweb-nano", "smallcoder-1", "grouped")
+NAMES += ("portable-5m", "autocomplete", "fineweb-nano", "smallcoder-1", "grouped")
 ONLY_WIDER = (
     "modern-5m",
     "modern-150m",

@@ -15,7 +15,7 @@ from model import build_model
 
 
 def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
-    model = build_model(tiny_config(corpus).model)
+    model = build_model(replace(tiny_config(corpus).model, qk_norm="learned"))
     adamw, muon = make_optimizers(model, TrainConfig(optimizer="muon"), torch.float32)
     names = {id(p): n for n, p in model.named_parameters()}
     inside = {names[id(p)].split(".")[-2] for g in muon.param_groups for p in g["params"]}
