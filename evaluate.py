@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from model import LanguageModel
 
 DEFAULTS = EvalConfig()
+NOT_OURS = "nobody knows what a model of others has not seen; --text FILE measures the loss of your own files"
 
 
 class EvaluationError(KindlingError):
@@ -57,7 +58,7 @@ class Flags:
     """The script's command line."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """The run's folder, or its name under runs/. The newest if left out."""
+    """The run's folder, or its name under runs/, or the folder of a model of others. The newest run if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     split: Literal["val", "test"] = "val"
@@ -97,9 +98,17 @@ class EvalContext:
     flags: Flags
 
     @cached_property
-    def heldout(self) -> TokenDataset:
-        """The held-out split, verified once."""
-        return self.run.heldout(self.flags.split)
+    def heldout(self) -> TokenDataset | None:
+        """The held-out split, verified once; None for a model of others."""
+        return None if self.manifest is None else self.run.heldout(self.flags.split)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """What is known of the run's data; None for a model of others."""
+        from kindling.data.shards import read_manifest
+        from kindling.runs.loading import PretrainedFolder
+
+        return None if isinstance(self.run, PretrainedFolder) else read_manifest(self.run.data)
 
     @cached_property
     def chat(self) -> ChatFormat | None:
@@ -135,10 +144,12 @@ def without_python(cfg: EvalConfig, argv: list[str] | None, run: RunDirectory) -
 def chat_format(run: RunDirectory) -> ChatFormat | None:
     """Return how to prompt a run's model; None if it was not fine-tuned."""
     from kindling.evaluation.samples import ChatFormat
+    from kindling.runs.loading import PretrainedFolder, chat_of
 
     data = run.config().data
     mined = all(source.kind == "docstrings" for source in data.sources)
-    return ChatFormat(data.template, mined) if data.instructions else None
+    asked = chat_of(run) is not None if isinstance(run, PretrainedFolder) else data.instructions
+    return ChatFormat(data.template, mined) if asked else None
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
@@ -162,9 +173,10 @@ def require(flags: Flags, run: RunDirectory) -> None:
 
 def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
     """Return the run that the flags name and its newest checkpoint. Raises what `require` raises."""
-    from kindling.runs.loading import find_run, require_checkpoint
+    from kindling.formats.hf_import import find_model
+    from kindling.runs.loading import require_checkpoint
 
-    run = find_run(flags.run)
+    run = find_model(flags.run)
     require(flags, run)
     return run, require_checkpoint(run)
 
@@ -177,7 +189,6 @@ def tasks_of(flags: Flags) -> list[str]:
 def evaluate(subject: EvalContext) -> int:
     """Run each measurement of the flags, save the results and print them; return the exit code."""
     from kindling.data.build import DATA
-    from kindling.data.shards import read_manifest
     from kindling.evaluation import report
     from kindling.evaluation.code_eval import evaluate_code, write_samples
     from kindling.evaluation.harness import run as run_harness
@@ -189,8 +200,10 @@ def evaluate(subject: EvalContext) -> int:
     refusal = world.on_main(lambda: sandbox_refusal(flags))
     benchmarks = cfg.n_samples if refusal is None else {}
 
-    losses = losses_of(subject, subject.heldout, cfg.stride)
-    results = header(subject) | {"language_modelling": losses.by_group() | {"stride": cfg.stride}}
+    losses = None if subject.heldout is None else losses_of(subject, subject.heldout, cfg.stride)
+    results = header(subject) | {"language_modelling": {"skipped": NOT_OURS}}
+    if losses is not None:
+        results |= {"language_modelling": losses.by_group() | {"stride": cfg.stride}}
     results |= gold_losses(subject) if world.main else {}
     results |= infilling_figures(subject)
 
@@ -205,12 +218,12 @@ def evaluate(subject: EvalContext) -> int:
 
     ids = [sample.ids for sample in code.samples]
     measured = list(dict.fromkeys([*benchmarks, *results.get("gold", {})]))
-    lengths, figures = seen_in_training(ids, measured, read_manifest(run.data), DATA, tokenizer, cfg)
+    lengths, figures = seen_in_training(ids, measured, subject.manifest, DATA, tokenizer, cfg)
     results |= figures
 
     files = write_samples(run.path, flags.split, code, lengths)
     results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
-    lines = losses.lines()
+    lines = [] if losses is None else losses.lines()
     saved = report.save(run.path, results, lines)
 
     if flags.harness is not None:  # it may take long or fail, so the other results are saved before
@@ -287,6 +300,7 @@ def infilling_figures(subject: EvalContext) -> dict[str, Any]:
     found = {"all": losses_of(subject, subject.run.heldout(flags.split + INFILLING)).summary()}
     if not subject.runtime.world.main:
         return {"infilling": found}
+    assert subject.heldout is not None, "a run with fill-in-the-middle is ours"
     texts = document_texts(subject.heldout, subject.tokenizer)
     with progress_bar("infilling", 2 * flags.infills, "gap") as bar:
         found["gaps"] = infill(subject.model, subject.tokenizer, gaps(texts, flags.infills), bar.update)
@@ -309,23 +323,22 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
 
 def header(subject: EvalContext) -> dict[str, Any]:
     """Return what is evaluated, on which data and how."""
-    from kindling.data.shards import read_manifest
     from kindling.evaluation.report import FORMAT
-    from kindling.runs.checkpoint import weights_sha256
+    from kindling.runs.loading import sha256_of_weights
 
     run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.config, subject.checkpoint
     return {
         "format": FORMAT,
         "run": str(run.path),
         "checkpoint": checkpoint.name,
-        "weights_sha256": weights_sha256(checkpoint),
+        "weights_sha256": sha256_of_weights(run, checkpoint),
         "preset": cfg.preset,
         "parameters": cfg.model.n_parameters,
         "split": subject.flags.split,
         "device": runtime.device.type,
         "precision": runtime.precision,
         "python": platform.python_version(),
-        "data": read_manifest(run.data)["fingerprint"],
+        "data": (subject.manifest or {}).get("fingerprint"),
         "settings": {k: v for k, v in asdict(subject.flags.eval).items() if v is not None},
     }
 
@@ -335,9 +348,9 @@ def grade_earlier(flags: Flags) -> int:
     from kindling.evaluation import report
     from kindling.evaluation.grade_written import grade_written
     from kindling.evaluation.progress import progress_bar
-    from kindling.runs.loading import find_run
+    from kindling.formats.hf_import import find_model
 
-    run = find_run(flags.run)
+    run = find_model(flags.run)
     if flags.sandbox == "later":
         raise EvaluationError("--grade must be given without --sandbox later, but is given with it; leave one out")
     refusal = sandbox_refusal(flags)
@@ -355,9 +368,9 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
     """Print the results of runs side by side, and write them as Markdown into the first run."""
     from kindling.evaluation.compare_runs import compare
     from kindling.files import write_atomic
-    from kindling.runs.loading import find_run
+    from kindling.formats.hf_import import find_model
 
-    paths = [find_run(path).path for path in runs]
+    paths = [find_model(path).path for path in runs]
     text, markdown = compare(paths)
     print(text)
     with contextlib.suppress(OSError):  # the first run may be read-only

@@ -29,8 +29,10 @@ from kindling.paths import require_runs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kindling.formats.gguf_format import Kind
     from kindling.formats.parity import Difference
     from kindling.runs.checkpoint import RunDirectory
+    from kindling.runs.loading import Chat
     from model import GPT
 
 SAMPLE = 4096  # tokens for the comparison
@@ -101,7 +103,7 @@ def require_place(out: Path, replace: bool) -> None:
     if not replace:
         raise ExportError(f"{out} must not exist yet, but does; choose another --out, or give --replace")
     is_folder = (out / "config.json").is_file() and not (out / "config.yaml").exists()  # a run has one
-    if not (is_folder or (out.is_file() and out.suffix == ".gguf")):
+    if not (is_folder or (out.is_file() and out.suffix in (".gguf", ".Modelfile"))):
         raise ExportError(f"--replace must be of an export, but {out} is none; choose another --out")
 
 
@@ -154,39 +156,46 @@ def require_close(found: Difference) -> str:
     return line
 
 
-def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
+def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, template: str | None, out: Path) -> list[str]:
     """Write and check a folder for transformers; return lines on it."""
     from kindling.formats.hf_format import difference, write
     from kindling.formats.hf_layout import CLASSES, architecture
     from kindling.formats.model_card import card
+    from kindling.runs.loading import PretrainedFolder
 
     out.mkdir()
-    write(out, model, run.tokenizer(), card(run, run.path.resolve().name, checkpoint))
+    text = _card_of_others(run) if isinstance(run, PretrainedFolder) else card(run, run.path.resolve().name, checkpoint)
+    write(out, model, run.tokenizer(), text, template)
     kind = architecture(model.cfg)
     code = ", whose code is with it" if kind == "kindling" else ""
     return [f"as {CLASSES[kind]}{code}", require_exact(difference(out, model, sample(run)))]
 
 
-def to_gguf(run: RunDirectory, model: GPT, kind: Literal["f32", "f16", "q8_0"], out: Path) -> list[str]:
+def _card_of_others(run: RunDirectory) -> str:
+    """Return the card that came with a model of others, or a line about where it is from."""
+    card = run.path / "README.md"
+    return card.read_text(encoding="utf-8") if card.is_file() else f"# {run.path.resolve().name}\n"
+
+
+def to_gguf(run: RunDirectory, model: GPT, kind: Kind, template: str | None, out: Path) -> list[str]:
     """Write and check a file for llama.cpp; return lines on it."""
     from kindling.formats.gguf_format import architecture, difference, write
 
     said = [f"as {architecture(model.cfg)} in {kind}"]
-    wider = write(out, model, run.tokenizer(), kind, run.path.resolve().name)
+    wider = write(out, model, run.tokenizer(), kind, run.path.resolve().name, template)
     if wider:
         said.append(f"{len(wider)} matrices in f16, of rows that q8_0 cannot hold")
     found = difference(out, model, sample(run))
     return [*said, require_exact(found) if kind == "f32" else require_close(found)]
 
 
-def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, out: Path) -> list[str]:
+def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, chat: Chat | None, out: Path) -> list[str]:
     """Write and check a folder for autocomplete.py; return lines on it."""
     from kindling.formats.int8_format import difference, write
-    from kindling.runs.loading import chat_of
 
     out.mkdir()
     infills, source = run.config().data.fim_rate > 0, f"{run.path.resolve().name}, {checkpoint.name}"
-    write(out, model, run.tokenizer(), source, infills, chat_of(run))
+    write(out, model, run.tokenizer(), source, infills, chat)
     return [require_close(difference(out, model, sample(run)))]
 
 
@@ -194,8 +203,10 @@ def main(argv: list[str] | None = None) -> int:
     """Write an export, and print how it compares with the run."""
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_runs(flags.run)
+    from kindling.files import write_text
     from kindling.formats.hf_import import find_model
-    from kindling.runs.loading import load_model, require_checkpoint
+    from kindling.formats.modelfile import modelfile, modelfile_path
+    from kindling.runs.loading import chat_of, load_model, require_checkpoint
     from kindling.sample_prompts import prompt_flag
 
     if flags.type is not None and flags.to != "gguf":
@@ -204,6 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{run.path.resolve().name}-{kind}.gguf" if flags.to == "gguf" else flags.to
     out = run.path / "export" / name if flags.out is None else flags.out
     require_place(out, flags.replace)
+    chat = chat_of(run)
+    template = None if chat is None else chat.template
+    beside = modelfile_path(out) if flags.to == "gguf" and template is not None else None
+    if beside is not None:
+        require_place(beside, flags.replace)
     checkpoint = require_checkpoint(run)
     import torch
 
@@ -211,11 +227,15 @@ def main(argv: list[str] | None = None) -> int:
     model = loaded.for_generation()
     with written(out, flags.replace) as partial:
         if flags.to == "hf":
-            said = to_hf(run, model, checkpoint, partial)
+            said = to_hf(run, model, checkpoint, template, partial)
         elif flags.to == "gguf":
-            said = to_gguf(run, model, kind, partial)
+            said = to_gguf(run, model, kind, template, partial)
         else:
-            said = to_int8(run, model, checkpoint, partial)
+            said = to_int8(run, model, checkpoint, chat, partial)
+    if beside is not None and template is not None:
+        with written(beside, flags.replace) as partial:
+            write_text(partial, modelfile(out.name, template, run.tokenizer(), model.cfg.block_size))
+        said.append(f"for Ollama: ollama create {run.path.resolve().name} -f {beside}")
     size = sum(f.stat().st_size for f in (out.rglob("*") if out.is_dir() else [out]) if f.is_file())
     print(f"{run.path}, {checkpoint.name}: {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
     print("\n".join(said))

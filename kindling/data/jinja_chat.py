@@ -148,6 +148,11 @@ def ask(template: str, messages: Sequence[Message], specials: Sequence[str]) -> 
     return render(template, [m | {"content": protected(m["content"], specials)} for m in messages], ask=True)
 
 
+def require_trainable(template: str, specials: Sequence[str]) -> None:
+    """Raise TemplateError unless it follows from a template what the model is to write."""
+    end_of_answers(template, specials)
+
+
 def end_of_answers(template: str, specials: Sequence[str]) -> str:
     """Return the special token that ends each answer. Raises TemplateError as `cut_turns` does."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]

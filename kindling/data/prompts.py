@@ -10,7 +10,6 @@ of the next exchange follows it. A template is the name of one of ours, or the t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -103,26 +102,6 @@ def rendered_template(template: str) -> str:
         return template
     forms = [(Exchange("{instruction}", input=about), first) for about in ("", "{input}") for first in (True, False)]
     return "\0".join(prompt_text(template, exchange, first) for exchange, first in forms)
-
-
-def jinja_template(template: str, end: str) -> str:
-    """Return the template as other programs read it, with `end` as the end-of-text token.
-
-    System messages stand before the first question.
-    """
-    if is_jinja(template):
-        return template
-    (begin, after), (later, _) = (prompt_text(template, Exchange("\0"), first).split("\0") for first in (True, False))
-    begin, after, later, end = map(json.dumps, (begin, after, later, end))
-    return (
-        "{%- set seen = namespace(system='', n=0) -%}"
-        "{%- for message in messages if message.role in ('system', 'developer') -%}"
-        "{%- set seen.system = seen.system + message.content + '\\n\\n' -%}{%- endfor -%}"
-        "{%- for message in messages -%}{%- if message.role == 'user' -%}"
-        f"{{{{- {begin} + seen.system if seen.n == 0 else {later} -}}}}{{{{- message.content + {after} -}}}}"
-        "{%- set seen.n = seen.n + 1 -%}"
-        f"{{%- elif message.role == 'assistant' -%}}{{{{- message.content + {end} -}}}}{{%- endif -%}}{{%- endfor -%}}"
-    )
 
 
 def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Segment]:

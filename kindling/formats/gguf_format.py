@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from config import ModelConfig
+from kindling.data.chat_templates import jinja_template
 from kindling.errors import KindlingError, one_line
 from kindling.formats.folding import fold_qk_norm
 from kindling.tokenization.bpe import ByteLevelBPE
@@ -111,12 +112,15 @@ def architecture(cfg: ModelConfig) -> Architecture:
     )
 
 
-def write(path: Path, model: GPT, tokenizer: Tokenizer, kind: Kind, name: str) -> list[str]:
+def write(
+    path: Path, model: GPT, tokenizer: Tokenizer, kind: Kind, name: str, template: str | None = None
+) -> list[str]:
     """Write model and tokenizer to `path`; return the tensors that are in F16 although `kind` is q8_0.
 
     Q8_0 needs rows of a multiple of 32 weights; other matrices are in F16. Vectors and positions are always in F32. Tools show
-    `name`. Raises GGUFError before anything is written if the format cannot hold shape, tokenizer or weights. Raises OSError
-    if writing fails, which leaves an incomplete file, so write to a temporary path.
+    `name`. `template` is that of a run that was fine-tuned on instructions. Raises GGUFError before anything is written if the
+    format cannot hold shape, tokenizer or weights. Raises OSError if writing fails, which leaves an incomplete file, so write to
+    a temporary path.
     """
     import gguf
 
@@ -127,6 +131,8 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, kind: Kind, name: str) -
     writer.add_size_label(gguf.size_label(model.n_parameters(), 0, 0, 0))
     _add_shape(writer, model.cfg, arch, kind)
     _add_tokenizer(writer, tokenizer, model.cfg.vocab_size)
+    if template is not None:
+        writer.add_chat_template(jinja_template(template, tokenizer))
     in_f16 = []
     for tensor, values in _stored(model, arch):
         its = _type(tensor, values, kind)

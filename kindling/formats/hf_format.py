@@ -16,12 +16,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from config import ModelConfig
+from kindling.data.chat_templates import jinja_template, parts
+from kindling.data.jinja_chat import is_jinja
+from kindling.data.prompts import MARKERS
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_file, write_json, write_text
 from kindling.formats.hf_layout import (
@@ -42,7 +45,11 @@ from kindling.formats.parity import Difference, compare
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
 
 
 def require_tokenizer(tokenizer: Tokenizer) -> None:
@@ -54,17 +61,18 @@ def require_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
+def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str, template: str | None = None) -> None:
     """Write all files of the format into an existing empty folder; `card` becomes README.md.
 
+    `template` is that of a run that was fine-tuned on instructions.
     Raises HubFormatError for a SentencePiece tokenizer, and if the folder cannot be written. The folder is then incomplete.
     """
     from safetensors import SafetensorError
 
     require_tokenizer(tokenizer)
     try:
-        _write_model(folder, model, tokenizer)
-        _write_tokenizer(folder, tokenizer, model.cfg.block_size)
+        _write_model(folder, model, tokenizer, template)
+        _write_tokenizer(folder, tokenizer, model.cfg.block_size, template)
         write_text(folder / "README.md", card)
     except (OSError, SafetensorError) as e:
         raise HubFormatError(
@@ -73,7 +81,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, card: str) -> None:
         ) from None
 
 
-def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer, template: str | None) -> None:
     """Write config, code, weights, and the generation config with the special tokens."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
@@ -88,17 +96,24 @@ def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     # named_parameters lists a tied matrix once
     weights = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
     save_file(hub_weights(weights, model.cfg), folder / WEIGHTS, metadata={"format": "pt"})
-    GenerationConfig(**ids).save_pretrained(folder)
+    several = template is not None or len(tokenizer.end_ids) > 1
+    stops = {"eos_token_id": list(tokenizer.end_ids)} if several else {}  # what ends an answer
+    GenerationConfig(**{**ids, **stops}).save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """Write the tokenizer so that AutoTokenizer gives our ids: special tokens in a text are text, and only bos is added."""
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int, template: str | None) -> None:
+    """Write the tokenizer so that AutoTokenizer gives our ids: special tokens in a text are text, and only bos is added.
+
+    With a chat template, it reads the special tokens of a text, as the template writes them between answers and questions.
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     cfg = tokenizer.cfg
     backend = Backend.from_str(tokenizer.to_json())
+    if template is not None and not is_jinja(template):
+        _split_before_answers(backend, template)
     bos = cfg.bos_token
     before = "" if bos is None else f"{bos}:0 "
     backend.post_processor = processors.TemplateProcessing(
@@ -111,7 +126,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         tokenizer_object=backend,
         model_max_length=block_size,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "<|endoftext|>" in a document is 13 characters, not the end of it
+        split_special_tokens=template is None,  # "<|endoftext|>" in a document is 13 characters, not the end of it
         padding_side="left",  # new tokens must follow the prompt directly
         **{name: token for name, token in named.items() if token is not None},
     )
@@ -119,8 +134,28 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         fast.save_pretrained(folder)
     except Exception as e:  # the library raises plain Exception when the disk is full
         raise e if isinstance(e, OSError) else OSError(str(e)) from None
+    if template is not None:
+        write_text(folder / TEMPLATE, jinja_template(template, tokenizer))
     # a class name that transformers 4 knows
     _add(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def _split_before_answers(backend: Backend, template: str) -> None:
+    """Let no token span the border of a question and its answer, as none does in training."""
+    from tokenizers import pre_tokenizers
+
+    split = pre_tokenizers.Split(parts(template).after, "merged_with_previous")
+    present = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, *present])
+
+
+def _without_split(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Undo `_split_before_answers` in the content of a tokenizer.json."""
+    first, *others = (pre_tokenizer or {}).get("pretokenizers") or [{}]
+    is_ours = first.get("type") == "Split" and first.get("behavior") == "MergedWithPrevious" and len(others) <= 1
+    if not is_ours or first.get("pattern") not in [{"String": parts(template).after} for template in MARKERS]:
+        return pre_tokenizer
+    return others[0] if others else None
 
 
 def _add(path: Path, **values: Any) -> None:
@@ -279,6 +314,7 @@ def _what_counts(tokenizer_json: str) -> dict[str, Any]:
     content = json.loads(tokenizer_json)
     for name in ("version", "post_processor", "padding", "truncation"):
         content.pop(name, None)
+    content["pre_tokenizer"] = _without_split(content.get("pre_tokenizer"))
     # we never search a text for special tokens, so how to match them does not count
     added = content.get("added_tokens", [])
     content["added_tokens"] = [{"id": t["id"], "content": t["content"]} if t.get("special") else t for t in added]

@@ -115,10 +115,13 @@ class PretrainedModel(PretrainedFolder):
             )
         return tokenizer
 
-    def require_trainable_template(self) -> None:
-        """Raise TemplateError if it does not follow from the folder's own template what the model is to write."""
-        if self.template is not None:
-            end_of_answers(self.template, self._special_tokens)
+    def require_context(self, block_size: int) -> None:
+        most, learned = self.shape.block_size, self.shape.position == "learned"
+        if block_size > most or (learned and block_size < most):
+            raise PretrainedError(
+                f"model.block_size must be {'' if learned else 'at most '}the {most} tokens of {self.path}, but is {block_size}; "
+                f"set --model.block-size {most}"
+            )
 
     # -- what the folder's files say ----------------------------------------------------------------------------------
 
@@ -171,7 +174,7 @@ class PretrainedModel(PretrainedFolder):
         """Return the settings of the folder's tokenizer. Raises PretrainedError if no token ends a text."""
         ends = self._end_tokens()
         if self.template is not None:
-            # in training and chat, a text ends where an answer does; `require_trainable_template` says if none can be told
+            # in training and chat, a text ends where an answer does; `require_trainable` says if none can be told
             with contextlib.suppress(TemplateError):
                 ends = [end_of_answers(self.template, self._special_tokens), *ends]
         if not ends:

@@ -30,6 +30,7 @@ from kindling.evaluation import report
 from kindling.formats.hf_layout import CLASSES, architecture
 from kindling.public_paths import PublicPaths, is_on_hub
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
+from kindling.runs.loading import Chat, chat_of
 from kindling.runs.metrics import read_metrics
 from kindling.sample_prompts import sample_prompts
 from kindling.tables import Section, as_markdown
@@ -52,7 +53,7 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
         _front_matter(cfg, ledger),
         f"# {name}\n",
         _introduction(cfg, run, step),
-        _use(cfg, files),
+        _use(cfg, chat_of(run), files),
         _tables([_shape(cfg.model), _training(cfg, run, checkpoint, step)]),
         _tables(public([_sources(cfg), _ledger(ledger, cfg), _splits(manifest, cfg)])),
         *(_evaluation(run, checkpoint, split, public) for split in ("val", "test")),
@@ -106,31 +107,36 @@ def _introduction(cfg: Config, run: RunDirectory, step: int) -> str:
     )
 
 
-def _use(cfg: Config, files: Sequence[str] | None) -> str:
+def _use(cfg: Config, chat: Chat | None, files: Sequence[str] | None) -> str:
     kind = architecture(cfg.model)
     own = ", trust_remote_code=True" if kind == "kindling" else ""
-    prompt = next(iter(sample_prompts(cfg)), "The")
-    if cfg.data.instructions:
-        prompt = prompt_text(cfg.data.template, Exchange("Write a Python function that adds two numbers."))
+    inputs = f'tokenizer({next(iter(sample_prompts(cfg)), "The")!r}, return_tensors="pt")'
+    new = "ids[0]"
+    if chat is not None:
+        asked = '[{"role": "user", "content": "Write a Python function that adds two numbers."}]'
+        how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        inputs = f"tokenizer.apply_chat_template(\n    {asked},\n    {how},\n)"
+        new = "ids[0, inputs.input_ids.size(1) :]"
     code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name{own})
 model = AutoModelForCausalLM.from_pretrained(name{own})
-inputs = tokenizer({prompt!r}, return_tensors="pt")
+inputs = {inputs}
 room = {cfg.model.block_size} - inputs.input_ids.size(1)  # the context holds no more
 ids = model.generate(**inputs, max_new_tokens=min({NEW_TOKENS}, room))
-print(tokenizer.decode(ids[0], skip_special_tokens=True))
+print(tokenizer.decode({new}, skip_special_tokens=True))
 """
     said = "" if kind != "kindling" else (
         "The architecture is none of transformers' own: `trust_remote_code=True` runs modeling_kindling.py, which is in "
         "this folder.\n\n"
     )  # fmt: skip
-    template = (
-        "Instructions are written into the template of the example; what follows it is the answer.\n\n"
-        if cfg.data.instructions
-        else ""
-    )
+    template = ""
+    if chat is not None:
+        text = json.dumps(prompt_text(chat.template, Exchange("...")), ensure_ascii=False)
+        template = f"It is asked in its chat template, which writes a question as `{text}`. "
+        template += "" if chat.remembers else "It was fine-tuned on single exchanges: ask each question alone. "
+        template += "A message that spells a control token is refused.\n\n"
     listed = f"Files: {', '.join(f'`{file}`' for file in files)}.\n" if files else ""
     return f"## Use\n\n{said}{template}```python\n{code}```\n\n{listed}"
 

@@ -38,6 +38,10 @@ class PretrainedFolder(RunDirectory):
         """Return the hash of the folder's weights."""
         raise NotImplementedError
 
+    def require_context(self, block_size: int) -> None:
+        """Raise KindlingError unless the model can be trained with a context of so many tokens."""
+        raise NotImplementedError
+
 
 def sha256_of_weights(run: RunDirectory, folder: Path) -> str:
     """Return the hash of the weights of a run's verified checkpoint."""

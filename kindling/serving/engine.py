@@ -51,6 +51,10 @@ class Vocabulary(Protocol):
         """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
 
     @property
+    def special_tokens(self) -> Sequence[str]:
+        """The control tokens of the vocabulary."""
+
+    @property
     def spellings(self) -> Sequence[str]:
         """The text of each token, as generation/healing.py needs it."""
 

@@ -68,6 +68,11 @@ class Int8Vocabulary(ExportTokenizer):
         """Return a token as the tokenizer's file writes it; "" for an id without a token."""
         return self.backend.id_to_token(token) or ""
 
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """The control tokens of the vocabulary."""
+        return sorted(filter(None, self.special_ids))
+
     @cached_property
     def fim(self) -> FimIds | None:
         """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from kindling.data.chat_templates import jinja_template
 from kindling.data.prompts import encode as encode_conversation
-from kindling.data.prompts import flatten, jinja_template
+from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
 from kindling.serving.generation import Edit, Piece
 from kindling.serving.logprobs import listed, text_or_bytes
@@ -251,14 +252,13 @@ async def apply_template(served: Served, fields: Fields) -> Reply:
 
 async def props(served: Served, fields: Fields) -> Reply:
     """Answer /props."""
-    end = served.vocabulary.decode([served.vocabulary.eos_id])
     settings = {"n_ctx": served.block_size, "params": {"n_predict": served.limits.max_new_tokens}}
     return {
         "default_generation_settings": settings,
         "total_slots": served.about.get("rows", 1),
         "model_alias": served.name,
         "model_path": served.name,
-        "chat_template": jinja_template(served.template, end) if served.template else "",
+        "chat_template": jinja_template(served.template, served.vocabulary) if served.template else "",
         "build_info": "kindling",
     }
 

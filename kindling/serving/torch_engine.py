@@ -87,6 +87,7 @@ class TorchVocabulary:
         self.eos_id: int = tokenizer.eos_id
         self.end_ids, self.special_ids = tokenizer.end_ids, tokenizer.special_ids
         self.bos_id: int | None = tokenizer.bos_id
+        self.special_tokens: Sequence[str] = tokenizer.special_tokens
         self.fim: FimIds | None = tokenizer.fim if infills else None
 
     @cached_property

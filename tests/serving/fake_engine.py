@@ -17,6 +17,7 @@ class FakeVocabulary:
 
     eos_id, bos_id, fim = EOS, None, None
     end_ids, special_ids = (EOS,), {}
+    special_tokens: Sequence[str] = []
     spellings: Sequence[str] = ["", *map(chr, range(1, VOCAB))]
 
     def encode(self, text: str) -> list[int]:

@@ -138,7 +138,7 @@ def test_the_template_that_llama_cpp_s_clients_get_says_the_same_as_the_server(t
             [question, answer, question],
             [system, question, answer, question],
         ):
-            rendered = jinja2.Environment().from_string(text).render(messages=messages)
+            rendered = jinja2.Environment().from_string(text).render(messages=messages, add_generation_prompt=True)
             said = server.post("/apply-template", messages=messages)["prompt"]
             assert rendered == said
     with running(served()) as server:
