@@ -128,9 +128,8 @@ def sample(run: RunDirectory) -> Tensor:
     model = run.config().model
     if isinstance(run, PretrainedFolder):
         width = min(model.block_size, SAMPLE // 2)
-        text = Path(argparse.__file__).read_text(encoding="utf-8")[: 2 * SAMPLE]
-        ids = run.tokenizer().encode(text * (1 + 2 * width // 1000))
-        return torch.tensor(ids[: len(ids) // width * width][:SAMPLE]).view(-1, width)  # (B, T)
+        ids = run.tokenizer().encode(Path(argparse.__file__).read_text(encoding="utf-8"))
+        return torch.tensor(ids[: SAMPLE // width * width]).view(-1, width)  # (B, T)
     batch = next(iter(run.heldout("val").in_order(model, max(2, SAMPLE // model.block_size))))
     return torch.from_numpy(batch.idx)  # (B, T)
 
