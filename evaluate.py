@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from config import FULL_EVAL, Config, EvalConfig
-from kindling.cli import parse_cli, run_script
+from kindling.cli import names_flag, parse_cli, run_script
 from kindling.errors import KindlingError
 from kindling.output import wants_color
 from kindling.paths import require_runs
@@ -118,24 +118,20 @@ class EvalContext:
 
 def parse(argv: list[str] | None = None) -> Flags:
     """Parse the command line. With --eval.full, and where benchmarks are named, the other defaults are those of a full run."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = parse_cli(Flags, __doc__ or "", argv)
-    if flags.eval.full or names_benchmarks(argv):  # parse again with these defaults, so that explicit values win
+    if flags.eval.full or names_flag(
+        argv, "--eval.benchmarks"
+    ):  # parse again with these defaults, so that explicit values win
         full = Flags(eval=replace(FULL_EVAL, full=flags.eval.full))
         flags = parse_cli(Flags, __doc__ or "", argv, default=full)
     return flags
-
-
-def names_benchmarks(argv: list[str] | None) -> bool:
-    """Return whether a command line says which benchmarks to run."""
-    return any(word.partition("=")[0] == "--eval.benchmarks" for word in (sys.argv[1:] if argv is None else argv))
 
 
 def without_python(cfg: EvalConfig, argv: list[str] | None, run: RunDirectory) -> EvalConfig:
     """Return the settings without benchmarks, and say so, for a run of other languages, unless they were asked for."""
     from kindling.sample_prompts import knows_no_python
 
-    if cfg.full or names_benchmarks(argv) or not cfg.n_samples or not knows_no_python(run.config()):
+    if cfg.full or names_flag(argv, "--eval.benchmarks") or not cfg.n_samples or not knows_no_python(run.config()):
         return cfg
     print(f"note: {run.path} has learnt no Python, so no benchmark is run; --eval.full runs all", file=sys.stderr)
     return replace(cfg, benchmarks=("none",))
@@ -144,12 +140,11 @@ def without_python(cfg: EvalConfig, argv: list[str] | None, run: RunDirectory) -
 def chat_format(run: RunDirectory) -> ChatFormat | None:
     """Return how to prompt a run's model; None if it was not fine-tuned."""
     from kindling.evaluation.samples import ChatFormat
-    from kindling.runs.loading import PretrainedFolder, chat_of
+    from kindling.runs.loading import is_asked
 
     data = run.config().data
     mined = all(source.kind == "docstrings" for source in data.sources)
-    asked = chat_of(run) is not None if isinstance(run, PretrainedFolder) else data.instructions
-    return ChatFormat(data.template, mined) if asked else None
+    return ChatFormat(data.template, mined) if is_asked(run) else None
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
@@ -201,9 +196,8 @@ def evaluate(subject: EvalContext) -> int:
     benchmarks = cfg.n_samples if refusal is None else {}
 
     losses = None if subject.heldout is None else losses_of(subject, subject.heldout, cfg.stride)
-    results = header(subject) | {"language_modelling": {"skipped": NOT_OURS}}
-    if losses is not None:
-        results |= {"language_modelling": losses.by_group() | {"stride": cfg.stride}}
+    figures = {"skipped": NOT_OURS} if losses is None else losses.by_group() | {"stride": cfg.stride}
+    results = header(subject) | {"language_modelling": figures}
     results |= gold_losses(subject) if world.main else {}
     results |= infilling_figures(subject)
 
@@ -252,7 +246,8 @@ def sandbox_refusal(flags: Flags) -> str | None:
     except SandboxError as e:
         return str(e)
     if flags.sandbox == "none":
-        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
+        warning = "warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"
+        print(f"\033[31;1m{warning}\033[0m" if wants_color(sys.stderr) else warning, file=sys.stderr)
     return None
 
 
@@ -376,10 +371,6 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
     with contextlib.suppress(OSError):  # the first run may be read-only
         write_atomic(paths[0] / "compare.md", markdown)
         print(f"\nwritten to {paths[0] / 'compare.md'}")
-
-
-def _red(text: str) -> str:
-    return f"\033[31;1m{text}\033[0m" if wants_color(sys.stderr) else text
 
 
 def main(argv: list[str] | None = None) -> int:

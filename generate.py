@@ -274,10 +274,9 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
 
 def _require_chat(run: RunDirectory) -> None:
     """Raise GenerationError unless the run was fine-tuned."""
-    from kindling.runs.loading import PretrainedFolder, chat_of
+    from kindling.runs.loading import PretrainedFolder, is_asked
 
-    own = chat_of(run) is not None if isinstance(run, PretrainedFolder) else run.config().data.instructions
-    if not own:
+    if not is_asked(run):
         has = "has no chat template" if isinstance(run, PretrainedFolder) else "has only seen documents"
         raise GenerationError(
             f"{run.path} must be a fine-tuned run to chat with, but {has}; fine-tune it with "

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from config import Config
-from kindling.cli import parse_cli, run_script
+from kindling.cli import names_flag, parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
 from kindling.data.jinja_chat import is_jinja, require_trainable
@@ -79,8 +79,7 @@ def with_template(given: Config, base: RunDirectory, argv: list[str] | None) -> 
     Raises TemplateError if it does not follow from that template what the model is to write.
     """
     own = base.config().data.template
-    named = any(word.partition("=")[0] == "--data.template" for word in (sys.argv[1:] if argv is None else argv))
-    if named or not is_jinja(own):
+    if names_flag(argv, "--data.template") or not is_jinja(own):
         return given
     require_trainable(own, base.tokenizer().special_tokens)
     return replace(given, data=replace(given.data, template=own))

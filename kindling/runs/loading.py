@@ -106,12 +106,18 @@ def chat_of(run: RunDirectory) -> Chat | None:
     """Return how a run is asked, or None for one that saw only documents. Raises DataError if the template has changed."""
     data = run.config().data
     if isinstance(run, PretrainedFolder):
-        return Chat(data.template, True) if is_jinja(data.template) else None
+        return Chat(data.template, True) if is_asked(run) else None
     if not data.instructions:
         return None
     manifest = read_manifest(run.data)
     require_template(manifest, data.template)
     return Chat(data.template, manifest["max_exchanges"] > 1)
+
+
+def is_asked(run: RunDirectory) -> bool:
+    """Return whether a run's model is asked in a template, as one that was fine-tuned on instructions."""
+    data = run.config().data
+    return is_jinja(data.template) if isinstance(run, PretrainedFolder) else data.instructions
 
 
 def require_checkpoint(run: RunDirectory) -> Path:
