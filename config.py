@@ -315,9 +315,9 @@ class DataConfig:
     """Share of the documents in the validation split, chosen by a hash of their content."""
     test_fraction: float = 0.01
     """Share of the documents in the test split, chosen by a hash of their content. Use it for final results only."""
-    template: Template | str = "alpaca"
-    """For instructions: the template that makes a text of an instruction and its answer (see prompts.py). A model of others
-    brings its own, in Jinja."""
+    template: str = "alpaca"
+    """For instructions: alpaca or user-assistant, the template that makes a text of an instruction and its answer (prompts.py).
+    A model of others brings its own, in Jinja."""
     too_long: Literal["drop", "cut"] = "drop"
     """Of an example longer than the context: drop: leave it out; cut: truncate its last answer, and append end-of-text."""
     fim_rate: float = 0.0

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from model import LanguageModel
 
 DEFAULTS = EvalConfig()
-NOT_OURS = "nobody knows what a model of others has not seen; --text FILE measures the loss of your own files"
+NOT_OURS = "nobody knows what a model of others has not seen; --text FILE measures the loss of your files"
 
 
 class EvaluationError(KindlingError):
@@ -105,10 +105,9 @@ class EvalContext:
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
         """What is known of the run's data; None for a model of others."""
-        from kindling.data.shards import read_manifest
-        from kindling.runs.loading import PretrainedFolder
+        from kindling.runs.loading import manifest_of
 
-        return None if isinstance(self.run, PretrainedFolder) else read_manifest(self.run.data)
+        return manifest_of(self.run)
 
     @cached_property
     def chat(self) -> ChatFormat | None:
@@ -171,8 +170,7 @@ def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
     from kindling.formats.hf_import import find_model
     from kindling.runs.loading import require_checkpoint
 
-    run = find_model(flags.run)
-    require(flags, run)
+    require(flags, run := find_model(flags.run))
     return run, require_checkpoint(run)
 
 

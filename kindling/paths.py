@@ -42,6 +42,11 @@ def require_run(path: Path) -> Path:
     for place in places:
         if (place / "config.yaml").is_file():
             return place
+    if any(map(holds_hub_model, places)):
+        raise KindlingError(
+            f"{path} must be a run that was trained here, but is a model of others; fine-tune it first with "
+            f"`python sft_train.py {path}`"
+        )
     folders = dict.fromkeys(place.parent for place in places if place.parent.name == RUNS.name)
     known = sorted(str(found.parent) for folder in folders for found in folder.glob("*/config.yaml"))
     raise KindlingError(

@@ -190,7 +190,10 @@ class PretrainedModel(PretrainedFolder):
             named[name] = None if token in taken or token not in self._added else token
             taken.add(token or eos)
         path = str(self.path.resolve())
-        return TokenizerConfig(kind="pretrained", path=path, eos_token=eos, end_tokens=tuple(others), **named)
+        first, pad, unk = (named[name] for name in ("bos_token", "pad_token", "unk_token"))
+        return TokenizerConfig(
+            kind="pretrained", path=path, eos_token=eos, end_tokens=tuple(others), bos_token=first, pad_token=pad, unk_token=unk
+        )  # fmt: skip
 
     def _end_tokens(self) -> list[str]:
         """Return the tokens that end a text: by their ids, or by the name that the tokenizer's config gives."""

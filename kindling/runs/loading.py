@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config import Config
 from kindling.data.build import DATA
@@ -112,6 +112,11 @@ def chat_of(run: RunDirectory) -> Chat | None:
     manifest = read_manifest(run.data)
     require_template(manifest, data.template)
     return Chat(data.template, manifest["max_exchanges"] > 1)
+
+
+def manifest_of(run: RunDirectory) -> dict[str, Any] | None:
+    """Return what is known of a run's data; None for a model of others."""
+    return None if isinstance(run, PretrainedFolder) else read_manifest(run.data)
 
 
 def is_asked(run: RunDirectory) -> bool:

@@ -40,11 +40,15 @@ class Vocabulary(Protocol):
     """The tokenizer of a run or of an export."""
 
     eos_id: int
-    end_ids: Sequence[int]
-    """The ids of all tokens that end a text."""
     bos_id: int | None
-    special_ids: Mapping[str, int]
-    """The ids of the special tokens."""
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """The ids of all tokens that end a text."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The ids of the special tokens."""
 
     @property
     def fim(self) -> FimIds | None:
