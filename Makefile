@@ -83,6 +83,7 @@ gpu: .venv/.installed-dev ## check and measure everything on a CUDA GPU (9 minut
 bench-all: bench ## measure all other figures too (over an hour more)
 	@$(BIN)/python benchmarks/time_to_loss.py
 	@$(BIN)/python benchmarks/ablation.py
+	@$(BIN)/python benchmarks/portability.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/pipeline.py
 	@$(BIN)/python benchmarks/start.py

@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(trainer: Trainer) -> list[str]:
-    """Print samples and the validation loss of a trained run; return the commands to try next."""
+    """Print samples, the validation loss and where the run cannot go; return the commands to try next."""
+    from kindling.formats.portability import advice
+
     path, result = trainer.run.path, trainer.state.last_eval
     print(f"\n{samples(trainer)}")
     of = "the whole held-out split" if trainer.state.whole_is_evaluated else "a part of the held-out split"
@@ -70,6 +72,8 @@ def report(trainer: Trainer) -> list[str]:
         f"validation over {of}: loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.4f} bits per byte"
     )
+    if (said := advice(trainer.cfg)) is not None:
+        print(said)
     commands = [f"python evaluate.py {path}", generate_command(path, trainer.cfg)]
     # by default, fine-tuning is on functions of Python
     return commands if knows_no_python(trainer.cfg) else [*commands, f"python sft_train.py {path}"]

@@ -1,4 +1,4 @@
-"""One training against the clock, in a process of its own; time_to_loss.py starts it.
+"""One training against the clock, in a process of its own; time_to_loss.py and portability.py start it.
 
     python benchmarks/loss_worker.py SPEC.json RESULT.json
 
@@ -56,6 +56,10 @@ class Spec:
     layers: int = 0
     width: int = 0
     """The peer's shape; 0 stands for the preset's."""
+    preset: str = "demo"
+    """Whose recipe ours is, and whose shape the peer has."""
+    seed: int | None = None
+    """Of ours; None: the preset's."""
 
 
 class Way(NamedTuple):
@@ -68,12 +72,12 @@ class Way(NamedTuple):
 # -- data and evaluation ----------------------------------------------------------------------------------------------
 
 
-def configured(data: Path) -> Config:
-    """Return the demo preset, with the vocabulary of the shards."""
+def configured(data: Path, name: str) -> Config:
+    """Return a preset, with the vocabulary of the shards."""
     from kindling.data.shards import read_manifest
     from presets import preset
 
-    cfg = preset("demo")
+    cfg = preset(name)
     return replace(cfg, model=replace(cfg.model, vocab_size=read_manifest(data)["vocab_size"]))
 
 
@@ -146,7 +150,7 @@ def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
 
 
 def train_ours(spec: Spec) -> dict[str, Any]:
-    """Train the demo preset's recipe for the time."""
+    """Train the preset's recipe for the time."""
     from kindling import device
     from kindling.data.examples import training_rows
     from kindling.data.shards import TokenDataset
@@ -156,8 +160,9 @@ def train_ours(spec: Spec) -> dict[str, Any]:
     from kindling.training.trainer import Trainer
 
     data = Path(spec.data)
-    cfg = configured(data)
-    cfg = replace(cfg, train=replace(cfg.train, max_minutes=spec.minutes, max_steps=None))
+    cfg = configured(data, spec.preset)
+    seed = cfg.train.seed if spec.seed is None else spec.seed
+    cfg = replace(cfg, train=replace(cfg.train, max_minutes=spec.minutes, max_steps=None, seed=seed))
     device.set_threads(cfg.train.threads)
     runtime = device.resolve(cfg.train)
     model, rows = new_model(cfg, runtime), training_rows(cfg, TokenDataset(data, "train"))
@@ -236,7 +241,7 @@ def train_peer(spec: Spec) -> dict[str, Any]:
     from kindling.data.shards import PackedBlocks, TokenDataset
 
     data = Path(spec.data)
-    cfg = peer_shape(spec, configured(data).model)
+    cfg = peer_shape(spec, configured(data, spec.preset).model)
     runtime, budget_s = runtime_of(spec.precision), 60 * spec.minutes
     peer = Peer(cfg, runtime, spec.lr)
     rows = PackedBlocks(TokenDataset(data, "train"), cfg.block_size, seed=1337)
@@ -298,7 +303,7 @@ def timed(spec: Spec, way: Way) -> dict[str, Any]:
     from kindling.data.shards import PackedBlocks, TokenDataset
 
     data = Path(spec.data)
-    cfg, runtime = peer_shape(spec, configured(data).model), runtime_of(way.precision)
+    cfg, runtime = peer_shape(spec, configured(data, spec.preset).model), runtime_of(way.precision)
     peer, rows = Peer(cfg, runtime, 1e-3), PackedBlocks(TokenDataset(data, "train"), cfg.block_size, seed=0)
     if way.compiled:
         peer.compile()

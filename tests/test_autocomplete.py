@@ -33,7 +33,15 @@ SHAPES = {
     if not make().data.instructions
 } | {
     "grouped": ModelConfig(
-        n_layer=2, n_head=4, n_kv_head=2, n_embd=48, block_size=150, vocab_size=320, position="rope", qk_norm="learned"
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=48,
+        block_size=150,
+        vocab_size=320,
+        position="rope",
+        qk_norm="learned",
+        norm_eps=1.0,  # so that an epsilon which is left out is seen
     ),
     "stretched": ModelConfig(
         n_layer=2,

@@ -26,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import loss_worker
 import machine
 import peer
+import portability
 import shared_machine
 import summary
 import throughput_worker
@@ -263,6 +264,20 @@ def test_the_way_of_the_peer_is_the_one_with_the_most_steps_when_compiling_count
     )
     assert loss_worker.best_way([eager, compiled], 50)["compiled"] is False
     assert loss_worker.best_way([eager, compiled], 70)["compiled"] is True
+
+
+def test_the_price_of_a_preset_is_its_mean_difference_to_the_first_at_the_same_seeds_with_students_interval():
+    assert portability.mean_and_half_width([1.5]) == (1.5, None)
+    mean, half = portability.mean_and_half_width([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
+    row = {"parameters": 7, "steps": 10, "tokens": 2e6, "precision": "fp32", "compiled": False, "val": 2.0}
+    first = {"1": row | {"test": 1.0}, "2": row | {"test": 2.0}}
+    second = {"1": row | {"test": 1.25}}  # seed 2 is still to come
+    assert portability.prices({"a": first, "b": second}, "b", "test") == [0.25]
+    results = {"machine": "x", "data": "d", "minutes": 5, "seeds": [1, 2], "found": {"a": first, "b": second}}
+    table = portability.markdown(results)
+    assert "| `a` | 7 | 10 | 2.00M | 2.0000 ± 0.0000 | 1.5000 ± 6.3530 |  |" in table
+    assert "| `b` | 7 | 10 | 2.00M | 2.0000 | 1.2500 | +0.2500 |" in table and "after 5 minutes" in table
 
 
 def test_the_peers_shape_keeps_context_and_vocabulary_and_takes_a_width_that_heads_divide():

@@ -62,6 +62,7 @@ def test_a_first_run_ends_with_figures_samples_and_the_next_command(work):
     )
     assert "--- sample 1, from 'import os\\n'" in out
     assert "next: python evaluate.py runs/base" in out
+    assert "do not know this shape (model.activation, model.bigram_rows;" in out and "--preset portable-5m\n" in out
     assert sorted(p.name for p in (work / "runs/base").iterdir()) == [
         "config.yaml",
         "data",

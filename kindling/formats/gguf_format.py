@@ -317,15 +317,21 @@ def _add_shape(writer: GGUFWriter, cfg: ModelConfig, arch: Architecture, kind: K
         writer.add_value_length(cfg.head_dim)
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
+def require_tokenizer(tokenizer: Tokenizer) -> ByteLevelBPE:
+    """Return a tokenizer as plain byte-level BPE; raises GGUFError if it is another."""
     content = json.loads(tokenizer.to_json())
     try:
         if content.get("type") == "sentencepiece":
             raise ValueError("a tokenizer must be plain byte-level BPE, but is SentencePiece; use it")
-        bpe = ByteLevelBPE.from_dict(content)
+        return ByteLevelBPE.from_dict(content)
     except ValueError as e:
         refused = str(e).partition("; use")[0]
         raise GGUFError(f"{refused}, for a GGUF file to hold it; {_OTHER_FORMATS}") from None
+
+
+def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
+    bpe = require_tokenizer(tokenizer)
+    content = json.loads(tokenizer.to_json())
     tokens, types = _tokens(bpe, vocab_size)
     writer.add_tokenizer_model("gpt2")
     # llama.cpp's names for the two ways in which `bpe.py` splits text into words

@@ -52,6 +52,15 @@ def tensors(model: GPT) -> dict[str, Tensor]:
     return {name: t.cpu().contiguous() for name, t in out.items()}
 
 
+def require_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raise Int8Error if the format cannot hold the tokenizer."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        raise Int8Error(
+            "a run must have a tokenizer that `tokenizers` reads to be exported to int8, but tokenizer.kind is 'sentencepiece'; "
+            "train one with --tokenizer.kind bpe"
+        )
+
+
 def write(
     folder: Path, model: GPT, tokenizer: Tokenizer, source: str, infills: bool = False, chat: Chat | None = None
 ) -> None:
@@ -61,11 +70,7 @@ def write(
     """
     from safetensors.torch import save_file
 
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        raise Int8Error(
-            "a run must have a tokenizer that `tokenizers` reads to be exported to int8, but tokenizer.kind is 'sentencepiece'; "
-            "train one with --tokenizer.kind bpe"
-        )
+    require_tokenizer(tokenizer)
     save_file(tensors(model), folder / WEIGHTS)
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     meta = {

@@ -218,6 +218,18 @@ def test_queries_and_keys_are_permuted_as_llama_cpps_converter_does(n_head, half
     assert torch.equal(halves(interleave(weight, n_head), n_head), weight)
 
 
+def test_qwen3_has_queries_and_keys_in_our_order_and_llama_has_not(tokenizer, tmp_path):
+    from gguf import GGUFReader
+
+    for shape, same in (("qwen3", True), ("llama", False)):
+        model = random_model(SHAPES[shape])
+        write(tmp_path / shape, model, tokenizer, "f32", "m")
+        held = {t.name: t.data for t in GGUFReader(tmp_path / shape).tensors}
+        q, k, v = model.blocks[1].attn.qkv.weight.detach().split([64, 32, 32])
+        assert np.array_equal(held["blk.1.attn_v.weight"], v)
+        assert np.array_equal(held["blk.1.attn_q.weight"], q) == np.array_equal(held["blk.1.attn_k.weight"], k) == same
+
+
 # -- names and keys ---------------------------------------------------------------------------------------------------
 
 

@@ -616,6 +616,17 @@ def test_a_difference_is_seen_wherever_it_is(folders):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["portable-5m", "demo"])
+def test_greedy_text_of_128_tokens_at_the_true_size_is_what_transformers_generates(tmp_path, name):
+    model = written(tmp_path / "hub", preset(name).model)
+    prompt = random_rows(model.cfg, 1)[:, :20]
+    ours = list(stream(model, prompt[0].tolist(), Sampling(greedy=True, max_new_tokens=128), -1))
+    settings = {"do_sample": False, "max_new_tokens": 128, "eos_token_id": None}
+    out = theirs(tmp_path / "hub").generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert ours == out[0, 20:].tolist() and len(ours) == 128
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SHAPES, "code-150m", "code-225m"])
 def test_transformers_gives_the_same_logits_at_the_true_size(tmp_path, name):
     cfg = preset(name).model
