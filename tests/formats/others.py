@@ -13,12 +13,12 @@ CHATML = (
 )
 TEXT = "def add(a, b):\n    return a + b  # the sum of two numbers, as Python adds them\n" * 3
 SHAPE = {
-    "vocab_size": 320, "max_position_embeddings": 96, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+    "vocab_size": 320, "max_position_embeddings": 160, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 GPT2 = {
     "vocab_size": 320,
-    "n_positions": 96,
+    "n_positions": 160,
     "n_embd": 48,
     "n_layer": 2,
     "n_head": 4,

@@ -60,8 +60,8 @@ def test_a_folder_gives_the_logits_and_the_greedy_text_of_transformers(folder, n
         for at in (50, 51):
             assert torch.allclose(gpt.forward_cached(idx[:, at : at + 1], cache), logits[:, at], atol=1e-4, rtol=0)
     assert sum(p.numel() for p in reference.parameters()) == run.config().model.n_parameters
-    said = reference.generate(idx[:, :10], do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
-    ours = list(stream(model, idx[0, :10].tolist(), Sampling(greedy=True, max_new_tokens=64), eos_id=-1))
+    said = reference.generate(idx[:, :10], do_sample=False, max_new_tokens=128, eos_token_id=None, pad_token_id=0)
+    ours = list(stream(model, idx[0, :10].tolist(), Sampling(greedy=True, max_new_tokens=128), eos_id=-1))
     assert ours == said[0, 10:].tolist()
 
 
@@ -155,6 +155,23 @@ def test_an_answer_may_be_trimmed_and_have_thoughts_before_it():
         SPECIAL,
     )
     assert (turn.words, turn.end) == ("3", "<|im_end|>")
+
+
+def test_an_export_of_ours_opens_by_the_same_door_with_its_template(tmp_path):
+    from test_hf_format import random_model, small
+    from test_hf_format import tokenizer as ours
+
+    from kindling.formats.hf_format import write
+    from presets import preset
+
+    model = random_model(small(preset("demo").model))
+    write(tmp_path, model, ours(), "# a card\n", "alpaca")
+    run = find_model(tmp_path)
+    again, _ = load_model(run, torch.device("cpu"))
+    idx = torch.arange(80)[None]
+    assert run.config().model == model.cfg and torch.equal(again(idx), model(idx))
+    talk = [Exchange("Add.", "x"), Exchange("And <|endoftext|>?", "y")]
+    assert encode(run.config().data.template, talk, run.tokenizer()) == encode("alpaca", talk, ours())
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------
