@@ -9,7 +9,7 @@ new text fits the context. Completion stops at end-of-text.
 """
 
 # of the project, it needs the folder kindling/int8; healing.py, text_stream.py and numpy_sampling.py of kindling/generation/; and
-# errors.py, help.py, output.py and paths.py of kindling/
+# errors.py, help.py, output.py, paths.py and rope.py of kindling/
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import numpy as np
 from kindling.errors import KindlingError
 from kindling.generation import numpy_sampling
 from kindling.generation.healing import Healing, longest_prompt, newest_text, split_for_healing
-from kindling.generation.numpy_sampling import distribution
+from kindling.generation.numpy_sampling import EndIds, all_ends, distribution
 from kindling.generation.text_stream import TextStream
 from kindling.help import unknown_word, wrapped
 from kindling.int8.exports import find_export
@@ -67,17 +67,17 @@ def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> in
 
 
 def stream(
-    model: Model, ids: list[int], sampling: Sampling, eos_id: int, healing: Healing | None = None
+    model: Model, ids: list[int], sampling: Sampling, eos_id: EndIds, healing: Healing | None = None
 ) -> Iterator[int]:
     """Yield new tokens after the prompt `ids`, until end-of-text, the limit, or a full context."""
-    cache = model.new_cache()
+    cache, ends = model.new_cache(), all_ends(eos_id)
     rng = np.random.default_rng(sampling.seed)
     logits = model.forward_cached(ids, cache)
     out: list[int] = []
     for left in range(min(sampling.max_new_tokens, model.block_size - len(ids)), 0, -1):
         mask = None if healing is None else healing.allowed(out)
         token = draw(logits if mask is None else np.where(mask, logits, -np.inf), sampling, rng)
-        if token == eos_id:
+        if token in ends:
             return
         out.append(token)
         yield token
@@ -113,7 +113,7 @@ class Completer:
         # tokens taken back from the prompt are generated again, and are not part of the result
         limit = min(sampling.max_new_tokens, self.model.block_size - len(ids)) + len(ids) - len(kept)
         text = TextStream(self.tokenizer, after=kept[-1:], skip=len(healing.text))
-        tokens = stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.tokenizer.eos_id, healing)
+        tokens = stream(self.model, kept, sampling._replace(max_new_tokens=limit), self.tokenizer.end_ids, healing)
         self.n_written = 0
         for token in tokens:
             self.n_written += 1

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Literal, dataclass_transform
+from typing import Literal, dataclass_transform, get_args
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
+from kindling.config_checks import check_eval, check_source
 from kindling.errors import require, require_range
 
 RUN = "demo"  # the preset that `python main.py` trains without flags
@@ -47,12 +48,16 @@ class ModelConfig:
     """Key / value heads (grouped-query attention). None: as many as n_head."""
     n_embd: int = 128
     """Width of the residual stream, C."""
+    d_head: int | None = None
+    """Width of each head. None: n_embd / n_head."""
     d_ff: int | None = None
     """Hidden width of the feed-forward layer. None: 4 * n_embd."""
     position: Literal["learned", "sinusoidal", "rope"] = "learned"
     """Position encoding: learned or sinusoidal absolute positions, or rotary embeddings (RoPE) on queries and keys."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (RoPE theta)."""
+    rope_factors: tuple[float, ...] = ()
+    """Stretched rotary positions. (factor,): linear; (factor, low, high, context): Llama 3's, by its names; (): as they are."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sub-layer."""
     norm_eps: float = 1e-5
@@ -63,6 +68,8 @@ class ModelConfig:
     """Activation of the feed-forward layer. gelu: the exact form (erf); gelu_new: GPT-2's form (tanh); relu2: squared ReLU."""
     bias: bool = True
     """Biases in the linear layers of the blocks and in all LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values, which Qwen2 has alone. None: as `bias`."""
     head_bias: bool = False
     """A bias in the output head. Only for untied heads."""
     attn_out_proj: bool = True
@@ -94,7 +101,12 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.d_head is None else self.d_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def ff_width(self) -> int:
@@ -104,12 +116,11 @@ class ModelConfig:
     @property
     def n_parameters(self) -> int:
         """The exact number of trainable parameters. A tied matrix counts once; sinusoidal positions do not count."""
-        C, ff, kv = self.n_embd, self.ff_width, self.kv_heads * self.head_dim
+        C, ff, q, qkv = self.n_embd, self.ff_width, *(n * self.head_dim for n in (self.n_head, self.n_head + 2 * self.kv_heads))
         norm = 2 * C if self.norm == "layernorm" and self.bias else C
-        linears = [(C, C + 2 * kv)]
-        linears += [(C, C)] if self.attn_out_proj else []
+        linears = [(q, C)] if self.attn_out_proj else []
         linears += [(C, ff), (C, ff), (ff, C)] if self.activation == "swiglu" else [(C, ff), (ff, C)]
-        block = 2 * norm + sum(i * o + (o if self.bias else 0) for i, o in linears)
+        block = 2 * norm + C * qkv + self.has_qkv_bias * qkv + sum(i * o + self.bias * o for i, o in linears)
         head = 0 if self.tie_embeddings else self.vocab_size * C + (self.vocab_size if self.head_bias else 0)
         outside = (self.vocab_size + self.bigram_rows) * C + self.n_position_parameters + (norm if self.final_norm else 0) + head
         return outside + self.n_layer * (block + (2 * self.head_dim if self.qk_norm == "learned" else 0))
@@ -121,12 +132,17 @@ class ModelConfig:
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        require_range("model", self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff")
+        require_range("model", self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff", "d_head")
         require_range("model", self, 0, "rope_theta", "norm_eps", "init_std", "embd_init_std", open_low=True)
         require_range("model", self, 0, "dropout", high=0.99)
         lower, upper = self.n_embd // self.n_head * self.n_head, -(-self.n_embd // self.n_head) * self.n_head
-        require(self.n_embd % self.n_head == 0, "model.n_embd", f"a multiple of n_head={self.n_head}", self.n_embd,
-                f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
+        require(self.n_embd % self.n_head == 0 or self.d_head is not None, "model.n_embd", f"a multiple of n_head={self.n_head}",
+                self.n_embd, f"set --model.n-embd to {f'{lower} or ' if lower else ''}{upper}, or change --model.n-head")
+        require(self.attn_out_proj or self.n_head * self.head_dim == self.n_embd, "model.d_head", "None without attn_out_proj",
+                self.d_head, "set --model.attn-out-proj True")
+        s = self.rope_factors
+        require(not s or (s[0] >= 1 and (len(s) == 1 or (len(s) == 4 and 0 < s[1] < s[2] < s[3]))), "model.rope_factors",
+                "(factor,) or (factor, low, high, context), with a factor of at least 1", s, "set --model.rope-factors")
         require(self.bigram_rows == 0 or self.bigram_rows >= 2, "model.bigram_rows", "at least 2, or 0 for none",
                 self.bigram_rows, "set --model.bigram-rows")
         require(self.n_head % self.kv_heads == 0, "model.n_kv_head", f"a divisor of n_head={self.n_head}", self.n_kv_head,
@@ -140,7 +156,7 @@ class ModelConfig:
         if self.backbone == "transformers":
             gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
                     "head_bias": False, "attn_out_proj": True, "qk_norm": False, "bigram_rows": 0,
-                    "tie_embeddings": True, "residual_init": "scaled", "document_mask": False}
+                    "tie_embeddings": True, "residual_init": "scaled", "document_mask": False, "d_head": None, "qkv_bias": None}
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
                         getattr(self, field), "set it so, or --model.backbone kindling")
@@ -168,6 +184,8 @@ class TokenizerConfig:
     """Accept a tokenizer that changes text, for example to NFC, and count the documents that it changes. False: refuse it."""
     eos_token: str = "<|endoftext|>"
     """The end-of-text token: ends every document, and stops generation."""
+    end_tokens: tuple[str, ...] = ()
+    """More tokens that stop generation, as some pretrained models have them."""
     bos_token: str | None = None
     """A token that begins every document. None: no such token."""
     pad_token: str | None = None
@@ -253,19 +271,7 @@ class SourceConfig:
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        require_range("data.sources", self, 1, "max_documents", "max_bytes")
-        require_range("data.sources", self, 0, "weight", open_low=True)
-        require(self.kind in ("local-python", "docstrings") or bool(self.path), "data.sources.path",
-                f"set for a {self.kind} source", self.path, "name a file, a folder or a data set")
-        require(self.kind != "local-python" or self.path is None, "data.sources.path", "None for local-python", self.path,
-                "say what it holds with --data.sources.0.kind files (or jsonl, parquet, text, datasets)")
-        fields = [f for f in (self.response_field, self.messages_field) if f is not None]
-        rows = self.kind in ("jsonl", "parquet", "datasets")
-        require(not fields or (rows and len(fields) == 1), "data.sources.response_field and messages_field",
-                "at most one of them, and of rows (jsonl, parquet or datasets)", (self.kind, *fields), "leave the others None")
-        require(self.input_field is None or self.response_field is not None, "data.sources.input_field",
-                "None where there is no response_field", self.input_field, "set --data.sources.0.response-field")
-        require(self.globs != (), "data.sources.globs", "at least one pattern", self.globs, "name one, or None")
+        check_source(self)
         return self
 
 
@@ -308,8 +314,9 @@ class DataConfig:
     """Share of the documents in the validation split, chosen by a hash of their content."""
     test_fraction: float = 0.01
     """Share of the documents in the test split, chosen by a hash of their content. Use it for final results only."""
-    template: Template = "alpaca"
-    """For instructions: the template that makes a text of an instruction and its answer (see prompts.py)."""
+    template: str = "alpaca"
+    """For instructions: alpaca or user-assistant, the template that makes a text of an instruction and its answer (prompts.py).
+    A model of others brings its own, in Jinja."""
     too_long: Literal["drop", "cut"] = "drop"
     """Of an example longer than the context: drop: leave it out; cut: truncate its last answer, and append end-of-text."""
     fim_rate: float = 0.0
@@ -346,6 +353,8 @@ class DataConfig:
         require(self.val_fraction + self.test_fraction < 1, "data.val_fraction + test_fraction", "below 1",
                 self.val_fraction + self.test_fraction, "leave something to train on")
         require(bool(self.sources), "data.sources", "at least one source", self.sources, "name one")
+        known = self.template in get_args(Template) or "{{" in self.template or "{%" in self.template
+        require(known, "data.template", f"{' or '.join(get_args(Template))}, or Jinja", self.template, "choose one")
         require(len({s.is_instructions for s in self.sources}) == 1, "data.sources", "all of instructions, or all of documents",
                 tuple(s.label for s in self.sources), "fine-tune on the ones and pre-train on the others")
         require(self.fim_rate == 0 or not self.instructions, "data.fim_rate", "0 for instructions", self.fim_rate, "set it so")
@@ -572,18 +581,7 @@ class EvalConfig:
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
-        require_range("eval", self, 1, "limit", "max_new_tokens", "batch_size", "workers", "cpu_s", "stride")
-        require_range("eval", self, 0, "max_level", high=5)
-        require_range("eval", self, 0, "signatures", "seed", "contamination_tokens", "temperature")
-        require_range("eval", self, 0, "top_p", high=1, open_low=True)
-        require_range("eval", self, 64, "memory_mb")
-        field, known, names = "eval.benchmarks", ", ".join(BENCHMARKS), [entry.partition(":")[0] for entry in self.benchmarks]
-        for entry, name in zip(self.benchmarks, names):
-            n = entry.removeprefix(f"{name}:")
-            require(name in BENCHMARKS or entry == "none", field, f"of {known}, or none", entry, "write NAME or NAME:SAMPLES")
-            require(entry == name or n.strip("0").isdecimal(), field, "NAME or NAME:SAMPLES", entry, "give a number of samples")
-        require(len(set(names)) == len(names) and ("none" not in names or len(names) == 1), field, "each once, or none alone",
-                self.benchmarks, "leave out the others")
+        check_eval(self, BENCHMARKS)
         return self
 
 

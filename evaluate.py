@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from config import FULL_EVAL, Config, EvalConfig
-from kindling.cli import parse_cli, run_script
+from kindling.cli import names_flag, parse_cli, run_script
 from kindling.errors import KindlingError
 from kindling.output import wants_color
 from kindling.paths import require_runs
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from model import LanguageModel
 
 DEFAULTS = EvalConfig()
+NOT_OURS = "nobody knows what a model of others has not seen; --text FILE measures the loss of your files"
 
 
 class EvaluationError(KindlingError):
@@ -57,7 +58,7 @@ class Flags:
     """The script's command line."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """The run's folder, or its name under runs/. The newest if left out."""
+    """The run's folder, or its name under runs/, or the folder of a model of others. The newest run if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     split: Literal["val", "test"] = "val"
@@ -97,9 +98,16 @@ class EvalContext:
     flags: Flags
 
     @cached_property
-    def heldout(self) -> TokenDataset:
-        """The held-out split, verified once."""
-        return self.run.heldout(self.flags.split)
+    def heldout(self) -> TokenDataset | None:
+        """The held-out split, verified once; None for a model of others."""
+        return None if self.manifest is None else self.run.heldout(self.flags.split)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """What is known of the run's data; None for a model of others."""
+        from kindling.runs.loading import manifest_of
+
+        return manifest_of(self.run)
 
     @cached_property
     def chat(self) -> ChatFormat | None:
@@ -109,24 +117,20 @@ class EvalContext:
 
 def parse(argv: list[str] | None = None) -> Flags:
     """Parse the command line. With --eval.full, and where benchmarks are named, the other defaults are those of a full run."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = parse_cli(Flags, __doc__ or "", argv)
-    if flags.eval.full or names_benchmarks(argv):  # parse again with these defaults, so that explicit values win
+    if flags.eval.full or names_flag(
+        argv, "--eval.benchmarks"
+    ):  # parse again with these defaults, so that explicit values win
         full = Flags(eval=replace(FULL_EVAL, full=flags.eval.full))
         flags = parse_cli(Flags, __doc__ or "", argv, default=full)
     return flags
-
-
-def names_benchmarks(argv: list[str] | None) -> bool:
-    """Return whether a command line says which benchmarks to run."""
-    return any(word.partition("=")[0] == "--eval.benchmarks" for word in (sys.argv[1:] if argv is None else argv))
 
 
 def without_python(cfg: EvalConfig, argv: list[str] | None, run: RunDirectory) -> EvalConfig:
     """Return the settings without benchmarks, and say so, for a run of other languages, unless they were asked for."""
     from kindling.sample_prompts import knows_no_python
 
-    if cfg.full or names_benchmarks(argv) or not cfg.n_samples or not knows_no_python(run.config()):
+    if cfg.full or names_flag(argv, "--eval.benchmarks") or not cfg.n_samples or not knows_no_python(run.config()):
         return cfg
     print(f"note: {run.path} has learnt no Python, so no benchmark is run; --eval.full runs all", file=sys.stderr)
     return replace(cfg, benchmarks=("none",))
@@ -135,10 +139,11 @@ def without_python(cfg: EvalConfig, argv: list[str] | None, run: RunDirectory) -
 def chat_format(run: RunDirectory) -> ChatFormat | None:
     """Return how to prompt a run's model; None if it was not fine-tuned."""
     from kindling.evaluation.samples import ChatFormat
+    from kindling.runs.loading import is_asked
 
     data = run.config().data
     mined = all(source.kind == "docstrings" for source in data.sources)
-    return ChatFormat(data.template, mined) if data.instructions else None
+    return ChatFormat(data.template, mined) if is_asked(run) else None
 
 
 def require(flags: Flags, run: RunDirectory) -> None:
@@ -162,10 +167,10 @@ def require(flags: Flags, run: RunDirectory) -> None:
 
 def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
     """Return the run that the flags name and its newest checkpoint. Raises what `require` raises."""
-    from kindling.runs.loading import find_run, require_checkpoint
+    from kindling.formats.hf_import import find_model
+    from kindling.runs.loading import require_checkpoint
 
-    run = find_run(flags.run)
-    require(flags, run)
+    require(flags, run := find_model(flags.run))
     return run, require_checkpoint(run)
 
 
@@ -177,7 +182,6 @@ def tasks_of(flags: Flags) -> list[str]:
 def evaluate(subject: EvalContext) -> int:
     """Run each measurement of the flags, save the results and print them; return the exit code."""
     from kindling.data.build import DATA
-    from kindling.data.shards import read_manifest
     from kindling.evaluation import report
     from kindling.evaluation.code_eval import evaluate_code, write_samples
     from kindling.evaluation.harness import run as run_harness
@@ -189,8 +193,9 @@ def evaluate(subject: EvalContext) -> int:
     refusal = world.on_main(lambda: sandbox_refusal(flags))
     benchmarks = cfg.n_samples if refusal is None else {}
 
-    losses = losses_of(subject, subject.heldout, cfg.stride)
-    results = header(subject) | {"language_modelling": losses.by_group() | {"stride": cfg.stride}}
+    losses = None if subject.heldout is None else losses_of(subject, subject.heldout, cfg.stride)
+    figures = {"skipped": NOT_OURS} if losses is None else losses.by_group() | {"stride": cfg.stride}
+    results = header(subject) | {"language_modelling": figures}
     results |= gold_losses(subject) if world.main else {}
     results |= infilling_figures(subject)
 
@@ -205,12 +210,12 @@ def evaluate(subject: EvalContext) -> int:
 
     ids = [sample.ids for sample in code.samples]
     measured = list(dict.fromkeys([*benchmarks, *results.get("gold", {})]))
-    lengths, figures = seen_in_training(ids, measured, read_manifest(run.data), DATA, tokenizer, cfg)
+    lengths, figures = seen_in_training(ids, measured, subject.manifest, DATA, tokenizer, cfg)
     results |= figures
 
     files = write_samples(run.path, flags.split, code, lengths)
     results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
-    lines = losses.lines()
+    lines = [] if losses is None else losses.lines()
     saved = report.save(run.path, results, lines)
 
     if flags.harness is not None:  # it may take long or fail, so the other results are saved before
@@ -239,7 +244,8 @@ def sandbox_refusal(flags: Flags) -> str | None:
     except SandboxError as e:
         return str(e)
     if flags.sandbox == "none":
-        print(_red("warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"), file=sys.stderr)
+        warning = "warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"
+        print(f"\033[31;1m{warning}\033[0m" if wants_color(sys.stderr) else warning, file=sys.stderr)
     return None
 
 
@@ -287,6 +293,7 @@ def infilling_figures(subject: EvalContext) -> dict[str, Any]:
     found = {"all": losses_of(subject, subject.run.heldout(flags.split + INFILLING)).summary()}
     if not subject.runtime.world.main:
         return {"infilling": found}
+    assert subject.heldout is not None, "a run with fill-in-the-middle is ours"
     texts = document_texts(subject.heldout, subject.tokenizer)
     with progress_bar("infilling", 2 * flags.infills, "gap") as bar:
         found["gaps"] = infill(subject.model, subject.tokenizer, gaps(texts, flags.infills), bar.update)
@@ -309,23 +316,22 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
 
 def header(subject: EvalContext) -> dict[str, Any]:
     """Return what is evaluated, on which data and how."""
-    from kindling.data.shards import read_manifest
     from kindling.evaluation.report import FORMAT
-    from kindling.runs.checkpoint import weights_sha256
+    from kindling.runs.loading import sha256_of_weights
 
     run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.config, subject.checkpoint
     return {
         "format": FORMAT,
         "run": str(run.path),
         "checkpoint": checkpoint.name,
-        "weights_sha256": weights_sha256(checkpoint),
+        "weights_sha256": sha256_of_weights(run, checkpoint),
         "preset": cfg.preset,
         "parameters": cfg.model.n_parameters,
         "split": subject.flags.split,
         "device": runtime.device.type,
         "precision": runtime.precision,
         "python": platform.python_version(),
-        "data": read_manifest(run.data)["fingerprint"],
+        "data": (subject.manifest or {}).get("fingerprint"),
         "settings": {k: v for k, v in asdict(subject.flags.eval).items() if v is not None},
     }
 
@@ -335,9 +341,9 @@ def grade_earlier(flags: Flags) -> int:
     from kindling.evaluation import report
     from kindling.evaluation.grade_written import grade_written
     from kindling.evaluation.progress import progress_bar
-    from kindling.runs.loading import find_run
+    from kindling.formats.hf_import import find_model
 
-    run = find_run(flags.run)
+    run = find_model(flags.run)
     if flags.sandbox == "later":
         raise EvaluationError("--grade must be given without --sandbox later, but is given with it; leave one out")
     refusal = sandbox_refusal(flags)
@@ -355,18 +361,14 @@ def side_by_side(runs: tuple[Path, ...]) -> None:
     """Print the results of runs side by side, and write them as Markdown into the first run."""
     from kindling.evaluation.compare_runs import compare
     from kindling.files import write_atomic
-    from kindling.runs.loading import find_run
+    from kindling.formats.hf_import import find_model
 
-    paths = [find_run(path).path for path in runs]
+    paths = [find_model(path).path for path in runs]
     text, markdown = compare(paths)
     print(text)
     with contextlib.suppress(OSError):  # the first run may be read-only
         write_atomic(paths[0] / "compare.md", markdown)
         print(f"\nwritten to {paths[0] / 'compare.md'}")
-
-
-def _red(text: str) -> str:
-    return f"\033[31;1m{text}\033[0m" if wants_color(sys.stderr) else text
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ deleted. For hf and for GGUF in f32, logits must agree to 1e-4. Rounded weights 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -48,7 +49,7 @@ class Flags:
     """The script's command line."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """The run's folder, or its name under runs/. Default: the newest run."""
+    """The run's folder, or its name under runs/, or the folder of a model of others. Default: the newest run."""
     to: Literal["hf", "gguf", "int8"] = "hf"
     """hf: a folder for transformers, with a model card; gguf: one file for llama.cpp; int8: a folder for autocomplete.py."""
     type: Literal["f32", "f16", "q8_0"] | None = None
@@ -116,10 +117,19 @@ def allow_reading(path: Path) -> None:
 
 
 def sample(run: RunDirectory) -> Tensor:
-    """Return rows of tokens (B, T) of the run's held-out text: about 4,096 tokens, at least two rows."""
+    """Return rows of tokens (B, T) of the run's held-out text: about 4,096 tokens, at least two rows.
+
+    Of a model of others they are of a module of Python, as nobody knows what it has not seen.
+    """
     import torch
 
+    from kindling.runs.loading import PretrainedFolder
+
     model = run.config().model
+    if isinstance(run, PretrainedFolder):
+        width = min(model.block_size, SAMPLE // 2)
+        ids = run.tokenizer().encode(Path(argparse.__file__).read_text(encoding="utf-8"))
+        return torch.tensor(ids[: SAMPLE // width * width]).view(-1, width)  # (B, T)
     batch = next(iter(run.heldout("val").in_order(model, max(2, SAMPLE // model.block_size))))
     return torch.from_numpy(batch.idx)  # (B, T)
 
@@ -150,12 +160,20 @@ def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, template: str | None,
     from kindling.formats.hf_format import difference, write
     from kindling.formats.hf_layout import CLASSES, architecture
     from kindling.formats.model_card import card
+    from kindling.runs.loading import PretrainedFolder
 
     out.mkdir()
-    write(out, model, run.tokenizer(), card(run, run.path.resolve().name, checkpoint), template)
+    text = _card_of_others(run) if isinstance(run, PretrainedFolder) else card(run, run.path.resolve().name, checkpoint)
+    write(out, model, run.tokenizer(), text, template)
     kind = architecture(model.cfg)
     code = ", whose code is with it" if kind == "kindling" else ""
     return [f"as {CLASSES[kind]}{code}", require_exact(difference(out, model, sample(run)))]
+
+
+def _card_of_others(run: RunDirectory) -> str:
+    """Return the card that came with a model of others, or a line about where it is from."""
+    card = run.path / "README.md"
+    return card.read_text(encoding="utf-8") if card.is_file() else f"# {run.path.resolve().name}\n"
 
 
 def to_gguf(run: RunDirectory, model: GPT, kind: Kind, template: str | None, out: Path) -> list[str]:
@@ -185,13 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_cli(Flags, __doc__ or "", argv)
     require_runs(flags.run)
     from kindling.files import write_text
+    from kindling.formats.hf_import import find_model
     from kindling.formats.modelfile import modelfile, modelfile_path
-    from kindling.runs.loading import chat_of, find_run, load_model, require_checkpoint
+    from kindling.runs.loading import chat_of, load_model, require_checkpoint
     from kindling.sample_prompts import prompt_flag
 
     if flags.type is not None and flags.to != "gguf":
         raise ExportError(f"--type must be left out with --to {flags.to}, but is {flags.type}; it is for --to gguf")
-    run, kind = find_run(flags.run), flags.type or "f16"
+    run, kind = find_model(flags.run), flags.type or "f16"
     name = f"{run.path.resolve().name}-{kind}.gguf" if flags.to == "gguf" else flags.to
     out = run.path / "export" / name if flags.out is None else flags.out
     require_place(out, flags.replace)

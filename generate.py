@@ -25,6 +25,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from kindling.cli import parse_cli, run_script, utf8
+from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import Exchange
 from kindling.errors import one_line
 from kindling.generation.sampling import GenerationError, Sampling
@@ -65,7 +66,7 @@ class Flags:
     run: tyro.conf.Positional[Optional[Path]] = (
         None  # not `Path | None`, for which tyro imports typeguard, which takes 0.1 s
     )
-    """The run's folder, or its name under runs/. The newest if left out."""
+    """The run's folder, or its name under runs/, or the folder of a model of others. The newest run if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -273,9 +274,12 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
 
 def _require_chat(run: RunDirectory) -> None:
     """Raise GenerationError unless the run was fine-tuned."""
-    if not run.config().data.instructions:
+    from kindling.runs.loading import PretrainedFolder, is_asked
+
+    if not is_asked(run):
+        has = "has no chat template" if isinstance(run, PretrainedFolder) else "has only seen documents"
         raise GenerationError(
-            f"{run.path} must be a fine-tuned run to chat with, but has only seen documents; fine-tune it with "
+            f"{run.path} must be a fine-tuned run to chat with, but {has}; fine-tune it with "
             f"`python sft_train.py {run.path}`, or continue a text with --prompt"
         )
 
@@ -298,7 +302,7 @@ def _chat(run: RunDirectory, model: LanguageModel, sampling: Sampling) -> None:
         its_own = replace(sampling, seed=sampling.seed + number)
         return answer(model, tokenizer, template, exchanges, its_own, say, room).cut_by
 
-    chat(f"{run.path}, template {template}", reply, remembers=asked.remembers)
+    chat(f"{run.path}, template {'of the model' if is_jinja(template) else template}", reply, remembers=asked.remembers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -307,9 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     text = None if flags.complete is None else read_text(flags.complete, "--complete")
     prompts = None if flags.prompts is None else read_prompts(flags.prompts)
     require_runs(flags.run)
-    from kindling.runs.loading import find_run, load_model, require_checkpoint
+    from kindling.formats.hf_import import find_model
+    from kindling.runs.loading import load_model, require_checkpoint
 
-    run = find_run(flags.run)
+    run = find_model(flags.run)
     if flags.chat:
         _require_chat(run)
     checkpoint = require_checkpoint(run)

@@ -41,8 +41,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.kv_heads, cfg.head_dim
         self.qk_norm, self.dropout = cfg.qk_norm, cfg.dropout
-        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.bias)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.has_qkv_bias)
+        self.proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
         self.q_norm, self.k_norm = (Norm(cfg, qk=True) if cfg.qk_norm == "learned" else None for _ in "qk")
 
     def heads(self, x: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +237,7 @@ class GPT(LanguageModel):
         if cfg.position == "sinusoidal":
             self.register_buffer("positions", sinusoidal_positions(cfg.block_size, cfg.n_embd), persistent=False)
         elif cfg.position == "rope":
-            cos, sin = rotary_tables(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+            cos, sin = rotary_tables(cfg.block_size, cfg.head_dim, cfg.rope_theta, cfg.rope_factors)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(partial(self._init, std=cfg.init_std))

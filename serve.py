@@ -100,9 +100,10 @@ def open_model(flags: Flags) -> Opened:
     if flags.int8 or is_export(flags.run):
         return open_export(flags.run, flags.kernel, cache_bytes)
     require_runs(flags.run)  # before torch is imported
+    from kindling.formats.hf_import import find_model
     from kindling.serving.torch_opening import open_run
 
-    return open_run(flags.run, flags.device, flags.precision, cache_bytes)
+    return open_run(find_model(flags.run), flags.device, flags.precision, cache_bytes)
 
 
 def to_serve(opened: Opened, flags: Flags) -> Served:

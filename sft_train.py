@@ -2,6 +2,7 @@
 
     python sft_train.py                                   # the newest pre-trained run, into runs/NAME-sft
     python sft_train.py runs/code-50m --train.epochs 1
+    python sft_train.py models/Qwen2.5-0.5B               # a model of others, in its own chat template, into runs/NAME-sft
     python sft_train.py runs/demo --preset alpaca --data.sources.0.kind jsonl --data.sources.0.path pairs.jsonl
     python sft_train.py --audit                           # only prepare and check the examples
     python sft_train.py --explain torch/package/package_exporter.py  # was it kept or dropped, and why
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING
 import tyro
 
 from config import Config
-from kindling.cli import parse_cli, run_script
+from kindling.cli import names_flag, parse_cli, run_script
 from kindling.config_io import ConfigFlags, changed_fields
 from kindling.data.explain import explain_path
+from kindling.data.jinja_chat import is_jinja, require_trainable
 from kindling.errors import ConfigError
 from kindling.files import write_text
 from kindling.paths import expand_home, require_runs
@@ -46,7 +48,8 @@ class Flags:
 
     config: ConfigFlags
     base: tyro.conf.Positional[Path | None] = None
-    """The run to fine-tune: its folder, or its name under runs/. Default: the newest pre-trained run."""
+    """The run to fine-tune: its folder, or its name under runs/, or the folder of a model of others. Default: the newest
+    pre-trained run."""
     audit: bool = False
     """Prepare and audit the examples, then stop."""
     explain: str | None = None
@@ -63,21 +66,35 @@ def parse(argv: list[str] | None) -> tuple[Flags, RunDirectory]:
     named = flags.base or flags.config.train.init_from or flags.run
     path = None if named is None else expand_home(named, "the base run")
     require_runs(path)
-    from kindling.runs.loading import find_run
+    from kindling.formats.hf_import import find_model
 
-    base = find_run(path, pretrained=True)
+    base = find_model(path, pretrained=True)
     suited = FINE_TUNING.get(base.config().preset, OFFLINE)
     return (flags if suited == OFFLINE else parse_cli(Flags, __doc__ or "", argv, suited)), base
 
 
-def configured(flags: Flags, base: RunDirectory) -> Config:
+def with_template(given: Config, base: RunDirectory, argv: list[str] | None) -> Config:
+    """Return the config with the chat template that a model of others brought along, unless a flag names another.
+
+    Raises TemplateError if it does not follow from that template what the model is to write.
+    """
+    own = base.config().data.template
+    if names_flag(argv, "--data.template") or not is_jinja(own):
+        return given
+    require_trainable(own, base.tokenizer().special_tokens)
+    return replace(given, data=replace(given.data, template=own))
+
+
+def configured(flags: Flags, base: RunDirectory, argv: list[str] | None = None) -> Config:
     """Return the config of the fine-tuning: that of the flags, with the base run's model and tokenizer.
 
     Raises ConfigError if the flags do not suit.
     """
     from kindling.runs.checkpoint import RUNS
+    from kindling.runs.loading import PretrainedFolder
 
-    given, own = flags.config, base.config()
+    given, own = with_template(flags.config, base, argv), base.config()
+    own_choice = {"model.dropout"} | ({"model.block_size"} if isinstance(base, PretrainedFolder) else set())
     changed = changed_fields(preset(given.preset), given)
     if given.preset == OFFLINE and any(s.kind != "docstrings" for s in given.data.sources):
         raise ConfigError(
@@ -91,7 +108,7 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
         )
     for field in changed:
         section, _, setting = field.partition(".")
-        if section not in ("model", "tokenizer") or field == "model.dropout":
+        if section not in ("model", "tokenizer") or field in own_choice:
             continue
         if getattr(getattr(given, section), setting) != getattr(
             getattr(own, section), setting
@@ -99,7 +116,10 @@ def configured(flags: Flags, base: RunDirectory) -> Config:
             raise ConfigError(
                 f"{field} must be the base run's in fine-tuning, but is given; leave out --{field.replace('_', '-')}"
             )
-    model = replace(own.model, dropout=given.model.dropout) if "model.dropout" in changed else own.model
+    chosen = {f.partition(".")[2]: getattr(given.model, f.partition(".")[2]) for f in own_choice if f in changed}
+    model = replace(own.model, **chosen)
+    if isinstance(base, PretrainedFolder):
+        base.require_context(model.block_size)
     path = base.path.resolve()
     name = given.name or f"{path.name}-sft"
     if (RUNS / name).resolve() == path:
@@ -123,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.runs.checkpoint import RUNS, RunDirectory
     from kindling.training.early_checks import check_inputs
 
-    cfg = configured(flags, base)
+    cfg = configured(flags, base, argv)
     if not base.checkpoints():
         raise CheckpointError(
             f"{base.path} must have a checkpoint to fine-tune, but has none; train it first with main.py"
@@ -207,7 +227,7 @@ def answer_held_out(trainer: Trainer) -> tuple[int, int]:
         n_prompt = int(example.segments[0, PROMPT])
         prompt = example.ids[:n_prompt].tolist()
         room = model.cfg.block_size - n_prompt + 1  # as in training, the last token is predicted from a full context
-        ids = list(stream(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.eos_id))
+        ids = list(stream(model, prompt, Sampling(max_new_tokens=room, seed=seed), tokenizer.end_ids))
         stopped += len(ids) < room
         texts = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
         lines.append(json.dumps({**texts, "stopped": len(ids) < room, "seed": seed}, ensure_ascii=False) + "\n")

@@ -30,6 +30,11 @@ PATHS = ("path", "init_from", "decontaminate", "humaneval", "mbpp")  # settings 
 Flags = TypeVar("Flags", bound="DataclassInstance")
 
 
+def names_flag(argv: list[str] | None, flag: str) -> bool:
+    """Return whether a command line gives a flag; None is that of the process."""
+    return any(word.partition("=")[0] == flag for word in (sys.argv[1:] if argv is None else argv))
+
+
 def parse_cli(
     flags: type[Flags],
     description: str,

@@ -31,16 +31,26 @@ def places_of_run(path: Path) -> Iterator[Path]:
             return
 
 
+def holds_hub_model(folder: Path) -> bool:
+    """Return whether a folder has the layout of a model on the hub, and is not a run."""
+    return (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
+
+
 def require_run(path: Path) -> Path:
     """Return the folder of the run that a person named. Raises KindlingError, which says where it was looked for."""
     places = list(dict.fromkeys(places_of_run(path)))
     for place in places:
         if (place / "config.yaml").is_file():
             return place
+    if any(map(holds_hub_model, places)):
+        raise KindlingError(
+            f"{path} must be a run that was trained here, but is a model of others; fine-tune it first with "
+            f"`python sft_train.py {path}`"
+        )
     folders = dict.fromkeys(place.parent for place in places if place.parent.name == RUNS.name)
     known = sorted(str(found.parent) for folder in folders for found in folder.glob("*/config.yaml"))
     raise KindlingError(
-        f"{path} must be the folder of a run, with a config.yaml, but is not; looked in "
+        f"{path} must be the folder of a run, with a config.yaml, or of a model with a config.json, but is neither; looked in "
         f"{', '.join(str(place.absolute()) for place in places)}; there are: {', '.join(known) or 'none'}"
     )
 
@@ -61,7 +71,10 @@ def newest_run() -> Path:
 
 
 def require_runs(*paths: Path | None) -> None:
-    """Raise KindlingError unless each run that a person named exists; scripts ask this before they import torch."""
+    """Raise KindlingError unless each run that a person named exists; scripts ask this before they import torch.
+
+    A folder of a model in the Hugging Face layout will do as well.
+    """
     for path in paths:
-        if path is not None:
+        if path is not None and not any(map(holds_hub_model, places_of_run(path))):
             require_run(path)

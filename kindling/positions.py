@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from kindling.rope import stretched
+
 BIGRAM_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
 
 
@@ -18,9 +20,15 @@ def sinusoidal_positions(block_size: int, n_embd: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C)
 
 
-def rotary_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (block_size, head_dim) of RoPE (Su et al. 2021), in Llama's half-rotation layout."""
+def rotary_tables(
+    block_size: int, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (block_size, head_dim) of RoPE (Su et al. 2021), in Llama's half-rotation layout.
+
+    `scaling` is `ModelConfig.rope_factors`.
+    """
     rate = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2,)
+    rate = stretched(rate, scaling)  # (D/2,)
     angle = torch.arange(block_size, dtype=torch.float32)[:, None] * rate  # (T, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (T, D)
     return angle.cos(), angle.sin()

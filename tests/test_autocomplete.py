@@ -43,6 +43,21 @@ SHAPES = {
         qk_norm="learned",
         norm_eps=1.0,  # so that an epsilon which is left out is seen
     ),
+    "stretched": ModelConfig(
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=40,
+        d_head=24,
+        block_size=32,
+        vocab_size=320,
+        bias=False,
+        position="rope",
+        norm="rmsnorm",
+        activation="swiglu",
+        qkv_bias=True,
+        rope_factors=(8.0, 1.0, 4.0, 16.0),
+    ),
     "pairs": ModelConfig(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=320, bigram_rows=101),
 }
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))

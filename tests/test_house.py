@@ -13,6 +13,7 @@ from conftest import ROOT
 # from the ground up; a file imports only from floors below its own, or from files of its own package
 FLOORS = [
     "kindling/errors kindling/files",
+    "kindling/config_checks",
     "config",
     "presets",
     "kindling",  # its other files

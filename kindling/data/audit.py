@@ -16,6 +16,7 @@ from tqdm import tqdm
 from config import IGNORE, Config
 from kindling.data.conversations import CUT, PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, text_hash
 from kindling.data.examples import ExampleRows
+from kindling.data.jinja_chat import is_jinja
 from kindling.data.ledger import Ledger
 from kindling.errors import KindlingError
 from kindling.tokenization.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ def _check_row(rows: ExampleRows, number: int, tokenizer: Tokenizer) -> int:
         segments = rows.examples.segments_of(item)
         stop = at + int(segments[:, [PROMPT, RESPONSE]].sum()) - 1
         places = None if batch.position_ids is None else batch.position_ids[0, at:stop]
-        if wrong := _wrong_with(idx[at:stop], targets[at:stop], places, segments, tokenizer):
+        own_template = is_jinja(rows.examples.manifest.get("template", ""))
+        if wrong := _wrong_with(idx[at:stop], targets[at:stop], places, segments, tokenizer, own_template):
             raise AuditError(_violation(rows, f"example {item}", wrong))
         at = stop
     if (targets[at:] != IGNORE).any() or (idx[at:] == tokenizer.eos_id).any():
@@ -58,9 +60,17 @@ def _violation(rows: ExampleRows, what: str, wrong: str) -> str:
 
 
 def _wrong_with(
-    idx: np.ndarray, targets: np.ndarray, position_ids: np.ndarray | None, segments: np.ndarray, tokenizer: Tokenizer
+    idx: np.ndarray,
+    targets: np.ndarray,
+    position_ids: np.ndarray | None,
+    segments: np.ndarray,
+    tokenizer: Tokenizer,
+    own_template: bool,
 ) -> str | None:
-    """Return what is wrong with an example in a row, or None. idx, targets and positions are (n,)."""
+    """Return what is wrong with an example in a row, or None. idx, targets and positions are (n,).
+
+    `own_template`: the template is a model's own, which may end questions as it ends answers.
+    """
     if position_ids is not None and not np.array_equal(position_ids, np.arange(len(idx))):
         return "its positions must count from 0"
     if not (targets != IGNORE).any():
@@ -79,8 +89,9 @@ def _wrong_with(
             return "a response must end with end-of-text, and hold it nowhere else"
         if text_hash(tokenizer.decode(response[:-1])) != segment[RESPONSE_HASH]:
             return f"what is supervised must be the response, but is {tokenizer.decode(response[:-1])[:60]!r}"
-        control = int(at == 0 and tokenizer.bos_id is not None)
-        if (prompt == tokenizer.eos_id).any() or text_hash(tokenizer.decode(prompt[control:])) != segment[PROMPT_HASH]:
+        control = int(at == 0 and prompt[:1].tolist() == [tokenizer.bos_id])
+        ended = not own_template and (prompt == tokenizer.eos_id).any()
+        if ended or text_hash(tokenizer.decode(prompt[control:])) != segment[PROMPT_HASH]:
             return f"what is masked must be the prompt, but is {tokenizer.decode(prompt)[:60]!r}"
         at = stop
     return None if at == len(ids) else "its segments must cover it"
@@ -105,7 +116,8 @@ def table(cfg: Config, splits: dict[str, ExampleRows]) -> str:
     out.append(f"{'':<32}" + "".join(f"{split:>12}" for split in splits))
     out += [f"{name:<32}" + "".join(f"{of(rows):>12}" for rows in splits.values()) for name, of in lines]
     packing = "packed, none seeing another" if cfg.train.packing else "one a row, padded"
-    out.append(f"template {cfg.data.template}, context {cfg.model.block_size:,}, examples {packing}")
+    template = "of the model" if is_jinja(cfg.data.template) else cfg.data.template
+    out.append(f"template {template}, context {cfg.model.block_size:,}, examples {packing}")
     return "\n".join(out)
 
 

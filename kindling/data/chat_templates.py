@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import Exchange, prompt_text
 
 
@@ -135,6 +136,8 @@ def parts(template: str) -> Parts:
 
 def jinja_template(template: str, tokenizer: Spelling) -> str:
     """Return the template as transformers and llama.cpp read it, for models with this tokenizer."""
+    if is_jinja(template):
+        return template
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     end = tokenizer.decode([tokenizer.eos_id])
     control = sorted({*tokenizer.special_tokens, end, bos} - {""})

@@ -20,7 +20,8 @@ import numpy as np
 
 from config import IGNORE, DataConfig
 from kindling.data.filters import Drop
-from kindling.data.prompts import Exchange, Segment, encode, find_marker, flatten, prompt_text
+from kindling.data.jinja_chat import TemplateError
+from kindling.data.prompts import Exchange, Segment, Spelled, encode_spelled, find_marker, flatten
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 CUT = "response cut to the context"
@@ -38,7 +39,12 @@ class _Turn(NamedTuple):
     """An exchange and its ids."""
 
     exchange: Exchange
-    segment: Segment
+    spelled: Spelled
+
+    @property
+    def segment(self) -> Segment:
+        """Its ids."""
+        return self.spelled.segment
 
 
 def conversation_text(exchanges: tuple[Exchange, ...]) -> str:
@@ -103,23 +109,22 @@ def encode_conversation(
     The conversation must come from `normalize_exchanges`, and `refusal` must have let it pass.
     """
     try:  # for each exchange: the ids of its prompt, and those of its response with the end-of-text token
-        turns = list(map(_Turn, exchanges, encode(cfg.template, exchanges, tokenizer)))
+        turns = list(map(_Turn, exchanges, encode_spelled(cfg.template, exchanges, tokenizer)))
     except TokenizerError as e:
         return Drop(e.rule, e.reason)
+    except TemplateError as e:
+        return Drop("chat template", str(e).split(";")[0])
     changes: list[tuple[str, int]] = []
-    prompts = []  # what they say once they are tokens
-    for i, (exchange, segment) in enumerate(turns):
-        texts = prompt_text(cfg.template, exchange, first=i == 0), exchange.response
-        control = int(i == 0 and tokenizer.bos_id is not None)
-        back = tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])
+    for i, (exchange, (segment, *texts)) in enumerate(turns):
+        control = int(i == 0 and segment.prompt[:1] == [tokenizer.bos_id])
+        back = [tokenizer.decode(segment.prompt[control:]), tokenizer.decode(segment.response[:-1])]
         if back != texts:
             if not tokenizer.may_rewrite:
                 return Drop("not reproducible", repr(exchange.response[:40]))
             if marker := find_marker(cfg.template, back[1]):
                 return Drop("template marker", repr(marker))
-            turns[i] = _Turn(replace(exchange, response=back[1]), segment)
+            turns[i] = _Turn(replace(exchange, response=back[1]), Spelled(segment, *back))  # what it says once it is tokens
             changes = [(REWRITTEN, 0)]
-        prompts.append(back[0])
     asked = [f"{e.instruction}\n{e.input}" for e in exchanges]
     changes += [(SPELT, 0)] if any(map(tokenizer.find_control_token_text, asked)) else []
     changes += [(MARKED, 0)] if any(find_marker(cfg.template, text) for text in asked) else []
@@ -136,8 +141,8 @@ def encode_conversation(
         kept = [turn.exchange for turn in turns]
         changes.append((CUT, _bytes(exchanges) - _bytes(kept)))
     rows = []
-    for prompt, (exchange, segment) in zip(prompts, turns):
-        rows.append((len(segment.prompt), len(segment.response), text_hash(prompt), text_hash(exchange.response)))
+    for _, ((prompt, response), *texts) in turns:
+        rows.append((len(prompt), len(response), *map(text_hash, texts)))
     ids = np.array(flatten(turn.segment for turn in turns), dtype=np.uint32)
     n_bytes = sum(len(turn.exchange.response.encode()) for turn in turns)
     return Example(ids, np.array(rows, dtype=np.int64), n_bytes, tuple(changes))
@@ -150,14 +155,15 @@ def _bytes(exchanges: Iterable[Exchange]) -> int:
 def _cut(turns: list[_Turn], tokenizer: Tokenizer, room: int) -> list[_Turn]:
     """Return what fits into `room` tokens: whole exchanges, then one whose response is cut and ended by end-of-text."""
     kept = []
-    for exchange, (prompt, response) in turns:
+    for exchange, ((prompt, response), asked, said) in turns:
         *ids, eos_id = response
         left = max(0, room - len(prompt) - 1)
         ids = ids[:left]
-        while ids and not exchange.response.startswith(tokenizer.decode(ids)):  # cut in the middle of a character
+        while ids and not said.startswith(tokenizer.decode(ids)):  # cut in the middle of a character
             ids.pop()
         if not ids:  # also after a cut, because no prompt fits into the rest
             break
-        kept.append(_Turn(replace(exchange, response=tokenizer.decode(ids)), Segment(prompt, [*ids, eos_id])))
+        cut = tokenizer.decode(ids)
+        kept.append(_Turn(replace(exchange, response=cut), Spelled(Segment(prompt, [*ids, eos_id]), asked, cut)))
         room -= len(prompt) + len(ids) + 1
     return kept

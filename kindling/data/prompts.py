@@ -4,7 +4,8 @@
 
 Prompt and response are encoded separately and their ids joined. So no token spans the border, and the mask follows from
 positions: no code searches for a marker in a text or in ids. Every response ends with the end-of-text token; the template
-of the next exchange follows it.
+of the next exchange follows it. A template is the name of one of ours, or the text of another model's in Jinja
+(jinja_chat.py), whose own special token ends each response.
 """
 
 from __future__ import annotations
@@ -13,6 +14,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
+
+from kindling.data.jinja_chat import (
+    Message,
+    SpecialEncoder,
+    ask,
+    cut_turns,
+    encode_pieces,
+    is_jinja,
+    plain,
+    render,
+    with_system,
+)
 
 # from Stanford Alpaca (Taori et al. 2023), with a newline after the last marker, so that code begins on a new line
 ALPACA = (
@@ -39,15 +52,11 @@ class Exchange:
     input: str = ""
 
 
-class Encoder(Protocol):
+class Encoder(SpecialEncoder, Protocol):
     """What `encode` needs of a tokenizer."""
 
     eos_id: int
     bos_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without control tokens."""
-        ...
 
 
 class Segment(NamedTuple):
@@ -57,8 +66,18 @@ class Segment(NamedTuple):
     response: list[int]
 
 
+class Spelled(NamedTuple):
+    """A segment, and what it spells: without the token that begins a conversation, and without the one that ends the response."""
+
+    segment: Segment
+    prompt: str
+    response: str
+
+
 def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
     """Return the text before a response. `first`: of the first exchange; else it follows an earlier response."""
+    if is_jinja(template):
+        return render(template, _messages([exchange]), ask=True)
     if template == "alpaca":
         text = (ALPACA_INPUT if exchange.input.strip() else ALPACA).format(
             instruction=exchange.instruction, input=exchange.input
@@ -73,19 +92,34 @@ def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
 
 def find_marker(template: str, text: str) -> str | None:
     """Return the first marker of the template at a line start of `text`, or None. Only the template may write it."""
-    found = MARKERS[template].search(text)
+    found = None if is_jinja(template) else MARKERS[template].search(text)  # a special token is no text
     return None if found is None else found[0]
 
 
 def rendered_template(template: str) -> str:
     """Return the template in all its forms as one text, to notice when a template changes."""
+    if is_jinja(template):
+        return template
     forms = [(Exchange("{instruction}", input=about), first) for about in ("", "{input}") for first in (True, False)]
     return "\0".join(prompt_text(template, exchange, first) for exchange, first in forms)
 
 
 def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Segment]:
     """Return the ids of a conversation, a segment for each exchange. An empty response stays without ids."""
-    return [_segment(template, exchange, tokenizer, i == 0) for i, exchange in enumerate(exchanges)]
+    return [spelled.segment for spelled in encode_spelled(template, exchanges, tokenizer)]
+
+
+def encode_spelled(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Spelled]:
+    """Do the same, and return the texts as well.
+
+    Raises TemplateError for a template in Jinja that does not show which text the model is to write.
+    """
+    if is_jinja(template):
+        return _segments_of_jinja(template, _messages(exchanges), tokenizer)
+    return [
+        Spelled(_segment(template, e, tokenizer, i == 0), prompt_text(template, e, i == 0), e.response)
+        for i, e in enumerate(exchanges)
+    ]
 
 
 def _segment(template: str, exchange: Exchange, tokenizer: Encoder, first: bool) -> Segment:
@@ -93,6 +127,26 @@ def _segment(template: str, exchange: Exchange, tokenizer: Encoder, first: bool)
     if first and tokenizer.bos_id is not None:
         prompt = [tokenizer.bos_id, *prompt]
     return Segment(prompt, [*tokenizer.encode(exchange.response), tokenizer.eos_id] if exchange.response else [])
+
+
+def _messages(exchanges: Sequence[Exchange]) -> list[Message]:
+    """Return exchanges as messages; an empty response, which the model is to write, is none."""
+    out: list[Message] = []
+    for e in exchanges:
+        out.append({"role": "user", "content": f"{e.instruction}\n\n{e.input}" if e.input.strip() else e.instruction})
+        out += [{"role": "assistant", "content": e.response}] if e.response else []
+    return out
+
+
+def _segments_of_jinja(template: str, messages: Sequence[Message], tokenizer: Encoder) -> list[Spelled]:
+    """Return the ids of a conversation in a template in Jinja."""
+    special, out = tokenizer.special_ids, list[Spelled]()
+    begin = next((token for token, i in special.items() if i == tokenizer.bos_id), "\0")
+    for turn in cut_turns(template, messages, tuple(special)):
+        response = [*encode_pieces(turn.words, tokenizer), special[turn.end]] if turn.end else []
+        text = plain(turn.prompt if out else turn.prompt.removeprefix(begin))
+        out.append(Spelled(Segment(encode_pieces(turn.prompt, tokenizer), response), text, plain(turn.words)))
+    return out
 
 
 def flatten(segments: Iterable[Segment]) -> list[int]:
@@ -108,6 +162,8 @@ def fit(
     The text `before` stands in front of the first instruction that is kept. The last exchange is always kept: its ids may leave
     less room, or none.
     """
+    if is_jinja(template):
+        return _fit_jinja(template, exchanges, tokenizer, block_size - room, before)
     dropped, ids, after = len(exchanges), list[int](), list[int]()
     for exchange in reversed(exchanges):  # whole exchanges, as a model was never trained on half a template
         begin = replace(exchange, instruction=before + exchange.instruction)
@@ -116,4 +172,16 @@ def fit(
             break
         dropped, ids = dropped - 1, longer
         after = [*flatten([_segment(template, exchange, tokenizer, first=False)]), *after]
+    return ids, dropped
+
+
+def _fit_jinja(
+    template: str, exchanges: Sequence[Exchange], tokenizer: Encoder, most: int, before: str
+) -> tuple[list[int], int]:
+    """Do the same with a template in Jinja, which gets what stands before the first question as a system message."""
+    for dropped in range(len(exchanges)):
+        messages = with_system(template, before.removesuffix("\n\n"), _messages(exchanges[dropped:]))
+        ids = encode_pieces(ask(template, messages, tuple(tokenizer.special_ids)), tokenizer)
+        if len(ids) <= most:
+            break
     return ids, dropped

@@ -60,7 +60,7 @@ class CodeResults:
 def evaluate_code(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    heldout: TokenDataset,
+    heldout: TokenDataset | None,
     chat: ChatFormat | None,
     benchmarks: dict[str, int],
     mode: When,
@@ -69,7 +69,8 @@ def evaluate_code(
 ) -> CodeResults:
     """Generate samples on all ranks and grade them on the main rank; the other ranks return no verdicts.
 
-    `benchmarks` gives the number of samples for each problem of a benchmark. Held-out problems get one sample each.
+    `benchmarks` gives the number of samples for each problem of a benchmark. Held-out problems get one sample each; of a model
+    of others nothing is held out.
     """
     block_size = model.cfg.block_size
     chosen = world.on_main(lambda: select_problems(heldout, tokenizer, chat, block_size, benchmarks, mode, cfg))
@@ -103,7 +104,7 @@ def evaluate_code(
 
 
 def select_problems(
-    heldout: TokenDataset,
+    heldout: TokenDataset | None,
     tokenizer: Tokenizer,
     chat: ChatFormat | None,
     block_size: int,
@@ -112,7 +113,9 @@ def select_problems(
     cfg: EvalConfig,
 ) -> Chosen:
     """Return the held-out problems and those of the benchmarks, each with its number of samples, and what is not asked."""
-    if isinstance(heldout, Examples):
+    if heldout is None:
+        wanted: list[Problem] = []
+    elif isinstance(heldout, Examples):
         assert chat is not None
         wanted = problems_from_conversations(heldout, tokenizer, cfg.signatures, chat.docstring_format, cfg.n_workers)
     else:

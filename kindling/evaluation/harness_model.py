@@ -184,7 +184,7 @@ class KindlingLM(TemplateLM):
         answers: list[list[int]] = [[] for _ in prompts]
         seeds = range(len(prompts))  # so that sampled answers differ if a task repeats a prompt
         with self._bar(len(prompts), "generating") as bar:
-            for row in stream_batch(self.model, prompts, sampling, self.tokenizer.eos_id, seeds, self.batch_size):
+            for row in stream_batch(self.model, prompts, sampling, self.tokenizer.end_ids, seeds, self.batch_size):
                 row.ended = row.ended or has_stop(self.tokenizer.decode(row.out), until)
                 if row.ended:
                     answers[row.number] = row.out

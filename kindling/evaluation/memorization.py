@@ -58,21 +58,24 @@ def training_split(manifest: dict[str, Any], data: Path) -> TokenDataset | None:
 def seen_in_training(
     samples: Sequence[Sequence[int]],
     benchmarks: Sequence[str],
-    manifest: dict[str, Any],
+    manifest: dict[str, Any] | None,
     data: Path,
     tokenizer: Tokenizer,
     cfg: EvalConfig,
 ) -> tuple[list[int], dict[str, Any]]:
     """Return each sample's longest verbatim overlap with the training data, and the figures of memorisation and contamination.
 
-    `samples` are token ids. The training data are in the folder `data`, under the name in the run's `manifest`. If they are
+    `samples` are token ids. The training data are in the folder `data`, under the name in the run's `manifest`, which a model of
+    others lacks. If they are
     missing or damaged, the figures give this as the reason. Contamination is about the problems of `benchmarks`.
     """
     if not samples:
         return [], {}
-    reason = f"the training data are not here: {data / manifest['fingerprint']} is no folder"
+    reason = "the training data are not known, as the model is of others"
     try:
-        dataset = training_split(manifest, data)
+        dataset = None if manifest is None else training_split(manifest, data)
+        if manifest is not None:
+            reason = f"the training data are not here: {data / manifest['fingerprint']} is no folder"
     except DataError as e:
         dataset, reason = None, str(e)
     if dataset is None:

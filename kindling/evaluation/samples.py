@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from config import EvalConfig
     from kindling.generation.decoding import Row
+    from kindling.generation.numpy_sampling import EndIds
     from kindling.generation.sampling import Sampling
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
@@ -160,7 +161,7 @@ def _write_alike(
     own_newline = chat is None and first.suffix is None and merges_newline_with_indent(tokenizer)
     begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     samples = {}
-    for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.eos_id, seeds, cfg.batch_size, begins):
+    for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.end_ids, seeds, cfg.batch_size, begins):
         i, number = order[place]
         problem, text = problems[i][0], tokenizer.decode(row.out)
         if own_newline:
@@ -196,7 +197,7 @@ def _rows_in_memory(
     model: LanguageModel,
     prompts: Sequence[list[int]],
     sampling: Sampling,
-    eos_id: int,
+    eos_id: EndIds,
     seeds: Sequence[int],
     n_rows: int,
     begins: torch.Tensor | None,

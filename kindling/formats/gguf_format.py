@@ -26,6 +26,7 @@ from config import ModelConfig
 from kindling.data.chat_templates import jinja_template
 from kindling.errors import KindlingError, one_line
 from kindling.formats.folding import fold_qk_norm
+from kindling.rope import stretched
 from kindling.tokenization.bpe import ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ _EVERY: dict[str, Any] = {
 }
 _ROPE = {"position": "rope", "norm": "rmsnorm"}
 HOLDS: dict[Architecture, dict[str, Any]] = {
-    "qwen3": {**_ROPE, "activation": "swiglu", "bias": False, **_EVERY, "qk_norm": "learned"},
-    "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_new", **_EVERY},
+    "qwen3": {**_ROPE, "activation": "swiglu", "bias": False, **_EVERY, "qk_norm": "learned", "qkv_bias": None},
+    "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_new", **_EVERY, "d_head": None},
     "llama": {**_ROPE, "activation": "swiglu", **_EVERY},
-    "arcee": {**_ROPE, "activation": "relu2", "bias": False, **_EVERY},
+    "arcee": {**_ROPE, "activation": "relu2", "bias": False, **_EVERY, "qkv_bias": None},
 }
 """The settings that each architecture requires. All others, such as sizes and tied heads, are free.
 
@@ -78,6 +79,7 @@ _FIM = {  # GGUF's keys of the tokens for fill-in-the-middle, and their names in
     "fim_rep": "<repo_name>",
     "fim_sep": "<file_sep>",
 }
+ROPE_FACTORS = "rope_freqs.weight"
 Q8_0_BLOCK = 32  # weights that share a scale
 _OTHER_FORMATS = "export it with --to hf or --to int8"
 
@@ -93,6 +95,9 @@ def nearest_architecture(cfg: ModelConfig) -> tuple[Architecture, dict[str, Any]
         name: {field: must for field, must in holds.items() if getattr(cfg, field) != must}
         for name, holds in HOLDS.items()
     }
+    if len(cfg.rope_factors) == 4:  # Llama 3's, a tensor of its own
+        for name in differing.keys() - {"llama"}:
+            differing[name]["rope_factors"] = ()
     nearest = min(differing, key=lambda name: len(differing[name]))
     return nearest, differing[nearest]
 
@@ -203,6 +208,9 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if arch == "qwen3":
         cfg, parameters = fold_qk_norm(cfg, {name: p.detach().cpu() for name, p in parameters.items()})
+    if len(cfg.rope_factors) == 4:  # as in the converter: what each frequency is divided by
+        rate = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)  # (D/2,)
+        yield ROPE_FACTORS, rate / stretched(rate, cfg.rope_factors)
     for ours, parameter in parameters.items():
         module, _, which = ours.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
@@ -228,6 +236,8 @@ def _ours(stored: dict[str, Tensor], arch: str, n_head: int, n_kv_head: int) -> 
 
     outside, in_block = ({theirs: ours for ours, theirs in names.items()} for names in (_OUTSIDE, _IN_BLOCK))
     for name, values in stored.items():
+        if name == ROPE_FACTORS:
+            continue
         parts = name.split(".")
         if parts[0] != "blk":
             yield f"{outside[parts[0]]}.{parts[1]}", values
@@ -299,7 +309,10 @@ def _add_shape(writer: GGUFWriter, cfg: ModelConfig, arch: Architecture, kind: K
         writer.add_layer_norm_rms_eps(cfg.norm_eps)
         writer.add_rope_dimension_count(cfg.head_dim)
         writer.add_rope_freq_base(cfg.rope_theta)
-    if arch == "qwen3":
+        if len(cfg.rope_factors) == 1:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(cfg.rope_factors[0])
+    if arch == "qwen3" or cfg.d_head is not None:
         writer.add_key_length(cfg.head_dim)
         writer.add_value_length(cfg.head_dim)
 

@@ -2,12 +2,12 @@
 
     write(folder, model, tokenizer, card)               # config, weights, tokenizer, generation config, README.md
     difference(folder, model, rows)                     # between the model and the folder as transformers loads it
-    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama, a Qwen3 or one of our own
+    cfg, weights = read(Path("models/gpt2"))            # a GPT-2, a Llama, a Qwen2, a Qwen3 or one of our own
 
-Shapes that `GPT2LMHeadModel`, `LlamaForCausalLM` or `Qwen3ForCausalLM` compute are written for these classes (hf_layout.py). All
-others need the file modeling_kindling.py, which is written into the folder. config.json holds our `ModelConfig` under the key
-"kindling", so reading one of our folders gives the same config, unless weights were folded (folding.py). Limits: weights are
-in safetensors, written in float32; no SentencePiece.
+Shapes that `GPT2LMHeadModel`, `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` compute are written for these classes
+(hf_layout.py). All others need the file modeling_kindling.py, which is written into the folder. config.json holds our
+`ModelConfig` under the key "kindling", so reading one of our folders gives the same config, unless weights were folded
+(folding.py). Limits: weights are in safetensors, written in float32; no SentencePiece.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from kindling.data.chat_templates import jinja_template, parts
+from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import MARKERS
 from kindling.errors import KindlingError, one_line
 from kindling.files import sha256_file, write_json, write_text
@@ -30,9 +31,11 @@ from kindling.formats.hf_layout import (
     CLASSES,
     CODE,
     OWN,
+    Architecture,
     HubFormatError,
     architecture,
     hub_config,
+    hub_rope,
     hub_weights,
     our_config,
     our_weights,
@@ -86,14 +89,16 @@ def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer, template: str |
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     hub_config(model.cfg, ids).save_pretrained(folder)
-    if architecture(model.cfg) in ("llama", "qwen3"):
-        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta)  # where transformers 4 reads it
+    if architecture(model.cfg) in ("llama", "qwen2", "qwen3"):  # where transformers 4 reads it
+        scaling = {"rope_scaling": hub_rope(model.cfg)} if model.cfg.rope_factors else {}
+        _add(folder / CONFIG, rope_theta=model.cfg.rope_theta, **scaling)
     if architecture(model.cfg) == "kindling":
         shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
     # named_parameters lists a tied matrix once
     weights = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
     save_file(hub_weights(weights, model.cfg), folder / WEIGHTS, metadata={"format": "pt"})
-    stops = {} if template is None else {"eos_token_id": [tokenizer.eos_id]}  # what ends an answer
+    several = template is not None or len(tokenizer.end_ids) > 1
+    stops = {"eos_token_id": list(tokenizer.end_ids)} if several else {}  # what ends an answer
     GenerationConfig(**{**ids, **stops}).save_pretrained(folder)
 
 
@@ -108,7 +113,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int, templa
 
     cfg = tokenizer.cfg
     backend = Backend.from_str(tokenizer.to_json())
-    if template is not None:
+    if template is not None and not is_jinja(template):
         _split_before_answers(backend, template)
     bos = cfg.bos_token
     before = "" if bos is None else f"{bos}:0 "
@@ -155,7 +160,7 @@ def _without_split(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]
 
 def _add(path: Path, **values: Any) -> None:
     """Set entries of a JSON file."""
-    write_json(path, _read_json(path) | values)
+    write_json(path, read_json(path) | values)
 
 
 def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
@@ -167,7 +172,7 @@ def difference(folder: Path, model: GPT, rows: Tensor) -> Difference:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # loading is over before one can read it
-    own = _read_json(folder / CONFIG).get("model_type") == "kindling"
+    own = read_json(folder / CONFIG).get("model_type") == "kindling"
     device = model.head.weight.device
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32).to(device).eval()
     return compare(model, lambda row: theirs(row[None], use_cache=False).logits[0], rows)
@@ -180,19 +185,7 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     HubFormatError for other architectures, for settings that we do not have, and for files that are missing or damaged, or do
     not fit each other.
     """
-    path = folder / CONFIG
-    content = _read_json(path)
-    name = content.get("model_type")
-    if name not in CLASSES:
-        raise HubFormatError(
-            f"{path} must be of model_type gpt2, llama, qwen3 or kindling, but is of {name!r}; choose such a model"
-        )
-    try:
-        cfg = our_config(content, name)
-    except KindlingError as e:
-        raise HubFormatError(f"{path}: {e}") from None
-    except Exception as e:  # transformers and pydantic check types, and raise errors of their own
-        raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
+    content, name, cfg = _read_config(folder)
     try:
         weights = our_weights(_read_weights(folder), cfg, name)
     except (HubFormatError, RuntimeError) as e:  # RuntimeError: torch's, for sizes that fit no memory
@@ -203,11 +196,41 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         return restore_config(cfg, content[OWN], weights)
     except Exception as e:  # wrong types, unknown names or impossible values
         raise HubFormatError(
-            f'{path} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'
+            f'{folder / CONFIG} must have our own config under "{OWN}", but has not ({one_line(e)}); delete that key'
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> ModelConfig:
+    """Return our config for a folder's config.json, and see that weights are there. Raises HubFormatError as `read` does.
+
+    A folder that we wrote may have been made from a config with fewer biases, which only the weights show: it is read whole.
+    """
+    content, _, cfg = _read_config(folder)
+    weight_files(folder)
+    return read(folder)[0] if OWN in content else cfg
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture, ModelConfig]:
+    """Return the content of a folder's config.json, the architecture that it names, and our config for it."""
+    path = folder / CONFIG
+    content = read_json(path)
+    name = content.get("model_type")
+    if name not in CLASSES:
+        raise HubFormatError(
+            f"{path} must be of a model_type that Kindling computes ({', '.join(CLASSES)}), but is of {name!r}; choose another "
+            f"model"
+        )
+    try:
+        cfg = our_config(content, name)
+    except KindlingError as e:
+        raise HubFormatError(f"{path}: {e}") from None
+    except Exception as e:  # transformers and pydantic check types, and raise errors of their own
+        raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
+    return content, name, cfg
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises HubFormatError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -224,7 +247,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = _read_json(folder / INDEX).get("weight_map")
+        shards = read_json(folder / INDEX).get("weight_map")
         names = set(shards.values()) if isinstance(shards, dict) else set()
         # only files directly in the folder
         if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
@@ -232,11 +255,13 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := sorted(n for n in names if not (folder / n).is_file()):
             raise HubFormatError(f"{folder} must hold all files of {INDEX}, but {missing[0]} is missing; fetch it too")
         return [folder / n for n in sorted(names)]
+    gguf = next((p.name for p in sorted(folder.glob("*.gguf"))), None)
     pickled = next((p.name for p in sorted(folder.glob("pytorch_model*.bin"))), None)
     raise HubFormatError(
         f"{folder} must hold {WEIGHTS} or {INDEX}, but "
         + (f"holds {pickled}, which could run code; have transformers load it and call save_pretrained, which writes "
-           f"safetensors" if pickled else "holds neither; fetch the weights too")
+           f"safetensors" if pickled else f"holds {gguf}, which llama.cpp runs; fetch the model that it was made from" if gguf
+           else "holds neither; fetch the weights too")
     )  # fmt: skip
 
 

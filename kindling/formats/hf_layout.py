@@ -1,12 +1,12 @@
 """Our configs and weights in transformers' names and layout, and back. Reads and writes no files.
 
-    architecture(cfg)                       # "gpt2", "llama" or "qwen3" if the stock class computes the same, else "kindling"
+    architecture(cfg)                       # a stock class that computes the same, such as "llama", else "kindling"
     hub_config(cfg, ids), hub_weights(weights, cfg)
     our_config(content), our_weights(tensors, cfg, "llama")
 
-GPT-2's linear layers are stored as (in, out) and always have biases. Llama has three matrices for queries, keys and values.
-Qwen3 is Llama with learned QK-norm; QK-norm without weights is folded into it (folding.py).
-Limit: transformers' Llama and Qwen3 have dropout only on the attention weights, so only that is kept.
+GPT-2's linear layers are stored as (in, out) and always have biases. The others have three matrices for queries, keys and
+values. Qwen2 is Llama with biases of these three, Qwen3 is Llama with learned QK-norm; QK-norm without weights is folded into it
+(folding.py). Limit: transformers' Llama, Qwen2 and Qwen3 have dropout only on the attention weights, so only that is kept.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from kindling.formats.folding import fold_qk_norm
 from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-Architecture = Literal["gpt2", "llama", "qwen3", "kindling"]
+Architecture = Literal["gpt2", "llama", "qwen2", "qwen3", "kindling"]
 CLASSES: dict[Architecture, str] = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "kindling": "KindlingForCausalLM",
 }
@@ -41,15 +42,19 @@ _LLAMA: dict[str, tuple[Any, ...]] = {
     "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,)
 }  # fmt: skip
 _EVERY: dict[str, tuple[Any, ...]] = {
-    "final_norm": (True,), "attn_out_proj": (True,), "head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,)
+    "final_norm": (True,), "attn_out_proj": (True,), "head_bias": (False,), "qk_norm": (False,), "bigram_rows": (0,),
+    "qkv_bias": (None, False),
 }  # fmt: skip
 STOCK: dict[str, dict[str, tuple[Any, ...]]] = {  # the settings that the stock classes support; numbers are free
     "gpt2": {
-        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2"), **_EVERY
+        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_new", "gelu", "relu", "relu2"), **_EVERY,
+        "d_head": (None,)
     },
     "llama": {**_LLAMA, **_EVERY},
+    "qwen2": {**_LLAMA, **_EVERY, "qkv_bias": (True,)},
     "qwen3": {**_LLAMA, **_EVERY, "qk_norm": ("learned", True)},
 }  # fmt: skip
+REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # settings that only training uses, or that choose the backbone; any weights fit them
 TRAINING = ("dropout", "document_mask", "init_std", "embd_init_std", "residual_init", "backbone")
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"} | {a: a for a in STOCK["gpt2"]["activation"]}
@@ -80,6 +85,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("lm_head",),
     },
 }
+NAMES["qwen2"] = NAMES["llama"]
 NAMES["qwen3"] = NAMES["llama"] | {
     f"blocks.{{}}.attn.{t}_norm": (f"model.layers.{{}}.self_attn.{t}_norm",) for t in "qk"
 }
@@ -104,7 +110,9 @@ def nearest_stock(cfg: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
 
     Of several that need as many changes, it is the one with QK-norm if the shape has that: no other setting buys as much.
     """
-    stock: tuple[Architecture, ...] = ("qwen3", "gpt2", "llama") if cfg.qk_norm else ("gpt2", "llama", "qwen3")
+    stock: tuple[Architecture, ...] = ("qwen3", "gpt2", "llama", "qwen2")
+    if not cfg.qk_norm:
+        stock = ("gpt2", "llama", "qwen2", "qwen3")
     nearest = min(stock, key=lambda name: len(unsupported_settings(cfg, name)))
     return nearest, unsupported_settings(cfg, nearest)
 
@@ -115,23 +123,22 @@ def architecture(cfg: ModelConfig) -> Architecture:
     return "kindling" if missing else nearest
 
 
-MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width"}
+MEANING = {"n_kv_head": "kv_heads", "d_ff": "ff_width", "d_head": "head_dim", "qkv_bias": "has_qkv_bias"}
 """The properties that give the value of settings whose None means "derive"."""
 
 
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
     """Return the settings in which two shapes differ. None and the value that it derives are the same."""
-    unused = {*TRAINING} | (set() if "rope" in (a.position, b.position) else {"rope_theta"})
+    unused = {*TRAINING} | (set() if "rope" in (a.position, b.position) else {"rope_theta", "rope_factors"})
     names = [f.name for f in fields(ModelConfig) if f.name not in unused]
     return [f for f in names if getattr(a, MEANING.get(f, f)) != getattr(b, MEANING.get(f, f))]
 
 
 def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig:
     """Return the config of the class that `architecture` names, with our config in it; `ids` are those of special tokens."""
-    from transformers import GPT2Config, LlamaConfig, Qwen3Config
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
     to = architecture(cfg)
-
     common: dict[str, Any] = {
         "tie_word_embeddings": cfg.tie_embeddings,
         "dtype": "float32",
@@ -145,14 +152,15 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
             layer_norm_epsilon=cfg.norm_eps, initializer_range=cfg.init_std, resid_pdrop=cfg.dropout,
             embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, architectures=["GPT2LMHeadModel"], **common,
         )  # fmt: skip
-    if to in ("llama", "qwen3"):
-        own_width = {"head_dim": cfg.head_dim} if to == "qwen3" else {}  # Llama derives it, Qwen3 does not
-        return (LlamaConfig if to == "llama" else Qwen3Config)(
+    if to != "kindling":
+        derived = to != "qwen3" and cfg.head_dim * cfg.n_head == cfg.n_embd  # Qwen3 does not derive it
+        common |= {} if derived else {"head_dim": cfg.head_dim}
+        return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[to](
             vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
             intermediate_size=cfg.ff_width, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
             num_key_value_heads=cfg.kv_heads, rms_norm_eps=cfg.norm_eps, initializer_range=cfg.init_std,
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, attention_dropout=cfg.dropout,
-            architectures=[CLASSES[to]], **own_width, **common,
+            rope_parameters=hub_rope(cfg) | {"rope_theta": cfg.rope_theta}, attention_dropout=cfg.dropout,
+            architectures=[CLASSES[to]], **common,
         )  # fmt: skip
     from kindling.formats.modeling_kindling import KindlingConfig
 
@@ -163,6 +171,17 @@ def hub_config(cfg: ModelConfig, ids: dict[str, int | None]) -> PretrainedConfig
         **shape, dropout=cfg.dropout, initializer_range=cfg.init_std, architectures=["KindlingForCausalLM"],
         auto_map=classes, **common,
     )  # fmt: skip
+
+
+ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""transformers' names of the numbers of `rope_factors`."""
+
+
+def hub_rope(cfg: ModelConfig) -> dict[str, Any]:
+    """Return transformers' settings of stretched rotary positions."""
+    kind = {0: "default", 1: "linear", 4: "llama3"}[len(cfg.rope_factors)]
+    of_tokens = (*cfg.rope_factors[:3], *map(int, cfg.rope_factors[3:]))
+    return {"rope_type": kind, **dict(zip(ROPE_FACTORS, of_tokens))}
 
 
 def hub_weights(weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
@@ -200,7 +219,7 @@ def our_weights(tensors: Mapping[str, Tensor], cfg: ModelConfig, to: Architectur
             must = (rows, *shape[1:])[:: -1 if _turned(name, shape, to) else 1]
             parts.append(_taken(left, theirs, must))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out[name] = (whole.T if _turned(name, shape, to) else whole).float().contiguous()
+        out[name] = (whole.T if _turned(name, shape, to) else whole).contiguous()
     if left:
         raise HubFormatError(f"the weights must be those of the config, but {next(iter(left))} has no place in it")
     return out
@@ -211,11 +230,14 @@ def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
     if name not in tensors:
         raise HubFormatError(f"the weights must be all that the config asks for, but {name} is missing; fetch them all")
     tensor = tensors.pop(name)
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+    if tuple(tensor.shape) != shape or tensor.dtype not in REAL:
         raise HubFormatError(
             f"{name} must be {shape} real numbers, as the config says, but is {tuple(tensor.shape)} of {tensor.dtype}; "
             f"fetch config and weights of the same model"
         )
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise HubFormatError(f"{name} must be of finite numbers, but holds NaN or infinity; fetch the weights again")
     return tensor
 
 
@@ -260,17 +282,20 @@ def our_config(content: dict[str, Any], name: Architecture) -> ModelConfig:
 
     Raises HubFormatError for what transformers computes differently from us, and ConfigError for impossible shapes.
     """
-    from transformers import GPT2Config, LlamaConfig, Qwen3Config
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-    _require({"quantization_config": (content.get("quantization_config"), (None,))})
+    _require_known(content, name)
     if name == "gpt2":
         return _of_gpt2(GPT2Config.from_dict(content))
     if name == "llama":
         return _of_llama(LlamaConfig.from_dict(content))
+    if name == "qwen2":
+        return replace(_of_llama(Qwen2Config.from_dict(content)), qkv_bias=True)
     if name == "qwen3":
         return replace(_of_llama(Qwen3Config.from_dict(content)), qk_norm="learned")
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*TRAINING, "tie_embeddings")]
-    content = by_present_names({"pair_rows": 0} | content)  # older folders do not have this key
+    # older folders do not have these keys
+    content = by_present_names({"pair_rows": 0, "d_head": None, "qkv_bias": None, "rope_factors": ()} | content)
     return ModelConfig(**{f: content[f] for f in shape}, tie_embeddings=content["tie_word_embeddings"])
 
 
@@ -282,6 +307,25 @@ def _require(settings: dict[str, tuple[Any, Any]]) -> None:
                 f"{name} must be {' or '.join(map(repr, must))} to be computed as Kindling does, but is {value!r}; "
                 f"choose another model"
             )
+
+
+def _require_known(content: dict[str, Any], name: Architecture) -> None:
+    """Raise HubFormatError for a config.json with a setting that changes what is computed, and that we do not know."""
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    its = content.get("architectures")
+    _require(
+        {
+            "quantization_config": (content.get("quantization_config"), (None,)),
+            "architectures": (its, (None, [], [CLASSES[name]])),
+            "rope_scaling.rope_type": (
+                rope.get("rope_type", rope.get("type", "default")),
+                ("default", "linear", "llama3"),
+            ),
+            "layer_types": ({*(content.get("layer_types") or ())} - {"full_attention"}, (set(),)),
+            "use_sliding_window": (content.get("use_sliding_window", False), (False, None)),
+            "auto_map": (content.get("auto_map") if name != "kindling" else None, (None,)),
+        }
+    )
 
 
 def _of_gpt2(theirs: GPT2Config) -> ModelConfig:
@@ -300,24 +344,25 @@ def _of_gpt2(theirs: GPT2Config) -> ModelConfig:
     )  # fmt: skip
 
 
-def _of_llama(theirs: LlamaConfig | Qwen3Config) -> ModelConfig:
-    rope = theirs.rope_parameters
-    _require(
+def _of_llama(theirs: LlamaConfig | Qwen2Config | Qwen3Config) -> ModelConfig:
+    rope, heads = theirs.rope_parameters, theirs.num_attention_heads
+    d_head = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    scaling = [float(rope[name]) for name in ROPE_FACTORS if rope["rope_type"] != "default" and name in rope]
+    _require(  # not all classes have all settings
         {
             "hidden_act": (theirs.hidden_act, ("silu", "swish")),
-            "attention_bias": (theirs.attention_bias, (False,)),
-            "mlp_bias": (getattr(theirs, "mlp_bias", False), (False,)),  # Qwen3 has no such setting
-            "use_sliding_window": (getattr(theirs, "use_sliding_window", False), (False,)),
-            "head_dim": (theirs.head_dim, (theirs.hidden_size // theirs.num_attention_heads,)),
-            "rope_type (rope_scaling)": (rope["rope_type"], ("default",)),
+            "attention_bias": (getattr(theirs, "attention_bias", False), (False,)),
+            "mlp_bias": (getattr(theirs, "mlp_bias", False), (False,)),
             "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
         }
     )
     return ModelConfig(
         block_size=theirs.max_position_embeddings, vocab_size=theirs.vocab_size, n_layer=theirs.num_hidden_layers,
         n_head=theirs.num_attention_heads, n_kv_head=theirs.num_key_value_heads, n_embd=theirs.hidden_size,
-        d_ff=theirs.intermediate_size, position="rope", rope_theta=rope["rope_theta"], norm="rmsnorm",
-        norm_eps=theirs.rms_norm_eps, activation="swiglu", bias=False, tie_embeddings=theirs.tie_word_embeddings,
+        d_head=None if d_head * heads == theirs.hidden_size else d_head, d_ff=theirs.intermediate_size, position="rope",
+        rope_theta=rope["rope_theta"], rope_factors=tuple(scaling[:1] if rope["rope_type"] == "linear" else scaling),
+        norm="rmsnorm", norm_eps=theirs.rms_norm_eps, activation="swiglu", bias=False,
+        tie_embeddings=theirs.tie_word_embeddings,
     )  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def write(
         "source": source,
         "model": by_old_names(asdict(model.cfg)),
         "eos_id": tokenizer.eos_id,
+        "end_ids": list(tokenizer.end_ids),
         "bos_id": tokenizer.bos_id,
         "lossy": tokenizer.may_rewrite,
         "infills": infills,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kindling.data.chat_templates import Spelling, go_template
+from kindling.data.jinja_chat import is_jinja
 from kindling.generation.settings import Sampling
 
 
@@ -23,7 +24,7 @@ def modelfile(name: str, template: str, tokenizer: Spelling, block_size: int) ->
     """Return the Modelfile for the GGUF file called `name` in the same folder, with the defaults of generate.py."""
     sampling = Sampling()
     settings = {
-        "stop": f'"{tokenizer.decode([tokenizer.eos_id])}"',
+        "stop": f'"{tokenizer.decode([tokenizer.eos_id])}"',  # of other ends, llama.cpp knows those that GGUF has a key for
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
@@ -33,4 +34,6 @@ def modelfile(name: str, template: str, tokenizer: Spelling, block_size: int) ->
         "num_ctx": block_size,
     }
     parameters = "".join(f"PARAMETER {key} {value}\n" for key, value in settings.items())
-    return f'FROM ./{name}\nTEMPLATE """{go_template(template, tokenizer)}"""\n{parameters}'
+    # Ollama's language cannot say what a template in Jinja does; Ollama knows those of many models by their text in the GGUF file
+    asked = "" if is_jinja(template) else f'TEMPLATE """{go_template(template, tokenizer)}"""\n'
+    return f"FROM ./{name}\n{asked}{parameters}"

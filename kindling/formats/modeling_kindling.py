@@ -54,6 +54,9 @@ class KindlingConfig(PretrainedConfig):
         attn_out_proj: bool = True,
         qk_norm: bool | str = False,
         pair_rows: int = 0,
+        d_head: int | None = None,
+        qkv_bias: bool | None = None,
+        rope_factors: tuple[float, ...] = (),
         tie_word_embeddings: bool = True,
         dropout: float = 0.0,
         initializer_range: float = 0.02,
@@ -68,6 +71,7 @@ class KindlingConfig(PretrainedConfig):
         self.norm, self.norm_eps, self.final_norm = norm, norm_eps, final_norm
         self.activation, self.bias, self.head_bias = activation, bias, head_bias
         self.attn_out_proj, self.qk_norm, self.pair_rows = attn_out_proj, qk_norm, pair_rows
+        self.d_head, self.qkv_bias, self.rope_factors = d_head, qkv_bias, list(rope_factors)
         self.dropout, self.initializer_range, self.use_cache = dropout, initializer_range, use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -75,7 +79,7 @@ class KindlingConfig(PretrainedConfig):
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.d_head is None else self.d_head
 
 
 def norm_of(cfg: KindlingConfig) -> nn.Module:
@@ -93,6 +97,10 @@ def pair_ids(idx: Tensor, previous: Tensor, n_rows: int) -> Tensor:
 def rotary_table(cfg: KindlingConfig) -> Tensor:
     """Return cos and sin of RoPE, (block_size, 2, D), in Llama's half-rotation layout."""
     rate = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu") / cfg.head_dim)
+    if cfg.rope_factors:  # all frequencies, or as in Llama 3.1 those that turn seldom within its context
+        factor, low, high, context = (*cfg.rope_factors, 1, 2, 0)[:4]
+        kept = ((rate * (context / (2 * math.pi)) - low) / (high - low)).clip(0, 1)
+        rate = rate * kept + rate / factor * (1 - kept)
     angle = torch.arange(cfg.block_size, dtype=torch.float32, device="cpu")[:, None] * rate  # (S, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (S, D)
     return torch.stack((angle.cos(), angle.sin()), dim=1)  # (S, 2, D)
@@ -119,8 +127,9 @@ class Attention(nn.Module):
     def __init__(self, cfg: KindlingConfig, layer: int):
         super().__init__()
         self.cfg, self.layer = cfg, layer
-        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.bias)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
+        bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=bias)
+        self.proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
         learned = cfg.qk_norm == "learned"
         self.q_norm, self.k_norm = (nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps) if learned else None for _ in "qk")
 

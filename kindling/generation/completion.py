@@ -63,7 +63,7 @@ def extend(
             if say is not None:
                 say(piece)
 
-    for token in stream(model, ids, sampling, tokenizer.eos_id, allowed):
+    for token in stream(model, ids, sampling, tokenizer.end_ids, allowed):
         n_tokens += 1
         put(text.add(token))
         if text.stopped:
@@ -133,7 +133,7 @@ def complete_batch(
     A completion is the same as for the prompt alone with its seed, up to the end of the context. Raises ValueError for a prompt
     that leaves no room in the context.
     """
-    for row in stream_batch(model, prompts, sampling, tokenizer.eos_id, seeds):
+    for row in stream_batch(model, prompts, sampling, tokenizer.end_ids, seeds):
         row.ended = row.ended or has_stop(tokenizer.decode(row.out), sampling.stop)
         if not row.ended:
             continue

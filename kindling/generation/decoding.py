@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from kindling.cache import PromptRows
+from kindling.generation.numpy_sampling import EndIds, all_ends
 from kindling.generation.sampling import Sampling, SamplingState, sample_tokens
 from model import GPT, LanguageModel
 
@@ -38,7 +39,7 @@ def reading() -> Iterator[None]:
 
 
 def stream(
-    model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: int, allowed: Allowed | None = None
+    model: LanguageModel, ids: list[int], sampling: Sampling, eos_id: EndIds, allowed: Allowed | None = None
 ) -> Iterator[int]:
     """Yield the new token ids after the prompt `ids` (at least one) as they are sampled, from those that are `allowed`.
 
@@ -49,7 +50,8 @@ def stream(
     gpt = model.for_generation()
     block_size, cache = gpt.cfg.block_size, gpt.new_cache(1)
     device = cache.last.device
-    sampling_state = SamplingState.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, eos_id)
+    ends = all_ends(eos_id)
+    sampling_state = SamplingState.of(sampling, sampling.seed, ids, gpt.cfg.vocab_size, ends)
     ids, n_prompt, n_read = list(ids), len(ids), 0
     for _ in range(sampling.max_new_tokens):
         if len(ids) > block_size:  # all positions change, so the cache is void
@@ -60,7 +62,7 @@ def stream(
             if allowed is not None and (mask := allowed(ids[n_prompt:])) is not None:
                 logits = logits.masked_fill(torch.from_numpy(~mask).to(device), -torch.inf)
             (token,) = sample_tokens(logits, sampling, [sampling_state])
-        if token == eos_id:
+        if token in ends:
             return
         n_read = len(ids)
         ids.append(token)
@@ -84,7 +86,7 @@ def stream_batch(
     model: LanguageModel,
     prompts: Sequence[list[int]],
     sampling: Sampling,
-    eos_id: int,
+    eos_id: EndIds,
     seeds: Sequence[int] | None = None,
     n_rows: int = 32,
     begins: torch.Tensor | None = None,
@@ -107,7 +109,7 @@ def stream_batch(
             )
     if seeds is None:
         seeds = [sampling.seed] * len(prompts)
-    batch = _Batch(gpt, prompts, seeds, sampling, eos_id, min(n_rows, max(1, len(prompts))), begins, together)
+    batch = _Batch(gpt, prompts, seeds, sampling, all_ends(eos_id), min(n_rows, max(1, len(prompts))), begins, together)
     while batch.begin() or batch.active:
         yield from batch.seen()
         if batch.active:
@@ -136,13 +138,13 @@ class _Batch:
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         sampling: Sampling,
-        eos_id: int,
+        ends: frozenset[int],
         n_rows: int,
         begins: torch.Tensor | None,
         together: bool | None,
     ):
         self.gpt, self.prompts, self.seeds, self.sampling = gpt, prompts, seeds, sampling
-        self.eos_id = eos_id
+        self.ends = ends
         self.n_rows, self.cache = n_rows, gpt.new_cache(n_rows)
         self.device = self.cache.last.device
         self.together = self.device.type != "cpu" if together is None else together
@@ -210,7 +212,7 @@ class _Batch:
             prompt = self.prompts[number]
             limit = min(self.sampling.max_new_tokens, self.gpt.cfg.block_size - len(prompt))
             states.append(
-                SamplingState.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.eos_id)
+                SamplingState.of(self.sampling, self.seeds[number], prompt, self.gpt.cfg.vocab_size, self.ends)
             )
             self.active[place] = Row(number, states[-1], limit)
         for place, token in zip(places, sample_tokens(logits, self.sampling, states)):
@@ -232,9 +234,9 @@ class _Batch:
     def _take(self, place: int, token: int) -> None:
         """Add a token to a row, which may end it."""
         row = self.active[place]
-        if token != self.eos_id:
+        if token not in self.ends:
             row.out.append(token)
-        row.ended = token == self.eos_id or len(row.out) >= row.limit
+        row.ended = token in self.ends or len(row.out) >= row.limit
         if row.ended:
             del self.active[place]
         if row.ended or len(row.out) % CHECK_EVERY == 0:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kindling.generation.numpy_sampling import EndIds, all_ends
 from kindling.generation.settings import GenerationError, Sampling
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ class SamplingState:
     """(V,) bool. None without a repetition penalty."""
 
     @classmethod
-    def of(cls, sampling: Sampling, seed: int, ids: Sequence[int], vocab_size: int, eos_id: int) -> SamplingState:
+    def of(cls, sampling: Sampling, seed: int, ids: Sequence[int], vocab_size: int, eos_id: EndIds) -> SamplingState:
         """Return the state after the prompt `ids`.
 
-        The end-of-text token gets no penalty: a conversation has many of them, and its next answer must be able to end.
+        A token that ends a text gets no penalty: a conversation has many of them, and its next answer must be able to end.
         """
         import torch
 
@@ -82,7 +83,8 @@ class SamplingState:
         if sampling.repetition_penalty == 1:
             return cls(generator)
         seen = torch.zeros(vocab_size, dtype=torch.bool)
-        seen[[token for token in ids if token != eos_id]] = True
+        ends = all_ends(eos_id)
+        seen[[token for token in ids if token not in ends]] = True
         return cls(generator, seen)
 
 

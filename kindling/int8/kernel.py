@@ -130,8 +130,9 @@ def build(model: Any) -> Forward:
             for block in model.blocks
         )
     )
-    widest = max(n_ff, m["n_embd"])
-    lengths = (m["n_embd"], m["n_embd"], qkv, widest, widest, 1)
+    heads = max(m["n_embd"], model.n_head * model.head_dim)
+    widest = max(n_ff, heads)
+    lengths = (m["n_embd"], heads, qkv, widest, widest, 1)
     rooms = [np.empty(ROOM * n, np.float32) for n in lengths] + [np.empty(ROOM * widest, np.int16)]
     struct = _Model(*sizes, m["norm_eps"], blocks, _matrix(model.wte), _matrix(model.wtp), _matrix(model.head),
                     _norm(model.norm_f), *map(_address, (model.wpe, model.cos, model.sin, *rooms)))  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 
 from kindling.errors import KindlingError
 from kindling.int8.cache import Cache
+from kindling.rope import stretched
 
 FORMAT = 1  # the version of config.json
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -181,7 +182,7 @@ class Model:
     def _build(self, m: dict[str, Any], tensors: dict[str, Array]) -> None:
         self.m = m
         self.n_head, self.kv_heads = m["n_head"], m["n_kv_head"] or m["n_head"]
-        self.head_dim = m["n_embd"] // m["n_head"]
+        self.head_dim = m.get("d_head") or m["n_embd"] // m["n_head"]  # older exports do not have the key
         block = np.empty(max([BLOCK, *(t.shape[1] for t in tensors.values() if t.dtype == np.int8)]), np.float32)
 
         def matrix(name: str) -> Matrix:
@@ -216,6 +217,7 @@ class Model:
         self.kernel: Callable[[Cache, Array], Array] | None = None  # in C
         if m["position"] == "rope":
             rate = m["rope_theta"] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)  # (D/2,)
+            rate = stretched(rate, tuple(m.get("rope_factors", ())))
             angle = np.outer(np.arange(m["block_size"]), np.tile(rate, 2))  # (T, D)
             self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 

@@ -26,6 +26,8 @@ class ExportTokenizer:
             ) from None
         self.backend.encode_special_tokens = True
         self.eos_id: int = model.meta["eos_id"]
+        self.end_ids: list[int] = model.meta.get("end_ids", [self.eos_id])  # older exports do not have the key
+        self.special_ids = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
         self.bos_id: int | None = model.meta["bos_id"]
         self._vocab_size = model.m["vocab_size"]
         # an earlier version does not say it

@@ -10,20 +10,42 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config import Config
 from kindling.data.build import DATA
 from kindling.data.examples import require_template
+from kindling.data.jinja_chat import is_jinja
 from kindling.data.shards import DataError, read_manifest
 from kindling.errors import CheckpointError, KindlingError
 from kindling.paths import newest_run, require_run, runs_by_age
-from kindling.runs.checkpoint import RUNS, RunDirectory, load_weights
+from kindling.runs.checkpoint import RUNS, RunDirectory, load_weights, weights_sha256
 
 if TYPE_CHECKING:
     import torch
 
     from model import LanguageModel
+
+
+class PretrainedFolder(RunDirectory):
+    """The folder of a model that others trained, in the place of a run. formats/hf_import.py reads one."""
+
+    def load_weights(self, model: LanguageModel) -> None:
+        """Load the folder's weights into a model of its shape."""
+        raise NotImplementedError
+
+    def weights_sha256(self) -> str:
+        """Return the hash of the folder's weights."""
+        raise NotImplementedError
+
+    def require_context(self, block_size: int) -> None:
+        """Raise KindlingError unless the model can be trained with a context of so many tokens."""
+        raise NotImplementedError
+
+
+def sha256_of_weights(run: RunDirectory, folder: Path) -> str:
+    """Return the hash of the weights of a run's verified checkpoint."""
+    return run.weights_sha256() if isinstance(run, PretrainedFolder) else weights_sha256(folder)
 
 
 def find_run(path: Path | None, pretrained: bool = False) -> RunDirectory:
@@ -83,11 +105,24 @@ class Chat(NamedTuple):
 def chat_of(run: RunDirectory) -> Chat | None:
     """Return how a run is asked, or None for one that saw only documents. Raises DataError if the template has changed."""
     data = run.config().data
+    if isinstance(run, PretrainedFolder):
+        return Chat(data.template, True) if is_asked(run) else None
     if not data.instructions:
         return None
     manifest = read_manifest(run.data)
     require_template(manifest, data.template)
     return Chat(data.template, manifest["max_exchanges"] > 1)
+
+
+def manifest_of(run: RunDirectory) -> dict[str, Any] | None:
+    """Return what is known of a run's data; None for a model of others."""
+    return None if isinstance(run, PretrainedFolder) else read_manifest(run.data)
+
+
+def is_asked(run: RunDirectory) -> bool:
+    """Return whether a run's model is asked in a template, as one that was fine-tuned on instructions."""
+    data = run.config().data
+    return is_jinja(data.template) if isinstance(run, PretrainedFolder) else data.instructions
 
 
 def require_checkpoint(run: RunDirectory) -> Path:
@@ -109,5 +144,8 @@ def load_model(run: RunDirectory, device: torch.device, folder: Path | None = No
 
     folder = folder or require_checkpoint(run)
     model = build_model(run.config().model)
-    load_weights(folder, model)
+    if isinstance(run, PretrainedFolder):
+        run.load_weights(model)
+    else:
+        load_weights(folder, model)
     return model.to(device).eval(), folder

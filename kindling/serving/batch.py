@@ -39,7 +39,9 @@ class Job:
         self.rng: np.random.Generator | None = (
             None if generation.sampling.is_greedy else np.random.default_rng(generation.sampling.seed)
         )
-        self.seen = set(self.ids) - {vocabulary.eos_id} if generation.sampling.repetition_penalty != 1 else None
+        self.seen = (
+            set(self.ids).difference(vocabulary.end_ids) if generation.sampling.repetition_penalty != 1 else None
+        )
         self._say = say
         self._lock = threading.RLock()  # so that nothing is said after `cancel` has returned
         self.cancelled = False
@@ -78,7 +80,7 @@ class Batch:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, counters: Counters, clock: Callable[[], float]):
         self._engine, self._vocabulary, self._counters, self._clock = engine, vocabulary, counters, clock
         self._prefixes = Prefixes(engine)
-        self._ends = {vocabulary.eos_id, *(vocabulary.fim or ())}  # a control token can be no part of an answer
+        self._ends = {*vocabulary.end_ids, *(vocabulary.fim or ())}  # a control token can be no part of an answer
         self._unsaid: list[tuple[Job, Event]] = []
         self.jobs: list[Job] = []
         self.held_s: float | None = None

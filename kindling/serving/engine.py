@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,14 @@ class Vocabulary(Protocol):
 
     eos_id: int
     bos_id: int | None
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """The ids of all tokens that end a text."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The ids of the special tokens."""
 
     @property
     def fim(self) -> FimIds | None:

@@ -68,16 +68,12 @@ class Int8Vocabulary(ExportTokenizer):
         """Return a token as the tokenizer's file writes it; "" for an id without a token."""
         return self.backend.id_to_token(token) or ""
 
-    @cached_property
-    def _special(self) -> dict[str, int]:
-        return {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special and t.content}
-
     @property
     def special_tokens(self) -> Sequence[str]:
         """The control tokens of the vocabulary."""
-        return sorted(self._special)
+        return sorted(filter(None, self.special_ids))
 
     @cached_property
     def fim(self) -> FimIds | None:
         """The control tokens of fill-in-the-middle, or None if the vocabulary or the model's training has none."""
-        return find_fim_ids(self._special, self._special) if self._infills else None
+        return find_fim_ids(self.special_ids, self.special_ids) if self._infills else None

@@ -32,10 +32,14 @@ class Opened(NamedTuple):
 
 
 def is_export(path: Path | None) -> bool:
-    """Return whether a path names an export itself, and no run."""
+    """Return whether a path names an export to int8 itself, and no run or model of others, which has a `model_type`."""
     if path is None or any((place / "config.yaml").is_file() for place in places_of_run(path)):
         return False
-    return any((place / CONFIG).is_file() for place in places_of_run(path))
+    found = next((place / CONFIG for place in places_of_run(path) if (place / CONFIG).is_file()), None)
+    try:
+        return found is not None and "model_type" not in json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return True  # what is wrong with it is said when it is read
 
 
 def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Opened:

@@ -85,6 +85,7 @@ class TorchVocabulary:
         """`vocab_size` is the model's; `infills` says that it was trained to fill in the middle (data.fim_rate)."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.eos_id: int = tokenizer.eos_id
+        self.end_ids, self.special_ids = tokenizer.end_ids, tokenizer.special_ids
         self.bos_id: int | None = tokenizer.bos_id
         self.special_tokens: Sequence[str] = tokenizer.special_tokens
         self.fim: FimIds | None = tokenizer.fim if infills else None

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, cast
 
 from kindling.device import resolve
 from kindling.generation.inference import prepare_for_inference
-from kindling.runs.loading import chat_of, find_run, load_model
+from kindling.runs.checkpoint import RunDirectory
+from kindling.runs.loading import chat_of, load_model
 from kindling.serving.opening import MOST_ROWS, NO_CHAT, Opened, about
 from kindling.serving.torch_engine import CACHE_BYTES, TorchEngine, TorchVocabulary, rows_for
 
 
-def open_run(path: Path | None, device: str, precision: str, cache_bytes: int | None) -> Opened:
-    """Open a run with PyTorch; None is the newest one. Raises KindlingError."""
-    run = find_run(path)
+def open_run(run: RunDirectory, device: str, precision: str, cache_bytes: int | None) -> Opened:
+    """Open a run with PyTorch. Raises KindlingError."""
     cfg = run.config()
     runtime = resolve(replace(cfg.train, device=cast(Any, device)), flag="--device")
     loaded, checkpoint = load_model(run, runtime.device)

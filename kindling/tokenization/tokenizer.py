@@ -77,6 +77,8 @@ class Tokenizer:
         self.eos_id = self._id_of(cfg.eos_token, "eos_token")
         self.bos_id = None if cfg.bos_token is None else self._id_of(cfg.bos_token, "bos_token")
         self.pad_id = None if cfg.pad_token is None else self._id_of(cfg.pad_token, "pad_token")
+        self.end_ids = (self.eos_id, *(self._id_of(token, "end_tokens") for token in cfg.end_tokens))  # end generation
+        self.special_ids = {token: i for token, i in self._control_tokens().items() if token in self.special_tokens}
         self.fim = find_fim_ids(self._control_tokens(), self.special_tokens)  # None: it cannot fill in the middle
 
     def _id_of(self, token: str, field: str) -> int:

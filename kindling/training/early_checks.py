@@ -14,7 +14,7 @@ from config import Config
 from kindling.config_io import changed_fields
 from kindling.data.build import require_inputs
 from kindling.errors import CheckpointError, KindlingError
-from kindling.paths import expand_home
+from kindling.paths import expand_home, holds_hub_model
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer
@@ -75,11 +75,6 @@ def config_changes(saved: Config, given: Config, run: RunDirectory) -> dict[str,
 def init_path(source: str) -> Path:
     """Return the folder that `train.init_from` names."""
     return expand_home(source, "--train.init-from")
-
-
-def holds_hub_model(folder: Path) -> bool:
-    """Return whether a folder has the layout of a model on the hub, and is not a run."""
-    return (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
 
 
 def run_with_checkpoint(source: Path) -> RunDirectory:

@@ -23,17 +23,12 @@ from kindling.distributed import SINGLE_PROCESS, World
 from kindling.errors import CheckpointError, KindlingError, require
 from kindling.formats import hf_format
 from kindling.formats.hf_layout import MEANING, differing, load_into
+from kindling.paths import holds_hub_model
 from kindling.runs.checkpoint import RunDirectory, load_state, load_weights, weights_sha256
 from kindling.runs.loading import find_run, require_checkpoint
 from kindling.tokenization.pretrained import load_pretrained
 from kindling.tokenization.tokenizer import Tokenizer, load_json
-from kindling.training.early_checks import (
-    KEEPS_EVERY_BIT,
-    config_changes,
-    holds_hub_model,
-    init_path,
-    run_with_checkpoint,
-)
+from kindling.training.early_checks import KEEPS_EVERY_BIT, config_changes, init_path, run_with_checkpoint
 from kindling.training.trainer import Trainer
 from kindling.training.validation import Validation
 from model import LanguageModel, build_model
@@ -192,9 +187,23 @@ def require_same_shape(run: RunDirectory, cfg: ModelConfig) -> None:
 def weight_settings(cfg: ModelConfig) -> tuple[object, ...]:
     """Return what the names and shapes of a model's weights depend on; making the model to compare them takes seconds."""
     return (
-        *(cfg.vocab_size, cfg.n_layer, cfg.n_embd, cfg.kv_heads * cfg.head_dim, cfg.ff_width),
+        *(
+            cfg.vocab_size,
+            cfg.n_layer,
+            cfg.n_embd,
+            cfg.n_head * cfg.head_dim,
+            cfg.kv_heads * cfg.head_dim,
+            cfg.ff_width,
+        ),
         cfg.activation == "swiglu",
-        *(cfg.bias, cfg.bias and cfg.norm == "layernorm", cfg.final_norm, cfg.attn_out_proj, cfg.bigram_rows),
+        *(
+            cfg.bias,
+            cfg.has_qkv_bias,
+            cfg.bias and cfg.norm == "layernorm",
+            cfg.final_norm,
+            cfg.attn_out_proj,
+            cfg.bigram_rows,
+        ),
         *(cfg.tie_embeddings, cfg.head_bias, cfg.block_size if cfg.position == "learned" else None, cfg.backbone),
     )
 

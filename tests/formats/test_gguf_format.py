@@ -37,6 +37,10 @@ SHAPES = {
     "llama tied, with biases": replace(LLAMA, tie_embeddings=True, bias=True),
     "qwen3": replace(LLAMA, qk_norm="learned", norm_eps=1e-3),
     "qwen3 tied, folded": replace(LLAMA, qk_norm=True, tie_embeddings=True, norm_eps=1e-3),
+    "llama with biases of queries, keys and values, stretched": replace(
+        LLAMA, qkv_bias=True, rope_factors=(8.0, 1.0, 4.0, 32.0)
+    ),
+    "llama with wide heads, linear": replace(LLAMA, d_head=32, rope_factors=(4.0,)),
     "arcee": replace(LLAMA, activation="relu2", norm_eps=1e-6, rope_theta=5e4),
 }
 

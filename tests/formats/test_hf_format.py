@@ -114,6 +114,10 @@ VARIANTS = {
     "gpt2-untied-relu2": small(replace(preset("code-50m").model, tie_embeddings=False, activation="relu2")),
     "llama-grouped-tied": small(replace(preset("smallcoder-1").model, n_head=4, n_kv_head=2, tie_embeddings=True,
                                         rope_theta=500_000.0)),
+    "llama-stretched": small(replace(preset("smallcoder-1").model, rope_factors=(8.0, 1.0, 4.0, 32.0), d_head=16)),
+    "qwen2-linear": small(replace(preset("smallcoder-1").model, qkv_bias=True, rope_factors=(4.0,), n_kv_head=2)),
+    "ours-heads": small(replace(preset("demo").model, d_head=20, qkv_bias=True, rope_factors=(8.0, 1.0, 4.0, 32.0))),
+    "ours-linear": small(replace(preset("demo").model, rope_factors=(4.0,))),
     "qwen3-grouped-tied": small(replace(preset("portable-5m").model, n_head=4, n_kv_head=1, tie_embeddings=True, norm_eps=1e-3,
                                         rope_theta=500_000.0)),
     "qwen3-folded": small(replace(preset("portable-5m").model, qk_norm=True, norm_eps=1e-3)),
@@ -376,9 +380,15 @@ def test_a_folders_tokenizer_is_the_runs_by_what_ids_depend_on(tmp_path):
 # -- folders that others wrote ----------------------------------------------------------------------------------------
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 20, "rope_theta": 1000.0}  # fmt: skip
+
+
 def published(folder, name: str, dtype=torch.float32, shards: bool = False, **settings):
     """Write a random model as transformers publishes it, and return it as transformers loads it, in float32."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(3)
     if name == "gpt2":
@@ -387,10 +397,11 @@ def published(folder, name: str, dtype=torch.float32, shards: bool = False, **se
     else:
         shape = {"vocab_size": 320, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 96,
                  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-        if name == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
-        else:
-            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, "head_dim": 12, **settings}))
+        its = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
+        shape |= {"head_dim": 12} if name == "qwen3" else {}
+        model = getattr(transformers, f"{its}ForCausalLM")(
+            getattr(transformers, f"{its}Config")(**{**shape, **settings})
+        )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
@@ -415,6 +426,11 @@ def logits_of(folder) -> torch.Tensor:
         ("llama", {}),
         ("llama", {"shards": True, "rope_theta": 500_000.0, "tie_word_embeddings": True}),
         ("llama", {"dtype": torch.float16, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+        ("llama", {"head_dim": 8}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("llama", {"rope_parameters": LLAMA_3, "head_dim": 16, "tie_word_embeddings": True}),
+        ("qwen2", {"shards": True}),
+        ("qwen2", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
         ("qwen3", {}),
         ("qwen3", {"shards": True, "rope_theta": 500_000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     ],
@@ -458,13 +474,35 @@ def test_gpt2_is_read_as_openai_laid_it_out(tmp_path):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights must be True"),
         ("llama", {"attention_bias": True}, "attention_bias must be False"),
         ("llama", {"mlp_bias": True}, "mlp_bias must be False"),
-        ("llama", {"head_dim": 8}, "head_dim must be 12, but is 8|head_dim must be 12"),
+        ("llama", {"head_dim": 8}, r"q_proj.weight must be \(32, 48\)"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None},
+            "rope_type must .* 'yarn'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type must .* 'dynamic'",
+        ),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "code.Mine"}}, "auto_map must be None"),
+        ("llama", {"model_type": "qwen3_moe"}, "but is of 'qwen3_moe'"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window must be False"),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types must .* {'sliding_attention'}",
+        ),
         ("qwen3", {"attention_bias": True}, "attention_bias must be False"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window must be False"),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_scaling"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
-        ("llama", {"model_type": "mistral"}, "model_type gpt2, llama, qwen3 or kindling, but is of 'mistral'"),
+        (
+            "llama",
+            {"model_type": "mistral"},
+            r"model_type .*\(gpt2, llama, qwen2, qwen3, kindling\), but is of 'mistral'",
+        ),
         ("llama", {"num_hidden_layers": "two"}, "must be a config of llama"),
         ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ("llama", {"num_hidden_layers": 1}, "model.layers.1.* has no place in it"),

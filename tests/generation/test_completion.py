@@ -317,7 +317,7 @@ def test_a_batch_says_what_ended_each(model, tokenizer):
     stop = (tokenizer.decode([token]),)
     assert next(complete_batch(model, tokenizer, [[bos]], [0], replace(sampling, stop=stop)))[1].ended_by == "stop"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "eos_id", token)
+        patch.setattr(tokenizer, "end_ids", (token,))
         assert next(complete_batch(model, tokenizer, [[bos]], [0], sampling)) == (0, Completion("", 0, "end of text"))
 
 

@@ -16,6 +16,7 @@ class FakeVocabulary:
     """A token is a character of ASCII; 0 is the end of text."""
 
     eos_id, bos_id, fim = EOS, None, None
+    end_ids, special_ids = (EOS,), {}
     special_tokens: Sequence[str] = []
     spellings: Sequence[str] = ["", *map(chr, range(1, VOCAB))]
 
