@@ -66,3 +66,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown word: the most similar known words, or all of them."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+
+
+AROUND = 3  # characters of the text that a difference shows on either side of what was changed
+LONGEST = 24
+
+
+def difference(text: str, back: str) -> str:
+    """Return where `back` first differs from `text`, in ASCII: "'e\\u0301' comes back as '\\xe9'"."""
+    shorter = min(len(text), len(back))
+    start = next((i for i in range(shorter) if text[i] != back[i]), shorter)
+    same = next((i for i in range(shorter - start) if text[-i - 1] != back[-i - 1]), shorter - start)
+    begin = max(0, start - AROUND)
+    ours, theirs = (part[begin : len(part) - max(0, same - AROUND)] for part in (text, back))
+    return f"{_shown(ours)} comes back as {_shown(theirs)}"
+
+
+def _shown(text: str) -> str:
+    return ascii(text[:LONGEST]) + ("..." if len(text) > LONGEST else "")

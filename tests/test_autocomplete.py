@@ -131,7 +131,7 @@ def compiled(exports):
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
     """The kernel rounds activations, so that now and then a key or value is rounded to the next number."""
-    assert np.sqrt(np.mean((actual - expected) ** 2)) < 1e-3 * np.abs(expected).max()
+    assert np.sqrt(np.mean((actual - expected) ** 2)) < 1.5e-3 * np.abs(expected).max()
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:

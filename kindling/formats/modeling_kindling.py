@@ -297,9 +297,7 @@ class KindlingForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
         mask = None
         if attention_mask is not None or past:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[
-                None, None
-            ]  # (1, 1, T, S)
+            mask = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)  # (1, 1, T, S)
         if attention_mask is not None:  # padding sees itself: a softmax over nothing would not be a number
             itself = mask & ~mask.tril(past - 1)
             mask = mask & attention_mask[:, None, None, :].bool() | itself  # (B, 1, T, S)

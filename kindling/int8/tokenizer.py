@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from kindling.errors import difference
 from kindling.generation.healing import token_texts
 from kindling.int8.model import TOKENIZER, CompletionError, Model
-from kindling.tokenization.rewriting import example
 
 
 class ExportTokenizer:
@@ -41,7 +41,7 @@ class ExportTokenizer:
         except (UnicodeEncodeError, TypeError):  # of half of a surrogate pair
             raise CompletionError("the text must be valid Unicode, but has a lone surrogate; remove it") from None
         if not self._lossy and (back := self.decode(ids)) != text:
-            raise CompletionError(f"the text must come back from the tokenizer as it was, but {example(text, back)}")
+            raise CompletionError(f"the text must come back from the tokenizer as it was, but {difference(text, back)}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,7 +1,6 @@
 """Text to token ids and back.
 
 Read bpe.py (byte-level BPE by hand), tokenizer.py (one interface for all kinds), rewriting.py (the space that some tokenizers
-add, and what others change), pretrained.py (tokenizers of others), infilling.py (the control tokens of fill-in-the-middle), then
-compare.py (kinds side by side). It must never turn a special token that is written in a text into
-a control token: text is text.
+add), pretrained.py (tokenizers of others), infilling.py (the control tokens of fill-in-the-middle), then compare.py (kinds side
+by side). It must never turn a special token that is written in a text into a control token: text is text.
 """

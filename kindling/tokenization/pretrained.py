@@ -10,10 +10,10 @@ from pathlib import Path
 
 from config import TokenizerConfig
 from kindling import hub
-from kindling.errors import one_line
+from kindling.errors import difference, one_line
 from kindling.paths import expand_home
 from kindling.public_paths import is_hub_tokenizer
-from kindling.tokenization.rewriting import WAYS_OUT, example, without_added_space
+from kindling.tokenization.rewriting import WAYS_OUT, without_added_space
 from kindling.tokenization.tokenizer import (
     RewrittenError,
     SentencePieceTokenizer,
@@ -91,5 +91,5 @@ def rewrites(tokenizer: Tokenizer) -> str | None:
         except TokenizerError:  # it refuses such a text in a document too, with the reason
             continue
         if back != "".join(parts):
-            return example("".join(parts), back)
+            return difference("".join(parts), back)
     return None

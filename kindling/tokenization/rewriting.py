@@ -1,7 +1,6 @@
-"""Keeps a tokenizer from adding a space to a text, and says what one changes in a text.
+"""Keeps a tokenizer from adding a space to a text.
 
     without_added_space(tokenizer.to_json())       # the same vocabulary; no space before a text, none taken away
-    example("cafe\\u0301 x", "caf\\xe9 x")           # "'afe\\u0301 x' comes back as 'af\\xe9 x'"
 
 Kindling encodes parts of a text on their own: a question and its answer, what is before and after a cursor. So parts must join to
 the text, and a space before each part would be in the middle of it. It cannot be taken away again when ids are decoded: many
@@ -15,8 +14,6 @@ import json
 from typing import Any
 
 WAYS_OUT = "train a tokenizer with --tokenizer.kind bpe, or set --tokenizer.lossy True to take what comes back"
-_AROUND = 3  # characters of the text that an example shows on either side of what was changed
-_LONGEST = 24
 
 
 def without_added_space(tokenizer_json: str) -> str:
@@ -41,17 +38,3 @@ def _kept(part: dict[str, Any] | None, decodes: bool) -> dict[str, Any] | None:
     if part["type"] == "ByteLevel" and not decodes:  # a decoder has the setting too, and ignores it
         return part | {"add_prefix_space": False}
     return part
-
-
-def example(text: str, back: str) -> str:
-    """Return where `back` first differs from `text`, in ASCII: "'e\\u0301' comes back as '\\xe9'"."""
-    shorter = min(len(text), len(back))
-    start = next((i for i in range(shorter) if text[i] != back[i]), shorter)
-    same = next((i for i in range(shorter - start) if text[-i - 1] != back[-i - 1]), shorter - start)
-    begin = max(0, start - _AROUND)
-    ours, theirs = (part[begin : len(part) - max(0, same - _AROUND)] for part in (text, back))
-    return f"{_shown(ours)} comes back as {_shown(theirs)}"
-
-
-def _shown(text: str) -> str:
-    return ascii(text[:_LONGEST]) + ("..." if len(text) > _LONGEST else "")

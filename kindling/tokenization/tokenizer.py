@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import TokenizerConfig
-from kindling.errors import KindlingError, one_line
+from kindling.errors import KindlingError, difference, one_line
 from kindling.files import sha256_text
 from kindling.tokenization.bpe import ByteLevelBPE
 from kindling.tokenization.infilling import control_tokens, find_fim_ids
-from kindling.tokenization.rewriting import WAYS_OUT, example
+from kindling.tokenization.rewriting import WAYS_OUT
 
 if TYPE_CHECKING:
     import tokenizers
@@ -51,7 +51,7 @@ class RewrittenError(TokenizerError):
     rule = "changed by the tokenizer"
 
     def __init__(self, text: str, back: str):
-        self.change = example(text, back)
+        self.change = difference(text, back)
         super().__init__(f"a text must come back from the tokenizer whole, but {self.change}; drop it, {WAYS_OUT}")
 
 

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from config import TokenizerConfig
+from kindling.errors import difference
 from kindling.tokenization.pretrained import PROBES, load_pretrained, rewrites
-from kindling.tokenization.rewriting import example, without_added_space
+from kindling.tokenization.rewriting import without_added_space
 from kindling.tokenization.tokenizer import RewrittenError, Tokenizer, TokenizerError, from_json, train_bpe
 
 END = "</s>"
@@ -222,12 +223,12 @@ def test_a_byte_that_is_missing_is_still_the_reason_where_it_is_one(tmp_path):
 
 def test_an_example_shows_what_is_changed_and_little_around_it():
     assert (
-        example("a long text e\u0301 and more", "a long text \xe9 and more")
+        difference("a long text e\u0301 and more", "a long text \xe9 and more")
         == r"'xt e\u0301 an' comes back as 'xt \xe9 an'"
     )
-    assert example("x", " x") == "'x' comes back as ' x'"
-    assert example("ab" * 50, "") == f"'{('ab' * 50)[:24]}'... comes back as ''"
-    assert example("aaa", "aa") == "'aaa' comes back as 'aa'"
+    assert difference("x", " x") == "'x' comes back as ' x'"
+    assert difference("ab" * 50, "") == f"'{('ab' * 50)[:24]}'... comes back as ''"
+    assert difference("aaa", "aa") == "'aaa' comes back as 'aa'"
 
 
 def test_a_tokenizer_that_others_gave_a_space_before_each_text_is_whole():
