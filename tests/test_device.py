@@ -16,7 +16,9 @@ MB = 2**20
 def test_a_device_that_is_not_there_is_named_with_the_flag_that_asks_for_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flag, given in (("--train.device", {}), ("--device", {"flag": "--device"})):
-        with pytest.raises(device.DeviceError, match=f"^{flag} must be a device of this machine .* 'cuda'; .*, or {flag} auto$"):
+        with pytest.raises(
+            device.DeviceError, match=f"^{flag} must be a device of this machine .* 'cuda'; .*, or {flag} auto$"
+        ):
             device.resolve(TrainConfig(device="cuda"), **given)
 
 

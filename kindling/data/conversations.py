@@ -123,7 +123,9 @@ def encode_conversation(
                 return Drop("not reproducible", repr(exchange.response[:40]))
             if marker := find_marker(cfg.template, back[1]):
                 return Drop("template marker", repr(marker))
-            turns[i] = _Turn(replace(exchange, response=back[1]), Spelled(segment, *back))  # what it says once it is tokens
+            turns[i] = _Turn(
+                replace(exchange, response=back[1]), Spelled(segment, *back)
+            )  # what it says once it is tokens
             changes = [(REWRITTEN, 0)]
     asked = [f"{e.instruction}\n{e.input}" for e in exchanges]
     changes += [(SPELT, 0)] if any(map(tokenizer.find_control_token_text, asked)) else []

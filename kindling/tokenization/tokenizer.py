@@ -2,7 +2,6 @@
 
     tokenizer = train(texts, TokenizerConfig(), vocab_size=4096)
     tokenizer.decode(tokenizer.encode("x = 'naïve'\\n")) == "x = 'naïve'\\n"
-
     python -m kindling.tokenization.compare FILES       # compares tokenizers on your files: a table and a plot
 
 A trained tokenizer is byte-level BPE in the format of the `tokenizers` library, or SentencePiece, which spells unknown
@@ -377,9 +376,8 @@ def load_json(path: Path, cfg: TokenizerConfig) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise TokenizerError(
-            f"{path} must be a readable tokenizer.json, but is not ({e}); check --tokenizer.path"
-        ) from None
+        problem = f"{path} must be a readable tokenizer.json, but is not ({e}); check --tokenizer.path"
+        raise TokenizerError(problem) from None
     return from_json(text, cfg, str(path))
 
 
