@@ -31,8 +31,8 @@ import numpy as np
 from kindling.errors import KindlingError
 from kindling.generation import numpy_sampling
 from kindling.generation.healing import Healing, longest_prompt, newest_text, split_for_healing
-from kindling.generation.numpy_sampling import EndIds, all_ends, distribution
-from kindling.generation.text_stream import TextStream
+from kindling.generation.numpy_sampling import distribution
+from kindling.generation.text_stream import EndIds, TextStream, all_ends
 from kindling.help import unknown_word, wrapped
 from kindling.int8.exports import find_export
 from kindling.int8.model import CompletionError, Model

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from config import EvalConfig
     from kindling.generation.decoding import Row
-    from kindling.generation.numpy_sampling import EndIds
     from kindling.generation.sampling import Sampling
+    from kindling.generation.text_stream import EndIds
     from kindling.tokenization.tokenizer import Tokenizer
     from model import LanguageModel
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from kindling.cache import PromptRows
-from kindling.generation.numpy_sampling import EndIds, all_ends
 from kindling.generation.sampling import Sampling, SamplingState, sample_tokens
+from kindling.generation.text_stream import EndIds, all_ends
 from model import GPT, LanguageModel
 
 CHECK_EVERY = 8  # a caller sees a row after this many tokens again

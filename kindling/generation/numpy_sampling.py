@@ -8,7 +8,7 @@ other texts than in sampling.py, whose random numbers are torch's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -75,12 +75,3 @@ def log_total(logits: np.ndarray) -> float:
     """Return the logarithm of the sum of the exponentials of logits (V,): what a logit exceeds its log-probability by."""
     largest = logits.max()
     return float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
-
-
-EndIds = int | Collection[int]
-"""The id of the token that ends a text, or the ids of several."""
-
-
-def all_ends(ids: EndIds) -> frozenset[int]:
-    """Return the ids of the tokens that end a text as a set."""
-    return frozenset([ids] if isinstance(ids, int) else ids)

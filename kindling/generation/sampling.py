@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kindling.generation.numpy_sampling import EndIds, all_ends
 from kindling.generation.settings import GenerationError, Sampling
+from kindling.generation.text_stream import EndIds, all_ends
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
+
+EndIds = int | Collection[int]
+"""The id of the token that ends a text, or the ids of several."""
+
+
+def all_ends(ids: EndIds) -> frozenset[int]:
+    """Return the ids of the tokens that end a text as a set."""
+    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 class Decoder(Protocol):

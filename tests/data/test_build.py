@@ -511,7 +511,7 @@ def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_
     for row in rows:
         assert_adds_up(row)
     languages = {s.language for s in cfg.data.sources} - {None} or (
-        {"python"} if name in ("demo", "demo-infill", "modern-5m") else {"python", "c", "java"}
+        {"python"} if name in ("demo", "demo-infill", "modern-5m", "portable-5m") else {"python", "c", "java"}
     )
     assert {row["language"] for row in rows} == languages
     assert all(row["tokens"] > 0 for row in rows)

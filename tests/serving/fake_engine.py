@@ -39,6 +39,7 @@ class FakeEngine:
     """Says `follows(text)` after each text; "" is the end of text. `passes` has the row and the tokens of each text."""
 
     vocab_size = VOCAB
+    sure = 10.0  # the logit of what follows; those of all others are 0
 
     def __init__(
         self, follows: Callable[[str], str] = counts_up, n_rows: int = 4, block_size: int = 64, piece: int = 8
@@ -69,7 +70,7 @@ class FakeEngine:
             self.rows[row] += ids
             assert ids and len(self.rows[row]) <= self.block_size
             after = self.follows("".join(map(chr, self.rows[row])))
-            logits[i, ord(after) if after else EOS] = 10.0
+            logits[i, ord(after) if after else EOS] = self.sure
         return logits
 
 
