@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from kindling.data.chat_templates import go_template
+from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import Exchange
 from kindling.serving.body import Fields
 from kindling.serving.generation import Done, Piece
@@ -156,7 +157,9 @@ async def show(served: Served, fields: Fields) -> Reply:
     fields.text("model"), fields.text("name")
     prefix, middle, suffix, _ = FIM_TOKENS
     filled = f"{prefix}{{{{ .Prompt }}}}{suffix}{{{{ .Suffix }}}}{middle}"
-    asks = "{{ .Prompt }}" if served.template is None else go_template(served.template, served.vocabulary)
+    template = served.template
+    # Ollama's language cannot say what a template in Jinja does, as in modelfile.py
+    asks = "{{ .Prompt }}" if template is None or is_jinja(template) else go_template(template, served.vocabulary)
     insert = f"{{{{ if .Suffix }}}}{filled}{{{{ else }}}}{asks}{{{{ end }}}}"
     info = {
         "general.architecture": "kindling",

@@ -195,7 +195,7 @@ def weight_settings(cfg: ModelConfig) -> tuple[object, ...]:
             cfg.kv_heads * cfg.head_dim,
             cfg.ff_width,
         ),
-        cfg.activation == "swiglu",
+        *(cfg.activation == "swiglu", cfg.qk_norm == "learned"),
         *(
             cfg.bias,
             cfg.has_qkv_bias,

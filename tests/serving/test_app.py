@@ -147,6 +147,14 @@ def test_the_template_that_llama_cpp_s_clients_get_says_the_same_as_the_server(t
         assert json.loads(server.ask("GET", "/props")[2])["chat_template"] == ""
 
 
+def test_a_model_s_own_template_is_not_shown_to_ollama_s_clients_as_one_of_ours():
+    own = "{%- for m in messages -%}{{- '<' + m.role + '>' + m.content + '</>\n' -}}{%- endfor -%}<assistant>"
+    with running(served(template=own)) as server:
+        assert json.loads(server.ask("GET", "/props")[2])["chat_template"] == own
+        shown = server.post("/api/show")["template"]
+    assert "<user>" not in shown and shown.endswith("{{ else }}{{ .Prompt }}{{ end }}")
+
+
 def test_ollama_streams_lines_and_lists_the_model(server):
     status, headers, body = server.ask("POST", "/api/generate", {"prompt": "6"})
     lines = [json.loads(line) for line in body.splitlines()]
