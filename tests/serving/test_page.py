@@ -138,7 +138,8 @@ def test_tab_indents_a_line_and_leaves_after_escape(page):
     assert page.run("document.activeElement.id") == "text"
 
 
-def test_rivals_are_shown_by_keyboard_and_on_hover(page):
+def test_rivals_are_shown_by_keyboard_and_on_hover(page, server, monkeypatch):
+    monkeypatch.setattr(server.served.scheduler._batch._engine, "sure", 10.0)  # so that rivals have a share
     write(page, "x = 5")
     shown(page)
     page.press("ArrowDown", ALT)
@@ -340,7 +341,7 @@ def test_markup_and_code_that_are_not_the_page_s_own_are_refused(page):
 def test_a_server_with_a_key_asks_for_it(chromium):
     with running(served(), api_key="secret") as server:
         chromium.call("Page.navigate", url=server.url + "/")
-        chromium.until("document.readyState === 'complete' && !$('key-form').hidden")
+        chromium.until("document.readyState === 'complete' && !$('key-form').hidden && !$('error').hidden")
         assert "Authorization" in chromium.text("#error")
         chromium.run("$('key').focus()")
         chromium.type("secret")
