@@ -60,6 +60,10 @@ class Spec:
     """Whose recipe ours is, and whose shape the peer has."""
     seed: int | None = None
     """Of ours; None: the preset's."""
+    steps: int | None = None
+    """Ours takes so many, however long that takes; None: as many as the time allows."""
+    compile: str | None = None
+    """"on" or "off" for ours; None: as the preset has it."""
 
 
 class Way(NamedTuple):
@@ -112,7 +116,7 @@ class Curve:
 
     def take(self, seconds: float, steps: int) -> None:
         """Note the loss if the next share of the time is over by now."""
-        share = seconds / (60 * self._spec.minutes)
+        share = steps / self._spec.steps if self._spec.steps else seconds / (60 * self._spec.minutes)
         if not self._due or share < self._due[0]:
             return
         self._due = [other for other in self._due if other > share]
@@ -150,7 +154,7 @@ def summed_loss_of(model: LanguageModel, runtime: Runtime) -> SummedLoss:
 
 
 def train_ours(spec: Spec) -> dict[str, Any]:
-    """Train the preset's recipe for the time."""
+    """Train the preset's recipe for the time, or for the steps."""
     from kindling import device
     from kindling.data.examples import training_rows
     from kindling.data.shards import TokenDataset
@@ -162,7 +166,8 @@ def train_ours(spec: Spec) -> dict[str, Any]:
     data = Path(spec.data)
     cfg = configured(data, spec.preset)
     seed = cfg.train.seed if spec.seed is None else spec.seed
-    cfg = replace(cfg, train=replace(cfg.train, max_minutes=spec.minutes, max_steps=None, seed=seed))
+    minutes, compile = None if spec.steps else spec.minutes, spec.compile or cfg.train.compile
+    cfg = replace(cfg, train=replace(cfg.train, max_minutes=minutes, max_steps=spec.steps, seed=seed, compile=compile))
     device.set_threads(cfg.train.threads)
     runtime = device.resolve(cfg.train)
     model, rows = new_model(cfg, runtime), training_rows(cfg, TokenDataset(data, "train"))

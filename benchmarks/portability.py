@@ -1,11 +1,12 @@
 """Measure what a portable shape costs: presets beside each other at equal time, over several seeds.
 
-    python benchmarks/portability.py                    # about 40 minutes; see that nothing else runs
+    python benchmarks/portability.py                    # about 40 minutes; see that nothing else runs in the first 5
     python benchmarks/portability.py --minutes 0.1 --seeds 1 2 --results /tmp/try
 
-Each preset trains with each seed for the same time by the clock (compiling and steps count, evaluating does not), with its whole
-schedule in it, on the same shards and so the same tokenizer: those of the first preset. The presets take turns, seed by seed, and
-each training is a process of its own. Bits per byte are of whole splits. A seed draws the weights and the order of the data.
+First the presets take turns of a part of the time (compiling begins with an empty cache), which says how many steps of each
+fit the time. Then each preset trains so many steps with each seed, its whole schedule in them, on the same shards and so with
+the same tokenizer: those of the first preset. So the trainings may run beside other work: only the first part is by the clock.
+Each training is a process of its own. Bits per byte are of whole splits. A seed draws the weights and the order of the data.
 Writes `portability.json` and `.md` into `benchmarks/results/local/`, after each training.
 
 Limits: the interval is Student's t over the seeds, so of three it is wide; it says nothing about other data.
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,15 @@ from time_to_loss import train
 
 PRESETS = ("modern-5m", "portable-5m")
 SPLITS = ("val", "test")
+ROUNDS, PART = 3, 0.15  # in each round each preset trains for this part of the time
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by degrees of freedom from 1
+
+
+def fitting_steps(runs: list[dict[str, Any]], seconds: float) -> int:
+    """Return how many steps fit the time, compiling counted, by the medians of short runs."""
+    compile_s = statistics.median(run["compile_s"] for run in runs)
+    step_s = statistics.median((run["seconds"] - run["compile_s"]) / run["steps"] for run in runs)
+    return max(1, int((seconds - compile_s) / step_s))
 
 
 def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
@@ -62,7 +72,7 @@ def markdown(results: dict[str, Any]) -> str:
     row = next(iter(next(iter(found.values())).values()))
     way = f"{row['precision']}, {'compiled' if row['compiled'] else 'eager'}"
     notes = [
-        f"bits per byte of whole splits after {results['minutes']:g} minutes by the clock ({way})",
+        f"bits per byte of whole splits, after the steps that fit {results['minutes']:g} minutes of a quiet machine ({way})",
         f"means with 95% intervals of seeds {', '.join(map(str, results['seeds']))}",
         "the last column is the mean difference at the same seed",
         f"on {phrase(results['machine'])}; data {results['data']}",
@@ -81,7 +91,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="the others are told beside the first")
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3), help="of each preset's trainings")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of each training")
+    parser.add_argument("--minutes", type=float, default=5.0, help="that each training may take")
     parser.add_argument("--data", type=Path, help="a folder of shards; else the first preset's are prepared")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to write")
     flags = parser.parse_args()
@@ -97,6 +107,7 @@ def main() -> None:
 
     from kindling.data.build import prepare
     from kindling.files import write_atomic, write_json
+    from kindling.training.compilation import COMPILE_MINUTES
     from presets import preset
 
     configs = [preset(name) for name in flags.presets]  # an unknown one is said before the data are built
@@ -105,13 +116,21 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         data = given or prepare(configs[0]).resolve()
+        compile = "on" if flags.minutes >= COMPILE_MINUTES else "off"  # as main.py would in the whole time
+        base = Spec("ours", str(data), flags.minutes, [1.0], compile=compile)
+        short = replace(base, minutes=PART * flags.minutes)
+        rounds = [
+            [train(replace(short, preset=name), Path(temporary)) for name in flags.presets] for _ in range(ROUNDS)
+        ]
+        fit = {name: fitting_steps(list(runs), 60 * flags.minutes) for name, runs in zip(flags.presets, zip(*rounds))}
+        print(f"steps that fit {flags.minutes:g} minutes: {fit}", flush=True)
         for seed in flags.seeds:
             for name in flags.presets:
-                spec = Spec("ours", str(data), flags.minutes, [1.0], final=True, preset=name, seed=seed)
+                spec = replace(base, final=True, preset=name, seed=seed, steps=fit[name])
                 found.setdefault(name, {})[str(seed)] = train(spec, Path(temporary))
                 results = {
                     "machine": watch.describe(), "data": data.name, "minutes": flags.minutes, "seeds": flags.seeds,
-                    "found": found,
+                    "short_runs": {name: [row[i] for row in rounds] for i, name in enumerate(flags.presets)}, "found": found,
                 }  # fmt: skip
                 write_json(target / "portability.json", results)
                 write_atomic(target / "portability.md", markdown(results))

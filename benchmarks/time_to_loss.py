@@ -54,7 +54,8 @@ EIGHTH_SHARES = [0.25, 0.5, 0.75, 1.0]
 
 def train(spec: Spec, folder: Path) -> dict[str, Any]:
     """Run a worker to its end and return what it found; exits with its last words if it fails."""
-    what = f"{spec.side}, {spec.minutes:.3g} minutes" + (f", learning rate {spec.lr:g}" if spec.lr else "")
+    what = f"{spec.side}, " + (f"{spec.steps:,} steps" if spec.steps else f"{spec.minutes:.3g} minutes")
+    what += f", learning rate {spec.lr:g}" if spec.lr else ""
     what += "" if spec.seed is None else f", {spec.preset}, seed {spec.seed}"
     print(f"{what} ...", flush=True)
     given, target, log = folder / "spec.json", folder / "result.json", folder / "log.txt"
