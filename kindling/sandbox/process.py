@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import marshal
 import math
 import os
 import select
@@ -30,12 +29,10 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from types import GeneratorType
 from typing import Any, Literal
 
-from kindling.sandbox import bubblewrap, syscall_filter
+from kindling.sandbox import bootstrap, bubblewrap, syscall_filter
 from kindling.sandbox.arguments import SCALARS, Arguments, NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.remote import (
@@ -53,7 +50,6 @@ from kindling.sandbox.values import FEW_BYTES, Answers
 from kindling.sandbox.watch import Watch
 
 Mode = Literal["bwrap", "none"]
-WORKER = Path(__file__).with_name("worker.py")
 START_S = 30.0  # a process that has not started by then never will
 DEATH_S = 5.0  # for a process whose pipe is closed to end; a busy machine takes its time
 MAX_ANSWER = 2**20  # bytes: a list of 150,000 numbers
@@ -125,6 +121,7 @@ class Program:
         try:
             self._deadline = time.monotonic() + START_S
             try:
+                self._send(bootstrap.worker_code())
                 started = self._receive() == b"null"
             except ProgramError:
                 started = False
@@ -330,7 +327,7 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
     """Start the worker in its own process group; return the process, and its folder if it has one."""
     confined = mode == "bwrap"
     uid = bubblewrap.own_uid(slot) if confined else 0
-    python = [bubblewrap.interpreter(), "-s", "-S", "-P", "-B", "-c", _worker_source()]
+    python = [bubblewrap.interpreter(), "-s", "-S", "-P", "-B", "-c", bootstrap.source()]
     processes = limits.processes if confined else 0
     alarm_s = math.ceil(limits.wall_s) + 2  # ends the worker if this process is gone
     numbers = [uid, limits.memory_bytes, limits.disk_bytes, limits.cpu_s, processes, alarm_s, MAX_ANSWER]
@@ -357,17 +354,6 @@ def _start(mode: Mode, limits: Limits, slot: int) -> tuple[subprocess.Popen[byte
                 os.rmdir(folder)
             raise SandboxError(_broken(mode, str(e))) from None
     return process, folder
-
-
-@lru_cache
-def _worker_source() -> str:
-    """Return a short program that runs worker.py. It holds the bytecode: compiling takes a fifth of the time of a sample."""
-    name, loads = "kindling.sandbox.worker_values", []
-    for path in (WORKER.with_name("worker_values.py"), WORKER):
-        code = compile(path.read_text(encoding="utf-8"), path.name, "exec", dont_inherit=True, optimize=2)
-        loads.append(f"marshal.loads(bytes.fromhex('{marshal.dumps(code).hex()}'))")
-    module = f"sys.modules[{name!r}] = values = type(sys)({name!r}); exec({loads[0]}, values.__dict__)"
-    return f"import marshal, sys; {module}; exec({loads[1]})"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kindling.sandbox.bubblewrap import SandboxError
-from kindling.sandbox.process import DEFAULT, WORKER, Limits, Mode, Program, ProgramError
+from kindling.sandbox.process import DEFAULT, Limits, Mode, Program, ProgramError
 
 _PROBE = """
 import os, socket
@@ -99,7 +99,7 @@ def _deeds(canary: Path, port: int, limits: Limits) -> dict[str, tuple[Any, ...]
     """Return what a program must not be able to do, each with the call of the probe that tries it."""
     return {
         "read files": ("read", str(canary)),
-        "read this project": ("read", str(WORKER)),
+        "read this project": ("read", __file__),
         "see processes": ("listed", "/proc"),
         "write files": ("write", str(canary)),
         "write to its root": ("write", "/canary"),

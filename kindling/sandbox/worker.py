@@ -2,8 +2,8 @@
 
     python -s -S -P -B -c CODE UID MEMORY_BYTES DISK_BYTES CPU_S PROCESSES ALARM_S MAX_BYTES
 
-`process.py` starts it with the bytecode of this file and of worker_values.py, writes requests to its standard input and reads
-answers from its standard output. Four bytes with the length precede each. A request is marshalled by the trusted side; an answer
+`process.py` sends it the bytecode of this file and of worker_values.py, then requests, to its standard input, and reads answers
+from its standard output. Four bytes with the length precede each. A request is marshalled by the trusted side; an answer
 is JSON (values.py has its forms). No answer is a verdict: the program shares this process and can forge every answer, so a forged
 answer is at most a wrong value. It imports as little as possible, because it is started once for each sample.
 """
