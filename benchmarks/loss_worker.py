@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,6 +64,8 @@ class Spec:
     """Ours takes so many, however long that takes; None: as many as the time allows."""
     compile: str | None = None
     """"on" or "off" for ours; None: as the preset has it."""
+    flags: Sequence[str] = ()
+    """What changes the preset, as the flags that main.py takes."""
 
 
 class Way(NamedTuple):
@@ -76,12 +78,13 @@ class Way(NamedTuple):
 # -- data and evaluation ----------------------------------------------------------------------------------------------
 
 
-def configured(data: Path, name: str) -> Config:
-    """Return a preset, with the vocabulary of the shards."""
+def configured(data: Path, name: str, flags: Sequence[str] = ()) -> Config:
+    """Return a preset with the flags of main.py, and with the vocabulary of the shards."""
+    from kindling.cli import parse_cli
     from kindling.data.shards import read_manifest
-    from presets import preset
+    from main import Flags
 
-    cfg = preset(name)
+    cfg = parse_cli(Flags, "", ["--preset", name, *flags]).config
     return replace(cfg, model=replace(cfg.model, vocab_size=read_manifest(data)["vocab_size"]))
 
 
@@ -164,7 +167,7 @@ def train_ours(spec: Spec) -> dict[str, Any]:
     from kindling.training.trainer import Trainer
 
     data = Path(spec.data)
-    cfg = configured(data, spec.preset)
+    cfg = configured(data, spec.preset, spec.flags)
     seed = cfg.train.seed if spec.seed is None else spec.seed
     minutes, compile = None if spec.steps else spec.minutes, spec.compile or cfg.train.compile
     cfg = replace(cfg, train=replace(cfg.train, max_minutes=minutes, max_steps=spec.steps, seed=seed, compile=compile))

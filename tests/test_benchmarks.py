@@ -23,8 +23,10 @@ from model import build_model
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import lab
 import loss_worker
 import machine
+import paired
 import peer
 import portability
 import shared_machine
@@ -267,17 +269,74 @@ def test_the_way_of_the_peer_is_the_one_with_the_most_steps_when_compiling_count
 
 
 def test_the_price_of_a_preset_is_its_mean_difference_to_the_first_at_the_same_seeds_with_students_interval():
-    assert portability.mean_and_half_width([1.5]) == (1.5, None)
-    mean, half = portability.mean_and_half_width([1.0, 2.0, 3.0])
+    assert paired.mean_and_half_width([1.5]) == (1.5, None)
+    mean, half = paired.mean_and_half_width([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
     row = {"parameters": 7, "steps": 10, "tokens": 2e6, "precision": "fp32", "compiled": False, "val": 2.0}
     first = {"1": row | {"test": 1.0}, "2": row | {"test": 2.0}}
     second = {"1": row | {"test": 1.25}}  # seed 2 is still to come
-    assert portability.prices({"a": first, "b": second}, "b", "test") == [0.25]
+    assert paired.differences({"a": first, "b": second}, "b", "test") == [0.25]
     results = {"machine": "x", "data": "d", "minutes": 5, "seeds": [1, 2], "found": {"a": first, "b": second}}
     table = portability.markdown(results)
     assert "| `a` | 7 | 10 | 2.00M | 2.0000 ± 0.0000 | 1.5000 ± 6.3530 |  |" in table
-    assert "| `b` | 7 | 10 | 2.00M | 2.0000 | 1.2500 | +0.2500 |" in table and "after 5 minutes" in table
+    assert "| `b` | 7 | 10 | 2.00M | 2.0000 | 1.2500 | +0.2500 |" in table and "steps that fit 5 minutes" in table
+
+
+def test_the_steps_that_fit_a_time_leave_that_of_compiling_and_one_slow_run_changes_nothing():
+    runs = [
+        {"compile_s": 20.0, "seconds": 20.0 + steps * s, "steps": steps}
+        for steps, s in ((10, 2.0), (20, 1.0), (5, 9.0))
+    ]
+    assert paired.fitting_steps(runs, 300) == 140
+    assert paired.fitting_steps(runs, 10) == 1
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        ((-0.03, 0.01), "kept"),
+        ((-0.014, 0.001), "discarded"),  # not more than the noise of seeds
+        ((0.02, 0.001), "discarded"),
+        ((-0.03, 0.04), "too few seeds to tell"),
+        ((-0.03, None), "one seed: try more"),
+    ],
+)
+def test_a_change_is_kept_if_it_is_better_by_more_than_seeds_are(difference, said):
+    assert lab.verdict(difference) == said
+
+
+def test_the_ledger_begins_with_its_head_and_gains_a_line_for_each_change(tmp_path):
+    row = {"seconds": 10.0, "compile_s": 0.0, "tokens": 1e6, "steps": 5}
+    found = {"recipe": {"1": row | {"val": 2.0}, "2": row | {"val": 2.2}}, "changed": {"1": row | {"val": 1.9}}}
+    short = {"recipe": [row], "changed": [row | {"seconds": 12.0}]}
+    results = {
+        "day": "2026-01-02",
+        "change": "a|b",
+        "preset": "demo",
+        "flags": ["--train.batch-size", "16"],
+        "minutes": None,
+    }
+    line = lab.line(results | {"found": found, "short_runs": short, "machine": "x"})
+    assert line == (
+        r"| 2026-01-02 | a\|b | `--preset demo --train.batch-size 16` | 1.00M tokens | 1 | 2.1000 ± 1.2706 | 1.9000 | -0.1000 "
+        "| 1.20 | one seed: try more | x |"
+    )
+    ledger = tmp_path / "new" / "lab.md"
+    lab.add(ledger, line)
+    lab.add(ledger, line)
+    assert ledger.read_text() == lab.HEAD + f"{line}\n{line}\n"
+
+
+def test_a_change_is_given_as_flags_of_main_and_nothing_else(capsys):
+    flags, changes = lab.parse(["wide", "--tokens", "9", "--model.n-embd", "64"])
+    assert flags.tokens == 9 and changes == ["--model.n-embd", "64"]
+    for wrong in (
+        ["x", "--tokens", "9"],
+        ["x", "--model.n-embd", "64"],
+        ["x", "--minutes", "0", "--model.n-embd", "64"],
+    ):
+        with pytest.raises(SystemExit):
+            lab.parse(wrong)
 
 
 def test_the_peers_shape_keeps_context_and_vocabulary_and_takes_a_width_that_heads_divide():
