@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from kindling.cli import parse_cli
 from kindling.config_io import to_yaml
 from presets import PRESETS, preset
 
+sys.path.append(str(ROOT / "benchmarks"))
 README = ROOT / "README.md"
 NOTEBOOK = ROOT / "kindling.ipynb"
 PAGES = [README, NOTEBOOK, *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,7 +109,11 @@ def saved_config() -> str:
 
 def parse_script(script: str, argv: list[str]) -> None:
     """Parse arguments as the script does, and do nothing else. Raises SystemExit or a KindlingError where it would."""
-    if script.startswith("benchmarks/"):
+    if script == "benchmarks/lab.py":
+        import lab
+
+        script, (_, argv) = "main.py", lab.parse(argv)
+    elif script.startswith("benchmarks/"):
         source = (ROOT / script).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
         return
