@@ -178,24 +178,27 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """Start the workers of data builds as forks of a process that has imported their modules, which saves a second for each.
+    """Start the workers of data builds and of pools as forks of a process that has imported their modules.
 
-    The benchmarks that come with the project are read once for all builds. Tests that run the scripts start them as a user's
-    build does, each in a new interpreter.
+    That saves half a second or more for each. The benchmarks that come with the project are read once for all builds. Tests
+    that run the scripts start them as a user's build does, each in a new interpreter.
     """
     import multiprocessing
     from multiprocessing import forkserver
 
+    from kindling import pool
     from kindling.data import workers
     from kindling.data.duplicates import BENCHMARKS, Benchmarks
 
     read = cache(Benchmarks)
     real = multiprocessing.get_context
     os.chdir(ROOT)  # where the process finds the modules
-    real("forkserver").set_forkserver_preload(["kindling.data.workers", "rensa", "tokenizers"])
+    modules = ["kindling.data.workers", "kindling.evaluation.check_correctness", "rensa", "tokenizers"]
+    real("forkserver").set_forkserver_preload(modules)
     forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multiprocessing, "get_context", lambda how=None: real("forkserver" if how == "spawn" else how))
+        for module in (multiprocessing, pool):
+            patch.setattr(module, "get_context", lambda how=None: real("forkserver" if how == "spawn" else how))
         patch.setattr(
             workers, "Benchmarks", lambda names: (read if set(names) <= set(BENCHMARKS) else Benchmarks)(names)
         )

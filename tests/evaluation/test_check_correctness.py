@@ -16,6 +16,8 @@ from kindling.evaluation.tasks import PROBLEMS, Problem, load
 from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.process import Limits
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 MODE = "bwrap" if shutil.which("bwrap") else "none"  # nothing but references and their mutants runs here
 LIMITS = Limits(cpu_s=15, wall_s=90)  # the reference of MBPP/123 takes 3 s, on a slow machine 7
 LIMIT_S = 90
@@ -82,15 +84,16 @@ def test_wrong_bodies_fail(step):
 def test_trivial_bodies_fail_and_are_counted_as_such(step):
     problems = [*load("problems")[::step], *load("humaneval")[:: 2 * step]]
     failed = {"wrong", "exception"}
-    for body, verdicts, passes in (
+    expected = [
         ("    pass\n", failed, True),
         ("    # nothing\n", failed, False),
         ("    return (\n", {"syntax"}, False),
         ("", failed, False),
-    ):
-        for g in graded([(p, body) for p in problems], chat=False):
-            assert g.verdict in verdicts, g
-            assert (g.compiles, g.non_trivial) == (passes, False)
+    ]
+    cases = [(p, *row) for row in expected for p in problems]
+    for (*_, verdicts, passes), g in zip(cases, graded([case[:2] for case in cases], chat=False), strict=True):
+        assert g.verdict in verdicts, g
+        assert (g.compiles, g.non_trivial) == (passes, False)
 
 
 def plainly(job: tuple[Problem, str], slot: int) -> str:
