@@ -593,8 +593,9 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     for i in range(8):  # enough work to be killed in
         shutil.copytree("repo/email", f"repo/copy{i}")
     flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
-    process = started("data_pipeline.py", *flags, cwd=Path.cwd())
+    process, deadline = started("data_pipeline.py", *flags, cwd=Path.cwd()), time.monotonic() + 300
     while not list(Path("data").glob(".building-*/tokenizer.json")):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, sent)
     assert process.wait() != 0
