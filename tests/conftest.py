@@ -45,10 +45,11 @@ from config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig  #
 
 # the slowest files start first; otherwise one worker is busy with one of them after all others have finished
 SLOW_FIRST = ("test_build.py", "test_process.py", "test_scripts.py", "test_evaluate.py", "test_distributed.py")
-SLOW_FIRST += ("test_trainer.py", "test_fsdp.py", "test_check_correctness.py", "test_sft_train.py", "test_hf_format.py")
+SLOW_FIRST += ("test_trainer.py", "test_fsdp.py", "test_sft_train.py", "test_hf_format.py")
 SLOW_FIRST += ("test_start_or_resume.py", "test_evaluations.py", "test_chat.py", "test_figures.py", "test_decoding.py")
 SLOW_FIRST += ("test_memorization.py", "test_perplexity.py", "test_bpe.py", "test_tokenizer.py", "test_rows.py")
 SLOW_FIRST += ("test_distributed_build.py", "test_visualize.py", "test_extraction.py", "test_model.py")
+SLOW_FIRST += ("test_config.py", "test_check_correctness.py")
 
 
 def pytest_addoption(parser) -> None:
@@ -178,24 +179,27 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """Start the workers of data builds as forks of a process that has imported their modules, which saves a second for each.
+    """Start the workers of data builds and of pools as forks of a process that has imported their modules.
 
-    The benchmarks that come with the project are read once for all builds. Tests that run the scripts start them as a user's
-    build does, each in a new interpreter.
+    That saves half a second or more for each. The benchmarks that come with the project are read once for all builds. Tests
+    that run the scripts start them as a user's build does, each in a new interpreter.
     """
     import multiprocessing
     from multiprocessing import forkserver
 
+    from kindling import pool
     from kindling.data import workers
     from kindling.data.duplicates import BENCHMARKS, Benchmarks
 
     read = cache(Benchmarks)
     real = multiprocessing.get_context
     os.chdir(ROOT)  # where the process finds the modules
-    real("forkserver").set_forkserver_preload(["kindling.data.workers", "rensa", "tokenizers"])
+    modules = ["kindling.data.workers", "kindling.evaluation.check_correctness", "rensa", "tokenizers"]
+    real("forkserver").set_forkserver_preload(modules)
     forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multiprocessing, "get_context", lambda how=None: real("forkserver" if how == "spawn" else how))
+        for module in (multiprocessing, pool):
+            patch.setattr(module, "get_context", lambda how=None: real("forkserver" if how == "spawn" else how))
         patch.setattr(
             workers, "Benchmarks", lambda names: (read if set(names) <= set(BENCHMARKS) else Benchmarks)(names)
         )

@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -78,14 +79,14 @@ def configs(cls):
 
     @st.composite
     def draw_config(draw):
-        changed = {}
-        for name, hint in hints.items():
-            if is_dataclass(hint) or draw(st.booleans()):
-                changed[name] = draw(values_for(hint))
-        try:
-            return cls(**changed)
-        except ConfigError:
-            assume(False)
+        for _ in range(20):  # a class whose values do not fit each other is drawn anew; the rest of the config stays
+            changed = {}
+            for name, hint in hints.items():
+                if is_dataclass(hint) or draw(st.booleans()):
+                    changed[name] = draw(values_for(hint))
+            with contextlib.suppress(ConfigError):
+                return cls(**changed)
+        assume(False)
 
     return draw_config()
 

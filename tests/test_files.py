@@ -18,6 +18,8 @@ from kindling.data.ledger import DOCUMENTS, DocumentLog, Ledger, explain, read_d
 from kindling.data.shards import read_manifest
 from kindling.files import append_line, printable, sha256_file, sha256_text, write_atomic, write_json, write_text
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 texts = st.text(st.characters() | st.characters(categories=("Cs",)), max_size=20)
 
 

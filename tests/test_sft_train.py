@@ -147,6 +147,7 @@ def test_the_same_command_says_that_the_run_is_complete(work, corpus, out):
 @pytest.mark.parametrize("packing", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_the_same_command_ends_in_the_same_bits(work, corpus, packing):
     flags = [*mined(corpus), "--train.max-steps", "12", "--train.packing", packing, "--train.log-every", "1"]
+    flags += ["--train.held-out-answers", "0", "--train.sample-prompts"]
     whole = script("sft_train.py", "runs/base", *flags, "--name", f"whole-{packing}", cwd=work)
     assert whole.returncode == 0, whole.stderr
     command = ["sft_train.py", "runs/base", *flags, "--name", f"stopped-{packing}"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_clear_line, script, shared_file, tiny_config, tiny_flags
+from conftest import ROOT, assert_one_clear_line, script, shared_file, started, tiny_config, tiny_flags
 from hub import local_preset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -498,7 +498,9 @@ def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shard
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("modern-5m", "portable-5m") else n for n in PRESETS]
+)  # those two have the data and the tokenizer of demo
 def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_path):
     cfg = preset(name)
     sources = tuple(replace(s, max_bytes=s.max_bytes and 2_000_000) for s in cfg.data.sources)
@@ -591,18 +593,12 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(corpus, sent):
     for i in range(8):  # enough work to be killed in
         shutil.copytree("repo/email", f"repo/copy{i}")
     flags = (*tiny_flags("repo"), "--data.dedup", "False", "--data.near-dedup", "None")
-    command = [sys.executable, ROOT / "data_pipeline.py", *flags]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-    )
+    process, deadline = started("data_pipeline.py", *flags, cwd=Path.cwd()), time.monotonic() + 300
     while not list(Path("data").glob(".building-*/tokenizer.json")):
-        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(sent)
-    assert process.wait(timeout=600) != 0
+    os.kill(process.pid, sent)
+    assert process.wait() != 0
     assert not [p for p in Path("data").glob("*") if not p.name.startswith(".building-")]
     if sent != signal.SIGKILL:
         assert not list(Path("data").iterdir())
@@ -662,9 +658,9 @@ def limited(name: str, file_bytes: int, *args: str) -> subprocess.CompletedProce
 def test_the_real_corpus_builds(tmp_path):
     path = shared_file("code_corpus.jsonl.gz")
     cfg = tiny_config(tmp_path)
-    source = SourceConfig(kind="jsonl", path=str(path), max_documents=600)
+    source = SourceConfig(kind="jsonl", path=str(path), max_documents=300)
     folder = prepare(replace(cfg, data=replace(cfg.data, sources=(source,))))
-    assert ledger_of(folder)["read"][0] == 600 and ledger_of(folder)["dropped"]["characters"][0] > 5
+    assert ledger_of(folder)["read"][0] == 300 and ledger_of(folder)["dropped"]["characters"][0] > 5
 
 
 def test_settings_have_their_old_names_in_the_fingerprint_so_that_old_data_is_found(corpus, monkeypatch):

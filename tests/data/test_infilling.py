@@ -38,6 +38,8 @@ from kindling.runs.checkpoint import RunDirectory
 from kindling.tokenization.tokenizer import TokenizerError, from_json, load_json, train
 from presets import preset
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 CODE = [
     "def add(a, b):\n    return a + b\n\n\n",
     "class Stack:\n    def push(self, x):\n        self.items = [x]\n",

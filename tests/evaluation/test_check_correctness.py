@@ -16,6 +16,8 @@ from kindling.evaluation.tasks import PROBLEMS, Problem, load
 from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.process import Limits
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 MODE = "bwrap" if shutil.which("bwrap") else "none"  # nothing but references and their mutants runs here
 LIMITS = Limits(cpu_s=15, wall_s=90)  # the reference of MBPP/123 takes 3 s, on a slow machine 7
 LIMIT_S = 90
@@ -52,14 +54,15 @@ def all_of_mbpp(monkeypatch) -> list[Problem]:
     return load("mbpp")
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_reference_passes(step):
     problems = [*load("humaneval")[::step], *load("problems")[::step]]
     assert failures([(p, completion(p)) for p in problems], chat=False) == []
 
 
-def test_references_pass_as_answers():
-    problems = [*load("humaneval")[2::12], *load("problems")[2::12], *load("mbpp-3shot")[::50]]
+@pytest.mark.parametrize("step", [36, pytest.param(12, marks=pytest.mark.slow)])
+def test_references_pass_as_answers(step):
+    problems = [*load("humaneval")[2::step], *load("problems")[2::step], *load("mbpp-3shot")[:: 4 * step]]
     assert failures([(p, answer(p)) for p in problems], chat=True) == []
 
 
@@ -70,25 +73,27 @@ def test_every_reference_of_mbpp_passes(monkeypatch):
     assert failures([(p, completion(p)) for p in problems], chat=False) == []
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_wrong_bodies_fail(step):
     texts = [(p, body) for p, row in zip(load("problems"), GRADED_ROWS) for body in row["wrong"][:2]][::step]
     passed = [(p.task_id, text) for (p, text), g in zip(texts, graded(texts, chat=False)) if g.verdict == "passed"]
     assert passed == []
 
 
-def test_trivial_bodies_fail_and_are_counted_as_such():
-    problems = [*load("problems")[::18], *load("humaneval")[::40]]
+@pytest.mark.parametrize("step", [40, pytest.param(18, marks=pytest.mark.slow)])
+def test_trivial_bodies_fail_and_are_counted_as_such(step):
+    problems = [*load("problems")[::step], *load("humaneval")[:: 2 * step]]
     failed = {"wrong", "exception"}
-    for body, verdicts, passes in (
+    expected = [
         ("    pass\n", failed, True),
         ("    # nothing\n", failed, False),
         ("    return (\n", {"syntax"}, False),
         ("", failed, False),
-    ):
-        for g in graded([(p, body) for p in problems], chat=False):
-            assert g.verdict in verdicts, g
-            assert (g.compiles, g.non_trivial) == (passes, False)
+    ]
+    cases = [(p, *row) for row in expected for p in problems]
+    for (*_, verdicts, passes), g in zip(cases, graded([case[:2] for case in cases], chat=False), strict=True):
+        assert g.verdict in verdicts, g
+        assert (g.compiles, g.non_trivial) == (passes, False)
 
 
 def plainly(job: tuple[Problem, str], slot: int) -> str:
@@ -125,7 +130,7 @@ def compare_mutants(problems: list[Problem]) -> tuple[list[str], int]:
 
 
 def test_mutants_fail_unless_no_test_sees_them():
-    problems = [*load("humaneval")[1::16], *load("problems")[::10], *load("mbpp")[::60]]
+    problems = [*load("humaneval")[1::32], *load("problems")[::20], *load("mbpp")[::120]]
     different, passed = compare_mutants(problems)
     assert different == [] and passed < len(problems) / 5
 

@@ -507,6 +507,7 @@ def _extract(text: str, slot: int) -> tuple[str, ...]:
     return tuple(str(is_trivial(p, "add")) for p in programs)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_nasty_texts_cost_only_themselves():
     results = list(map_jobs(_extract, NASTY.values(), n_workers=2, limit_s=300))  # a busy machine is slow
     assert len(results) == len(NASTY)

@@ -13,6 +13,8 @@ from kindling.evaluation.report import describe_left_out
 from kindling.evaluation.samples import Sample
 from kindling.evaluation.tasks import TaskError, load
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 MODE = "bwrap" if shutil.which("bwrap") else "none"
 GOOD = ("    return [f for f in fs]\n", "    assert candidate([1]) == [1]\n")
 UNASKABLE = {

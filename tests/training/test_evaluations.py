@@ -250,7 +250,7 @@ class Timed(Validation):
 def minute(path, made, corpus, monkeypatch, **seconds):
     cfg = tiny_config(corpus, max_minutes=1, eval_every=None, save_every=10**6, warmup_steps=1).with_steps(1)
     trainer = trainer_in(path, made, cfg, Timed)
-    trainer.validation.clock = Clock(trainer, monkeypatch, step_s=0.5)
+    trainer.validation.clock = Clock(trainer, monkeypatch, step_s=2.0)
     for name, value in seconds.items():
         setattr(trainer.validation, name, value)
     return trainer
@@ -263,7 +263,7 @@ def test_a_minute_has_ten_points_by_the_clock_and_the_whole_split_at_the_end(
     monkeypatch.setattr(trainer.validation.dataset, "n_rows_in_order", lambda cfg: 100)
     assert fit(trainer) == 0
     assert trainer.state.validation_rows == 20 and trainer.state.elapsed_s == 60
-    assert [line["step"] for line in points(trainer.run.path)] == [*range(0, 121, 12), 120]
+    assert [line["step"] for line in points(trainer.run.path)] == [*range(0, 31, 3), 30]
     assert trainer.state.last_eval["val_loss"] == 1.0 and trainer.state.whole_is_evaluated
     assert trainer.state.evaluation_s == pytest.approx(1.0 + 11 * 0.3 + 5.0)
     *parts, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
@@ -284,7 +284,7 @@ def test_a_minute_on_a_slow_machine_ends_within_a_minute_and_a_half(
     assert fit(trainer) == 0
     state, said = trainer.state, capsys.readouterr().err
     assert state.elapsed_s == 60 and state.elapsed_s + state.evaluation_s <= 90
-    assert state.last_eval["val_loss"] == 2.0 and not state.whole_is_evaluated and state.last_eval_step == 120
+    assert state.last_eval["val_loss"] == 2.0 and not state.whole_is_evaluated and state.last_eval_step == 30
     assert "so the last validation is of 20 of 10,000 rows" in said
     assert ("so some evaluations are left out" in said) == (point_s > 1)
 
@@ -292,7 +292,7 @@ def test_a_minute_on_a_slow_machine_ends_within_a_minute_and_a_half(
 def test_a_minute_that_was_stopped_goes_on_with_its_part_and_its_time(made, corpus, tmp_path, monkeypatch):
     first = minute(tmp_path / "r", made, corpus, monkeypatch, point_s=0.3)
     monkeypatch.setattr(first.validation.dataset, "n_rows_in_order", lambda cfg: 100)
-    stop_during(first, 60)
+    stop_during(first, 15)
     assert fit(first) == 143
     second = minute(tmp_path / "r", made, corpus, monkeypatch, point_s=0.3)
     monkeypatch.setattr(second.validation.dataset, "n_rows_in_order", lambda cfg: 100)
@@ -300,7 +300,7 @@ def test_a_minute_that_was_stopped_goes_on_with_its_part_and_its_time(made, corp
     second.resume(folder, load_state(folder))
     assert second.validation.part == 20 and second.state.evaluation_s == first.state.evaluation_s > 0
     assert fit(second) == 0
-    assert [line["step"] for line in points(second.run.path)][:-1] == [*range(0, 121, 12)]
+    assert [line["step"] for line in points(second.run.path)][:-1] == [*range(0, 31, 3)]
 
 
 # -- metrics.csv ------------------------------------------------------------------------------------------------------

@@ -32,13 +32,22 @@ from kindling.training.start_or_resume import (
 from model import GPT
 from presets import preset
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
+
+@pytest.fixture(scope="module")
+def built(corpus, tmp_path_factory) -> Path:
+    """The data of the tiny config, built once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("built"))
+        return prepare(tiny_config(corpus)).absolute()
+
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_documents_are_masked_from_each_other_where_the_model_says_so(corpus, tmp_path, monkeypatch, document_mask):
-    monkeypatch.chdir(tmp_path)
+def test_documents_are_masked_from_each_other_where_the_model_says_so(corpus, built, document_mask):
     cfg = tiny_config(corpus)
     cfg = replace(cfg, model=replace(cfg.model, document_mask=document_mask))
-    dataset = TokenDataset(prepare(cfg), "train")
+    dataset = TokenDataset(built, "train")
     for batch in (training_rows(cfg, dataset).rows(0, 2), next(iter(dataset.in_order(cfg.model, 2)))):
         assert (batch.position_ids is not None) == document_mask
 
@@ -83,18 +92,16 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     assert np.array_equal(rebuilt.read(0, 1000), ids)
 
 
-def test_a_run_keeps_the_tables_of_its_held_out_documents(corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = prepare(tiny_config(corpus))
+def test_a_run_keeps_the_tables_of_its_held_out_documents(corpus, built, tmp_path):
     run = RunDirectory(tmp_path / "runs" / "new")
-    run.create(tiny_config(corpus), folder)
+    run.create(tiny_config(corpus), built)
     for split in ("val", "test"):
-        assert np.array_equal(run.heldout(split).documents, TokenDataset(folder, split).documents)
+        assert np.array_equal(run.heldout(split).documents, TokenDataset(built, split).documents)
 
 
 @pytest.fixture(scope="module")
 def hub(corpus, tmp_path_factory):
-    """A hub folder with weights of the tiny shape and another seed, and the config of a run that starts from it."""
+    """A hub folder with weights of the tiny shape and another seed; the config of a run that starts from it, and its data."""
     root = tmp_path_factory.mktemp("hub")
     folder = root / "model"
     folder.mkdir()
@@ -106,7 +113,18 @@ def hub(corpus, tmp_path_factory):
     model = GPT(cfg.model)
     hf_format.write(folder, model, tokenizer, "")
     of_folder = TokenizerConfig(kind="pretrained", path=str(folder))
-    return model, replace(cfg, tokenizer=of_folder, train=replace(cfg.train, init_from=str(folder)))
+    cfg = replace(cfg, tokenizer=of_folder, train=replace(cfg.train, init_from=str(folder)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        prepare(cfg)
+    return model, cfg, root / "data"
+
+
+@pytest.fixture
+def in_tmp(hub, tmp_path, monkeypatch) -> None:
+    """Make the test's folder, with the data of `hub`, the working directory."""
+    shutil.copytree(hub[2], tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
 
 
 def taken_up(cfg, where, begun=False):
@@ -122,9 +140,8 @@ def taken_up(cfg, where, begun=False):
 
 
 @pytest.mark.parametrize("backbone", ["kindling", "transformers"])
-def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, tmp_path, monkeypatch, backbone):
-    monkeypatch.chdir(tmp_path)
-    theirs, cfg = hub
+def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, in_tmp, tmp_path, backbone):
+    theirs, cfg, _ = hub
     cfg = replace(cfg, model=replace(cfg.model, backbone=backbone))
     trainer = taken_up(cfg, tmp_path)
     ours = dict(trainer.model.for_generation().named_parameters())
@@ -132,9 +149,8 @@ def test_a_run_starts_from_the_weights_of_a_hub_folder(hub, tmp_path, monkeypatc
     assert trainer.state.initial_sha256 == sha256_file(Path(cfg.train.init_from) / "model.safetensors")
 
 
-def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, cfg = hub
+def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, in_tmp, tmp_path):
+    _, cfg, _ = hub
     folder = tmp_path / "copy"
     shutil.copytree(cfg.train.init_from, folder)
     cfg = replace(cfg, train=replace(cfg.train, init_from=str(folder)))
@@ -149,7 +165,7 @@ def test_a_run_goes_on_only_from_the_hub_weights_that_it_started_from(hub, tmp_p
 
 
 def test_hub_weights_of_another_shape_are_refused_before_any_data_is_read(hub, tmp_path):
-    _, cfg = hub
+    _, cfg, _ = hub
     cfg = replace(cfg, model=replace(cfg.model, n_layer=3, activation="relu", block_size=16, d_ff=128))
     with pytest.raises(CheckpointError) as caught:
         check_new_run(cfg, RunDirectory(tmp_path / "new"), fresh=False)
@@ -158,7 +174,7 @@ def test_hub_weights_of_another_shape_are_refused_before_any_data_is_read(hub, t
 
 def test_hub_weights_with_another_tokenizer_are_refused(hub, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, cfg = hub
+    _, cfg, _ = hub
     own = TokenizerConfig(pad_token="<pad>")
     with pytest.raises(hf_format.HubFormatError, match=rf"--tokenizer\.path {cfg.train.init_from}"):
         taken_up(replace(cfg, tokenizer=own), tmp_path)
@@ -174,7 +190,7 @@ def test_hub_weights_with_another_tokenizer_are_refused(hub, corpus, tmp_path, m
 
 
 def test_the_context_of_rotary_hub_weights_may_be_another(hub, tmp_path):
-    _, cfg = hub
+    _, cfg, _ = hub
     model = replace(cfg.model, position="rope", norm="rmsnorm")
     torch.manual_seed(6)
     hf_format.write(tmp_path, GPT(model), load_pretrained(cfg.tokenizer), "")

@@ -214,7 +214,15 @@ def undisturbed(request, corpus, tmp_path_factory):
     return cfg, trainer.digest()
 
 
-@pytest.mark.parametrize("stop_step", [0, 5, 10])
+@pytest.mark.parametrize(
+    ("undisturbed", "stop_step"),
+    [
+        *(("fp32", step) for step in (0, 5, 10)),
+        ("bf16", 5),
+        *(pytest.param("bf16", step, marks=pytest.mark.slow) for step in (0, 10)),
+    ],
+    indirect=["undisturbed"],
+)
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(undisturbed, tmp_path, stop_step):
     cfg, digest = undisturbed
     trainer, folder, state = interrupted(tmp_path / "r", cfg, stop_step)
@@ -278,7 +286,7 @@ class Documents(Numbers):
         super().__init__(vocab_size=16)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_training_with_the_document_mask_resumes_to_the_same_bits(corpus, tmp_path, precision):
     cfg = masked_config(corpus, **{**RESUME, "max_steps": 8, "precision": precision})
     blocks = PackedBlocks(Documents(), 32, cfg.train.seed, document_mask=True)
