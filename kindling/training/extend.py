@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, TrainConfig
+from kindling.data.examples import training_rows
 from kindling.data.shards import TokenDataset
 from kindling.errors import CheckpointError, ConfigError
 from kindling.runs.checkpoint import RunDirectory, load_state, verify
@@ -27,12 +28,12 @@ from kindling.training.skipped_steps import SKIPPED
 RECORDS = ("metrics.jsonl", SAMPLES, SKIPPED)  # a resumed run removes the lines of metrics and samples after its step
 
 
-def begin_extension(cfg: Config, run: RunDirectory, origin: RunDirectory, dataset: TokenDataset, n_rows: int) -> None:
+def begin_extension(cfg: Config, run: RunDirectory, origin: RunDirectory, dataset: TokenDataset) -> None:
     """Create `run` with the newest checkpoint of `origin` that is before both decays: its own and that of `cfg`.
 
-    `n_rows` are the rows of an epoch. An old run of this name is kept. Raises KindlingError if there is no such checkpoint.
+    An old run of this name is kept. Raises KindlingError if there is no such checkpoint.
     """
-    folder, state = branch(origin, cfg.with_steps(n_rows).train)
+    folder, state = branch(origin, cfg.with_steps(training_rows(cfg, dataset).n_rows).train)
     if run.exists() or run.checkpoints():
         print(f"the old run is kept as {run.keep_as_old()}")
     # the best checkpoint so far is not in the new run's folder
@@ -59,12 +60,14 @@ def branch(origin: RunDirectory, train: TrainConfig) -> tuple[Path, dict[str, An
             f"{origin.path} must have a checkpoint from before its learning rate decays, but has none, as runs of earlier "
             f"versions; train it again, or start from its last weights with --train.init-from {origin.path}"
         )
-    flag, given, least = ("max-steps", train.max_steps, _least_steps(state, train))
+    least: float
     if train.max_minutes is not None:
         flag, given, least = "max-minutes", train.max_minutes, _least_minutes(state, train)
+    else:
+        flag, given, least = "max-steps", train.max_steps, _least_steps(state, train)
     raise ConfigError(
-        f"--train.{flag} must be at least {least:g}, so that the run ends and decays after step {state['step']}, "
-        f"from where it goes on with {origin.path}, but is {given:g}; choose a later end, or a smaller --train.decay-fraction"
+        f"--train.{flag} must be at least {least}, so that the run ends and decays after step {state['step']}, "
+        f"from where it goes on with {origin.path}, but is {given}; choose a later end, or a smaller --train.decay-fraction"
     )
 
 

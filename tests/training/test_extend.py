@@ -161,7 +161,7 @@ def test_a_run_of_an_earlier_version_and_one_that_always_decays_keep_no_such_che
         branch(run, planned(corpus, "x", max_steps=20).train)
     always = make_trainer(tmp_path / "always", tiny_config(corpus, save_every=1, keep_checkpoints=1))
     assert fit(always) == 0
-    assert states_of(always.run) == {12: 2}
+    assert set(states_of(always.run).values()) == {2}
     with pytest.raises(
         KindlingError, match=r"had schedule cosine and decay_fraction 1; set --train.decay-fraction 0.2 in both"
     ):
