@@ -60,6 +60,7 @@ def branch(origin: RunDirectory, train: TrainConfig) -> tuple[Path, dict[str, An
             f"{origin.path} must have a checkpoint from before its learning rate decays, but has none, as runs of earlier "
             f"versions; train it again, or start from its last weights with --train.init-from {origin.path}"
         )
+    given: float | None
     least: float
     if train.max_minutes is not None:
         flag, given, least = "max-minutes", train.max_minutes, _least_minutes(state, train)
