@@ -340,3 +340,16 @@ def test_examples_are_built_anew_for_another_context_or_another_wording_of_the_t
     assert fingerprint(replace(cfg, model=replace(cfg.model, block_size=128)), [None]) != same
     monkeypatch.setattr(prompts, "ALPACA_INPUT", prompts.ALPACA_INPUT + " ")
     assert fingerprint(cfg, [None]) != same
+
+
+@pytest.mark.slow
+def test_an_extended_fine_tuning_ends_with_the_bits_of_one_that_was_planned_for_its_end(work, corpus):
+    plan = [*SMALL, "--data.sources.0.path", str(corpus), "--train.warmup-steps", "1", "--train.decay-fraction", "0.4"]
+    for name, steps in (("planned", "9"), ("short", "6")):
+        result = script("sft_train.py", "base", *plan, "--name", name, "--train.max-steps", steps, cwd=work)
+        assert result.returncode == 0, result.stderr
+        (work / f"{name}.txt").write_text(result.stdout, encoding="utf-8")
+    longer = script("sft_train.py", "--train.extend", "short", "--train.max-steps", "9", cwd=work)
+    assert longer.returncode == 0, longer.stderr
+    assert re.search(r"runs/short-longer goes on from step \d of runs/short", longer.stdout)
+    assert digest_of(longer.stdout) == digest_of((work / "planned.txt").read_text(encoding="utf-8"))

@@ -22,7 +22,10 @@ from kindling.distributed import process_group
 from kindling.output import wants_color
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
+from kindling.training.early_checks import run_to_extend
+from kindling.training.extend import begin_extension
 from kindling.training.loop import fit
+from kindling.training.schedule import has_stable_part
 from kindling.training.start_or_resume import check_config_changes, check_new_run, data_of_run, start_or_resume
 from kindling.training.trainer import Trainer
 
@@ -43,7 +46,12 @@ def train_stage(
     with process_group(cfg.train.device) as world, contextlib.ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(run.lock()))
         resuming = world.on_main(run.exists) and not fresh
-        if resuming:
+        if cfg.train.extend is not None and not (resuming and world.on_main(run.checkpoints)):
+            origin = world.on_main(lambda: run_to_extend(cfg, run))
+            dataset = world.main_first(lambda: data_of_run(cfg, origin, tokenizer))
+            world.on_main(lambda: begin_extension(cfg, run, origin, dataset))
+            resuming = True
+        elif resuming:
             world.on_main(lambda: check_config_changes(run.config(), cfg, run))
             dataset = world.main_first(lambda: data_of_run(cfg, run, tokenizer))
         else:
@@ -55,8 +63,7 @@ def train_stage(
         trainer = start_or_resume(cfg, run, resuming, dataset, rows, world)
         print(describe(trainer, rows, base))
         if trainer.share() >= 1:
-            more = "max-steps" if cfg.train.max_minutes is None else "max-minutes"
-            print(f"the run is complete at step {trainer.state.step}; --train.{more} N goes on, --fresh starts over")
+            print(ways_on(trainer))
         else:
             if trainer.state.step:
                 print(f"resuming at step {trainer.state.step}")
@@ -73,6 +80,15 @@ def train_stage(
             print(summary_line(trainer, digest, time.perf_counter() - started, resuming))
             print(f"results in {run.path}; next: " + "\n        or: ".join(commands))
     return 0
+
+
+def ways_on(trainer: Trainer) -> str:
+    """Return the text that a run is complete, and how it can go on."""
+    more = "--train.max-steps N" if trainer.train.max_minutes is None else "--train.max-minutes N"
+    said = f"the run is complete at step {trainer.state.step}; {more} goes on, --fresh starts over"
+    if has_stable_part(trainer.train) and trainer.state.decay_step:
+        said += f"; --train.extend {trainer.run.path} {more} goes on in a new run, from before the decay"
+    return said
 
 
 def audit_examples(cfg: Config, rows: TrainingRows, tokenizer: Tokenizer) -> None:
