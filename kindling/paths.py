@@ -47,6 +47,10 @@ def require_run(path: Path) -> Path:
             f"{path} must be a run that was trained here, but is a model of others; fine-tune it first with "
             f"`python sft_train.py {path}`"
         )
+    if path.is_file():
+        raise KindlingError(
+            f"{path} must be the folder of a run or of a model, but is a file; name the folder that it is in, with all its files"
+        )
     folders = dict.fromkeys(place.parent for place in places if place.parent.name == RUNS.name)
     known = sorted(str(found.parent) for folder in folders for found in folder.glob("*/config.yaml"))
     raise KindlingError(

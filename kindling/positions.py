@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kindling.rope import stretched
+from kindling.rope import frequencies
 
 BIGRAM_PRIMES = 2_654_435_761, 2_246_822_519  # of xxHash: large and odd, with no small ratio
 
@@ -27,8 +27,7 @@ def rotary_tables(
 
     `scaling` is `ModelConfig.rope_factors`.
     """
-    rate = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2,)
-    rate = stretched(rate, scaling)  # (D/2,)
+    rate = frequencies(torch.arange(0, head_dim, 2, dtype=torch.float32), head_dim, theta, scaling)  # (D/2,)
     angle = torch.arange(block_size, dtype=torch.float32)[:, None] * rate  # (T, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (T, D)
     return angle.cos(), angle.sin()

@@ -1,9 +1,14 @@
-"""Rotary positions (RoPE) that were stretched for a longer context, for PyTorch and for NumPy; imports neither."""
+"""The frequencies of rotary positions (RoPE), also stretched for a longer context, for PyTorch and NumPy; imports neither."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+
+def frequencies(even: Any, head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Any:
+    """Return RoPE's frequencies (D/2,), stretched; `even` holds 0, 2, ... below head_dim, as an array or a tensor of floats."""
+    return stretched(theta ** (-even / head_dim), scaling)
 
 
 def stretched(rate: Any, scaling: tuple[float, ...]) -> Any:

@@ -20,6 +20,13 @@ from config import ModelConfig
 UNIT_EPS = torch.finfo(torch.float32).eps  # of QK-norm without weights: torch's default
 
 
+def without_derived(cfg: ModelConfig) -> ModelConfig:
+    """Return the same shape with None for d_head and qkv_bias where it derives what they are."""
+    d_head = None if cfg.head_dim * cfg.n_head == cfg.n_embd else cfg.d_head
+    qkv_bias = None if cfg.has_qkv_bias == cfg.bias else cfg.qkv_bias
+    return replace(cfg, d_head=d_head, qkv_bias=qkv_bias)
+
+
 def fold_qk_norm(cfg: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and weights of our `GPT` with learned QK-norm; others are returned as they are."""
     weights = dict(weights)

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from config import ModelConfig
 from kindling.data.chat_templates import jinja_template
 from kindling.errors import KindlingError, one_line
-from kindling.formats.folding import fold_qk_norm
-from kindling.rope import stretched
+from kindling.formats.folding import fold_qk_norm, without_derived
+from kindling.rope import frequencies
 from kindling.tokenization.bpe import ByteLevelBPE
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class GGUFError(KindlingError):
 
 def nearest_architecture(cfg: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
     """Return the architecture of llama.cpp that holds the most settings of a shape, and what it needs of the others."""
-    cfg, _ = fold_qk_norm(cfg, {})
+    cfg, _ = fold_qk_norm(without_derived(cfg), {})
     differing = {
         name: {field: must for field, must in holds.items() if getattr(cfg, field) != must}
         for name, holds in HOLDS.items()
@@ -209,8 +209,8 @@ def _stored(model: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     if arch == "qwen3":
         cfg, parameters = fold_qk_norm(cfg, {name: p.detach().cpu() for name, p in parameters.items()})
     if len(cfg.rope_factors) == 4:  # as in the converter: what each frequency is divided by
-        rate = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)  # (D/2,)
-        yield ROPE_FACTORS, rate / stretched(rate, cfg.rope_factors)
+        rope = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32), cfg.head_dim, cfg.rope_theta
+        yield ROPE_FACTORS, frequencies(*rope) / frequencies(*rope, cfg.rope_factors)  # (D/2,)
     for ours, parameter in parameters.items():
         module, _, which = ours.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)

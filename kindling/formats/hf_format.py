@@ -215,6 +215,11 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture, ModelConfi
     path = folder / CONFIG
     content = read_json(path)
     name = content.get("model_type")
+    if name is None and "weights_sha256" in content:
+        raise HubFormatError(
+            f"{folder} must be a model that PyTorch can load, but is an export to int8; use it with `python autocomplete.py "
+            f"{folder}` or `python serve.py {folder}`, or name the run"
+        )
     if name not in CLASSES:
         raise HubFormatError(
             f"{path} must be of a model_type that Kindling computes ({', '.join(CLASSES)}), but is of {name!r}; choose another "
@@ -222,8 +227,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture, ModelConfi
         )
     try:
         cfg = our_config(content, name)
-    except KindlingError as e:
+    except HubFormatError as e:
         raise HubFormatError(f"{path}: {e}") from None
+    except KindlingError as e:  # its way out is a flag, which changes no file
+        raise HubFormatError(f"{path}: {str(e).rpartition(';')[0]}; fetch it again") from None
     except Exception as e:  # transformers and pydantic check types, and raise errors of their own
         raise HubFormatError(f"{path} must be a config of {name}, but is not ({one_line(e)}); fetch it again") from None
     return content, name, cfg

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, DataConfig, ModelConfig, TokenizerConfig
 from kindling.data.jinja_chat import TemplateError, end_of_answers
-from kindling.errors import KindlingError
+from kindling.errors import KindlingError, one_line
 from kindling.paths import holds_hub_model, places_of_run
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.loading import PretrainedFolder, find_run
 from kindling.tokenization.pretrained import load_pretrained, rewrites
-from kindling.tokenization.tokenizer import Tokenizer
+from kindling.tokenization.tokenizer import Tokenizer, from_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from model import LanguageModel
 
 CONTEXT = 2048  # tokens of a longer context that are used
@@ -66,12 +69,17 @@ class PretrainedModel(PretrainedFolder):
 
         return weights_sha256(self.path)
 
-    def load_weights(self, model: LanguageModel) -> None:
-        """Load the folder's weights into a model of its shape. Raises HubFormatError unless they are all there, and finite."""
+    def read_weights(self) -> Mapping[str, Tensor]:
+        """Return the folder's weights. Raises HubFormatError unless they are all there, finite, and of the config's shape."""
         from kindling.formats.hf_format import read
+
+        return read(self.path)[1]
+
+    def load_weights(self, model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
+        """Load what `read_weights` returned into a model of the folder's shape."""
         from kindling.formats.hf_layout import load_into
 
-        load_into(model, read(self.path)[1])
+        load_into(model, weights)
 
     def heldout(self, split: str) -> Any:
         """Raise PretrainedError: nobody knows what the model has not seen."""
@@ -94,7 +102,7 @@ class PretrainedModel(PretrainedFolder):
 
     @cached_property
     def _config(self) -> Config:
-        model, tokenizer = self.shape, self._tokenizer_config()
+        model = self.shape
         if model.position == "rope" and model.block_size > CONTEXT:
             print(
                 f"note: of the context of {model.block_size:,} tokens of {self.path}, {CONTEXT:,} are used; for fine-tuning, "
@@ -102,16 +110,24 @@ class PretrainedModel(PretrainedFolder):
                 file=sys.stderr,
             )
             model = replace(model, block_size=CONTEXT)
-        if said := rewrites(load_pretrained(replace(tokenizer, lossy=True))):
-            print(f"note: the tokenizer of {self.path} rewrites text: {said}", file=sys.stderr)
-            tokenizer = replace(tokenizer, lossy=True)
         data = DataConfig() if self.template is None else DataConfig(template=self.template)
-        return Config(preset=PRESET, name=self.path.resolve().name, model=model, tokenizer=tokenizer, data=data)
+        return Config(
+            preset=PRESET, name=self.path.resolve().name, model=model, tokenizer=self._own_tokenizer.cfg, data=data
+        )
+
+    @cached_property
+    def _own_tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, which is lossy if it rewrites text; a note says so."""
+        cfg = self._tokenizer_config()
+        tokenizer = load_pretrained(replace(cfg, lossy=True))
+        if (said := rewrites(tokenizer)) is None:
+            return from_json(tokenizer.to_json(), cfg)
+        print(f"note: the tokenizer of {self.path} rewrites text: {said}", file=sys.stderr)
+        return tokenizer
 
     def tokenizer(self) -> Tokenizer:
         """Return the folder's tokenizer. Raises KindlingError if it is missing, unreadable or larger than the model."""
-        tokenizer = load_pretrained(self.config().tokenizer)
-        rows = self.config().model.vocab_size
+        rows, tokenizer = self.config().model.vocab_size, self._own_tokenizer
         if tokenizer.vocab_size > rows:
             raise PretrainedError(
                 f"the tokenizer of {self.path} must have at most vocab_size={rows} ids, but has {tokenizer.vocab_size}; fetch "
@@ -132,11 +148,20 @@ class PretrainedModel(PretrainedFolder):
     @cached_property
     def template(self) -> str | None:
         """The folder's own chat template, which begins with the special tokens that it may name; None if it has none."""
-        own = self._told.get("chat_template")
-        if (self.path / TEMPLATE).is_file():
-            own = (self.path / TEMPLATE).read_text(encoding="utf-8")
-        if isinstance(own, list):  # several, each with a name
-            own = next((one.get("template") for one in own if one.get("name") == "default"), None)
+        own, path = self._told.get("chat_template"), self.path / TOKENIZER_CONFIG
+        try:
+            if (self.path / TEMPLATE).is_file():
+                path = self.path / TEMPLATE
+                own = path.read_text(encoding="utf-8")
+            if isinstance(own, list):  # several, each with a name
+                own = next((one["template"] for one in own if one["name"] == "default"), None)
+            if not isinstance(own, str | None):
+                raise ValueError(f"it is a {type(own).__name__}")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise PretrainedError(
+                f"the chat template in {path} must be a text, or a list of texts with names, but is not ({one_line(e)}); "
+                f"fetch it again"
+            ) from None
         if not own:
             return None
         named = {name: _text_of(self._told.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -176,7 +201,7 @@ class PretrainedModel(PretrainedFolder):
 
     def _tokenizer_config(self) -> TokenizerConfig:
         """Return the settings of the folder's tokenizer. Raises PretrainedError if no token ends a text."""
-        ends = self._end_tokens()
+        first, ends = self._first_token(), self._end_tokens()
         if self.template is not None:
             # in training and chat, a text ends where an answer does; `require_trainable` says if none can be told
             with contextlib.suppress(TemplateError):
@@ -188,7 +213,7 @@ class PretrainedModel(PretrainedFolder):
             )
         eos, *others = dict.fromkeys(ends)
         taken = {eos}
-        named: dict[str, str | None] = {"bos_token": self._first_token()}
+        named: dict[str, str | None] = {"bos_token": first}
         named |= {name: _text_of(self._told.get(name)) for name in ("pad_token", "unk_token")}
         for name, token in named.items():
             named[name] = None if token in taken or token not in self._added else token
@@ -216,8 +241,13 @@ class PretrainedModel(PretrainedFolder):
 
         try:
             backend = Backend.from_str(json.dumps(self._backend))
+        except Exception as e:  # the library raises plain Exception
+            raise PretrainedError(
+                f"{self.path / 'tokenizer.json'} must be of the `tokenizers` library, but is not ({one_line(e)}); fetch it again"
+            ) from None
+        try:
             plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        except Exception:  # the library raises plain Exception; `load_pretrained` says what is wrong
+        except Exception:  # it cannot encode "a"
             return None
         return backend.id_to_token(whole[0]) if whole[-len(plain) :] == plain and len(whole) == len(plain) + 1 else None
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from config import ModelConfig
 from kindling.config_io import by_old_names, by_present_names
 from kindling.errors import KindlingError
-from kindling.formats.folding import fold_qk_norm
+from kindling.formats.folding import fold_qk_norm, without_derived
 from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class HubFormatError(KindlingError):
 
 def unsupported_settings(cfg: ModelConfig, name: str) -> dict[str, Any]:
     """Return the settings of `cfg` that the stock class `name` does not support, each with a value that it does."""
+    cfg = without_derived(cfg)
     found = {f: held[0] for f, held in STOCK[name].items() if getattr(cfg, f) not in held}
     if name == "gpt2" and cfg.kv_heads != cfg.n_head:
         found["n_kv_head"] = None
@@ -321,7 +322,7 @@ def _require_known(content: dict[str, Any], name: Architecture) -> None:
                 rope.get("rope_type", rope.get("type", "default")),
                 ("default", "linear", "llama3"),
             ),
-            "layer_types": ({*(content.get("layer_types") or ())} - {"full_attention"}, (set(),)),
+            "layer_types": (sorted({"full_attention", *(content.get("layer_types") or ())}), (["full_attention"],)),
             "use_sliding_window": (content.get("use_sliding_window", False), (False, None)),
             "auto_map": (content.get("auto_map") if name != "kindling" else None, (None,)),
         }

@@ -24,7 +24,7 @@ import numpy as np
 
 from kindling.errors import KindlingError
 from kindling.int8.cache import Cache
-from kindling.rope import stretched
+from kindling.rope import frequencies
 
 FORMAT = 1  # the version of config.json
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -216,8 +216,8 @@ class Model:
         self.sin: Array | None = None
         self.kernel: Callable[[Cache, Array], Array] | None = None  # in C
         if m["position"] == "rope":
-            rate = m["rope_theta"] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)  # (D/2,)
-            rate = stretched(rate, tuple(m.get("rope_factors", ())))
+            even, stretch = np.arange(0.0, self.head_dim, 2), tuple(m.get("rope_factors", ()))
+            rate = frequencies(even, self.head_dim, m["rope_theta"], stretch)  # (D/2,)
             angle = np.outer(np.arange(m["block_size"]), np.tile(rate, 2))  # (T, D)
             self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 

@@ -9,6 +9,7 @@ Only `load_model` imports torch.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 class PretrainedFolder(RunDirectory):
     """The folder of a model that others trained, in the place of a run. formats/hf_import.py reads one."""
 
-    def load_weights(self, model: LanguageModel) -> None:
-        """Load the folder's weights into a model of its shape."""
+    def read_weights(self) -> Mapping[str, torch.Tensor]:
+        """Return the folder's weights. Raises KindlingError unless they fit its config."""
+        raise NotImplementedError
+
+    def load_weights(self, model: LanguageModel, weights: Mapping[str, torch.Tensor]) -> None:
+        """Load what `read_weights` returned into a model of the folder's shape."""
         raise NotImplementedError
 
     def weights_sha256(self) -> str:
@@ -143,9 +148,11 @@ def load_model(run: RunDirectory, device: torch.device, folder: Path | None = No
     from model import build_model
 
     folder = folder or require_checkpoint(run)
-    model = build_model(run.config().model)
     if isinstance(run, PretrainedFolder):
-        run.load_weights(model)
+        weights = run.read_weights()  # first, as a wrong config may ask for a model that fits no memory
+        model = build_model(run.config().model)
+        run.load_weights(model, weights)
     else:
+        model = build_model(run.config().model)
         load_weights(folder, model)
     return model.to(device).eval(), folder

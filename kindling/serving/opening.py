@@ -37,9 +37,10 @@ def is_export(path: Path | None) -> bool:
         return False
     found = next((place / CONFIG for place in places_of_run(path) if (place / CONFIG).is_file()), None)
     try:
-        return found is not None and "model_type" not in json.loads(found.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return True  # what is wrong with it is said when it is read
+        content = json.loads(found.read_text(encoding="utf-8")) if found is not None else None
+    except (OSError, ValueError):
+        return False  # what is wrong with it is said when it is read
+    return isinstance(content, dict) and "model_type" not in content
 
 
 def open_export(path: Path | None, kernel: str, cache_bytes: int | None) -> Opened:

@@ -93,6 +93,15 @@ def test_each_architecture_holds_its_shapes(shape):
     assert architecture(SHAPES[shape]) == shape.split()[0]
 
 
+def test_what_none_would_derive_is_no_other_shape():
+    from kindling.formats.hf_layout import architecture as hub_class
+
+    written = replace(LLAMA, qk_norm="learned", d_head=16, qkv_bias=False), replace(GPT2, d_head=16, qkv_bias=True)
+    assert [architecture(cfg) for cfg in written] == [hub_class(cfg) for cfg in written] == ["qwen3", "gpt2"]
+    with pytest.raises(GGUFError, match=r"model\.d_head=None \(is 20\)"):
+        architecture(replace(GPT2, d_head=20))
+
+
 def test_a_model_with_a_table_of_pairs_is_refused_by_its_name():
     with pytest.raises(GGUFError, match=r"model\.bigram_rows=0 \(is 64\); export it with --to hf or --to int8"):
         architecture(replace(GPT2, bigram_rows=64))

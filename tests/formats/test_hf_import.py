@@ -72,6 +72,16 @@ def test_tokens_that_begin_and_end_a_text_are_those_of_the_folder(folder):
     assert (gpt2.bos_id, gpt2.end_ids) == (None, (0,))
 
 
+def test_a_tokenizer_is_loaded_once_and_refuses_what_it_would_rewrite(folder, monkeypatch):
+    from kindling.formats import hf_import
+
+    loaded, load = [], hf_import.load_pretrained
+    monkeypatch.setattr(hf_import, "load_pretrained", lambda cfg: loaded.append(cfg) or load(cfg))
+    run = find_model(folder("gpt2"))
+    assert run.tokenizer() is run.tokenizer() and len(loaded) == 1
+    assert not run.tokenizer().may_rewrite and not run.config().tokenizer.lossy
+
+
 def test_a_long_context_is_used_in_part_and_a_note_says_so(tmp_path, capsys):
     run = find_model(save(tmp_path / "long", "Llama", max_position_embeddings=100_000))
     assert run.config().model.block_size == 2048
@@ -217,6 +227,14 @@ BAD = {
     "custom class": (changed("config.json", auto_map={"AutoModel": "x.Y"}), "auto_map must be None"),
     "another class": (changed("config.json", model_type="mixtral"), "but is of 'mixtral'"),
     "no config": (lambda f: (f / "config.json").write_text("{", encoding="utf-8"), "must be a readable JSON file"),
+    "a size for no memory": (changed("config.json", vocab_size=10**12), r"wte.weight must be \(1000000000000, 48\)"),
+    "impossible size": (changed("config.json", n_embd=-1), "n_embd must be at least 1, but is -1; fetch it again"),
+    "sliding": (changed("config.json", layer_types=["sliding_attention"]), r"must be \['full_attention'\] to be computed"),
+    "tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}", encoding="utf-8"), "of the `tokenizers` library"),
+    "template not in UTF-8": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "jinja must be a text"),
+    "template of another type": (changed("tokenizer_config.json", chat_template={"a": 1}), "must be a text, .* is a dict"),
+    "templates without names": (changed("tokenizer_config.json", chat_template=["x"]), "a list of texts with names"),
+    "int8": (lambda f: (f / "config.json").write_text('{"weights_sha256": ""}', encoding="utf-8"), "is an export to int8"),
     "small": (changed("config.json", vocab_size=310), r"wte.weight must be \(310, 48\)"),
 }  # fmt: skip
 
@@ -310,6 +328,7 @@ def test_a_folder_is_asked_evaluated_and_continued(work):
 def test_a_bad_folder_ends_a_script_with_one_line_and_leaves_nothing(work, tmp_path):
     shutil.copytree(work / "chat", tmp_path / "bad")
     changed("config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=None)(tmp_path / "bad")
+    assert_one_clear_line(script("generate.py", "bad/config.json", cwd=tmp_path), "but is a file; name the folder")
     for command in (("generate.py", "bad"), ("sft_train.py", "bad", *tuned(work))):
         result = script(*command, cwd=tmp_path)
         assert_one_clear_line(result, "rope_scaling.rope_type must be 'default' or 'linear' or 'llama3'", "is 'yarn'")
@@ -321,5 +340,8 @@ def test_the_server_answers_for_a_folder(folder):
     from kindling.serving.torch_opening import open_run
 
     opened = open_run(find_model(folder("qwen3")), "cpu", "fp32", None)
+    (folder("qwen3").parent / "damaged").mkdir()
+    (folder("qwen3").parent / "damaged/config.json").write_text("{", encoding="utf-8")
+    assert not is_export(folder("qwen3").parent / "damaged")  # which would give a false reason
     assert not is_export(folder("qwen3")) and opened.remembers and "im_start" in (opened.template or "")
     assert tokenizer().convert_tokens_to_ids("<|im_end|>") == opened.vocabulary.eos_id
