@@ -492,7 +492,7 @@ def test_gpt2_is_read_as_openai_laid_it_out(tmp_path):
         (
             "qwen2",
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types must .* {'sliding_attention'}",
+            r"layer_types must be \['full_attention'\] .* \['full_attention', 'sliding_attention'\]",
         ),
         ("qwen3", {"attention_bias": True}, "attention_bias must be False"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window must be False"),
