@@ -155,13 +155,11 @@ class ModelConfig:
                 "set --model.tie-embeddings False or --model.head-bias False")
         if self.backbone == "transformers":
             gpt2 = {"position": "learned", "norm": "layernorm", "final_norm": True, "activation": "gelu_new", "bias": True,
-                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "bigram_rows": 0,
+                    "head_bias": False, "attn_out_proj": True, "qk_norm": False, "bigram_rows": 0, "embd_init_std": None,
                     "tie_embeddings": True, "residual_init": "scaled", "document_mask": False, "d_head": None, "qkv_bias": None}
             for field, must in gpt2.items():
                 require(getattr(self, field) == must, f"model.{field}", f"{must!r} on transformers' GPT-2",
                         getattr(self, field), "set it so, or --model.backbone kindling")
-            require(self.embd_init_std is None, "model.embd_init_std", "None on transformers' GPT-2", self.embd_init_std,
-                    "set it so, or --model.backbone kindling")
             require(self.kv_heads == self.n_head, "model.n_kv_head", "None on transformers' GPT-2", self.n_kv_head,
                     "set it so, or --model.backbone kindling")
         return self
@@ -412,6 +410,8 @@ class TrainConfig:
     """After this many bad steps in a row (not finite, or a spike), go back to the checkpoint before and leave out their rows."""
     init_from: str | None = None
     """Start from the weights of a run (its name or folder) or of a folder in the Hugging Face format, with a fresh optimiser."""
+    extend: str | None = None
+    """Go on with a run, as a new run with another end: from its last checkpoint before the decay, with all of its state."""
     seed: int = 1337
     """Seeds the weights, dropout and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 2 main.py                       # in several processes (docs/scale.md)
 
 The same command resumes the run from its newest checkpoint, bit for bit. If the run is complete, it says so.
+`--train.extend RUN` goes on with a run, as a new run with a later end (docs/reliability.md).
 `--fresh` starts over and keeps the old run under another name. `--dry-run` measures a few steps and stops.
 """
 

@@ -26,7 +26,7 @@ from kindling.paths import expand_home
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-PATHS = ("path", "init_from", "decontaminate", "humaneval", "mbpp")  # settings that can name a file or folder
+PATHS = ("path", "init_from", "extend", "decontaminate", "humaneval", "mbpp")  # settings that can name a file or folder
 Flags = TypeVar("Flags", bound="DataclassInstance")
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from config import RUN, Config, SourceConfig
 from kindling.errors import ConfigError, did_you_mean
-from kindling.paths import expand_home
+from kindling.paths import expand_home, require_run
 from presets import preset
 
 # a Config as flags without a prefix; booleans are given as `--model.bias False`
@@ -154,14 +154,17 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def config_from_argv(argv: list[str], name: str | None = None) -> tuple[Config, list[str]]:
     """Return the config that a command line starts from, and the arguments left for tyro.
 
-    It is the preset that `--preset NAME` names, else that of the file, else the preset `name`, else `RUN`; over it are the
-    settings of the file that `--config FILE` names. Raises ConfigError for a file that cannot be used.
+    It is the config of the run that `--train.extend` names, else the preset that `--preset NAME` names, else that of the file,
+    else the preset `name`, else `RUN`; over it are the settings of the file that `--config FILE` names. Raises ConfigError for
+    a file that cannot be used.
     """
     argv = with_present_flags(argv)
     path, rest = _value_of("--config", argv)
     named, _ = _value_of("--preset", rest)
+    extended, _ = _value_of("--train.extend", rest)
+    of_run = None if extended in (None, "None") else _extended(extended)
     if path is None:
-        return preset(named or name or RUN), rest
+        return of_run or preset(named or name or RUN), rest
     try:
         text = expand_home(path, "--config").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -172,7 +175,14 @@ def config_from_argv(argv: list[str], name: str | None = None) -> tuple[Config, 
     of_file = _settings_of(text, path).get("preset")
     if named is None and of_file is not None and not isinstance(of_file, str):
         raise ConfigError(f"{path}: preset must be a name, but is {of_file!r}; `python config.py` lists them")
-    return from_yaml(text, path, preset(named or of_file or name or RUN)), rest
+    return from_yaml(text, path, of_run or preset(named or of_file or name or RUN)), rest
+
+
+def _extended(run: str) -> Config:
+    """Return the config of a run that is extended, under a new name."""
+    path = require_run(expand_home(run, "--train.extend")) / "config.yaml"
+    cfg = from_yaml(path.read_text(encoding="utf-8"), str(path))
+    return dataclasses.replace(cfg, name=f"{path.resolve().parent.name}-longer")
 
 
 def _value_of(flag: str, argv: list[str]) -> tuple[str | None, list[str]]:

@@ -19,7 +19,7 @@ from kindling.errors import KindlingError
 from kindling.paths import expand_home
 from kindling.tables import Section
 
-PATHS = ("path", "init_from", "decontaminate")  # settings that may hold a path of this machine
+PATHS = ("path", "init_from", "extend", "decontaminate")  # settings that may hold a path of this machine
 
 
 class PublicPaths:

@@ -112,7 +112,8 @@ def parse_script(script: str, argv: list[str]) -> None:
         assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
         return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    argv = [saved_config() if before == "--config" else word for before, word in zip(["", *argv], argv)]
+    stands_for = {"--config": saved_config(), "--train.extend": str(Path(saved_config()).parent)}
+    argv = [stands_for.get(before, word) for before, word in zip(["", *argv], argv)]
     if script in ("config.py", "presets.py"):
         assert not argv
     elif script == "autocomplete.py":

@@ -52,7 +52,7 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
     parts = [
         _front_matter(cfg, ledger),
         f"# {name}\n",
-        _introduction(cfg, run, step),
+        _introduction(cfg, checkpoint, step),
         _use(cfg, chat_of(run), files),
         _tables([_shape(cfg.model), _training(cfg, run, checkpoint, step)]),
         _tables(public([_sources(cfg), _ledger(ledger, cfg), _splits(manifest, cfg)])),
@@ -95,11 +95,15 @@ def _front_matter(cfg: Config, ledger: Ledger) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}# license: choose one before you publish\n---\n"
 
 
-def _introduction(cfg: Config, run: RunDirectory, step: int) -> str:
+def _introduction(cfg: Config, checkpoint: Path, step: int) -> str:
     how = "trained from random weights"
     if cfg.train.init_from is not None:
         how = f"{'fine-tuned on instructions' if cfg.data.instructions else 'trained'} from the weights of "
         how += f"`{Path(cfg.train.init_from).name}`"
+    if cfg.train.extend is not None:
+        how += f", going on with the run `{Path(cfg.train.extend).name}`"
+        if (began := _state(checkpoint).get("extended_from")) is not None:
+            how += f" from its step {began:,}"
     return (
         f"This is a language model of {cfg.model.n_parameters:,} parameters, {how} with Kindling, "
         f"preset `{cfg.preset}`, as it was at step {step:,}.\n\n"
@@ -175,7 +179,7 @@ def _training(cfg: Config, run: RunDirectory, checkpoint: Path, step: int) -> Se
     for line in lines:
         last |= {key: value for key, value in line.items() if value is not None}
     at = {"val_loss", "val_perplexity", "val_bits_per_byte"} & lines[-1].keys() if lines else set()
-    train, where = cfg.train, _environment(checkpoint)
+    train, where = cfg.train, _state(checkpoint).get("environment")
     rate = f"{train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
     rows = [["steps", f"{step:,}"]]
     if "tokens" in last:
@@ -200,11 +204,11 @@ def _training(cfg: Config, run: RunDirectory, checkpoint: Path, step: int) -> Se
     return Section("Training", ["", ""], rows)
 
 
-def _environment(checkpoint: Path) -> dict[str, Any]:
-    """Return device, precision and torch version of the run; empty if there is no training state."""
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """Return the training state of a checkpoint; empty if there is none."""
     try:
-        return load_state(checkpoint, mapped=True)["environment"]
-    except (CheckpointError, KeyError):
+        return load_state(checkpoint, mapped=True)
+    except CheckpointError:
         return {}
 
 

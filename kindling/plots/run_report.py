@@ -89,6 +89,9 @@ def facts_of(subject: InspectedRun) -> list[tuple[str, str]]:
     spent = f"{elapsed / 3600:.1f} h" if elapsed >= 5400 else f"{elapsed / 60:.1f} min"
     how = ", ".join(f"{key} {value}" for key, value in environment.items())
     shape = f"{model.cfg.n_layer} layers, {model.cfg.n_embd} wide, {model.cfg.n_head} heads, context {model.cfg.block_size:,}"
+    goes_on = (
+        "" if cfg.train.extend is None else f"{public_path(cfg.train.extend)}, from step {state['extended_from']:,}"
+    )
     facts = [
         ("preset", cfg.preset),
         ("parameters", f"{model.n_parameters():,}"),
@@ -98,6 +101,7 @@ def facts_of(subject: InspectedRun) -> list[tuple[str, str]]:
         ("training time", spent),
         ("trained on", how),
         ("fine-tuned from", public_path(cfg.train.init_from or "")),
+        ("goes on with", goes_on),
         ("weights' sha256", weights_sha256(folder)),
     ]
     validated = [line for line in subject.metrics if isinstance(line.get("val_loss"), float)]

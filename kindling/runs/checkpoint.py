@@ -210,8 +210,8 @@ class RunDirectory:
     def _begin(self, partial: Path) -> None:
         for remains in (*self.path.glob(".partial-step_*"), *self.path.glob(".deleted-step_*")):
             shutil.rmtree(remains, ignore_errors=True)  # left by a process that was killed
-        self._require_space()
         partial.mkdir(parents=True)
+        self._require_space()
 
     def _finish(self, partial: Path, step: int, state: dict[str, Any]) -> Path:
         """Write the training state and the manifest, and rename the folder: under its final name it is whole."""
@@ -235,25 +235,30 @@ class RunDirectory:
         return final
 
     def _require_space(self) -> None:
-        older = self.checkpoints()
-        if not older:
-            return
-        needed = int(1.5 * sum(f.stat().st_size for f in older[-1].rglob("*")))
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
+        newest = self.checkpoints()[-1:]  # a new run has none
+        needed = int(1.5 * sum(f.stat().st_size for folder in newest for f in folder.rglob("*")))
+        if (free := shutil.disk_usage(self.path).free) < needed:
             raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are needed")
 
-    def prune(self, keep: int, best_step: int | None, newest_step: int) -> None:
-        """Delete checkpoints up to `newest_step`, except the best and the newest `keep`. Later ones are damaged: keep them."""
-        steps = {step_of(folder): folder for folder in self.checkpoints()}
-        for step in [step for step in steps if step <= newest_step][:-keep]:
-            if step != best_step:
-                old = steps[step]
+    def copy_checkpoint(self, folder: Path, state: dict[str, Any]) -> Path:
+        """Write a copy of another run's verified checkpoint, with the training state `state`. Raises CheckpointError."""
+        with self._writing(step_of(folder)) as partial:
+            self._begin(partial)
+            shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(STATE, MANIFEST), dirs_exist_ok=True)
+            for path in partial.rglob("*"):
+                sync(path)
+            return self._finish(partial, step_of(folder), state)
+
+    def prune(self, keep: int, best_step: int | None, newest_step: int, decay_step: int = 0) -> None:
+        """Delete checkpoints up to `newest_step`, except the best, the newest `keep` and the newest up to `decay_step`."""
+        steps = [step_of(folder) for folder in self.checkpoints()]
+        kept = {best_step, max((step for step in steps if step <= decay_step), default=None)}
+        for old in [f for f in self.checkpoints() if step_of(f) <= newest_step][:-keep]:  # later ones are damaged
+            if step_of(old) not in kept:
                 doomed = old.with_name(f".deleted-{old.name}")
                 with contextlib.suppress(OSError):  # a folder that cannot be deleted stays, and costs only space
-                    old.rename(
-                        doomed
-                    )  # before deleting: a kill in between must not leave half a checkpoint under its name
+                    # before deleting: a kill in between must not leave half a checkpoint under its name
+                    old.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def newest(self, before: int | None = None) -> Path | None:

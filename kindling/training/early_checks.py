@@ -2,7 +2,7 @@
 
 check_inputs(cfg, run, resuming, tokenizer)     # in main.py and sft_train.py; stage.py checks what else must hold
 
-KEEPS_EVERY_BIT and MAY_CHANGE are the settings that a resumed run may change.
+KEEPS_EVERY_BIT and MAY_CHANGE are the settings that a resumed run may change; one that extends another, SCHEDULE too.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from config import Config
+from config import Config, TrainConfig
 from kindling.config_io import changed_fields
 from kindling.data.build import require_inputs
-from kindling.errors import CheckpointError, KindlingError
+from kindling.errors import CheckpointError, ConfigError, KindlingError
 from kindling.paths import expand_home, holds_hub_model
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.loading import find_run
 from kindling.tokenization.tokenizer import Tokenizer
+from kindling.training.schedule import has_stable_part
 
 # settings that a resumed run may change. These keep every bit of the result
 KEEPS_EVERY_BIT = {"data.workers"} | {
@@ -41,6 +42,10 @@ MAY_CHANGE = KEEPS_EVERY_BIT | {
         *("deterministic", "spike_ratio", "max_skipped_steps"),
     )
 }
+# what a run that extends another may change, too: the part of the schedule after the branch
+SCHEDULE = {
+    f"train.{field}" for field in ("max_steps", "epochs", "max_minutes", "schedule", "decay_fraction", "min_lr_ratio")
+}
 
 
 def check_inputs(cfg: Config, run: RunDirectory, resuming: bool, tokenizer: Tokenizer | None = None) -> None:
@@ -52,6 +57,9 @@ def check_inputs(cfg: Config, run: RunDirectory, resuming: bool, tokenizer: Toke
         return
     if resuming:
         config_changes(run.config(), cfg, run)
+        return
+    if cfg.train.extend is not None:
+        run_to_extend(cfg, run)
         return
     if cfg.train.init_from is not None and not holds_hub_model(path := init_path(cfg.train.init_from)):
         run_with_checkpoint(path)
@@ -70,6 +78,44 @@ def config_changes(saved: Config, given: Config, run: RunDirectory) -> dict[str,
             f"undo these changes, or use another --name, or start over with --fresh"
         )
     return said
+
+
+def run_to_extend(cfg: Config, run: RunDirectory) -> RunDirectory:
+    """Return the run that `train.extend` names. Raises KindlingError if `run`, with `cfg`, cannot go on from it."""
+    assert cfg.train.extend is not None
+    origin = find_run(expand_home(cfg.train.extend, "--train.extend"))
+    if origin.path.resolve() == run.path.resolve():
+        raise ConfigError(
+            f"name must differ from that of the run that is extended, but is {cfg.run_name!r}; choose another --name"
+        )
+    began = origin.config()
+    for whose, train in ((f"{origin.path} had", began.train), ("this run has", cfg.train)):
+        if not has_stable_part(train):
+            raise ConfigError(
+                f"train.extend needs a learning rate that stays at its peak before it decays, but {whose} schedule "
+                f"{train.schedule} and decay_fraction {train.decay_fraction:g}; set --train.decay-fraction 0.2 in both runs, or "
+                f"start from the last weights with --train.init-from {origin.path}"
+            )
+    changes = changed_fields(began, cfg)
+    if refused := sorted(changes.keys() - MAY_CHANGE - SCHEDULE - {"name", "train.extend"}):
+        said = "; ".join(f"{field} {changes[field][0]!r} -> {changes[field][1]!r}" for field in refused)
+        raise ConfigError(
+            f"train.extend must keep the settings of {origin.path} but for the end and the decay, but these differ: {said}; undo "
+            f"these changes, or start from its weights with --train.init-from {origin.path}"
+        )
+    if _plan(cfg.train) == _plan(began.train):
+        minutes = cfg.train.max_minutes is not None
+        raise ConfigError(
+            f"train.extend must come with another end or decay than {origin.path} has, but both are the same; set "
+            f"--train.{'max-minutes' if minutes else 'max-steps'}"
+        )
+    return origin
+
+
+def _plan(train: TrainConfig) -> tuple[object, ...]:
+    """Return the end of a run and its decay."""
+    end = (train.max_steps, None if train.max_steps else train.epochs)  # not read in a run by minutes
+    return train.max_minutes or end, train.schedule, train.decay_fraction, train.min_lr_ratio
 
 
 def init_path(source: str) -> Path:

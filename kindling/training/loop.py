@@ -18,6 +18,7 @@ from kindling.training.evaluations import Evaluations
 from kindling.training.out_of_memory import out_of_memory
 from kindling.training.progress import ProgressBar
 from kindling.training.rollback import roll_back
+from kindling.training.schedule import decay_scale, has_stable_part
 from kindling.training.slowdown import Slowdown
 from kindling.training.trainer import LaunchedStep, Trainer
 
@@ -90,6 +91,7 @@ class TrainingLoop:
         self.evaluations.begin()
         stopping = self.sync_signal_and_clock()  # for the elapsed time: compiling takes longer on some ranks
         while self.has_next_step() and not stopping:
+            self.save_before_decay()
             seconds = self.step()
             stopping = self.sync_signal_and_clock()
             self.bar.advance(seconds)
@@ -182,6 +184,20 @@ class TrainingLoop:
                     grad_norm=window.norm,
                     limit=step.norm_limit,
                 )
+
+    def save_before_decay(self) -> None:
+        """If the decay of the learning rate begins with the next step, note it, and save what another run can extend.
+
+        That is for a schedule with a stable part before it. Between skipped steps nothing is saved, as in `should_save`.
+        """
+        trainer, state = self.trainer, self.trainer.state
+        if state.decay_step is not None or decay_scale(state.step, state.elapsed_s, self.train) == 1:
+            return
+        if has_stable_part(self.train) and state.step and self.saved_step != state.step:
+            self.finish_launched()
+            if not state.skipped_in_a_row and trainer.save():
+                self.saved_step = state.step
+        state.decay_step = state.step
 
     def write_log(self) -> None:
         """Log the averages of the window and begin a new window. Do nothing if all its steps were skipped."""

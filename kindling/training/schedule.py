@@ -26,16 +26,23 @@ def learning_rate_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
     """
     warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     if cfg.max_minutes is not None:
-        progress = fraction_done(step, elapsed_s, cfg)
-        return min(max(warmup, min(1.0, progress / LONGEST_WARMUP)), _decay(progress, cfg))
-    if step < cfg.warmup_steps:
-        return warmup
-    assert cfg.max_steps is not None, "Config.with_steps sets it"
-    return _decay(min(1.0, (step - cfg.warmup_steps + 1) / max(1, cfg.max_steps - cfg.warmup_steps)), cfg)
+        warmup = max(warmup, min(1.0, fraction_done(step, elapsed_s, cfg) / LONGEST_WARMUP))
+    return min(warmup, decay_scale(step, elapsed_s, cfg))
 
 
-def _decay(progress: float, cfg: TrainConfig) -> float:
-    """Return the factor of the decay. `progress` is the fraction done, 0 to 1, of the part after the warmup."""
+def has_stable_part(cfg: TrainConfig) -> bool:
+    """Return whether the learning rate stays at its peak between the warmup and the decay."""
+    return cfg.schedule == "constant" or cfg.decay_fraction < 1
+
+
+def decay_scale(step: int, elapsed_s: float, cfg: TrainConfig) -> float:
+    """Return the factor of the decay alone on the peak learning rate at `step` (from 0): 1 before the decay begins."""
+    if cfg.max_minutes is not None:
+        progress = fraction_done(step, elapsed_s, cfg)  # of the whole time
+    else:
+        assert cfg.max_steps is not None, "Config.with_steps sets it"
+        after_warmup = max(0, step - cfg.warmup_steps + 1)
+        progress = min(1.0, after_warmup / max(1, cfg.max_steps - cfg.warmup_steps))
     progress = max(0.0, 1 - (1 - progress) / cfg.decay_fraction)
     if cfg.schedule == "cosine":
         decay = 0.5 * (1 + math.cos(math.pi * progress))

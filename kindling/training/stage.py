@@ -22,7 +22,10 @@ from kindling.distributed import process_group
 from kindling.output import wants_color
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
+from kindling.training.early_checks import run_to_extend
+from kindling.training.extend import begin_extension
 from kindling.training.loop import fit
+from kindling.training.schedule import has_stable_part
 from kindling.training.start_or_resume import check_config_changes, check_new_run, data_of_run, start_or_resume
 from kindling.training.trainer import Trainer
 
@@ -43,7 +46,11 @@ def train_stage(
     with process_group(cfg.train.device) as world, contextlib.ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(run.lock()))
         resuming = world.on_main(run.exists) and not fresh
-        if resuming:
+        origin = None
+        if cfg.train.extend is not None and not (resuming and world.on_main(run.checkpoints)):
+            origin = world.on_main(lambda: run_to_extend(cfg, run))
+            dataset = world.main_first(lambda: data_of_run(cfg, origin, tokenizer))
+        elif resuming:
             world.on_main(lambda: check_config_changes(run.config(), cfg, run))
             dataset = world.main_first(lambda: data_of_run(cfg, run, tokenizer))
         else:
@@ -52,11 +59,18 @@ def train_stage(
         rows = training_rows(cfg, dataset)
         if tokenizer is not None:
             audit_examples(cfg, rows, tokenizer)
+        if origin is not None:
+            world.on_main(lambda: begin_extension(cfg, run, origin, dataset, rows.n_rows))
+            resuming = True
         trainer = start_or_resume(cfg, run, resuming, dataset, rows, world)
         print(describe(trainer, rows, base))
         if trainer.share() >= 1:
             more = "max-steps" if cfg.train.max_minutes is None else "max-minutes"
             print(f"the run is complete at step {trainer.state.step}; --train.{more} N goes on, --fresh starts over")
+            if has_stable_part(cfg.train) and trainer.state.decay_step:
+                print(
+                    f"or a new run goes on from before the decay, as if planned for N: --train.extend {run.path} --train.{more} N"
+                )
         else:
             if trainer.state.step:
                 print(f"resuming at step {trainer.state.step}")

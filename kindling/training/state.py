@@ -10,7 +10,7 @@ from typing import Any
 NAMES_IN_FILE = {"row_index": "position", "excluded_rows": "avoided"}
 # fields that files of earlier versions may lack
 NEWER = {"first_eval", "last_eval_step", "initial_sha256", "streak", "excluded_rows", "rollbacks"}
-NEWER |= {"validation_rows", "last_point", "evaluation_s"}
+NEWER |= {"validation_rows", "last_point", "evaluation_s", "decay_step", "extended_from"}
 
 
 @dataclass
@@ -49,6 +49,10 @@ class TrainingState:
     """Ranges of rows (first, end) that a rollback left out."""
     rollbacks: int = 0
     """How often the run went back to an older checkpoint."""
+    decay_step: int | None = None
+    """The steps done when the learning rate began to decay. None: not yet. 0: unknown, in a run of an earlier version."""
+    extended_from: int | None = None
+    """The step at which the run went on from another one (`train.extend`)."""
 
     @property
     def whole_is_evaluated(self) -> bool:
@@ -75,4 +79,6 @@ class TrainingState:
         state.streak = (state.streak[0], state.streak[1])
         if "last_eval_step" not in saved:
             state.last_eval_step = state.step
+        if "decay_step" not in saved:
+            state.decay_step = 0
         return state

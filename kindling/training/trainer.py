@@ -33,7 +33,7 @@ from kindling.runs.loading import load_model
 from kindling.training.guard import SpikeGuard
 from kindling.training.optim import make_optimizers
 from kindling.training.prefetch import Prefetch, TrainingRows
-from kindling.training.schedule import fraction_done, learning_rate_scale
+from kindling.training.schedule import fraction_done, has_stable_part, learning_rate_scale
 from kindling.training.skipped_steps import SkippedStepRecorder
 from kindling.training.state import TrainingState
 from kindling.training.validation import Validation, summed_loss
@@ -134,7 +134,8 @@ class Trainer:
             return False
         if self.world.main:
             best_step = None if self.state.best is None else int(self.state.best["step"])
-            self.run.prune(self.train.keep_checkpoints, best_step, step)
+            decay_step = self.state.decay_step or 0 if has_stable_part(self.train) else 0
+            self.run.prune(self.train.keep_checkpoints, best_step, step, decay_step)
         return True
 
     def resume(self, folder: Path, saved: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ NO_BITS = {  # parts of the state that no bit of a run by steps depends on, and 
     "last_eval": "shown at the end",
     "last_eval_step": "whether the end evaluates once more",
     "initial_sha256": "refuses a base that has changed",
+    "decay_step": "which checkpoint is kept, for a run that extends this one (test_extend.py)",
+    "extended_from": "shown in the card and the report",
     "environment": "what is compared and said on resuming",
     "skipped": "a count that is shown",
     "skipped_in_a_row": "when a run of bad steps ends",
