@@ -4,6 +4,7 @@
     python study.py 000 --minutes 60                # plan, run, write studies/000/table.md, report.html and plots
     python study.py 000                             # go on where it was stopped
     python study.py all --minutes 240               # every study, in equal shares of the time
+    python study.py scaling --predict 3h            # by a scaling study that was run: what to train here in three hours
     python study.py audit                           # recompute what the projects claim: parameters, tokens, losses, speed
 
 It first measures the speed of a training step of each shape, then chooses the largest sizes whose steps fit, down from the
@@ -32,6 +33,7 @@ STUDIES = Path("studies")
 PLAN = "plan.json"
 MINUTES = 60.0
 SEEDS = ("000",)
+OTHERS = ("scaling",)
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Flags:
     """Print the plan, then stop."""
     hub: bool = False
     """Use the data of the presets, from the hub."""
+    predict: str | None = None
+    """For scaling: say which of our presets to train here in this time, such as 3h, and to what loss. Trains nothing."""
     code: Path | None = None
     """Code to train on: a folder, or rows (.jsonl) with columns content and language. Default: this machine's Python."""
     prose: Path | None = None
@@ -63,10 +67,16 @@ def study_of(name: str) -> Study:
     from kindling.studies.report import Study
     from kindling.studies.steps import StudyError
 
+    if name == "scaling":
+        from kindling.studies import scaling_results as law
+
+        return Study(name, law.TITLE, law.unscaled, law.sources, law.sections_of, law.compared, law.pictures_of)
     if name == "000":
         from kindling.studies import seed_000 as seed
     else:
-        raise StudyError(f"the study must be one of {', '.join(SEEDS)}, all or audit, but is {name}; choose one")
+        raise StudyError(
+            f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one"
+        )
     return Study(name, seed.TITLE, seed.plan, seed.sources, seed.sections, seed.compared)
 
 
@@ -78,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(audit_text())
         return 0
-    names = SEEDS if flags.name == "all" else (flags.name,)
+    if flags.predict is not None:
+        return predict(flags)
+    names = SEEDS + OTHERS if flags.name == "all" else (flags.name,)
     command = shlex.join(["python", "study.py", *(sys.argv[1:] if argv is None else argv)])
     share = None if flags.minutes is None else flags.minutes / len(names)
     code = 0
@@ -104,7 +116,12 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     clock = Clock(folder)
     print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
     try:
-        scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
+        if name == "scaling":  # no project's sizes: they follow from the time
+            from kindling.studies.scaling import scaling_steps
+
+            scale, steps = 1.0, scaling_steps(folder, minutes, clock, flags.hub, keep=not flags.dry_run)
+        else:
+            scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
     finally:
         clock.save()
     facts = [
@@ -126,6 +143,23 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     print(as_text([f"Study {name}"], study.sections(folder)))
     print(f"\nwritten: {table}, {report}, {plots}/; every number is from the file in its row, under {folder}")
     return code
+
+
+def predict(flags: Flags) -> int:
+    """Print which preset to train in a time, by the scaling study in its folder."""
+    from kindling.studies.scaling_advice import advise, seconds_of_text
+    from kindling.studies.speed import Clock
+    from kindling.studies.steps import StudyError
+    from kindling.tables import as_text
+
+    if flags.name != "scaling" or flags.predict is None:
+        raise StudyError(f"--predict must be asked of the study scaling, but the study is {flags.name}; name scaling")
+    folder = flags.out or STUDIES / "scaling"
+    clock = Clock(folder)
+    section = advise(folder, seconds_of_text(flags.predict), clock)
+    clock.save()
+    print(as_text([], [section]))
+    return 0
 
 
 def inputs_of(flags: Flags, folder: Path) -> Inputs:

@@ -42,7 +42,7 @@ class Step:
     name: str
     """Unique in the study."""
     script: str
-    """Such as "main.py"."""
+    """Such as "main.py", or a module for `python -m`."""
     arguments: tuple[str, ...]
     """Its flags, as a user would type them in the study's folder."""
     output: str
@@ -57,7 +57,7 @@ class Step:
     @property
     def command(self) -> str:
         """The command as a user would type it."""
-        return shlex.join(["python", self.script, *self.arguments])
+        return shlex.join(["python", *([] if self.script.endswith(".py") else ["-m"]), self.script, *self.arguments])
 
 
 @dataclass
@@ -233,9 +233,11 @@ def _stream(step: Step, folder: Path, scripts: Path, child: Child, log: Any, lin
     The child is in a process group of its own: a Ctrl-C in the terminal reaches it once, from here.
     """
     log.write(f"$ {step.command}\n".encode())
+    program = [str(scripts / step.script)] if step.script.endswith(".py") else ["-m", step.script]
     child.process = subprocess.Popen(
-        [sys.executable, str(scripts / step.script), *step.arguments],
+        [sys.executable, *program, *step.arguments],
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(scripts), os.environ.get("PYTHONPATH")]))},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
