@@ -28,7 +28,7 @@ CODE_FILTERS: dict[str, Any] = {"min_chars": 100, "max_chars": 100_000, "min_lin
                                 "min_alphanumeric": 0.25}
 
 
-def _modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
+def modern(preset: str, depth: int, block_size: int, data: DataConfig, **train: Any) -> Config:
     """Return our own recipe, scaled by `depth`; benchmarks/ablation.py measures what each ingredient gains.
 
     The model has `depth` layers and heads, 64 * depth channels, 1,024 * depth tokens of vocabulary and four rows of the bigram
@@ -52,7 +52,7 @@ def demo() -> Config:
     The recipe of `modern` with twice the layers for its width and a larger bigram hash embedding, which measured best for five
     minutes.
     """
-    cfg = _modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, save_every=150,
+    cfg = modern("demo", 2, 256, _local_python(), max_steps=1500, batch_size=8, save_every=150,
                   sample_every=500)
     return replace(cfg, model=replace(cfg.model, n_layer=4, vocab_size=4096, bigram_rows=32_768))
 
@@ -70,18 +70,18 @@ def _local_python() -> DataConfig:
 
 def modern_5m() -> Config:
     """Our recipe at depth 3, for an hour or two on a small machine: 38M tokens, about five passes over its Python source."""
-    return _modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, save_every=464)
+    return modern("modern-5m", 3, 512, _local_python(), max_steps=4_640, batch_size=16, save_every=464)
 
 
 def modern_50m() -> Config:
     """Our recipe at depth 8: 587M tokens of Python from The Stack, 20 for each parameter of blocks and head."""
-    return _modern("modern-50m", 8, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
+    return modern("modern-50m", 8, 1024, _stack(587_000_000), max_steps=8_960, batch_size=64, micro_batch_size=8,
                    save_every=896)
 
 
 def modern_150m() -> Config:
     """Our recipe at depth 12: 1.9B tokens of Python from The Stack, 20 for each parameter of blocks and head."""
-    return _modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
+    return modern("modern-150m", 12, 1024, _stack(1_900_000_000), max_steps=14_500, batch_size=128, micro_batch_size=8,
                    save_every=1000)
 
 
@@ -91,7 +91,7 @@ def _portable(preset: str, depth: int, block_size: int, data: DataConfig, n_kv_h
     It has no table of pairs, SwiGLU of as many parameters as squared ReLU, and learned QK-norm. The head stays untied: if it were
     tied, it could not have another rate than the embeddings, whose high rate is what `modern` gains most from.
     """
-    cfg = _modern(preset, depth, block_size, data, **train)
+    cfg = modern(preset, depth, block_size, data, **train)
     return replace(cfg, model=replace(cfg.model, n_kv_head=n_kv_head, d_ff=64 * round(8 * depth / 3), activation="swiglu",
                                       qk_norm="learned", bigram_rows=0))
 

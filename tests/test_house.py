@@ -29,7 +29,8 @@ FLOORS = [
     "kindling/formats",
     "kindling/plots",
     "kindling/training",
-    "autocomplete data_pipeline evaluate export generate main serve sft_train visualize",
+    "kindling/studies",
+    "autocomplete data_pipeline evaluate export generate main serve sft_train study visualize",
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()

@@ -84,8 +84,9 @@ def page(
     pictures: list[Picture],
     texts: list[Samples],
     config: str,
+    config_heading: str = "Config",
 ) -> str:
-    """Return the page; `facts` are names and values, `sections` are tables after the texts, `config` is YAML."""
+    """Return the page; `facts` are names and values, `sections` are tables after the texts, `config` is YAML or commands."""
     rows = "\n".join(f"<tr><td>{as_html_text(name)}</td><td>{as_html_text(value)}</td></tr>" for name, value in facts)
     shown = as_html_text(title)
     return f"""<!DOCTYPE html>
@@ -107,9 +108,9 @@ def page(
 <h2>Plots</h2>
 {"".join(_picture(picture) for picture in pictures)}</section>
 {"".join(_samples(found) for found in texts)}{as_html(sections)}<section>
-<h2>Config</h2>
+<h2>{as_html_text(config_heading)}</h2>
 <details>
-<summary>config.yaml</summary>
+<summary>{"config.yaml" if config_heading == "Config" else "all"}</summary>
 <pre>{_lines(config)}</pre>
 </details>
 </section>

@@ -1,0 +1,89 @@
+"""The steps that several studies have: data, a pre-training, an evaluation; and how they are timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from config import Config, DataConfig, SourceConfig, TokenizerConfig
+from kindling.studies.dial import flags_of, size_text
+from kindling.studies.inputs import Inputs
+from kindling.studies.speed import GOLD_TOKENS, Clock
+from kindling.studies.steps import Step
+
+BYTES_PER_TOKEN = 3.5  # of code, with the small vocabularies of the dial
+KEPT = 0.7  # of what is read, after the filters
+MOST_BYTES = 150_000_000
+PROGRAM_S = 0.08  # a generated program in its sandbox
+REFERENCES_S = 12.0  # of an evaluation: its own tests, reading the training tokens for the benchmarks' problems
+
+
+def bytes_for(tokens: float, fewest: float = 2e6) -> int:
+    """Return how many bytes to read for so many training tokens, rounded up to a MB."""
+    wanted = min(MOST_BYTES, max(fewest, tokens * BYTES_PER_TOKEN / KEPT))
+    return 1_000_000 * -int(-wanted // 1_000_000)
+
+
+def on_local_code(cfg: Config, source: SourceConfig) -> Config:
+    """Return the config with a local source of code and a tokenizer that is trained on it."""
+    data = replace(
+        cfg.data, sources=(source,), max_tokens=None, val_fraction=0.04, test_fraction=0.04, drop_generated=True
+    )
+    kept = cfg.tokenizer.kind != "pretrained"
+    return replace(cfg, data=data, tokenizer=cfg.tokenizer if kept else TokenizerConfig())
+
+
+def on_local_prose(cfg: Config, *sources: SourceConfig) -> Config:
+    """Return the config with local sources of prose, rows of text."""
+    own: DataConfig = replace(cfg.data, sources=sources, max_tokens=None, val_fraction=0.04, test_fraction=0.04)
+    kept = cfg.tokenizer.kind != "pretrained"
+    return replace(cfg, data=own, tokenizer=cfg.tokenizer if kept else TokenizerConfig())
+
+
+def data_step(cfg: Config, clock: Clock, n_bytes: float, name: str = "data", after: tuple[str, ...] = ()) -> Step:
+    """Return the step that builds the shards of a config; its output is a marker that the build leaves: the data folder."""
+    return Step(
+        name,
+        "data_pipeline.py",
+        flags_of(cfg),
+        "data",
+        after,
+        clock.building(n_bytes),
+        f"{n_bytes / 1e6:.0f} MB at most",
+    )
+
+
+def training_step(cfg: Config, name: str, clock: Clock, after: tuple[str, ...] = ()) -> Step:
+    """Return a pre-training by steps, as a run of this name."""
+    named = replace(cfg, name=name)
+    steps = cfg.train.max_steps
+    done = f"runs/{name}/step_{steps:06d}/manifest.json"
+    return Step(name, "main.py", flags_of(named), done, after, clock.training(cfg), size_text(cfg))
+
+
+def evaluation_step(
+    run: str,
+    cfg: Config,
+    clock: Clock,
+    sandbox: bool,
+    more: tuple[str, ...] = (),
+    code: bool = True,
+    held_out: float = 0.3e6,
+) -> Step:
+    """Return the evaluation of a run: held-out losses, reference solutions, and with `code` samples that are run."""
+    samples = 0
+    flags: tuple[str, ...] = ("--eval.benchmarks", "none", "--eval.signatures", "0")
+    if code:
+        samples = 44 * 5 + 30
+        flags = ("--eval.benchmarks", "problems:5", "--eval.max-level", "1", "--eval.signatures", "30",
+                 "--eval.max-new-tokens", "64", *(() if sandbox else ("--sandbox", "later")))  # fmt: skip
+    seconds = clock.start_s + clock.reading(cfg, held_out + GOLD_TOKENS) + clock.generation(cfg, -(-samples // 32), 64)
+    seconds += REFERENCES_S + samples * PROGRAM_S
+    return Step(
+        f"evaluate-{run}", "evaluate.py", (f"runs/{run}", *flags, *more), f"runs/{run}/eval.json", (run,), seconds,
+        f"held-out losses, {samples} samples" if samples else "held-out losses",
+    )  # fmt: skip
+
+
+def described(inputs: Inputs, *said: str) -> str:
+    """Return the line on what was read, for the table."""
+    return "data: as the presets say, from the hub" if inputs.preset else f"data: {'; '.join(said)}"

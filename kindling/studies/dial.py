@@ -1,0 +1,87 @@
+"""One dial from a seed's sizes down to what fits the time: shapes, vocabulary, context, batch, learning rate.
+
+    cfg = shrink(preset("code-50m"), 1 / 4)       # a quarter of the width and of the layers
+    arguments = flags_of(cfg)                     # ("--preset", "code-50m", "--model.n-layer", "2", ...)
+
+The vocabulary falls with the square of the dial, so that embeddings and blocks keep about their shares. Tokens follow from the
+parameters, in the seed's ratio. The learning rate rises as the width falls, up to a limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from config import Config
+from kindling.config_io import changed_fields
+from presets import preset
+
+LADDER = tuple(2 ** (-k / 4) for k in range(21))  # 1, 0.84, ... 1/32
+VOCABULARY, CONTEXT, ROWS, STEPS = 2048, 256, 8, 60  # at least
+RATE = 5e-3  # at most
+
+
+def shrink(cfg: Config, scale: float, context: int = CONTEXT) -> Config:
+    """Return a config at `scale` of its size, with tokens in its own ratio to the parameters. At 1 it is unchanged."""
+    if scale == 1:
+        return cfg
+    model = cfg.model
+    n_head = max(1, round(model.n_head * scale))
+    n_embd = 2 * n_head * max(4, round(model.n_embd * scale / n_head / 2))
+    small = replace(
+        model,
+        n_layer=max(2, round(model.n_layer * scale)),
+        n_head=n_head,
+        n_kv_head=None if model.n_kv_head is None else n_head,
+        n_embd=n_embd,
+        d_ff=None if model.d_ff is None else n_embd * model.d_ff // model.n_embd,
+        vocab_size=min(model.vocab_size, max(VOCABULARY, 256 * round(model.vocab_size * scale**2 / 256))),
+        block_size=min(model.block_size, max(context, 64 * round(model.block_size * scale / 64))),
+    )
+    return in_ratio(replace(cfg, model=small), cfg, scale)
+
+
+def in_ratio(small: Config, seed: Config, scale: float) -> Config:
+    """Return the config with batch, steps and rates for its size: as many tokens for each parameter as in the seed's."""
+    train = seed.train
+    rows = max(min(ROWS, train.batch_size), round(train.batch_size * scale**2))
+    micro = min(rows, train.micro_batch)
+    rows -= rows % micro
+    tokens = seed.tokens * small.model.n_parameters / seed.model.n_parameters
+    steps = max(STEPS, round(tokens / (rows * small.model.block_size)))
+    warmup = max(5, round(train.warmup_steps * steps / (train.max_steps or steps)))
+    return replace(
+        small,
+        train=replace(
+            train, batch_size=rows, micro_batch_size=None if micro == rows else micro, max_steps=steps,
+            warmup_steps=min(train.warmup_steps, warmup), lr=float(f"{max(train.lr, min(RATE, train.lr / scale)):.2g}"),
+            save_every=max(25, steps // 8), sample_every=None,
+        ),
+    )  # fmt: skip
+
+
+def flags_of(cfg: Config) -> tuple[str, ...]:
+    """Return the flags that make a config from its preset."""
+    out = ["--preset", cfg.preset]
+    for field, (_, value) in changed_fields(preset(cfg.preset), cfg).items():
+        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{field} is not a flag")  # such as another number of sources
+        out += [f"--{field.replace('_', '-')}", *(value if isinstance(value, tuple) else [_text(value)])]
+    return tuple(out)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def size_text(cfg: Config, tokens: float | None = None) -> str:
+    """Return the size of a run in words, for the plan."""
+    return f"{millions(cfg.model.n_parameters)} parameters, {millions(cfg.tokens if tokens is None else tokens)} tokens"
+
+
+def millions(n: float) -> str:
+    """Return a number for people: 12k, 3.4M, 1.2B."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:.{1 if n < 100 * unit else 0}f}{name}"
+    return f"{n:.0f}"

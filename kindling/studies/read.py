@@ -1,0 +1,151 @@
+"""Reads the files of a study's runs, and remembers which file each figure comes from.
+
+run = Run(Path("studies/000"), "base-50m")
+run.bits()          # "1.544 [1.501, 1.590]", from runs/base-50m/eval.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from kindling.evaluation.intervals import number
+from kindling.evaluation.report import Losses, ReportError, bits_interval, gold_cell, harness_cell, pass_cell, rate_cell
+from kindling.evaluation.results_file import read_results
+from kindling.runs.checkpoint import RunDirectory
+from kindling.runs.metrics import read_metrics
+
+MISSING = "-"
+
+
+class Run:
+    """A run of a study. Each cell is `MISSING` where its file or its figure is not there."""
+
+    def __init__(self, folder: Path, name: str):
+        self.name, self.path = name, folder / "runs" / name
+
+    def file(self, name: str) -> str:
+        """Return the name of one of the run's files, as tables show it."""
+        return f"runs/{self.name}/{name}"
+
+    @cached_property
+    def _evaluation(self) -> tuple[dict[str, Any], Losses]:
+        try:
+            return read_results(self.path)
+        except ReportError:
+            return {}, []
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of eval.json; empty if it is not there."""
+        return self._evaluation[0]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.path / "metrics.jsonl")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run has begun."""
+        return (self.path / "config.yaml").is_file()
+
+    def config(self) -> Any:
+        """Return the run's config."""
+        return RunDirectory(self.path).config()
+
+    def data_key(self) -> str:
+        """Return what must be equal for losses to compare: the fingerprint of the run's data, and how much is validated."""
+        try:
+            manifest = json.loads((RunDirectory(self.path).data / "manifest.json").read_text(encoding="utf-8"))
+            return f"{manifest['fingerprint']} {[line.get('val_tokens') for line in self.validations()[:1]]}"
+        except (OSError, ValueError, KeyError):
+            return self.name
+
+    def _part(self, name: str) -> dict[str, Any]:
+        part = self.results.get(name) or {}
+        return {} if "skipped" in part else part
+
+    def parameters(self) -> str:
+        """Return the number of parameters, by the shape in config.yaml."""
+        return f"{self.config().model.n_parameters:,}" if self.trained else MISSING
+
+    def tokens(self) -> str:
+        """Return how many tokens the run was trained on so far."""
+        seen = [line["tokens"] for line in self.metrics if isinstance(line.get("tokens"), int)]
+        return f"{seen[-1]:,}" if seen else MISSING
+
+    def bits(self, language: str | None = None) -> str:
+        """Return bits per byte on held-out documents, with the interval over documents."""
+        part, losses = self._part("language_modelling"), self._evaluation[1]
+        figures = part.get("all", {}) if language is None else part.get("by_language", {}).get(language, {})
+        own = [line for line in losses if language in (None, line["language"])]
+        return number(figures.get("bits_per_byte"), bits_interval(own), ".3f")
+
+    def perplexity(self) -> str:
+        """Return the perplexity on held-out documents."""
+        return number(self._part("language_modelling").get("all", {}).get("perplexity"), form=",.2f")
+
+    def loss(self) -> float | None:
+        """Return the loss on held-out documents, in nats a token."""
+        value = self._part("language_modelling").get("all", {}).get("loss")
+        return value if isinstance(value, float) else None
+
+    def text_bits(self, name: str) -> str:
+        """Return bits per byte of a text that was measured with --text; the name is that of its file."""
+        for path, found in self._part("texts").items():
+            if Path(path).name == name:
+                return number(found.get("all", {}).get("bits_per_byte"), form=".3f")
+        return MISSING
+
+    def gold(self, benchmark: str = "problems") -> str:
+        """Return gold bits per byte of a benchmark's reference solutions."""
+        found = self._part("gold").get(benchmark)
+        return gold_cell(found) if found else MISSING
+
+    def syntax(self, key: str) -> str:
+        """Return the share of samples that compile ("passes"), or are also not trivial ("non_trivial")."""
+        return rate_cell(self._part("syntax"), key)
+
+    def passed(self, benchmark: str, k: str) -> str:
+        """Return pass@k of a benchmark."""
+        found = self._part("functional").get(benchmark, {})
+        return pass_cell(found, k) if found else MISSING
+
+    def task(self, name: str) -> str:
+        """Return the value of one of the harness's tasks."""
+        found = self._part("harness").get(name)
+        return harness_cell(found) if found else MISSING
+
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl that hold a validation."""
+        return [line for line in self.metrics if isinstance(line.get("val_loss"), float)]
+
+    def val(self, key: str, which: int = -1, form: str = ".3f") -> str:
+        """Return a figure of the first (0) or last (-1) validation of metrics.jsonl."""
+        found = [line for line in self.validations() if isinstance(line.get(key), float)]
+        return f"{found[which][key]:{form}}" if found else MISSING
+
+    def fall(self) -> str:
+        """Return by how much the validation loss fell from the first step to the last, on the same texts, in per cent."""
+        first = [line for line in self.validations() if line["step"] == 0]
+        same = [line for line in self.validations() if first and line.get("val_tokens") == first[0].get("val_tokens")]
+        if len(same) < 2:
+            return MISSING
+        return f"{1 - same[-1]['val_loss'] / same[0]['val_loss']:.1%}"
+
+
+def spikes(metrics: list[dict[str, Any]], ratio: float = 1.2, window: int = 20) -> tuple[int, float, float]:
+    """Return how many logged losses are more than `ratio` times the median of the `window` before, the worst ratio, and the
+    largest gradient norm over its median; nan without enough lines.
+    """
+    losses = [line["loss"] for line in metrics if isinstance(line.get("loss"), float)]
+    norms = [line["grad_norm"] for line in metrics if isinstance(line.get("grad_norm"), float)]
+    ratios = [losses[i] / median(losses[i - window : i]) for i in range(window, len(losses))]
+    if not ratios:
+        return 0, math.nan, math.nan
+    return sum(r > ratio for r in ratios), max(ratios), max(norms) / median(norms)

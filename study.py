@@ -1,0 +1,200 @@
+"""Run a study: the table of a project that the presets come from, measured again at the size that fits the time.
+
+    python study.py 000 --minutes 60 --dry-run      # say what would be done, and how long it takes
+    python study.py 000 --minutes 60                # plan, run, write studies/000/table.md, report.html and plots
+    python study.py 000                             # go on where it was stopped
+    python study.py all --minutes 240               # every study, in equal shares of the time
+    python study.py scaling --predict 3h            # by a scaling study that was run: what to train here in three hours
+    python study.py audit                           # recompute what the projects claim: parameters, tokens, losses, speed
+
+It first measures the speed of a training step of each shape, then chooses the largest sizes whose steps fit, down from the
+project's own. Steps are the scripts, run in the study's folder as a user would run them; what is done is not run again. Without
+flags the data are those of this machine; --hub takes those of the presets.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from kindling.cli import parse_cli, run_script
+
+if TYPE_CHECKING:
+    from kindling.studies.inputs import Inputs
+    from kindling.studies.report import Study
+
+STUDIES = Path("studies")
+PLAN = "plan.json"
+MINUTES = 60.0
+SEEDS = ("000",)
+OTHERS = ("scaling",)
+
+
+@dataclass
+class Flags:
+    """The script's command line."""
+
+    name: tyro.conf.Positional[Literal["000", "001", "002", "003", "004", "scaling", "all", "audit"]] = "audit"
+    """The study: a project's number, scaling, all of them, or the audit of their claims."""
+    minutes: float | None = None
+    """Time for all steps together. Default: what the folder was planned with, else 60."""
+    out: Path | None = None
+    """The study's folder. Default: studies/NAME."""
+    dry_run: bool = False
+    """Print the plan, then stop."""
+    hub: bool = False
+    """Use the data of the presets, from the hub."""
+    predict: str | None = None
+    """For scaling: say which of our presets to train here in this time, such as 3h, and to what loss. Trains nothing."""
+    code: Path | None = None
+    """Code to train on: a folder, or rows (.jsonl) with columns content and language. Default: this machine's Python."""
+    prose: Path | None = None
+    """Prose: a text, or rows with a column text. Default: the docstrings of this machine's Python."""
+    mathematics: Path | None = None
+    """Mathematics: a text, or rows with a column text. Default: sums that are made up."""
+    instructions: Path | None = None
+    """Rows with columns instruction, input and output. Default: the documented functions of this machine's Python."""
+
+
+def study_of(name: str) -> Study:
+    """Return a study by its name. Raises StudyError for one that is not there."""
+    from kindling.studies.report import Study
+    from kindling.studies.steps import StudyError
+
+    if name == "scaling":
+        from kindling.studies import scaling_results as law
+
+        return Study(name, law.TITLE, law.unscaled, law.sources, law.sections_of, law.compared, law.pictures_of)
+    if name == "000":
+        from kindling.studies import seed_000 as seed
+    else:
+        raise StudyError(
+            f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one"
+        )
+    return Study(name, seed.TITLE, seed.plan, seed.sources, seed.sections, seed.compared)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the study, or several, or the audit."""
+    flags = parse_cli(Flags, __doc__ or "", argv)
+    if flags.name == "audit":
+        from kindling.studies.audit import audit_text
+
+        print(audit_text())
+        return 0
+    if flags.predict is not None:
+        return predict(flags)
+    names = SEEDS + OTHERS if flags.name == "all" else (flags.name,)
+    command = shlex.join(["python", "study.py", *(sys.argv[1:] if argv is None else argv)])
+    share = None if flags.minutes is None else flags.minutes / len(names)
+    code = 0
+    for name in names:
+        code = max(code, run_study(name, flags, share, command))
+        if code > 1:  # stopped by a signal
+            break
+    return code
+
+
+def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
+    """Plan a study, run its steps and write its report; return the exit code."""
+    from kindling.studies.plan import fit, plan_section
+    from kindling.studies.report import write_report
+    from kindling.studies.speed import Clock, machine_text
+    from kindling.studies.steps import run_steps
+    from kindling.tables import as_text
+
+    study = study_of(name)
+    folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
+    minutes = minutes or planned_minutes(folder) or MINUTES
+    inputs = inputs_of(flags, folder)
+    clock = Clock(folder)
+    print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
+    try:
+        if name == "scaling":  # no project's sizes: they follow from the time
+            from kindling.studies.scaling import scaling_steps
+
+            scale, steps = 1.0, scaling_steps(folder, minutes, clock, flags.hub, keep=not flags.dry_run)
+        else:
+            scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
+    finally:
+        clock.save()
+    facts = [
+        ("machine", machine_text(clock.machine)),
+        ("size", f"{scale:.3g} of the project's own, for {minutes:g} minutes"),
+        ("data", study.sources(scale, inputs)),
+        ("command", command),
+    ]
+    head = [f"Study {name}: {study.title}", *(f"{key}: {value}" for key, value in facts[:3])]
+    print(as_text(head, [plan_section(steps, 60 * minutes)]), flush=True)
+    if flags.dry_run:
+        print(f"\nthis was a dry run: nothing was trained; next: {command.replace(' --dry-run', '')}")
+        return 0
+    remember_minutes(folder, minutes)
+    code = run_steps(steps, folder, command)
+    if code > 1:
+        return code
+    table, report, plots = write_report(study, folder, steps, facts)
+    print(as_text([f"Study {name}"], study.sections(folder)))
+    print(f"\nwritten: {table}, {report}, {plots}/; every number is from the file in its row, under {folder}")
+    return code
+
+
+def predict(flags: Flags) -> int:
+    """Print which preset to train in a time, by the scaling study in its folder."""
+    from kindling.studies.scaling_advice import advise, seconds_of_text
+    from kindling.studies.speed import Clock
+    from kindling.studies.steps import StudyError
+    from kindling.tables import as_text
+
+    if flags.name != "scaling" or flags.predict is None:
+        raise StudyError(f"--predict must be asked of the study scaling, but the study is {flags.name}; name scaling")
+    folder = flags.out or STUDIES / "scaling"
+    clock = Clock(folder)
+    section = advise(folder, seconds_of_text(flags.predict), clock)
+    clock.save()
+    print(as_text([], [section]))
+    return 0
+
+
+def inputs_of(flags: Flags, folder: Path) -> Inputs:
+    """Return the data that the flags name, and whether generated code can be run here."""
+    from config import EvalConfig
+    from kindling.evaluation.check_correctness import program_limits
+    from kindling.sandbox.bubblewrap import SandboxError
+    from kindling.sandbox.self_test import self_test
+    from kindling.studies.inputs import Inputs
+
+    try:
+        self_test("bwrap", program_limits(EvalConfig()))
+        sandbox = True
+    except SandboxError as e:
+        print(f"note: no generated code is run here ({e})", file=sys.stderr)
+        sandbox = False
+    return Inputs(folder, flags.hub, sandbox, flags.code, flags.prose, flags.mathematics, flags.instructions)
+
+
+def planned_minutes(folder: Path) -> float | None:
+    """Return the minutes that a folder was planned with, or None."""
+    try:
+        return float(json.loads((folder / PLAN).read_text(encoding="utf-8"))["minutes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_minutes(folder: Path, minutes: float) -> None:
+    """Write the minutes of the plan, unless the folder has a plan."""
+    from kindling.files import write_json
+
+    if planned_minutes(folder) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, {"minutes": minutes})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,117 @@
+"""Plans: sizes by one dial, what fits the time, and commands that the scripts understand."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+from kindling.cli import parse_cli
+from kindling.studies import plan as planning
+from kindling.studies.dial import LADDER, flags_of, shrink
+from kindling.studies.inputs import Inputs, docstrings, sums
+from kindling.studies.speed import Clock, flops
+from kindling.studies.steps import Step, StudyError, require_plan
+from presets import PRESETS, preset
+from study import SEEDS, study_of
+
+
+@pytest.fixture
+def clock(tmp_path):
+    """A machine of 1e9 FLOP/s, on which nothing is really measured."""
+    return Clock(tmp_path, measure=lambda cfg: (flops(cfg) / 1e9, 0.0), start=lambda: 1.0)
+
+
+def test_the_dial_at_one_is_the_preset_itself():
+    assert all(shrink(make(), 1.0) == make() for make in PRESETS.values())
+    assert flags_of(preset("code-50m")) == ("--preset", "code-50m")
+
+
+@pytest.mark.parametrize(
+    "name", ["code-50m", "code-225m", "tinystories", "autocomplete", "fineweb-nano", "smallcoder-2"]
+)
+def test_the_dial_makes_valid_sizes_that_fall_and_keep_the_ratio_of_tokens(name):
+    seed, sizes = preset(name), []
+    for scale in LADDER:
+        cfg = shrink(seed, scale)
+        sizes.append(cfg.model.n_parameters)
+        if cfg.train.max_steps > 60:
+            ratio = (cfg.tokens / cfg.model.n_parameters) / (seed.tokens / seed.model.n_parameters)
+            assert ratio == pytest.approx(1, rel=0.02)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_flags_give_the_config_back():
+    cfg = shrink(preset("code-50m"), 0.25)
+    cfg = replace(cfg, name="x", data=replace(cfg.data, max_tokens=None, drop_generated=True))
+    module = importlib.import_module("main")
+    assert parse_cli(module.Flags, module.__doc__, list(flags_of(cfg))).config == cfg
+
+
+def made(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
+    cfg = shrink(preset("code-50m"), scale)
+    return [Step("a", "main.py", (), "a", (), clock.training(cfg))]
+
+
+def test_the_largest_size_that_fits_is_chosen(clock):
+    scale, steps = planning.fit(made, clock, Inputs(), 3600)
+    assert planning.total(steps) <= 3600
+    larger = [s for s in LADDER if s > scale]
+    assert larger and planning.total(made(min(larger), clock, Inputs())) > 3600
+
+
+def test_no_size_is_measured_that_would_take_far_too_long(clock):
+    measured, measure = [], clock._measure
+    clock._measure = lambda cfg: measured.append(cfg) or measure(cfg)
+    planning.fit(made, clock, Inputs(), 3600)
+    assert 0 < len(measured) <= 4
+    assert all(clock.training(cfg) < 2 * 3600 for cfg in measured)
+
+
+def test_too_little_time_is_one_line_that_says_what_fits(clock):
+    with pytest.raises(
+        StudyError, match=r"study 000 must have at least \d+ minutes .* was given 0.1; give --minutes (\d+)"
+    ):
+        planning.fit(made, clock, Inputs(), 6, "000")
+
+
+def test_speed_is_kept_in_the_folder_and_only_for_the_same_machine(clock, tmp_path):
+    clock.training(preset("code-50m"))
+    clock.save()
+    again = Clock(tmp_path, measure=lambda cfg: pytest.fail("measured again"), start=lambda: 9.0)
+    assert again.training(preset("code-50m")) == clock.training(preset("code-50m"))
+    text = (tmp_path / "speed.json").read_text("utf-8").replace('"cores"', '"other"')
+    (tmp_path / "speed.json").write_text(text, encoding="utf-8")
+    assert Clock(tmp_path).measured == {}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("hub", [False, True])
+def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, name, hub):
+    steps = study_of(name).plan(1.0 if hub else 1 / 16, clock, Inputs(tmp_path, preset=hub))
+    require_plan(steps, tmp_path)
+    for step in steps:
+        module = importlib.import_module(step.script.removesuffix(".py"))
+        default = (module.OFFLINE,) if step.script == "sft_train.py" else ()
+        assert parse_cli(module.Flags, module.__doc__, list(step.arguments), *default)
+        assert (ROOT / step.script).is_file() and step.seconds > 0
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_at_full_size_from_the_hub_the_shapes_are_the_presets(clock, tmp_path, name):
+    """So a machine with a large GPU trains what the project trained."""
+    for step in study_of(name).plan(1.0, clock, Inputs(tmp_path, preset=True)):
+        if step.script == "main.py" and not step.name.startswith("spike"):
+            module = importlib.import_module("main")
+            cfg = parse_cli(module.Flags, module.__doc__, list(step.arguments)).config
+            assert cfg.model == replace(preset(cfg.preset).model, vocab_size=cfg.model.vocab_size)
+
+
+def test_docstrings_and_sums_are_the_same_each_time():
+    first, again = (next(docstrings()) for _ in range(2))
+    assert first == again and len(first) >= 200
+    text = next(sums())
+    assert text == next(sums()) and "multiply by" in text
+    for line in text.splitlines():
+        plus, times = line.split(". ")[1].rstrip(".").split(", and ")
+        assert all(eval(part.split(" = ")[0]) == int(part.split(" = ")[1]) for part in (plus, times))
