@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 STUDIES = Path("studies")
 PLAN = "plan.json"
 MINUTES = 60.0
-SEEDS = ("000",)
+SEEDS = ("000", "003")
 OTHERS = ("scaling",)
 
 
@@ -72,12 +72,14 @@ def study_of(name: str) -> Study:
 
         return Study(name, law.TITLE, law.unscaled, law.sources, law.sections_of, law.compared, law.pictures_of)
     if name == "000":
-        from kindling.studies import seed_000 as seed
-    else:
-        raise StudyError(
-            f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one"
-        )
-    return Study(name, seed.TITLE, seed.plan, seed.sources, seed.sections, seed.compared)
+        from kindling.studies import seed_000 as s
+
+        return Study(name, s.TITLE, s.plan, s.sources, s.sections, s.compared)
+    if name == "003":
+        from kindling.studies import seed_003 as t
+
+        return Study(name, t.TITLE, t.plan, t.sources, t.sections, t.compared, stand_ins=t.stand_ins)
+    raise StudyError(f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,6 +138,8 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
         print(f"\nthis was a dry run: nothing was trained; next: {command.replace(' --dry-run', '')}")
         return 0
     remember_minutes(folder, minutes)
+    for source in study.stand_ins(scale, inputs):
+        inputs.write(source)
     code = run_steps(steps, folder, command)
     if code > 1:
         return code

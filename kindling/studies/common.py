@@ -86,4 +86,4 @@ def evaluation_step(
 
 def described(inputs: Inputs, *said: str) -> str:
     """Return the line on what was read, for the table."""
-    return "data: as the presets say, from the hub" if inputs.preset else f"data: {'; '.join(said)}"
+    return "as the presets say, from the hub" if inputs.preset else "; ".join(said)

@@ -60,14 +60,14 @@ class Inputs:
         """Return prose: the user's, else the docstrings of this machine's Python."""
         if self.prose is not None:
             return Named(_of_path(self.prose, "text", max_bytes, "english"), self.prose.name)
-        path = self._written("prose.jsonl", max_bytes, docstrings())
+        path = self._named("prose", max_bytes)
         return Named(_rows(path, "english", max_bytes), "the docstrings of this machine's Python")
 
     def mathematics_source(self, max_bytes: int) -> Named:
         """Return mathematics: the user's, else sums that are made up, worked step by step."""
         if self.mathematics is not None:
             return Named(_of_path(self.mathematics, "text", max_bytes, "english"), self.mathematics.name)
-        path = self._written("mathematics.jsonl", max_bytes, sums())
+        path = self._named("mathematics", max_bytes)
         return Named(_rows(path, "english", max_bytes), "sums that were made up")
 
     def instructions_source(self, max_bytes: int) -> Named:
@@ -80,20 +80,24 @@ class Inputs:
         source = SourceConfig(kind="docstrings", language="python", max_bytes=max_bytes)
         return Named(source, "the documented functions of this machine's Python")
 
-    def _written(self, name: str, max_bytes: int, texts: Iterator[str]) -> Path:
-        """Return a file of rows, written before or now, with so many bytes."""
-        path = self.folder.resolve() / FOLDER / name
-        if path.is_file() and path.stat().st_size >= max_bytes:
-            return path
+    def write(self, source: SourceConfig) -> None:
+        """Write the file of a stand-in, unless it is there; a plan only names it."""
+        path = Path(source.path or "")
+        if path.parent != self.folder.resolve() / FOLDER or path.is_file():
+            return
+        print(f"writing {path.name}, once; it takes a minute or two ...", flush=True)
         rows, size = [], 0
-        for text in texts:
+        for text in docstrings() if path.name.startswith("prose") else sums():
             rows.append(json.dumps({"text": text}) + "\n")
             size += len(rows[-1])
-            if size >= max_bytes:
+            if size >= (source.max_bytes or 0):
                 break
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(rows))
-        return path
+
+    def _named(self, name: str, max_bytes: int) -> Path:
+        """Return the file of a stand-in of so many bytes."""
+        return self.folder.resolve() / FOLDER / f"{name}-{max_bytes // 1_000_000}MB.jsonl"
 
 
 def _rows(path: Path, language: str, max_bytes: int) -> SourceConfig:

@@ -90,10 +90,9 @@ class Run:
         """Return the perplexity on held-out documents."""
         return number(self._part("language_modelling").get("all", {}).get("perplexity"), form=",.2f")
 
-    def loss(self) -> float | None:
+    def loss_text(self) -> str:
         """Return the loss on held-out documents, in nats a token."""
-        value = self._part("language_modelling").get("all", {}).get("loss")
-        return value if isinstance(value, float) else None
+        return number(self._part("language_modelling").get("all", {}).get("loss"), form=".3f")
 
     def text_bits(self, name: str) -> str:
         """Return bits per byte of a text that was measured with --text; the name is that of its file."""

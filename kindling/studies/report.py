@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import SourceConfig
 from kindling.files import write_atomic
 from kindling.plots.figures import Compared, compare_curves, png
 from kindling.plots.html_report import Picture, Sample, Samples, page
@@ -31,6 +32,11 @@ def no_pictures(folder: Path) -> list[Picture]:
     return []
 
 
+def no_stand_ins(scale: float, inputs: Inputs) -> list[SourceConfig]:
+    """Return no sources."""
+    return []
+
+
 @dataclass(frozen=True)
 class Study:
     """A study: how it is planned, and what is read from its runs."""
@@ -44,6 +50,8 @@ class Study:
     """Returns the tables of a study's folder."""
     compared: Callable[[Path], dict[str, list[str]]]
     """Returns the runs whose curves are drawn together, by the name of the plot."""
+    stand_ins: Callable[[float, Inputs], list[SourceConfig]] = no_stand_ins
+    """Returns the sources whose files are written before the first step."""
     pictures: Callable[[Path], list[Picture]] = no_pictures
 
 
