@@ -70,7 +70,9 @@ def study_of(name: str) -> Study:
     if name == "scaling":
         from kindling.studies import scaling_results as law
 
-        return Study(name, law.TITLE, law.unscaled, law.sources, law.sections_of, law.compared, law.pictures_of)
+        return Study(
+            name, law.TITLE, law.unscaled, law.sources, law.sections_of, law.compared, pictures=law.pictures_of
+        )
     if name == "000":
         from kindling.studies import seed_000 as s
 

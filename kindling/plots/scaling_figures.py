@@ -6,6 +6,7 @@ kindling/studies/scaling_results.py computes the numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def scaling_figure(sizes: list[SizeRuns], held_out: HeldOut | None, budgets: lis
 
 def _draw_held_out(ax: Axes, run: HeldOut) -> None:
     error = [[run.predicted - run.low], [run.high - run.predicted]]
-    look = {"color": "#000000", "linestyle": "none", "markerfacecolor": "white", "capsize": 5}
+    look: dict[str, Any] = {"color": "#000000", "linestyle": "none", "markerfacecolor": "white", "capsize": 5}
     ax.errorbar(
         [run.tokens], [run.predicted], yerr=error, marker="s", markersize=8, label=f"{run.name}, predicted", **look
     )

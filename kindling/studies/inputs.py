@@ -74,8 +74,10 @@ class Inputs:
         """Return instructions: the user's rows in Alpaca's columns, else the documented functions of this machine's Python."""
         if self.instructions is not None:
             path = str(self.instructions.resolve())
-            columns = {"field": "instruction", "input_field": "input", "response_field": "output"}
-            source = SourceConfig(kind="jsonl", path=path, language="python", max_bytes=max_bytes, **columns)
+            source = SourceConfig(
+                kind="jsonl", path=path, language="python", max_bytes=max_bytes,
+                field="instruction", input_field="input", response_field="output",
+            )  # fmt: skip
             return Named(source, self.instructions.name)
         source = SourceConfig(kind="docstrings", language="python", max_bytes=max_bytes)
         return Named(source, "the documented functions of this machine's Python")

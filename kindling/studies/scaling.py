@@ -21,7 +21,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from config import Config, ModelConfig
 from kindling.files import write_json
@@ -196,7 +196,7 @@ def at_depth(
     if max_bytes is not None:
         data = replace(data, sources=tuple(replace(source, max_bytes=max_bytes) for source in data.sources))
     micro = named.train.micro_batch_size
-    train = {"max_steps": steps, "save_every": steps, "eval_every": steps, "batch_size": batch_size}
+    train: dict[str, Any] = {"max_steps": steps, "save_every": steps, "eval_every": steps, "batch_size": batch_size}
     train |= {"decay_fraction": DECAY, "micro_batch_size": None if micro is None else min(micro, batch_size)}
     return modern(base, depth, block_size, data, **train)
 
@@ -229,7 +229,10 @@ def read_plan(folder: Path) -> Plan:
     """Return the plan of a study's folder. Raises ScalingError if there is none."""
     try:
         found = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
+        }
+        return Plan(**fields)
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ScalingError(
             f"{folder} must be the folder of a scaling study, with a whole {PLAN}, but is not ({type(e).__name__}); run the "

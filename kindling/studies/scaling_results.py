@@ -281,7 +281,8 @@ def picture(study: FittedStudy) -> bytes:
     held_out = None
     if (p := study.predicted) is not None:
         measured = float("nan") if study.held_out is None else study.held_out.bits_per_byte
-        held_out = HeldOut(f"N = {rounded(p['parameters'])}", p["tokens"], p["bits_per_byte"], *p["interval"], measured)
+        low, high = p["interval"]
+        held_out = HeldOut(f"N = {rounded(p['parameters'])}", p["tokens"], p["bits_per_byte"], low, high, measured)
     title = (
         f"L = {law.E:.3g} + {law.A:.3g} / N^{law.a:.3f} + {law.B:.3g} / D^{law.b:.3f}, fitted to {len(study.runs)} runs"
     )
