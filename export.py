@@ -117,21 +117,23 @@ def allow_reading(path: Path) -> None:
 
 
 def sample(run: RunDirectory) -> Tensor:
-    """Return rows of tokens (B, T) of the run's held-out text: about 4,096 tokens, at least two rows.
+    """Return rows of tokens (B, T) of the run's held-out text: about 4,096 tokens, two rows at least.
 
-    Of a model of others they are of a module of Python, as nobody knows what it has not seen.
+    The text is read as it stands: rows of conversations, as they are evaluated, hold padding, which no model has learnt. Of a
+    model of others it is a module of Python, as nobody knows what it has not seen.
     """
     import torch
 
     from kindling.runs.loading import PretrainedFolder
 
-    model = run.config().model
+    width = run.config().model.block_size
     if isinstance(run, PretrainedFolder):
-        width = min(model.block_size, SAMPLE // 2)
-        ids = run.tokenizer().encode(Path(argparse.__file__).read_text(encoding="utf-8"))
-        return torch.tensor(ids[: SAMPLE // width * width]).view(-1, width)  # (B, T)
-    batch = next(iter(run.heldout("val").in_order(model, max(2, SAMPLE // model.block_size))))
-    return torch.from_numpy(batch.idx)  # (B, T)
+        ids = run.tokenizer().encode(Path(argparse.__file__).read_text(encoding="utf-8"))[:SAMPLE]
+    else:
+        heldout = run.heldout("val")
+        ids = heldout.read(0, min(max(SAMPLE, 2 * width), len(heldout))).tolist()
+    width = min(width, max(2, len(ids) // 2))
+    return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)  # (B, T)
 
 
 def require_exact(found: Difference) -> str:

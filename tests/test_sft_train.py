@@ -11,6 +11,7 @@ import pytest
 from conftest import assert_one_clear_line, script, signal_at_step, tiny_flags
 from test_examples import TASKS
 
+from export import sample
 from kindling.data import prompts
 from kindling.data.build import fingerprint
 from kindling.data.shards import with_checksum
@@ -177,6 +178,15 @@ def test_evaluation_of_a_fine_tuned_run_is_that_of_its_responses(work, out):
     assert result.returncode == 0, result.stderr
     after = re.search(r"loss, nats a token +[\d.]+ +([\d.]+)", out)[1]
     assert re.search(rf"all +{after} ", result.stdout) and "bits per byte" in result.stdout
+
+
+def test_an_export_is_compared_on_held_out_text_that_holds_no_padding(work):
+    run = RunDirectory(work / "runs/base-sft")
+    rows = sample(run)  # (B, T)
+    heldout = run.heldout("val")
+    padded = next(iter(heldout.in_order(run.config().model, len(rows)))).idx
+    assert rows.flatten().tolist() == heldout.read(0, rows.numel()).tolist()
+    assert padded[:, -1].tolist() == [1] * len(padded)  # that id is of padding: what is evaluated is no text throughout
 
 
 def test_a_chat_answers_over_a_pipe(work):
