@@ -34,22 +34,24 @@ def markdown(results: dict[str, Any]) -> str:
     from machine import phrase
 
     found = results["found"]
-    lines = ["| preset | parameters | steps | tokens | validation | test | beside the first, test |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines = ["| preset | parameters | steps | tokens | validation | test | beside the first, validation | test |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for number, (preset, by_seed) in enumerate(found.items()):
         rows = list(by_seed.values())
         steps, tokens = (statistics.mean(row[key] for row in rows) for key in ("steps", "tokens"))
         bits = [told(mean_and_half_width([row[split] for row in rows])) for split in SPLITS]
-        price = told(mean_and_half_width(differences(found, preset, "test")), "+") if number else ""
+        prices = [
+            told(mean_and_half_width(differences(found, preset, split)), "+") if number else "" for split in SPLITS
+        ]
         lines.append(
-            f"| `{preset}` | {rows[0]['parameters']:,} | {steps:,.0f} | {tokens / 1e6:.2f}M | {' | '.join(bits)} | {price} |"
+            f"| `{preset}` | {rows[0]['parameters']:,} | {steps:,.0f} | {tokens / 1e6:.2f}M | {' | '.join([*bits, *prices])} |"
         )
     row = next(iter(next(iter(found.values())).values()))
     way = f"{row['precision']}, {'compiled' if row['compiled'] else 'eager'}"
     notes = [
         f"bits per byte of whole splits, after the steps that fit {results['minutes']:g} minutes of a quiet machine ({way})",
         f"means with 95% intervals of seeds {', '.join(map(str, results['seeds']))}",
-        "the last column is the mean difference at the same seed",
+        "the last columns are mean differences at the same seed",
         f"on {phrase(results['machine'])}; data {results['data']}",
     ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
