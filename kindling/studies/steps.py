@@ -46,13 +46,17 @@ class Step:
     arguments: tuple[str, ...]
     """Its flags, as a user would type them in the study's folder."""
     output: str
-    """The file, relative to the study's folder, that is there once the step is done."""
+    """The file, relative to the study's folder, that is there once the step is done. `?` stands for any character."""
     after: tuple[str, ...] = ()
     """Names of steps that must have succeeded."""
     seconds: float = 0.0
     """How long it takes, as estimated."""
     about: str = ""
     """What it does, for the table of the plan: size and tokens."""
+
+    def wrote(self, folder: Path) -> bool:
+        """Return whether the output is there."""
+        return any(folder.glob(self.output))
 
     @property
     def command(self) -> str:
@@ -102,7 +106,7 @@ class Records:
         """Return whether a step is done: its command ended well, and its output is there."""
         known = self.of.get(step.name)
         same = known is not None and known.command == step.command and known.code == 0
-        return same and (self.path.parent / step.output).exists()
+        return same and step.wrote(self.path.parent)
 
 
 def require_plan(steps: list[Step], folder: Path) -> None:
@@ -215,7 +219,7 @@ def _run(step: Step, folder: Path, scripts: Path, records: Records, child: Child
     known.code = code
     if child.signal is not None and code != 0:
         known.code = None  # stopped, not failed
-    well = code == 0 and (folder / step.output).exists()
+    well = code == 0 and step.wrote(folder)
     if well:
         line.end(f"done in {duration(seconds)}")
     elif known.code is None:

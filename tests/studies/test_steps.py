@@ -64,6 +64,15 @@ def test_a_step_whose_output_is_gone_runs_again(tmp_path, scripts):
     assert ran(folder) == ["a", "a"]
 
 
+def test_an_output_whose_name_has_a_hash_is_a_pattern(tmp_path):
+    """A build is in a folder of another name until it is whole."""
+    data = Step("data", "data_pipeline.py", (), "data/demo-????????????/manifest.json")
+    for name, whole in ((".building-demo-0123456789ab@host@1", False), ("demo-0123456789ab", True)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "manifest.json").touch()
+        assert data.wrote(tmp_path) is whole
+
+
 def test_a_failed_step_stops_only_what_comes_after_it(tmp_path, scripts, capsys):
     folder = tmp_path / "study"
     steps = [step("a", "fail"), step("b", after=("a",)), step("c"), step("d", after=("c",)), step("e", after=("b",))]
