@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from kindling.studies.common import data_step
+from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError, duration, require_plan, run_steps
+from presets import preset
 
 SCRIPT = """
 import os, signal, sys, time
@@ -64,9 +67,9 @@ def test_a_step_whose_output_is_gone_runs_again(tmp_path, scripts):
     assert ran(folder) == ["a", "a"]
 
 
-def test_an_output_whose_name_has_a_hash_is_a_pattern(tmp_path):
+def test_data_are_done_when_the_build_has_its_name(tmp_path):
     """A build is in a folder of another name until it is whole."""
-    data = Step("data", "data_pipeline.py", (), "data/demo-????????????/manifest.json")
+    data = data_step(preset("demo"), Clock(tmp_path, start=lambda: 1.0), 1e6)
     for name, whole in ((".building-demo-0123456789ab@host@1", False), ("demo-0123456789ab", True)):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "manifest.json").touch()
