@@ -14,6 +14,7 @@ flags the data are those of this machine; --hub takes those of the presets.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from kindling.cli import parse_cli, run_script
+from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
     from kindling.studies.inputs import Inputs
@@ -86,6 +88,7 @@ def study_of(name: str) -> Study:
 def main(argv: list[str] | None = None) -> int:
     """Run the study, or several, or the audit."""
     flags = parse_cli(Flags, __doc__ or "", argv)
+    require_possible(flags)
     if flags.name == "audit":
         from kindling.studies.audit import audit_text
 
@@ -100,12 +103,31 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         try:
             code = max(code, run_study(name, flags, share, command))
+        except KindlingError as e:
+            if len(names) == 1:
+                raise
+            print(f"error: study {name} is left out: {e}", file=sys.stderr, flush=True)
+            code = max(code, 1)
         except KeyboardInterrupt:  # while nothing is trained: before the first step, or in the report
             print(f"stopped in study {name}; {command} goes on from here", flush=True)
             return 130
         if code > 1:  # stopped by a signal
             break
     return code
+
+
+def require_possible(flags: Flags) -> None:
+    """Raise StudyError for a time that is none, or for data that the study does not read."""
+    from kindling.studies.steps import StudyError
+
+    if flags.minutes is not None and not 0 < flags.minutes < math.inf:
+        raise StudyError(f"--minutes must be a positive number of minutes, but is {flags.minutes:g}; give at least 1")
+    unread = [key for key in DATA_FLAGS if key != "hub" and getattr(flags, key) is not None]
+    if flags.name == "scaling" and unread:
+        raise StudyError(
+            f"--{unread[0]} must be left out for the study scaling, whose data is that of modern-5m, but is "
+            f"{getattr(flags, unread[0])}; leave it out"
+        )
 
 
 def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
@@ -135,9 +157,12 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
             scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
     finally:
         clock.save()
+    size = f"for {minutes:g} minutes"
+    if name != "scaling":
+        size = f"{scale:.3g} of the project's own, {size}"
     facts = [
         ("machine", machine_text(clock.machine)),
-        ("size", f"{scale:.3g} of the project's own, for {minutes:g} minutes"),
+        ("size", size),
         ("data", study.sources(scale, inputs)),
         ("command", command),
     ]

@@ -93,7 +93,9 @@ def read_plan(folder: Path, minutes: float, data: dict[str, Any]) -> Plan | None
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.keys() == {"minutes"}:
             return None
-        steps = (Step(**{**step, **{k: tuple(step[k]) for k in ("arguments", "after")}}) for step in found["steps"])
+        steps = (
+            Step(**{**step, **{k: tuple(step[k]) for k in ("arguments", "after", "reads")}}) for step in found["steps"]
+        )
         plan = Plan(float(found["minutes"]), float(found["scale"]), tuple(steps), dict(found["data"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise StudyError(f"{path} must be as study.py wrote it, but cannot be read ({e}); give another --out") from None

@@ -28,7 +28,6 @@ from kindling.paths import PROJECT
 
 RECORDS, LOGS = "steps.json", "logs"
 LINE = 100  # columns of a line of progress
-INTERRUPTED = (130, 143)  # exit codes of a script that stopped by itself after SIGINT or SIGTERM
 
 
 class StudyError(KindlingError):
@@ -53,6 +52,8 @@ class Step:
     """How long it takes, as estimated."""
     about: str = ""
     """What it does, for the table of the plan: size and tokens."""
+    reads: tuple[str, ...] = ()
+    """Names of steps whose results it takes as far as they are there. It runs again after one of them."""
 
     def wrote(self, folder: Path) -> bool:
         """Return whether the output is there."""
@@ -176,10 +177,11 @@ def run_steps(steps: list[Step], folder: Path, resume: str = "the same command",
     require_plan(steps, folder)
     records, child = Records(folder), Child()
     ended: dict[str, bool] = {}
+    fresh: set[str] = set()  # steps that ran now
     with child.signals():
         for number, step in enumerate(steps, 1):
             head = f"[{number}/{len(steps)}] {step.name}"
-            if records.done(step):
+            if records.done(step) and fresh.isdisjoint(step.reads):
                 ended[step.name] = True
                 print(f"{head}: done before", flush=True)
                 continue
@@ -188,6 +190,7 @@ def run_steps(steps: list[Step], folder: Path, resume: str = "the same command",
                 print(f"{head}: left out, as {', '.join(failed)} failed", flush=True)
                 continue
             if child.signal is None:
+                fresh.add(step.name)
                 ended[step.name] = _run(step, folder, scripts, records, child, head)
             if child.signal is not None:
                 print(f"stopped in step {step.name}; {resume} goes on from here", flush=True)

@@ -159,6 +159,39 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(tmp_path, monkeypatch, c
     assert "stopped in study 003; python study.py 003 --minutes 30 goes on from here" in capsys.readouterr().out
 
 
+def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, capsys):
+    import study
+
+    def run(name: str, flags: study.Flags, minutes: float, command: str) -> int:
+        if name == "000":
+            raise StudyError("study 000 must have at least 90 minutes")
+        print(f"ran {name}")
+        return 0
+
+    monkeypatch.setattr(study, "run_study", run)
+    assert study.main(["all", "--minutes", "30"]) == 1
+    said = capsys.readouterr()
+    assert said.out.split("\n")[:2] == ["ran 003", "ran scaling"]
+    assert "error: study 000 is left out: study 000 must have at least 90 minutes" in said.err
+    with pytest.raises(StudyError, match="at least 90"):
+        study.main(["000"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["000", "--minutes", "0"], "--minutes must be a positive number of minutes, but is 0;"),
+        (["scaling", "--minutes", "inf"], "--minutes must be a positive number of minutes, but is inf;"),
+        (["scaling", "--code", "x"], "--code must be left out for the study scaling"),
+    ],
+)
+def test_what_no_study_can_use_is_refused(argv, words):
+    import study
+
+    with pytest.raises(StudyError, match=words):
+        study.main(argv)
+
+
 def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
     read = []
     texts = (read.append(n) or "x" * 1000 for n in range(10_000))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_data_are_done_when_the_build_has_its_name(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "manifest.json").touch()
         assert data.wrote(tmp_path) is whole
+
+
+def test_a_step_runs_again_when_something_that_it_reads_came_later(tmp_path, scripts):
+    """As the law of a scaling study, after the held-out run failed at first."""
+    folder = tmp_path / "study"
+    law = replace(step("law"), reads=("a", "b"))
+    assert run_steps([step("a"), step("b", "nothing"), law], folder, scripts=scripts) == 1
+    (folder / "b").touch()
+    (folder / "a").unlink()
+    assert run_steps([step("a"), step("b", "nothing"), law], folder, scripts=scripts) == 0
+    assert ran(folder) == ["a", "b", "law", "a", "law"]
 
 
 def test_a_failed_step_stops_only_what_comes_after_it(tmp_path, scripts, capsys):
