@@ -187,7 +187,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
 def predict(flags: Flags) -> int:
     """Print which preset to train in a time, by the scaling study in its folder."""
     from kindling.studies.scaling_advice import advise, seconds_of_text
-    from kindling.studies.speed import Clock
+    from kindling.studies.speed import Clock, machine_text
     from kindling.studies.steps import StudyError
     from kindling.tables import as_text
 
@@ -195,6 +195,7 @@ def predict(flags: Flags) -> int:
         raise StudyError(f"--predict must be asked of the study scaling, but the study is {flags.name}; name scaling")
     folder = flags.out or STUDIES / "scaling"
     clock = Clock(folder)
+    print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
     section = advise(folder, seconds_of_text(flags.predict), clock)
     clock.save()
     print(as_text([], [section]))
