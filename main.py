@@ -21,9 +21,10 @@ from kindling.distributed import require_single_process
 from kindling.runs.checkpoint import RUNS, RunDirectory, step_of
 from kindling.sample_prompts import generate_command, knows_no_python
 from kindling.stopping import exit_on_sigterm
-from kindling.training.early_checks import check_inputs
+from kindling.training.early_checks import check_inputs, run_to_extend
 
 if TYPE_CHECKING:
+    from config import Config
     from kindling.training.trainer import Trainer
 
 
@@ -51,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
         device.set_threads(flags.config.train.threads)
         runtime = device.resolve(flags.config.train)
-        saved = [] if flags.fresh else run.checkpoints()
-        done = step_of(saved[-1]) if saved else 0
+        done = steps_done(flags.config, run, flags.fresh)  # before anything is measured: it may raise
         print(dry_run(flags.config, new_model(flags.config, runtime), runtime, done))
         print("this was a dry run: nothing was written; next: the same command without --dry-run")
         return 0
@@ -60,6 +60,18 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.training.stage import train_stage  # imports torch
 
     return train_stage(flags.config, flags.fresh, report)
+
+
+def steps_done(cfg: Config, run: RunDirectory, fresh: bool) -> int:
+    """Return the steps that a run need not do: those of its newest checkpoint, or of the one that it goes on from."""
+    if not fresh and (saved := run.checkpoints()):
+        return step_of(saved[-1])
+    if cfg.train.extend is None:
+        return 0
+    from kindling.training.extend import branch
+
+    folder, _ = branch(run_to_extend(cfg, run), cfg.train)
+    return step_of(folder)
 
 
 def report(trainer: Trainer) -> list[str]:

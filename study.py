@@ -14,24 +14,25 @@ flags the data are those of this machine; --hub takes those of the presets.
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from kindling.cli import parse_cli, run_script
+from kindling.errors import KindlingError
 
 if TYPE_CHECKING:
     from kindling.studies.inputs import Inputs
     from kindling.studies.report import Study
 
 STUDIES = Path("studies")
-PLAN = "plan.json"
 MINUTES = 60.0
+DATA_FLAGS = ("hub", "code", "prose", "mathematics", "instructions")
 SEEDS = ("000", "003")
 OTHERS = ("scaling",)
 
@@ -87,6 +88,7 @@ def study_of(name: str) -> Study:
 def main(argv: list[str] | None = None) -> int:
     """Run the study, or several, or the audit."""
     flags = parse_cli(Flags, __doc__ or "", argv)
+    require_possible(flags)
     if flags.name == "audit":
         from kindling.studies.audit import audit_text
 
@@ -99,15 +101,38 @@ def main(argv: list[str] | None = None) -> int:
     share = None if flags.minutes is None else flags.minutes / len(names)
     code = 0
     for name in names:
-        code = max(code, run_study(name, flags, share, command))
+        try:
+            code = max(code, run_study(name, flags, share, command))
+        except KindlingError as e:
+            if len(names) == 1:
+                raise
+            print(f"error: study {name} is left out: {e}", file=sys.stderr, flush=True)
+            code = max(code, 1)
+        except KeyboardInterrupt:  # while nothing is trained: before the first step, or in the report
+            print(f"stopped in study {name}; {command} goes on from here", flush=True)
+            return 130
         if code > 1:  # stopped by a signal
             break
     return code
 
 
+def require_possible(flags: Flags) -> None:
+    """Raise StudyError for a time that is none, or for data that the study does not read."""
+    from kindling.studies.steps import StudyError
+
+    if flags.minutes is not None and not 0 < flags.minutes < math.inf:
+        raise StudyError(f"--minutes must be a positive number of minutes, but is {flags.minutes:g}; give at least 1")
+    unread = [key for key in DATA_FLAGS if key != "hub" and getattr(flags, key) is not None]
+    if flags.name == "scaling" and unread:
+        raise StudyError(
+            f"--{unread[0]} must be left out for the study scaling, whose data is that of modern-5m, but is "
+            f"{getattr(flags, unread[0])}; leave it out"
+        )
+
+
 def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
     """Plan a study, run its steps and write its report; return the exit code."""
-    from kindling.studies.plan import fit, plan_section
+    from kindling.studies.plan import Plan, fit, plan_section, planned_minutes, read_plan, write_plan
     from kindling.studies.report import write_report
     from kindling.studies.speed import Clock, machine_text
     from kindling.studies.steps import run_steps
@@ -116,7 +141,9 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     study = study_of(name)
     folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
     minutes = minutes or planned_minutes(folder) or MINUTES
-    inputs = inputs_of(flags, folder)
+    given = {key: _as_text(getattr(flags, key)) for key in DATA_FLAGS}
+    kept = read_plan(folder, minutes, given)
+    inputs = inputs_of(flags if kept is None else with_data(flags, kept.data), folder)
     clock = Clock(folder)
     print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
     try:
@@ -124,13 +151,18 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
             from kindling.studies.scaling import scaling_steps
 
             scale, steps = 1.0, scaling_steps(folder, minutes, clock, flags.hub, keep=not flags.dry_run)
+        elif kept is not None:
+            scale, steps = kept.scale, list(kept.steps)
         else:
             scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
     finally:
         clock.save()
+    size = f"for {minutes:g} minutes"
+    if name != "scaling":
+        size = f"{scale:.3g} of the project's own, {size}"
     facts = [
         ("machine", machine_text(clock.machine)),
-        ("size", f"{scale:.3g} of the project's own, for {minutes:g} minutes"),
+        ("size", size),
         ("data", study.sources(scale, inputs)),
         ("command", command),
     ]
@@ -139,7 +171,8 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     if flags.dry_run:
         print(f"\nthis was a dry run: nothing was trained; next: {command.replace(' --dry-run', '')}")
         return 0
-    remember_minutes(folder, minutes)
+    if kept is None:
+        write_plan(folder, Plan(minutes, scale, () if name == "scaling" else tuple(steps), given))
     for source in study.stand_ins(scale, inputs):
         inputs.write(source)
     code = run_steps(steps, folder, command)
@@ -154,7 +187,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
 def predict(flags: Flags) -> int:
     """Print which preset to train in a time, by the scaling study in its folder."""
     from kindling.studies.scaling_advice import advise, seconds_of_text
-    from kindling.studies.speed import Clock
+    from kindling.studies.speed import Clock, machine_text
     from kindling.studies.steps import StudyError
     from kindling.tables import as_text
 
@@ -162,6 +195,7 @@ def predict(flags: Flags) -> int:
         raise StudyError(f"--predict must be asked of the study scaling, but the study is {flags.name}; name scaling")
     folder = flags.out or STUDIES / "scaling"
     clock = Clock(folder)
+    print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
     section = advise(folder, seconds_of_text(flags.predict), clock)
     clock.save()
     print(as_text([], [section]))
@@ -185,21 +219,15 @@ def inputs_of(flags: Flags, folder: Path) -> Inputs:
     return Inputs(folder, flags.hub, sandbox, flags.code, flags.prose, flags.mathematics, flags.instructions)
 
 
-def planned_minutes(folder: Path) -> float | None:
-    """Return the minutes that a folder was planned with, or None."""
-    try:
-        return float(json.loads((folder / PLAN).read_text(encoding="utf-8"))["minutes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _as_text(value: Path | bool | None) -> str | bool | None:
+    """Return the value of a flag as the plan keeps it. A path is absolute, as another start may be from another folder."""
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
-def remember_minutes(folder: Path, minutes: float) -> None:
-    """Write the minutes of the plan, unless the folder has a plan."""
-    from kindling.files import write_json
-
-    if planned_minutes(folder) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, {"minutes": minutes})
+def with_data(flags: Flags, data: dict[str, Any]) -> Flags:
+    """Return the flags with the data of a plan."""
+    paths = {key: value if value is None or key == "hub" else Path(value) for key, value in data.items()}
+    return replace(flags, **paths)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ def on_local_prose(cfg: Config, *sources: SourceConfig) -> Config:
 
 
 def data_step(cfg: Config, clock: Clock, n_bytes: float, name: str = "data", after: tuple[str, ...] = ()) -> Step:
-    """Return the step that builds the shards of a config; its output is a marker that the build leaves: the data folder."""
+    """Return the step that builds the shards of a config. A build gets its name, with 12 digits of a hash, when it is whole."""
     return Step(
         name,
         "data_pipeline.py",
         flags_of(cfg),
-        "data",
+        f"data/{cfg.preset}-{'?' * 12}/manifest.json",
         after,
         clock.building(n_bytes),
         f"{n_bytes / 1e6:.0f} MB at most",

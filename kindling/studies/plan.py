@@ -8,14 +8,20 @@ measured. So a size that would take days is never tried.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from kindling.files import write_json
 from kindling.studies.dial import LADDER
 from kindling.studies.inputs import Inputs
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError, duration
 from kindling.tables import Section
+
+PLAN = "plan.json"
 
 MakePlan = Callable[[float, Clock, Inputs], list[Step]]
 
@@ -60,6 +66,66 @@ def fit(make: MakePlan, clock: Clock, inputs: Inputs, seconds: float, name: str 
 
 def _minutes(seconds: float) -> int:
     return int(seconds // 60) + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study's folder was planned with. It is saved: measured again, the speed could give other steps."""
+
+    minutes: float
+    scale: float
+    steps: tuple[Step, ...]
+    """Empty for scaling, which has a plan of its own."""
+    data: dict[str, Any]
+    """The flags of the data."""
+
+
+def read_plan(folder: Path, minutes: float, data: dict[str, Any]) -> Plan | None:
+    """Return the plan of a folder; None if it has none, or one of an earlier version, which kept only the minutes.
+
+    `data` are the flags of this start; none of them means those of the plan. Raises StudyError if the plan has other minutes or
+    other data, or if it is damaged.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.keys() == {"minutes"}:
+            return None
+        steps = (
+            Step(**{**step, **{k: tuple(step[k]) for k in ("arguments", "after", "reads")}}) for step in found["steps"]
+        )
+        plan = Plan(float(found["minutes"]), float(found["scale"]), tuple(steps), dict(found["data"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise StudyError(f"{path} must be as study.py wrote it, but cannot be read ({e}); give another --out") from None
+    if plan.minutes != minutes:
+        raise StudyError(
+            f"--minutes must be {plan.minutes:g}, as {path} has it, but is {minutes:g}; leave it out, or give another --out"
+        )
+    if other := [key for key, value in data.items() if value and value != plan.data.get(key)]:
+        raise StudyError(
+            f"--{other[0]} must be {plan.data.get(other[0])}, as {path} has it, but is {data[other[0]]}; leave it out, or give "
+            f"another --out"
+        )
+    return plan
+
+
+def planned_minutes(folder: Path) -> float | None:
+    """Return the minutes that a folder was planned with, or None."""
+    try:
+        return float(json.loads((folder / PLAN).read_text(encoding="utf-8"))["minutes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Save a plan. Raises StudyError if the disk is full or the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, asdict(plan))
+    except OSError as e:
+        raise StudyError(f"{folder} must be writable, but is not ({e.strerror}); free some space") from None
 
 
 def plan_section(steps: list[Step], seconds: float) -> Section:

@@ -58,7 +58,7 @@ class Study:
 def write_report(study: Study, folder: Path, steps: list[Step], facts: list[tuple[str, str]]) -> list[Path]:
     """Write the tables, the plots and the page; return their paths. Raises StudyError if the disk is full."""
     tables = [*study.sections(folder), times_section(steps, folder)]
-    pictures = [*curves(study, folder), *study.pictures(folder)]
+    pictures = [*study.pictures(folder), *curves(study, folder)]  # a study's own are what it is for
     title = f"Study {study.name}: {study.title}"
     commands = "\n".join(step.command for step in steps)
     html = page(title, facts, tables, pictures, samples(folder, steps), commands, "Commands")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from config import Config, ModelConfig
 from kindling.files import write_json
-from kindling.studies.dial import flags_of
+from kindling.studies.dial import flags_of, millions
 from kindling.studies.scaling_law import ScalingError
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
@@ -136,13 +136,14 @@ class Plan:
         # some runs may have failed: what is there is fitted, if it is enough
         predict = Step("prediction", MODULE, ("--predict-held-out",), PREDICTION, (), FIT_S, "the held-out run's loss")
         held_out = self._step(clock, *self.held_out, after=("prediction",))
-        law = Step("law", MODULE, (), RESULT, ("prediction",), FIT_S, "the law, its table and its picture")
+        reads = tuple(step.name for step in [*out, held_out])
+        law = Step("law", MODULE, (), RESULT, ("prediction",), FIT_S, "the law, its table and its picture", reads)
         return [*out, predict, held_out, law]
 
     def _step(self, clock: Clock, depth: int, steps: int, after: tuple[str, ...] = ()) -> Step:
         cfg, name = self.config(depth, steps), run_name(depth, steps)
         output = f"{RUNS}/{name}/step_{steps:06d}/manifest.json"
-        about = f"{self.parameters(depth):,} parameters of blocks and head, {self.tokens(steps):,} tokens"
+        about = f"{millions(self.parameters(depth))} parameters, {millions(self.tokens(steps))} tokens"
         flags, before = flags_of(cfg), self.before(depth, steps)
         if before is not None:
             trunk = run_name(depth, before)

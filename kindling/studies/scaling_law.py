@@ -35,6 +35,7 @@ FEWEST_RUNS, FEWEST_LEVELS = 8, 3  # levels: different sizes, and different numb
 RESAMPLES = 1000
 RESAMPLE_STARTS = 2  # the best end of all runs, and one that is far from it
 STEPS, TOLERANCE = 400, 1e-13
+TINY = 1e-300  # instead of 0, where a logarithm or a quotient is taken
 NAMES = ("E", "A", "B", "a", "b")
 
 
@@ -56,9 +57,14 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.a + self.B / tokens**self.b
 
     def optimum(self, flop: float) -> tuple[float, float]:
-        """Return the parameters and tokens of the lowest loss for a budget of 6 N D FLOP (Hoffmann et al. 2022, equation 4)."""
-        ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
-        parameters = ratio * (flop / 6) ** (self.b / (self.a + self.b))
+        """Return the parameters and tokens of the lowest loss for a budget of 6 N D FLOP (Hoffmann et al. 2022, equation 4).
+
+        Each is at least 1. A resample of few runs may have an exponent of 0, whose equation gives 0 or infinity.
+        """
+        most = math.log(flop / 6)
+        of_n, of_d = (math.log(max(TINY, x)) for x in (self.a * self.A, self.b * self.B))
+        logarithm = (of_n - of_d + self.b * most) / max(TINY, self.a + self.b)
+        parameters = math.exp(min(most, max(0.0, logarithm)))
         return parameters, flop / 6 / parameters
 
 

@@ -28,7 +28,6 @@ from kindling.paths import PROJECT
 
 RECORDS, LOGS = "steps.json", "logs"
 LINE = 100  # columns of a line of progress
-INTERRUPTED = (130, 143)  # exit codes of a script that stopped by itself after SIGINT or SIGTERM
 
 
 class StudyError(KindlingError):
@@ -46,13 +45,19 @@ class Step:
     arguments: tuple[str, ...]
     """Its flags, as a user would type them in the study's folder."""
     output: str
-    """The file, relative to the study's folder, that is there once the step is done."""
+    """The file, relative to the study's folder, that is there once the step is done. `?` stands for any character."""
     after: tuple[str, ...] = ()
     """Names of steps that must have succeeded."""
     seconds: float = 0.0
     """How long it takes, as estimated."""
     about: str = ""
     """What it does, for the table of the plan: size and tokens."""
+    reads: tuple[str, ...] = ()
+    """Names of steps whose results it takes as far as they are there. It runs again after one of them."""
+
+    def wrote(self, folder: Path) -> bool:
+        """Return whether the output is there."""
+        return any(folder.glob(self.output))
 
     @property
     def command(self) -> str:
@@ -102,7 +107,7 @@ class Records:
         """Return whether a step is done: its command ended well, and its output is there."""
         known = self.of.get(step.name)
         same = known is not None and known.command == step.command and known.code == 0
-        return same and (self.path.parent / step.output).exists()
+        return same and step.wrote(self.path.parent)
 
 
 def require_plan(steps: list[Step], folder: Path) -> None:
@@ -172,10 +177,11 @@ def run_steps(steps: list[Step], folder: Path, resume: str = "the same command",
     require_plan(steps, folder)
     records, child = Records(folder), Child()
     ended: dict[str, bool] = {}
+    fresh: set[str] = set()  # steps that ran now
     with child.signals():
         for number, step in enumerate(steps, 1):
             head = f"[{number}/{len(steps)}] {step.name}"
-            if records.done(step):
+            if records.done(step) and fresh.isdisjoint(step.reads):
                 ended[step.name] = True
                 print(f"{head}: done before", flush=True)
                 continue
@@ -184,6 +190,7 @@ def run_steps(steps: list[Step], folder: Path, resume: str = "the same command",
                 print(f"{head}: left out, as {', '.join(failed)} failed", flush=True)
                 continue
             if child.signal is None:
+                fresh.add(step.name)
                 ended[step.name] = _run(step, folder, scripts, records, child, head)
             if child.signal is not None:
                 print(f"stopped in step {step.name}; {resume} goes on from here", flush=True)
@@ -215,7 +222,7 @@ def _run(step: Step, folder: Path, scripts: Path, records: Records, child: Child
     known.code = code
     if child.signal is not None and code != 0:
         known.code = None  # stopped, not failed
-    well = code == 0 and (folder / step.output).exists()
+    well = code == 0 and step.wrote(folder)
     if well:
         line.end(f"done in {duration(seconds)}")
     elif known.code is None:

@@ -78,9 +78,12 @@ def data_of_run(cfg: Config, run: RunDirectory, tokenizer: Tokenizer | None = No
     # shards of old versions have no table of documents; training does not read it
     began, found = (replace(SplitInfo(**m["splits"]["train"]), table=None) for m in (manifest, dataset.manifest))
     if began != found:
+        way = "start over with --fresh, or use another --name"
+        if cfg.train.extend is not None:  # neither helps: a new run, too, goes on with the same data
+            way = f"start from the last weights with --train.init-from {run.path}"
         raise DataError(
             f"{run.path} must be resumed on the data that it was started with ({manifest['fingerprint']}), but that is gone and "
-            f"the sources have changed since; start over with --fresh, or use another --name"
+            f"the sources have changed since; {way}"
         )
     return dataset
 

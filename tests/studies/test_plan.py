@@ -107,6 +107,101 @@ def test_at_full_size_from_the_hub_the_shapes_are_the_presets(clock, tmp_path, n
             assert cfg.model == replace(preset(cfg.preset).model, vocab_size=cfg.model.vocab_size)
 
 
+def test_a_stored_plan_is_gone_on_with_and_another_one_refused(tmp_path):
+    data = {"hub": False, "code": "/rows.jsonl"}
+    step = Step("a", "main.py", ("--x", "1"), "a", ("b",), 2.0, "about")
+    plan = planning.Plan(60.0, 0.5, (step,), data)
+    assert planning.read_plan(tmp_path, 60.0, data) is None
+    planning.write_plan(tmp_path, plan)
+    nothing = {"hub": False, "code": None}
+    assert planning.read_plan(tmp_path, 60.0, data) == planning.read_plan(tmp_path, 60.0, nothing) == plan
+    for minutes, given, words in (
+        (30.0, data, r"--minutes must be 60, as .*plan\.json has it, but is 30; leave it out"),
+        (60.0, {**data, "code": "/other"}, "--code must be /rows.jsonl, .* but is /other; leave it out"),
+        (60.0, {**nothing, "hub": True}, "--hub must be False"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            planning.read_plan(tmp_path, minutes, given)
+    (tmp_path / "plan.json").write_text('{"minutes": 60, "steps": 3}', encoding="utf-8")
+    with pytest.raises(StudyError, match=r"must be as study\.py wrote it"):
+        planning.read_plan(tmp_path, 60.0, data)
+    (tmp_path / "plan.json").write_text('{"minutes": 60}', encoding="utf-8")  # of an earlier version
+    assert planning.read_plan(tmp_path, 60.0, data) is None
+
+
+def test_a_second_start_has_the_steps_of_the_first_though_the_machine_is_slower(tmp_path, monkeypatch):
+    import study
+    from kindling.studies import speed
+
+    def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
+        return [replace(one, arguments=(str(scale), str(inputs.code))) for one in made(scale, clock, inputs)]
+
+    ran, seconds, code = [], [1e-9], tmp_path / "code.jsonl"
+    code.touch()
+    monkeypatch.setattr(speed.Clock, "step_s", lambda self, cfg: flops(cfg) * seconds[0])
+    monkeypatch.setattr(speed.Clock, "start_s", 1.0)
+    monkeypatch.setattr("kindling.sandbox.self_test.self_test", lambda *a: None)
+    monkeypatch.setattr("kindling.studies.steps.run_steps", lambda steps, *a: ran.append(steps) or 130)
+    monkeypatch.setattr(study, "study_of", lambda name: replace(study_of(name), plan=plan))
+    flags = ["000", "--out", str(tmp_path / "s")]
+    assert study.main([*flags, "--minutes", "60", "--code", str(code)]) == 130
+    seconds[0] = 3e-9
+    (tmp_path / "s" / "speed.json").unlink()
+    assert study.main(flags) == 130
+    assert ran[0] == ran[1] and ran[1][0].arguments[1] == str(code)
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    import study
+
+    monkeypatch.setattr(study, "run_study", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert study.main(["003", "--minutes", "30"]) == 130
+    assert "stopped in study 003; python study.py 003 --minutes 30 goes on from here" in capsys.readouterr().out
+
+
+def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, capsys):
+    import study
+
+    def run(name: str, flags: study.Flags, minutes: float, command: str) -> int:
+        if name == "000":
+            raise StudyError("study 000 must have at least 90 minutes")
+        print(f"ran {name}")
+        return 0
+
+    monkeypatch.setattr(study, "run_study", run)
+    assert study.main(["all", "--minutes", "30"]) == 1
+    said = capsys.readouterr()
+    assert said.out.split("\n")[:2] == ["ran 003", "ran scaling"]
+    assert "error: study 000 is left out: study 000 must have at least 90 minutes" in said.err
+    with pytest.raises(StudyError, match="at least 90"):
+        study.main(["000"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["000", "--minutes", "0"], "--minutes must be a positive number of minutes, but is 0;"),
+        (["scaling", "--minutes", "inf"], "--minutes must be a positive number of minutes, but is inf;"),
+        (["scaling", "--code", "x"], "--code must be left out for the study scaling"),
+    ],
+)
+def test_what_no_study_can_use_is_refused(argv, words):
+    import study
+
+    with pytest.raises(StudyError, match=words):
+        study.main(argv)
+
+
+def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
+    read = []
+    texts = (read.append(n) or "x" * 1000 for n in range(10_000))
+    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda: texts)
+    inputs = Inputs(tmp_path)
+    inputs.write(inputs.prose_source(20_000).source)
+    assert len(read) == 20
+    assert sum(1 for _ in open(tmp_path / "sources" / "prose-0MB.jsonl", encoding="utf-8")) == 20
+
+
 def test_docstrings_and_sums_are_the_same_each_time():
     first, again = (next(docstrings()) for _ in range(2))
     assert first == again and len(first) >= 200

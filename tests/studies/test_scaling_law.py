@@ -55,6 +55,15 @@ def test_the_published_constants_give_the_published_optimum():
     assert CHINCHILLA.optimum(5.76e23)[0] == pytest.approx(40e9, rel=0.02)  # figure 4: 40B for the budget of Gopher
 
 
+@pytest.mark.parametrize(("a", "b"), [(0.0, 0.1), (0.1, 0.0), (0.0, 0.0), (1e-12, 0.1)])
+def test_the_optimum_of_an_exponent_of_zero_is_at_the_end_of_the_budget(a, b):
+    """Else one such resample makes an interval of the table end in nan."""
+    parameters, tokens = OURS._replace(a=np.float64(a), b=np.float64(b)).optimum(6e10)
+    assert parameters >= 1 and tokens >= 1 - 1e-9
+    assert parameters * tokens == pytest.approx(1e10)
+    assert a or not b or parameters == 1
+
+
 def test_the_optimum_is_the_lowest_loss_of_its_budget():
     best_n, best_d = OURS.optimum(1e15)
     assert 6 * best_n * best_d == pytest.approx(1e15)

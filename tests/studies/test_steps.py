@@ -2,11 +2,15 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kindling.studies.common import data_step
+from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError, duration, require_plan, run_steps
+from presets import preset
 
 SCRIPT = """
 import os, signal, sys, time
@@ -62,6 +66,26 @@ def test_a_step_whose_output_is_gone_runs_again(tmp_path, scripts):
     (folder / "a").unlink()
     run_steps([step("a")], folder, scripts=scripts)
     assert ran(folder) == ["a", "a"]
+
+
+def test_data_are_done_when_the_build_has_its_name(tmp_path):
+    """A build is in a folder of another name until it is whole."""
+    data = data_step(preset("demo"), Clock(tmp_path, start=lambda: 1.0), 1e6)
+    for name, whole in ((".building-demo-0123456789ab@host@1", False), ("demo-0123456789ab", True)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "manifest.json").touch()
+        assert data.wrote(tmp_path) is whole
+
+
+def test_a_step_runs_again_when_something_that_it_reads_came_later(tmp_path, scripts):
+    """As the law of a scaling study, after the held-out run failed at first."""
+    folder = tmp_path / "study"
+    law = replace(step("law"), reads=("a", "b"))
+    assert run_steps([step("a"), step("b", "nothing"), law], folder, scripts=scripts) == 1
+    (folder / "b").touch()
+    (folder / "a").unlink()
+    assert run_steps([step("a"), step("b", "nothing"), law], folder, scripts=scripts) == 0
+    assert ran(folder) == ["a", "b", "law", "a", "law"]
 
 
 def test_a_failed_step_stops_only_what_comes_after_it(tmp_path, scripts, capsys):

@@ -9,6 +9,7 @@ from conftest import assert_one_clear_line, script, tiny_config
 from test_trainer import Clock, make_trainer, timed
 
 from config import Config
+from kindling.data.shards import TokenDataset
 from kindling.errors import KindlingError
 from kindling.formats.model_card import card
 from kindling.runs.checkpoint import RunDirectory, load_state, step_of, verify
@@ -17,6 +18,8 @@ from kindling.training.early_checks import run_to_extend
 from kindling.training.extend import branch
 from kindling.training.loop import fit
 from kindling.training.stage import train_stage
+from kindling.training.start_or_resume import data_of_run
+from main import steps_done
 
 PLAN = {"optimizer": "muon", "micro_batch_size": 2, "schedule": "linear", "decay_fraction": 0.3, "min_lr_ratio": 0.0}
 PLAN |= {"save_every": 5, "eval_every": 5, "keep_checkpoints": 1}
@@ -133,6 +136,33 @@ def test_another_model_other_data_and_the_same_name_are_refused(inside, corpus):
             run_to_extend(other, RunDirectory(Path("runs/longer")))
     with pytest.raises(KindlingError, match="name must differ"):
         run_to_extend(cfg, RunDirectory(Path("runs/short")))
+
+
+def test_a_dry_run_counts_from_the_branch(inside, corpus):
+    cfg, new = planned(corpus, "dry", max_steps=17, extend="short"), RunDirectory(Path("runs/dry"))
+    assert steps_done(cfg, new, False) == 9
+    own = replace(cfg, train=replace(cfg.train, extend=None))
+    assert steps_done(own, new, False) == 0
+    assert steps_done(own, RunDirectory(Path("runs/short")), False) == 12
+    assert steps_done(own, RunDirectory(Path("runs/short")), True) == 0
+    with pytest.raises(KindlingError, match="max-steps must be at least 12"):
+        steps_done(planned(corpus, "dry", max_steps=11, extend="short"), new, False)
+
+
+def test_the_way_out_of_changed_data_is_not_to_start_over(inside, corpus, monkeypatch):
+    """A new run with another name, or with --fresh, would go on with the same data."""
+    run, cfg = RunDirectory(Path("runs/short")), planned(corpus, "longer", max_steps=20, extend="short")
+    opened = TokenDataset.__init__
+
+    def changed(self, *args):
+        opened(self, *args)
+        self.manifest["splits"]["train"]["tokens"] += 1
+
+    monkeypatch.setattr(TokenDataset, "__init__", changed)
+    with pytest.raises(KindlingError, match=r"sources have changed since; start from .* --train.init-from runs/short$"):
+        data_of_run(cfg, run)
+    with pytest.raises(KindlingError, match="start over with --fresh"):
+        data_of_run(planned(corpus, "short"), run)
 
 
 def test_an_end_before_the_branch_is_refused_with_the_earliest_that_can_be(inside, corpus):
