@@ -157,12 +157,10 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
             scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
     finally:
         clock.save()
-    size = f"for {minutes:g} minutes"
-    if name != "scaling":
-        size = f"{scale:.3g} of the project's own, {size}"
+    size = "" if name == "scaling" else f"{scale:.3g} of the project's own, "
     facts = [
         ("machine", machine_text(clock.machine)),
-        ("size", size),
+        ("size", f"{size}for {minutes:g} minutes"),
         ("data", study.sources(scale, inputs)),
         ("command", command),
     ]
@@ -226,7 +224,9 @@ def _as_text(value: Path | bool | None) -> str | bool | None:
 
 def with_data(flags: Flags, data: dict[str, Any]) -> Flags:
     """Return the flags with the data of a plan."""
-    paths = {key: value if value is None or key == "hub" else Path(value) for key, value in data.items()}
+    paths: dict[str, Any] = {
+        key: value if value is None or key == "hub" else Path(value) for key, value in data.items()
+    }
     return replace(flags, **paths)
 
 
