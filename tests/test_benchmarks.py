@@ -279,7 +279,10 @@ def test_the_price_of_a_preset_is_its_mean_difference_to_the_first_at_the_same_s
     results = {"machine": "x", "data": "d", "minutes": 5, "seeds": [1, 2], "found": {"a": first, "b": second}}
     table = portability.markdown(results)
     assert "| `a` | 7 | 10 | 2.00M | 2.0000 ± 0.0000 | 1.5000 ± 6.3530 |  |  |" in table
-    assert "| `b` | 7 | 10 | 2.00M | 2.0000 | 1.2500 | +0.0000 | +0.2500 |" in table and "steps that fit 5 minutes" in table
+    assert (
+        "| `b` | 7 | 10 | 2.00M | 2.0000 | 1.2500 | +0.0000 | +0.2500 |" in table
+        and "steps that fit 5 minutes" in table
+    )
 
 
 def test_the_steps_that_fit_a_time_leave_that_of_compiling_and_one_slow_run_changes_nothing():

@@ -13,7 +13,7 @@ from kindling.cli import parse_cli
 from presets import preset
 
 SCRIPTS = ["main", "sft_train", "data_pipeline", "evaluate", "generate", "serve", "export", "visualize", "autocomplete"]
-SCRIPTS += ["kindling.data.distributed_build", "kindling.tokenization.compare"]
+SCRIPTS += ["study", "kindling.data.distributed_build", "kindling.tokenization.compare"]
 
 
 def shown(script: str, flag: str, monkeypatch, columns: int = 80) -> list[str]:

@@ -13,7 +13,7 @@ from conftest import ROOT
 from kindling.openmp import BLOCK_TIME_MS, OWN_CHOICES, SPIN_COUNT, limit_spinning
 
 LIMITS = {"GOMP_SPINCOUNT": str(SPIN_COUNT), "KMP_BLOCKTIME": str(BLOCK_TIME_MS)}
-SCRIPTS = ("main", "sft_train", "evaluate", "generate", "data_pipeline", "export", "visualize", "serve")
+SCRIPTS = ("main", "sft_train", "evaluate", "generate", "data_pipeline", "export", "visualize", "serve", "study")
 MODULES = ("kindling.tokenization.compare", "kindling.data.distributed_build")
 
 # Runs each script until it imports torch or reads its command line, and says what the environment and the process hold then

@@ -499,8 +499,12 @@ def test_a_stream_that_broke_is_named_in_the_ledger_and_each_time_that_the_shard
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("modern-5m", "portable-5m") else n for n in PRESETS]
-)  # those two have the data and the tokenizer of demo
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("demo-infill", "modern-5m", "portable-5m") else n
+        for n in PRESETS
+    ],
+)  # these have the data and the tokenizer of demo; autocomplete is cut into pieces as demo-infill is
 def test_each_presets_data_builds_from_local_files_of_its_real_format(name, tmp_path):
     cfg = preset(name)
     sources = tuple(replace(s, max_bytes=s.max_bytes and 2_000_000) for s in cfg.data.sources)
