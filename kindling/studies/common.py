@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from config import Config, DataConfig, SourceConfig, TokenizerConfig
+from config import Config, SourceConfig, TokenizerConfig
 from kindling.studies.dial import flags_of, size_text
 from kindling.studies.inputs import Inputs
 from kindling.studies.speed import GOLD_TOKENS, Clock
@@ -23,20 +23,18 @@ def bytes_for(tokens: float, fewest: float = 2e6) -> int:
     return 1_000_000 * -int(-wanted // 1_000_000)
 
 
-def on_local_code(cfg: Config, source: SourceConfig) -> Config:
-    """Return the config with a local source of code and a tokenizer that is trained on it."""
+def on_local(cfg: Config, source: SourceConfig, drop_generated: bool = False) -> Config:
+    """Return the config with a local source, and a tokenizer trained on it in place of a pretrained one."""
     data = replace(
-        cfg.data, sources=(source,), max_tokens=None, val_fraction=0.04, test_fraction=0.04, drop_generated=True
+        cfg.data,
+        sources=(source,),
+        max_tokens=None,
+        val_fraction=0.04,
+        test_fraction=0.04,
+        drop_generated=drop_generated,
     )
     kept = cfg.tokenizer.kind != "pretrained"
     return replace(cfg, data=data, tokenizer=cfg.tokenizer if kept else TokenizerConfig())
-
-
-def on_local_prose(cfg: Config, *sources: SourceConfig) -> Config:
-    """Return the config with local sources of prose, rows of text."""
-    own: DataConfig = replace(cfg.data, sources=sources, max_tokens=None, val_fraction=0.04, test_fraction=0.04)
-    kept = cfg.tokenizer.kind != "pretrained"
-    return replace(cfg, data=own, tokenizer=cfg.tokenizer if kept else TokenizerConfig())
 
 
 def data_step(cfg: Config, clock: Clock, n_bytes: float, name: str = "data", after: tuple[str, ...] = ()) -> Step:

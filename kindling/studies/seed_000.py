@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config
-from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local_code, training_step
+from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local, training_step
 from kindling.studies.dial import flags_of, shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import MISSING, Run, spikes
@@ -35,7 +35,7 @@ def bases(scale: float, inputs: Inputs) -> dict[str, Config]:
     if inputs.preset:
         return small
     source = inputs.code_source(bytes_for(max(cfg.tokens for cfg in small.values()))).source
-    return {size: on_local_code(cfg, source) for size, cfg in small.items()}
+    return {size: on_local(cfg, source, drop_generated=True) for size, cfg in small.items()}
 
 
 def fine_tuning(epochs: int, smallest: Config, inputs: Inputs) -> Config:

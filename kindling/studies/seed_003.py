@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, SourceConfig, TokenizerConfig
-from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local_prose, training_step
+from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local, training_step
 from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import Run
@@ -31,7 +31,7 @@ def configs(scale: float, inputs: Inputs) -> dict[str, Config]:
     steps = cfg.train.max_steps or 1
     cfg = replace(cfg, train=replace(cfg.train, sample_every=max(1, min(SAMPLE_EVERY, steps // 20))))
     if not inputs.preset:
-        cfg = on_local_prose(cfg, inputs.prose_source(bytes_for(cfg.tokens)).source)
+        cfg = on_local(cfg, inputs.prose_source(bytes_for(cfg.tokens)).source)
     return {name: replace(cfg, tokenizer=tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
