@@ -76,8 +76,9 @@ class Cache:
 class CacheRows(Cache):
     """Some rows of a cache, to be extended while the others stay as they are."""
 
-    def __init__(self, whole: Cache, rows: list[int]):
-        self._whole, self._rows = whole, rows
+    def __init__(self, whole: Cache, rows: list[int], n_last: int = 1):
+        """`n_last` is how many tokens at the end of each row have their features returned by `advance`."""
+        self._whole, self._rows, self._n_last = whole, rows, n_last
         self._index = torch.tensor(rows, device=whole.last.device)  # (B,)
         self.lengths, self.last = whole.lengths[rows], whole.last[self._index]  # (B,), copies
 
@@ -93,9 +94,10 @@ class CacheRows(Cache):
         return keys[self._index, :, :S], values[self._index, :, :S]
 
     def advance(self, idx: Tensor, x: Tensor) -> Tensor:
-        last = super().advance(idx, x)
+        """Count the tokens idx (B, T); return the features (B * n_last, C) of the last ones of each row."""
+        super().advance(idx, x)
         self._whole.lengths[self._rows], self._whole.last[self._index] = self.lengths, self.last
-        return last
+        return x[:, -self._n_last :].flatten(0, 1)
 
 
 class PromptRows(Cache):

@@ -62,9 +62,11 @@ class Spellings(list[str]):
 class Healing:
     """What the next tokens must spell: first `text`, then anything."""
 
-    def __init__(self, text: str, spellings: Sequence[str]):
+    def __init__(self, text: str, spellings: Sequence[str], taken_back: Sequence[int] = ()):
         """`spellings` has the text of each token id, and is empty for tokens that are never allowed."""
         self.text = text
+        self.taken_back = list(taken_back)
+        """The tokens that spelt the text in the prompt, if there was one. Most of them are mostly drawn again."""
         self._spellings = spellings if isinstance(spellings, Spellings) else Spellings(spellings)
         # whether the text from each character on can be spelled: " →" may be a token while "→" is not
         self._goes_on = [False] * len(text) + [True]
@@ -92,7 +94,7 @@ def split_for_healing(ids: Sequence[int], spellings: Sequence[str]) -> tuple[lis
     while n < min(N_BACK, len(ids) - 1) and spellings[ids[-n - 1]]:
         n += 1
     kept, back = list(ids[: len(ids) - n]), ids[len(ids) - n :]
-    return kept, Healing("".join(spellings[token] for token in back), spellings)
+    return kept, Healing("".join(spellings[token] for token in back), spellings, back)
 
 
 def token_texts(

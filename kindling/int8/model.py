@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,25 +250,26 @@ class Model:
 
     def logits(self, ids: list[int]) -> Array:
         """Return the logits (T, V) after each token of a new text."""
-        return self.forward([(0, ids)], self.new_cache(), every=True)
+        return self.forward([(0, ids)], self.new_cache(), [len(ids)])
 
-    def forward(self, texts: list[tuple[int, list[int]]], cache: Cache, every: bool = False) -> Array:
-        """Run the next tokens of some rows; return the logits after the last of each, (N, V), or after `every` token.
+    def forward(self, texts: list[tuple[int, list[int]]], cache: Cache, n_last: Sequence[int] = ()) -> Array:
+        """Run the next tokens of some rows; return the logits (N, V) after the last of each, or after its `n_last` last ones.
 
         They must fit in the context. The kernel in C gives a text the same bits in any company, and in any pieces.
         """
+        n_last = n_last or [1] * len(texts)
         assert len({row for row, _ in texts}) == len(texts), "one text in a row"
         for row, ids in texts:
             assert 0 < len(ids) <= self.block_size - len(cache.tokens[row]), "the caller crops"
         if self.kernel is None:
-            hidden = [self._hidden(ids, cache, row)[0 if every else -1 :] for row, ids in texts]
+            hidden = [self._hidden(ids, cache, row)[-n:] for (row, ids), n in zip(texts, n_last)]
             return np.concatenate([self.head(x).copy() for x in hidden])  # of a single token it is a buffer
         steps: list[tuple[int, ...]] = []  # the fields of a Token in kernel.c
-        for row, ids in texts:
+        for (row, ids), n in zip(texts, n_last):
             start = len(cache.tokens[row])
             pairs = [0] * len(ids) if self.wtp is None else self._pairs(ids, cache.tokens[row], self.wtp)
-            steps += zip(ids, pairs, [row] * len(ids), range(start, start + len(ids)), [every] * len(ids))
-            steps[-1] = (*steps[-1][:-1], True)
+            wanted = [False] * (len(ids) - n) + [True] * n
+            steps += zip(ids, pairs, [row] * len(ids), range(start, start + len(ids)), wanted)
         logits = self.kernel(cache, np.array(steps, np.int64))
         for row, ids in texts:
             cache.tokens[row] += ids

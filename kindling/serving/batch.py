@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,8 @@ class _Part(NamedTuple):
 
     job: Job
     tokens: list[int]
+    guess: list[int] = []
+    """Tokens that are likely to be drawn after these, and are run with them: those that healing took back."""
 
 
 class Batch:
@@ -134,14 +137,14 @@ class Batch:
             elif now >= job.deadline:
                 self._finish(job, "time")
         ready, rows = [], []
-        for (job, tokens), logits in self._forward(self._parts()):
-            if not job.out:
-                del job.unread[: len(tokens)]
-            if job.out or not job.unread:
-                ready.append(job)
+        for part, logits in self._forward(self._parts()):
+            if not part.job.out:
+                del part.job.unread[: len(part.tokens)]
+            if part.job.out or not part.job.unread:
+                ready.append(part)
                 rows.append(logits)
         if ready:
-            self._draw(ready, np.stack(rows))
+            self._draw(ready, np.concatenate(rows))
 
     def fail_all(self, reason: str) -> None:
         """End all jobs."""
@@ -179,14 +182,23 @@ class Batch:
             more = min(left, len(job.unread) - take[id(job)])
             take[id(job)] += more
             left -= more
-        return parts + [_Part(job, job.unread[: take[id(job)]]) for job in reading if take[id(job)]]
+        for job in (job for job in reading if take[id(job)]):
+            n, healing = take[id(job)], job.generation.healing
+            ends = healing is not None and n == len(job.unread)
+            parts.append(_Part(job, job.unread[:n], healing.taken_back if healing is not None and ends else []))
+        return parts
 
     def _forward(self, parts: list[_Part]) -> list[tuple[_Part, np.ndarray]]:
-        """Return the logits after each part. Where the engine fails, each job runs alone, and those end that fail again."""
+        """Return the logits (n, V) after each part: after its tokens, and after each of its guess.
+
+        Where the engine fails, each job runs alone, and those end that fail again.
+        """
         if not parts:
             return []
+        n_last = [1 + len(part.guess) for part in parts]
         try:
-            return list(zip(parts, self._engine.forward([(part.job.row, part.tokens) for part in parts])))
+            logits = self._engine.forward([(part.job.row, part.tokens + part.guess) for part in parts], n_last)
+            return list(zip(parts, np.split(logits, np.cumsum(n_last)[:-1])))
         except Exception as e:
             if len(parts) == 1:
                 self._say_failed(e)
@@ -196,20 +208,31 @@ class Batch:
             self._engine.truncate(part.job.row, part.job.n_read)
         return [done for part in parts for done in self._forward([part])]
 
-    def _draw(self, jobs: list[Job], logits: np.ndarray) -> None:
-        """Give each job its next token, from logits (N, V)."""
+    def _draw(self, parts: list[_Part], logits: np.ndarray) -> None:
+        """Give each job its next token, and one more after each token that was guessed right, from logits (N, V)."""
         best = logits.argmax(1)  # (N,)
-        is_number = np.isfinite(logits[np.arange(len(jobs)), best])  # of a row with a NaN, argmax returns its place
-        now = self._clock()
-        for job, row, most, good in zip(jobs, logits, best.tolist(), is_number.tolist()):
-            if not good:
-                self.fail(job, "a model's logits must be numbers, but are not; serve an older checkpoint, or use fp32")
-                continue
+        is_number = np.isfinite(logits[np.arange(len(logits)), best])  # of a row with a NaN, argmax returns its place
+        now, rows = self._clock(), zip(logits, best.tolist(), is_number.tolist())
+        for part in parts:
+            own = list(islice(rows, 1 + len(part.guess)))
             try:
-                self._take(job, self._next_token(job, row, most), now)
+                self._draw_for(part, own, now)
             except Exception as e:
                 self._say_failed(e)
-                self.fail(job, f"the server failed ({one_line(e)})")
+                self.fail(part.job, f"the server failed ({one_line(e)})")
+
+    def _draw_for(self, part: _Part, rows: list[tuple[np.ndarray, int, bool]], now: float) -> None:
+        """Give a job its tokens, from the logits after its part and after each token of the guess."""
+        job = part.job
+        for (logits, most, good), guess in zip_longest(rows, part.guess):
+            if not good:
+                self.fail(job, "a model's logits must be numbers, but are not; serve an older checkpoint, or use fp32")
+                return
+            self._take(job, self._next_token(job, logits, most), now)
+            if job not in self.jobs or job.out[-1] != guess:
+                break
+        if part.guess and job in self.jobs:
+            self._engine.truncate(job.row, job.n_read)
 
     @staticmethod
     def _say_failed(error: Exception) -> None:

@@ -29,10 +29,11 @@ class Engine(Protocol):
     def copy_row(self, row: int, source: int, length: int) -> None:
         """Put the first `length` tokens of the row `source` in place of `row`."""
 
-    def forward(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+    def forward(self, texts: Sequence[tuple[int, Sequence[int]]], n_last: Sequence[int] = ()) -> np.ndarray:
         """Run the next tokens of some rows, each with its row; return the logits (N, V) float32 after the last of each.
 
-        They must fit in the context. The other rows stay as they are.
+        `n_last` gives how many tokens at the end of each text have their logits returned, one text after the other; by default
+        one of each. The tokens must fit in the context. The other rows stay as they are.
         """
 
 

@@ -51,9 +51,9 @@ class Int8Engine:
         """Put the first `length` tokens of the row `source` in place of `row`."""
         self._cache.copy_row(row, self._cache, source, length)
 
-    def forward(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
-        """Run the next tokens of some rows; return the logits (N, V) after the last of each."""
-        return self._model.forward([(row, list(ids)) for row, ids in texts], self._cache)
+    def forward(self, texts: Sequence[tuple[int, Sequence[int]]], n_last: Sequence[int] = ()) -> np.ndarray:
+        """Run the next tokens of some rows; return the logits (N, V) after the last of each, or after its `n_last` last ones."""
+        return self._model.forward([(row, list(ids)) for row, ids in texts], self._cache, n_last)
 
 
 class Int8Vocabulary(ExportTokenizer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -60,19 +61,22 @@ class TorchEngine:
         tokens = self._tokens[row]
         self._cache.lengths[row], self._cache.last[row] = len(tokens), tokens[-1] if tokens else 0
 
-    def forward(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
-        """Run the next tokens of some rows; return the logits (N, V) after the last of each.
+    def forward(self, texts: Sequence[tuple[int, Sequence[int]]], n_last: Sequence[int] = ()) -> np.ndarray:
+        """Run the next tokens of some rows; return the logits (N, V) after the last of each, or after its `n_last` last ones.
 
         Texts with one new token each are run together, the others one after another.
         """
-        logits = torch.empty(len(texts), self.vocab_size)
+        n_last = n_last or [1] * len(texts)
+        ends = list(accumulate(n_last))
+        logits = torch.empty(ends[-1], self.vocab_size)
         single = [i for i, (_, ids) in enumerate(texts) if len(ids) == 1]
         longer = [[i] for i, (_, ids) in enumerate(texts) if len(ids) > 1]
         for group in [single, *longer] if single else longer:
-            rows = CacheRows(self._cache, [texts[i][0] for i in group])
+            rows = CacheRows(self._cache, [texts[i][0] for i in group], n_last[group[0]])
             idx = torch.tensor([list(texts[i][1]) for i in group], device=self._device)  # (B, T)
+            places = [at for i in group for at in range(ends[i] - n_last[i], ends[i])]
             with reading():
-                logits[group] = self._gpt.forward_cached(idx, rows).float().cpu()
+                logits[places] = self._gpt.forward_cached(idx, rows).float().cpu()
         for row, ids in texts:
             self._tokens[row] += ids
         return logits.numpy()

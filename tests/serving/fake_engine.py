@@ -60,18 +60,20 @@ class FakeEngine:
         assert row != source and 0 < length <= len(self.rows[source])
         self.rows[row] = self.rows[source][:length]
 
-    def forward(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+    def forward(self, texts: Sequence[tuple[int, Sequence[int]]], n_last: Sequence[int] = ()) -> np.ndarray:
         shown = [(row, "".join(map(chr, ids))) for row, ids in texts]
         self.passes.append(shown)
         self.before_pass(shown)
         assert len({row for row, _ in texts}) == len(texts)
-        logits = np.zeros((len(texts), VOCAB), np.float32)
-        for i, (row, ids) in enumerate(texts):
+        logits = []
+        for (row, ids), n in zip(texts, n_last or [1] * len(texts)):
             self.rows[row] += ids
             assert ids and len(self.rows[row]) <= self.block_size
-            after = self.follows("".join(map(chr, self.rows[row])))
-            logits[i, ord(after) if after else EOS] = self.sure
-        return logits
+            for end in range(len(self.rows[row]) - n + 1, len(self.rows[row]) + 1):
+                after = self.follows("".join(map(chr, self.rows[row][:end])))
+                logits.append(np.zeros(VOCAB, np.float32))
+                logits[-1][ord(after) if after else EOS] = self.sure
+        return np.stack(logits)
 
 
 def greedy_tokens(engine, vocabulary, prompts: Sequence[list[int]], n: int) -> list[list[int]]:

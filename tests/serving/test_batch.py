@@ -244,8 +244,8 @@ def test_a_failure_of_the_engine_ends_only_the_request_that_it_concerns(n_rows, 
     desk = Desk(FakeEngine(n_rows=n_rows))
     forward = desk.engine.forward
 
-    def fail(texts):
-        logits = forward(texts)  # so the rows are longer than they should be
+    def fail(texts, n_last):
+        logits = forward(texts, n_last)  # so the rows are longer than they should be
         if any(ord("!") in ids for _, ids in texts):
             raise RuntimeError("a bad\ntoken")
         return logits
@@ -284,8 +284,8 @@ def test_logits_that_are_no_numbers_fail_the_request(bad, sampling):
     forward = engine.forward
     desk = Desk(engine)
 
-    def broken(texts):
-        logits = forward(texts)
+    def broken(texts, n_last):
+        logits = forward(texts, n_last)
         logits[[row == 0 for row, _ in texts], 5] = bad
         return logits
 
@@ -307,6 +307,59 @@ def test_the_first_tokens_spell_what_was_taken_back_and_are_no_part_of_the_answe
     desk.run()
     assert said(events) == "zz" and events[-1].n_new == 2 and VOCABULARY.decode(job.out) == "llozz"
     assert [[(t.id, t.begins) for t in event.tokens] for event in events[:-1]] == [[(ord("z"), 0)], [(ord("z"), 1)]]
+
+
+def healed(text: str, **fields) -> dict:
+    """Return what `Desk.ask` needs for a prompt that ends in the middle of something."""
+    kept, healing = split_for_healing(VOCABULARY.encode(text), VOCABULARY.spellings)
+    return {"text": VOCABULARY.decode(kept), "healing": healing, **fields}
+
+
+def test_the_tokens_that_were_taken_back_are_run_with_the_prompt_as_long_as_they_are_drawn_again():
+    desk = Desk(FakeEngine())
+    text, done = desk.answer(**healed("xabcd"), n=2)
+    assert text == "ef" and done.n_new == 2
+    assert desk.engine.passes == [[(0, "xabcd")], [(0, "e")]], "one pass to the first new token"
+    assert VOCABULARY.decode(desk.engine.tokens(0)) == "xabcde"
+
+
+def test_a_token_that_is_not_drawn_again_is_forgotten_with_those_behind_it():
+    class Words(FakeVocabulary):
+        spellings = (*FakeVocabulary.spellings[:-1], "cdo")
+
+        def decode(self, ids):
+            return "".join(map(self.spellings.__getitem__, ids))
+
+    words, engine = Words(), FakeEngine(lambda text: {"b": chr(127), chr(127): "g"}.get(text[-1], "b"))
+    kept, healing = split_for_healing(words.encode("xabcd"), words.spellings)
+    batch, events = Batch(engine, words, Counters(), lambda: 0.0), []
+    job = Job(Generation(kept, Sampling(max_new_tokens=2, greedy=True), healing), words, events.append, 0.0)
+    batch.admit([job])
+    batch.step()
+    assert healing.text == "bcd" and job.out == [ord("b"), 127] and list(engine.tokens(0)) == list(b"xab")
+    batch.step()
+    assert said(events) == "og" and engine.passes == [[(0, "xabcd")], [(0, chr(127))]]
+
+
+def test_a_text_that_ends_among_the_tokens_that_were_taken_back_is_answered():
+    desk = Desk(FakeEngine(lambda text: ""))
+    healing = Healing("", VOCABULARY.spellings, VOCABULARY.encode("bcd"))
+    text, done = desk.answer("xa", healing=healing)
+    assert text == "" and done.ended_by == "end of text" and not desk.batch.jobs
+    assert desk.answer("xa", 1)[1].n_cached == 1, "the row can be used again"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_healed_texts_are_the_same_with_and_without_a_guess(seed):
+    def answer(guess: bool) -> str:
+        desk = Desk(FakeEngine(lambda text: "abcxyz"[sum(map(ord, text)) % 6]))
+        desk.engine.sure = 4.0
+        asked = healed("xabcabc", n=9, sampling=Sampling(max_new_tokens=9, seed=seed))
+        if not guess:
+            asked["healing"].taken_back = []
+        return desk.answer(**asked)[0]
+
+    assert answer(True) == answer(False) != ""
 
 
 def test_a_token_that_ends_what_the_prompt_began_says_how_much_of_it_is_the_answer():
@@ -376,8 +429,8 @@ def test_the_penalty_counts_what_was_written():
     desk = Desk(FakeEngine(lambda text: "z"))
     forward = desk.engine.forward
 
-    def second_best(texts):
-        logits = forward(texts)
+    def second_best(texts, n_last):
+        logits = forward(texts, n_last)
         logits[:, ord("y")] = 8.0
         return logits
 

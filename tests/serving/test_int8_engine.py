@@ -52,6 +52,19 @@ def test_the_logits_are_those_of_a_text_alone(models, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_logits_after_several_tokens_are_those_of_the_whole_text(models, name):
+    model, _ = models[name]
+    engine = Int8Engine(model, 3)
+    a, b, c = random_ids(12, 1), random_ids(9, 2), random_ids(7, 3)
+    engine.forward([(0, a[:6]), (1, b[:8])])
+    logits = engine.forward([(0, a[6:]), (1, b[8:]), (2, c)], [4, 1, 7])
+    expected = np.concatenate([model.logits(ids)[-n:] for ids, n in ((a, 4), (b, 1), (c, 7))])
+    assert np.allclose(logits, expected, atol=1e-4)
+    if HAS_COMPILER:
+        assert np.array_equal(logits, expected), "to the bit"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy_texts_in_company_are_those_alone(models, name):
     model, vocabulary = models[name]
     prompts = [random_ids(n, n) for n in (3, 9, 14, 9, 1)] + [[*random_ids(9, 9), 5]]

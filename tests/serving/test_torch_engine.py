@@ -43,6 +43,17 @@ def test_the_logits_are_those_of_the_whole_text(models, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_logits_after_several_tokens_are_those_of_the_whole_text(models, name):
+    engine = TorchEngine(models[name], 3)
+    a, b, c = random_ids(12, 1), random_ids(9, 2), random_ids(7, 3)
+    engine.forward([(0, a[:6]), (1, b[:8])])
+    logits = engine.forward([(0, a[6:]), (1, b[8:]), (2, c)], [4, 1, 7])
+    with torch.no_grad():
+        expected = [models[name](torch.tensor([ids]))[0, -n:] for ids, n in ((a, 4), (b, 1), (c, 7))]
+    assert torch.allclose(torch.from_numpy(logits), torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy_texts_in_company_are_those_alone(models, vocabulary, name):
     prompts = [random_ids(n, n) for n in (3, 9, 14, 9, 1)] + [[*random_ids(9, 9), 5]]
     greedy = Sampling(greedy=True, max_new_tokens=10)
