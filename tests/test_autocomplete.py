@@ -158,15 +158,13 @@ def test_the_kernel_in_c_computes_what_numpy_does(exports, compiled, name):
     ids = random_ids(by_c.block_size)
     assert_close(by_c.logits(ids), by_numpy.logits(ids))
     caches = by_numpy.new_cache(3), by_c.new_cache(3)
-    every = True
-    for texts in (
-        [(0, [5, 6, 7]), (2, [9])],
-        [(1, ids[:9]), (2, [8, 100]), (0, [4])],
-        [(0, [1])],
-        [(2, [3]), (1, [2])],
+    for texts, n_last in (
+        ([(0, [5, 6, 7]), (2, [9])], []),
+        ([(1, ids[:9]), (2, [8, 100]), (0, [4])], [4, 2, 1]),
+        ([(0, [1])], []),
+        ([(2, [3]), (1, [2])], [1, 1]),
     ):
-        every = not every
-        expected, actual = (model.forward(texts, cache, every) for model, cache in zip((by_numpy, by_c), caches))
+        expected, actual = (model.forward(texts, cache, n_last) for model, cache in zip((by_numpy, by_c), caches))
         assert expected.shape == actual.shape
         assert_close(actual, expected)
     assert caches[0].lengths == caches[1].lengths == [5, 10, 4]
@@ -177,7 +175,7 @@ def test_a_text_has_the_same_bits_in_any_pieces_and_any_company(compiled, name):
     model = compiled[name]
     texts = [random_ids(model.block_size - 3 * i, i) for i in range(4)]  # more tokens than are worked on at once
     alone = [model.logits(ids) for ids in texts]
-    together = model.forward(list(enumerate(texts)), model.new_cache(4), every=True)
+    together = model.forward(list(enumerate(texts)), model.new_cache(4), [len(ids) for ids in texts])
     assert np.array_equal(together, np.concatenate(alone))
     ends = model.forward(list(enumerate(texts)), model.new_cache(4))
     assert np.array_equal(ends, [logits[-1] for logits in alone])

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice, zip_longest
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class _Part(NamedTuple):
 
     job: Job
     tokens: list[int]
-    guess: list[int] = []
+    guess: Sequence[int] = ()
     """Tokens that are likely to be drawn after these, and are run with them: those that healing took back."""
 
 
@@ -197,7 +197,7 @@ class Batch:
             return []
         n_last = [1 + len(part.guess) for part in parts]
         try:
-            logits = self._engine.forward([(part.job.row, part.tokens + part.guess) for part in parts], n_last)
+            logits = self._engine.forward([(part.job.row, [*part.tokens, *part.guess]) for part in parts], n_last)
             return list(zip(parts, np.split(logits, np.cumsum(n_last)[:-1])))
         except Exception as e:
             if len(parts) == 1:
