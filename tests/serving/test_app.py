@@ -48,11 +48,9 @@ def test_text_at_a_cursor_uses_prefix_and_suffix(server):
     fields = {"input_prefix": "def f():\n", "prompt": "    if x:", "input_suffix": "\n    return 1\n"}
     answer = server.post("/infill", **fields, n_predict=16, n_indent=4)
     assert (answer["content"], answer["stop_type"], answer["truncated"]) == ("pass", "eos", False)
-    read = "".join(text for texts in server.served.scheduler._batch._engine.passes for _, text in texts)
-    assert (
-        "".join(map(chr, (FIM.prefix, FIM.suffix))) + "\n    return 1\n" + chr(FIM.middle) + "def f():\n    if x:"
-        in read
-    )
+    asked = "".join(map(chr, (FIM.prefix, FIM.suffix))) + "\n    return 1\n" + chr(FIM.middle) + "def f():\n    if x:"
+    rows = ["".join(map(chr, ids)) for ids in server.served.scheduler._batch._engine.rows]
+    assert asked + "pass" in rows  # of a pass, what another test's request has left in the row is no part
     for path, body, read in (
         ("/v1/completions", {"prompt": "if x:", "suffix": "\nend"}, lambda a: a["choices"][0]["text"]),
         ("/beta/completions", {"prompt": "if x:", "suffix": "\nend"}, lambda a: a["choices"][0]["text"]),
