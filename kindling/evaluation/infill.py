@@ -4,9 +4,10 @@
     figures["line"]["ways"]["PSM"]["exact"]
 
 A gap is a line, or a span of characters that may begin and end anywhere. The model fills it three times: with the suffix after
-the prefix (PSM), with the suffix first (SPM), and without the suffix, by going on from the prefix with token healing. Exact: the
-text is what stood there. Similarity: 1 - edit distance / the longer length (Levenshtein 1966). Without a suffix nothing says
-where a span ends, so its text is cut to the right length there, which favours it.
+the prefix (PSM), with the suffix first (SPM, as serve.py asks), and without the suffix. In the last two the text goes on from
+the prefix, so they have token healing: after a newline alone, a model does not expect the indentation that it has learnt as one
+token with the newline. Exact: the text is what stood there. Similarity: 1 - edit distance / the longer length (Levenshtein
+1966). Without a suffix nothing says where a span ends, so its text is cut to the right length there, which favours it.
 """
 
 from __future__ import annotations
@@ -137,15 +138,15 @@ class Filler:
         self._spellings = token_spellings(tokenizer, model.cfg.vocab_size)
 
     def fill_all(self, some: Sequence[Gap], way: str) -> list[str]:
-        """Return what the model writes into each gap. Those with a suffix are filled together."""
-        if way == WITHOUT:
-            return [self._without_suffix(gap) for gap in some]
+        """Return what the model writes into each gap. Those with the suffix after the prefix are filled together."""
+        if way != KINDS[PSM]:
+            return [self._go_on(gap, way) for gap in some]
         from kindling.generation.completion import complete_batch
 
         texts = [""] * len(some)
         for kind in (LINE, SPAN):
             numbers = [n for n, gap in enumerate(some) if gap.kind == kind]
-            prompts = [self.prompt(some[n], spm=way == KINDS[SPM]) for n in numbers]
+            prompts = [self.prompt(some[n], spm=False) for n in numbers]
             sampling = self._sampling(kind)
             for number, done in complete_batch(self.model, self.tokenizer, prompts, [0] * len(prompts), sampling):
                 texts[numbers[number]] = done.text
@@ -155,23 +156,22 @@ class Filler:
         """Return how a kind of gap is filled. A line ends at its newline."""
         return replace(self.sampling, stop=("\n",) if kind == LINE else ())
 
-    def _without_suffix(self, gap: Gap) -> str:
-        text = self._continue(gap.prefix, self._sampling(gap.kind))
-        return text if gap.kind == LINE else text[: len(gap.middle)]
-
     def prompt(self, gap: Gap, spm: bool) -> list[int]:
         """Return the prompt of a gap, with as much of prefix and suffix around it as leaves room for the new tokens."""
         return prompt_around(self.tokenizer, gap.prefix, gap.suffix, self.model.cfg.block_size - self.n_new, spm)
 
-    def _continue(self, prefix: str, sampling: Sampling) -> str:
-        """Return what the model writes after a prefix, also where it ends inside a token."""
+    def _go_on(self, gap: Gap, way: str) -> str:
+        """Return what the model writes after the prefix of a gap, also where that ends inside a token."""
         from kindling.generation.completion import TextStream, encode_document, extend
         from kindling.generation.healing import split_for_healing
 
-        ids = encode_document(self.tokenizer, prefix)[-(self.model.cfg.block_size - self.n_new) :]
+        if way == WITHOUT:
+            ids = encode_document(self.tokenizer, gap.prefix)[-(self.model.cfg.block_size - self.n_new) :]
+        else:
+            ids = self.prompt(gap, spm=True)
         kept, healing = split_for_healing(ids, self._spellings)
-        again = replace(
-            sampling, max_new_tokens=self.n_new + len(ids) - len(kept)
-        )  # what was taken back is written again
-        text = TextStream(self.tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
-        return extend(self.model, self.tokenizer, kept, again, text, allowed=healing.allowed).text
+        # what was taken back is written again
+        again = replace(self._sampling(gap.kind), max_new_tokens=self.n_new + len(ids) - len(kept))
+        stream = TextStream(self.tokenizer, again.stop, kept[-1:], skip=len(healing.text))
+        text = extend(self.model, self.tokenizer, kept, again, stream, allowed=healing.allowed).text
+        return text[: len(gap.middle)] if way == WITHOUT and gap.kind == SPAN else text

@@ -71,16 +71,21 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) 
     if problem.suffix is not None:
         from kindling.data.infilling import encode_infill  # it imports NumPy, which the judge's Python may lack
 
-        return encode_infill(tokenizer, problem.prompt, problem.suffix)
+        # with the suffix first, as serve.py asks: so the model goes on from the prompt, as it does without a suffix
+        return encode_infill(tokenizer, without_newline(problem, tokenizer), problem.suffix, spm=True)
     if chat is None or problem.after is not None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        prompt = problem.prompt.removesuffix("\n") if merges_newline_with_indent(tokenizer) else problem.prompt
-        return bos + tokenizer.encode(prompt)
+        return bos + tokenizer.encode(without_newline(problem, tokenizer))
     if chat.docstring_format:
         exchanges = [Exchange(problem.mined_instruction)]
     else:
         exchanges = [Exchange(asked, said) for asked, said in problem.shots] + [Exchange(problem.instruction)]
     return flatten(encode(chat.template, exchanges, tokenizer))
+
+
+def without_newline(problem: Problem, tokenizer: Tokenizer) -> str:
+    """Return the prompt of a problem without the newline at its end, if that is to be part of the model's first token."""
+    return problem.prompt.removesuffix("\n") if merges_newline_with_indent(tokenizer) else problem.prompt
 
 
 def prompts_too_long(
@@ -158,7 +163,7 @@ def _write_alike(
     prompts = [_cropped(problems[i][0], whole[i], tokenizer, longest) for i, _ in order]
     seeds = [_seed(cfg.seed, problems[i][0], number) for i, number in order]
     sampling = Sampling(n_new_tokens(first, model.cfg.block_size, cfg), cfg.temperature, None, cfg.top_p, seed=0)
-    own_newline = chat is None and first.suffix is None and merges_newline_with_indent(tokenizer)
+    own_newline = chat is None and merges_newline_with_indent(tokenizer)
     begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     samples = {}
     for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.end_ids, seeds, cfg.batch_size, begins):
@@ -190,7 +195,7 @@ def _cropped(problem: Problem, ids: list[int], tokenizer: Tokenizer, longest: in
         return ids[-longest:]
     from kindling.evaluation.infill import prompt_around
 
-    return prompt_around(tokenizer, problem.prompt, problem.suffix, longest)
+    return prompt_around(tokenizer, without_newline(problem, tokenizer), problem.suffix, longest, spm=True)
 
 
 def _rows_in_memory(

@@ -136,11 +136,14 @@ def continuation(
         ids = [vocabulary.bos_id, *ids]
     whole = ids or [vocabulary.eos_id]  # in training, a document begins after an end-of-text
     ids = cropped(served, whole, options)
-    kept, healing = split_for_healing(ids, vocabulary.spellings)
+    return Prompt(healed(served, ids, options, edit), len(end) < len(text) or len(ids) < len(whole))
+
+
+def healed(served: Served, ids: list[int], options: Options, edit: Edit | None) -> Generation:
+    """Return the generation that goes on after a prompt whose text may end inside a token."""
+    kept, healing = split_for_healing(ids, served.vocabulary.spellings)
     generation = _generation(kept, options, edit)
-    if healing.text:
-        generation = replace(generation, healing=healing, n_taken_back=len(ids) - len(kept))
-    return Prompt(generation, len(end) < len(text) or len(ids) < len(whole))
+    return replace(generation, healing=healing, n_taken_back=len(ids) - len(kept)) if healing.text else generation
 
 
 def after_ids(served: Served, ids: Sequence[int], options: Options) -> Prompt:
@@ -190,7 +193,9 @@ def at_cursor(served: Served, prefix: str, suffix: str, options: Options, edit: 
         spm=True,  # the prefix is last, so what is typed on leaves the earlier tokens as they are
         step=max(1, served.block_size // STEPS),
     )
-    return Prompt(_generation(ids, options, edit), is_cut)
+    # in training the prefix was encoded on its own, but the model goes on from it as from any text: newline and indentation are
+    # one token nearly everywhere
+    return Prompt(healed(served, ids, options, edit), is_cut)
 
 
 def is_literal_fim(served: Served, text: str) -> bool:

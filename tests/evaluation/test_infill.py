@@ -80,6 +80,19 @@ def test_exact_matches_are_counted_for_each_way_and_document(model):
     assert ways["no suffix"]["by_document"][0] == [2, 1, 1.5] and ways["no suffix"]["by_document"][1][1] == 0
 
 
+def test_with_the_suffix_first_the_indentation_may_be_one_token_with_the_newline_before_it():
+    tokenizer = train_bpe(["def f():\n    return 1\n" * 9], TokenizerConfig(), 300)
+    joined = tokenizer.encode("\n    return")[0]  # a newline and three spaces
+    model = build_model(ModelConfig(64, 300, n_layer=1, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.wte.weight.zero_()
+        model.norm_f.bias.fill_(1.0)
+        model.head.weight[joined] = 1.0  # whatever is read, this is what the model would write next
+    texts = Filler(model, tokenizer).fill_all([Gap(0, SPAN, "def f():\n", "x", "\ny")], "SPM")
+    assert texts[0].startswith("   \n   \n")
+
+
 def test_a_span_that_is_filled_without_a_suffix_is_cut_to_its_length(model):
     gap = Gap(0, SPAN, "x ", "a", "b")
     filler = Filler(model, BYTES)

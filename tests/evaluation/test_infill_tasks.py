@@ -87,7 +87,7 @@ def said(p, text: str, chat=None) -> Sample:
 
 def test_a_line_is_asked_with_the_control_tokens_and_without_the_suffix_as_a_text():
     p, alone = LINES["problems"][40], ALONE[40]
-    assert prompt_ids(p, BPE, None) == encode_infill(BPE, p.prompt, p.after) and p.after
+    assert prompt_ids(p, BPE, None) == encode_infill(BPE, p.prompt[:-1], p.after, spm=True) and p.after
     assert prompt_ids(alone, BPE, None) == [BPE.bos_id, *BPE.encode(p.prompt[:-1])]
     for chat in (ChatFormat("alpaca", False), ChatFormat("alpaca", True)):  # filling in has no template
         assert prompt_ids(p, BPE, chat) == prompt_ids(p, BPE, None)
@@ -98,9 +98,9 @@ def test_a_line_is_asked_with_the_control_tokens_and_without_the_suffix_as_a_tex
 def test_a_line_ends_at_its_newline(chat):
     p, alone = LINES["problems"][40], ALONE[40]
     for text in ("    x = 1", "    x = 1\n    y = 2\n", "    x = 1\n"):
-        assert said(p, text, chat).text == "    x = 1"
+        assert said(p, "\n" + text, chat).text == "    x = 1"
         assert said(alone, "\n" + text, chat).text == "    x = 1"
-    assert said(p, "").text == "" and said(p, "\nx").text == ""
+    assert said(p, "").text == "" and said(p, "\n\nx").text == ""
 
 
 def test_lines_are_written_beside_whole_problems_in_the_order_of_the_caller():
@@ -121,7 +121,7 @@ def test_a_prompt_that_is_too_long_keeps_what_is_nearest_to_the_line():
     ids = prompt_ids(p, BPE, None)
     block_size = len(ids) - 9
     shape = ModelConfig(block_size, BPE.vocab_size, n_layer=1, n_head=2, n_embd=16, init_std=0.3)
-    kept = prompt_around(BPE, p.prompt, p.after, block_size - 24)
+    kept = prompt_around(BPE, p.prompt[:-1], p.after, block_size - 24, spm=True)
     assert len(kept) == block_size - 24 and sum(t in BPE.fim for t in kept) == 3
     prompts = []
     model = GPT(shape).eval()

@@ -49,9 +49,19 @@ def test_a_prompt_that_the_tokenizer_cannot_spell_names_its_field(small):
 
 def test_at_a_cursor_the_suffix_comes_first_and_the_edit_knows_both_sides(small):
     prompt = at_cursor(small, "a\n  b", "c\n", HOW, Edit(max_lines=2))
+    generation = prompt.generation
     expected = arrange(FIM, small.vocabulary.encode("a\n  b"), small.vocabulary.encode("c\n"), [], spm=True)
-    assert list(prompt.generation.ids) == expected and prompt.generation.healing is None
-    assert prompt.generation.edit == Edit(prefix="  b", suffix="c\n", max_lines=2)
+    assert [*generation.ids, *generation.healing.taken_back] == expected
+    assert (generation.healing.text, generation.n_taken_back) == ("  b", 3), (
+        "after a newline alone no indentation is expected"
+    )
+    assert generation.edit == Edit(prefix="  b", suffix="c\n", max_lines=2)
+
+
+@pytest.mark.parametrize("prefix", ["", "ab"])
+def test_the_control_tokens_before_a_short_prefix_are_never_taken_back(small, prefix):
+    generation = at_cursor(small, prefix, "c\n", HOW, Edit()).generation
+    assert generation.ids[-1] == FIM.middle and (generation.healing.text if generation.healing else "") == prefix
 
 
 def test_while_somebody_types_most_of_the_prompt_stays(small):
