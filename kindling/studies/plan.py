@@ -104,8 +104,9 @@ def read_plan(folder: Path, minutes: float, data: dict[str, Any]) -> Plan | None
             f"--minutes must be {plan.minutes:g}, as {path} has it, but is {minutes:g}; leave it out, or give another --out"
         )
     if other := [key for key, value in data.items() if value and value != plan.data.get(key)]:
+        flag = f"--{other[0].replace('_', '-')}"
         raise StudyError(
-            f"--{other[0]} must be {plan.data.get(other[0])}, as {path} has it, but is {data[other[0]]}; leave it out, or give "
+            f"{flag} must be {plan.data.get(other[0])}, as {path} has it, but is {data[other[0]]}; leave it out, or give "
             f"another --out"
         )
     return plan

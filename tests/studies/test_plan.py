@@ -87,9 +87,14 @@ def test_speed_is_kept_in_the_folder_and_only_for_the_same_machine(clock, tmp_pa
 
 @pytest.mark.parametrize("name", SEEDS)
 @pytest.mark.parametrize("hub", [False, True])
-def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, name, hub):
-    steps = study_of(name).plan(1.0 if hub else 1 / 16, clock, Inputs(tmp_path, preset=hub))
+def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, monkeypatch, name, hub):
+    study, size = study_of(name), (1.0 if hub else 1 / 16, clock, Inputs(tmp_path, preset=hub))
+    steps = study.plan(*size)
     require_plan(steps, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kindling.studies.held_out.write_held_out", lambda inputs: None)
+    monkeypatch.setattr(Inputs, "write", lambda self, source: None)
+    study.prepare(size[0], size[2])  # the files that commands name
     for step in steps:
         module = importlib.import_module(step.script.removesuffix(".py"))
         default = (module.OFFLINE,) if step.script == "sft_train.py" else ()
@@ -171,7 +176,7 @@ def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, caps
     monkeypatch.setattr(study, "run_study", run)
     assert study.main(["all", "--minutes", "30"]) == 1
     said = capsys.readouterr()
-    assert said.out.split("\n")[:2] == ["ran 003", "ran scaling"]
+    assert said.out.split("\n")[:3] == ["ran 003", "ran 004", "ran scaling"]
     assert "error: study 000 is left out: study 000 must have at least 90 minutes" in said.err
     with pytest.raises(StudyError, match="at least 90"):
         study.main(["000"])
@@ -195,7 +200,7 @@ def test_what_no_study_can_use_is_refused(argv, words):
 def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
     read = []
     texts = (read.append(n) or "x" * 1000 for n in range(10_000))
-    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda: texts)
+    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda globs: texts)
     inputs = Inputs(tmp_path)
     inputs.write(inputs.prose_source(20_000).source)
     assert len(read) == 20
