@@ -310,10 +310,7 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
     for path in flags.text:
         with progress_bar(path.name[:16], 0, "token") as bar:
             losses = text_losses(model, tokenizer, path, *how, bar.update)
-        out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
-        if losses.bytes is not None:  # of single documents, as of reference solutions: for intervals and comparisons
-            pairs = zip(losses.bytes.tolist(), losses.nll.tolist())
-            out[str(path)]["losses"] = [[i, n_bytes, nll] for i, (n_bytes, nll) in enumerate(pairs)]
+        out[str(path)] = losses.of_text()
     return out
 
 

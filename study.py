@@ -178,9 +178,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
         return 0
     if kept is None:
         write_plan(folder, Plan(minutes, scale, () if name == "scaling" else tuple(steps), given))
-    for source in study.stand_ins(scale, inputs):
-        inputs.write(source)
-    study.prepare(scale, inputs)
+    study.write_inputs(scale, inputs)
     code = run_steps(steps, folder, command)
     if code > 1:
         return code

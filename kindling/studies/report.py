@@ -60,6 +60,12 @@ class Study:
     prepare: Callable[[float, Inputs], None] = nothing
     """Writes what else must be there before the first step."""
 
+    def write_inputs(self, scale: float, inputs: Inputs) -> None:
+        """Write all that must be there before the first step."""
+        for source in self.stand_ins(scale, inputs):
+            inputs.write(source)
+        self.prepare(scale, inputs)
+
 
 def write_report(study: Study, folder: Path, steps: list[Step], facts: list[tuple[str, str]]) -> list[Path]:
     """Write the tables, the plots and the page; return their paths. Raises StudyError if the disk is full."""
