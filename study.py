@@ -139,7 +139,7 @@ def require_possible(flags: Flags) -> None:
 
 def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
     """Plan a study, run its steps and write its report; return the exit code."""
-    from kindling.studies.plan import Plan, fit, plan_section, planned_minutes, read_plan, write_plan
+    from kindling.studies.plan import Plan, fit, plan_section, read_plan, write_plan
     from kindling.studies.report import write_report
     from kindling.studies.speed import Clock, machine_text
     from kindling.studies.steps import run_steps
@@ -147,9 +147,9 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
 
     study = study_of(name)
     folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
-    minutes = minutes or planned_minutes(folder) or MINUTES
     given = {key: _as_text(getattr(flags, key)) for key in DATA_FLAGS}
     kept = read_plan(folder, minutes, given)
+    minutes = minutes or (MINUTES if kept is None else kept.minutes)
     inputs = inputs_of(flags if kept is None else with_data(flags, kept.data), folder)
     clock = Clock(folder)
     print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
@@ -158,7 +158,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
             from kindling.studies.scaling import scaling_steps
 
             scale, steps = 1.0, scaling_steps(folder, minutes, clock, flags.hub, keep=not flags.dry_run)
-        elif kept is not None:
+        elif kept is not None and kept.steps is not None:
             scale, steps = kept.scale, list(kept.steps)
         else:
             scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
@@ -176,7 +176,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     if flags.dry_run:
         print(f"\nthis was a dry run: nothing was trained; next: {command.replace(' --dry-run', '')}")
         return 0
-    if kept is None:
+    if kept is None or kept.steps is None:
         write_plan(folder, Plan(minutes, scale, () if name == "scaling" else tuple(steps), given))
     study.write_inputs(scale, inputs)
     code = run_steps(steps, folder, command)

@@ -1,6 +1,7 @@
 """Plans: sizes by one dial, what fits the time, and commands that the scripts understand."""
 
 import importlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_stored_plan_is_gone_on_with_and_another_one_refused(tmp_path):
     assert planning.read_plan(tmp_path, 60.0, data) is None
     planning.write_plan(tmp_path, plan)
     nothing = {"hub": False, "code": None}
-    assert planning.read_plan(tmp_path, 60.0, data) == planning.read_plan(tmp_path, 60.0, nothing) == plan
+    assert planning.read_plan(tmp_path, 60.0, data) == planning.read_plan(tmp_path, None, nothing) == plan
     for minutes, given, words in (
         (30.0, data, r"--minutes must be 60, as .*plan\.json has it, but is 30; leave it out"),
         (60.0, {**data, "code": "/other"}, "--code must be /rows.jsonl, .* but is /other; leave it out"),
@@ -130,8 +131,8 @@ def test_a_stored_plan_is_gone_on_with_and_another_one_refused(tmp_path):
     (tmp_path / "plan.json").write_text('{"minutes": 60, "steps": 3}', encoding="utf-8")
     with pytest.raises(StudyError, match=r"must be as study\.py wrote it"):
         planning.read_plan(tmp_path, 60.0, data)
-    (tmp_path / "plan.json").write_text('{"minutes": 60}', encoding="utf-8")  # of an earlier version
-    assert planning.read_plan(tmp_path, 60.0, data) is None
+    (tmp_path / "plan.json").write_text('{"minutes": 45}', encoding="utf-8")  # of an earlier version
+    assert planning.read_plan(tmp_path, None, data) == planning.Plan(45.0, 1.0, None, {})
 
 
 def test_a_second_start_has_the_steps_of_the_first_though_the_machine_is_slower(tmp_path, monkeypatch):
@@ -154,6 +155,11 @@ def test_a_second_start_has_the_steps_of_the_first_though_the_machine_is_slower(
     (tmp_path / "s" / "speed.json").unlink()
     assert study.main(flags) == 130
     assert ran[0] == ran[1] and ran[1][0].arguments[1] == str(code)
+    kept = tmp_path / "s" / "plan.json"
+    kept.write_text('{"minutes": 30}', encoding="utf-8")  # of an earlier version, which planned again
+    assert study.main(flags) == 130
+    assert json.loads(kept.read_text(encoding="utf-8"))["minutes"] == 30 and ran[2] != ran[1]
+    assert planning.read_plan(tmp_path / "s", None, {}).steps == tuple(ran[2])
 
 
 def test_ctrl_c_before_the_first_step_says_how_to_go_on(tmp_path, monkeypatch, capsys):
