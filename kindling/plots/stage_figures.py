@@ -5,6 +5,7 @@ kindling/studies/measures.py computes the numbers. The rules of figures.py hold 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -22,7 +23,7 @@ MOST = 1.0
 FIRST = "#dddddd"  # the first stage, which has none before it
 SAYS = (
     "In each cell: the value after the stage, and below it the change to the stage before. *: its 95% interval excludes 0. "
-    "The colour is stronger the more was gained."
+    "The colour is stronger the more was gained; that of pass@k and accuracies is the difference itself."
 )
 
 
@@ -39,8 +40,8 @@ class MeasureRow:
     gains: list[float]
 
 
-def stage_figure(rows: list[MeasureRow], stages: list[str], title: str) -> Figure:
-    """Draw a cell for each measure (rows) and stage (columns)."""
+def stage_figure(rows: list[MeasureRow], stages: Sequence[tuple[str, ...]], title: str) -> Figure:
+    """Draw a cell for each measure (rows) and stage (columns). A stage's name is lines."""
     with style():
         figure = new_figure(3.2 + 2.0 * len(stages), 1.9 + 0.52 * len(rows), title, SAYS)
         ax = figure.subplots()
@@ -52,7 +53,7 @@ def stage_figure(rows: list[MeasureRow], stages: list[str], title: str) -> Figur
         ax.set_facecolor(FIRST)
         ax.imshow(np.ma.masked_invalid(gains), cmap=MAP, norm=norm, aspect="auto", interpolation="nearest")
         _write(ax, rows, mapping)
-        ax.set_xticks(range(len(stages)), [visible(stage) for stage in stages])
+        ax.set_xticks(range(len(stages)), ["\n".join(map(visible, stage)) for stage in stages])
         ax.set_yticks(range(len(rows)), [visible(row.name) for row in rows])
         ax.xaxis.tick_top()
         ax.tick_params(length=0)
@@ -64,9 +65,9 @@ def stage_figure(rows: list[MeasureRow], stages: list[str], title: str) -> Figur
         ax.set_xlim(-0.5, len(stages) - 0.5)
         ax.set_ylim(len(rows) - 0.5, -0.5)
         bar = figure.colorbar(
-            mapping, ax=ax, shrink=0.6, aspect=30, extend="both" if known.max(initial=0) > end else "neither"
+            mapping, ax=ax, shrink=0.8, aspect=30, extend="both" if known.max(initial=0) > end else "neither"
         )
-        bar.set_label("lost   |   gained, as a share of the value before (of shares: the difference)", fontsize=9)
+        bar.set_label("gained, as a share of the value before; below 0: lost", fontsize=9)
         return figure
 
 

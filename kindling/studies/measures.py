@@ -1,7 +1,7 @@
 """What is measured after each stage of a training, and what the stage changed: tables and a heat map.
 
-    rows = matrix(runs, MEASURES)
-    picture(runs, MEASURES, ["after 1", "after 2"], "...")
+    matrix(runs, MEASURES, claimant, file)
+    picture(runs, MEASURES, [("after 1",), ("after 2",)], title, file)
 
 A measure is a figure of eval.json. A difference is paired, by document or by problem, as in evaluate.py --compare; that of a
 task of the harness is not.
@@ -10,7 +10,7 @@ task of the harness is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -30,6 +30,7 @@ class Measure:
     """A figure of eval.json, and what the project claims of it."""
 
     label: str
+    unit: str
     part: str
     """Of eval.json: texts, gold, functional or harness."""
     name: str
@@ -107,7 +108,7 @@ def matrix(runs: list[Run], measures: list[Measure], claimant: str, file: str) -
             rows.append([measure.label, *cells, file])
         if measure.claims:
             said = [measure.claims.get(number, MISSING) for number in range(1, len(runs) + 1)]
-            rows.append([f"{measure.label}: {claimant}", *said, "its page"])
+            rows.append([f"{claimant}: {measure.label}", *said, "its page"])
     return rows
 
 
@@ -126,7 +127,9 @@ def absent(runs: list[Run], measures: list[Measure]) -> list[str]:
     return [measure.label for measure in measures if all(measure.value(run) is None for run in runs)]
 
 
-def picture(runs: list[Run], measures: list[Measure], stages: list[str], title: str, file: str) -> Picture | None:
+def picture(
+    runs: list[Run], measures: list[Measure], stages: Sequence[tuple[str, ...]], title: str, file: str
+) -> Picture | None:
     """Return the heat map of what each stage brought and took; None without a measure."""
     rows, told = [], []
     for measure in measures:
@@ -141,12 +144,14 @@ def picture(runs: list[Run], measures: list[Measure], stages: list[str], title: 
             )
             star = " *" if known is not None and known.significant else ""
             changes.append("" if known is None else f"{measure.form(known.difference)} {said}{star}")
-        rows.append(MeasureRow(measure.label, values, changes, gains))
-        told.append(f"{measure.label}: {', '.join(values)}")
+        name = f"{measure.label}, {measure.unit}"
+        rows.append(MeasureRow(name, values, changes, gains))
+        told.append(f"{name}: {', '.join(values)}")
     if not rows:
         return None
     caption = (
         f"What each stage brought and took, by measure, from {file}. Bits per byte and perplexity: less is better."
     )
-    alt = f"A grid, a row for each measure and a column for each stage. Values after {', '.join(stages)}. {'; '.join(told)}."
+    columns = ", ".join(" ".join(stage) for stage in stages)
+    alt = f"A grid, a row for each measure and a column for each stage. Columns: {columns}. Values: {'; '.join(told)}."
     return Picture(png(stage_figure(rows, stages, title)), caption, alt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from config import Config, SourceConfig, TokenizerConfig
 from kindling.config_io import to_yaml
@@ -45,22 +46,27 @@ LOSSES = {1: "10.87 to 2.58", 2: "5.00 to 1.25", 3: "2.77 to 1.55", 4: "1.73 to 
 _TEXTS = {"prose": "prose", "python": "Python", "mathematics": "mathematics", "questions": "questions",
           "instructions": "instructions"}  # fmt: skip
 _TASKS = {
-    "wikitext": ("Wikitext, word perplexity", {3: "35.4", 4: "167.6"}),
-    "gsm8k": ("GSM8K, exact match", {4: "0.0455"}),
-    "arc_easy": ("ARC Easy, acc_norm", {4: "0.346"}),
-    "arc_challenge": ("ARC Challenge, acc_norm", {4: "0.228"}),
-    "hellaswag": ("HellaSwag, acc_norm", {4: "0.283"}),
+    "wikitext": ("Wikitext", "word perplexity", {3: "35.4", 4: "167.6"}),
+    "gsm8k": ("GSM8K", "exact match", {4: "0.0455"}),
+    "arc_easy": ("ARC Easy", "acc_norm", {4: "0.346"}),
+    "arc_challenge": ("ARC Challenge", "acc_norm", {4: "0.228"}),
+    "hellaswag": ("HellaSwag", "acc_norm", {4: "0.283"}),
 }
+_SHARE: dict[str, Any] = {"lower": False, "relative": False}
 MEASURES = [
-    *(Measure(f"{label}, bits per byte", "texts", f"{name}.jsonl") for name, label in _TEXTS.items()),
-    *(Measure(f"{label}, gold bits per byte", "gold", name)
+    *(Measure(label, "bits per byte", "texts", f"{name}.jsonl") for name, label in _TEXTS.items()),
+    *(Measure(f"gold {label}", "bits per byte", "gold", name)
       for name, label in (("problems", "problems/"), ("humaneval", "HumanEval"), ("mbpp", "MBPP"))),
-    *(Measure(f"problems/, pass@{k}", "functional", "problems", k, lower=False, relative=False) for k in "15"),
-    Measure("HumanEval, pass@1", "functional", "humaneval", "1", lower=False, relative=False, claims={4: "27.4%"}),
-    Measure("MBPP, pass@1", "functional", "mbpp", "1", lower=False, relative=False, claims={4: "31.0%, 3 examples"}),
-    *(Measure(label, "harness", name, lower=name == "wikitext", relative=name == "wikitext", claims=claims)
-      for name, (label, claims) in _TASKS.items()),
+    *(Measure(f"pass@{k} problems/", "share", "functional", "problems", k, **_SHARE) for k in "15"),
+    Measure("pass@1 HumanEval", "share", "functional", "humaneval", "1", **_SHARE, claims={4: "27.4%"}),
+    Measure("pass@1 MBPP", "share", "functional", "mbpp", "1", **_SHARE, claims={4: "31.0%, 3 examples"}),
+    *(Measure(label, unit, "harness", name, lower=name == "wikitext", relative=name == "wikitext", claims=claims)
+      for name, (label, unit, claims) in _TASKS.items()),
 ]  # fmt: skip
+UNITS = (
+    "prose to instructions: bits per byte of the held-out texts; gold: of the benchmark's reference solutions; Wikitext: word "
+    "perplexity; of these less is better. GSM8K: exact match; ARC, HellaSwag: acc_norm; of these and of pass@k more is better"
+)
 
 
 def local_sources(stage: int, tokens: float, first_tokens: float, inputs: Inputs) -> tuple[SourceConfig, ...]:
@@ -205,15 +211,15 @@ def _runs(folder: Path) -> list[Run]:
 
 
 def _columns() -> list[str]:
-    return [f"after {stage}, {name}" for stage, name in STAGES.items()]
+    return [f"{stage}: {name}" for stage, name in STAGES.items()]
 
 
 def sections(folder: Path) -> list[Section]:
     """Return the tables."""
     runs = _runs(folder)
-    notes = ["bits per byte and perplexity: less is better; pass@k and the other scores: more is better"]
+    notes = [UNITS]
     if missing := measures.absent(runs, MEASURES):
-        notes.append(f"not there: {'; '.join(missing)}")
+        notes.append(f"not there: {', '.join(missing)}")
     if any(measure.part == "harness" for measure in MEASURES if measure.label in missing):
         notes.append(
             "Wikitext, GSM8K, ARC and HellaSwag need lm-eval (requirements-harness.txt) and --harness-data, or --hub"
@@ -223,11 +229,11 @@ def sections(folder: Path) -> list[Section]:
         "*: the 95% interval excludes 0. Bits per byte are paired by document, or by problem; pass@k by problem, in points",
         "the harness's questions are not paired; a stage whose documents or problems differ has no difference",
     ]
-    steps = [f"{stage - 1} to {stage}, {STAGES[stage]}" for stage in STAGES if stage > 1]
+    steps = [f"{stage - 1} to {stage}: {STAGES[stage]}" for stage in STAGES if stage > 1]
     return [
-        Section("What is measured after each stage", ["measure", *_columns(), "file"],
+        Section("What was measured after each stage", ["after stage", *_columns(), "file"],
                 measures.matrix(runs, MEASURES, "the seed", FILES), notes),
-        Section("What each stage brought and took", ["measure", *steps, "file"],
+        Section("What each stage brought and took", ["from stage", *steps, "file"],
                 measures.differences(runs, MEASURES, FILES), said),
         _own(runs),
         _texts(folder),
@@ -280,7 +286,7 @@ def _dropped(runs: list[Run]) -> Section:
 def pictures(folder: Path) -> list[Picture]:
     """Return the heat map."""
     title = f"Study 004: {TITLE[0].lower()}{TITLE[1:]}"
-    stages = [f"after {stage},\n{name}" for stage, name in STAGES.items()]
+    stages = [(f"after {stage},", name) for stage, name in STAGES.items()]
     found = measures.picture(_runs(folder), MEASURES, stages, title, FILES)
     return [] if found is None else [found]
 
