@@ -185,8 +185,11 @@ def test_a_user_s_instructions_are_found_again_though_a_template_is_between_thei
     made = [{"instruction": " ".join(w[:8]), "input": "", "output": " ".join(w[8:])} for w in words]
     rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     held_out.write_held_out(Inputs(tmp_path, instructions=rows))
-    found = rows_of(tmp_path, "instructions")
-    assert len(found) >= 6 and all("\nAssistant:" in row["text"] for row in found)
+    found = [row["text"] for row in rows_of(tmp_path, "instructions")]
+    assert len(found) >= 6 and all("\nAssistant:" in text for text in found)
+    benchmarks = Benchmarks((str(tmp_path / "heldout/instructions.jsonl"),))
+    plain = [text.removeprefix("User: ").replace("\nAssistant:", "\n") for text in found]  # as a build sees them
+    assert all(benchmarks.find(text, word_hashes(text)) for text in plain)
 
 
 def test_a_file_of_few_documents_is_refused_and_written_texts_are_kept(python, tmp_path):
