@@ -75,7 +75,7 @@ class Plan:
     minutes: float
     scale: float
     steps: tuple[Step, ...] | None
-    """Empty for scaling, which has a plan of its own. None: an earlier version kept only the minutes."""
+    """Empty for scaling, whose runs are in an entry of their own (scaling.py). None: only the minutes were kept."""
     data: dict[str, Any]
     """The flags of the data."""
 
@@ -91,7 +91,7 @@ def read_plan(folder: Path, minutes: float | None, data: dict[str, Any]) -> Plan
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.keys() == {"minutes"}:
+        if "steps" not in found:
             plan = Plan(float(found["minutes"]), 1.0, None, {})
         else:
             steps = (
@@ -116,10 +116,12 @@ def read_plan(folder: Path, minutes: float | None, data: dict[str, Any]) -> Plan
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Save a plan. Raises StudyError if the disk is full or the folder cannot be written."""
+    """Save a plan beside what else is in its file. Raises StudyError if the disk is full or the folder cannot be written."""
+    path = folder / PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, asdict(plan))
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_json(path, known | asdict(plan))
     except OSError as e:
         raise StudyError(f"{folder} must be writable, but is not ({e.strerror}); free some space") from None
 
