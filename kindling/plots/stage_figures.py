@@ -19,7 +19,7 @@ from kindling.plots.figures import new_figure, style, visible
 from kindling.plots.text_plots import MAP, text_color
 
 LEAST = 0.05  # the ends of the colours are at this change, at least
-MOST = 1.0
+MOST = 0.25  # so that one large change does not pale the others
 FIRST = "#dddddd"  # the first stage, which has none before it
 SAYS = (
     "In each cell: the value after the stage, and below it the change to the stage before. *: its 95% interval excludes 0. "

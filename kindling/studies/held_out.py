@@ -93,7 +93,10 @@ def _said(domain: str, given: Path | None, preset: bool) -> dict[str, str]:
     if given is not None:
         return {"from": f"one document of {ONE_OF} of {given.name}", "kept_out": "dropped by each build"}
     if domain == "mathematics":
-        return {"from": "sums that were made up", "kept_out": "no stage reads them" if preset else "other numbers"}
+        return {
+            "from": "sums that were made up",
+            "kept_out": "no stage reads them" if preset else "other sums are made up for it",
+        }
     parts = {
         "prose": "their docstrings", "python": "their code", "questions": "what their functions do",
         "instructions": "their functions, by their docstrings",

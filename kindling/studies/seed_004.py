@@ -227,7 +227,7 @@ def sections(folder: Path) -> list[Section]:
     notes += [f"{run.name}, {name}: {why}" for run in runs for name, why in run.skipped().items()]
     said = [
         "*: the 95% interval excludes 0. Bits per byte are paired by document, or by problem; pass@k by problem, in points",
-        "the harness's questions are not paired; a stage whose documents or problems differ has no difference",
+        "without brackets: no document or problem differs; the harness's questions are not paired",
     ]
     steps = [f"{stage - 1} to {stage}: {STAGES[stage]}" for stage in STAGES if stage > 1]
     return [
