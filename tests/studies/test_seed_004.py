@@ -156,7 +156,9 @@ def test_a_build_drops_what_was_held_out_of_a_user_s_file(python, tmp_path, monk
     ours = [row["text"] for row in rows_of(tmp_path, "prose")]
     assert 6 <= len(ours) <= 40
     cfg = study.configs(1 / 32, inputs)[1]
-    cfg = replace(cfg, model=replace(cfg.model, vocab_size=300, block_size=32), data=replace(cfg.data, near_dedup=None))
+    cfg = replace(
+        cfg, model=replace(cfg.model, vocab_size=300, block_size=32), data=replace(cfg.data, near_dedup=None, workers=1)
+    )
     folder = prepare(cfg)
     assert Ledger.read(folder).rows[0, "english"]["dropped"]["benchmark"][0] == len(ours)
     tokenizer = load_json(folder / "tokenizer.json", cfg.tokenizer)
