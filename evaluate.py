@@ -310,7 +310,7 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
     for path in flags.text:
         with progress_bar(path.name[:16], 0, "token") as bar:
             losses = text_losses(model, tokenizer, path, *how, bar.update)
-        out[str(path)] = {"all": losses.summary(), "by_language": losses.by_language(), "notes": dict(losses.notes)}
+        out[str(path)] = losses.of_text()
     return out
 
 

@@ -18,6 +18,7 @@ import math
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 STUDIES = Path("studies")
 MINUTES = 60.0
-DATA_FLAGS = ("hub", "code", "prose", "mathematics", "instructions")
-SEEDS = ("000", "003")
+DATA_FLAGS = ("hub", "code", "prose", "mathematics", "instructions", "harness_data")
+SEEDS = ("000", "003", "004")
 OTHERS = ("scaling",)
 
 
@@ -61,6 +62,8 @@ class Flags:
     """Mathematics: a text, or rows with a column text. Default: sums that are made up."""
     instructions: Path | None = None
     """Rows with columns instruction, input and output. Default: the documented functions of this machine's Python."""
+    harness_data: Path | None = None
+    """For 004: a folder with the data of lm-evaluation-harness's tasks, as evaluate.py takes it. Default: none, or the hub's."""
 
 
 def study_of(name: str) -> Study:
@@ -82,6 +85,10 @@ def study_of(name: str) -> Study:
         from kindling.studies import seed_003 as t
 
         return Study(name, t.TITLE, t.plan, t.sources, t.sections, t.compared, stand_ins=t.stand_ins)
+    if name == "004":
+        from kindling.studies import seed_004 as u
+
+        return Study(name, u.TITLE, u.plan, u.sources, u.sections, u.compared, pictures=u.pictures, prepare=u.prepare)
     raise StudyError(f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one")
 
 
@@ -125,14 +132,14 @@ def require_possible(flags: Flags) -> None:
     unread = [key for key in DATA_FLAGS if key != "hub" and getattr(flags, key) is not None]
     if flags.name == "scaling" and unread:
         raise StudyError(
-            f"--{unread[0]} must be left out for the study scaling, whose data is that of modern-5m, but is "
+            f"--{unread[0].replace('_', '-')} must be left out for the study scaling, whose data is that of modern-5m, but is "
             f"{getattr(flags, unread[0])}; leave it out"
         )
 
 
 def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
     """Plan a study, run its steps and write its report; return the exit code."""
-    from kindling.studies.plan import Plan, fit, plan_section, planned_minutes, read_plan, write_plan
+    from kindling.studies.plan import Plan, fit, plan_section, read_plan, write_plan
     from kindling.studies.report import write_report
     from kindling.studies.speed import Clock, machine_text
     from kindling.studies.steps import run_steps
@@ -140,9 +147,9 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
 
     study = study_of(name)
     folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
-    minutes = minutes or planned_minutes(folder) or MINUTES
     given = {key: _as_text(getattr(flags, key)) for key in DATA_FLAGS}
     kept = read_plan(folder, minutes, given)
+    minutes = minutes or (MINUTES if kept is None else kept.minutes)
     inputs = inputs_of(flags if kept is None else with_data(flags, kept.data), folder)
     clock = Clock(folder)
     print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
@@ -151,7 +158,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
             from kindling.studies.scaling import scaling_steps
 
             scale, steps = 1.0, scaling_steps(folder, minutes, clock, flags.hub, keep=not flags.dry_run)
-        elif kept is not None:
+        elif kept is not None and kept.steps is not None:
             scale, steps = kept.scale, list(kept.steps)
         else:
             scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
@@ -169,10 +176,9 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     if flags.dry_run:
         print(f"\nthis was a dry run: nothing was trained; next: {command.replace(' --dry-run', '')}")
         return 0
-    if kept is None:
+    if kept is None or kept.steps is None:
         write_plan(folder, Plan(minutes, scale, () if name == "scaling" else tuple(steps), given))
-    for source in study.stand_ins(scale, inputs):
-        inputs.write(source)
+    study.write_inputs(scale, inputs)
     code = run_steps(steps, folder, command)
     if code > 1:
         return code
@@ -214,7 +220,8 @@ def inputs_of(flags: Flags, folder: Path) -> Inputs:
     except SandboxError as e:
         print(f"note: no generated code is run here ({e})", file=sys.stderr)
         sandbox = False
-    return Inputs(folder, flags.hub, sandbox, flags.code, flags.prose, flags.mathematics, flags.instructions)
+    given = (flags.code, flags.prose, flags.mathematics, flags.instructions, flags.harness_data)
+    return Inputs(folder, flags.hub, sandbox, *given, harness=find_spec("lm_eval") is not None)
 
 
 def _as_text(value: Path | bool | None) -> str | bool | None:

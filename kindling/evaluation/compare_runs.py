@@ -35,6 +35,7 @@ from kindling.evaluation.report import (
     harness_cell,
     pass_cell,
     rate_cell,
+    text_cell,
 )
 from kindling.evaluation.results_file import read_results
 from kindling.public_paths import public_names
@@ -75,7 +76,7 @@ def compare(runs: list[Path]) -> tuple[str, str]:
     try:
         found = [
             _runs(evaluated),
-            *filter(None, (part(evaluated) for part in (_bits, _gold, _syntax, _functional, _harness))),
+            *filter(None, (part(evaluated) for part in (_bits, _texts, _gold, _syntax, _functional, _harness))),
         ]
         found.append(_explanation(found))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -105,7 +106,7 @@ def _add(section: Section, runs: list[Evaluated], name: str, cells: list[str], d
             name = ""
 
 
-def _shown(difference: Difference | None, form: Callable[[float], str]) -> str:
+def shown_difference(difference: Difference | None, form: Callable[[float], str]) -> str:
     """Return a difference with its interval, and a * if it is significant."""
     if difference is None or math.isnan(difference.difference):
         return "-"
@@ -152,7 +153,7 @@ def _bits(runs: list[Evaluated]) -> Section | None:
             figures = part.get("all", {}) if language is None else part.get("by_language", {}).get(language, {})
             own = [line for line in run.losses if language in (None, line["language"])]
             cells.append(number(figures.get("bits_per_byte"), bits_interval(own)))
-        differences = [_shown(_bits_difference(pair, language), _fraction) for pair in pairs]
+        differences = [shown_difference(_bits_difference(pair, language), _fraction) for pair in pairs]
         _add(section, runs, language or "all", cells, differences)
     return section
 
@@ -192,6 +193,18 @@ def _bits_difference(pairs: Pairs, language: str | None) -> Difference | None:
     return paired_ratio_difference(other, first, [b["bytes"] for _, b in own])
 
 
+def _texts(runs: list[Evaluated]) -> Section | None:
+    """Return bits per byte of each file that was measured with --text."""
+    parts = [run.part("texts") for run in runs]
+    if (section := _section("Bits per byte of texts", runs, parts)) is None:
+        return None
+    for name in dict.fromkeys(name for part in parts for name in part):
+        texts = [part.get(name, {}) for part in parts]
+        differences = [shown_difference(paired_bits(text, texts[0]), _fraction) for text in texts[1:]]
+        _add(section, runs, name, [text_cell(text) for text in texts], differences)
+    return section
+
+
 def _gold(runs: list[Evaluated]) -> Section | None:
     """Return gold bits per byte of each benchmark and each level."""
     parts = [run.part("gold") for run in runs]
@@ -201,7 +214,7 @@ def _gold(runs: list[Evaluated]) -> Section | None:
         whole = [part.get(name, {}) for part in parts]
         groups = {name: whole} | {f"{name}, level {level}": group for level, group in _by_level(whole).items()}
         for label, benchmarks in groups.items():
-            differences = [_shown(_gold_difference(b, benchmarks[0]), _fraction) for b in benchmarks[1:]]
+            differences = [shown_difference(paired_bits(b, benchmarks[0]), _fraction) for b in benchmarks[1:]]
             _add(section, runs, label, [gold_cell(benchmark) for benchmark in benchmarks], differences)
     return section
 
@@ -212,8 +225,11 @@ def _by_level(benchmarks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
     return {level: [b.get("by_level", {}).get(level, {}) for b in benchmarks] for level in levels}
 
 
-def _gold_difference(benchmark: dict[str, Any], first: dict[str, Any]) -> Difference | None:
-    """Return the difference on the problems of both that have the same bytes; None if there are none, or a loss is not finite."""
+def paired_bits(benchmark: dict[str, Any], first: dict[str, Any]) -> Difference | None:
+    """Return the difference of bits per byte on the problems, or documents of a text, of both that have the same bytes.
+
+    None if there are none, or if a loss is not finite.
+    """
     own, other = ({task: (size, nll) for task, size, nll in side.get("losses", [])} for side in (benchmark, first))
     shared = [task for task in own if task in other and own[task][0] == other[task][0]]
     if not shared or any(side[task][1] is None for side in (own, other) for task in shared):
@@ -245,7 +261,7 @@ def _syntax(runs: list[Evaluated]) -> Section | None:
             differences = []
             for own in rates[1:]:
                 same = kind or {k for k, _ in own} == {k for k, _ in rates[0]}
-                differences.append(_shown(_rate_difference(own, rates[0]) if same else None, _points))
+                differences.append(shown_difference(_rate_difference(own, rates[0]) if same else None, _points))
             _add(section, runs, f"{kind or 'all'}: {name}", cells, differences)
     return section
 
@@ -272,11 +288,11 @@ def _functional(runs: list[Evaluated]) -> Section | None:
         benchmarks = [part.get(name, {}) for part in parts]
         for k in sorted({k for benchmark in benchmarks for k in benchmark.get("pass_at", {})}, key=int):
             cells = [pass_cell(benchmark, k) for benchmark in benchmarks]
-            differences = [_shown(pass_difference(b, benchmarks[0], int(k)), _points) for b in benchmarks[1:]]
+            differences = [shown_difference(pass_difference(b, benchmarks[0], int(k)), _points) for b in benchmarks[1:]]
             _add(section, runs, f"{name} pass@{k}", cells, differences)
         for level, groups in _by_level(benchmarks).items():  # at the most samples, where the steps are seen best
             k = max((k for group in groups for k in group.get("pass_at", {})), key=int, default="1")
-            differences = [_shown(pass_difference(group, groups[0], int(k)), _points) for group in groups[1:]]
+            differences = [shown_difference(pass_difference(group, groups[0], int(k)), _points) for group in groups[1:]]
             _add(
                 section, runs, f"{name}, level {level} pass@{k}", [pass_cell(group, k) for group in groups], differences
             )
@@ -300,7 +316,7 @@ def _harness(runs: list[Evaluated]) -> Section | None:
         return None
     for name in dict.fromkeys(name for part in parts for name in part):
         tasks = [part.get(name, {}) for part in parts]
-        differences = [_shown(_task_difference(task, tasks[0]), _fraction) for task in tasks[1:]]
+        differences = [shown_difference(task_difference(task, tasks[0]), _fraction) for task in tasks[1:]]
         metrics = ", ".join(dict.fromkeys(task["metric"] for task in tasks if "metric" in task))
         _add(section, runs, f"{name} {metrics}", [harness_cell(task) for task in tasks], differences)
         if any(t and tasks[0] and [t.get(k) for k in KIND] != [tasks[0].get(k) for k in KIND] for t in tasks):
@@ -312,7 +328,8 @@ def _harness(runs: list[Evaluated]) -> Section | None:
 KIND = ("metric", "n", "shots")
 
 
-def _task_difference(task: dict[str, Any], first: dict[str, Any]) -> Difference | None:
+def task_difference(task: dict[str, Any], first: dict[str, Any]) -> Difference | None:
+    """Return the difference of a harness's task, unpaired; None for another metric, other questions or shots."""
     if [task.get(key) for key in KIND] != [first.get(key) for key in KIND]:
         return None
     if None in (task.get("value"), task.get("stderr"), first.get("value"), first.get("stderr")):

@@ -107,6 +107,12 @@ class Losses:
         rows = zip(*(column.tolist() for column in columns))
         return [{"document": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
 
+    def of_text(self) -> dict[str, Any]:
+        """Return the figures of a text, as in eval.json. `losses` are number, bytes and nll of each document."""
+        pairs = [] if self.bytes is None else zip(self.bytes.tolist(), self.nll.tolist())
+        lines = [[number, *pair] for number, pair in enumerate(pairs)]
+        return {"all": self.summary(), "by_language": self.by_language(), "notes": dict(self.notes), "losses": lines}
+
     def _by(self, names: np.ndarray | None) -> dict[str, Summary]:
         if names is None:
             return {}

@@ -236,7 +236,16 @@ def _language_modelling(part: dict[str, Any], losses: Losses) -> Section:
 
 def _texts(part: dict[str, Any]) -> Section:
     rows = [_lm_row(name, text.get("all", {}), []) for name, text in part.items()]
-    return Section(HEADINGS["texts"], ["", *_LM_COLUMNS], rows, ["no intervals: a text is not many documents"])
+    bits = _LM_COLUMNS.index("bits per byte") + 1
+    for row, text in zip(rows, part.values()):
+        row[bits] = text_cell(text)
+    note = f"intervals: documents of a file resampled; a text that is not {FEWEST} documents has none"
+    return Section(HEADINGS["texts"], ["", *_LM_COLUMNS], rows, [note])
+
+
+def text_cell(text: dict[str, Any]) -> str:
+    """Return a text's bits per byte with their interval over its documents, or "-"."""
+    return gold_cell({**text.get("all", {}), "losses": text.get("losses", [])})
 
 
 def gold_cell(benchmark: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from config import Config, SourceConfig, TokenizerConfig
 from kindling.studies.dial import flags_of, size_text
@@ -14,6 +16,8 @@ BYTES_PER_TOKEN = 3.5  # of code, with the small vocabularies of the dial
 KEPT = 0.7  # of what is read, after the filters
 MOST_BYTES = 150_000_000
 PROGRAM_S = 0.08  # a generated program in its sandbox
+PROBLEMS = {"problems": 44, "humaneval": 164, "mbpp": 500}  # whose programs are run
+SIGNATURES = 30  # held-out functions or instructions that are answered
 REFERENCES_S = 12.0  # of an evaluation: its own tests, reading the training tokens for the benchmarks' problems
 
 
@@ -37,12 +41,22 @@ def on_local(cfg: Config, source: SourceConfig, drop_generated: bool = False) ->
     return replace(cfg, data=data, tokenizer=cfg.tokenizer if kept else TokenizerConfig())
 
 
-def data_step(cfg: Config, clock: Clock, n_bytes: float, name: str = "data", after: tuple[str, ...] = ()) -> Step:
-    """Return the step that builds the shards of a config. A build gets its name, with 12 digits of a hash, when it is whole."""
+def data_step(
+    cfg: Config,
+    clock: Clock,
+    n_bytes: float,
+    name: str = "data",
+    after: tuple[str, ...] = (),
+    sources: str | None = None,
+) -> Step:
+    """Return the step that builds the shards of a config. A build gets its name, with 12 digits of a hash, when it is whole.
+
+    `sources` as in `flags_of`.
+    """
     return Step(
         name,
         "data_pipeline.py",
-        flags_of(cfg),
+        flags_of(cfg, sources),
         f"data/{cfg.preset}-{'?' * 12}/manifest.json",
         after,
         clock.building(n_bytes),
@@ -50,12 +64,14 @@ def data_step(cfg: Config, clock: Clock, n_bytes: float, name: str = "data", aft
     )
 
 
-def training_step(cfg: Config, name: str, clock: Clock, after: tuple[str, ...] = ()) -> Step:
-    """Return a pre-training by steps, as a run of this name."""
+def training_step(
+    cfg: Config, name: str, clock: Clock, after: tuple[str, ...] = (), sources: str | None = None
+) -> Step:
+    """Return a pre-training by steps, as a run of this name; `sources` as in `flags_of`."""
     named = replace(cfg, name=name)
     steps = cfg.train.max_steps
     done = f"runs/{name}/step_{steps:06d}/manifest.json"
-    return Step(name, "main.py", flags_of(named), done, after, clock.training(cfg), size_text(cfg))
+    return Step(name, "main.py", flags_of(named, sources), done, after, clock.training(cfg), size_text(cfg))
 
 
 def evaluation_step(
@@ -66,14 +82,19 @@ def evaluation_step(
     more: tuple[str, ...] = (),
     code: bool = True,
     held_out: float = 0.3e6,
+    benchmarks: Mapping[str, int] = MappingProxyType({"problems": 5}),
 ) -> Step:
-    """Return the evaluation of a run: held-out losses, reference solutions, and with `code` samples that are run."""
+    """Return the evaluation of a run: held-out losses, reference solutions, and with `code` samples that are run.
+
+    `benchmarks` are those whose programs are run, with the samples of each problem.
+    """
     samples = 0
     flags: tuple[str, ...] = ("--eval.benchmarks", "none", "--eval.signatures", "0")
     if code:
-        samples = 44 * 5 + 30
-        flags = ("--eval.benchmarks", "problems:5", "--eval.max-level", "1", "--eval.signatures", "30",
-                 "--eval.max-new-tokens", "64", *(() if sandbox else ("--sandbox", "later")))  # fmt: skip
+        samples = sum(PROBLEMS[name] * n for name, n in benchmarks.items()) + SIGNATURES
+        flags = ("--eval.benchmarks", *(f"{name}:{n}" for name, n in benchmarks.items()), "--eval.max-level", "1",
+                 "--eval.signatures", f"{SIGNATURES}", "--eval.max-new-tokens", "64",
+                 *(() if sandbox else ("--sandbox", "later")))  # fmt: skip
     seconds = clock.start_s + clock.reading(cfg, held_out + GOLD_TOKENS) + clock.generation(cfg, -(-samples // 32), 64)
     seconds += REFERENCES_S + samples * PROGRAM_S
     return Step(

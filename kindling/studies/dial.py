@@ -60,10 +60,12 @@ def in_ratio(small: Config, seed: Config, scale: float) -> Config:
     )  # fmt: skip
 
 
-def flags_of(cfg: Config) -> tuple[str, ...]:
-    """Return the flags that make a config from its preset."""
-    out = ["--preset", cfg.preset]
+def flags_of(cfg: Config, sources: str | None = None) -> tuple[str, ...]:
+    """Return the flags that make a config from its preset. `sources` names a file of `--config` that has the sources."""
+    out = ["--preset", cfg.preset, *(() if sources is None else ("--config", sources))]
     for field, (_, value) in changed_fields(preset(cfg.preset), cfg).items():
+        if sources is not None and field.startswith("data.sources."):
+            continue
         if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
             raise ValueError(f"{field} is not a flag")  # such as another number of sources
         out += [f"--{field.replace('_', '-')}", *(value if isinstance(value, tuple) else [_text(value)])]

@@ -48,11 +48,17 @@ class Inputs:
     prose: Path | None = None
     mathematics: Path | None = None
     instructions: Path | None = None
+    harness_data: Path | None = None
+    """A folder with the data of lm-evaluation-harness's tasks."""
+    harness: bool = False
+    """Whether lm-eval is installed."""
+    globs: tuple[str, ...] | None = None
+    """Which files of this machine's Python the stand-ins are from. None: all."""
 
     def code_source(self, max_bytes: int) -> Named:
         """Return code: the user's rows or files, else this machine's Python."""
         if self.code is None:
-            source = SourceConfig(kind="local-python", max_bytes=max_bytes)
+            source = SourceConfig(kind="local-python", globs=self.globs, max_bytes=max_bytes)
             return Named(source, f"this machine's Python, {max_bytes / 1e6:.0f} MB at most")
         return Named(_of_path(self.code, "content", max_bytes), self.code.name)
 
@@ -79,7 +85,7 @@ class Inputs:
                 field="instruction", input_field="input", response_field="output",
             )  # fmt: skip
             return Named(source, self.instructions.name)
-        source = SourceConfig(kind="docstrings", language="python", max_bytes=max_bytes)
+        source = SourceConfig(kind="docstrings", globs=self.globs, language="python", max_bytes=max_bytes)
         return Named(source, "the documented functions of this machine's Python")
 
     def write(self, source: SourceConfig) -> None:
@@ -89,7 +95,7 @@ class Inputs:
             return
         print(f"writing {path.name}, once; it takes a minute or two ...", flush=True)
         rows, size = [], 0
-        for text in docstrings() if path.name.startswith("prose") else sums():
+        for text in docstrings(self.globs) if path.name.startswith("prose") else sums():
             rows.append(json.dumps({"text": text}) + "\n")
             size += len(rows[-1])
             if size >= (source.max_bytes or 0):
@@ -120,10 +126,10 @@ def _of_path(path: Path, field: str, max_bytes: int, language: str | None = None
     return SourceConfig(kind="text", path=given, language=language, max_bytes=max_bytes)
 
 
-def docstrings() -> Iterator[str]:
-    """Yield the longer docstrings of this machine's Python, each once, in the fixed order of its files."""
+def docstrings(globs: tuple[str, ...] | None = None) -> Iterator[str]:
+    """Yield the longer docstrings of this machine's Python, or of the files that match, each once, in their fixed order."""
     seen: set[str] = set()
-    for file in local_files(SourceConfig(kind="local-python")):
+    for file in local_files(SourceConfig(kind="local-python", globs=globs)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -138,14 +144,17 @@ def docstrings() -> Iterator[str]:
                     yield text
 
 
-def sums(seed: int = 0) -> Iterator[str]:
-    """Yield worked sums, without end; the same for the same seed."""
+def sums(seed: int = 0, held_out: bool = False) -> Iterator[str]:
+    """Yield worked sums, without end; the same for the same seed. One sum of 20 is only among those that are held out."""
     rng = random.Random(seed)
     while True:
-        lines = []
-        for _ in range(rng.randint(3, 8)):
+        lines: list[str] = []
+        n = rng.randint(3, 8)
+        while len(lines) < n:
             a, b, c = (rng.randint(2, 99) for _ in range(3))
             total = a + b
+            if ((a + 3 * b + 7 * c) % 20 == 0) != held_out:
+                continue
             lines.append(
                 f"Add {a} and {b}, then multiply by {c}. {a} + {b} = {total}, and {total} * {c} = {total * c}."
             )

@@ -74,56 +74,54 @@ class Plan:
 
     minutes: float
     scale: float
-    steps: tuple[Step, ...]
-    """Empty for scaling, which has a plan of its own."""
+    steps: tuple[Step, ...] | None
+    """Empty for scaling, whose runs are in an entry of their own (scaling.py). None: only the minutes were kept."""
     data: dict[str, Any]
     """The flags of the data."""
 
 
-def read_plan(folder: Path, minutes: float, data: dict[str, Any]) -> Plan | None:
-    """Return the plan of a folder; None if it has none, or one of an earlier version, which kept only the minutes.
+def read_plan(folder: Path, minutes: float | None, data: dict[str, Any]) -> Plan | None:
+    """Return the plan of a folder; None if it has none.
 
-    `data` are the flags of this start; none of them means those of the plan. Raises StudyError if the plan has other minutes or
-    other data, or if it is damaged.
+    `minutes` and `data` are the flags of this start; None means those of the plan. Raises StudyError if the plan has other
+    minutes or other data, or if it is damaged.
     """
     path = folder / PLAN
     if not path.exists():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.keys() == {"minutes"}:
-            return None
-        steps = (
-            Step(**{**step, **{k: tuple(step[k]) for k in ("arguments", "after", "reads")}}) for step in found["steps"]
-        )
-        plan = Plan(float(found["minutes"]), float(found["scale"]), tuple(steps), dict(found["data"]))
+        if "steps" not in found:
+            plan = Plan(float(found["minutes"]), 1.0, None, {})
+        else:
+            steps = (
+                Step(**{**step, **{k: tuple(step[k]) for k in ("arguments", "after", "reads")}})
+                for step in found["steps"]
+            )
+            plan = Plan(float(found["minutes"]), float(found["scale"]), tuple(steps), dict(found["data"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise StudyError(f"{path} must be as study.py wrote it, but cannot be read ({e}); give another --out") from None
-    if plan.minutes != minutes:
+    if minutes not in (None, plan.minutes):
         raise StudyError(
             f"--minutes must be {plan.minutes:g}, as {path} has it, but is {minutes:g}; leave it out, or give another --out"
         )
-    if other := [key for key, value in data.items() if value and value != plan.data.get(key)]:
+    kept = data if plan.steps is None else plan.data
+    if other := [key for key, value in data.items() if value and value != kept.get(key)]:
+        flag = f"--{other[0].replace('_', '-')}"
         raise StudyError(
-            f"--{other[0]} must be {plan.data.get(other[0])}, as {path} has it, but is {data[other[0]]}; leave it out, or give "
+            f"{flag} must be {plan.data.get(other[0])}, as {path} has it, but is {data[other[0]]}; leave it out, or give "
             f"another --out"
         )
     return plan
 
 
-def planned_minutes(folder: Path) -> float | None:
-    """Return the minutes that a folder was planned with, or None."""
-    try:
-        return float(json.loads((folder / PLAN).read_text(encoding="utf-8"))["minutes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Save a plan. Raises StudyError if the disk is full or the folder cannot be written."""
+    """Save a plan beside what else is in its file. Raises StudyError if the disk is full or the folder cannot be written."""
+    path = folder / PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, asdict(plan))
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_json(path, known | asdict(plan))
     except OSError as e:
         raise StudyError(f"{folder} must be writable, but is not ({e.strerror}); free some space") from None
 

@@ -14,7 +14,16 @@ from statistics import median
 from typing import Any
 
 from kindling.evaluation.intervals import number
-from kindling.evaluation.report import Losses, ReportError, bits_interval, gold_cell, harness_cell, pass_cell, rate_cell
+from kindling.evaluation.report import (
+    Losses,
+    ReportError,
+    bits_interval,
+    gold_cell,
+    harness_cell,
+    pass_cell,
+    rate_cell,
+    text_cell,
+)
 from kindling.evaluation.results_file import read_results
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
@@ -96,10 +105,15 @@ class Run:
 
     def text_bits(self, name: str) -> str:
         """Return bits per byte of a text that was measured with --text; the name is that of its file."""
-        for path, found in self._part("texts").items():
-            if Path(path).name == name:
-                return number(found.get("all", {}).get("bits_per_byte"), form=".3f")
-        return MISSING
+        found = self.figures("texts", name)
+        return text_cell(found) if found else MISSING
+
+    def figures(self, part: str, name: str) -> dict[str, Any]:
+        """Return what eval.json has of a text, by the name of its file, or of a benchmark or task; empty if it is not there."""
+        found = self._part(part)
+        by_name = {Path(path).name: text for path, text in found.items()} if part == "texts" else found
+        figures: dict[str, Any] = by_name.get(name) or {}
+        return {} if "skipped" in figures else figures
 
     def gold(self, benchmark: str = "problems") -> str:
         """Return gold bits per byte of a benchmark's reference solutions."""
@@ -119,6 +133,13 @@ class Run:
         """Return the value of one of the harness's tasks."""
         found = self._part("harness").get(name)
         return harness_cell(found) if found else MISSING
+
+    def skipped(self) -> dict[str, str]:
+        """Return why the code of a benchmark was not run, by its name; the name is "code" where none was."""
+        found = self.results.get("functional") or {}
+        if "skipped" in found:
+            return {"code": found["skipped"]}
+        return {name: part["skipped"] for name, part in found.items() if "skipped" in part}
 
     def validations(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl that hold a validation."""

@@ -37,6 +37,10 @@ def no_stand_ins(scale: float, inputs: Inputs) -> list[SourceConfig]:
     return []
 
 
+def nothing(scale: float, inputs: Inputs) -> None:
+    """Write nothing."""
+
+
 @dataclass(frozen=True)
 class Study:
     """A study: how it is planned, and what is read from its runs."""
@@ -53,6 +57,14 @@ class Study:
     stand_ins: Callable[[float, Inputs], list[SourceConfig]] = no_stand_ins
     """Returns the sources whose files are written before the first step."""
     pictures: Callable[[Path], list[Picture]] = no_pictures
+    prepare: Callable[[float, Inputs], None] = nothing
+    """Writes what else must be there before the first step."""
+
+    def write_inputs(self, scale: float, inputs: Inputs) -> None:
+        """Write all that must be there before the first step."""
+        for source in self.stand_ins(scale, inputs):
+            inputs.write(source)
+        self.prepare(scale, inputs)
 
 
 def write_report(study: Study, folder: Path, steps: list[Step], facts: list[tuple[str, str]]) -> list[Path]:

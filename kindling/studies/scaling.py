@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from config import Config, ModelConfig
 from kindling.files import write_json
 from kindling.studies.dial import flags_of, millions
+from kindling.studies.plan import PLAN
 from kindling.studies.scaling_law import ScalingError
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
@@ -51,7 +52,9 @@ MOST_PASSES = 4  # over them: up to here, repeated tokens are nearly as good as 
 DECAY = 0.2  # share of a run's steps, after the warmup, in which the learning rate decays
 VAL_SHARE = 0.04 / 3  # of the bytes that are read, in tokens: what each run predicts at its end
 RUNS = "runs"
-PLAN, PREDICTION, RESULT = "scaling_plan.json", "prediction.json", "scaling.json"
+PREDICTION, RESULT = "prediction.json", "scaling.json"
+ENTRY = "scaling"  # of PLAN: which runs
+EARLIER = "scaling_plan.json"  # where an earlier version kept them
 MODULE = "kindling.studies.scaling_results"  # as `python -m`
 FIT_S = 30.0  # fitting with all resamples, on a slow core
 
@@ -211,8 +214,8 @@ def scaling_steps(folder: Path, minutes: float, clock: Clock, hub: bool = False,
     With `keep`, a new plan is saved, so that the study goes on with it. Raises ScalingError if the folder has a plan for another
     time, or if nothing fits the time.
     """
-    if (folder / PLAN).is_file():
-        plan = read_plan(folder)
+    plan = kept_plan(folder)
+    if plan is not None:
         if plan.minutes != minutes:
             raise ScalingError(
                 f"--minutes must be {plan.minutes:g}, as the plan in {folder} has it, but is {minutes:g}; give it so, or choose "
@@ -222,23 +225,36 @@ def scaling_steps(folder: Path, minutes: float, clock: Clock, hub: bool = False,
         plan = plan_scaling(minutes, clock, hub)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / PLAN, asdict(plan))
+            write_json(folder / PLAN, {"minutes": minutes, ENTRY: asdict(plan)})
     return plan.steps(clock)
+
+
+def kept_plan(folder: Path) -> Plan | None:
+    """Return the plan in a study's folder, or None. Raises ScalingError for one that is damaged."""
+    try:
+        files = [json.loads(path.read_text("utf-8")) for path in (folder / PLAN, folder / EARLIER) if path.is_file()]
+        runs = [file.get(ENTRY, file) for file in files if {ENTRY, "depths"} & file.keys()]
+        if not runs:
+            return None
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in runs[0].items()
+        }
+        return Plan(**fields)
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise ScalingError(_no_plan(folder, type(e).__name__)) from None
 
 
 def read_plan(folder: Path) -> Plan:
     """Return the plan of a study's folder. Raises ScalingError if there is none."""
-    try:
-        found = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
-        }
-        return Plan(**fields)
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise ScalingError(
-            f"{folder} must be the folder of a scaling study, with a whole {PLAN}, but is not ({type(e).__name__}); run the "
-            f"study first"
-        ) from None
+    if (plan := kept_plan(folder)) is None:
+        raise ScalingError(_no_plan(folder, "there is none"))
+    return plan
+
+
+def _no_plan(folder: Path, why: str) -> str:
+    return (
+        f"{folder} must be the folder of a scaling study, with a whole {PLAN}, but is not ({why}); run the study first"
+    )
 
 
 def plan_scaling(minutes: float, clock: Clock, hub: bool = False) -> Plan:

@@ -96,6 +96,23 @@ def test_pass_at_k_is_paired_by_task_on_the_problems_of_both(tmp_path):
     assert cells(document, "problems pass@10", 2)[1] == "-"  # of which the first took too few samples
 
 
+def test_bits_per_byte_of_texts_are_paired_by_document(tmp_path):
+    def evaluated(name: str, by: float) -> Path:
+        lines = [[i, 100 + i, (100 + i) * (1 + 0.01 * i) * by] for i in range(20)]
+        bits = sum(line[2] for line in lines) / math.log(2) / sum(line[1] for line in lines)
+        texts = {
+            "a.jsonl": {"all": {"bits_per_byte": bits}, "losses": lines},
+            "b.txt": {"all": {"bits_per_byte": bits}},
+        }
+        return saved(tmp_path, name, full(LOSSES) | {"texts": texts})
+
+    text, document = compare([evaluated("a", 1.0), evaluated("b", 1.1)])
+    value, difference = cells(document, "a.jsonl", 2)
+    assert "[" in value and re.fullmatch(r"\+0\.\d{4} \[\+0\.\d{4}, \+0\.\d{4}\] \*", difference)
+    assert cells(document, "b.txt", 2)[1] == "-"  # saved by an earlier version, without the losses of documents
+    assert "Bits per byte of texts" in text
+
+
 def test_gold_bits_per_byte_are_paired_by_problem(tmp_path):
     results = full(LOSSES) | {"gold": {"problems": gold(100, gain=0.9) | {"by_level": {"0": gold(30, gain=0.9)}}}}
     text, document = compare([saved(tmp_path, "a"), saved(tmp_path, "b", results)])
@@ -202,7 +219,7 @@ def test_other_prompts_pythons_settings_and_sandboxes_are_said(tmp_path):
 def test_a_part_that_a_run_lacks_is_said(tmp_path):
     sparse = {"format": 2, "harness": {"skipped": "lm_eval is not installed"}}
     text, document = compare([saved(tmp_path, "a"), saved(tmp_path, "b", sparse, None)])
-    assert text.count("not evaluated for this: run 2") == 5
+    assert text.count("not evaluated for this: run 2") == 6
     assert "None" not in text and not any("| 2 b |" in line[1:] for line in document.splitlines())
     text, document = compare([tmp_path / "b", tmp_path / "a"])
     assert starred(document) == [] and cells(document, "all", 2)[1] == "-"

@@ -322,7 +322,9 @@ def test_a_folder_is_asked_evaluated_and_continued(work):
     result = script("evaluate.py", "chat", *flags, cwd=work)
     assert result.returncode == 0 and "nobody knows what a model of others has not seen" in result.stdout, result.stderr
     found = json.loads((work / "chat/eval.json").read_text(encoding="utf-8"))
-    assert found["texts"]["rows.jsonl"]["all"]["documents"] == 40 and found["language_modelling"].keys() == {"skipped"}
+    text = found["texts"]["rows.jsonl"]
+    assert text["all"]["documents"] == len(text["losses"]) == 40 and found["language_modelling"].keys() == {"skipped"}
+    assert [sum(column) for column in zip(*text["losses"])][1] == text["all"]["bytes"]
 
 
 def test_a_bad_folder_ends_a_script_with_one_line_and_leaves_nothing(work, tmp_path):

@@ -1,6 +1,7 @@
 """Plans: sizes by one dial, what fits the time, and commands that the scripts understand."""
 
 import importlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -87,9 +88,14 @@ def test_speed_is_kept_in_the_folder_and_only_for_the_same_machine(clock, tmp_pa
 
 @pytest.mark.parametrize("name", SEEDS)
 @pytest.mark.parametrize("hub", [False, True])
-def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, name, hub):
-    steps = study_of(name).plan(1.0 if hub else 1 / 16, clock, Inputs(tmp_path, preset=hub))
+def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, monkeypatch, name, hub):
+    study, size = study_of(name), (1.0 if hub else 1 / 16, clock, Inputs(tmp_path, preset=hub))
+    steps = study.plan(*size)
     require_plan(steps, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kindling.studies.held_out.write_held_out", lambda inputs: None)
+    monkeypatch.setattr(Inputs, "write", lambda self, source: None)
+    study.prepare(size[0], size[2])  # the files that commands name
     for step in steps:
         module = importlib.import_module(step.script.removesuffix(".py"))
         default = (module.OFFLINE,) if step.script == "sft_train.py" else ()
@@ -114,7 +120,7 @@ def test_a_stored_plan_is_gone_on_with_and_another_one_refused(tmp_path):
     assert planning.read_plan(tmp_path, 60.0, data) is None
     planning.write_plan(tmp_path, plan)
     nothing = {"hub": False, "code": None}
-    assert planning.read_plan(tmp_path, 60.0, data) == planning.read_plan(tmp_path, 60.0, nothing) == plan
+    assert planning.read_plan(tmp_path, 60.0, data) == planning.read_plan(tmp_path, None, nothing) == plan
     for minutes, given, words in (
         (30.0, data, r"--minutes must be 60, as .*plan\.json has it, but is 30; leave it out"),
         (60.0, {**data, "code": "/other"}, "--code must be /rows.jsonl, .* but is /other; leave it out"),
@@ -125,8 +131,8 @@ def test_a_stored_plan_is_gone_on_with_and_another_one_refused(tmp_path):
     (tmp_path / "plan.json").write_text('{"minutes": 60, "steps": 3}', encoding="utf-8")
     with pytest.raises(StudyError, match=r"must be as study\.py wrote it"):
         planning.read_plan(tmp_path, 60.0, data)
-    (tmp_path / "plan.json").write_text('{"minutes": 60}', encoding="utf-8")  # of an earlier version
-    assert planning.read_plan(tmp_path, 60.0, data) is None
+    (tmp_path / "plan.json").write_text('{"minutes": 45}', encoding="utf-8")  # of an earlier version
+    assert planning.read_plan(tmp_path, None, data) == planning.Plan(45.0, 1.0, None, {})
 
 
 def test_a_second_start_has_the_steps_of_the_first_though_the_machine_is_slower(tmp_path, monkeypatch):
@@ -149,6 +155,11 @@ def test_a_second_start_has_the_steps_of_the_first_though_the_machine_is_slower(
     (tmp_path / "s" / "speed.json").unlink()
     assert study.main(flags) == 130
     assert ran[0] == ran[1] and ran[1][0].arguments[1] == str(code)
+    kept = tmp_path / "s" / "plan.json"
+    kept.write_text('{"minutes": 30}', encoding="utf-8")  # of an earlier version, which planned again
+    assert study.main(flags) == 130
+    assert json.loads(kept.read_text(encoding="utf-8"))["minutes"] == 30 and ran[2] != ran[1]
+    assert planning.read_plan(tmp_path / "s", None, {}).steps == tuple(ran[2])
 
 
 def test_ctrl_c_before_the_first_step_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -171,7 +182,7 @@ def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, caps
     monkeypatch.setattr(study, "run_study", run)
     assert study.main(["all", "--minutes", "30"]) == 1
     said = capsys.readouterr()
-    assert said.out.split("\n")[:2] == ["ran 003", "ran scaling"]
+    assert said.out.split("\n")[:3] == ["ran 003", "ran 004", "ran scaling"]
     assert "error: study 000 is left out: study 000 must have at least 90 minutes" in said.err
     with pytest.raises(StudyError, match="at least 90"):
         study.main(["000"])
@@ -195,7 +206,7 @@ def test_what_no_study_can_use_is_refused(argv, words):
 def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
     read = []
     texts = (read.append(n) or "x" * 1000 for n in range(10_000))
-    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda: texts)
+    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda globs: texts)
     inputs = Inputs(tmp_path)
     inputs.write(inputs.prose_source(20_000).source)
     assert len(read) == 20

@@ -10,10 +10,14 @@ import pytest
 from kindling.cli import parse_cli
 from kindling.config_io import to_yaml
 from kindling.studies import scaling_results
+from kindling.studies.plan import PLAN, write_plan
+from kindling.studies.plan import Plan as StudyPlan
+from kindling.studies.plan import read_plan as study_plan
 from kindling.studies.scaling import (
+    EARLIER,
+    ENTRY,
     FEWEST_STEPS,
     LADDERS,
-    PLAN,
     PREDICTION,
     RESULT,
     RUNS,
@@ -77,7 +81,7 @@ def few_resamples(monkeypatch) -> None:
 @pytest.fixture
 def study(tmp_path, few_resamples) -> Path:
     """A study whose runs to fit are there."""
-    (tmp_path / PLAN).write_text(json.dumps(asdict(TOY)), encoding="utf-8")
+    (tmp_path / PLAN).write_text(json.dumps({"minutes": TOY.minutes, ENTRY: asdict(TOY)}), encoding="utf-8")
     for number, run in enumerate(TOY.fitted):
         train(tmp_path, TOY, *run, off=0.002 * (-1) ** number)
     return tmp_path
@@ -155,9 +159,16 @@ def test_longer_runs_of_a_size_go_on_from_the_trunk_of_the_one_before():
 
 def test_a_study_that_goes_on_keeps_its_plan(tmp_path):
     first = scaling_steps(tmp_path, 90, clock(3e10))
+    kept, data = read_plan(tmp_path), {"hub": False}
+    write_plan(tmp_path, StudyPlan(90.0, 1.0, (), data))  # as study.py does, into the same file
+    assert read_plan(tmp_path) == kept and not (tmp_path / EARLIER).exists()
+    assert study_plan(tmp_path, None, data) == StudyPlan(90.0, 1.0, (), data)
     assert scaling_steps(tmp_path, 90, clock(9e10))[0].arguments == first[0].arguments
     with pytest.raises(ScalingError, match="--minutes must be 90"):
         scaling_steps(tmp_path, 60, clock(3e10))
+    (tmp_path / EARLIER).write_text(json.dumps(asdict(TOY)), encoding="utf-8")  # of an earlier version
+    (tmp_path / PLAN).write_text(json.dumps({"minutes": TOY.minutes}), encoding="utf-8")
+    assert read_plan(tmp_path) == TOY
     (tmp_path / PLAN).write_text("{", encoding="utf-8")
     with pytest.raises(ScalingError, match="must be the folder of a scaling study"):
         read_plan(tmp_path)
