@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STUDIES = Path("studies")
 MINUTES = 60.0
 DATA_FLAGS = ("hub", "code", "prose", "mathematics", "instructions")
-SEEDS = ("000", "003")
+SEEDS = ("000", "001", "002", "003")
 OTHERS = ("scaling",)
 
 
@@ -78,6 +78,16 @@ def study_of(name: str) -> Study:
         from kindling.studies import seed_000 as s
 
         return Study(name, s.TITLE, s.plan, s.sources, s.sections, s.compared)
+    if name == "001":
+        from kindling.studies import seed_001 as u
+
+        return Study(
+            name, u.TITLE, u.plan, u.sources, u.sections, u.compared, u.stand_ins, pictures=u.pictures, texts=u.texts
+        )
+    if name == "002":
+        from kindling.studies import seed_002 as v
+
+        return Study(name, v.TITLE, v.plan, v.sources, v.sections, v.compared, texts=v.texts)
     if name == "003":
         from kindling.studies import seed_003 as t
 
