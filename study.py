@@ -14,6 +14,7 @@ flags the data are those of this machine; --hub takes those of the presets.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import sys
@@ -141,6 +142,15 @@ def require_possible(flags: Flags) -> None:
 
 
 def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
+    """Run a study as `run_in` does, in its folder, which is locked for it."""
+    from kindling.studies.steps import only_study
+
+    folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
+    with contextlib.nullcontext() if flags.dry_run else only_study(folder):
+        return run_in(folder, name, flags, minutes, command)
+
+
+def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command: str) -> int:
     """Plan a study, run its steps and write its report; return the exit code."""
     from kindling.studies.plan import Plan, fit, plan_section, planned_minutes, read_plan, write_plan
     from kindling.studies.report import write_report
@@ -149,7 +159,6 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     from kindling.tables import as_text
 
     study = study_of(name)
-    folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
     minutes = minutes or planned_minutes(folder) or MINUTES
     given = {key: _as_text(getattr(flags, key)) for key in DATA_FLAGS}
     kept = read_plan(folder, minutes, given)
