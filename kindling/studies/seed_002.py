@@ -32,7 +32,7 @@ PROMPTS = {
 }
 KERNELS = ("numpy", "c")
 FEWEST_BYTES = 30_000_000  # of a user's rows: those of one language may come before those of another
-SHAPE_BYTES, SHAPE_HELD_OUT, SHAPE_ROWS = 4_000_000, 0.02, 2  # enough for the vocabulary; nothing is learnt from it
+SHAPE_BYTES, SHAPE_HELD_OUT, SHAPE_ROWS = 4_000_000, 0.01, 2  # enough for the vocabulary; nothing is learnt from it
 NEW_TOKENS = 128  # of which the speed is measured
 INT8_S = 2.0  # of a start without PyTorch
 EXPORT_S, EXPORT_TOKENS = 4.0, 2 * 4096  # writing and reading back; both models predict 4,096 tokens
