@@ -87,13 +87,15 @@ def _before_and_after(before: Run, after: Run) -> Section:
     rows.append(_uniform(before))
     tokens = f"{CLAIMED_STEPS * CLAIMED_ROWS * preset('tinystories').model.block_size:,}"
     rows += [
-        ["the project, untrained", "~3.5M", "0", MISSING, MISSING, "~8,000", MISSING, "its page"],
-        ["the project, trained", "~3.5M", tokens, f"~{CLAIMED_LOSS}", MISSING, "~25 to 35", MISSING, "its page"],
+        ["project, before", "~3.5M", "0", MISSING, MISSING, "~8,000", MISSING, "its page"],
+        ["project, after", "~3.5M", tokens, f"~{CLAIMED_LOSS}", MISSING, "~25 to 35", MISSING, "its page"],
     ]
     exact = preset("tinystories").model.n_parameters
     notes = [
         "untrained: one step at a learning rate of 1e-30, so its weights are those that the trained run started from",
-        "a uniform guess: every token of the vocabulary is as likely as any other",
+        f"a uniform guess: every token of the vocabulary is as likely as any other; tokens and bytes are from "
+        f"{before.file('eval.json')}",
+        "project, before and after: what its page says of the untrained and of the trained model",
         "perplexity is for each token, so it does not compare across vocabularies; bits per byte does, on the same texts",
         f"the project's table of its shape gives {exact:,} parameters; its training loss of {CLAIMED_LOSS} is a perplexity of "
         f"{math.exp(CLAIMED_LOSS):.1f}, far from its validation's",
@@ -145,7 +147,7 @@ def pictures(folder: Path) -> list[Picture]:
             path = run.path / "plots" / name
             if path.is_file():
                 text = f" The text is: {STORY}" if name == "attention.png" else ""
-                caption = f"{run.name}: {CAPTIONS[name]}{text} From {run.file(f'plots/{name}')}."
+                caption = f"The run {run.name}. {CAPTIONS[name]}{text} From {run.file(f'plots/{name}')}."
                 found.append(Picture(path.read_bytes(), caption, f"{alt}, of the run {run.name}."))
     return found
 

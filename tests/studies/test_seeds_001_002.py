@@ -10,6 +10,8 @@ from test_study_report import make_run
 
 import autocomplete
 from config import ModelConfig
+from kindling.plots.figures import Compared, compare_curves
+from kindling.plots.inspection import curves_of
 from kindling.studies import seed_001, seed_002
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import Run, said
@@ -70,8 +72,8 @@ def test_the_table_of_001_puts_both_runs_beside_a_uniform_guess_and_the_projects
     vocabulary = ModelConfig().vocab_size
     assert rows["a uniform guess"][5] == f"{vocabulary:,.2f}"
     assert float(rows["a uniform guess"][6]) == pytest.approx(math.log2(vocabulary) / 4, abs=1e-3)
-    assert rows["the project, untrained"][5:] == ["~8,000", "-", "its page"]
-    assert rows["the project, trained"][2:6] == ["655,360,000", "~1.8", "-", "~25 to 35"]
+    assert rows["project, before"][5:] == ["~8,000", "-", "its page"]
+    assert rows["project, after"][2:6] == ["655,360,000", "~1.8", "-", "~25 to 35"]
     assert "the trained run read its training texts 2.0 times (runs/trained/data/manifest.json)" in table.notes
     assert curve.rows == [["0", "4.000", "54.60", "2.500", "100", "runs/trained/metrics.jsonl"]]
 
@@ -99,12 +101,18 @@ def test_001_shows_pictures_of_a_kind_together_and_the_stories_of_both(tmp_path)
     assert before.note == "from logs/stories-untrained.log"
 
 
+def test_the_curves_of_one_run_have_its_name():
+    curves = curves_of([{"step": 1, "loss": 2.0, "tokens": 10}])
+    for names, title in ((["a"], "Training of the run a"), (["a", "b"], "Training of 2 runs")):
+        assert compare_curves([Compared(name, curves) for name in names], []).get_suptitle() == title
+
+
 @pytest.mark.parametrize("name", ["001", "002"])
 def test_tables_of_a_study_that_has_run_nothing_have_dashes_and_the_claims(tmp_path, name):
     study = study_of(name)
     for section in study.sections(tmp_path):
         assert all(len(row) == len(section.columns) for row in section.rows)
-        ours = [row for row in section.rows if not row[0].startswith("the project")]
+        ours = [row for row in section.rows if "project" not in row[0]]
         assert all(set(row[1:-1]) <= {"-", "0", "numpy", "c"} for row in ours)
     assert study.texts(tmp_path) == [] and study.pictures(tmp_path) == []
 

@@ -139,7 +139,8 @@ def test_durations_are_for_people():
     assert [duration(s) for s in (5, 119, 6000, 200_000)] == ["5 s", "2.0 min", "1.7 h", "2.3 days"]
 
 
-def test_a_second_study_in_a_folder_is_refused_while_the_first_one_runs(tmp_path):
+def test_a_second_study_in_a_folder_is_refused_while_the_first_one_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_in", lambda *a: pytest.fail("it ran"))
     folder = tmp_path / "study"
     with only_study(folder):
         (folder / "steps.json").write_text("{}", encoding="utf-8")
