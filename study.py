@@ -14,6 +14,7 @@ flags the data are those of this machine; --hub takes those of the presets.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import sys
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 STUDIES = Path("studies")
 MINUTES = 60.0
 DATA_FLAGS = ("hub", "code", "prose", "mathematics", "instructions", "harness_data")
-SEEDS = ("000", "003", "004")
+SEEDS = ("000", "001", "002", "003", "004")
 OTHERS = ("scaling",)
 
 
@@ -81,14 +82,24 @@ def study_of(name: str) -> Study:
         from kindling.studies import seed_000 as s
 
         return Study(name, s.TITLE, s.plan, s.sources, s.sections, s.compared)
+    if name == "001":
+        from kindling.studies import seed_001 as u
+
+        return Study(
+            name, u.TITLE, u.plan, u.sources, u.sections, u.compared, u.stand_ins, pictures=u.pictures, texts=u.texts
+        )
+    if name == "002":
+        from kindling.studies import seed_002 as v
+
+        return Study(name, v.TITLE, v.plan, v.sources, v.sections, v.compared, texts=v.texts)
     if name == "003":
         from kindling.studies import seed_003 as t
 
         return Study(name, t.TITLE, t.plan, t.sources, t.sections, t.compared, stand_ins=t.stand_ins)
     if name == "004":
-        from kindling.studies import seed_004 as u
+        from kindling.studies import seed_004 as w
 
-        return Study(name, u.TITLE, u.plan, u.sources, u.sections, u.compared, pictures=u.pictures, prepare=u.prepare)
+        return Study(name, w.TITLE, w.plan, w.sources, w.sections, w.compared, pictures=w.pictures, prepare=w.prepare)
     raise StudyError(f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one")
 
 
@@ -138,6 +149,15 @@ def require_possible(flags: Flags) -> None:
 
 
 def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> int:
+    """Run a study as `run_in` does, in its folder, which is locked for it."""
+    from kindling.studies.steps import only_study
+
+    folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
+    with contextlib.nullcontext() if flags.dry_run else only_study(folder):
+        return run_in(folder, name, flags, minutes, command)
+
+
+def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command: str) -> int:
     """Plan a study, run its steps and write its report; return the exit code."""
     from kindling.studies.plan import Plan, fit, plan_section, read_plan, write_plan
     from kindling.studies.report import write_report
@@ -146,7 +166,6 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     from kindling.tables import as_text
 
     study = study_of(name)
-    folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
     given = {key: _as_text(getattr(flags, key)) for key in DATA_FLAGS}
     kept = read_plan(folder, minutes, given)
     minutes = minutes or (MINUTES if kept is None else kept.minutes)

@@ -7,10 +7,13 @@ stands for the same string when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,3 +90,20 @@ def write_atomic(path: Path, text: str) -> None:
     except OSError:  # such as a full disk, where the partial file would waste space
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Exception) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is made. Raises `busy` if another process holds it, OSError if it cannot be made."""
+    with open(path, "w", encoding="utf-8") as held:
+        try:
+            import fcntl
+
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no fcntl
+            pass
+        except BlockingIOError:
+            raise busy from None
+        except OSError as e:  # a filesystem without locks
+            print(f"note: {path} cannot be locked ({e}); make sure that no other process uses it", file=sys.stderr)
+        yield

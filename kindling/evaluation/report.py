@@ -182,7 +182,8 @@ def bits_interval(losses: Losses) -> Interval:
     return Interval(low / math.log(2), high / math.log(2))
 
 
-def _perplexity_interval(losses: Losses) -> Interval:
+def perplexity_interval(losses: Losses) -> Interval:
+    """Return the interval of the perplexity, resampling documents; none if a loss is not finite."""
     low, high = _interval(losses, "tokens")
     return Interval(math.exp(low), math.exp(high))
 
@@ -203,7 +204,7 @@ def _lm_row(name: str, figures: dict[str, Any], losses: Losses) -> list[str]:
     return [
         name,
         number(figures.get("loss")),
-        number(figures.get("perplexity"), _perplexity_interval(losses), ",.2f"),
+        number(figures.get("perplexity"), perplexity_interval(losses), ",.2f"),
         number(figures.get("bits_per_byte"), bits_interval(losses), ".3f"),
         *(count(figures.get(key)) for key in ("documents", "tokens", "bytes")),
     ]

@@ -167,11 +167,16 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def find_compiler() -> str | None:
+    """Return the path of the C compiler, or None if there is none."""
+    found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
+    return next((path for path in found if path), None)
+
+
 def _library() -> ctypes.CDLL:
     """Load the compiled kernel; compile it first if needed."""
     limit_spinning()  # autocomplete.py has not done it
-    found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
-    compiler = next((path for path in found if path), None)
+    compiler = find_compiler()
     if compiler is None:
         raise KernelError(
             "--kernel c must find a C compiler, but there is no cc, gcc or clang; install one, or use numpy"

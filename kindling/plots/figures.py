@@ -243,7 +243,8 @@ def compare_curves(runs: list[Compared], notes: list[str]) -> Figure:
     rows = _rows([len(found) for found in groups])
     with style():
         height = 0.8 + 3.6 * len(rows) + 0.25 * len(runs) + 0.2 * len(notes)
-        figure = new_figure(10.8, height, f"Training of {len(runs)} runs", " ".join(notes))
+        what = f"{len(runs)} runs" if len(runs) > 1 else f"the run {runs[0].name}"
+        figure = new_figure(10.8, height, f"Training of {what}", " ".join(notes))
         axes = figure.subplot_mosaic(rows)  # type: ignore[arg-type]
         shown: dict[str, Any] = {}
         for m, ((measure, title, unit, x, y), found) in enumerate(zip(measures, groups)):

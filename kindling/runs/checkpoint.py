@@ -29,7 +29,7 @@ from kindling.data.examples import open_split
 from kindling.data.shards import SplitInfo, TokenDataset, checksum_matches, read_manifest, with_checksum
 from kindling.distributed import SINGLE_PROCESS, MainRankFailed, World
 from kindling.errors import CheckpointError, one_line
-from kindling.files import sha256_file, sha256_text, sync, write_atomic, write_json
+from kindling.files import locked, sha256_file, sha256_text, sync, write_atomic, write_json
 from kindling.paths import RUNS as RUNS
 from kindling.tokenization.tokenizer import Tokenizer, load_json
 
@@ -117,30 +117,18 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run's lock. Raises CheckpointError if another process is training the run."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            held = open(self.path.with_name(f".{self.path.name}.lock"), "w", encoding="utf-8")
-        except OSError as e:
-            raise CheckpointError(
-                f"{self.path.parent}/ must be a folder that can be written, but is not ({e}); run from another folder"
-            ) from None
-        with held:
+        busy = CheckpointError(
+            f"{self.path} must be trained by one process at a time, but another one is training it; "
+            f"wait for it, or choose another --name"
+        )
+        with contextlib.ExitStack() as stack:
             try:
-                import fcntl
-
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # Windows has no fcntl
-                pass
-            except BlockingIOError:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), busy))
+            except OSError as e:
                 raise CheckpointError(
-                    f"{self.path} must be trained by one process at a time, but another one is training it; "
-                    f"wait for it, or choose another --name"
+                    f"{self.path.parent}/ must be a folder that can be written, but is not ({e}); run from another folder"
                 ) from None
-            except OSError as e:  # a filesystem without locks
-                print(
-                    f"note: {self.path} cannot be locked ({e}); make sure that no other process trains it",
-                    file=sys.stderr,
-                )
             yield
 
     def keep_as_old(self) -> Path:

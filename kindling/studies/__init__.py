@@ -2,9 +2,9 @@
 
 Read steps.py (the steps and their runner), speed.py (how long a step takes here), dial.py (from a project's sizes down to
 smaller ones), inputs.py (the data), plan.py (what fits), common.py (steps that several studies have), then a study:
-seed_000.py, seed_003.py or seed_004.py, with held_out.py (texts that no stage trains on) and measures.py (what a stage
-changed). read.py (figures from the files of runs) and report.py (tables, page) show what came out. claims.py
-and audit.py recompute what the projects claim. Of the scaling law, read scaling_law.py (the fit), scaling.py (which runs),
-scaling_results.py (tables and picture) and scaling_advice.py (what to train here). A study must never train by itself, only
-start the scripts, and never show a figure without the file that it comes from.
+seed_000.py, seed_001.py, seed_002.py, seed_003.py or seed_004.py, the last with held_out.py (texts that no stage trains on) and
+measures.py (what a stage changed). read.py (figures from the files of runs) and report.py (tables, page) show what came out.
+claims.py and audit.py recompute what the projects claim. Of the scaling law, read scaling_law.py (the fit), scaling.py (which
+runs), scaling_results.py (tables and picture) and scaling_advice.py (what to train here). A study must never train by itself,
+only start the scripts, and never show a figure without the file that it comes from.
 """

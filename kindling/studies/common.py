@@ -15,6 +15,7 @@ from kindling.studies.steps import Step
 BYTES_PER_TOKEN = 3.5  # of code, with the small vocabularies of the dial
 KEPT = 0.7  # of what is read, after the filters
 MOST_BYTES = 150_000_000
+LEAST_RATE = 1e-30  # a learning rate; 0 is refused, as a run that learns nothing is most often a mistake
 PROGRAM_S = 0.08  # a generated program in its sandbox
 PROBLEMS = {"problems": 44, "humaneval": 164, "mbpp": 500}  # whose programs are run
 SIGNATURES = 30  # held-out functions or instructions that are answered
@@ -72,6 +73,15 @@ def training_step(
     steps = cfg.train.max_steps
     done = f"runs/{name}/step_{steps:06d}/manifest.json"
     return Step(name, "main.py", flags_of(named, sources), done, after, clock.training(cfg), size_text(cfg))
+
+
+def untrained(cfg: Config) -> Config:
+    """Return the config of a run that keeps the weights of step 0: one step, at a rate at which no float32 notices it.
+
+    Weights are drawn by shape and seed, so they are those that the run of `cfg` starts from.
+    """
+    train = replace(cfg.train, max_steps=1, lr=LEAST_RATE, warmup_steps=0, save_every=1, sample_every=None)
+    return replace(cfg, train=train)
 
 
 def evaluation_step(

@@ -94,12 +94,14 @@ class Inputs:
         if path.parent != self.folder.resolve() / FOLDER or path.is_file():
             return
         print(f"writing {path.name}, once; it takes a minute or two ...", flush=True)
-        rows, size = [], 0
-        for text in docstrings(self.globs) if path.name.startswith("prose") else sums():
+        rows, size, unread = [], 0, list[Path]()
+        for text in docstrings(unread, self.globs) if path.name.startswith("prose") else sums():
             rows.append(json.dumps({"text": text}) + "\n")
             size += len(rows[-1])
             if size >= (source.max_bytes or 0):
                 break
+        if unread:
+            print(f"note: files that cannot be parsed are left out: {len(unread)}, such as {unread[0]}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(rows))
 
@@ -126,8 +128,11 @@ def _of_path(path: Path, field: str, max_bytes: int, language: str | None = None
     return SourceConfig(kind="text", path=given, language=language, max_bytes=max_bytes)
 
 
-def docstrings(globs: tuple[str, ...] | None = None) -> Iterator[str]:
-    """Yield the longer docstrings of this machine's Python, or of the files that match, each once, in their fixed order."""
+def docstrings(unread: list[Path], globs: tuple[str, ...] | None = None) -> Iterator[str]:
+    """Yield the longer docstrings of this machine's Python, or of the files that match, each once, in their fixed order.
+
+    Files that cannot be read or parsed are added to `unread`.
+    """
     seen: set[str] = set()
     for file in local_files(SourceConfig(kind="local-python", globs=globs)):
         try:
@@ -135,6 +140,7 @@ def docstrings(globs: tuple[str, ...] | None = None) -> Iterator[str]:
                 warnings.simplefilter("ignore")
                 tree = ast.parse(file.path.read_text(encoding="utf-8"))
         except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+            unread.append(file.path)
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

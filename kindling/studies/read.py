@@ -21,12 +21,14 @@ from kindling.evaluation.report import (
     gold_cell,
     harness_cell,
     pass_cell,
+    perplexity_interval,
     rate_cell,
     text_cell,
 )
 from kindling.evaluation.results_file import read_results
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
+from kindling.studies.steps import LOGS, Records
 
 MISSING = "-"
 
@@ -85,8 +87,10 @@ class Run:
 
     def tokens(self) -> str:
         """Return how many tokens the run was trained on so far."""
-        seen = [line["tokens"] for line in self.metrics if isinstance(line.get("tokens"), int)]
-        return f"{seen[-1]:,}" if seen else MISSING
+        return f"{self._seen():,}" if self._seen() else MISSING
+
+    def _seen(self) -> int:
+        return next((line["tokens"] for line in reversed(self.metrics) if isinstance(line.get("tokens"), int)), 0)
 
     def bits(self, language: str | None = None) -> str:
         """Return bits per byte on held-out documents, with the interval over documents."""
@@ -96,8 +100,21 @@ class Run:
         return number(figures.get("bits_per_byte"), bits_interval(own), ".3f")
 
     def perplexity(self) -> str:
-        """Return the perplexity on held-out documents."""
-        return number(self._part("language_modelling").get("all", {}).get("perplexity"), form=",.2f")
+        """Return the perplexity on held-out documents, with the interval over documents."""
+        figures, losses = self._part("language_modelling").get("all", {}), self._evaluation[1]
+        return number(figures.get("perplexity"), perplexity_interval(losses), ",.2f")
+
+    def held_out(self) -> dict[str, Any]:
+        """Return what eval.json has on held-out documents: `all`, `by_language`; empty if it is not there."""
+        return self._part("language_modelling")
+
+    def passes(self) -> str:
+        """Return how many times the run has read its training split so far."""
+        try:
+            manifest = json.loads((RunDirectory(self.path).data / "manifest.json").read_text(encoding="utf-8"))
+            return f"{self._seen() / manifest['splits']['train']['tokens']:.1f}"
+        except (OSError, ValueError, KeyError, ZeroDivisionError):
+            return MISSING
 
     def loss_text(self) -> str:
         """Return the loss on held-out documents, in nats a token."""
@@ -157,6 +174,19 @@ class Run:
         if len(same) < 2:
             return MISSING
         return f"{1 - same[-1]['val_loss'] / same[0]['val_loss']:.1%}"
+
+
+def said(folder: Path, step: str) -> str:
+    """Return what a step printed, from its log; empty if it has not ended well. The log has the output of all its starts."""
+    known, log = Records(folder).of.get(step), folder / LOGS / f"{step}.log"
+    if known is None or known.code != 0 or not log.is_file():
+        return ""
+    return log.read_text(encoding="utf-8", errors="replace").rpartition(f"$ {known.command}\n")[2]
+
+
+def log_of(step: str) -> str:
+    """Return the name of a step's log, as tables show it."""
+    return f"{LOGS}/{step}.log"
 
 
 def spikes(metrics: list[dict[str, Any]], ratio: float = 1.2, window: int = 20) -> tuple[int, float, float]:

@@ -32,6 +32,11 @@ def no_pictures(folder: Path) -> list[Picture]:
     return []
 
 
+def no_texts(folder: Path) -> list[Samples]:
+    """Return no texts."""
+    return []
+
+
 def no_stand_ins(scale: float, inputs: Inputs) -> list[SourceConfig]:
     """Return no sources."""
     return []
@@ -57,6 +62,8 @@ class Study:
     stand_ins: Callable[[float, Inputs], list[SourceConfig]] = no_stand_ins
     """Returns the sources whose files are written before the first step."""
     pictures: Callable[[Path], list[Picture]] = no_pictures
+    texts: Callable[[Path], list[Samples]] = no_texts
+    """Returns what the models wrote, beside the samples of their training."""
     prepare: Callable[[float, Inputs], None] = nothing
     """Writes what else must be there before the first step."""
 
@@ -73,7 +80,8 @@ def write_report(study: Study, folder: Path, steps: list[Step], facts: list[tupl
     pictures = [*study.pictures(folder), *curves(study, folder)]  # a study's own are what it is for
     title = f"Study {study.name}: {study.title}"
     commands = "\n".join(step.command for step in steps)
-    html = page(title, facts, tables, pictures, samples(folder, steps), commands, "Commands")
+    texts = [*study.texts(folder), *samples(folder, steps)]
+    html = page(title, facts, tables, pictures, texts, commands, "Commands")
     try:
         (folder / PLOTS).mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures):

@@ -16,17 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from kindling.errors import KindlingError
-from kindling.files import write_atomic
+from kindling.files import locked, write_atomic
 from kindling.paths import PROJECT
 
-RECORDS, LOGS = "steps.json", "logs"
+RECORDS, LOGS, LOCK = "steps.json", "logs", ".lock"
 LINE = 100  # columns of a line of progress
 
 
@@ -167,6 +167,23 @@ class Line:
     def end(self, text: str) -> None:
         """Print how the step ended."""
         print(f"{chr(13)}\x1b[K{self.head}: {text}" if self.live else f"{self.head}: {text}", flush=True)
+
+
+@contextmanager
+def only_study(folder: Path) -> Iterator[None]:
+    """Hold the lock of a study's folder. Raises StudyError if another study runs there, or if it cannot be written."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            busy = StudyError(
+                f"{folder} must be used by one study at a time, but another one runs there; wait for it, or give another --out"
+            )
+            stack.enter_context(locked(folder / LOCK, busy))
+        except OSError as e:
+            raise StudyError(
+                f"{folder} must be a folder that can be written, but is not ({e.strerror}); give another --out"
+            ) from None
+        yield
 
 
 def run_steps(steps: list[Step], folder: Path, resume: str = "the same command", scripts: Path = PROJECT) -> int:

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from kindling.cli import parse_cli
+from kindling.data.sources import LocalFile
 from kindling.studies import plan as planning
 from kindling.studies.dial import LADDER, flags_of, shrink
 from kindling.studies.inputs import Inputs, docstrings, sums
@@ -99,7 +100,10 @@ def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, mon
     for step in steps:
         module = importlib.import_module(step.script.removesuffix(".py"))
         default = (module.OFFLINE,) if step.script == "sft_train.py" else ()
-        assert parse_cli(module.Flags, module.__doc__, list(step.arguments), *default)
+        if step.script == "autocomplete.py":
+            assert module.parse_arguments(list(step.arguments))
+        else:
+            assert parse_cli(module.Flags, module.__doc__, list(step.arguments), *default)
         assert (ROOT / step.script).is_file() and step.seconds > 0
 
 
@@ -182,7 +186,7 @@ def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, caps
     monkeypatch.setattr(study, "run_study", run)
     assert study.main(["all", "--minutes", "30"]) == 1
     said = capsys.readouterr()
-    assert said.out.split("\n")[:3] == ["ran 003", "ran 004", "ran scaling"]
+    assert said.out.split("\n")[:-1] == [f"ran {name}" for name in (*SEEDS[1:], "scaling")]
     assert "error: study 000 is left out: study 000 must have at least 90 minutes" in said.err
     with pytest.raises(StudyError, match="at least 90"):
         study.main(["000"])
@@ -206,7 +210,7 @@ def test_what_no_study_can_use_is_refused(argv, words):
 def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
     read = []
     texts = (read.append(n) or "x" * 1000 for n in range(10_000))
-    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda globs: texts)
+    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda unread, globs: texts)
     inputs = Inputs(tmp_path)
     inputs.write(inputs.prose_source(20_000).source)
     assert len(read) == 20
@@ -214,10 +218,21 @@ def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
 
 
 def test_docstrings_and_sums_are_the_same_each_time():
-    first, again = (next(docstrings()) for _ in range(2))
+    first, again = (next(docstrings([])) for _ in range(2))
     assert first == again and len(first) >= 200
     text = next(sums())
     assert text == next(sums()) and "multiply by" in text
     for line in text.splitlines():
         plus, times = line.split(". ")[1].rstrip(".").split(", and ")
         assert all(eval(part.split(" = ")[0]) == int(part.split(" = ")[1]) for part in (plus, times))
+
+
+def test_files_that_cannot_be_parsed_are_counted_in_the_stand_in(tmp_path, monkeypatch, capsys):
+    for name, text in (("a", "def f(:\n"), ("b", f'"""{"x" * 300}"""\n')):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    files = [LocalFile(path.name, path, 1, 0) for path in sorted(tmp_path.glob("*.py"))]
+    monkeypatch.setattr("kindling.studies.inputs.local_files", lambda source: files)
+    inputs = Inputs(tmp_path)
+    inputs.write(inputs.prose_source(1_000_000).source)
+    assert f"note: files that cannot be parsed are left out: 1, such as {tmp_path / 'a.py'}" in capsys.readouterr().out
+    assert (tmp_path / "sources" / "prose-1MB.jsonl").read_text("utf-8").count("x" * 300) == 1

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import study
 from kindling.studies.common import data_step
 from kindling.studies.speed import Clock
-from kindling.studies.steps import Step, StudyError, duration, require_plan, run_steps
+from kindling.studies.steps import Step, StudyError, duration, only_study, require_plan, run_steps
 from presets import preset
 
 SCRIPT = """
@@ -136,3 +137,20 @@ def test_steps_must_be_in_order():
 
 def test_durations_are_for_people():
     assert [duration(s) for s in (5, 119, 6000, 200_000)] == ["5 s", "2.0 min", "1.7 h", "2.3 days"]
+
+
+def test_a_second_study_in_a_folder_is_refused_while_the_first_one_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_in", lambda *a: pytest.fail("it ran"))
+    folder = tmp_path / "study"
+    with only_study(folder):
+        (folder / "steps.json").write_text("{}", encoding="utf-8")
+        with pytest.raises(
+            StudyError, match=r"must be used by one study at a time, .*; wait for it, or give another --out"
+        ):
+            study.main(["003", "--out", str(folder)])
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "steps.json"]
+    with only_study(folder):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(StudyError, match="must be a folder that can be written"), only_study(tmp_path / "file"):
+        pass

@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from config import TrainConfig
+from config import ModelConfig, TrainConfig
+from kindling.studies.common import untrained
 from kindling.training.optim import Muon, make_optimizers, orthogonalize
 from model import build_model
+from presets import preset
 
 
 def test_decay_touches_matrices_only_and_muon_the_blocks_matrices_only(corpus):
@@ -84,3 +86,17 @@ def test_an_optimiser_that_is_told_of_a_bad_step_changes_neither_weights_nor_sta
     p.grad, muon.found_inf = torch.ones(4, 4), torch.tensor(0.0)
     muon.step()
     assert not torch.equal(p, before)
+
+
+def test_the_step_of_an_untrained_run_changes_no_weight_by_more_than_its_rate():
+    """A study evaluates it as the model before training. A bias of 0 is no longer 0, but no figure shows it."""
+    cfg = untrained(preset("tinystories"))
+    assert (cfg.train.max_steps, cfg.train.warmup_steps, cfg.train.sample_every) == (1, 0, None)
+    model = build_model(ModelConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8, activation="gelu"))
+    before = [p.detach().clone() for p in model.parameters()]
+    (adamw,) = make_optimizers(model, cfg.train, torch.float32)
+    model(torch.arange(8)[None], targets=torch.arange(8)[None])[0].sum().backward()
+    adamw.step()
+    changed = [(p - old).abs().max().item() for p, old in zip(model.parameters(), before)]
+    assert all(p.grad is not None for p in model.parameters()) and 0 < max(changed) < 1.001e-30
+    assert torch.equal(model.head.weight, before[0])
