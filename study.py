@@ -19,6 +19,7 @@ import math
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,38 +70,13 @@ class Flags:
 
 def study_of(name: str) -> Study:
     """Return a study by its name. Raises StudyError for one that is not there."""
-    from kindling.studies.report import Study
     from kindling.studies.steps import StudyError
 
-    if name == "scaling":
-        from kindling.studies import scaling_results as law
-
-        return Study(
-            name, law.TITLE, law.unscaled, law.sources, law.sections_of, law.compared, pictures=law.pictures_of
-        )
-    if name == "000":
-        from kindling.studies import seed_000 as s
-
-        return Study(name, s.TITLE, s.plan, s.sources, s.sections, s.compared)
-    if name == "001":
-        from kindling.studies import seed_001 as u
-
-        return Study(
-            name, u.TITLE, u.plan, u.sources, u.sections, u.compared, u.stand_ins, pictures=u.pictures, texts=u.texts
-        )
-    if name == "002":
-        from kindling.studies import seed_002 as v
-
-        return Study(name, v.TITLE, v.plan, v.sources, v.sections, v.compared, texts=v.texts)
-    if name == "003":
-        from kindling.studies import seed_003 as t
-
-        return Study(name, t.TITLE, t.plan, t.sources, t.sections, t.compared, stand_ins=t.stand_ins)
-    if name == "004":
-        from kindling.studies import seed_004 as w
-
-        return Study(name, w.TITLE, w.plan, w.sources, w.sections, w.compared, pictures=w.pictures, prepare=w.prepare)
-    raise StudyError(f"the study must be one of {', '.join(SEEDS + OTHERS)}, all or audit, but is {name}; choose one")
+    modules = {seed: f"seed_{seed}" for seed in SEEDS} | {"scaling": "scaling_results"}
+    if name not in modules:
+        raise StudyError(f"the study must be one of {', '.join(modules)}, all or audit, but is {name}; choose one")
+    study: Study = import_module(f"kindling.studies.{modules[name]}").STUDY
+    return study
 
 
 def main(argv: list[str] | None = None) -> int:

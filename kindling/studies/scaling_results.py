@@ -29,6 +29,7 @@ from kindling.plots.scaling_figures import HeldOut, IsoFlop, SizeRuns, scaling_f
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
 from kindling.studies.inputs import Inputs
+from kindling.studies.report import Study
 from kindling.studies.scaling import MOST_PASSES, PREDICTION, RESULT, RUNS, Plan, matmul_parameters, read_plan, run_name
 from kindling.studies.scaling_law import NAMES, Fit, Law, ScalingError, best_for_seconds, fit_law
 from kindling.studies.speed import Clock
@@ -392,3 +393,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     run_script(main)
+
+
+STUDY = Study("scaling", TITLE, unscaled, sources, sections_of, compared, pictures=pictures_of)

@@ -10,6 +10,7 @@ from kindling.studies.common import bytes_for, data_step, described, evaluation_
 from kindling.studies.dial import flags_of, shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import MISSING, Run, spikes
+from kindling.studies.report import Study
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -174,3 +175,6 @@ def compared(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"bases": [f"base-{size}" for size in SIZES], "fine-tuning": [f"sft-{EPOCHS[-1]}-{size}" for size in SIZES],
             "spikes": [f"spike-{remedy}" for remedy in REMEDIES]}  # fmt: skip
+
+
+STUDY = Study("000", TITLE, plan, sources, sections, compared)

@@ -14,6 +14,7 @@ from kindling.studies.common import bytes_for, data_step, described, evaluation_
 from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import MISSING, Run, log_of, said
+from kindling.studies.report import Study
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -164,3 +165,6 @@ def texts(folder: Path) -> list[Samples]:
         if stories:
             found.append(Samples(f"Stories of the run {name}", f"from {log_of(f'stories-{name}')}", stories))
     return found
+
+
+STUDY = Study("001", TITLE, plan, sources, sections, compared, stand_ins, pictures=pictures, texts=texts)

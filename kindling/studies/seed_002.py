@@ -18,6 +18,7 @@ from kindling.studies.common import bytes_for, data_step, evaluation_step, on_lo
 from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import MISSING, Run, log_of, said
+from kindling.studies.report import Study
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -207,3 +208,6 @@ def texts(folder: Path) -> list[Samples]:
     ]
     note = f"by the int8 export of the run {TRAINED}, at temperature 0.2 from the 10 most likely tokens"
     return [Samples("Completions", note, shown)] if shown else []
+
+
+STUDY = Study("002", TITLE, plan, sources, sections, compared, texts=texts)

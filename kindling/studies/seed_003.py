@@ -11,6 +11,7 @@ from kindling.studies.common import bytes_for, data_step, described, evaluation_
 from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import Run
+from kindling.studies.report import Study
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -95,3 +96,6 @@ def sections(folder: Path) -> list[Section]:
 def compared(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"the tokenizers": list(TOKENIZERS)}
+
+
+STUDY = Study("003", TITLE, plan, sources, sections, compared, stand_ins=stand_ins)

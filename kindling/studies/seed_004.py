@@ -19,6 +19,7 @@ from kindling.studies.dial import flags_of, shrink, size_text
 from kindling.studies.inputs import FOLDER, Inputs
 from kindling.studies.measures import Measure
 from kindling.studies.read import Run
+from kindling.studies.report import Study
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError
 from kindling.tables import Section
@@ -294,3 +295,6 @@ def pictures(folder: Path) -> list[Picture]:
 def compared(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"the stages": [f"stage-{stage}" for stage in STAGES]}
+
+
+STUDY = Study("004", TITLE, plan, sources, sections, compared, pictures=pictures, prepare=prepare)
