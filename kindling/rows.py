@@ -248,6 +248,8 @@ class _Values:
         self._indent: str | None = None  # of the next value, if it begins a line
         self._begins_line = True
         self._lists = False  # whether the newest list was a row
+        self._n_values = 0  # so far
+        self._one_a_line = True  # each value so far began a line, but for the first, which may stand behind the bracket
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows up to the end of the file."""
@@ -267,6 +269,8 @@ class _Values:
             if end == len(self._text) and isinstance(content, (int, float)) and self._read_more():
                 continue  # the rest of a number may follow
             size = n_bytes_of(self._text[self._at : end])
+            self._one_a_line = self._one_a_line and (self._indent is not None or not self._n_values)
+            self._n_values += 1
             self._advance(end)
             if isinstance(content, dict) and content and (key := next(iter(content))) not in self._first_keys[-1:]:
                 self._first_keys = [*(known for known in self._first_keys[1 - KNOWN_KEYS :] if known != key), key]
@@ -359,5 +363,10 @@ class _Values:
             return re.compile(r"[\r\n][ \t]*(?=\{)")
         before = r"[\r\n,}\]]" if self._inside else r"[\r\n}]"
         name = rf"\{{\s*(?:{'|'.join(map(re.escape, keys))})\s*:"
+        if self._indent is not None and self._inside and self._one_a_line:
+            # what begins inside a line is a part of this value, unless all of the array stands in one line
+            next_line = re.compile(rf"[\r\n]\s*(?={name})|[\r\n]{re.escape(self._indent)}(?=\{{)")
+            if self._n_values or next_line.search(self._text, self._at + 1):
+                return next_line
         same_key = rf"{before}\s*(?={name})"
         return re.compile(same_key if self._indent is None else rf"{same_key}|[\r\n]{re.escape(self._indent)}(?=\{{)")

@@ -427,6 +427,20 @@ def test_rows_are_what_was_written_whatever_stands_between_them(tmp_path_factory
         assert [row.content for row in read_rows(path)] == rows
 
 
+@pytest.mark.parametrize("at", range(3))
+def test_an_object_inside_a_damaged_row_of_an_array_of_lines_is_no_row(tmp_path, at):
+    from kindling.rows import Broken, read_rows
+
+    texts = ['{"a": 1}', '{"a": 2}', '{"a": 3}']
+    texts[at] = '{"a": [null, {"a": 4}, {"a": 5'
+    (tmp_path / "rows.json").write_text("[\n" + ",\n".join(texts) + "\n]", encoding="utf-8")
+    found = [row.content for row in read_rows(tmp_path / "rows.json")]
+    assert [type(content) for content in found] == [Broken if i == at else dict for i in range(3)]
+    # of an array that stands in one line of its own, a damaged row costs no other
+    (tmp_path / "rows.json").write_text("[\n" + '{"a": "x, {"a": 2}, {"a": 3}' + "\n]", encoding="utf-8")
+    assert [row.content for row in read_rows(tmp_path / "rows.json")][-1] == {"a": 3}
+
+
 @settings(max_examples=50)
 @given(st.lists(objects.filter(bool), min_size=3, max_size=8), st.data(), st.sampled_from(["lines", "array of lines"]))
 def test_any_damage_to_a_line_costs_that_line_alone(tmp_path_factory, rows, data, how):

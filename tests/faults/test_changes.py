@@ -34,7 +34,7 @@ def candidates(hint: Any, value: Any) -> Iterator[Any]:
     elif kind is Literal:
         yield from args
     elif kind is tuple:
-        yield from ((), ("other",))
+        yield from ((), *((item,) for item in candidates(args[0], None)))
     elif hint is type(None):
         yield None
     elif hint is bool:
@@ -42,7 +42,7 @@ def candidates(hint: Any, value: Any) -> Iterator[Any]:
     elif hint is int:
         yield from (value * 2, value + 1, value - 1) if isinstance(value, int) else (2, 4, 8)
     elif hint is float:
-        yield from (value / 2, value + 0.1) if isinstance(value, float) else (0.5, 0.05)
+        yield from (value / 2, value + 0.1) if isinstance(value, float) else (0.5, 0.05, 2.0)
     elif hint is str:
         yield "other"
 
