@@ -44,7 +44,7 @@ def candidates(hint: Any, value: Any) -> Iterator[Any]:
     elif hint is float:
         yield from (value / 2, value + 0.1) if isinstance(value, float) else (0.5, 0.05, 2.0)
     elif hint is str:
-        yield "other"
+        yield from ("other", "user-assistant")
 
 
 def changed(cfg: Config, section: str, name: str) -> Iterator[Config]:
