@@ -349,6 +349,7 @@ def test_a_request_for_text_at_a_cursor_becomes_what_the_scheduler_takes(server,
 
 def test_figures_are_in_the_text_format(server):
     server.ask("GET", "/nowhere")
+    assert server.post("/v1/completions", prompt="ab", max_tokens=2)["usage"]["completion_tokens"] == 2
     text = server.ask("GET", "/metrics")[2].decode()
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert int(figures['kindling_http_requests_total{path="other",status="404"}']) >= 1
