@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,17 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: Exception) -> Iterator[None]:
-    """Hold a lock on the file `path`, which is made. Raises `busy` if another process holds it, OSError if it cannot be made."""
-    with open(path, "w", encoding="utf-8") as held:
+def locked(path: Path, busy: Exception, unwritable: Callable[[OSError], Exception]) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is made, with its folder.
+
+    Raises `busy` if another process holds it, and what `unwritable` returns if it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = open(path, "w", encoding="utf-8")
+    except OSError as e:
+        raise unwritable(e) from None
+    with held:
         try:
             import fcntl
 

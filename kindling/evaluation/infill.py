@@ -162,16 +162,11 @@ class Filler:
 
     def _go_on(self, gap: Gap, way: str) -> str:
         """Return what the model writes after the prefix of a gap, also where that ends inside a token."""
-        from kindling.generation.completion import TextStream, encode_document, extend
-        from kindling.generation.healing import split_for_healing
+        from kindling.generation.completion import encode_document, extend_healed
 
         if way == WITHOUT:
             ids = encode_document(self.tokenizer, gap.prefix)[-(self.model.cfg.block_size - self.n_new) :]
         else:
             ids = self.prompt(gap, spm=True)
-        kept, healing = split_for_healing(ids, self._spellings)
-        # what was taken back is written again
-        again = replace(self._sampling(gap.kind), max_new_tokens=self.n_new + len(ids) - len(kept))
-        stream = TextStream(self.tokenizer, again.stop, kept[-1:], skip=len(healing.text))
-        text = extend(self.model, self.tokenizer, kept, again, stream, allowed=healing.allowed).text
+        text = extend_healed(self.model, self.tokenizer, ids, self._sampling(gap.kind), self._spellings).text
         return text[: len(gap.middle)] if way == WITHOUT and gap.kind == SPAN else text

@@ -116,13 +116,27 @@ def complete_document(
         )
     ids = ids[-room:]
     limit = min(sampling.max_new_tokens, block_size - len(ids))
-    kept, healing = split_for_healing(ids, token_spellings(tokenizer, model.cfg.vocab_size))
-    its_own = replace(
-        sampling, max_new_tokens=limit + len(ids) - len(kept)
-    )  # the tokens that were taken back are written again
-    pieces = TextStream(tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
-    new = extend(model, tokenizer, kept, its_own, pieces, say, healing.allowed, whole_characters=True)
+    spellings = token_spellings(tokenizer, model.cfg.vocab_size)
+    its_own = replace(sampling, max_new_tokens=limit)
+    new = extend_healed(model, tokenizer, ids, its_own, spellings, say, whole_characters=True)
     return new._replace(ended_by="context") if new.ended_by == "limit" and limit < sampling.max_new_tokens else new
+
+
+def extend_healed(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: Sampling,
+    spellings: Sequence[str],
+    say: Say | None = None,
+    whole_characters: bool = False,
+) -> Completion:
+    """Return what the model writes after a prompt that may end inside a token; `spellings` are those of `token_spellings`."""
+    kept, healing = split_for_healing(ids, spellings)
+    # the tokens that were taken back are written again
+    again = replace(sampling, max_new_tokens=sampling.max_new_tokens + len(ids) - len(kept))
+    pieces = TextStream(tokenizer, sampling.stop, kept[-1:], skip=len(healing.text))
+    return extend(model, tokenizer, kept, again, pieces, say, healing.allowed, whole_characters)
 
 
 def complete_batch(

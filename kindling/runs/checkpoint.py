@@ -121,14 +121,13 @@ class RunDirectory:
             f"{self.path} must be trained by one process at a time, but another one is training it; "
             f"wait for it, or choose another --name"
         )
-        with contextlib.ExitStack() as stack:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), busy))
-            except OSError as e:
-                raise CheckpointError(
-                    f"{self.path.parent}/ must be a folder that can be written, but is not ({e}); run from another folder"
-                ) from None
+
+        def unwritable(e: OSError) -> CheckpointError:
+            return CheckpointError(
+                f"{self.path.parent}/ must be a folder that can be written, but is not ({e}); run from another folder"
+            )
+
+        with locked(self.path.with_name(f".{self.path.name}.lock"), busy, unwritable):
             yield
 
     def keep_as_old(self) -> Path:

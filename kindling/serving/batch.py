@@ -184,8 +184,8 @@ class Batch:
             left -= more
         for job in (job for job in reading if take[id(job)]):
             n, healing = take[id(job)], job.generation.healing
-            ends = healing is not None and n == len(job.unread)
-            parts.append(_Part(job, job.unread[:n], healing.taken_back if healing is not None and ends else []))
+            guess = healing.taken_back if healing is not None and n == len(job.unread) else []
+            parts.append(_Part(job, job.unread[:n], guess))
         return parts
 
     def _forward(self, parts: list[_Part]) -> list[tuple[_Part, np.ndarray]]:

@@ -18,6 +18,11 @@ MOST_BYTES = 150_000_000
 LEAST_RATE = 1e-30  # a learning rate; 0 is refused, as a run that learns nothing is most often a mistake
 PROGRAM_S = 0.08  # a generated program in its sandbox
 PROBLEMS = {"problems": 44, "humaneval": 164, "mbpp": 500}  # whose programs are run
+EXAMPLE_TOKENS_PER_BYTE = 0.02  # of Python source: what its documented functions give
+FEWEST_FOR_EXAMPLES, MOST_FOR_EXAMPLES = (
+    8_000_000,
+    30_000_000,
+)  # bytes; of fewer, a split may be left without an example
 SIGNATURES = 30  # held-out functions or instructions that are answered
 REFERENCES_S = 12.0  # of an evaluation: its own tests, reading the training tokens for the benchmarks' problems
 
@@ -26,6 +31,12 @@ def bytes_for(tokens: float, fewest: float = 2e6) -> int:
     """Return how many bytes to read for so many training tokens, rounded up to a MB."""
     wanted = min(MOST_BYTES, max(fewest, tokens * BYTES_PER_TOKEN / KEPT))
     return 1_000_000 * -int(-wanted // 1_000_000)
+
+
+def bytes_for_examples(tokens: float) -> int:
+    """Return how many bytes of Python source to read for so many tokens of instructions, in whole MB."""
+    wanted = round(tokens / EXAMPLE_TOKENS_PER_BYTE / 1e6) * 1_000_000
+    return min(MOST_FOR_EXAMPLES, max(FEWEST_FOR_EXAMPLES, wanted))
 
 
 def on_local(cfg: Config, source: SourceConfig, drop_generated: bool = False) -> Config:

@@ -6,7 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config
-from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local, training_step
+from kindling.studies.common import (
+    bytes_for,
+    bytes_for_examples,
+    data_step,
+    described,
+    evaluation_step,
+    on_local,
+    training_step,
+)
 from kindling.studies.dial import flags_of, shrink
 from kindling.studies.inputs import Inputs
 from kindling.studies.read import MISSING, Run, spikes
@@ -19,8 +27,6 @@ from presets import preset
 TITLE = "Three sizes for Python, before and after fine-tuning on instructions"
 SIZES = ("50m", "150m", "225m")
 EPOCHS = (1, 3)
-FEWEST_BYTES = 8_000_000  # of Python source for fine-tuning: fewer may leave a split without an example
-EXAMPLE_TOKENS_PER_BYTE = 0.02  # of Python source: what its documented functions give
 SPIKE_STEPS, SPIKE_RATE = 200, 3e-2
 REMEDIES = {"none": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
             "all": ("accumulation", "epsilon", "skipping")}  # fmt: skip
@@ -45,10 +51,8 @@ def fine_tuning(epochs: int, smallest: Config, inputs: Inputs) -> Config:
     cfg = replace(cfg, train=replace(cfg.train, epochs=float(epochs)))
     if inputs.preset:
         return cfg
-    n_bytes = max(FEWEST_BYTES, round(0.02 * smallest.tokens / EXAMPLE_TOKENS_PER_BYTE / 1e6) * 1_000_000)
-    data = replace(
-        cfg.data, sources=(inputs.instructions_source(min(n_bytes, 30_000_000)).source,), drop_generated=True
-    )
+    source = inputs.instructions_source(bytes_for_examples(0.02 * smallest.tokens)).source
+    data = replace(cfg.data, sources=(source,), drop_generated=True)
     return replace(cfg, data=replace(data, val_fraction=0.04, test_fraction=0.04))
 
 

@@ -14,7 +14,16 @@ from kindling.files import write_atomic
 from kindling.plots.html_report import Picture
 from kindling.runs.checkpoint import RunDirectory
 from kindling.studies import held_out, measures
-from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local, training_step
+from kindling.studies.common import (
+    FEWEST_FOR_EXAMPLES,
+    bytes_for,
+    bytes_for_examples,
+    data_step,
+    described,
+    evaluation_step,
+    on_local,
+    training_step,
+)
 from kindling.studies.dial import flags_of, shrink, size_text
 from kindling.studies.inputs import FOLDER, Inputs
 from kindling.studies.measures import Measure
@@ -33,11 +42,6 @@ MATHEMATICS, KNOWLEDGE = (
     35,
 )  # shares of stage 3: its three sources of mathematics together, and the one of knowledge
 BENCHMARKS = {"problems": 5, "humaneval": 1, "mbpp": 1}
-FEWEST_BYTES, MOST_BYTES = (
-    8_000_000,
-    30_000_000,
-)  # of Python for fine-tuning; fewer may leave a split without an example
-EXAMPLE_TOKENS_PER_BYTE = 0.02  # of Python source: what its documented functions give
 TOKENIZER = "runs/stage-1/tokenizer.json"  # of all stages, where none is fetched
 TASKS = tuple(harness_data.TASKS)
 QUESTIONS = 200  # of each task, at less than full size
@@ -80,8 +84,7 @@ def local_sources(stage: int, tokens: float, first_tokens: float, inputs: Inputs
     if stage == 3:
         sums = inputs.mathematics_source(bytes_for(tokens * MATHEMATICS / 100)).source
         return replace(sums, weight=MATHEMATICS), replace(prose, weight=KNOWLEDGE)
-    wanted = round(tokens / EXAMPLE_TOKENS_PER_BYTE / 1e6) * 1_000_000
-    return (inputs.instructions_source(min(MOST_BYTES, max(FEWEST_BYTES, wanted))).source,)
+    return (inputs.instructions_source(bytes_for_examples(tokens)).source,)
 
 
 def configs(scale: float, inputs: Inputs) -> dict[int, Config]:
@@ -150,7 +153,9 @@ def fine_tuning_step(cfg: Config, run: str, clock: Clock, before: tuple[str, ...
     seed = preset(cfg.preset)
     init = replace(cfg.train, init_from=seed.train.init_from)
     flags = flags_of(replace(cfg, model=seed.model, tokenizer=seed.tokenizer, train=init), file)
-    seconds = clock.training(cfg) + clock.generation(cfg, 10, cfg.model.block_size) + clock.building(FEWEST_BYTES)
+    seconds = (
+        clock.training(cfg) + clock.generation(cfg, 10, cfg.model.block_size) + clock.building(FEWEST_FOR_EXAMPLES)
+    )
     done = f"runs/{run}/answers.jsonl"
     return Step(run, "sft_train.py", (f"runs/{before[0]}", *flags), done, before, seconds, size_text(cfg))
 

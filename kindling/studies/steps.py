@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -172,17 +172,16 @@ class Line:
 @contextmanager
 def only_study(folder: Path) -> Iterator[None]:
     """Hold the lock of a study's folder. Raises StudyError if another study runs there, or if it cannot be written."""
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            busy = StudyError(
-                f"{folder} must be used by one study at a time, but another one runs there; wait for it, or give another --out"
-            )
-            stack.enter_context(locked(folder / LOCK, busy))
-        except OSError as e:
-            raise StudyError(
-                f"{folder} must be a folder that can be written, but is not ({e.strerror}); give another --out"
-            ) from None
+    busy = StudyError(
+        f"{folder} must be used by one study at a time, but another one runs there; wait for it, or give another --out"
+    )
+
+    def unwritable(e: OSError) -> StudyError:
+        return StudyError(
+            f"{folder} must be a folder that can be written, but is not ({e.strerror}); give another --out"
+        )
+
+    with locked(folder / LOCK, busy, unwritable):
         yield
 
 
