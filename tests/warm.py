@@ -3,12 +3,13 @@
     result = run(["main.py", "--name", "base"], cwd=folder, env=dict(os.environ), timeout_s=300)
 
 A new interpreter needs 3 to 5 seconds to import torch; a fork of one that has done so starts in a tenth of a second. The warm
-process is not the process of the tests, so it does not depend on the tests that ran before. It runs one script at a time. The
-script runs as `__main__`, with its own working directory, environment and pipes, and ends as an interpreter ends. With `ranks`,
-several forks run it as ranks that reach each other, with the variables that torchrun would give them. Four things differ from a
-user's run: the libraries and the project's packages are in `sys.modules` already; all forks have the same hash seed, so sets
-have the same order in all of them; workers are forks of the script, where a user's are new interpreters; and modules are not
-taken apart at the end. Tests that depend on one of these start a new interpreter, or call what starts the workers themselves.
+process is not a process of the tests, so it does not depend on the tests that ran before. Each process of the tests has a fork
+of it, which runs one script at a time. The script runs as `__main__`, with its own working directory, environment and pipes,
+and ends as an interpreter ends. With `ranks`, several forks run it as ranks that reach each other, with the variables that
+torchrun would give them. Four things differ from a user's run: the libraries and the project's packages are in `sys.modules`
+already; all forks have the same hash seed, so sets have the same order in all of them; workers are forks of the script, where a
+user's are new interpreters; and modules are not taken apart at the end. Tests that depend on one of these start a new
+interpreter, or call what starts the workers themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -37,33 +39,51 @@ MODULES = ["training.stage", "plots.run_report", "formats.hf_format", "formats.m
 MODULES += ["data.explain", "sandbox.self_test", "evaluation.code_eval", "evaluation.memorization", "evaluation.gold"]
 MODULES += ["evaluation.perplexity", "evaluation.compare_runs", "evaluation.grade_written"]
 ROOT = Path(__file__).resolve().parent.parent
+ADDRESS = "KINDLING_WARM_PROCESS"  # the variable by which those who start processes of the tests give them its address
+_address = os.environ.pop(ADDRESS, None)  # no script sees it
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before a test changes it
 REQUEST_BYTES = 2**17
 
 
 class _Server:
-    """The warm process, and the socket for requests and answers."""
+    """The warm process. It imports nothing before somebody connects to `address`, and ends with the process that started it."""
 
     def __init__(self) -> None:
-        self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(other.fileno())]
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=[other.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            cwd="/",
-        )
-        other.close()
-        atexit.register(self.end)
-
-    def end(self) -> None:
-        self.socket.close()
-        self.process.wait()
+        self.address = f"kindling-tests-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            listening.bind(f"\0{self.address}")
+            listening.listen(64)
+            end, self.end_of_tests = os.pipe()
+            command = [sys.executable, __file__, str(listening.fileno()), str(end)]
+            self.process = subprocess.Popen(
+                command,
+                pass_fds=[listening.fileno(), end],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=ENVIRONMENT,
+                cwd="/",
+            )
+        os.close(end)
 
 
 _server: _Server | None = None
+_connection: socket.socket | None = None
+
+
+def start() -> str:
+    """Start the warm process for this process and for those of the tests that it starts; return its address."""
+    global _server
+    _server = _server or _Server()
+    return _server.address
+
+
+def _connected() -> socket.socket:
+    """The connection of this process to its fork of the warm process."""
+    global _connection
+    if _connection is None:
+        _connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _connection.connect(f"\0{_address or start()}")
+    return _connection
 
 
 class Process:
@@ -73,24 +93,21 @@ class Process:
     """
 
     def __init__(self, argv: list[str], cwd: Path, env: dict[str, str], before: str = "", ranks: int = 1):
-        global _server
-        if _server is None:
-            _server = _Server()
+        self.asked = _connected()
         request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env, "before": before, "ranks": ranks}).encode()
         assert len(request) < REQUEST_BYTES
         (its_in, stdin), (stdout, its_out), (stderr, its_err) = os.pipe(), os.pipe(), os.pipe()
-        socket.send_fds(_server.socket, [request], [its_in, its_out, its_err])
+        socket.send_fds(self.asked, [request], [its_in, its_out, its_err])
         for end in (its_in, its_out, its_err):
             os.close(end)
         self.argv, self.ranks, self.returncode = argv, ranks, None
         self.stdin, self.stdout, self.stderr = open(stdin, "wb", 0), open(stdout, "rb", 0), open(stderr, "rb", 0)
-        self.pid = int(_server.socket.recv(64))
+        self.pid = int(self.asked.recv(64))
 
     def wait(self) -> int:
         """Return its exit code, when it has ended."""
         if self.returncode is None:
-            assert _server is not None
-            self.returncode = int(_server.socket.recv(64))
+            self.returncode = int(self.asked.recv(64))
         return self.returncode
 
     def kill(self) -> None:
@@ -218,11 +235,10 @@ def _end(script: Callable[[], object]) -> None:
     sys.exit(code)
 
 
-def _serve(asked: socket.socket) -> None:
-    """For each request, fork, run the script in the fork, and send the fork's process id, then its exit code."""
+def _warm_up() -> None:
+    """Import what scripts import."""
     import gc
     import importlib
-    import runpy
 
     sys.path.insert(0, str(ROOT))
     for name in LIBRARIES + [f"kindling.{module}" for module in MODULES]:
@@ -233,10 +249,16 @@ def _serve(asked: socket.socket) -> None:
     parse_cli(Flags, "", [])  # the first time takes a third of a second longer: texts of settings, modules of tyro
     del sys.path[0]
     gc.freeze()  # garbage collection in a fork then does not copy shared memory
+
+
+def _serve(asked: socket.socket) -> None:
+    """For each request, fork, run the script in the fork, and send the fork's process id, then its exit code."""
+    import runpy
+
     while True:
         raw, streams, _, _ = socket.recv_fds(asked, REQUEST_BYTES, 3)
         if not raw:
-            return
+            os._exit(0)
         if (pid := os.fork()) == 0:
             asked.close()
             _become(request := json.loads(raw), streams)
@@ -251,5 +273,22 @@ def _serve(asked: socket.socket) -> None:
         asked.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
 
 
+def _listen(listening: socket.socket, end: int) -> None:
+    """Fork for each process of the tests that connects, until the pipe `end` is closed at its other end."""
+    warm = False
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for these forks
+    while listening in select.select([listening, end], [], [])[0]:
+        asked, _ = listening.accept()
+        if not warm:
+            _warm_up()
+            warm = True
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listening.close()
+            os.close(end)
+            return _serve(asked)
+        asked.close()
+
+
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _listen(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
