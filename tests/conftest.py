@@ -115,9 +115,10 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection, which would look through it again and again: 35 s of a run."""
+    """Look for garbage rarely, and not in what was imported: that took a minute of processor time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 10, 100)
 
 
 if (
