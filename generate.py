@@ -29,9 +29,9 @@ from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import Exchange
 from kindling.errors import one_line
 from kindling.generation.sampling import GenerationError, Sampling
+from kindling.json_rows import DAMAGE, Broken, is_rows, read_rows
 from kindling.output import TextPrinter
 from kindling.paths import require_runs
-from kindling.rows import DAMAGE, Broken, is_rows, read_rows
 
 if TYPE_CHECKING:
     from kindling.generation.completion import Completion

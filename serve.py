@@ -23,8 +23,8 @@ from kindling.errors import KindlingError
 from kindling.paths import require_runs
 
 if TYPE_CHECKING:
-    from kindling.serving.opening import Opened
-    from kindling.serving.served import Served
+    from kindling.serving.open_export import Opened
+    from kindling.serving.served_model import Served
 
 MEGABYTE = 10**6
 
@@ -94,14 +94,14 @@ def check(flags: Flags) -> None:
 
 def open_model(flags: Flags) -> Opened:
     """Open what the flags name."""
-    from kindling.serving.opening import is_export, open_export
+    from kindling.serving.open_export import is_export, open_export
 
     cache_bytes = None if flags.cache_mb is None else flags.cache_mb * MEGABYTE
     if flags.int8 or is_export(flags.run):
         return open_export(flags.run, flags.kernel, cache_bytes)
     require_runs(flags.run)  # before torch is imported
     from kindling.formats.hf_import import find_model
-    from kindling.serving.torch_opening import open_run
+    from kindling.serving.open_run import open_run
 
     return open_run(find_model(flags.run), flags.device, flags.precision, cache_bytes)
 
@@ -109,7 +109,7 @@ def open_model(flags: Flags) -> Opened:
 def to_serve(opened: Opened, flags: Flags) -> Served:
     """Return the model with its scheduler and the limits of the flags."""
     from kindling.serving.scheduler import Scheduler
-    from kindling.serving.served import Limits, Served
+    from kindling.serving.served_model import Limits, Served
 
     return Served(
         name=opened.name,

@@ -72,7 +72,7 @@ def study_of(name: str) -> Study:
     """Return a study by its name. Raises StudyError for one that is not there."""
     from kindling.studies.steps import StudyError
 
-    modules = {seed: f"seed_{seed}" for seed in SEEDS} | {"scaling": "scaling_results"}
+    modules = {seed: f"study_{seed}" for seed in SEEDS} | {"scaling": "scaling_results"}
     if name not in modules:
         raise StudyError(f"the study must be one of {', '.join(modules)}, all or audit, but is {name}; choose one")
     study: Study = import_module(f"kindling.studies.{modules[name]}").STUDY
@@ -135,7 +135,7 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
 
 def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command: str) -> int:
     """Plan a study, run its steps and write its report; return the exit code."""
-    from kindling.studies.plan import Plan, fit, plan_section, read_plan, write_plan
+    from kindling.studies.plan import Plan, largest_plan, plan_section, read_plan, write_plan
     from kindling.studies.report import write_report
     from kindling.studies.speed import Clock, machine_text
     from kindling.studies.steps import run_steps
@@ -156,7 +156,7 @@ def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command
         elif kept is not None and kept.steps is not None:
             scale, steps = kept.scale, list(kept.steps)
         else:
-            scale, steps = fit(study.plan, clock, inputs, 60 * minutes, name)
+            scale, steps = largest_plan(study.plan, clock, inputs, 60 * minutes, name)
     finally:
         clock.save()
     size = "" if name == "scaling" else f"{scale:.3g} of the project's own, "

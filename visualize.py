@@ -24,8 +24,8 @@ import tyro
 from kindling.cli import parse_cli, run_script, utf8
 from kindling.errors import KindlingError
 from kindling.files import UNENCODABLE
+from kindling.json_rows import DAMAGE, open_text
 from kindling.paths import require_runs
-from kindling.rows import DAMAGE, open_text
 
 if TYPE_CHECKING:
     from kindling.plots.figures import Compared

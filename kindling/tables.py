@@ -78,6 +78,14 @@ def as_html(sections: list[Section]) -> str:
     return "\n".join(out) + "\n"
 
 
+def short_number(value: float) -> str:
+    """Return a large number with three digits: 4.20M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
 def _html_row(cells: list[str], names: int, tag: str, columns: list[str] | None = None) -> str:
     """Return a row; with `columns`, each cell has the name of its column, for screens that are too narrow for a table."""
     kinds = ["name"] * names + ["figure"] * (len(cells) - names)

@@ -16,7 +16,7 @@ from typing import Any
 
 from config import SourceConfig
 from kindling.data.prompts import Exchange
-from kindling.rows import open_text, read_rows
+from kindling.json_rows import open_text, read_rows
 
 # the columns for the path of a row's file, and for its repository, in the data sets that we know
 PATH_COLUMNS = ("path", "max_stars_repo_path", "url")

@@ -25,8 +25,8 @@ import numpy as np
 
 from config import DataConfig
 from kindling.errors import KindlingError, one_line
+from kindling.json_rows import DAMAGE, Broken, is_rows, open_text, read_rows
 from kindling.paths import expand_home
-from kindling.rows import DAMAGE, Broken, is_rows, open_text, read_rows
 
 SLOTS, BANDS = 128, 32  # 32 bands of 4 slots: a pair of similarity 0.6 shares a band with probability 0.99
 SHINGLE = 2  # words; pairs find copies with changed names better than triples, and unrelated files still differ

@@ -31,7 +31,7 @@ from kindling.data.infilling import Pieces, Shares, cut_document
 from kindling.data.prompts import Exchange
 from kindling.data.sources import Document
 from kindling.errors import one_line
-from kindling.rows import n_bytes_of
+from kindling.json_rows import n_bytes_of
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 _NO_WORDS = np.empty(0, dtype=np.uint64)

@@ -154,7 +154,7 @@ def flatten(segments: Iterable[Segment]) -> list[int]:
     return [token for segment in segments for token in (*segment.prompt, *segment.response)]
 
 
-def fit(
+def prompt_that_fits(
     template: str, exchanges: Sequence[Exchange], tokenizer: Encoder, block_size: int, room: int, before: str = ""
 ) -> tuple[list[int], int]:
     """Return the ids of a conversation, and how many of its oldest exchanges are left out so that `room` tokens fit after it.

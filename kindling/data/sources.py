@@ -37,9 +37,9 @@ from kindling.data.prompts import Exchange
 from kindling.data.shards import DataError
 from kindling.errors import one_line
 from kindling.files import printable
+from kindling.json_rows import PACKED, Broken, Row, n_bytes_of
 from kindling.paths import expand_home
 from kindling.public_paths import is_on_hub
-from kindling.rows import PACKED, Broken, Row, n_bytes_of
 
 LANGUAGES = {
     ".py": "python",

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kindling.errors import KindlingError, one_line
-from kindling.rows import DAMAGE, PACKED, open_text, read_rows, usable
-from kindling.rows import SUFFIXES as ROW_SUFFIXES
+from kindling.json_rows import DAMAGE, PACKED, open_text, read_rows, usable
+from kindling.json_rows import SUFFIXES as ROW_SUFFIXES
 
 if TYPE_CHECKING:
     from datasets import Dataset

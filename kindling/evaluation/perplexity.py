@@ -37,9 +37,9 @@ from kindling.data.shards import BYTES, LANGUAGE, SOURCE, Batch, DataError, Toke
 from kindling.data.sources import Document, LocalFile, documents, language_of
 from kindling.device import Runtime
 from kindling.errors import one_line, require
+from kindling.json_rows import DAMAGE, is_rows, open_text
 from kindling.loss import linear_nll
 from kindling.paths import expand_home
-from kindling.rows import DAMAGE, is_rows, open_text
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 from model import LanguageModel
 

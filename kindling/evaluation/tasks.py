@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from kindling import hub
 from kindling.errors import KindlingError, did_you_mean, one_line
+from kindling.json_rows import read_rows, usable
 from kindling.paths import expand_home
-from kindling.rows import read_rows, usable
 
 if TYPE_CHECKING:
     from config import EvalConfig

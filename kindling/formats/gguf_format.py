@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from config import ModelConfig
 from kindling.data.chat_templates import jinja_template
 from kindling.errors import KindlingError, one_line
-from kindling.formats.folding import fold_qk_norm, without_derived
+from kindling.formats.fold_weights import fold_qk_norm, without_derived
 from kindling.rope import frequencies
 from kindling.tokenization.bpe import ByteLevelBPE
 

@@ -7,7 +7,7 @@
 Shapes that `GPT2LMHeadModel`, `LlamaForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` compute are written for these classes
 (hf_layout.py). All others need the file modeling_kindling.py, which is written into the folder. config.json holds our
 `ModelConfig` under the key "kindling", so reading one of our folders gives the same config, unless weights were folded
-(folding.py). Limits: weights are in safetensors, written in float32; no SentencePiece.
+(fold_weights.py). Limits: weights are in safetensors, written in float32; no SentencePiece.
 """
 
 from __future__ import annotations

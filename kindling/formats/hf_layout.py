@@ -6,7 +6,7 @@
 
 GPT-2's linear layers are stored as (in, out) and always have biases. The others have three matrices for queries, keys and
 values. Qwen2 is Llama with biases of these three, Qwen3 is Llama with learned QK-norm; QK-norm without weights is folded into it
-(folding.py). Limit: transformers' Llama, Qwen2 and Qwen3 have dropout only on the attention weights, so only that is kept.
+(fold_weights.py). Limit: transformers' Llama, Qwen2 and Qwen3 have dropout only on the attention weights, so only that is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from config import ModelConfig
 from kindling.config_io import by_old_names, by_present_names
 from kindling.errors import KindlingError
-from kindling.formats.folding import fold_qk_norm, without_derived
+from kindling.formats.fold_weights import fold_qk_norm, without_derived
 from model import GPT, LanguageModel, TransformersGPT2
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from kindling.errors import KindlingError
 from kindling.files import sha256_file, write_json
 from kindling.formats.parity import Difference, compare
 from kindling.int8.model import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Model
-from kindling.rounding import round_rows, row_scales
+from kindling.int8_rounding import round_rows, row_scales
 from kindling.runs.loading import Chat
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT

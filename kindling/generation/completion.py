@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kindling.data.prompts import Exchange, fit
+from kindling.data.prompts import Exchange, prompt_that_fits
 from kindling.generation.decoding import stream, stream_batch
 from kindling.generation.healing import longest_prompt, split_for_healing, token_texts
 from kindling.generation.sampling import GenerationError, Sampling
@@ -208,7 +208,7 @@ def _conversation_ids(
 ) -> list[int]:
     """Return the ids of the last exchange, and of as many before it as leave `room`. Raises GenerationError if none is left."""
     assert exchanges and not exchanges[-1].response, "the response is for the model to write"
-    ids, dropped = fit(template, exchanges, tokenizer, block_size, room)
+    ids, dropped = prompt_that_fits(template, exchanges, tokenizer, block_size, room)
     if len(ids) >= block_size:
         raise GenerationError(
             f"a question must leave room for an answer in the context of {block_size} tokens, but has {len(ids)} "

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindling.errors import KindlingError
-from kindling.rounding import round_rows, row_scales
+from kindling.int8_rounding import round_rows, row_scales
 from model import GPT, LanguageModel
 
 Precision = Literal["fp32", "bf16", "int8"]

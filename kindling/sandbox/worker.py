@@ -102,7 +102,7 @@ def head(e, kind):
     return f'"{kind}":[[{names}],{quoted(message)},'
 
 
-def contents(e):
+def error_contents(e):
     """Return what an error was raised with, if that is plain, and its plain attributes."""
     try:
         args = e.args[:10]
@@ -141,7 +141,7 @@ def serve(requests, answers, max_bytes):
             try:
                 result = perform(values, *asked)
             except BaseException as e:  # SystemExit and KeyboardInterrupt too
-                answer = values.answer(head(e, "error"), contents(e), "]")
+                answer = values.answer(head(e, "error"), error_contents(e), "]")
             else:
                 answer = values.answer('"ok":', result)
             if len(answer) > max_bytes:

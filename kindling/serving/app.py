@@ -38,7 +38,7 @@ from kindling.serving.safety import (
     unless_gone,
 )
 from kindling.serving.scheduler import Busy
-from kindling.serving.served import Served
+from kindling.serving.served_model import Served
 
 PAGE = Path(__file__).with_name("page.html")
 Handler = Callable[[Served, Fields], Awaitable[Reply]]

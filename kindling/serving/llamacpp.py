@@ -30,7 +30,16 @@ from kindling.serving.options import (
     with_seeds,
 )
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
-from kindling.serving.served import Options, Prompt, Served, after_parts, at_cursor, continuation, encoded, require_chat
+from kindling.serving.served_model import (
+    Options,
+    Prompt,
+    Served,
+    after_parts,
+    at_cursor,
+    continuation,
+    encoded,
+    require_chat,
+)
 
 NAMES = Names(("n_predict", "max_tokens"), (-1, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")
 STOP_TYPES = {"end of text": "eos", "stop": "word", "edit": "word"}  # otherwise "limit"

@@ -22,7 +22,7 @@ from kindling.serving.openai import finish_reason
 from kindling.serving.openai_chat import conversation_of
 from kindling.serving.options import AT_CURSOR, Names, edit, options, refuse_penalties, sampling
 from kindling.serving.replies import Answers, Reply, Stream, collect
-from kindling.serving.served import Conversation, Prompt, Served, at_cursor, chat, continuation, require_chat
+from kindling.serving.served_model import Conversation, Prompt, Served, at_cursor, chat, continuation, require_chat
 from kindling.tokenization.infilling import FIM_TOKENS
 
 NAMES = Names(("num_predict",), (-1, -2, 0), random_seed=(-1,), repetition_penalty="repeat_penalty")

@@ -26,7 +26,16 @@ from kindling.serving.options import (
     with_seeds,
 )
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
-from kindling.serving.served import Options, Prompt, Served, after_ids, at_cursor, continuation, is_literal_fim, literal
+from kindling.serving.served_model import (
+    Options,
+    Prompt,
+    Served,
+    after_ids,
+    at_cursor,
+    continuation,
+    is_literal_fim,
+    literal,
+)
 
 NAMES = Names(("max_tokens", "max_completion_tokens"))
 FIM_NAMES = Names(("max_tokens", "max_completion_tokens"), seed="random_seed")

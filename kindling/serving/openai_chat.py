@@ -18,7 +18,7 @@ from kindling.serving.logprobs import listed
 from kindling.serving.openai import finish_reason, head, refuse_unsupported, usage, with_usage
 from kindling.serving.options import Names, only_warms_cache, options, require_few, sampling, with_seeds
 from kindling.serving.replies import Answers, Reply, Stream, Whole, collect, sse
-from kindling.serving.served import Conversation, Served, chat
+from kindling.serving.served_model import Conversation, Served, chat
 
 NAMES = Names(("max_completion_tokens", "max_tokens", "n_predict"), no_limit=(-1, 0))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kindling.generation.settings import Sampling
 from kindling.serving.body import HUGE, BadRequest, Fields
 from kindling.serving.generation import Edit
-from kindling.serving.served import Options, Prompt, Served
+from kindling.serving.served_model import Options, Prompt, Served
 
 SEEDS = 2**62  # clients send up to 64 bits
 LOWEST_TEMPERATURE = 0.01  # below it, sampling is greedy

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from kindling.errors import KindlingError
 from kindling.serving.generation import Done, Event, Failed, Piece, Refused, Token
 from kindling.serving.scheduler import Busy
-from kindling.serving.served import Prompt, Served
+from kindling.serving.served_model import Prompt, Served
 
 SSE = "text/event-stream"
 Events = asyncio.Queue[tuple[int, Event]]

@@ -22,7 +22,7 @@ from typing import Any
 from kindling.errors import KindlingError
 from kindling.serving.body import BadRequest
 from kindling.serving.metrics import Metrics
-from kindling.serving.served import Limits
+from kindling.serving.served_model import Limits
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -15,7 +15,7 @@ import uvicorn
 from kindling.errors import KindlingError
 from kindling.serving.app import make_app
 from kindling.serving.connections import guarded
-from kindling.serving.served import Served
+from kindling.serving.served_model import Served
 from kindling.stopping import StopRequest
 
 IDLE_S = 60  # a connection without a request is kept as long: editors ask again soon

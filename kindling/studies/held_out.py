@@ -27,7 +27,7 @@ from kindling.data.prompts import Exchange, prompt_text
 from kindling.data.sources import Document, documents, local_files
 from kindling.errors import KindlingError
 from kindling.files import write_atomic, write_json
-from kindling.studies.inputs import Inputs, docstrings, sums
+from kindling.studies.inputs import Inputs, prose_of_docstrings, sums
 
 FOLDER, ABOUT = "heldout", "about.json"
 DOMAINS = ("prose", "python", "mathematics", "questions", "instructions")
@@ -108,7 +108,7 @@ def _said(domain: str, given: Path | None, preset: bool) -> dict[str, str]:
 def _stand_in(domain: str) -> Rows:
     """Yield the rows of a domain from what is on this machine, or made up."""
     if domain == "prose":
-        yield from ({"text": text} for text in docstrings([], OURS))
+        yield from ({"text": text} for text in prose_of_docstrings([], OURS))
     elif domain == "mathematics":
         yield from ({"text": text} for text in sums(1, held_out=True))
     elif domain == "python":

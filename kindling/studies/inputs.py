@@ -95,7 +95,7 @@ class Inputs:
             return
         print(f"writing {path.name}, once; it takes a minute or two ...", flush=True)
         rows, size, unread = [], 0, list[Path]()
-        for text in docstrings(unread, self.globs) if path.name.startswith("prose") else sums():
+        for text in prose_of_docstrings(unread, self.globs) if path.name.startswith("prose") else sums():
             rows.append(json.dumps({"text": text}) + "\n")
             size += len(rows[-1])
             if size >= (source.max_bytes or 0):
@@ -128,7 +128,7 @@ def _of_path(path: Path, field: str, max_bytes: int, language: str | None = None
     return SourceConfig(kind="text", path=given, language=language, max_bytes=max_bytes)
 
 
-def docstrings(unread: list[Path], globs: tuple[str, ...] | None = None) -> Iterator[str]:
+def prose_of_docstrings(unread: list[Path], globs: tuple[str, ...] | None = None) -> Iterator[str]:
     """Yield the longer docstrings of this machine's Python, or of the files that match, each once, in their fixed order.
 
     Files that cannot be read or parsed are added to `unread`.

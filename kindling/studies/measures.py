@@ -1,7 +1,7 @@
 """What is measured after each stage of a training, and what the stage changed: tables and a heat map.
 
     matrix(runs, MEASURES, claimant, file)
-    picture(runs, MEASURES, [("after 1",), ("after 2",)], title, file)
+    heat_map(runs, MEASURES, [("after 1",), ("after 2",)], title, file)
 
 A measure is a figure of eval.json. A difference is paired, by document or by problem, as in evaluate.py --compare; that of a
 task of the harness is not.
@@ -22,7 +22,7 @@ from kindling.evaluation.report import gold_cell, harness_cell, pass_cell, text_
 from kindling.plots.figures import png
 from kindling.plots.html_report import Picture
 from kindling.plots.stage_figures import MeasureRow, stage_figure
-from kindling.studies.read import MISSING, Run
+from kindling.studies.run_results import MISSING, Run
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def absent(runs: list[Run], measures: list[Measure]) -> list[str]:
     return [measure.label for measure in measures if all(measure.value(run) is None for run in runs)]
 
 
-def picture(
+def heat_map(
     runs: list[Run], measures: list[Measure], stages: Sequence[tuple[str, ...]], title: str, file: str
 ) -> Picture | None:
     """Return the heat map of what each stage brought and took; None without a measure."""

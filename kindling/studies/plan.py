@@ -1,6 +1,6 @@
 """Chooses the size of a study that fits the time, from measured speed, and keeps the plan in the study's folder.
 
-    scale, steps = fit(study.plan, clock, inputs, 3600)
+    scale, steps = largest_plan(study.plan, clock, inputs, 3600)
 
 The dial goes up from the smallest size. Each size is first reckoned from the speed of the one before; only what may fit is
 measured. So a size that would take days is never tried.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kindling.files import write_json
-from kindling.studies.dial import LADDER
 from kindling.studies.inputs import Inputs
+from kindling.studies.sizes import LADDER
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError, duration
 from kindling.tables import Section
@@ -38,7 +38,7 @@ def total(steps: list[Step]) -> float:
     return sum(step.seconds for step in steps)
 
 
-def fit(make: MakePlan, clock: Clock, inputs: Inputs, seconds: float, name: str = "a study") -> Fitted:
+def largest_plan(make: MakePlan, clock: Clock, inputs: Inputs, seconds: float, name: str = "a study") -> Fitted:
     """Return the largest plan whose steps take at most `seconds`; raises StudyError, which says what fits, if none does."""
     sizes = sorted(LADDER)
     clock.measuring = True

@@ -18,7 +18,7 @@ from kindling.plots.run_report import curves_in_words, rows_of
 from kindling.runs.metrics import SAMPLES
 from kindling.studies.inputs import Inputs
 from kindling.studies.plan import MakePlan, total
-from kindling.studies.read import MISSING, Run
+from kindling.studies.run_results import MISSING, Run
 from kindling.studies.steps import Records, Step, StudyError, duration
 from kindling.tables import Section, as_markdown
 
@@ -57,7 +57,7 @@ class Study:
     """Returns the line on the data."""
     sections: Callable[[Path], list[Section]]
     """Returns the tables of a study's folder."""
-    compared: Callable[[Path], dict[str, list[str]]]
+    runs_by_plot: Callable[[Path], dict[str, list[str]]]
     """Returns the runs whose curves are drawn together, by the name of the plot."""
     stand_ins: Callable[[float, Inputs], list[SourceConfig]] = no_stand_ins
     """Returns the sources whose files are written before the first step."""
@@ -96,7 +96,7 @@ def write_report(study: Study, folder: Path, steps: list[Step], facts: list[tupl
 def curves(study: Study, folder: Path) -> list[Picture]:
     """Return a picture of the curves of each group of runs that have metrics."""
     found = []
-    for name, runs in study.compared(folder).items():
+    for name, runs in study.runs_by_plot(folder).items():
         drawn = [run for run in (Run(folder, run) for run in runs) if run.metrics]
         if not drawn:
             continue

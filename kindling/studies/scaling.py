@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from config import Config, ModelConfig
 from kindling.files import write_json
-from kindling.studies.dial import flags_of, millions
 from kindling.studies.plan import PLAN
 from kindling.studies.scaling_law import ScalingError
+from kindling.studies.sizes import flags_of, millions
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from presets import modern, preset

@@ -17,13 +17,13 @@ from pathlib import Path
 from config import Config
 from kindling.errors import KindlingError
 from kindling.evaluation.intervals import number
-from kindling.studies.dial import flags_of
 from kindling.studies.scaling import MOST_PASSES, RESULT, at_depth, matmul_parameters
 from kindling.studies.scaling_law import Prediction, ScalingError
-from kindling.studies.scaling_results import FittedStudy, read_study, rounded
+from kindling.studies.scaling_results import FittedStudy, read_study
+from kindling.studies.sizes import flags_of
 from kindling.studies.speed import Clock
 from kindling.studies.steps import duration
-from kindling.tables import Section
+from kindling.tables import Section, short_number
 from presets import preset
 
 CANDIDATES = ("modern-5m", "modern-50m", "modern-150m")
@@ -107,9 +107,9 @@ def _row(one: Candidate, study: FittedStudy) -> list[str]:
     said = ["-", "too slow"]
     if one.prediction is not None:
         beyond["D"] = tokens / max(run.tokens for run in study.runs)
-        said = [rounded(tokens), number(one.prediction.loss, one.prediction.interval, ".3f")]
+        said = [short_number(tokens), number(one.prediction.loss, one.prediction.interval, ".3f")]
     factors = ", ".join(f"{name} x {factor:.2g}" for name, factor in beyond.items() if factor > 1)
-    return [one.name, rounded(one.parameters), f"{one.tokens_per_s:,.0f}", *said, factors or "no"]
+    return [one.name, short_number(one.parameters), f"{one.tokens_per_s:,.0f}", *said, factors or "no"]
 
 
 def _notes(best: Candidate, study: FittedStudy) -> list[str]:

@@ -34,7 +34,7 @@ from kindling.studies.scaling import MOST_PASSES, PREDICTION, RESULT, RUNS, Plan
 from kindling.studies.scaling_law import NAMES, Fit, Law, ScalingError, best_for_seconds, fit_law
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
-from kindling.tables import Section, as_markdown, as_text
+from kindling.tables import Section, as_markdown, as_text, short_number
 
 TITLE = "the loss as a law of parameters and tokens"
 PICTURE, TABLE = "scaling.png", "table.md"
@@ -227,7 +227,8 @@ def _beyond(study: FittedStudy, parameters: float, tokens: float) -> str:
 
 def _inside(study: FittedStudy) -> str:
     Ns, Ds = [run.parameters for run in study.runs], [run.tokens for run in study.runs]
-    return f"The runs have N from {rounded(min(Ns))} to {rounded(max(Ns))} and D from {rounded(min(Ds))} to {rounded(max(Ds))}."
+    n, d = (f"{short_number(min(values))} to {short_number(max(values))}" for values in (Ns, Ds))
+    return f"The runs have N from {n} and D from {d}."
 
 
 def _time_section(study: FittedStudy) -> list[Section]:
@@ -241,7 +242,12 @@ def _time_section(study: FittedStudy) -> list[Section]:
         best, tokens = best_for_seconds(study.fit.law, seconds, Ns, times)
         edge = " (the smallest)" if best < 1.01 * Ns[0] else " (the largest)" if best > 0.99 * Ns[-1] else ""
         rows.append(
-            [f"{seconds / 60:.1f}", rounded(best) + edge, rounded(tokens), f"{study.fit.law.loss(best, tokens):.3f}"]
+            [
+                f"{seconds / 60:.1f}",
+                short_number(best) + edge,
+                short_number(tokens),
+                f"{study.fit.law.loss(best, tokens):.3f}",
+            ]
         )
     note = "By the seconds per token of each size in the study. Only sizes between its smallest and largest are considered."
     return [
@@ -258,16 +264,8 @@ def _run_section(study: FittedStudy) -> Section:
     return Section("The runs", ["run", "N", "D", "bits per byte", "beside the law"], rows)
 
 
-def rounded(value: float) -> str:
-    """Return a large number with three digits: 4.20M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 def _with_interval(value: float, interval: Interval) -> str:
-    return f"{rounded(value)} [{rounded(interval.low)}, {rounded(interval.high)}]"
+    return f"{short_number(value)} [{short_number(interval.low)}, {short_number(interval.high)}]"
 
 
 def picture(study: FittedStudy) -> bytes:
@@ -278,12 +276,12 @@ def picture(study: FittedStudy) -> bytes:
         of = sorted((run.tokens, run.bits_per_byte) for run in study.runs if run.parameters == N)
         tokens, losses = np.array(of).T
         line = np.geomspace(tokens[0] / 1.5, longest, 60)
-        sizes.append(SizeRuns(f"N = {rounded(N)}", tokens, losses, line, np.array([law.loss(N, D) for D in line])))
+        sizes.append(SizeRuns(f"N = {short_number(N)}", tokens, losses, line, np.array([law.loss(N, D) for D in line])))
     held_out = None
     if (p := study.predicted) is not None:
         measured = float("nan") if study.held_out is None else study.held_out.bits_per_byte
         low, high = p["interval"]
-        held_out = HeldOut(f"N = {rounded(p['parameters'])}", p["tokens"], p["bits_per_byte"], low, high, measured)
+        held_out = HeldOut(f"N = {short_number(p['parameters'])}", p["tokens"], p["bits_per_byte"], low, high, measured)
     title = (
         f"L = {law.E:.3g} + {law.A:.3g} / N^{law.a:.3f} + {law.B:.3g} / D^{law.b:.3f}, fitted to {len(study.runs)} runs"
     )
@@ -358,7 +356,7 @@ def pictures_of(folder: Path) -> list[Picture]:
     return [Picture(picture(_finished(folder)), caption, f"Loss falls with N^-{law.a:.3f} and D^-{law.b:.3f}.")]
 
 
-def compared(folder: Path) -> dict[str, list[str]]:
+def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the longest run of each size, whose curves are drawn together."""
     plan = read_plan(folder)
     return {"the longest runs": [run_name(depth, plan.steps_of[-1]) for depth in plan.depths]}
@@ -395,4 +393,4 @@ if __name__ == "__main__":
     run_script(main)
 
 
-STUDY = Study("scaling", TITLE, unscaled, sources, sections_of, compared, pictures=pictures_of)
+STUDY = Study("scaling", TITLE, unscaled, sources, sections_of, runs_by_plot, pictures=pictures_of)

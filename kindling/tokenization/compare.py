@@ -22,8 +22,8 @@ import tyro
 from config import TokenizerConfig
 from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError, require
+from kindling.json_rows import DAMAGE, PACKED, is_rows, open_text, read_rows
 from kindling.paths import expand_home
-from kindling.rows import DAMAGE, PACKED, is_rows, open_text, read_rows
 from kindling.tokenization.pretrained import load_pretrained
 from kindling.tokenization.tokenizer import TokenizerError, train
 from presets import STARCODER2, preset

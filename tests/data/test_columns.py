@@ -5,11 +5,11 @@ import json
 import pytest
 
 from config import SourceConfig
-from kindling import rows
+from kindling import json_rows
 from kindling.data.dataset_rows import is_message
 from kindling.data.prompts import Exchange
 from kindling.data.sources import documents, local_files
-from kindling.rows import read_rows
+from kindling.json_rows import read_rows
 
 ASKED = (Exchange("Hi", "Hello"),)
 
@@ -245,8 +245,8 @@ def test_lists_of_messages_are_counted_in_bytes_and_lines(tmp_path):
 def test_a_long_array_of_rows_of_chats_is_not_held_in_memory(tmp_path, monkeypatch):
     import tracemalloc
 
-    monkeypatch.setattr(rows, "LONGEST_LINE", 2**16)
-    monkeypatch.setattr(rows, "CHUNK", 2**14)
+    monkeypatch.setattr(json_rows, "LONGEST_LINE", 2**16)
+    monkeypatch.setattr(json_rows, "CHUNK", 2**14)
     row = json.dumps({"chat": chat(("user", "x" * 500), ("assistant", "y" * 500))})
     (tmp_path / "chats.json").write_text(f"[{','.join([row] * 2_000)}]", encoding="utf-8")
     tracemalloc.start()

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 import data_pipeline
 from config import Config, SourceConfig
-from kindling.data import build, distributed_build, parts
+from kindling.data import build, build_in_parts, distributed_build
 from kindling.data.build import atomic_folder, fingerprint, list_files, prepare
+from kindling.data.build_in_parts import cut, gather, make_plan, read_part, read_plan, run_part
 from kindling.data.filters import Drop
 from kindling.data.ledger import Ledger, read_documents
-from kindling.data.parts import cut, gather, make_plan, read_part, read_plan, run_part
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
 from kindling.data.sources import LocalFile
@@ -104,7 +104,7 @@ def pool(repo) -> Iterator[WorkerPool]:
         yield workers
 
 
-def plan_of(cfg: Config, n_parts: int, pool: WorkerPool) -> parts.Plan:
+def plan_of(cfg: Config, n_parts: int, pool: WorkerPool) -> build_in_parts.Plan:
     files = list_files(cfg)
     return make_plan(cfg, files, f"{cfg.preset}-{fingerprint(cfg, files)}", n_parts, pool)
 
@@ -161,7 +161,7 @@ def test_what_a_dead_process_left_is_cleared_away_but_not_what_another_machine_i
     )
 )
 def test_what_a_part_keeps_of_a_document_is_all_that_was_found(processed):
-    again = parts._from_line(json.loads(json.dumps(parts._to_line(processed))), None)
+    again = build_in_parts._from_line(json.loads(json.dumps(build_in_parts._to_line(processed))), None)
     assert dataclasses.asdict(again) == dataclasses.asdict(processed)
 
 
@@ -222,7 +222,7 @@ def test_a_source_that_changes_between_parts_is_refused_and_so_is_a_damaged_part
         return iter(())
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="must stay as it was"):
-        patch.setattr(parts, "documents", read_while_it_changes)
+        patch.setattr(build_in_parts, "documents", read_while_it_changes)
         run_part(plan, 2, pool)
     assert plan.missing() == [2] and not list(plan.folder.glob(".building-*"))
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))

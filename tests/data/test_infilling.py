@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from config import IGNORE, ModelConfig, TokenizerConfig
 from kindling.data.build import fingerprint, list_files, prepare
+from kindling.data.build_in_parts import gather, make_plan, run_part
 from kindling.data.examples import open_split, training_rows
 from kindling.data.infilling import (
     KINDS,
@@ -29,7 +30,6 @@ from kindling.data.infilling import (
 )
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.packing import PieceDataset, PieceRows
-from kindling.data.parts import gather, make_plan, run_part
 from kindling.data.shards import DataError, TokenDataset, read_manifest
 from kindling.data.workers import WorkerPool
 from kindling.errors import ConfigError

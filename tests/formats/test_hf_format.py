@@ -12,7 +12,7 @@ from conftest import shared_file
 
 from config import ModelConfig, TokenizerConfig
 from kindling.formats import hf_format
-from kindling.formats.folding import fold_qk_norm
+from kindling.formats.fold_weights import fold_qk_norm
 from kindling.formats.hf_format import difference, read, write
 from kindling.formats.hf_layout import (
     CLASSES,

@@ -11,7 +11,7 @@ from conftest import assert_one_clear_line, script
 from others import CHATML, LLAMA_3, save, theirs, tokenizer
 
 from kindling.data.jinja_chat import TemplateError, cut_turns, end_of_answers
-from kindling.data.prompts import Exchange, encode, fit, flatten
+from kindling.data.prompts import Exchange, encode, flatten, prompt_that_fits
 from kindling.errors import KindlingError
 from kindling.formats.hf_import import PretrainedModel, find_model
 from kindling.generation.decoding import stream
@@ -111,11 +111,11 @@ def test_ids_are_those_of_apply_chat_template(own, folder):
     plain = [m for m in MESSAGES if "<|" not in m["content"]] + [{"role": "user", "content": "  And\nthen?"}]
     wanted = reference.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False)
     exchanges = [TALK[0], Exchange("  And\nthen?")]
-    assert fit(template, exchanges, ours, 96, 1) == (wanted, 0)
+    assert prompt_that_fits(template, exchanges, ours, 96, 1) == (wanted, 0)
     assert flatten(encode(template, exchanges, ours)) == wanted
     system = [{"role": "system", "content": "Be brief."}, *plain]
     wanted = reference.apply_chat_template(system, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert fit(template, exchanges, ours, 200, 1, before="Be brief.\n\n") == (wanted, 0)
+    assert prompt_that_fits(template, exchanges, ours, 200, 1, before="Be brief.\n\n") == (wanted, 0)
 
 
 def test_only_answers_and_the_tokens_that_end_them_are_responses(own):
@@ -131,7 +131,7 @@ def test_only_answers_and_the_tokens_that_end_them_are_responses(own):
 def test_the_oldest_exchanges_are_left_out_of_a_question_that_is_too_long(own):
     ours, template = own
     long = [Exchange("x " * 20, "y"), Exchange("Add.", "3"), Exchange("Why?")]
-    ids, dropped = fit(template, long, ours, 96, 10)
+    ids, dropped = prompt_that_fits(template, long, ours, 96, 10)
     assert dropped == 1 and "x x" not in ours.decode(ids) and len(ids) <= 86
 
 
@@ -338,8 +338,8 @@ def test_a_bad_folder_ends_a_script_with_one_line_and_leaves_nothing(work, tmp_p
 
 
 def test_the_server_answers_for_a_folder(folder):
-    from kindling.serving.opening import is_export
-    from kindling.serving.torch_opening import open_run
+    from kindling.serving.open_export import is_export
+    from kindling.serving.open_run import open_run
 
     opened = open_run(find_model(folder("qwen3")), "cpu", "fp32", None)
     (folder("qwen3").parent / "damaged").mkdir()

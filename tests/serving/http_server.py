@@ -14,7 +14,7 @@ from fake_engine import EOS, FakeEngine, FakeVocabulary
 
 from kindling.errors import KindlingError
 from kindling.serving.scheduler import Scheduler
-from kindling.serving.served import Served
+from kindling.serving.served_model import Served
 from kindling.serving.server import bind, make_server
 from kindling.tokenization.infilling import FimIds
 

@@ -17,7 +17,7 @@ from kindling.data.chat_templates import go_template
 from kindling.serving import connections
 from kindling.serving.app import ENTRIES
 from kindling.serving.metrics import Metrics
-from kindling.serving.served import Limits
+from kindling.serving.served_model import Limits
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kindling.serving import safety
-from kindling.serving.served import Limits
+from kindling.serving.served_model import Limits
 
 LIMITS = Limits(body_bytes=20_000, body_s=0.3, connections=40, max_new_tokens=32, time_s=10)
 POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/fim/completions", "/infill", "/completion", "/tokenize")

@@ -178,7 +178,7 @@ def test_an_unforeseen_error_is_printed_without_the_text(server, capfd, monkeypa
     status, _, body = server.ask("POST", "/v1/completions", {"prompt": SECRET})
     assert status == 500 and SECRET not in body.decode()
     printed = capfd.readouterr().err
-    assert "RuntimeError" in printed and "served.py" in printed and SECRET not in printed
+    assert "RuntimeError" in printed and "served_model.py" in printed and SECRET not in printed
 
 
 def test_text_is_printed_where_the_user_said_so(capfd):

@@ -243,7 +243,7 @@ def test_what_is_no_run_and_no_export_is_one_clear_line(tmp_path, capsys, monkey
 
 
 def test_measured_figures_are_few_and_finite(tmp_path):
-    from kindling.serving.opening import measured
+    from kindling.serving.open_export import measured
 
     assert measured(tmp_path) == []
     found = {

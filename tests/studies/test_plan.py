@@ -10,8 +10,8 @@ from conftest import ROOT
 from kindling.cli import parse_cli
 from kindling.data.sources import LocalFile
 from kindling.studies import plan as planning
-from kindling.studies.dial import LADDER, flags_of, shrink
-from kindling.studies.inputs import Inputs, docstrings, sums
+from kindling.studies.inputs import Inputs, prose_of_docstrings, sums
+from kindling.studies.sizes import LADDER, flags_of, shrink
 from kindling.studies.speed import Clock, flops
 from kindling.studies.steps import Step, StudyError, require_plan
 from presets import PRESETS, preset
@@ -56,7 +56,7 @@ def made(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
 
 
 def test_the_largest_size_that_fits_is_chosen(clock):
-    scale, steps = planning.fit(made, clock, Inputs(), 3600)
+    scale, steps = planning.largest_plan(made, clock, Inputs(), 3600)
     assert planning.total(steps) <= 3600
     larger = [s for s in LADDER if s > scale]
     assert larger and planning.total(made(min(larger), clock, Inputs())) > 3600
@@ -65,7 +65,7 @@ def test_the_largest_size_that_fits_is_chosen(clock):
 def test_no_size_is_measured_that_would_take_far_too_long(clock):
     measured, measure = [], clock._measure
     clock._measure = lambda cfg: measured.append(cfg) or measure(cfg)
-    planning.fit(made, clock, Inputs(), 3600)
+    planning.largest_plan(made, clock, Inputs(), 3600)
     assert 0 < len(measured) <= 4
     assert all(clock.training(cfg) < 2 * 3600 for cfg in measured)
 
@@ -74,7 +74,7 @@ def test_too_little_time_is_one_line_that_says_what_fits(clock):
     with pytest.raises(
         StudyError, match=r"study 000 must have at least \d+ minutes .* was given 0.1; give --minutes (\d+)"
     ):
-        planning.fit(made, clock, Inputs(), 6, "000")
+        planning.largest_plan(made, clock, Inputs(), 6, "000")
 
 
 def test_speed_is_kept_in_the_folder_and_only_for_the_same_machine(clock, tmp_path):
@@ -210,7 +210,7 @@ def test_what_no_study_can_use_is_refused(argv, words):
 def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
     read = []
     texts = (read.append(n) or "x" * 1000 for n in range(10_000))
-    monkeypatch.setattr("kindling.studies.inputs.docstrings", lambda unread, globs: texts)
+    monkeypatch.setattr("kindling.studies.inputs.prose_of_docstrings", lambda unread, globs: texts)
     inputs = Inputs(tmp_path)
     inputs.write(inputs.prose_source(20_000).source)
     assert len(read) == 20
@@ -218,7 +218,7 @@ def test_a_stand_in_stops_when_there_are_enough_bytes(tmp_path, monkeypatch):
 
 
 def test_docstrings_and_sums_are_the_same_each_time():
-    first, again = (next(docstrings([])) for _ in range(2))
+    first, again = (next(prose_of_docstrings([])) for _ in range(2))
     assert first == again and len(first) >= 200
     text = next(sums())
     assert text == next(sums()) and "multiply by" in text

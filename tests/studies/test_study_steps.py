@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import study
-from kindling.studies.common import data_step
+from kindling.studies.shared_steps import data_step
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError, duration, only_study, require_plan, run_steps
 from presets import preset

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 
 from config import ModelConfig, TrainConfig
-from kindling.studies.common import untrained
+from kindling.studies.shared_steps import untrained
 from kindling.training.optim import Muon, make_optimizers, orthogonalize
 from model import build_model
 from presets import preset

@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config
-from kindling.studies.common import (
+from kindling.studies.inputs import Inputs
+from kindling.studies.report import Study
+from kindling.studies.run_results import MISSING, Run, spikes
+from kindling.studies.shared_steps import (
     bytes_for,
     bytes_for_examples,
     data_step,
@@ -15,10 +18,7 @@ from kindling.studies.common import (
     on_local,
     training_step,
 )
-from kindling.studies.dial import flags_of, shrink
-from kindling.studies.inputs import Inputs
-from kindling.studies.read import MISSING, Run, spikes
-from kindling.studies.report import Study
+from kindling.studies.sizes import flags_of, shrink
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -175,10 +175,10 @@ def _spikes(folder: Path) -> Section:
     return Section("A run made to spike, with and without the remedies", columns, rows, notes)
 
 
-def compared(folder: Path) -> dict[str, list[str]]:
+def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"bases": [f"base-{size}" for size in SIZES], "fine-tuning": [f"sft-{EPOCHS[-1]}-{size}" for size in SIZES],
             "spikes": [f"spike-{remedy}" for remedy in REMEDIES]}  # fmt: skip
 
 
-STUDY = Study("000", TITLE, plan, sources, sections, compared)
+STUDY = Study("000", TITLE, plan, sources, sections, runs_by_plot)

@@ -10,11 +10,19 @@ from pathlib import Path
 from config import Config, SourceConfig
 from kindling.plots.html_report import Picture, Sample, Samples
 from kindling.plots.run_report import CAPTIONS
-from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local, training_step, untrained
-from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
-from kindling.studies.read import MISSING, Run, log_of, said
 from kindling.studies.report import Study
+from kindling.studies.run_results import MISSING, Run, log_of, said
+from kindling.studies.shared_steps import (
+    bytes_for,
+    data_step,
+    described,
+    evaluation_step,
+    on_local,
+    training_step,
+    untrained,
+)
+from kindling.studies.sizes import shrink
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -135,7 +143,7 @@ def _curve(run: Run) -> Section:
     return Section("On the way", columns, rows, notes)
 
 
-def compared(folder: Path) -> dict[str, list[str]]:
+def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"the model": [TRAINED]}
 
@@ -167,4 +175,4 @@ def texts(folder: Path) -> list[Samples]:
     return found
 
 
-STUDY = Study("001", TITLE, plan, sources, sections, compared, stand_ins, pictures=pictures, texts=texts)
+STUDY = Study("001", TITLE, plan, sources, sections, runs_by_plot, stand_ins, pictures=pictures, texts=texts)

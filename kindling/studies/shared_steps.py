@@ -7,8 +7,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from config import Config, SourceConfig, TokenizerConfig
-from kindling.studies.dial import flags_of, size_text
 from kindling.studies.inputs import Inputs
+from kindling.studies.sizes import flags_of, size_text
 from kindling.studies.speed import GOLD_TOKENS, Clock
 from kindling.studies.steps import Step
 

@@ -9,7 +9,7 @@ from kindling.device import resolve
 from kindling.generation.inference import prepare_for_inference
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.loading import chat_of, load_model
-from kindling.serving.opening import MOST_ROWS, NO_CHAT, Opened, about
+from kindling.serving.open_export import MOST_ROWS, NO_CHAT, Opened, about
 from kindling.serving.torch_engine import CACHE_BYTES, TorchEngine, TorchVocabulary, rows_for
 
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 from config import Config
 from kindling.int8.kernel import find_compiler
 from kindling.plots.html_report import Sample, Samples
-from kindling.studies.common import bytes_for, data_step, evaluation_step, on_local, training_step, untrained
-from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
-from kindling.studies.read import MISSING, Run, log_of, said
 from kindling.studies.report import Study
+from kindling.studies.run_results import MISSING, Run, log_of, said
+from kindling.studies.shared_steps import bytes_for, data_step, evaluation_step, on_local, training_step, untrained
+from kindling.studies.sizes import shrink
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -194,7 +194,7 @@ def _size(run: Run) -> str:
     return f"{sum(found) / 1e6:,.1f} MB" if found else MISSING
 
 
-def compared(folder: Path) -> dict[str, list[str]]:
+def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"the model": [TRAINED]}
 
@@ -210,4 +210,4 @@ def texts(folder: Path) -> list[Samples]:
     return [Samples("Completions", note, shown)] if shown else []
 
 
-STUDY = Study("002", TITLE, plan, sources, sections, compared, texts=texts)
+STUDY = Study("002", TITLE, plan, sources, sections, runs_by_plot, texts=texts)

@@ -22,11 +22,11 @@ from kindling.errors import KindlingError
 from kindling.evaluation.report import FORMAT
 from kindling.plots.stage_figures import MeasureRow, stage_figure
 from kindling.studies import held_out
-from kindling.studies import seed_004 as study
-from kindling.studies.dial import flags_of
-from kindling.studies.inputs import Inputs, docstrings, sums
-from kindling.studies.measures import picture
-from kindling.studies.read import Run
+from kindling.studies import study_004 as study
+from kindling.studies.inputs import Inputs, prose_of_docstrings, sums
+from kindling.studies.measures import heat_map
+from kindling.studies.run_results import Run
+from kindling.studies.sizes import flags_of
 from kindling.studies.speed import Clock, flops
 from kindling.studies.steps import StudyError
 from kindling.tokenization.tokenizer import load_json
@@ -131,7 +131,7 @@ def test_no_source_reads_the_packages_that_held_out_texts_are_from(python, tmp_p
     for source in (trained.code_source(10**6).source, trained.instructions_source(10**6).source):
         read = {file.path for file in local_files(source)}
         assert len(ours) == 12 and len(read) == 36 and not ours & read
-    assert not set(docstrings([], held_out.TRAINED)) & {row["text"] for row in rows_of(tmp_path, "prose")}
+    assert not set(prose_of_docstrings([], held_out.TRAINED)) & {row["text"] for row in rows_of(tmp_path, "prose")}
     for domain in ("prose", "python", "questions", "instructions"):
         texts = [row["text"] for row in rows_of(tmp_path, domain)]
         assert len(texts) in (6, 12) and all("of_ht" in text or domain == "prose" for text in texts)
@@ -296,7 +296,7 @@ def test_a_cell_of_the_picture_has_value_change_and_star(folder, monkeypatch):
         "kindling.studies.measures.stage_figure", lambda rows, *a: drawn.extend(rows) or stage_figure(rows, *a)
     )
     runs = [Run(folder, f"stage-{stage}") for stage in (1, 2, 3)]
-    picture(runs, study.MEASURES, [("a",), ("b",), ("c",)], "title", "file")
+    heat_map(runs, study.MEASURES, [("a",), ("b",), ("c",)], "title", "file")
     rows = {row.name: row for row in drawn}
     assert rows["prose, bits per byte"].changes == ["", "+1.020 lost *", "+0.000 no change"]
     assert rows["prose, bits per byte"].gains[1:] == pytest.approx([-0.5, 0.0])

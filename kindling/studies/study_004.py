@@ -14,7 +14,11 @@ from kindling.files import write_atomic
 from kindling.plots.html_report import Picture
 from kindling.runs.checkpoint import RunDirectory
 from kindling.studies import held_out, measures
-from kindling.studies.common import (
+from kindling.studies.inputs import FOLDER, Inputs
+from kindling.studies.measures import Measure
+from kindling.studies.report import Study
+from kindling.studies.run_results import Run
+from kindling.studies.shared_steps import (
     FEWEST_FOR_EXAMPLES,
     bytes_for,
     bytes_for_examples,
@@ -24,11 +28,7 @@ from kindling.studies.common import (
     on_local,
     training_step,
 )
-from kindling.studies.dial import flags_of, shrink, size_text
-from kindling.studies.inputs import FOLDER, Inputs
-from kindling.studies.measures import Measure
-from kindling.studies.read import Run
-from kindling.studies.report import Study
+from kindling.studies.sizes import flags_of, shrink, size_text
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step, StudyError
 from kindling.tables import Section
@@ -293,13 +293,13 @@ def pictures(folder: Path) -> list[Picture]:
     """Return the heat map."""
     title = f"Study 004: {TITLE[0].lower()}{TITLE[1:]}"
     stages = [(f"after {stage},", name) for stage, name in STAGES.items()]
-    found = measures.picture(_runs(folder), MEASURES, stages, title, FILES)
+    found = measures.heat_map(_runs(folder), MEASURES, stages, title, FILES)
     return [] if found is None else [found]
 
 
-def compared(folder: Path) -> dict[str, list[str]]:
+def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"the stages": [f"stage-{stage}" for stage in STAGES]}
 
 
-STUDY = Study("004", TITLE, plan, sources, sections, compared, pictures=pictures, prepare=prepare)
+STUDY = Study("004", TITLE, plan, sources, sections, runs_by_plot, pictures=pictures, prepare=prepare)

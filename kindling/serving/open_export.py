@@ -1,4 +1,4 @@
-"""Opens an export to int8 to be served, without torch. torch_opening.py opens a run."""
+"""Opens an export to int8 to be served, without torch. open_run.py opens a run."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import SourceConfig
-from kindling import rows as reader
+from kindling import json_rows as reader
 from kindling.data.duplicates import BenchmarkError, Benchmarks
 from kindling.data.sources import documents, local_files
 from kindling.errors import KindlingError
@@ -415,7 +415,7 @@ objects = st.dictionaries(strings, values, max_size=4)
     st.booleans(),
 )
 def test_rows_are_what_was_written_whatever_stands_between_them(tmp_path_factory, rows, indent, between, ascii, packed):
-    from kindling.rows import read_rows
+    from kindling.json_rows import read_rows
 
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     text = between.join(json.dumps(row, indent=indent, ensure_ascii=ascii) for row in rows)
@@ -429,7 +429,7 @@ def test_rows_are_what_was_written_whatever_stands_between_them(tmp_path_factory
 
 @pytest.mark.parametrize("at", range(3))
 def test_an_object_inside_a_damaged_row_of_an_array_of_lines_is_no_row(tmp_path, at):
-    from kindling.rows import Broken, read_rows
+    from kindling.json_rows import Broken, read_rows
 
     texts = ['{"a": 1}', '{"a": 2}', '{"a": 3}']
     texts[at] = '{"a": [null, {"a": 4}, {"a": 5'
@@ -444,7 +444,7 @@ def test_an_object_inside_a_damaged_row_of_an_array_of_lines_is_no_row(tmp_path,
 @settings(max_examples=50)
 @given(st.lists(objects.filter(bool), min_size=3, max_size=8), st.data(), st.sampled_from(["lines", "array of lines"]))
 def test_any_damage_to_a_line_costs_that_line_alone(tmp_path_factory, rows, data, how):
-    from kindling.rows import Broken, read_rows
+    from kindling.json_rows import Broken, read_rows
 
     texts = [json.dumps(row) for row in rows]
     at = data.draw(st.integers(0, len(rows) - 1))
@@ -461,7 +461,7 @@ def test_any_damage_to_a_line_costs_that_line_alone(tmp_path_factory, rows, data
 def test_a_large_file_is_not_held_in_memory(form, tmp_path):
     import tracemalloc
 
-    from kindling.rows import read_rows
+    from kindling.json_rows import read_rows
 
     row = json.dumps({"content": "x" * 1000})
     n = 24_000  # 16 MB are held, whatever the size

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, SourceConfig, TokenizerConfig
-from kindling.studies.common import bytes_for, data_step, described, evaluation_step, on_local, training_step
-from kindling.studies.dial import shrink
 from kindling.studies.inputs import Inputs
-from kindling.studies.read import Run
 from kindling.studies.report import Study
+from kindling.studies.run_results import Run
+from kindling.studies.shared_steps import bytes_for, data_step, described, evaluation_step, on_local, training_step
+from kindling.studies.sizes import shrink
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section
@@ -93,9 +93,9 @@ def sections(folder: Path) -> list[Section]:
     ]  # fmt: skip
 
 
-def compared(folder: Path) -> dict[str, list[str]]:
+def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"the tokenizers": list(TOKENIZERS)}
 
 
-STUDY = Study("003", TITLE, plan, sources, sections, compared, stand_ins=stand_ins)
+STUDY = Study("003", TITLE, plan, sources, sections, runs_by_plot, stand_ins=stand_ins)

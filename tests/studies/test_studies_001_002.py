@@ -12,9 +12,9 @@ import autocomplete
 from config import ModelConfig
 from kindling.plots.figures import Compared, compare_curves
 from kindling.plots.inspection import curves_of
-from kindling.studies import seed_001, seed_002
+from kindling.studies import study_001, study_002
 from kindling.studies.inputs import Inputs
-from kindling.studies.read import Run, said
+from kindling.studies.run_results import Run, said
 from kindling.studies.speed import Clock, flops
 from kindling.studies.steps import LOGS, Record, Records, Step
 from study import study_of
@@ -55,7 +55,7 @@ def test_001_has_the_same_steps_for_the_untrained_model_as_for_the_trained_one(t
 
 
 def test_the_table_of_001_puts_both_runs_beside_a_uniform_guess_and_the_projects_claims(tmp_path):
-    for name in seed_001.RUNS:
+    for name in study_001.RUNS:
         path = make_run(tmp_path, name)
         results = json.loads((path / "eval.json").read_text("utf-8"))
         results["language_modelling"]["all"] |= {"tokens": 100, "bytes": 400}
@@ -65,7 +65,7 @@ def test_the_table_of_001_puts_both_runs_beside_a_uniform_guess_and_the_projects
         lines = [{"step": 0, "val_loss": 4.0, "val_perplexity": 54.6, "val_bits_per_byte": 2.5, "val_tokens": 100}]
         lines.append({"step": 1, "loss": 3.5, "tokens": 2048})
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    table, curve = seed_001.sections(tmp_path)
+    table, curve = study_001.sections(tmp_path)
     rows = {row[0]: row for row in table.rows}
     assert rows["untrained"][2:4] == ["0", "-"] and rows["trained"][2:4] == ["2,048", "3.500"]
     assert rows["trained"][5] == "7.39" and rows["trained"][-1] == "runs/trained/eval.json"
@@ -79,8 +79,8 @@ def test_the_table_of_001_puts_both_runs_beside_a_uniform_guess_and_the_projects
 
 
 def test_001_shows_pictures_of_a_kind_together_and_the_stories_of_both(tmp_path):
-    for name in seed_001.RUNS:
-        for plot in seed_001.PLOTS:
+    for name in study_001.RUNS:
+        for plot in study_001.PLOTS:
             path = tmp_path / "runs" / name / "plots" / plot
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(f"{name} {plot}".encode())
@@ -89,11 +89,11 @@ def test_001_shows_pictures_of_a_kind_together_and_the_stories_of_both(tmp_path)
             f"stories-{name}",
             "--- sample 1, seed 0\nOnce upon a time x\n--- sample 2, seed 1\nOnce upon a time\n",
         )
-    found = seed_001.pictures(tmp_path)
+    found = study_001.pictures(tmp_path)
     assert [p.png.decode().split()[0] for p in found] == ["untrained", "trained"] * 3
     assert len({p.alt for p in found}) == len({p.caption for p in found}) == 6
-    assert "runs/trained/plots/attention.png" in found[1].caption and seed_001.STORY in found[1].caption
-    (before, after) = seed_001.texts(tmp_path)
+    assert "runs/trained/plots/attention.png" in found[1].caption and study_001.STORY in found[1].caption
+    (before, after) = study_001.texts(tmp_path)
     assert [(s.what, s.prompt, s.text) for s in after.samples] == [
         ("seed 0", "Once upon a time", " x"),
         ("seed 1", "Once upon a time", ""),
@@ -121,13 +121,13 @@ def test_tables_of_a_study_that_has_run_nothing_have_dashes_and_the_claims(tmp_p
 def test_speed_and_memory_are_those_that_autocomplete_says(monkeypatch, n_more, speed):
     monkeypatch.setattr(autocomplete, "peak_memory_bytes", lambda: 123_400_000)
     printed = f"  return x\n{autocomplete.stats(n_more, 0.123, 0.05)}\n"
-    text, stats = seed_002.stats_of(printed)
+    text, stats = study_002.stats_of(printed)
     assert text == "  return x\n\n" and stats == ("0.12 s", speed, "123 MB")
-    assert seed_002.stats_of("  return x\n") == ("  return x\n", ("-", "-", "-"))
+    assert study_002.stats_of("  return x\n") == ("  return x\n", ("-", "-", "-"))
 
 
 def test_002_measures_the_projects_own_shape_whatever_size_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(seed_002, "find_compiler", lambda: "cc")
+    monkeypatch.setattr(study_002, "find_compiler", lambda: "cc")
     steps = steps_of("002", tmp_path)
     words = steps["full-size"].arguments
     assert not [word for word in words if word.startswith("--model")] and "1e-30" in words
@@ -135,7 +135,7 @@ def test_002_measures_the_projects_own_shape_whatever_size_is_trained(tmp_path, 
     assert steps["speed-c"].after == ("export-full-size",)
     whole = steps_of("002", tmp_path, 1.0)
     assert "full-size" not in whole and whole["speed-c"].arguments[0] == "runs/autocomplete/export/int8"
-    monkeypatch.setattr(seed_002, "find_compiler", lambda: None)
+    monkeypatch.setattr(study_002, "find_compiler", lambda: None)
     assert "speed-c" not in steps_of("002", tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_the_tables_of_002_say_which_language_is_missing_and_name_the_files(tmp_
     export.mkdir(parents=True)
     (export / "weights").write_bytes(bytes(2_500_000))
     log(tmp_path, "complete-c", "void) {\nfirst token after 0.20 s, then 95 tokens/s; 61 MB of memory at most\n")
-    languages, runtime = seed_002.sections(tmp_path)
+    languages, runtime = study_002.sections(tmp_path)
     rows = {row[0]: row for row in languages.rows}
     assert list(rows) == ["python", "c", "java", "text", "all"]
     assert rows["python"][1:] == ["7", "12,345", "1.500", "runs/autocomplete/eval.json"] and rows["c"][1:4] == ["-"] * 3
@@ -158,13 +158,13 @@ def test_the_tables_of_002_say_which_language_is_missing_and_name_the_files(tmp_
     parameters = Run(tmp_path, "autocomplete").parameters()
     assert rows["complete-c"][1:] == [parameters, "numpy", "2.5 MB", "0.20 s", "95", "61 MB", "logs/complete-c.log"]
     assert rows["the project"][6:] == ["under 150 MB", "its page"]
-    (completions,) = seed_002.texts(tmp_path)
+    (completions,) = study_002.texts(tmp_path)
     (sample,) = completions.samples
-    assert (sample.prompt, sample.text) == (seed_002.PROMPTS["c"], "void) {")
+    assert (sample.prompt, sample.text) == (study_002.PROMPTS["c"], "void) {")
 
 
 def test_without_rows_of_code_the_line_on_the_data_says_what_it_lacks(tmp_path):
     (tmp_path / "rows.jsonl").touch()
-    assert "it has no C and no Java" in seed_002.sources(1 / 16, Inputs(tmp_path))
-    assert seed_002.sources(1 / 16, Inputs(tmp_path, code=tmp_path / "rows.jsonl")) == "rows.jsonl"
-    assert "are on no hub" in seed_002.sources(1 / 16, Inputs(tmp_path, preset=True))
+    assert "it has no C and no Java" in study_002.sources(1 / 16, Inputs(tmp_path))
+    assert study_002.sources(1 / 16, Inputs(tmp_path, code=tmp_path / "rows.jsonl")) == "rows.jsonl"
+    assert "are on no hub" in study_002.sources(1 / 16, Inputs(tmp_path, preset=True))

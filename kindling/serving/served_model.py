@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from kindling.data.prompts import Exchange, fit
+from kindling.data.prompts import Exchange, prompt_that_fits
 from kindling.errors import KindlingError
 from kindling.generation.healing import longest_prompt, newest_text, split_for_healing
 from kindling.generation.settings import Sampling
@@ -240,7 +240,7 @@ def chat(served: Served, conversation: Conversation, options: Options) -> Prompt
     )
     room = min(options.sampling.max_new_tokens, served.block_size // OPEN_ANSWER)
     try:
-        ids, dropped = fit(template, asked, served.vocabulary, served.block_size, room, before)
+        ids, dropped = prompt_that_fits(template, asked, served.vocabulary, served.block_size, room, before)
     except ENCODING as e:
         raise BadRequest(f"messages: {e}", "messages") from None
     if len(ids) >= served.block_size:

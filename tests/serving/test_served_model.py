@@ -11,7 +11,7 @@ from kindling.generation.settings import Sampling
 from kindling.serving.body import BadRequest
 from kindling.serving.generation import Edit, Piece
 from kindling.serving.replies import Answers, Whole, _Mail, collect
-from kindling.serving.served import Conversation, Options, at_cursor, chat, continuation
+from kindling.serving.served_model import Conversation, Options, at_cursor, chat, continuation
 from kindling.tokenization.infilling import arrange, prompt_at_cursor
 
 HOW = Options(Sampling(16, temperature=0.0))
