@@ -137,7 +137,7 @@ def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command
     """Plan a study, run its steps and write its report; return the exit code."""
     from kindling.studies.plan import Plan, largest_plan, plan_section, read_plan, write_plan
     from kindling.studies.report import write_report
-    from kindling.studies.speed import Clock, machine_text
+    from kindling.studies.speed import FRESH_S, Clock, machine_text
     from kindling.studies.steps import run_steps
     from kindling.tables import as_text
 
@@ -146,7 +146,7 @@ def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command
     kept = read_plan(folder, minutes, given)
     minutes = minutes or (MINUTES if kept is None else kept.minutes)
     inputs = inputs_of(flags if kept is None else with_data(flags, kept.data), folder)
-    clock = Clock(folder)
+    clock = Clock(folder, max_age_s=FRESH_S if kept is None else math.inf)
     print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
     try:
         if name == "scaling":  # no project's sizes: they follow from the time
@@ -186,14 +186,14 @@ def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command
 def predict(flags: Flags) -> int:
     """Print which preset to train in a time, by the scaling study in its folder."""
     from kindling.studies.scaling_advice import advise, seconds_of_text
-    from kindling.studies.speed import Clock, machine_text
+    from kindling.studies.speed import FRESH_S, Clock, machine_text
     from kindling.studies.steps import StudyError
     from kindling.tables import as_text
 
     if flags.name != "scaling" or flags.predict is None:
         raise StudyError(f"--predict must be asked of the study scaling, but the study is {flags.name}; name scaling")
     folder = flags.out or STUDIES / "scaling"
-    clock = Clock(folder)
+    clock = Clock(folder, max_age_s=FRESH_S)
     print(f"measuring the speed of this machine: {machine_text(clock.machine)} ...", flush=True)
     section = advise(folder, seconds_of_text(flags.predict), clock)
     clock.save()

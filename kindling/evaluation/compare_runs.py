@@ -158,6 +158,15 @@ def _bits(runs: list[Evaluated]) -> Section | None:
     return section
 
 
+def held_out_difference(first: Path, run: Path) -> Difference | None:
+    """Return the difference of a run's bits per byte to the first one's, on the held-out documents of both.
+
+    None if they cannot be compared. Raises ReportError for a run that was not evaluated.
+    """
+    before, after = (Evaluated(path, number, *read_results(path)) for number, path in enumerate((first, run), 1))
+    return _bits_difference(_paired_documents(before, after, []), None)
+
+
 Pairs = list[tuple[dict[str, Any], dict[str, Any]]]  # lines of losses.jsonl, of the first run and of another
 
 

@@ -42,7 +42,7 @@ from kindling.formats.hf_layout import (
     restore_config,
 )
 from kindling.formats.parity import Difference, compare
-from kindling.tokenization.rewriting import without_added_space
+from kindling.tokenization.added_space import without_added_space
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT
 

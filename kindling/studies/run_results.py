@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from kindling.evaluation.compare_runs import held_out_difference, paired_bits, shown_difference
 from kindling.evaluation.intervals import number
 from kindling.evaluation.report import (
     Losses,
@@ -29,6 +32,8 @@ from kindling.evaluation.results_file import read_results
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
 from kindling.studies.steps import LOGS, Records
+from kindling.tables import short_number
+from kindling.training.skipped_steps import SKIPPED
 
 MISSING = "-"
 
@@ -167,6 +172,33 @@ class Run:
         found = [line for line in self.validations() if isinstance(line.get(key), float)]
         return f"{found[which][key]:{form}}" if found else MISSING
 
+    def curve(self) -> list[tuple[int, float]]:
+        """Return tokens and bits per byte of each validation during training, all of the same part of the split."""
+        found = [line for line in self.validations() if isinstance(line.get("val_bits_per_byte"), float)]
+        if not found or not self.trained:
+            return []
+        cfg = self.config()
+        a_step = cfg.train.batch_size * cfg.model.block_size
+        part = found[0].get("val_tokens")
+        return [(line["step"] * a_step, line["val_bits_per_byte"]) for line in found if line.get("val_tokens") == part]
+
+    def held_out_change(self, before: Run) -> str:
+        """Return by how much bits per byte on held-out documents differ from those of another run, with the interval."""
+        try:
+            found = held_out_difference(before.path, self.path)
+        except ReportError:
+            return MISSING
+        return shown_difference(found, "{:+.3f}".format)
+
+    def gold_change(self, before: Run, benchmark: str = "problems") -> str:
+        """Return by how much gold bits per byte differ from those of another run, with the interval."""
+        own, other = (run._part("gold").get(benchmark, {}) for run in (self, before))
+        return shown_difference(paired_bits(own, other), "{:+.3f}".format)
+
+    def skipped_steps(self) -> int:
+        """Return how many steps were skipped because of a bad gradient or loss, by skipped.jsonl."""
+        return len({line["step"] for line in read_metrics(self.path / SKIPPED)})
+
     def fall(self) -> str:
         """Return by how much the validation loss fell from the first step to the last, on the same texts, in per cent."""
         first = [line for line in self.validations() if line["step"] == 0]
@@ -174,6 +206,24 @@ class Run:
         if len(same) < 2:
             return MISSING
         return f"{1 - same[-1]['val_loss'] / same[0]['val_loss']:.1%}"
+
+
+def lead_text(smaller: Run, larger: Run) -> str:
+    """Return from how many tokens on the larger run's validations are all below the smaller one's at as many tokens.
+
+    Between two validations of the smaller run, its loss is interpolated. Only tokens that both have seen are compared.
+    """
+    points, reference = larger.curve(), smaller.curve()
+    if not points or not reference:
+        return MISSING
+    tokens, losses = zip(*reference)
+    both = [(n, loss) for n, loss in points if 0 < n <= tokens[-1]]
+    behind = [n for n, loss in both if loss >= float(np.interp(n, tokens, losses))]
+    if not both:
+        return MISSING
+    if behind and behind[-1] == both[-1][0]:
+        return f"not within {short_number(tokens[-1])}"
+    return short_number(next(n for n, _ in both if not behind or n > behind[-1]))
 
 
 def said(folder: Path, step: str) -> str:

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, ModelConfig
+from config import Config, DataConfig, ModelConfig
 from kindling.files import write_json
 from kindling.studies.plan import PLAN
 from kindling.studies.scaling_law import ScalingError
@@ -43,7 +43,7 @@ SHAPES = (
     (1024, 64),
     (1024, 128),
 )  # context and rows a step, the smallest first
-BEST_STEPS, FEWEST_STEPS = 100, 60  # of the shortest run: with more, the batch grows; and at least
+BEST_STEPS, FEWEST_STEPS = 150, 60  # of the shortest run: with more, the batch grows; and at least
 SPEED_UP = 4  # of a token, at most, by a larger batch
 TOKENS_PER_PARAMETER = 20  # in the middle of the runs, as near as a ladder comes (Hoffmann et al. 2022)
 BYTES_PER_TOKEN = 4.5  # of the files that are read, before filters, with our largest vocabulary on a CPU
@@ -51,6 +51,7 @@ LEAST_BYTES, MOST_BYTES = 8_000_000, 200_000_000  # of local files
 MOST_PASSES = 4  # over them: up to here, repeated tokens are nearly as good as new ones (Muennighoff et al. 2023)
 DECAY = 0.2  # share of a run's steps, after the warmup, in which the learning rate decays
 VAL_SHARE = 0.04 / 3  # of the bytes that are read, in tokens: what each run predicts at its end
+VALIDATIONS = 2  # at most: a part at its start, and all of it at its end
 RUNS = "runs"
 PREDICTION, RESULT = "prediction.json", "scaling.json"
 ENTRY = "scaling"  # of PLAN: which runs
@@ -76,6 +77,9 @@ class Plan:
     block_size: int
     batch_size: int
     max_bytes: int | None  # of the local files that are read; None: the data set of the hub
+    held_out_steps: int | None = (
+        None  # of the held-out run; None: as many as the longest, as in plans of earlier versions
+    )
 
     def config(self, depth: int, steps: int) -> Config:
         """Return the config of a run."""
@@ -106,7 +110,7 @@ class Plan:
     @property
     def held_out(self) -> tuple[int, int]:
         """Depth and steps of the run that is predicted before it is trained."""
-        return self.depths[-1], self.steps_of[-1]
+        return self.depths[-1], self.held_out_steps or self.steps_of[-1]
 
     def seconds(self, clock: Clock) -> float:
         """Return how long all of it takes, by the measured speed."""
@@ -118,12 +122,14 @@ class Plan:
         read = self.max_bytes or BYTES_PER_TOKEN * self.tokens(self.steps_of[-1])
         building = clock.building(read) if depth == self.depths[-1] or steps == self.steps_of[0] else 0.0
         trained = steps - self.trunk(depth, steps)
-        return building + pace.run_s + trained * pace.step_s + VAL_SHARE * read * pace.read_token_s
+        validated = VALIDATIONS * VAL_SHARE * read * pace.read_token_s
+        return building + pace.run_s + trained * pace.step_s + validated
 
     def before(self, depth: int, steps: int) -> int | None:
         """Return the steps of the run that a run goes on from; None for the first one of its size, and the held-out one."""
-        number = self.steps_of.index(steps)
-        return None if number == 0 or depth == self.depths[-1] else self.steps_of[number - 1]
+        if depth == self.depths[-1] or steps == self.steps_of[0]:
+            return None
+        return self.steps_of[self.steps_of.index(steps) - 1]
 
     def trunk(self, depth: int, steps: int) -> int:
         """Return how many steps of a run are those of the run before."""
@@ -151,7 +157,7 @@ class Plan:
         if before is not None:
             trunk = run_name(depth, before)
             after = (trunk,)
-            changed = {"max-steps": steps, "eval-every": steps, "save-every": steps}
+            changed = {"max-steps": steps, "eval-every": steps, "save-every": saved_every(steps)}
             flags = ("--train.extend", f"{RUNS}/{trunk}", "--name", name)
             flags += tuple(word for flag, value in changed.items() for word in (f"--train.{flag}", str(value)))
         return Step(name, "main.py", flags, output, after, self.run_seconds(clock, depth, steps), about)
@@ -178,8 +184,12 @@ class Pace(NamedTuple):
 def pace_of(clock: Clock, base: str, depth: int, block_size: int, batch_size: int) -> Pace:
     """Return the measured pace of a size."""
     cfg = at_depth(base, depth, block_size, batch_size, 1)
-    one, two = clock.training(cfg, 1), clock.training(cfg, 2)
-    return Pace(2 * one - two, two - one, clock.reading(cfg, 1))
+    return Pace(clock.training(cfg, 0), clock.step_s(cfg), clock.reading(cfg, 1))
+
+
+def saved_every(steps: int) -> int:
+    """Return after how many steps a run is saved: a process that is killed loses an eighth of it at most."""
+    return max(25, steps // 8)
 
 
 def run_name(depth: int, steps: int) -> str:
@@ -196,13 +206,23 @@ def at_depth(
     `max_bytes` is read of its local files.
     """
     named = preset(base)
-    data = named.data
-    if max_bytes is not None:
-        data = replace(data, sources=tuple(replace(source, max_bytes=max_bytes) for source in data.sources))
+    data = named.data if max_bytes is None else local_data(base, max_bytes)
     micro = named.train.micro_batch_size
-    train: dict[str, Any] = {"max_steps": steps, "save_every": steps, "eval_every": steps, "batch_size": batch_size}
+    train: dict[str, Any] = {"max_steps": steps, "eval_every": steps, "batch_size": batch_size}
+    train |= {"save_every": saved_every(steps)}
     train |= {"decay_fraction": DECAY, "micro_batch_size": None if micro is None else min(micro, batch_size)}
     return modern(base, depth, block_size, data, **train)
+
+
+def local_data(base: str, max_bytes: int) -> DataConfig:
+    """Return the data of a preset with local files, of which so many bytes are read."""
+    data = preset(base).data
+    return replace(data, sources=tuple(replace(source, max_bytes=max_bytes) for source in data.sources))
+
+
+def bytes_to_read(tokens: int) -> int:
+    """Return how many bytes of local files to read for so many tokens."""
+    return min(MOST_BYTES, max(LEAST_BYTES, int(tokens * BYTES_PER_TOKEN)))
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -264,7 +284,8 @@ def plan_scaling(minutes: float, clock: Clock, hub: bool = False) -> Plan:
     """
     chosen = _fitting(minutes, clock, hub, LADDERS[0])
     if chosen.steps_of[0] < FEWEST_STEPS:
-        needed = replace(chosen, steps_of=_lengths(FEWEST_STEPS)).seconds(clock) / 60
+        least = _lengths(FEWEST_STEPS)
+        needed = replace(chosen, steps_of=least, held_out_steps=least[-2]).seconds(clock) / 60
         raise ScalingError(
             f"--minutes must be at least {math.ceil(needed)} for a scaling study at the speed of this machine, but is "
             f"{minutes:g}; give it that time"
@@ -300,9 +321,9 @@ def _longest(minutes: float, clock: Clock, hub: bool, ladder: tuple[int, ...], s
 
     def of(fewest: int) -> Plan:
         steps_of = _lengths(fewest)
-        read = max(LEAST_BYTES, int(steps_of[-1] * math.prod(shape) * BYTES_PER_TOKEN))
-        local = min(MOST_BYTES, read) if base == "modern-5m" else None
-        return Plan(minutes, base, ladder, steps_of, *shape, local)
+        local = bytes_to_read(steps_of[-1] * math.prod(shape)) if base == "modern-5m" else None
+        # the held-out run is not the longest: that would take half of the time
+        return Plan(minutes, base, ladder, steps_of, *shape, local, held_out_steps=steps_of[-2])
 
     def fits(fewest: int) -> bool:
         plan = of(fewest)

@@ -17,7 +17,15 @@ from pathlib import Path
 from config import Config
 from kindling.errors import KindlingError
 from kindling.evaluation.intervals import number
-from kindling.studies.scaling import MOST_PASSES, RESULT, at_depth, matmul_parameters
+from kindling.studies.scaling import (
+    BYTES_PER_TOKEN,
+    MOST_PASSES,
+    RESULT,
+    at_depth,
+    bytes_to_read,
+    local_data,
+    matmul_parameters,
+)
 from kindling.studies.scaling_law import Prediction, ScalingError
 from kindling.studies.scaling_results import FittedStudy, read_study
 from kindling.studies.sizes import flags_of
@@ -70,6 +78,8 @@ def candidate(name: str, study: FittedStudy, seconds: float, clock: Clock) -> Ca
         return Candidate(name, cfg, tokens_per_s, None)
     every = max(1, steps // 10)
     cfg = replace(cfg, train=replace(cfg.train, max_steps=steps, save_every=every, eval_every=every))
+    if plan.max_bytes is not None:  # the law is of this text, and it is on this machine
+        cfg = replace(cfg, data=local_data(plan.base, bytes_to_read(cfg.tokens)))
     return Candidate(name, cfg, tokens_per_s, study.fit.predict(matmul_parameters(cfg.model), plan.tokens(steps)))
 
 
@@ -114,7 +124,7 @@ def _row(one: Candidate, study: FittedStudy) -> list[str]:
 
 def _notes(best: Candidate, study: FittedStudy) -> list[str]:
     plan, tokens = study.plan, study.plan.tokens(best.cfg.train.max_steps or 0)
-    again = max(run.passes * tokens / run.tokens for run in study.runs)
+    again = 0.0 if plan.max_bytes is None else tokens * BYTES_PER_TOKEN / bytes_to_read(tokens)
     of = f"the data of {plan.base}" + ("" if plan.max_bytes is None else ", from local files")
     notes = [
         f"Train {best.name}: {shlex.join(['python', 'main.py', *flags_of(best.cfg)])}",
@@ -124,6 +134,6 @@ def _notes(best: Candidate, study: FittedStudy) -> list[str]:
     ]
     if again > MOST_PASSES:
         notes.append(
-            f"The study's files would be read {again:.0f} times. With more text the loss is lower than with these."
+            f"The files would be read about {again:.0f} times. The prediction is for new text, so the loss will be higher."
         )
     return notes

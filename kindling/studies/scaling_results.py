@@ -357,9 +357,10 @@ def pictures_of(folder: Path) -> list[Picture]:
 
 
 def runs_by_plot(folder: Path) -> dict[str, list[str]]:
-    """Return the longest run of each size, whose curves are drawn together."""
+    """Return the longest run of each size and the held-out run, whose curves are drawn together."""
     plan = read_plan(folder)
-    return {"the longest runs": [run_name(depth, plan.steps_of[-1]) for depth in plan.depths]}
+    longest = [run_name(depth, plan.steps_of[-1]) for depth in plan.depths[:-1]]
+    return {"the longest runs": [*longest, run_name(*plan.held_out)]}
 
 
 # -- as a step of the study -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from config import Config
 from kindling.config_io import changed_fields
 from presets import preset
 
-LADDER = tuple(2 ** (-k / 4) for k in range(21))  # 1, 0.84, ... 1/32
+LADDER = tuple(2 ** (-k / 8) for k in range(41))  # 1, 0.92, ... 1/32
 VOCABULARY, CONTEXT, ROWS, STEPS = 2048, 256, 8, 60  # at least
 RATE = 5e-3  # at most
 

@@ -3,6 +3,8 @@
     clock = Clock(Path("studies/000"))
     clock.training(cfg)             # seconds of a whole training, with its start and its evaluations
 
+What was measured is used again, but not for a new plan after some minutes: the machine may have been busy then.
+
 Limit: only training steps and the start of a script are measured. Evaluations are reckoned from them.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -24,6 +27,7 @@ from kindling.files import sha256_text, write_atomic
 from kindling.paths import PROJECT
 
 SPEED = "speed.json"
+FRESH_S = 600.0  # for so long, a new plan may use what was measured before
 LIMIT_S = 6.0  # of measuring one shape, beyond the first pass
 EVALUATIONS = 0.15  # of a run's time: its validations, at most, as training/evaluations.py divides them
 BYTES_PER_S = 2e6  # a slow reading, filtering and tokenising of one core
@@ -89,7 +93,9 @@ class Clock:
         folder: Path,
         measure: Callable[[Config], tuple[float, float]] = measure_step,
         start: Callable[[], float] = measure_start,
+        max_age_s: float = math.inf,
     ):
+        """What was measured longer ago than `max_age_s` is measured again."""
         self.path, self._measure, self._start = folder / SPEED, measure, start
         self.machine = machine()
         self.measured: dict[str, list[float]] = {}
@@ -97,7 +103,7 @@ class Clock:
         self.measuring = True  # False: shapes that were not measured are reckoned from the newest one
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["machine"] == self.machine:
+            if found["machine"] == self.machine and time.time() - self.path.stat().st_mtime <= max_age_s:
                 self.measured = {key: list(map(float, value)) for key, value in found["measured"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             pass  # measured again
@@ -136,7 +142,7 @@ class Clock:
 
     def training(self, cfg: Config, steps: int | None = None) -> float:
         """Return the seconds of a whole training. `steps`, if its config does not say how many."""
-        n = steps or cfg.train.max_steps
+        n = cfg.train.max_steps if steps is None else steps
         assert n is not None, "a run by epochs needs its steps"
         compile_s = self.measured.get(self._key(cfg), [0.0, 0.0])[1]
         samples = self.generation(cfg, 1, 4 * 120)

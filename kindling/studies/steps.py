@@ -134,15 +134,18 @@ class Child:
         self.signal: int | None = None
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal and send it to the child, which saves and stops by itself."""
+        """Note a signal and send it to the child, which saves and stops by itself. It knows SIGTERM, but not SIGHUP."""
         self.signal = number
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(number)
+            self.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on."""
-        previous = {s: signal.signal(s, self.pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+        """Pass SIGINT and SIGTERM on, and SIGHUP, which a closed terminal sends, unless it is ignored, as under nohup."""
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        previous = {s: signal.signal(s, self.pass_on) for s in wanted}
         try:
             yield
         finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from config import Config
 from kindling.studies.inputs import Inputs
 from kindling.studies.report import Study
-from kindling.studies.run_results import MISSING, Run, spikes
+from kindling.studies.run_results import MISSING, Run, lead_text, spikes
 from kindling.studies.shared_steps import (
     bytes_for,
     bytes_for_examples,
@@ -27,8 +28,11 @@ from presets import preset
 TITLE = "Three sizes for Python, before and after fine-tuning on instructions"
 SIZES = ("50m", "150m", "225m")
 EPOCHS = (1, 3)
+BENCHMARKS = {"problems": 5, "humaneval": 1}  # samples of each problem
+WARMUP, FEWEST_WARMUP = 0.03, 5  # of a fine-tuning: share of its steps, and steps
 SPIKE_STEPS, SPIKE_RATE = 200, 3e-2
-REMEDIES = {"none": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
+USUAL = "usual rate"  # without a remedy, at the rate of the base: what is no spike
+REMEDIES = {USUAL: (), "none": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
             "all": ("accumulation", "epsilon", "skipping")}  # fmt: skip
 CLAIMED = {
     "150m": "perplexity 2.16 after three epochs",
@@ -42,24 +46,37 @@ def bases(scale: float, inputs: Inputs) -> dict[str, Config]:
     if inputs.preset:
         return small
     source = inputs.code_source(bytes_for(max(cfg.tokens for cfg in small.values()))).source
-    return {size: on_local(cfg, source, drop_generated=True) for size, cfg in small.items()}
+    local = {size: on_local(cfg, source, drop_generated=True) for size, cfg in small.items()}
+    # the same data by one name: they are built once, and the losses compare
+    return {size: replace(cfg, preset=f"code-{SIZES[0]}") for size, cfg in local.items()}
 
 
-def fine_tuning(epochs: int, smallest: Config, inputs: Inputs) -> Config:
-    """Return the config of a fine-tuning; an epoch is 2% of the smallest base's tokens, or the whole data set of the preset."""
-    cfg = preset("alpaca")
-    cfg = replace(cfg, train=replace(cfg.train, epochs=float(epochs)))
+def tuning_tokens(smallest: Config) -> float:
+    """Return the tokens of an epoch of local instructions: 2% of the smallest base's."""
+    return 0.02 * smallest.tokens
+
+
+def fine_tuning(epochs: int, size: str, found: dict[str, Config], inputs: Inputs) -> Config:
+    """Return the config of a base's fine-tuning. Its learning rate keeps the seed's ratio to that of the base."""
+    cfg, base, tokens = preset("alpaca"), found[size], tuning_tokens(found[SIZES[0]])
+    rate = cfg.train.lr * base.train.lr / preset(f"code-{size}").train.lr
+    cfg = replace(cfg, train=replace(cfg.train, epochs=float(epochs), lr=float(f"{rate:.2g}")))
     if inputs.preset:
         return cfg
-    source = inputs.instructions_source(bytes_for_examples(0.02 * smallest.tokens)).source
+    steps = epochs * tokens / (cfg.train.batch_size * base.model.block_size)
+    warmup = min(cfg.train.warmup_steps, max(FEWEST_WARMUP, round(WARMUP * steps)))
+    cfg = replace(cfg, train=replace(cfg.train, warmup_steps=warmup))
+    source = inputs.instructions_source(bytes_for_examples(tokens)).source
     data = replace(cfg.data, sources=(source,), drop_generated=True)
     return replace(cfg, data=replace(data, val_fraction=0.04, test_fraction=0.04))
 
 
-def spiking(cfg: Config, remedies: tuple[str, ...]) -> Config:
-    """Return a short run at a rate that makes it spike, with these of the seed's remedies."""
+def spiking(cfg: Config, name: str) -> Config:
+    """Return a short run at a rate that makes it spike, with one of the seed's remedies, or a run that is compared with it."""
+    remedies = REMEDIES[name]
     train = replace(
-        cfg.train, max_steps=SPIKE_STEPS, lr=SPIKE_RATE, warmup_steps=5, schedule="constant", grad_clip=0.0, spike_ratio=0.0,
+        cfg.train, max_steps=SPIKE_STEPS, lr=cfg.train.lr if name == USUAL else SPIKE_RATE, warmup_steps=5,
+        schedule="constant", grad_clip=0.0, spike_ratio=0.0, max_skipped_steps=SPIKE_STEPS,  # it never goes back
         log_every=1, eval_every=SPIKE_STEPS, save_every=SPIKE_STEPS, sample_prompts=("import os\n",),
     )  # fmt: skip
     if "accumulation" in remedies:
@@ -76,14 +93,15 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     found = bases(scale, inputs)
     read = bytes_for(max(cfg.tokens for cfg in found.values()))
     steps = [data_step(found["50m"], clock, read)]
-    tuned = {epochs: fine_tuning(epochs, found["50m"], inputs) for epochs in EPOCHS}
+    for remedy in REMEDIES:  # they are short
+        steps.append(training_step(spiking(found["50m"], remedy), _spike_name(remedy), clock, ("data",)))
     for size, cfg in found.items():
         base = f"base-{size}"
         steps.append(training_step(cfg, base, clock, ("data",)))
-        steps.append(evaluation_step(base, cfg, clock, inputs.sandbox))
+        steps.append(evaluation_step(base, cfg, clock, inputs.sandbox, benchmarks=BENCHMARKS))
         for epochs in EPOCHS:
-            name, sft = f"sft-{epochs}-{size}", tuned[epochs]
-            tokens = epochs * 0.02 * found["50m"].tokens
+            name, sft = f"sft-{epochs}-{size}", fine_tuning(epochs, size, found, inputs)
+            tokens = epochs * tuning_tokens(found["50m"])
             flags = (f"runs/{base}", *flags_of(replace(sft, name=name)))
             seconds = (
                 2 * clock.start_s + 5 * clock.reading(cfg, tokens) + clock.generation(cfg, 10, cfg.model.block_size)
@@ -99,9 +117,8 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
                     f"{epochs} epochs of instructions",
                 )
             )
-            steps.append(evaluation_step(name, cfg, clock, inputs.sandbox, held_out=2e4))
-    for remedy, used in REMEDIES.items():
-        steps.append(training_step(spiking(found["50m"], used), f"spike-{remedy}", clock, ("data",)))
+            tuned = evaluation_step(name, cfg, clock, inputs.sandbox, held_out=2e4, benchmarks=BENCHMARKS)
+            steps.append(tuned)
     return steps
 
 
@@ -110,6 +127,10 @@ def sources(scale: float, inputs: Inputs) -> str:
     return described(
         inputs, inputs.code_source(1_000_000).said.split(",")[0], inputs.instructions_source(1_000_000).said
     )
+
+
+def _spike_name(remedy: str) -> str:
+    return f"spike-{remedy.replace(' ', '-')}"
 
 
 def _runs(folder: Path) -> list[Run]:
@@ -133,7 +154,7 @@ def sections(folder: Path) -> list[Section]:
     ]
     code = [
         [run.name, run.syntax("passes"), run.syntax("non_trivial"), run.passed("problems", "1"), run.passed("problems", "5"),
-         run.file("eval.json")]
+         run.passed("humaneval", "1"), run.gold("humaneval"), run.file("eval.json")]
         for run in _runs(folder)
     ]  # fmt: skip
     falls = [
@@ -147,38 +168,74 @@ def sections(folder: Path) -> list[Section]:
         Section("Losses on held-out documents",
                 ["run", "parameters", "tokens", "perplexity", "bits per byte", "gold bits per byte, problems", "file"],
                 losses, said),
-        Section("Samples", ["run", "compile", "and are not trivial", "pass@1", "pass@5", "file"], code,
+        _size_section(folder),
+        Section("Samples", ["run", "compile", "and are not trivial", "problems pass@1", "pass@5", "HumanEval pass@1",
+                            "gold bits per byte, HumanEval", "file"], code,
                 ["the seed's 225M model: 100% of its samples compile after fine-tuning",
-                 "pass@k on problems/, levels 0 and 1, five samples of each"]),
+                 "problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each",
+                 "what compiles: beside the benchmarks, a base continues held-out functions, a fine-tuned run answers held-out "
+                 "instructions",
+                 *_skipped(folder)]),
         Section("Fall of the loss on responses in fine-tuning", ["run", "before", "after", "fall", "the seed", "file"], falls),
         _spikes(folder),
     ]  # fmt: skip
 
 
+def _skipped(folder: Path) -> list[str]:
+    """Return notes on benchmarks whose code was not run, each once, with the runs."""
+    runs: dict[str, list[str]] = {}
+    for run in _runs(folder):
+        for name, why in run.skipped().items():
+            runs.setdefault(f"{name} was not run: {why}", []).append(run.name)
+    return [f"{why} ({', '.join(names)})" for why, names in runs.items()]
+
+
+def _size_section(folder: Path) -> Section:
+    """Return by how much each size is better than the one before it, on the same texts."""
+    rows = []
+    for kind in ("base", *(f"sft-{epochs}" for epochs in EPOCHS)):
+        for one, two in pairwise(SIZES):
+            before, run = (Run(folder, f"{kind}-{size}") for size in (one, two))
+            rows.append([run.name, before.name, run.held_out_change(before), run.gold_change(before),
+                         lead_text(before, run) if kind == "base" else MISSING, run.file("losses.jsonl")])  # fmt: skip
+    notes = [
+        "95% intervals over documents and problems, which are the same for both; * where 0 is outside",
+        "better from: the training tokens from which on all validations are below those of the smaller size at as many tokens",
+    ]
+    columns = ["run", "minus", "bits per byte", "gold bits per byte, problems", "better from", "file"]
+    return Section("Each size beside the one before it", columns, rows, notes, names=2)
+
+
 def _spikes(folder: Path) -> Section:
     rows = []
     for remedy in REMEDIES:
-        run = Run(folder, f"spike-{remedy}")
+        run = Run(folder, _spike_name(remedy))
         count, worst, norm = spikes(run.metrics)
-        skipped = next((line["skipped_steps"] for line in reversed(run.metrics) if "skipped_steps" in line), None)
-        known = bool(run.metrics)
-        rows.append([remedy, f"{count}" if known else MISSING, f"{worst:.2f}" if known else MISSING,
-                     f"{norm:.1f}" if known else MISSING, MISSING if skipped is None else f"{skipped}",
-                     run.val("val_loss"), run.file("metrics.jsonl")])  # fmt: skip
+        cells = [f"{count}", f"{worst:.2f}", f"{norm:.1f}", f"{run.skipped_steps()}"] if run.metrics else [MISSING] * 4
+        rows.append([remedy, *cells, run.val("val_loss"), run.file("metrics.jsonl")])
     notes = [
         f"the smallest size, {SPIKE_STEPS} steps at a constant rate of {SPIKE_RATE:g}, without clipping",
+        f"{USUAL}: that of the base, to see what is no spike",
         "a spike: a logged loss of more than 1.2 times the median of the 20 before; a step that is skipped logs no loss",
         "with more accumulation a step has twice the rows, so the runs have seen different numbers of tokens",
         "the seed says that the three remedies help, without figures",
     ]
-    columns = ["remedy", "spikes", "worst loss / median", "largest norm / median", "skipped", "last val loss", "file"]
+    columns = [
+        "remedy",
+        "spikes",
+        "worst loss / median",
+        "largest norm / median",
+        "skipped",
+        "last val loss, nats a token",
+        "file",
+    ]
     return Section("A run made to spike, with and without the remedies", columns, rows, notes)
 
 
 def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"bases": [f"base-{size}" for size in SIZES], "fine-tuning": [f"sft-{EPOCHS[-1]}-{size}" for size in SIZES],
-            "spikes": [f"spike-{remedy}" for remedy in REMEDIES]}  # fmt: skip
+            "spikes": [_spike_name(remedy) for remedy in REMEDIES]}  # fmt: skip
 
 
 STUDY = Study("000", TITLE, plan, sources, sections, runs_by_plot)

@@ -60,15 +60,24 @@ def sections(folder: Path) -> list[Section]:
     """Return the tables."""
     runs = [Run(folder, name) for name in TOKENIZERS]
     losses = [
-        [run.name, run.parameters(), run.tokens(), run.loss_text(), run.perplexity(), run.bits(), run.file("eval.json")]
+        [
+            run.name,
+            run.parameters(),
+            run.tokens(),
+            run.passes(),
+            run.loss_text(),
+            run.perplexity(),
+            run.bits(),
+            run.file("eval.json"),
+        ]
         for run in runs
     ]
-    losses.append(["the project", "44M", "99M", f"{CLAIMED_LOSS}", "8.5", "-", "its page"])
+    losses.append(["the project", "44M", "99M", "-", f"{CLAIMED_LOSS}", "8.5", "-", "its page"])
     notes = [
         "a token of one tokenizer is not one of the other: only bits per byte compare",
         f"the project's loss is of its own tokens; {CLAIMED_LOSS} nats are a perplexity of {math.exp(CLAIMED_LOSS):.2f}",
     ]
-    columns = ["run", "parameters", "tokens", "loss", "perplexity", "bits per byte", "file"]
+    columns = ["run", "parameters", "tokens", "passes", "loss", "perplexity", "bits per byte", "file"]
     way = [
         [
             run.name,

@@ -250,12 +250,13 @@ def sections(folder: Path) -> list[Section]:
 def _own(runs: list[Run]) -> Section:
     """Return the loss of each stage on the held-out part of its own data."""
     rows = [
-        [f"{run.name}, {name}", run.parameters(), run.tokens(), run.val("val_loss", 0), run.val("val_loss"), LOSSES[stage],
-         run.file("metrics.jsonl")]
+        [f"{run.name}, {name}", run.parameters(), run.tokens(), run.passes(), run.val("val_loss", 0), run.val("val_loss"),
+         LOSSES[stage], run.file("metrics.jsonl")]
         for run, (stage, name) in zip(runs, STAGES.items())
     ]  # fmt: skip
-    columns = ["stage", "parameters", "tokens", "first", "last", "the seed", "file"]
+    columns = ["stage", "parameters", "tokens", "passes", "first", "last", "the seed", "file"]
     notes = ["validation loss in nats a token of each stage's own data; that of stage 4 is of responses",
+             "passes: how often a stage read its data; its later tokens are not new ones (of stage 4 with padding, so about)",
              "the seed's losses are of training, and of other data: 0.70 is its lowest"]  # fmt: skip
     return Section("Loss of each stage on its own data", columns, rows, notes)
 

@@ -13,7 +13,7 @@ from kindling import hub
 from kindling.errors import difference, one_line
 from kindling.paths import expand_home
 from kindling.public_paths import is_hub_tokenizer
-from kindling.tokenization.rewriting import WAYS_OUT, without_added_space
+from kindling.tokenization.added_space import WAYS_OUT, without_added_space
 from kindling.tokenization.tokenizer import (
     RewrittenError,
     SentencePieceTokenizer,

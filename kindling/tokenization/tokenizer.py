@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from config import TokenizerConfig
 from kindling.errors import KindlingError, difference, one_line
 from kindling.files import sha256_text
+from kindling.tokenization.added_space import WAYS_OUT
 from kindling.tokenization.bpe import ByteLevelBPE
 from kindling.tokenization.infilling import control_tokens, find_fim_ids
-from kindling.tokenization.rewriting import WAYS_OUT
 
 if TYPE_CHECKING:
     import tokenizers

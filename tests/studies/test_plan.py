@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,9 @@ def test_speed_is_kept_in_the_folder_and_only_for_the_same_machine(clock, tmp_pa
     clock.save()
     again = Clock(tmp_path, measure=lambda cfg: pytest.fail("measured again"), start=lambda: 9.0)
     assert again.training(preset("code-50m")) == clock.training(preset("code-50m"))
+    assert Clock(tmp_path, max_age_s=600).measured == clock.measured
+    os.utime(tmp_path / "speed.json", (0, 0))  # the machine may have been busy then
+    assert Clock(tmp_path, max_age_s=600).measured == {}
     text = (tmp_path / "speed.json").read_text("utf-8").replace('"cores"', '"other"')
     (tmp_path / "speed.json").write_text(text, encoding="utf-8")
     assert Clock(tmp_path).measured == {}

@@ -23,6 +23,7 @@ from kindling.studies.scaling import (
     RUNS,
     TOKENS_PER_PARAMETER,
     Plan,
+    bytes_to_read,
     matmul_parameters,
     pace_of,
     plan_scaling,
@@ -117,6 +118,22 @@ def test_a_fast_machine_trains_larger_models_on_the_hub_and_none_repeats_local_f
     assert with_hub.depths != LADDERS[0] and with_hub.base == "modern-50m"
     assert with_hub.tokens_per_parameter >= TOKENS_PER_PARAMETER
     assert local.base == "modern-5m" and local.tokens(local.steps_of[-1]) <= 200e6
+
+
+def test_the_held_out_run_is_the_largest_but_not_the_longest_and_an_earlier_plan_keeps_its_own():
+    plan = plan_scaling(90, clock(3e10))
+    assert plan.held_out == (plan.depths[-1], plan.steps_of[-2]) and plan.before(*plan.held_out) is None
+    assert TOY.held_out == (TOY.depths[-1], TOY.steps_of[-1])
+
+
+def test_a_run_that_is_killed_has_a_checkpoint_that_is_no_older_than_an_eighth_of_it(tmp_path):
+    for step in TOY.steps(clock(3e10)):
+        if step.script == "main.py" and "--train.extend" in step.arguments:
+            steps, saved = (
+                int(step.arguments[step.arguments.index(f"--train.{flag}") + 1]) for flag in ("max-steps", "save-every")
+            )
+            assert 25 <= saved <= max(25, steps / 8)
+    assert TOY.config(5, 1000).train.save_every == 125
 
 
 def test_too_little_time_is_refused_with_the_time_that_fits():
@@ -250,6 +267,12 @@ def test_the_preset_with_the_lowest_predicted_loss_is_advised(study):
     assert "N x" in slow.rows[-1][-1] and "portable" in slow.notes[3]
     command = slow.notes[0].split("main.py ")[1].split()
     cfg = parse_cli(Flags, "", command).config
+    assert cfg.data.sources[0].max_bytes == bytes_to_read(cfg.tokens)
+    large = parse_cli(Flags, "", fast.notes[0].split("main.py ")[1].split()).config  # its own data is on the hub
+    assert replace(large.data.sources[0], max_bytes=None) == replace(
+        PRESETS["modern-5m"]().data.sources[0], max_bytes=None
+    )
+    assert "The prediction is for new text" in fast.notes[-1] and len(fast.notes) == len(slow.notes) + 1
     assert cfg.model.n_layer == 3 and 6 * matmul_parameters(cfg.model) * cfg.tokens / 1e11 < 3 * 3600
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import study
 from kindling.studies.shared_steps import data_step
 from kindling.studies.speed import Clock
-from kindling.studies.steps import Step, StudyError, duration, only_study, require_plan, run_steps
+from kindling.studies.steps import Child, Step, StudyError, duration, only_study, require_plan, run_steps
 from presets import preset
 
 SCRIPT = """
@@ -20,12 +21,14 @@ kind, output = sys.argv[1:]
 if kind == "fail":
     print("some text")
     sys.exit("error: no room; free some space")
-if kind == "stop" and not Path("saved").exists():
+if kind in ("ctrl-c", "closed") and not Path("saved").exists():
     def save(number, frame):
         Path("saved").write_text("half")
         sys.exit(130)
-    signal.signal(signal.SIGINT, save)
-    os.kill(os.getppid(), signal.SIGINT)   # as a Ctrl-C in the terminal, which reaches the study alone
+    # a Ctrl-C in the terminal, or its end, reaches the study alone
+    sent, expected = {"ctrl-c": (signal.SIGINT, signal.SIGINT), "closed": (signal.SIGHUP, signal.SIGTERM)}[kind]
+    signal.signal(expected, save)
+    os.kill(os.getppid(), sent)
     time.sleep(60)
 with open("ran", "a") as f:
     f.write(output + "\\n")
@@ -105,10 +108,13 @@ def test_a_step_that_writes_no_output_has_failed(tmp_path, scripts, capsys):
     assert "it ended well, but wrote no a" in capsys.readouterr().out
 
 
-def test_ctrl_c_is_passed_on_and_the_next_start_goes_on_in_the_middle(tmp_path, scripts, capsys):
+@pytest.mark.parametrize(("kind", "code"), [("ctrl-c", 130), ("closed", 129)])
+def test_a_signal_is_passed_on_and_the_next_start_goes_on_in_the_middle(tmp_path, scripts, capsys, kind, code):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     folder = tmp_path / "study"
-    steps = [step("a"), step("b", "stop"), step("c")]
-    assert run_steps(steps, folder, "python study.py 000", scripts) == 130
+    steps = [step("a"), step("b", kind), step("c")]
+    assert run_steps(steps, folder, "python study.py 000", scripts) == code
+    signal.signal(signal.SIGHUP, before)
     assert "stopped in step b; python study.py 000 goes on from here" in capsys.readouterr().out
     assert (folder / "saved").exists() and ran(folder) == ["a"]
     assert run_steps(steps, folder, "python study.py 000", scripts) == 0
@@ -154,3 +160,10 @@ def test_a_second_study_in_a_folder_is_refused_while_the_first_one_runs(tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(StudyError, match="must be a folder that can be written"), only_study(tmp_path / "file"):
         pass
+
+
+def test_a_study_under_nohup_goes_on_when_its_terminal_closes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Child().signals():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)

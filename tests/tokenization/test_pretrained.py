@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from config import TokenizerConfig
 from kindling.errors import difference
+from kindling.tokenization.added_space import without_added_space
 from kindling.tokenization.pretrained import PROBES, load_pretrained, rewrites
-from kindling.tokenization.rewriting import without_added_space
 from kindling.tokenization.tokenizer import RewrittenError, Tokenizer, TokenizerError, from_json, train_bpe
 
 END = "</s>"
