@@ -30,7 +30,8 @@ SIZES = ("50m", "150m", "225m")
 EPOCHS = (1, 3)
 BENCHMARKS = {"problems": 5, "humaneval": 1}  # samples of each problem
 WARMUP, FEWEST_WARMUP = 0.03, 5  # of a fine-tuning: share of its steps, and steps
-SPIKE_STEPS, SPIKE_RATE = 200, 3e-2
+SPIKE_STEPS = 200
+SPIKE_RATE = 40.0  # times the width: the narrower a model, the higher is the rate at which its loss begins to spike
 USUAL = "usual rate"  # without a remedy, at the rate of the base: what is no spike
 REMEDIES = {USUAL: (), "none": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
             "all": ("accumulation", "epsilon", "skipping")}  # fmt: skip
@@ -73,10 +74,10 @@ def fine_tuning(epochs: int, size: str, found: dict[str, Config], inputs: Inputs
 
 def spiking(cfg: Config, name: str) -> Config:
     """Return a short run at a rate that makes it spike, with one of the seed's remedies, or a run that is compared with it."""
-    remedies = REMEDIES[name]
+    remedies, rate = REMEDIES[name], float(f"{SPIKE_RATE / cfg.model.n_embd:.2g}")
     train = replace(
-        cfg.train, max_steps=SPIKE_STEPS, lr=cfg.train.lr if name == USUAL else SPIKE_RATE, warmup_steps=5,
-        schedule="constant", grad_clip=0.0, spike_ratio=0.0, max_skipped_steps=SPIKE_STEPS,  # it never goes back
+        cfg.train, max_steps=SPIKE_STEPS, lr=cfg.train.lr if name == USUAL else rate, warmup_steps=5, schedule="constant",
+        grad_clip=0.0, spike_ratio=0.0, max_skipped_steps=SPIKE_STEPS,  # it never goes back
         log_every=1, eval_every=SPIKE_STEPS, save_every=SPIKE_STEPS, sample_prompts=("import os\n",),
     )  # fmt: skip
     if "accumulation" in remedies:
@@ -214,7 +215,7 @@ def _spikes(folder: Path) -> Section:
         cells = [f"{count}", f"{worst:.2f}", f"{norm:.1f}", f"{run.skipped_steps()}"] if run.metrics else [MISSING] * 4
         rows.append([remedy, *cells, run.val("val_loss"), run.file("metrics.jsonl")])
     notes = [
-        f"the smallest size, {SPIKE_STEPS} steps at a constant rate of {SPIKE_RATE:g}, without clipping",
+        f"the smallest size, {SPIKE_STEPS} steps at a constant rate of {SPIKE_RATE:g} over the width, without clipping",
         f"{USUAL}: that of the base, to see what is no spike",
         "a spike: a logged loss of more than 1.2 times the median of the 20 before; a step that is skipped logs no loss",
         "with more accumulation a step has twice the rows, so the runs have seen different numbers of tokens",
