@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import time
@@ -187,6 +188,7 @@ def _start_worker(cfg: DataConfig, benchmarks: Benchmarks | None, context: int, 
         tokenizer_cfg=tokenizer_cfg,
         tokenizer_file=None,
         sink=sink,
+        limited_from=-math.inf,
     )
 
 
@@ -201,32 +203,41 @@ def _process_batch(batch: list[Document], tokenizer_file: Path | None) -> list[P
         tokenizer = None if tokenizer_file is None else load_json(tokenizer_file, _worker["tokenizer_cfg"])
         _worker["processor"].tokenizer, _worker["tokenizer_file"] = tokenizer, tokenizer_file
     processed = []
-    for document in batch:
-        _limit_time(DOCUMENT_LIMIT_S)
-        try:
-            processed += _worker["processor"].all_of(document)
-        except MemoryError:
-            drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
-            processed.append(ProcessedDocument(document.key, document.language, document.size, drop))
-        except BaseException as e:  # any failure of a library, a panic of Rust included, costs only this document
-            drop = Drop("unexpected", one_line(e))
-            processed.append(ProcessedDocument(document.key, document.language, document.size, drop))
-        finally:
-            _limit_time(0)
+    try:
+        for document in batch:
+            processed += _process_document(document)
+    finally:
+        faulthandler.cancel_dump_traceback_later()  # while this process waits for the next batch
+        _worker["limited_from"] = -math.inf
     return processed
 
 
-def _limit_time(cpu_s: float) -> None:
-    """End this process after `cpu_s` seconds of CPU time, even inside C code, or after 60 times as long in all; 0: no limit.
+def _process_document(document: Document) -> list[ProcessedDocument]:
+    _limit_time(DOCUMENT_LIMIT_S)
+    try:
+        found: list[ProcessedDocument] = _worker["processor"].all_of(document)
+        return found
+    except MemoryError:
+        drop = Drop("memory", f"more than {WORKER_MEMORY_BYTES:,} bytes")
+    except BaseException as e:  # any failure of a library, a panic of Rust included, costs only this document
+        drop = Drop("unexpected", one_line(e))
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    return [ProcessedDocument(document.key, document.language, document.size, drop)]
 
-    The limit is CPU time, because a busy machine must not drop other documents than an idle one.
+
+def _limit_time(cpu_s: float) -> None:
+    """End this process after `cpu_s` seconds of CPU time, even inside C code, or after about 60 times as long in all.
+
+    The limit is CPU time, because a busy machine must not drop other documents than an idle one. A limit of the time in all
+    starts a thread, which costs more than many a document does. So it is set again only after a tenth of it.
     """
-    wall_s = 60 * cpu_s
+    wall_s, again_s = 60 * cpu_s, 6 * cpu_s
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, cpu_s)  # sends SIGPROF, which ends a process without a handler for it
     else:  # Windows
-        wall_s = cpu_s
-    if wall_s:
+        wall_s, again_s = cpu_s, 0
+    if (now := time.monotonic()) - _worker["limited_from"] >= again_s:
         faulthandler.dump_traceback_later(wall_s, exit=True, file=_worker["sink"])
-    else:
-        faulthandler.cancel_dump_traceback_later()
+        _worker["limited_from"] = now

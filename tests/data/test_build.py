@@ -555,30 +555,44 @@ def test_a_document_that_kills_its_worker_is_dropped_and_only_that_one():
 
 
 LIMITED = """
-import os, signal, time
+import math, os, signal, sys, time
 from config import DataConfig
 from kindling.data import workers
 from kindling.data.sources import Document
 
 def spend(document):
     os.write(1, b"begun ")
-    if document.key == "busy":
-        while True:
-            pass
-    time.sleep(0.5)
+    while document.key == "busy":
+        pass
+    time.sleep({"quick": 0, "waits": 0.5, "hangs": 60}[document.key])
     return []
 
-workers.DOCUMENT_LIMIT_S = 0.3
-workers._worker.update(processor=spend, tokenizer_file=None, sink=open(os.devnull, "w"))
+workers.DOCUMENT_LIMIT_S = float(sys.argv[1])
+workers._worker.update(processor=spend, tokenizer_file=None, sink=open(os.devnull, "w"), limited_from=-math.inf)
 spend.all_of = spend
-workers._process_batch([Document("waits", "python", text=""), Document("busy", "python", text="")], None)
+for batch in sys.argv[2:]:
+    workers._process_batch([Document(key, "python", text="") for key in batch.split()], None)
+time.sleep(60 * workers.DOCUMENT_LIMIT_S)  # while it waits for the next batch nothing is limited
+os.write(1, b"ended")
 """
+
+
+def worker_with_limit(limit_s: float, *batches: str) -> tuple[int, bytes]:
+    """How a worker ends, and what it says, whose documents are limited to so many seconds of CPU time."""
+    result = subprocess.run([sys.executable, "-c", LIMITED, f"{limit_s}", *batches], capture_output=True, cwd=ROOT)
+    return result.returncode, result.stdout
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer of CPU time on this system")
 def test_a_document_is_limited_in_cpu_time_so_that_a_busy_machine_drops_no_more():
-    result = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, cwd=ROOT)
-    assert (result.returncode, result.stdout) == (-signal.SIGPROF, b"begun begun "), result.stderr
+    assert worker_with_limit(0.3, "waits busy") == (-signal.SIGPROF, b"begun begun ")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer of CPU time on this system")
+def test_a_document_that_hangs_without_using_the_processor_ends_its_worker_too_and_a_batch_may_wait():
+    assert worker_with_limit(0.02, "waits hangs") == (1, b"begun begun ")
+    assert worker_with_limit(0.02, "quick", "hangs") == (1, b"begun begun ")
+    assert worker_with_limit(0.02, "waits waits") == (0, b"begun begun ended")
 
 
 def test_a_file_far_over_the_limit_is_dropped_unread(corpus):
