@@ -47,6 +47,12 @@ class Gate:
         """Wait until a pass is about to begin."""
         assert self.arrived.acquire(timeout=LONG_S)
 
+    def both_at_pass(self) -> None:
+        """Wait until a pass of all requests so far is about to begin: the first pass may have begun before the last of them."""
+        self.at_pass()
+        self.go.release()
+        self.at_pass()
+
     def open(self) -> None:
         """Let all passes go from now on."""
         self.engine.before_pass = lambda texts: None
@@ -160,7 +166,7 @@ def test_a_client_may_cancel_from_inside_what_it_is_told(engine, scheduler):
 def test_the_time_limit_counts_from_the_request_also_in_the_queue(engine, scheduler, clock):
     gate = Gate(engine)
     clients = [Client(scheduler, "xa", 50), Client(scheduler, "ya", 50)]
-    gate.at_pass()
+    gate.both_at_pass()
     late = Client(scheduler, "za", time_limit_s=5.0)
     clock.now = 5.0
     gate.go.release()
