@@ -79,9 +79,9 @@ def as_html(sections: list[Section]) -> str:
 
 
 def short_number(value: float) -> str:
-    """Return a large number with three digits: 4.20M."""
+    """Return a large number with three digits at most: 4.2M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if value >= 0.9995 * size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 

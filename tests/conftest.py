@@ -76,7 +76,7 @@ def pytest_report_header(config) -> str | None:
 
 
 def pytest_configure(config) -> None:
-    if sys.platform == "linux" and hasattr(config.option, "numprocesses") and not hasattr(config, "workerinput"):
+    if sys.platform == "linux" and getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         os.environ[warm.ADDRESS] = warm.start()  # for all workers
     if path := config.getoption("results"):
         config.pluginmanager.register(ResultsFile(Path(path)))
@@ -127,7 +127,9 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 UMASK = os.umask(0o022)
 os.umask(UMASK)
-HANDLERS = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+HANDLERS = {
+    s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else []))
+}
 
 
 def reset_libraries() -> None:

@@ -22,6 +22,7 @@ import select
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -49,9 +50,9 @@ class _Server:
     """The warm process. It imports nothing before somebody connects to `address`, and ends with the process that started it."""
 
     def __init__(self) -> None:
-        self.address = f"kindling-tests-{os.getpid()}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-            listening.bind(f"\0{self.address}")
+            listening.bind("")  # Linux chooses a name, without a file
+            self.address = listening.getsockname()[1:].decode()
             listening.listen(64)
             end, self.end_of_tests = os.pipe()
             command = [sys.executable, __file__, str(listening.fileno()), str(end)]
@@ -276,11 +277,15 @@ def _serve(asked: socket.socket) -> None:
 def _listen(listening: socket.socket, end: int) -> None:
     """Fork for each process of the tests that connects, until the pipe `end` is closed at its other end."""
     warm = False
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for these forks
     while listening in select.select([listening, end], [], [])[0]:
         asked, _ = listening.accept()
+        pid_uid_gid = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", pid_uid_gid)[1] != os.getuid():  # such a name has no permissions
+            asked.close()
+            continue
         if not warm:
             _warm_up()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
             warm = True
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -205,14 +205,15 @@ def _process_batch(batch: list[Document], tokenizer_file: Path | None) -> list[P
     processed = []
     try:
         for document in batch:
-            processed += _process_document(document)
+            processed += _process_or_drop(document)
     finally:
         faulthandler.cancel_dump_traceback_later()  # while this process waits for the next batch
         _worker["limited_from"] = -math.inf
     return processed
 
 
-def _process_document(document: Document) -> list[ProcessedDocument]:
+def _process_or_drop(document: Document) -> list[ProcessedDocument]:
+    """Process a document within the limits of time and memory; drop it if that fails."""
     _limit_time(DOCUMENT_LIMIT_S)
     try:
         found: list[ProcessedDocument] = _worker["processor"].all_of(document)
@@ -230,8 +231,8 @@ def _process_document(document: Document) -> list[ProcessedDocument]:
 def _limit_time(cpu_s: float) -> None:
     """End this process after `cpu_s` seconds of CPU time, even inside C code, or after about 60 times as long in all.
 
-    The limit is CPU time, because a busy machine must not drop other documents than an idle one. A limit of the time in all
-    starts a thread, which costs more than many a document does. So it is set again only after a tenth of it.
+    The limit is CPU time, because a busy machine must not drop other documents than an idle one. To limit the time
+    in all, a thread is started, which costs more than many a document does. So that limit is set again only after a tenth of it.
     """
     wall_s, again_s = 60 * cpu_s, 6 * cpu_s
     if hasattr(signal, "setitimer"):

@@ -211,18 +211,19 @@ class Run:
 def lead_text(smaller: Run, larger: Run) -> str:
     """Return from how many tokens on the larger run's validations are all below the smaller one's at as many tokens.
 
-    Between two validations of the smaller run, its loss is interpolated. Only tokens that both have seen are compared.
+    Between two validations of the smaller run, its loss is interpolated. Only tokens that both have seen are compared, and only
+    runs that are validated on the same part of the same data.
     """
     points, reference = larger.curve(), smaller.curve()
-    if not points or not reference:
+    if not points or not reference or larger.data_key() != smaller.data_key():
         return MISSING
     tokens, losses = zip(*reference)
     both = [(n, loss) for n, loss in points if 0 < n <= tokens[-1]]
-    behind = [n for n, loss in both if loss >= float(np.interp(n, tokens, losses))]
+    behind = [n for n, loss in both if not loss < float(np.interp(n, tokens, losses))]
     if not both:
         return MISSING
     if behind and behind[-1] == both[-1][0]:
-        return f"not within {short_number(tokens[-1])}"
+        return f"not within {short_number(both[-1][0])}"
     return short_number(next(n for n, _ in both if not behind or n > behind[-1]))
 
 

@@ -27,9 +27,10 @@ from config import Config, DataConfig, ModelConfig
 from kindling.files import write_json
 from kindling.studies.plan import PLAN
 from kindling.studies.scaling_law import ScalingError
-from kindling.studies.sizes import flags_of, millions
+from kindling.studies.sizes import flags_of, saved_every
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
+from kindling.tables import short_number
 from presets import modern, preset
 
 # depths of the dial: each factor is over 30 in parameters of blocks and head. The last one is held out
@@ -43,7 +44,7 @@ SHAPES = (
     (1024, 64),
     (1024, 128),
 )  # context and rows a step, the smallest first
-BEST_STEPS, FEWEST_STEPS = 150, 60  # of the shortest run: with more, the batch grows; and at least
+BEST_STEPS, FEWEST_STEPS = 150, 60  # of the shortest run: where the batch may grow, and the fewest of all
 SPEED_UP = 4  # of a token, at most, by a larger batch
 TOKENS_PER_PARAMETER = 20  # in the middle of the runs, as near as a ladder comes (Hoffmann et al. 2022)
 BYTES_PER_TOKEN = 4.5  # of the files that are read, before filters, with our largest vocabulary on a CPU
@@ -86,7 +87,18 @@ class Plan:
         cfg = at_depth(self.base, depth, self.block_size, self.batch_size, steps, self.max_bytes)
         if self.max_bytes is None:
             cfg = replace(cfg, data=replace(cfg.data, max_tokens=self.tokens(self.steps_of[-1])))
-        return replace(cfg, name=run_name(depth, steps))
+        train = replace(cfg.train, save_every=self.saved_every(steps))
+        return replace(cfg, name=run_name(depth, steps), train=train)
+
+    def data_for(self, tokens: int) -> DataConfig:
+        """Return the data of the study for another number of tokens."""
+        if self.max_bytes is not None:
+            return local_data(self.base, bytes_to_read(tokens))
+        return replace(preset(self.base).data, max_tokens=tokens)
+
+    def saved_every(self, steps: int) -> int:
+        """Return after how many steps a run is saved. Plans of earlier versions go on with the commands that they had."""
+        return steps if self.held_out_steps is None else saved_every(steps)
 
     def parameters(self, depth: int) -> int:
         """Return N of a size."""
@@ -152,24 +164,15 @@ class Plan:
     def _step(self, clock: Clock, depth: int, steps: int, after: tuple[str, ...] = ()) -> Step:
         cfg, name = self.config(depth, steps), run_name(depth, steps)
         output = f"{RUNS}/{name}/step_{steps:06d}/manifest.json"
-        about = f"{millions(self.parameters(depth))} parameters, {millions(self.tokens(steps))} tokens"
+        about = f"{short_number(self.parameters(depth))} parameters, {short_number(self.tokens(steps))} tokens"
         flags, before = flags_of(cfg), self.before(depth, steps)
         if before is not None:
             trunk = run_name(depth, before)
             after = (trunk,)
-            changed = {"max-steps": steps, "eval-every": steps, "save-every": saved_every(steps)}
+            changed = {"max-steps": steps, "eval-every": steps, "save-every": self.saved_every(steps)}
             flags = ("--train.extend", f"{RUNS}/{trunk}", "--name", name)
             flags += tuple(word for flag, value in changed.items() for word in (f"--train.{flag}", str(value)))
         return Step(name, "main.py", flags, output, after, self.run_seconds(clock, depth, steps), about)
-
-    def describe(self, clock: Clock) -> str:
-        """Return what will be done, and how long it takes, in one line."""
-        N = [self.parameters(depth) for depth in self.depths]
-        least, most = (self.tokens(steps) for steps in (self.steps_of[0], self.steps_of[-1]))
-        return (
-            f"{len(self.fitted)} runs of {N[0]:,} to {N[-2]:,} parameters of blocks and head, at {least:,} to {most:,} tokens, "
-            f"and one of {N[-1]:,} that is predicted first: about {self.seconds(clock) / 60:.0f} minutes"
-        )
 
 
 class Pace(NamedTuple):
@@ -185,11 +188,6 @@ def pace_of(clock: Clock, base: str, depth: int, block_size: int, batch_size: in
     """Return the measured pace of a size."""
     cfg = at_depth(base, depth, block_size, batch_size, 1)
     return Pace(clock.training(cfg, 0), clock.step_s(cfg), clock.reading(cfg, 1))
-
-
-def saved_every(steps: int) -> int:
-    """Return after how many steps a run is saved: a process that is killed loses an eighth of it at most."""
-    return max(25, steps // 8)
 
 
 def run_name(depth: int, steps: int) -> str:
@@ -208,8 +206,7 @@ def at_depth(
     named = preset(base)
     data = named.data if max_bytes is None else local_data(base, max_bytes)
     micro = named.train.micro_batch_size
-    train: dict[str, Any] = {"max_steps": steps, "eval_every": steps, "batch_size": batch_size}
-    train |= {"save_every": saved_every(steps)}
+    train: dict[str, Any] = {"max_steps": steps, "eval_every": steps, "save_every": steps, "batch_size": batch_size}
     train |= {"decay_fraction": DECAY, "micro_batch_size": None if micro is None else min(micro, batch_size)}
     return modern(base, depth, block_size, data, **train)
 

@@ -17,15 +17,7 @@ from pathlib import Path
 from config import Config
 from kindling.errors import KindlingError
 from kindling.evaluation.intervals import number
-from kindling.studies.scaling import (
-    BYTES_PER_TOKEN,
-    MOST_PASSES,
-    RESULT,
-    at_depth,
-    bytes_to_read,
-    local_data,
-    matmul_parameters,
-)
+from kindling.studies.scaling import BYTES_PER_TOKEN, MOST_PASSES, RESULT, at_depth, bytes_to_read, matmul_parameters
 from kindling.studies.scaling_law import Prediction, ScalingError
 from kindling.studies.scaling_results import FittedStudy, read_study
 from kindling.studies.sizes import flags_of
@@ -72,14 +64,15 @@ def candidate(name: str, study: FittedStudy, seconds: float, clock: Clock) -> Ca
         cfg = replace(cfg, train=replace(cfg.train, micro_batch_size=1))
     tokens_per_s = plan.tokens(1) / clock.step_s(cfg)
     one, two = clock.training(cfg, 1), clock.training(cfg, 2)  # with the evaluations
-    before = 2 * one - two + clock.building(plan.max_bytes or 0)
+    before = 2 * one - two
+    if plan.max_bytes is not None:
+        before += clock.building(bytes_to_read(plan.tokens(int(seconds / (two - one)))))
     steps = int(max(0.0, seconds - before) / (two - one))
     if steps < FEWEST_STEPS:
         return Candidate(name, cfg, tokens_per_s, None)
     every = max(1, steps // 10)
     cfg = replace(cfg, train=replace(cfg.train, max_steps=steps, save_every=every, eval_every=every))
-    if plan.max_bytes is not None:  # the law is of this text, and it is on this machine
-        cfg = replace(cfg, data=local_data(plan.base, bytes_to_read(cfg.tokens)))
+    cfg = replace(cfg, data=plan.data_for(cfg.tokens))  # the law is of this text
     return Candidate(name, cfg, tokens_per_s, study.fit.predict(matmul_parameters(cfg.model), plan.tokens(steps)))
 
 

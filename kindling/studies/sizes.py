@@ -14,6 +14,7 @@ from typing import Any
 
 from config import Config
 from kindling.config_io import changed_fields
+from kindling.tables import short_number
 from presets import preset
 
 LADDER = tuple(2 ** (-k / 8) for k in range(41))  # 1, 0.92, ... 1/32
@@ -55,9 +56,14 @@ def in_ratio(small: Config, seed: Config, scale: float) -> Config:
         train=replace(
             train, batch_size=rows, micro_batch_size=None if micro == rows else micro, max_steps=steps,
             warmup_steps=min(train.warmup_steps, warmup), lr=float(f"{max(train.lr, min(RATE, train.lr / scale)):.2g}"),
-            save_every=max(25, steps // 8), sample_every=None,
+            save_every=saved_every(steps), sample_every=None,
         ),
     )  # fmt: skip
+
+
+def saved_every(steps: int) -> int:
+    """Return after how many steps a run is saved: one that is killed loses an eighth of it, or 25 steps."""
+    return max(25, steps // 8)
 
 
 def flags_of(cfg: Config, sources: str | None = None) -> tuple[str, ...]:
@@ -78,12 +84,5 @@ def _text(value: Any) -> str:
 
 def size_text(cfg: Config, tokens: float | None = None) -> str:
     """Return the size of a run in words, for the plan."""
-    return f"{millions(cfg.model.n_parameters)} parameters, {millions(cfg.tokens if tokens is None else tokens)} tokens"
-
-
-def millions(n: float) -> str:
-    """Return a number for people: 12k, 3.4M, 1.2B."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= unit:
-            return f"{n / unit:.{1 if n < 100 * unit else 0}f}{name}"
-    return f"{n:.0f}"
+    of_tokens = short_number(cfg.tokens if tokens is None else tokens)
+    return f"{short_number(cfg.model.n_parameters)} parameters, {of_tokens} tokens"

@@ -3,7 +3,7 @@
     clock = Clock(Path("studies/000"))
     clock.training(cfg)             # seconds of a whole training, with its start and its evaluations
 
-What was measured is used again, but not for a new plan after some minutes: the machine may have been busy then.
+What was measured is used again. A new plan does not use what is some minutes old, as the machine may have been busy then.
 
 Limit: only training steps and the start of a script are measured. Evaluations are reckoned from them.
 """
@@ -99,25 +99,31 @@ class Clock:
         self.path, self._measure, self._start = folder / SPEED, measure, start
         self.machine = machine()
         self.measured: dict[str, list[float]] = {}
+        self._at: dict[str, float] = {}  # when, in seconds since 1970
+        self._old: dict[str, list[float]] = {}  # measured too long ago, but kept for others
         self.flops_per_s = 0.0  # of the newest measurement
         self.measuring = True  # False: shapes that were not measured are reckoned from the newest one
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["machine"] == self.machine and time.time() - self.path.stat().st_mtime <= max_age_s:
-                self.measured = {key: list(map(float, value)) for key, value in found["measured"].items()}
+            if found["machine"] == self.machine:
+                self._at = {key: float(at) for key, at in found.get("at", {}).items()}
+                for key, value in found["measured"].items():
+                    age_s = time.time() - self._at.get(key, 0.0)
+                    (self.measured if age_s <= max_age_s else self._old)[key] = list(map(float, value))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # measured again
 
     def save(self) -> None:
         """Write what was measured."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps({"machine": self.machine, "measured": self.measured}, indent=1) + "\n")
+        content = {"machine": self.machine, "measured": self._old | self.measured, "at": self._at}
+        write_atomic(self.path, json.dumps(content, indent=1) + "\n")
 
     @property
     def start_s(self) -> float:
         """Seconds until a script begins its work."""
         if "start" not in self.measured:
-            self.measured["start"] = [self._start()]
+            self._keep("start", [self._start()])
         return 1.3 * self.measured["start"][0] + 1
 
     def step_s(self, cfg: Config) -> float:
@@ -126,9 +132,12 @@ class Clock:
         if key not in self.measured and not self.measuring:
             return flops(cfg) / self.flops_per_s
         if key not in self.measured:
-            self.measured[key] = list(self._measure(cfg))
+            self._keep(key, list(self._measure(cfg)))
         self.flops_per_s = flops(cfg) / self.measured[key][0]
         return self.measured[key][0]
+
+    def _keep(self, key: str, seconds: list[float]) -> None:
+        self.measured[key], self._at[key] = seconds, time.time()
 
     def knows(self, cfg: Config) -> bool:
         """Return whether a shape was measured."""
@@ -144,9 +153,10 @@ class Clock:
         """Return the seconds of a whole training. `steps`, if its config does not say how many."""
         n = cfg.train.max_steps if steps is None else steps
         assert n is not None, "a run by epochs needs its steps"
+        step_s = self.step_s(cfg)  # first: it measures compiling too
         compile_s = self.measured.get(self._key(cfg), [0.0, 0.0])[1]
         samples = self.generation(cfg, 1, 4 * 120)
-        return self.start_s + compile_s + n * self.step_s(cfg) * (1 + EVALUATIONS) + samples
+        return self.start_s + compile_s + n * step_s * (1 + EVALUATIONS) + samples
 
     def reading(self, cfg: Config, n_tokens: float) -> float:
         """Return the seconds of predicting so many tokens."""

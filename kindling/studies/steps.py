@@ -8,6 +8,7 @@ step goes to logs/NAME.log. A step that fails stops only the steps that come aft
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -27,6 +28,7 @@ from kindling.files import locked, write_atomic
 from kindling.paths import PROJECT
 
 RECORDS, LOGS, LOCK = "steps.json", "logs", ".lock"
+SIGHUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none
 LINE = 100  # columns of a line of progress
 
 
@@ -136,15 +138,17 @@ class Child:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Note a signal and send it to the child, which saves and stops by itself. It knows SIGTERM, but not SIGHUP."""
         self.signal = number
+        if number == SIGHUP:  # nobody reads any more, and writing would fail
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            self.process.send_signal(signal.SIGTERM if number == SIGHUP else number)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Pass SIGINT and SIGTERM on, and SIGHUP, which a closed terminal sends, unless it is ignored, as under nohup."""
         wanted = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            wanted.append(signal.SIGHUP)
+        if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
+            wanted.append(SIGHUP)
         previous = {s: signal.signal(s, self.pass_on) for s in wanted}
         try:
             yield
@@ -165,7 +169,8 @@ class Line:
         """Show what the child said last, five times a second at most."""
         if self.live and time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
-            print(f"\r\x1b[K{f'{self.head}: {text}'[: LINE - 1]}", end="", flush=True)
+            with contextlib.suppress(OSError):  # the terminal is gone; its signal is on the way
+                print(f"\r\x1b[K{f'{self.head}: {text}'[: LINE - 1]}", end="", flush=True)
 
     def end(self, text: str) -> None:
         """Print how the step ended."""
@@ -282,9 +287,10 @@ def _stream(step: Step, folder: Path, scripts: Path, child: Child, log: Any, lin
 
 
 def _end(child: Child) -> None:
-    """End a child whose output cannot be written, as a user would: it saves what it can."""
+    """End a child whose output cannot be written, as a user would: it saves what it can. A second signal would end it at once."""
     if child.process is not None and child.process.poll() is None:
-        child.process.send_signal(signal.SIGTERM)
+        if child.signal is None:
+            child.process.send_signal(signal.SIGTERM)
         assert child.process.stdout is not None
         while os.read(child.process.stdout.fileno(), 1 << 16):
             pass

@@ -33,7 +33,7 @@ WARMUP, FEWEST_WARMUP = 0.03, 5  # of a fine-tuning: share of its steps, and ste
 SPIKE_STEPS = 200
 SPIKE_RATE = 40.0  # times the width: the narrower a model, the higher is the rate at which its loss begins to spike
 USUAL = "usual rate"  # without a remedy, at the rate of the base: what is no spike
-REMEDIES = {USUAL: (), "none": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
+SPIKE_RUNS = {USUAL: (), "no remedy": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
             "all": ("accumulation", "epsilon", "skipping")}  # fmt: skip
 CLAIMED = {
     "150m": "perplexity 2.16 after three epochs",
@@ -74,7 +74,7 @@ def fine_tuning(epochs: int, size: str, found: dict[str, Config], inputs: Inputs
 
 def spiking(cfg: Config, name: str) -> Config:
     """Return a short run at a rate that makes it spike, with one of the seed's remedies, or a run that is compared with it."""
-    remedies, rate = REMEDIES[name], float(f"{SPIKE_RATE / cfg.model.n_embd:.2g}")
+    remedies, rate = SPIKE_RUNS[name], float(f"{SPIKE_RATE / cfg.model.n_embd:.2g}")
     train = replace(
         cfg.train, max_steps=SPIKE_STEPS, lr=cfg.train.lr if name == USUAL else rate, warmup_steps=5, schedule="constant",
         grad_clip=0.0, spike_ratio=0.0, max_skipped_steps=SPIKE_STEPS,  # it never goes back
@@ -94,7 +94,7 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     found = bases(scale, inputs)
     read = bytes_for(max(cfg.tokens for cfg in found.values()))
     steps = [data_step(found["50m"], clock, read)]
-    for remedy in REMEDIES:  # they are short
+    for remedy in SPIKE_RUNS:  # they are short
         steps.append(training_step(spiking(found["50m"], remedy), _spike_name(remedy), clock, ("data",)))
     for size, cfg in found.items():
         base = f"base-{size}"
@@ -173,7 +173,8 @@ def sections(folder: Path) -> list[Section]:
         Section("Samples", ["run", "compile", "and are not trivial", "problems pass@1", "pass@5", "HumanEval pass@1",
                             "gold bits per byte, HumanEval", "file"], code,
                 ["the seed's 225M model: 100% of its samples compile after fine-tuning",
-                 "problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each",
+                 "problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each; a sample ends after 64 tokens, "
+                 "which are too few for a good part of HumanEval's solutions",
                  "what compiles: beside the benchmarks, a base continues held-out functions, a fine-tuned run answers held-out "
                  "instructions",
                  *_skipped(folder)]),
@@ -201,7 +202,8 @@ def _size_section(folder: Path) -> Section:
                          lead_text(before, run) if kind == "base" else MISSING, run.file("losses.jsonl")])  # fmt: skip
     notes = [
         "95% intervals over documents and problems, which are the same for both; * where 0 is outside",
-        "better from: the training tokens from which on all validations are below those of the smaller size at as many tokens",
+        "better from: the training tokens from which on all validations are below those of the smaller size at as many tokens, "
+        "where both read the same part of the split; towards its end the smaller one's learning rate has decayed further",
     ]
     columns = ["run", "minus", "bits per byte", "gold bits per byte, problems", "better from", "file"]
     return Section("Each size beside the one before it", columns, rows, notes, names=2)
@@ -209,14 +211,15 @@ def _size_section(folder: Path) -> Section:
 
 def _spikes(folder: Path) -> Section:
     rows = []
-    for remedy in REMEDIES:
+    for remedy in SPIKE_RUNS:
         run = Run(folder, _spike_name(remedy))
         count, worst, norm = spikes(run.metrics)
         cells = [f"{count}", f"{worst:.2f}", f"{norm:.1f}", f"{run.skipped_steps()}"] if run.metrics else [MISSING] * 4
-        rows.append([remedy, *cells, run.val("val_loss"), run.file("metrics.jsonl")])
+        rate = f"{run.config().train.lr:g}" if run.trained else MISSING
+        rows.append([remedy, rate, *cells, run.val("val_loss"), run.file("metrics.jsonl")])
     notes = [
-        f"the smallest size, {SPIKE_STEPS} steps at a constant rate of {SPIKE_RATE:g} over the width, without clipping",
-        f"{USUAL}: that of the base, to see what is no spike",
+        f"the smallest size, {SPIKE_STEPS} steps at a constant rate without clipping: {SPIKE_RATE:g} over the width, or that "
+        f"of the base ({USUAL}), to see what is no spike",
         "a spike: a logged loss of more than 1.2 times the median of the 20 before; a step that is skipped logs no loss",
         "with more accumulation a step has twice the rows, so the runs have seen different numbers of tokens",
         "the seed says that the three remedies help, without figures",
@@ -236,7 +239,7 @@ def _spikes(folder: Path) -> Section:
 def runs_by_plot(folder: Path) -> dict[str, list[str]]:
     """Return the runs whose curves are drawn together, by the name of the plot."""
     return {"bases": [f"base-{size}" for size in SIZES], "fine-tuning": [f"sft-{EPOCHS[-1]}-{size}" for size in SIZES],
-            "spikes": [_spike_name(remedy) for remedy in REMEDIES]}  # fmt: skip
+            "spikes": [_spike_name(remedy) for remedy in SPIKE_RUNS]}  # fmt: skip
 
 
 STUDY = Study("000", TITLE, plan, sources, sections, runs_by_plot)

@@ -1,5 +1,6 @@
 """Steps of training on a GPU: as on the CPU, without waiting for the device, through overflows, and out of memory."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,7 @@ def test_a_bad_step_changes_nothing(gpu, corpus, tmp_path, precision, monkeypatc
 @pytest.fixture
 def room_for_four_rows(gpu, monkeypatch):
     """A device on which a micro-batch of 8 rows does not fit, and one of 4 does."""
+    gc.collect()  # what other tests left would count
     if gpu != "cuda":
 
         def full(model, batch, runtime):

@@ -123,17 +123,27 @@ def test_a_fast_machine_trains_larger_models_on_the_hub_and_none_repeats_local_f
 def test_the_held_out_run_is_the_largest_but_not_the_longest_and_an_earlier_plan_keeps_its_own():
     plan = plan_scaling(90, clock(3e10))
     assert plan.held_out == (plan.depths[-1], plan.steps_of[-2]) and plan.before(*plan.held_out) is None
-    assert TOY.held_out == (TOY.depths[-1], TOY.steps_of[-1])
 
 
-def test_a_run_that_is_killed_has_a_checkpoint_that_is_no_older_than_an_eighth_of_it(tmp_path):
-    for step in TOY.steps(clock(3e10)):
+def test_a_plan_of_an_earlier_version_goes_on_with_the_commands_that_it_had():
+    first, second, *_, held_out, _ = TOY.steps(clock(3e10))
+    assert TOY.held_out == (TOY.depths[-1], TOY.steps_of[-1]) and held_out.output.endswith("step_001000/manifest.json")
+    assert first.command.endswith(" --train.eval-every 100 --train.save-every 100")
+    assert second.command == (
+        "python main.py --train.extend runs/scaling-d1-100 --name scaling-d1-215 --train.max-steps 215 --train.eval-every 215 "
+        "--train.save-every 215"
+    )
+
+
+def test_a_run_that_is_killed_has_a_checkpoint_on_the_way():
+    plan = replace(TOY, held_out_steps=464)
+    for step in plan.steps(clock(3e10)):
         if step.script == "main.py" and "--train.extend" in step.arguments:
             steps, saved = (
                 int(step.arguments[step.arguments.index(f"--train.{flag}") + 1]) for flag in ("max-steps", "save-every")
             )
             assert 25 <= saved <= max(25, steps / 8)
-    assert TOY.config(5, 1000).train.save_every == 125
+    assert plan.config(5, 464).train.save_every == 58
 
 
 def test_too_little_time_is_refused_with_the_time_that_fits():

@@ -1,6 +1,7 @@
 """Study 000: one build for three sizes, rates in the seed's ratio, a run that spikes to its end, and sizes beside each other."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def test_a_fine_tuning_has_the_seeds_ratio_to_its_base_and_a_warmup_that_ends(tm
 
 def test_a_run_that_spikes_never_goes_back_and_has_one_at_the_usual_rate_beside_it(steps, tmp_path):
     base = study.bases(SCALE, Inputs(tmp_path))["50m"]
-    assert study.spiking(base, study.USUAL).train.lr == base.train.lr < study.spiking(base, "none").train.lr
-    for remedy in study.REMEDIES:
+    assert study.spiking(base, study.USUAL).train.lr == base.train.lr < study.spiking(base, "no remedy").train.lr
+    for remedy in study.SPIKE_RUNS:
         train = study.spiking(base, remedy).train
         assert train.max_skipped_steps >= train.max_steps  # so it needs no checkpoint to go back to
         assert (train.spike_ratio > 0) == (remedy in ("skipping", "all"))
@@ -64,6 +65,8 @@ def test_both_benchmarks_are_run_before_and_after_fine_tuning(steps):
 def evaluated(folder: Path, name: str, better: float, curve: list[float]) -> Run:
     """A run with losses of eight documents and problems, and a validation of a part of the split every ten steps."""
     path = make_run(folder, name)
+    (path / "data").mkdir()
+    (path / "data" / "manifest.json").write_text('{"fingerprint": "f"}', encoding="utf-8")
     losses = [
         {"document": n, "language": "python", "bytes": 100, "tokens": 30, "nll": 90.0 + n - better} for n in range(8)
     ]
@@ -110,6 +113,15 @@ def test_the_tokens_are_named_from_which_on_a_larger_size_is_better(tmp_path, la
         cfg = before.config()
         said = f"{int(said) * cfg.train.batch_size * cfg.model.block_size / 1e3:.3g}k"
     assert lead_text(before, run).startswith(said)
+
+
+def test_losses_on_different_parts_of_a_split_and_those_that_are_no_number_lead_nowhere(tmp_path):
+    before = evaluated(tmp_path, "a", 0, [5.0, 4.0, 3.0])
+    assert lead_text(before, evaluated(tmp_path, "b", 0, [5.0, math.nan, math.nan])).startswith("not within")
+    other = evaluated(tmp_path, "c", 0, [5.0, 3.9, 2.9])
+    metrics = other.path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text("utf-8").replace('"val_tokens": 50', '"val_tokens": 70'), encoding="utf-8")
+    assert lead_text(before, Run(tmp_path, "c")) == "-"
 
 
 def test_a_larger_size_with_fewer_tokens_a_step_is_compared_at_as_many_tokens(tmp_path):

@@ -3,15 +3,17 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import study
 from kindling.studies.shared_steps import data_step
 from kindling.studies.speed import Clock
-from kindling.studies.steps import Child, Step, StudyError, duration, only_study, require_plan, run_steps
+from kindling.studies.steps import Child, Records, Step, StudyError, duration, only_study, require_plan, run_steps
 from presets import preset
 
 SCRIPT = """
@@ -21,15 +23,22 @@ kind, output = sys.argv[1:]
 if kind == "fail":
     print("some text")
     sys.exit("error: no room; free some space")
-if kind in ("ctrl-c", "closed") and not Path("saved").exists():
+if kind == "stop" and not Path("saved").exists():
     def save(number, frame):
         Path("saved").write_text("half")
         sys.exit(130)
-    # a Ctrl-C in the terminal, or its end, reaches the study alone
-    sent, expected = {"ctrl-c": (signal.SIGINT, signal.SIGINT), "closed": (signal.SIGHUP, signal.SIGTERM)}[kind]
-    signal.signal(expected, save)
-    os.kill(os.getppid(), sent)
+    signal.signal(signal.SIGINT, save)
+    os.kill(os.getppid(), signal.SIGINT)   # as a Ctrl-C in the terminal, which reaches the study alone
     time.sleep(60)
+if kind == "count":
+    got = []
+    signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    while not got:
+        print("a step", flush=True)
+        time.sleep(0.05)
+    time.sleep(0.5)  # saves
+    Path("saved").write_text("".join(f"{number} " for number in got))
+    sys.exit(143)
 with open("ran", "a") as f:
     f.write(output + "\\n")
 if kind != "nothing":
@@ -108,13 +117,10 @@ def test_a_step_that_writes_no_output_has_failed(tmp_path, scripts, capsys):
     assert "it ended well, but wrote no a" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "code"), [("ctrl-c", 130), ("closed", 129)])
-def test_a_signal_is_passed_on_and_the_next_start_goes_on_in_the_middle(tmp_path, scripts, capsys, kind, code):
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+def test_ctrl_c_is_passed_on_and_the_next_start_goes_on_in_the_middle(tmp_path, scripts, capsys):
     folder = tmp_path / "study"
-    steps = [step("a"), step("b", kind), step("c")]
-    assert run_steps(steps, folder, "python study.py 000", scripts) == code
-    signal.signal(signal.SIGHUP, before)
+    steps = [step("a"), step("b", "stop"), step("c")]
+    assert run_steps(steps, folder, "python study.py 000", scripts) == 130
     assert "stopped in step b; python study.py 000 goes on from here" in capsys.readouterr().out
     assert (folder / "saved").exists() and ran(folder) == ["a"]
     assert run_steps(steps, folder, "python study.py 000", scripts) == 0
@@ -162,8 +168,33 @@ def test_a_second_study_in_a_folder_is_refused_while_the_first_one_runs(tmp_path
         pass
 
 
+CLOSED = """
+import sys
+from pathlib import Path
+from kindling.studies.steps import Step, run_steps
+sys.exit(run_steps([Step("a", "main.py", ("count", "a"), "a", (), 1.0)], Path("study"), scripts=Path("scripts").resolve()))
+"""
+
+
+def test_a_terminal_that_closes_lets_a_training_save(tmp_path, scripts):
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+        signal.alarm(100)  # ends it if it hangs
+        os.execve(sys.executable, [sys.executable, "-c", CLOSED], {**os.environ, "PYTHONPATH": str(ROOT)})
+    said = b""
+    while b"a step" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert (tmp_path / "study" / "saved").read_text("utf-8") == "15 "  # one SIGTERM, in time to save
+    assert Records(tmp_path / "study").of["a"].code is None
+
+
 def test_a_study_under_nohup_goes_on_when_its_terminal_closes():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Child().signals():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    signal.signal(signal.SIGHUP, before)
