@@ -58,7 +58,7 @@ def tuning_tokens(smallest: Config) -> float:
 
 
 def fine_tuning(epochs: int, size: str, found: dict[str, Config], inputs: Inputs) -> Config:
-    """Return the config of a base's fine-tuning. Its learning rate keeps the seed's ratio to that of the base."""
+    """Return the config of a base's fine-tuning. Its learning rate keeps the project's ratio to that of the base."""
     cfg, base, tokens = preset("alpaca"), found[size], tuning_tokens(found[SIZES[0]])
     rate = cfg.train.lr * base.train.lr / preset(f"code-{size}").train.lr
     cfg = replace(cfg, train=replace(cfg.train, epochs=float(epochs), lr=float(f"{rate:.2g}")))
@@ -73,7 +73,7 @@ def fine_tuning(epochs: int, size: str, found: dict[str, Config], inputs: Inputs
 
 
 def spiking(cfg: Config, name: str) -> Config:
-    """Return a short run at a rate that makes it spike, with one of the seed's remedies, or a run that is compared with it."""
+    """Return a short run at a rate that makes it spike, with one of the project's remedies, or a run that is compared with it."""
     remedies, rate = SPIKE_RUNS[name], float(f"{SPIKE_RATE / cfg.model.n_embd:.2g}")
     train = replace(
         cfg.train, max_steps=SPIKE_STEPS, lr=cfg.train.lr if name == USUAL else rate, warmup_steps=5, schedule="constant",
@@ -164,7 +164,7 @@ def sections(folder: Path) -> list[Section]:
         for run in _runs(folder) if run.name.startswith("sft")
     ]  # fmt: skip
     said = ["a base's held-out documents are whole files; a fine-tuned run's are responses: the two do not compare"]
-    said += [f"the seed, {size}: {claim}" for size, claim in CLAIMED.items()]
+    said += [f"the project, {size}: {claim}" for size, claim in CLAIMED.items()]
     return [
         Section("Losses on held-out documents",
                 ["run", "parameters", "tokens", "perplexity", "bits per byte", "gold bits per byte, problems", "file"],
@@ -172,13 +172,13 @@ def sections(folder: Path) -> list[Section]:
         _size_section(folder),
         Section("Samples", ["run", "compile", "and are not trivial", "problems pass@1", "pass@5", "HumanEval pass@1",
                             "gold bits per byte, HumanEval", "file"], code,
-                ["the seed's 225M model: 100% of its samples compile after fine-tuning",
+                ["the project's 225M model: 100% of its samples compile after fine-tuning",
                  "problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each; a sample ends after 64 tokens, "
                  "which are too few for a good part of HumanEval's solutions",
                  "what compiles: beside the benchmarks, a base continues held-out functions, a fine-tuned run answers held-out "
                  "instructions",
                  *_skipped(folder)]),
-        Section("Fall of the loss on responses in fine-tuning", ["run", "before", "after", "fall", "the seed", "file"], falls),
+        Section("Fall of the loss on responses in fine-tuning", ["run", "before", "after", "fall", "the project", "file"], falls),
         _spikes(folder),
     ]  # fmt: skip
 
@@ -222,7 +222,7 @@ def _spikes(folder: Path) -> Section:
         f"of the base ({USUAL}), to see what is no spike",
         "a spike: a logged loss of more than 1.2 times the median of the 20 before; a step that is skipped logs no loss",
         "with more accumulation a step has twice the rows, so the runs have seen different numbers of tokens",
-        "the seed says that the three remedies help, without figures",
+        "the project says that the three remedies help, without figures",
     ]
     columns = [
         "remedy",

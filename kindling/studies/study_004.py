@@ -238,7 +238,7 @@ def sections(folder: Path) -> list[Section]:
     steps = [f"{stage - 1} to {stage}: {STAGES[stage]}" for stage in STAGES if stage > 1]
     return [
         Section("What was measured after each stage", ["after stage", *_columns(), "file"],
-                measures.matrix(runs, MEASURES, "the seed", FILES), notes),
+                measures.matrix(runs, MEASURES, "the project", FILES), notes),
         Section("What each stage brought and took", ["from stage", *steps, "file"],
                 measures.differences(runs, MEASURES, FILES), said),
         _own(runs),
@@ -254,10 +254,10 @@ def _own(runs: list[Run]) -> Section:
          LOSSES[stage], run.file("metrics.jsonl")]
         for run, (stage, name) in zip(runs, STAGES.items())
     ]  # fmt: skip
-    columns = ["stage", "parameters", "tokens", "passes", "first", "last", "the seed", "file"]
+    columns = ["stage", "parameters", "tokens", "passes", "first", "last", "the project", "file"]
     notes = ["validation loss in nats a token of each stage's own data; that of stage 4 is of responses",
              "passes: how often a stage read its data; its later tokens are not new ones (of stage 4 with padding, so about)",
-             "the seed's losses are of training, and of other data: 0.70 is its lowest"]  # fmt: skip
+             "the project's losses are of training, and of other data: 0.70 is its lowest"]  # fmt: skip
     return Section("Loss of each stage on its own data", columns, rows, notes)
 
 

@@ -248,8 +248,8 @@ def test_the_matrix_has_each_stage_beside_the_seed_s_figures(folder):
     assert [cell.split(" ")[0] for cell in prose[1:5]] == ["2.040", "3.060", "3.060", "-"] and "[" in prose[1]
     assert prose[5] == "runs/stage-*/eval.json"
     assert rows["pass@1 HumanEval"][3].startswith("18.3% [")
-    assert rows["the seed: pass@1 HumanEval"][1:] == ["-", "-", "-", "27.4%", "its page"]
-    assert rows["the seed: Wikitext"][1:] == ["-", "-", "35.4", "167.6", "its page"]
+    assert rows["the project: pass@1 HumanEval"][1:] == ["-", "-", "-", "27.4%", "its page"]
+    assert rows["the project: Wikitext"][1:] == ["-", "-", "35.4", "167.6", "its page"]
     assert "Wikitext" not in rows and "Python" not in rows
     notes = "\n".join(table.notes)
     assert "not there: Python, mathematics," in notes and "--harness-data" in notes
