@@ -1,4 +1,4 @@
-"""Study 000: one build for three sizes, rates in the project's ratio, a run that spikes to its end, and sizes beside each other."""
+"""Study 000: one build for three sizes, rates in its own ratio, a run that spikes to its end, and sizes beside each other."""
 
 import json
 import math
