@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage rarely, and not in what was imported: that took a minute of processor time."""
+    """Look for garbage rarely, and not in what was imported: that took 40 s of processor time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 100)

@@ -158,13 +158,12 @@ def _bits(runs: list[Evaluated]) -> Section | None:
     return section
 
 
-def held_out_difference(first: Path, run: Path) -> Difference | None:
+def held_out_difference(first: Evaluated, run: Evaluated) -> Difference | None:
     """Return the difference of a run's bits per byte to the first one's, on the held-out documents of both.
 
-    None if they cannot be compared. Raises ReportError for a run that was not evaluated.
+    None if they cannot be compared.
     """
-    before, after = (Evaluated(path, number, *read_results(path)) for number, path in enumerate((first, run), 1))
-    return _bits_difference(_paired_documents(before, after, []), None)
+    return _bits_difference(_paired_documents(first, run, []), None)
 
 
 Pairs = list[tuple[dict[str, Any], dict[str, Any]]]  # lines of losses.jsonl, of the first run and of another

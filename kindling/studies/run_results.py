@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kindling.evaluation.compare_runs import held_out_difference, paired_bits, shown_difference
+from kindling.evaluation.compare_runs import Evaluated, held_out_difference, paired_bits, shown_difference
 from kindling.evaluation.intervals import number
 from kindling.evaluation.report import (
     Losses,
@@ -184,11 +184,8 @@ class Run:
 
     def held_out_change(self, before: Run) -> str:
         """Return by how much bits per byte on held-out documents differ from those of another run, with the interval."""
-        try:
-            found = held_out_difference(before.path, self.path)
-        except ReportError:
-            return MISSING
-        return shown_difference(found, "{:+.3f}".format)
+        first, own = (Evaluated(run.path, place, *run._evaluation) for place, run in enumerate((before, self), 1))
+        return shown_difference(held_out_difference(first, own), "{:+.3f}".format)
 
     def gold_change(self, before: Run, benchmark: str = "problems") -> str:
         """Return by how much gold bits per byte differ from those of another run, with the interval."""

@@ -28,6 +28,7 @@ from presets import preset
 TITLE = "Three sizes for Python, before and after fine-tuning on instructions"
 SIZES = ("50m", "150m", "225m")
 EPOCHS = (1, 3)
+KINDS = ("base", *(f"sft-{epochs}" for epochs in EPOCHS))  # of runs of each size
 BENCHMARKS = {"problems": 5, "humaneval": 1}  # samples of each problem
 WARMUP, FEWEST_WARMUP = 0.03, 5  # of a fine-tuning: share of its steps, and steps
 SPIKE_STEPS = 200
@@ -93,16 +94,16 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     """Return the steps at a scale."""
     found = bases(scale, inputs)
     read = bytes_for(max(cfg.tokens for cfg in found.values()))
-    steps = [data_step(found["50m"], clock, read)]
+    steps = [data_step(found[SIZES[0]], clock, read)]
     for remedy in SPIKE_RUNS:  # they are short
-        steps.append(training_step(spiking(found["50m"], remedy), _spike_name(remedy), clock, ("data",)))
+        steps.append(training_step(spiking(found[SIZES[0]], remedy), _spike_name(remedy), clock, ("data",)))
     for size, cfg in found.items():
         base = f"base-{size}"
         steps.append(training_step(cfg, base, clock, ("data",)))
         steps.append(evaluation_step(base, cfg, clock, inputs.sandbox, benchmarks=BENCHMARKS))
         for epochs in EPOCHS:
             name, sft = f"sft-{epochs}-{size}", fine_tuning(epochs, size, found, inputs)
-            tokens = epochs * tuning_tokens(found["50m"])
+            tokens = epochs * tuning_tokens(found[SIZES[0]])
             flags = (f"runs/{base}", *flags_of(replace(sft, name=name)))
             seconds = (
                 2 * clock.start_s + 5 * clock.reading(cfg, tokens) + clock.generation(cfg, 10, cfg.model.block_size)
@@ -135,8 +136,7 @@ def _spike_name(remedy: str) -> str:
 
 
 def _runs(folder: Path) -> list[Run]:
-    names = [f"{kind}-{size}" for size in SIZES for kind in ("base", *(f"sft-{epochs}" for epochs in EPOCHS))]
-    return [Run(folder, name) for name in names]
+    return [Run(folder, f"{kind}-{size}") for size in SIZES for kind in KINDS]
 
 
 def sections(folder: Path) -> list[Section]:
@@ -195,7 +195,7 @@ def _skipped(folder: Path) -> list[str]:
 def _size_section(folder: Path) -> Section:
     """Return by how much each size is better than the one before it, on the same texts."""
     rows = []
-    for kind in ("base", *(f"sft-{epochs}" for epochs in EPOCHS)):
+    for kind in KINDS:
         for one, two in pairwise(SIZES):
             before, run = (Run(folder, f"{kind}-{size}") for size in (one, two))
             rows.append([run.name, before.name, run.held_out_change(before), run.gold_change(before),

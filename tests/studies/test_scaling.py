@@ -120,7 +120,7 @@ def test_a_fast_machine_trains_larger_models_on_the_hub_and_none_repeats_local_f
     assert local.base == "modern-5m" and local.tokens(local.steps_of[-1]) <= 200e6
 
 
-def test_the_held_out_run_is_the_largest_but_not_the_longest_and_an_earlier_plan_keeps_its_own():
+def test_the_held_out_run_is_the_largest_but_not_the_longest():
     plan = plan_scaling(90, clock(3e10))
     assert plan.held_out == (plan.depths[-1], plan.steps_of[-2]) and plan.before(*plan.held_out) is None
 
