@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE, ModelConfig
+from kindling.attention import blockwise_attention
 from kindling.cache import Cache
 from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
 from kindling.loss import linear_cross_entropy, nll_and_grad
@@ -37,10 +38,13 @@ Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class CausalSelfAttention(nn.Module):
     """Causal multi-head or grouped-query attention; `mask` (B, 1, T, T), where given, says what each token may see."""
 
+    blockwise = False
+    """Whether `blockwise_attention` computes it for rows that fill the context. `LanguageModel.enable_compile` sets it."""
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.kv_heads, cfg.head_dim
-        self.qk_norm, self.dropout = cfg.qk_norm, cfg.dropout
+        self.qk_norm, self.dropout, self.block_size = cfg.qk_norm, cfg.dropout, cfg.block_size
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.has_qkv_bias)
         self.proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias) if cfg.attn_out_proj else None
         self.q_norm, self.k_norm = (Norm(cfg, qk=True) if cfg.qk_norm == "learned" else None for _ in "qk")
@@ -66,8 +70,11 @@ class CausalSelfAttention(nn.Module):
         if cached is not None:
             k, v = cached(k, v)  # (B, n_kv_head, S, D)
             q = q.to(k.dtype)  # the cache may be wider than the weights
+        dropout = self.dropout if self.training else 0.0
+        # each other length would be compiled anew
+        blockwise = self.blockwise and cached is None and not dropout and q.size(2) == self.block_size
         grouped = self.n_head != self.n_kv_head
-        if mask is not None and grouped:
+        if grouped and (mask is not None or blockwise):
             # CUDA's memory-efficient kernel takes a mask, but needs as many key heads as query heads. With fewer, torch may
             # fall back to a kernel that forms all attention weights.
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, n_head, T, D)
@@ -76,10 +83,12 @@ class CausalSelfAttention(nn.Module):
         # (CUDA only) would skip what is hidden, but each would be a second path.
         # a mask is causal itself, and one new token sees everything in the cache
         is_causal = mask is None and q.size(2) == k.size(2)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
-        )  # (B, n_head, T, D)
+        if blockwise:
+            y = blockwise_attention(q.to(v.dtype), k.to(v.dtype), v, mask)  # (B, n_head, T, D)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+            )
         y = y.transpose(1, 2).flatten(2).to(x.dtype)  # (B, T, C)
         return y if self.proj is None else self.proj(y)
 
@@ -183,18 +192,23 @@ class LanguageModel(nn.Module):
 
     _nll_and_grad = staticmethod(nll_and_grad)
 
-    def enable_compile(self) -> None:
+    def enable_compile(self, blockwise_attention: bool = False) -> None:
         """Compile the transformer blocks (once, as they share their code) and the loss kernel, in place.
 
-        Parameters keep their names, so checkpoints stay the same.
+        Parameters keep their names, so checkpoints stay the same. `blockwise_attention`: whether kindling/attention.py computes
+        attention where it can, which is faster on some CPUs (`Runtime.prefers_blockwise_attention`).
         """
         for block in self.modules_to_compile():
+            if isinstance(block, Block):
+                block.attn.blockwise = blockwise_attention
             block.compile(dynamic=False)
         self._nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
 
     def disable_compile(self) -> None:
         """Undo `enable_compile`."""
         for block in self.modules_to_compile():
+            if isinstance(block, Block):
+                block.attn.blockwise = False
             block._compiled_call_impl = None
         self._nll_and_grad = nll_and_grad
 

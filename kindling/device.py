@@ -59,6 +59,11 @@ class Runtime:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
+    def prefers_blockwise_attention(self) -> bool:
+        """Whether a compiled model computes attention sooner with kindling/attention.py than with torch's fused kernel."""
+        return self.device.type == "cpu" and self.precision == "bf16" and has_bf16("cpu")
+
+    @property
     def asynchronous(self) -> bool:
         """Whether work is queued, so that reading a result waits for the device."""
         return self.device.type != "cpu"
@@ -111,11 +116,8 @@ def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS, flag: str = "--trai
         raise DeviceError(
             "several ranks must run on the cpu or on cuda, but the device is mps, which is only one; run without torchrun"
         )
-    return Runtime(
-        torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind),
-        precision,
-        world,
-    )
+    own = torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind)
+    return Runtime(own, precision, world)
 
 
 def has_bf16(kind: str) -> bool:
@@ -254,8 +256,7 @@ def reset_peak_memory(runtime: Runtime) -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        # of glibc: memory that it keeps from earlier work would hide what later work needs
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc: memory that it keeps would hide what later work needs
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError, TypeError):
         return False
@@ -328,9 +329,8 @@ def describe_memory(device: torch.device) -> str:
 def describe_out_of_memory(error: RuntimeError) -> str:
     """Return what did not fit into which memory and what helps, for an error that no code closer to it has explained."""
     where = torch.device("cuda" if "CUDA" in str(error) and torch.cuda.is_available() else "cpu")
-    said = " ".join(re.split(r"(?<=\.)\s", str(error).partition("\n")[0])[:2])[
-        :120
-    ]  # what follows is a list of processes
+    sentences = re.split(r"(?<=\.)\s", str(error).partition("\n")[0])
+    said = " ".join(sentences[:2])[:120]  # what follows is a list of processes
     advice = "end the other programs, or " if memory_of_others(where) else ""
     return (
         f"the model and what it works on must fit into {describe_memory(where)}, but do not ({said.rstrip('.')}); {advice}use "

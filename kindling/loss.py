@@ -20,24 +20,27 @@ from torch.utils.checkpoint import checkpoint
 from config import IGNORE
 from kindling.device import rows_at_once
 
-CHUNK = 1024  # rows at a time: 200 MB of float32 logits at a vocabulary of 49,152. A large GPU takes more
+CHUNK = 1024  # rows at a time of float32: 200 MB of logits at a vocabulary of 49,152. A large GPU takes more
 
 NllAndGrad = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def nll_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed negative log-likelihood and its gradient with respect to the logits.
+    """Return the summed negative log-likelihood, and replace logits by its gradient, softmax(logits) - onehot(targets).
 
-    logits (N, V) in any floating type; targets (N,) int64, IGNORE for rows without a target.
-    The sum is float32. The gradient, softmax(logits) - onehot(targets), has the type of the logits.
+    logits (N, V) in any floating type; targets (N,) int64, IGNORE for rows without a target. The sum is float32. At the targets
+    the gradient is not yet right: the second result (N,) is what belongs there. (A compiled kernel that put it there would
+    need a second array of that size.)
     """
-    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (N, V)
+    exact = logits.float()  # (N, V)
+    largest = exact.amax(-1, keepdim=True)  # (N, 1)
+    log_sum = largest + (exact - largest).exp().sum(-1, keepdim=True).log()  # (N, 1)
     supervised = (targets != IGNORE)[:, None]  # (N, 1)
-    index = targets.clamp_min(0)[:, None]  # (N, 1)
-    nll = torch.where(supervised, -log_p.gather(1, index), 0.0).sum()
-    onehot = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
-    grad = torch.where(supervised, log_p.exp() - onehot.float(), 0.0)  # (N, V)
-    return nll, grad.to(logits.dtype)
+    at_target = exact.gather(1, targets.clamp_min(0)[:, None])  # (N, 1)
+    nll = torch.where(supervised, log_sum - at_target, 0.0).sum()
+    grad_at_target = torch.where(supervised, (at_target - log_sum).exp() - 1, 0.0)  # (N, 1)
+    logits.copy_(torch.where(supervised, (exact - log_sum).exp(), 0.0))
+    return nll, grad_at_target.squeeze(1).to(logits.dtype)
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -50,26 +53,29 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         dx = torch.empty_like(x)
-        dw = torch.zeros_like(weight)
-        db = None if bias is None else torch.zeros_like(bias)
+        dw, db = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         loss = torch.zeros((), device=x.device)
         chunk = rows_at_once(x.device, 4 * weight.size(0), CHUNK)
         for start in range(0, x.size(0), chunk):
             rows = slice(start, start + chunk)
             x_chunk = x[rows].to(dtype)
-            nll, grad = kernel(F.linear(x_chunk, w, b), targets[rows])
+            grad = F.linear(x_chunk, w, b)  # (rows, V): logits until the kernel has replaced them
+            nll, at_target = kernel(grad, targets[rows])
+            grad[torch.arange(grad.size(0), device=x.device), targets[rows].clamp_min(0)] = at_target
             loss += nll
             dx[rows] = grad @ w
             dw += grad.T @ x_chunk
             if db is not None:
-                db += grad.sum(0, dtype=torch.float32)
+                db += grad.sum(0)
+            del grad  # before the next one is allocated
         ctx.save_for_backward(dx, dw, *([] if db is None else [db]))
         return loss
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        dx, dw, *db = ctx.saved_tensors
-        return dx * scale, dw * scale, db[0] * scale if db else None, None, None, None
+        grads = [grad.mul_(scale) for grad in ctx.saved_tensors]  # in place: a second backward pass raises RuntimeError
+        dx, dw, db = grads if len(grads) == 3 else (*grads, None)
+        return dx, dw, db, None, None, None
 
 
 def _nll_sum(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

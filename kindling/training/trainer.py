@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from config import IGNORE, Config
 from kindling import device
+from kindling.allocator import keep_freed_memory
 from kindling.data.shards import rank_rows
 from kindling.device import Runtime
 from kindling.distributed import MainRankFailed, wrap_ddp
@@ -76,6 +77,8 @@ class Trainer:
 
         A trainer without `validation` cannot run the loop: only its steps are measured.
         """
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         self.cfg, self.train, self.run, self.runtime, self.world = cfg, cfg.train, run, runtime, runtime.world
         self.model, self.batches, self.validation = model, batches, validation
         ranks = self.world.size
@@ -288,7 +291,7 @@ class Trainer:
         with self.preserve_state():
             try:
                 device.skip_vector_isa_test()
-                self.model.enable_compile()
+                self.model.enable_compile(self.runtime.prefers_blockwise_attention)
                 self.forward_backward(synchronized=False)  # a rank that fails must not leave the others waiting
             except Exception as e:  # compiler errors have no common class
                 if device.is_out_of_memory(e):

@@ -64,7 +64,7 @@ def test_of_a_run_with_checkpoints_it_says_that_they_are_kept(corpus, tmp_path, 
 
 def test_compiling_that_runs_out_of_memory_is_no_broken_compiler(corpus, tmp_path, monkeypatch, capsys):
     trainer = make_trainer(tmp_path, tiny_config(corpus, compile="on"))
-    monkeypatch.setattr(trainer.model, "enable_compile", lambda: None)
+    monkeypatch.setattr(trainer.model, "enable_compile", lambda *_: None)
     with_room_for(2, monkeypatch)
     with pytest.raises(OutOfMemoryError, match=r"--train.micro-batch-size 2 "):
         fit(trainer)

@@ -168,7 +168,7 @@ def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_
         raise RuntimeError("no compiler here\nand a long story")
 
     trainer = make_trainer(tmp_path / "r", cfg)
-    monkeypatch.setattr(trainer.model, "enable_compile", lambda: setattr(trainer.model, "_nll_and_grad", broken))
+    monkeypatch.setattr(trainer.model, "enable_compile", lambda *_: setattr(trainer.model, "_nll_and_grad", broken))
     capsys.readouterr()
     assert fit(trainer) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
@@ -582,7 +582,7 @@ def test_a_run_by_minutes_too_short_for_its_warmup_ends_annealed_all_the_same(co
 
 def test_what_is_left_of_a_run_by_minutes_is_a_step_at_least(corpus, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "r", timed(corpus, 0.1, compile="on"))
-    monkeypatch.setattr(trainer.model, "enable_compile", lambda: clock.pass_by(60))
+    monkeypatch.setattr(trainer.model, "enable_compile", lambda *_: clock.pass_by(60))
     clock = Clock(trainer, monkeypatch, step_s=1)
     assert fit(trainer) == 0
     assert trainer.state.step == 1 and trainer.run.newest() is not None and trainer.state.last_eval_step == 1
@@ -618,7 +618,7 @@ def test_where_the_optimiser_does_not_heed_it_a_bad_step_is_left_out_by_the_host
 
 def test_compiling_is_in_the_time_of_a_run(corpus, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "r", tiny_config(corpus))
-    monkeypatch.setattr(trainer.model, "enable_compile", lambda: time.sleep(0.3))
+    monkeypatch.setattr(trainer.model, "enable_compile", lambda *_: time.sleep(0.3))
     assert trainer.compile() and trainer.state.elapsed_s > 0.3
 
 
