@@ -1,4 +1,4 @@
-"""Every architecture of the presets in one `GPT`, on `F.scaled_dot_product_attention`.
+"""Every architecture of the presets in one `GPT`, on `F.scaled_dot_product_attention` (on some CPUs, kindling/attention.py).
 
     model = build_model(preset("code-50m").model)
     loss_sum, n_targets = model(idx, targets)
@@ -26,7 +26,7 @@ from config import IGNORE, ModelConfig
 from kindling.attention import blockwise_attention
 from kindling.cache import Cache
 from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
-from kindling.loss import linear_cross_entropy, nll_and_grad
+from kindling.loss import linear_cross_entropy, softmax_and_nll
 from kindling.norm import Norm
 from kindling.positions import bigram_ids, document_mask, previous_tokens, rotary_tables, rotate, sinusoidal_positions
 
@@ -71,21 +71,20 @@ class CausalSelfAttention(nn.Module):
             k, v = cached(k, v)  # (B, n_kv_head, S, D)
             q = q.to(k.dtype)  # the cache may be wider than the weights
         dropout = self.dropout if self.training else 0.0
-        # each other length would be compiled anew
-        blockwise = self.blockwise and cached is None and not dropout and q.size(2) == self.block_size
+        # for each other length, two more functions would be compiled
+        blockwise = self.blockwise and cached is None and q.size(2) == self.block_size
         grouped = self.n_head != self.n_kv_head
         if grouped and (mask is not None or blockwise):
-            # CUDA's memory-efficient kernel takes a mask, but needs as many key heads as query heads. With fewer, torch may
-            # fall back to a kernel that forms all attention weights.
+            # blockwise_attention needs as many key heads as query heads, and so does CUDA's memory-efficient kernel that takes
+            # a mask. With fewer, torch may fall back to a kernel that forms all attention weights.
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, n_head, T, D)
             grouped = False
-        # A mask works on every device, compiled or not. FlexAttention (fused only if compiled) and variable-length kernels
-        # (CUDA only) would skip what is hidden, but each would be a second path.
-        # a mask is causal itself, and one new token sees everything in the cache
-        is_causal = mask is None and q.size(2) == k.size(2)
-        if blockwise:
-            y = blockwise_attention(q.to(v.dtype), k.to(v.dtype), v, mask)  # (B, n_head, T, D)
+        if blockwise:  # autocast casts arguments for torch's operators only
+            y = blockwise_attention(q.to(v.dtype), k.to(v.dtype), v, mask, dropout)  # (B, n_head, T, D)
         else:
+            # FlexAttention and variable-length kernels would skip what a mask hides, but each would be one more path.
+            # A mask is causal itself, and one new token sees everything in the cache.
+            is_causal = mask is None and q.size(2) == k.size(2)
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
             )
@@ -187,30 +186,32 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(x)  # (B, T, vocab_size)
         weight, bias = self.head.weight, self.head.bias
-        loss = linear_cross_entropy(x.flatten(0, 1), weight, bias, targets.flatten(), self._nll_and_grad)
+        loss = linear_cross_entropy(x.flatten(0, 1), weight, bias, targets.flatten(), self._softmax_and_nll)
         return loss, (targets != IGNORE).sum()
 
-    _nll_and_grad = staticmethod(nll_and_grad)
+    _softmax_and_nll = staticmethod(softmax_and_nll)
 
-    def enable_compile(self, blockwise_attention: bool = False) -> None:
+    def enable_compile(self, blockwise: bool = False) -> None:
         """Compile the transformer blocks (once, as they share their code) and the loss kernel, in place.
 
-        Parameters keep their names, so checkpoints stay the same. `blockwise_attention`: whether kindling/attention.py computes
-        attention where it can, which is faster on some CPUs (`Runtime.prefers_blockwise_attention`).
+        Parameters keep their names, so checkpoints stay the same. `blockwise`: whether kindling/attention.py computes attention
+        where it can, which is faster on some CPUs (`Runtime.prefers_blockwise_attention`).
         """
+        self._set_blockwise(blockwise)
         for block in self.modules_to_compile():
-            if isinstance(block, Block):
-                block.attn.blockwise = blockwise_attention
             block.compile(dynamic=False)
-        self._nll_and_grad = torch.compile(nll_and_grad, dynamic=False)
+        self._softmax_and_nll = torch.compile(softmax_and_nll, dynamic=False)
 
     def disable_compile(self) -> None:
         """Undo `enable_compile`."""
+        self._set_blockwise(False)
         for block in self.modules_to_compile():
-            if isinstance(block, Block):
-                block.attn.blockwise = False
             block._compiled_call_impl = None
-        self._nll_and_grad = nll_and_grad
+        self._softmax_and_nll = softmax_and_nll
+
+    def _set_blockwise(self, wanted: bool) -> None:
+        for attention in (m for m in self.modules() if isinstance(m, CausalSelfAttention)):
+            attention.blockwise = wanted
 
     def modules_to_compile(self) -> list[nn.Module]:
         """Return the repeated modules that are worth compiling."""

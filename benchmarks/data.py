@@ -289,7 +289,7 @@ def handwritten(repeats: int) -> dict[str, Any]:
     from config import TokenizerConfig
     from kindling.data.sources import local_files
     from kindling.tokenization.bpe import ByteLevelBPE
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.tokenizer import control_tokens, train_bpe
 
     texts: list[str] = []
     for f in local_files(config("this machine's Python", "-").data.sources[0]):
@@ -301,7 +301,7 @@ def handwritten(repeats: int) -> dict[str, Any]:
     out: dict[str, list[float]] = collections.defaultdict(list)
     for _ in range(repeats):
         started = time.perf_counter()
-        ours = ByteLevelBPE.train(learnt, 2048, ["<|endoftext|>"])
+        ours = ByteLevelBPE.train(learnt, 2048, control_tokens(TokenizerConfig().special_tokens))
         out["bpe.py, training, s"].append(time.perf_counter() - started)
         started = time.perf_counter()
         library = train_bpe(learnt, TokenizerConfig(), 2048)

@@ -60,7 +60,7 @@ class Runtime:
 
     @property
     def prefers_blockwise_attention(self) -> bool:
-        """Whether a compiled model computes attention sooner with kindling/attention.py than with torch's fused kernel."""
+        """Whether a compiled model computes attention faster with kindling/attention.py than with torch's fused kernel."""
         return self.device.type == "cpu" and self.precision == "bf16" and has_bf16("cpu")
 
     @property
@@ -116,8 +116,8 @@ def resolve(cfg: TrainConfig, world: World = SINGLE_PROCESS, flag: str = "--trai
         raise DeviceError(
             "several ranks must run on the cpu or on cuda, but the device is mps, which is only one; run without torchrun"
         )
-    own = torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind)
-    return Runtime(own, precision, world)
+    its_device = torch.device(kind, world.local_rank) if kind == "cuda" and world.size > 1 else torch.device(kind)
+    return Runtime(its_device, precision, world)
 
 
 def has_bf16(kind: str) -> bool:

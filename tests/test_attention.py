@@ -23,12 +23,12 @@ def uncompiled(monkeypatch):
 
 def mask_of(B: int, T: int) -> torch.Tensor:
     ids = torch.full((B, T), 7)
-    ids[0, T // 3] = ids[-1, T // 2] = END  # each row has two documents
+    ids[0, T // 3] = ids[-1, T // 2] = END  # each end begins another document
     return document_mask(torch.from_numpy(document_position_ids(ids.numpy(), END)))
 
 
 def case(B=2, H=3, T=64, D=16, scale=1.0, seed=0) -> list[torch.Tensor]:
-    """Return q, k, v and the gradient of the result, in bfloat16, as slices of one tensor, as the model has them."""
+    """Return q, k, v and the gradient of the result in bfloat16; q, k and v as slices of one tensor, as the model has them."""
     g = torch.Generator().manual_seed(seed)
     qkv = torch.randn(B, T, 3 * H, D, generator=g).bfloat16().transpose(1, 2)
     q, k, v = (t.detach().requires_grad_() for t in qkv.split(H, 1))
@@ -88,19 +88,62 @@ def test_no_token_sees_another_document_or_the_future(uncompiled, monkeypatch):
     assert (difference > 0).nonzero().flatten().tolist() == list(range(10, 21))
 
 
+# -- dropout ----------------------------------------------------------------------------------------------------------------
+
+
+def kept(N: int, T: int, dropout: float, seed: int) -> torch.Tensor:
+    """Return the factors (N, T, T) of all weights."""
+    return attention._kept(torch.empty(N, T, T), slice(0, T), T, dropout, torch.tensor(seed, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_dropout_results_and_gradients_are_those_of_the_same_weights_left_out(masked, uncompiled, monkeypatch):
+    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
+    monkeypatch.setattr(attention.torch, "randint", lambda *_, **__: torch.tensor(12345, dtype=torch.int32))
+    B, H, T, p = 2, 3, 40, 0.25
+    visible = mask_of(B, T) if masked else torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+    factors = kept(B * H, T, p, 12345).unflatten(0, (B, H)).double()
+
+    def reference(q, k, v):
+        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~visible, -torch.inf)
+        return (scores.softmax(-1) * factors) @ v
+
+    def ours(q, k, v):
+        return attention.blockwise_attention(q, k, v, visible if masked else None, p)
+
+    q, k, v, dy = case(B, H, T)
+    assert max(errors(results(ours, q, k, v, dy), results(reference, q, k, v, dy, torch.float64))) < 0.01
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+def test_dropout_leaves_out_its_share_at_random_places(dropout):
+    N, T = 12, 128
+    found = kept(N, T, dropout, 3)
+    assert set(found.unique().tolist()) == {0.0, torch.tensor(1 / (1 - dropout)).item()}
+    gone = (found == 0).double()
+    sigma = (dropout * (1 - dropout) / gone.numel()) ** 0.5
+    assert abs(gone.mean() - dropout) < 5 * sigma
+    centred = (gone - dropout) / (dropout * (1 - dropout)) ** 0.5
+    for other in (kept(N, T, dropout, 4), *(found.roll(1, axis) for axis in range(3))):  # another seed; the neighbours
+        correlation = (centred * ((other == 0).double() - dropout)).mean() / (dropout * (1 - dropout)) ** 0.5
+        assert abs(correlation) < 5 / gone.numel() ** 0.5
+
+
 def test_huge_scores_give_no_nan(uncompiled):
     q, k, v, dy = case(scale=1e4)
     assert all(t.isfinite().all() for t in results(attention.blockwise_attention, q, k, v, dy))
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_is_a_proper_operator(masked, uncompiled):
-    q, k, v, _ = (t.flatten(0, 1).detach() for t in case(T=20))
-    mask = mask_of(2, 20) if masked else None
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_it_is_a_proper_operator(masked, dropout, uncompiled):
+    q, k, v, _ = (t.detach().flatten(0, 1).requires_grad_() for t in case(T=20))
+    options = mask_of(2, 20) if masked else None, dropout, torch.tensor(7, dtype=torch.int32)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(attention._attend, (q, k, v, mask), test_utils=tests)
-    y, log_sum = attention._attend(q, k, v, mask)
-    torch.library.opcheck(attention._attend_backward, (y, q, k, v, mask, y, log_sum), test_utils=tests[:2])
+    torch.library.opcheck(attention._attend, (q, k, v, *options), test_utils=tests)
+    q, k, v = (t.detach() for t in (q, k, v))
+    y, log_sum = attention._attend(q, k, v, *options)
+    torch.library.opcheck(attention._attend_backward, (y, q, k, v, *options, y, log_sum), test_utils=tests[:2])
 
 
 def test_blocks_cover_every_query_and_end_where_their_keys_end():
@@ -142,9 +185,11 @@ def step(model, position_ids=None) -> torch.Tensor:
 
 @pytest.fixture
 def calls(uncompiled, monkeypatch):
-    """Notes the shape of q at each call."""
+    """Notes the shape of q and the dropout at each call."""
     seen, real = [], attention.blockwise_attention
-    monkeypatch.setattr("model.blockwise_attention", lambda q, *rest: seen.append(tuple(q.shape)) or real(q, *rest))
+    monkeypatch.setattr(
+        "model.blockwise_attention", lambda q, *rest: seen.append((tuple(q.shape), rest[-1])) or real(q, *rest)
+    )
     return seen
 
 
@@ -163,20 +208,32 @@ def test_a_model_has_the_gradients_that_it_has_with_the_fused_kernel(shape, mask
     assert not calls
     set_blockwise(model, True)
     found = step(model, ids)
-    assert calls == [(2, 4, 48, 16)] * 2
+    assert calls == [((2, 4, 48, 16), 0.0)] * 2
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_dropout_short_rows_and_the_cache_leave_it_to_the_fused_kernel(calls):
-    model = model_of(dropout=0.1)
+def test_short_rows_and_the_cache_leave_it_to_the_fused_kernel(calls):
+    model = model_of().eval()
     set_blockwise(model, True)
     idx = torch.randint(6, 64, (2, 48))
-    model.train()(idx)
-    model.eval()(idx[:, :-1])
+    model(idx[:, :-1])
     model.forward_cached(idx, model.new_cache(2))
     assert not calls
-    model.eval()(idx)
+    model(idx)
     assert len(calls) == 2
+
+
+def test_dropout_follows_the_random_state_and_the_rate_of_the_model(calls):
+    model = model_of(dropout=0.5).train()
+    set_blockwise(model, True)
+    idx = torch.randint(6, 64, (2, 48))
+    attn, x = model.blocks[0].attn, model.wte(idx)
+    torch.manual_seed(1)
+    first, second = attn(x), attn(x)
+    torch.manual_seed(1)
+    assert torch.equal(attn(x), first) and not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(attn(x), attn(x)) and [rate for _, rate in calls] == [0.5] * 3 + [0.0] * 2
 
 
 @pytest.mark.parametrize(
@@ -193,15 +250,58 @@ def test_it_is_preferred_where_a_cpu_multiplies_bfloat16(kind, precision, has_bf
     assert Runtime(torch.device(kind), precision).prefers_blockwise_attention == expected
 
 
-@pytest.mark.slow  # two compilations
-def test_compiled_the_gradients_are_those_of_the_eager_model():
+# -- compiled ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler(monkeypatch):
     if not has_compiler("cpu"):
         pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()
+    attention._compiled.cache_clear()
+    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
+    yield
+    torch._dynamo.reset()
+    attention._compiled.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_compiled_the_passes_compute_what_they_compute_uncompiled(masked, dropout, compiler):
+    q, k, v, dy = (t.detach().flatten(0, 1) for t in case(T=40))
+    options = mask_of(2, 40) if masked else None, dropout, torch.tensor(99, dtype=torch.int32)
+    y, log_sum = attention._forward(q, k, v, *options)
+    expected = y, log_sum, *attention._backward(dy, q, k, v, *options, y, log_sum)
+    found = *attention._attend(q, k, v, *options), *attention._attend_backward(dy, q, k, v, *options, y, log_sum)
+    assert max(errors(found, [t.double() for t in expected])) < 2e-3
+
+
+@pytest.mark.slow
+def test_compiled_the_gradients_are_those_of_the_eager_model(compiler):
     model = model_of()
     expected = step(model)
-    model.enable_compile(blockwise_attention=True)
-    found = step(model)
-    assert (found - expected).norm() < 0.02 * expected.norm()
-    model.disable_compile()
-    assert not any(block.attn.blockwise for block in model.blocks)
+    model.enable_compile(blockwise=True)
+    assert (step(model) - expected).norm() < 0.02 * expected.norm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as validation does
+        idx = torch.randint(6, 64, (3, 48))
+        found = model(idx)
+        model.disable_compile()
+        assert not any(block.attn.blockwise for block in model.blocks)
+        assert (found - model(idx)).norm() < 0.02 * found.norm()
     assert torch.equal(step(model), expected)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_follows_the_random_state_also_where_activations_are_computed_again(compiler):
+    model = model_of(dropout=0.2).train()
+    model.enable_compile(blockwise=True)
+
+    def seeded(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return step(model)
+
+    expected = seeded(1)
+    assert torch.equal(seeded(1), expected) and not torch.equal(seeded(2), expected)
+    model.checkpoint_activations = True
+    assert torch.equal(seeded(1), expected)

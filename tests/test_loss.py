@@ -73,7 +73,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch):
 
     def kernel(logits, targets):
         sizes.append(logits.shape)
-        return loss.nll_and_grad(logits, targets)
+        return loss.softmax_and_nll(logits, targets)
 
     loss.linear_cross_entropy(*case(), kernel)
     assert sum(n for n, _ in sizes) == 300 and max(n for n, _ in sizes) <= 64
@@ -91,3 +91,17 @@ def test_the_loss_of_each_row_is_that_of_the_float64_formula_chunk_by_chunk(monk
     assert torch.allclose(ours.double(), exact, rtol=1e-5) and not ours.requires_grad
     assert sum(sizes) == 300 and max(sizes) <= 64
     assert loss.linear_nll(x[:0], w, b, y[:0]).shape == (0,)
+
+
+def test_a_second_backward_pass_is_refused():
+    x, w, b, y = case()
+    ours = loss.linear_cross_entropy(x, w, b, y)
+    ours.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ours.backward()
+
+
+def test_the_loss_of_sure_predictions_keeps_its_digits():
+    logits = torch.tensor([[100.0, 85.0, 0.0]])
+    nll, grad = loss.softmax_and_nll(logits.clone(), torch.tensor([0]))
+    assert float(nll) == pytest.approx(3.059e-7, rel=0.2) and float(grad) == pytest.approx(-3.059e-7, rel=0.2)

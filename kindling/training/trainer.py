@@ -75,7 +75,8 @@ class Trainer:
     ):
         """`cfg` must have its number of steps (`Config.with_steps`), and a batch that the ranks can divide.
 
-        A trainer without `validation` cannot run the loop: only its steps are measured.
+        A trainer without `validation` cannot run the loop: only its steps are measured. On a CPU, the process keeps freed memory
+        from here on (kindling/allocator.py).
         """
         if runtime.device.type == "cpu":
             keep_freed_memory()

@@ -159,6 +159,15 @@ def test_mean_loss_is_a_total_over_a_total(corpus, tmp_path):
     assert by_parts == pytest.approx(mean_loss(trainer.model, [whole], trainer.runtime)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("preferred", [False, True])
+def test_attention_is_computed_by_blocks_where_that_is_faster(preferred, corpus, tmp_path, monkeypatch):
+    trainer, asked = make_trainer(tmp_path, tiny_config(corpus)), []
+    monkeypatch.setattr(type(trainer.runtime), "prefers_blockwise_attention", preferred)
+    monkeypatch.setattr(trainer.model, "enable_compile", asked.append)
+    trainer.compile()
+    assert asked == [preferred]
+
+
 def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_path, capsys, monkeypatch):
     cfg = tiny_config(corpus, compile="on", max_steps=3)
     plain = make_trainer(tmp_path / "plain", replace(cfg, train=replace(cfg.train, compile="off")))
@@ -168,7 +177,7 @@ def test_a_compiler_that_fails_leaves_an_eager_run_with_one_warning(corpus, tmp_
         raise RuntimeError("no compiler here\nand a long story")
 
     trainer = make_trainer(tmp_path / "r", cfg)
-    monkeypatch.setattr(trainer.model, "enable_compile", lambda *_: setattr(trainer.model, "_nll_and_grad", broken))
+    monkeypatch.setattr(trainer.model, "enable_compile", lambda *_: setattr(trainer.model, "_softmax_and_nll", broken))
     capsys.readouterr()
     assert fit(trainer) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
