@@ -92,6 +92,17 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` with its own sha256, which `checksum_matches` checks."""
+    said = {key: value for key, value in content.items() if key != "sha256"}
+    return {**said, "sha256": sha256_text(json.dumps(said, sort_keys=True, ensure_ascii=True))}
+
+
+def checksum_matches(content: dict[str, Any]) -> bool:
+    """Return whether `content` is unchanged since its checksum was added. Without a sha256, from an old version: True."""
+    return "sha256" not in content or with_checksum(content)["sha256"] == content["sha256"]
+
+
 @contextlib.contextmanager
 def locked(path: Path, busy: Exception, unwritable: Callable[[OSError], Exception]) -> Iterator[None]:
     """Hold a lock on the file `path`, which is made, with its folder.

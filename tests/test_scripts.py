@@ -18,8 +18,8 @@ from conftest import ROOT, assert_one_clear_line, script, signal_at_step, tiny_f
 from test_build import limited
 
 from config import TokenizerConfig
-from kindling.data.shards import TokenDataset, with_checksum
-from kindling.files import write_json
+from kindling.data.shards import TokenDataset
+from kindling.files import with_checksum, write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.loading import load_model
 from kindling.tokenization.tokenizer import train_bpe

@@ -14,8 +14,7 @@ from test_examples import TASKS
 from export import sample
 from kindling.data import prompts
 from kindling.data.build import fingerprint
-from kindling.data.shards import with_checksum
-from kindling.files import write_json
+from kindling.files import with_checksum, write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
 from presets import preset

@@ -10,9 +10,8 @@ from conftest import assert_one_clear_line, make_run, script
 
 import visualize
 from config import ModelConfig
-from kindling.data.shards import with_checksum
 from kindling.errors import KindlingError
-from kindling.files import write_json
+from kindling.files import with_checksum, write_json
 from kindling.plots import figures, run_report
 from kindling.plots.inspection import given_text
 from kindling.runs.checkpoint import RunDirectory, weights_sha256

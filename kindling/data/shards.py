@@ -24,7 +24,7 @@ import numpy as np
 
 from config import IGNORE, ModelConfig
 from kindling.errors import KindlingError
-from kindling.files import sha256_file, sha256_text, write_json
+from kindling.files import checksum_matches, sha256_file, with_checksum, write_json
 
 FORMAT = 1
 SHARD_TOKENS = 2**23  # a writer holds this many in memory for each split
@@ -140,17 +140,6 @@ def repair_advice(folder: Path, fingerprint: str = "") -> str:
         source = f"data/{fingerprint}" if fingerprint else "the folder under data/ that the run was trained on"
         return f"copy the files of the same names from {source}, or start the run over with --fresh"
     return f"delete {folder} and run again to rebuild it"
-
-
-def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """Return `content` with its own sha256, which `checksum_matches` checks."""
-    said = {key: value for key, value in content.items() if key != "sha256"}
-    return {**said, "sha256": sha256_text(json.dumps(said, sort_keys=True, ensure_ascii=True))}
-
-
-def checksum_matches(content: dict[str, Any]) -> bool:
-    """Return whether `content` is unchanged since its checksum was added. Without a sha256, from an old version: True."""
-    return "sha256" not in content or with_checksum(content)["sha256"] == content["sha256"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -26,10 +26,19 @@ from typing import TYPE_CHECKING, Any
 from config import Config
 from kindling.config_io import from_yaml, to_yaml
 from kindling.data.examples import open_split
-from kindling.data.shards import SplitInfo, TokenDataset, checksum_matches, read_manifest, with_checksum
+from kindling.data.shards import SplitInfo, TokenDataset, read_manifest
 from kindling.distributed import SINGLE_PROCESS, MainRankFailed, World
 from kindling.errors import CheckpointError, one_line
-from kindling.files import locked, sha256_file, sha256_text, sync, write_atomic, write_json
+from kindling.files import (
+    checksum_matches,
+    locked,
+    sha256_file,
+    sha256_text,
+    sync,
+    with_checksum,
+    write_atomic,
+    write_json,
+)
 from kindling.paths import RUNS as RUNS
 from kindling.tokenization.tokenizer import Tokenizer, load_json
 

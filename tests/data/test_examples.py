@@ -15,8 +15,8 @@ from kindling import device
 from kindling.data.conversations import Example, encode_conversation
 from kindling.data.examples import PROMPT, RESPONSE, ExampleRows, Examples, ExampleWriter, pack
 from kindling.data.prompts import Exchange, prompt_text
-from kindling.data.shards import SPLITS, DataError, SplitInfo, with_checksum, write_manifest
-from kindling.files import write_json
+from kindling.data.shards import SPLITS, DataError, SplitInfo, write_manifest
+from kindling.files import with_checksum, write_json
 from kindling.tokenization.tokenizer import Tokenizer, train_bpe
 from kindling.training.validation import mean_loss
 from model import build_model

@@ -16,9 +16,8 @@ import pytest
 from config import Config, ModelConfig
 from faults.runs import Forked, completed, flags, stopping_at
 from kindling.config_io import changed_fields
-from kindling.data.shards import with_checksum
 from kindling.errors import KindlingError
-from kindling.files import write_json
+from kindling.files import with_checksum, write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.training import start_or_resume
 

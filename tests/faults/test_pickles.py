@@ -26,8 +26,8 @@ from config import ModelConfig
 from faults.runs import Forked, flags
 from kindling.data.examples import Examples
 from kindling.data.ledger import read_documents
-from kindling.data.shards import DataError, with_checksum
-from kindling.files import sha256_file, write_json
+from kindling.data.shards import DataError
+from kindling.files import sha256_file, with_checksum, write_json
 from kindling.formats import gguf_format, hf_format
 from kindling.formats.model_card import _read_ledger
 from kindling.runs.checkpoint import SEAL, RunDirectory

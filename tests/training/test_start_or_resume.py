@@ -14,9 +14,9 @@ from config import ModelConfig, TokenizerConfig
 from kindling.data import build
 from kindling.data.build import prepare
 from kindling.data.examples import ExampleRows, Examples, training_rows
-from kindling.data.shards import TokenDataset, with_checksum
+from kindling.data.shards import TokenDataset
 from kindling.device import DeviceError
-from kindling.files import sha256_file, write_json
+from kindling.files import sha256_file, with_checksum, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.pretrained import load_pretrained
