@@ -67,7 +67,7 @@ def _kept(weights: Tensor, rows: slice, length: int, dropout: float, seed: Tenso
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what `_attend` does."""
+    """Return attention (N, T, D) and the logarithm of each query's sum (N, T, 1), for q, k, v (N, T, D)."""
     outputs, log_sums = [], []
     for rows, seen in _blocks(q.size(1)):
         scores = _scores(q, k, mask, rows, seen)  # (N, R, S)
@@ -93,7 +93,7 @@ def _backward(
     y: Tensor,
     log_sum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_attend_backward` does."""
+    """Return the gradients of q, k and v, given that of y."""
     # of each query, the sum over keys of weight * gradient of the weight
     mean = (dy.float() * y.float()).sum(-1, keepdim=True)  # (N, T, 1)
     dq, dk, dv = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
@@ -113,28 +113,18 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-@torch.library.custom_op("kindling::blockwise_attention", mutates_args=())
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return attention (N, T, D) and the logarithm of each query's sum (N, T, 1), for q, k, v (N, T, D)."""
-    return _compiled(_forward)(q, k, v, mask, dropout, seed)
+def _operator(name: str, function: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """Return an operator of torch that runs the function, compiled."""
+
+    def run(*inputs: Any) -> Any:
+        return _compiled(function)(*inputs)
+
+    schema = torch.library.infer_schema(function, mutates_args=())
+    return torch.library.custom_op(f"kindling::{name}", run, mutates_args=(), schema=schema)
 
 
-@torch.library.custom_op("kindling::blockwise_attention_backward", mutates_args=())
-def _attend_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    seed: Tensor,
-    y: Tensor,
-    log_sum: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, given that of y."""
-    return _compiled(_backward)(dy, q, k, v, mask, dropout, seed, y, log_sum)
+_attend = _operator("blockwise_attention", _forward)
+_attend_backward = _operator("blockwise_attention_backward", _backward)
 
 
 @_attend.register_fake
