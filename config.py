@@ -170,7 +170,7 @@ class TokenizerConfig:
     """Where the tokenizer comes from."""
 
     kind: Literal["bpe", "handwritten", "sentencepiece", "pretrained"] = "bpe"
-    """bpe: byte-level BPE, trained by `tokenizers` on the run's training split; handwritten: the same, trained by our bpe.py;
+    """bpe: byte-level BPE, trained by `tokenizers` on the run's training split; handwritten: the same, trained by our own code;
     sentencepiece: trained by SentencePiece, with byte fallback; pretrained: loaded from `path`."""
     sentencepiece_model: Literal["bpe", "unigram"] = "bpe"
     """For sentencepiece: the algorithm, BPE or a unigram language model."""

@@ -1,4 +1,4 @@
-"""Every architecture of the presets in one `GPT`, on `F.scaled_dot_product_attention` (on some CPUs, kindling/attention.py).
+"""Every architecture of the presets in one `GPT`, on `F.scaled_dot_product_attention` (on some CPUs, `blockwise_attention`).
 
     model = build_model(preset("code-50m").model)
     loss_sum, n_targets = model(idx, targets)
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE, ModelConfig
-from kindling.attention import blockwise_attention
+from kindling.blockwise_attention import blockwise_attention
 from kindling.cache import Cache
 from kindling.gpt2_backbone import build_gpt2, gpt2_attention, gpt2_weights, require_no_positions
 from kindling.loss import linear_cross_entropy, softmax_and_nll
@@ -194,7 +194,7 @@ class LanguageModel(nn.Module):
     def enable_compile(self, blockwise: bool = False) -> None:
         """Compile the transformer blocks (once, as they share their code) and the loss kernel, in place.
 
-        Parameters keep their names, so checkpoints stay the same. `blockwise`: whether kindling/attention.py computes attention
+        Parameters keep their names, so checkpoints stay the same. `blockwise`: whether `blockwise_attention` computes attention
         where it can, which is faster on some CPUs (`Runtime.prefers_blockwise_attention`).
         """
         self._set_blockwise(blockwise)

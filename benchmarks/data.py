@@ -285,10 +285,10 @@ def near_duplicates() -> dict[str, Any]:
 
 
 def handwritten(repeats: int) -> dict[str, Any]:
-    """Return how long bpe.py takes to learn 2,048 tokens from 5 MB of Python and how fast it encodes the next 2 MB."""
+    """Return how long handwritten_bpe.py takes to learn 2,048 tokens from 5 MB of Python, and how fast it encodes 2 MB more."""
     from config import TokenizerConfig
     from kindling.data.sources import local_files
-    from kindling.tokenization.bpe import ByteLevelBPE
+    from kindling.tokenization.handwritten_bpe import ByteLevelBPE
     from kindling.tokenization.tokenizer import control_tokens, train_bpe
 
     texts: list[str] = []
@@ -302,12 +302,12 @@ def handwritten(repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         started = time.perf_counter()
         ours = ByteLevelBPE.train(learnt, 2048, control_tokens(TokenizerConfig().special_tokens))
-        out["bpe.py, training, s"].append(time.perf_counter() - started)
+        out["handwritten_bpe.py, training, s"].append(time.perf_counter() - started)
         started = time.perf_counter()
         library = train_bpe(learnt, TokenizerConfig(), 2048)
         out["tokenizers, training, s"].append(time.perf_counter() - started)
         for name, encode in (
-            ("bpe.py, encoding, MB/s", ours.encode),
+            ("handwritten_bpe.py, encoding, MB/s", ours.encode),
             ("tokenizers, encoding, MB/s", library.encode_by_library),
         ):
             started = time.perf_counter()

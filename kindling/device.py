@@ -60,7 +60,7 @@ class Runtime:
 
     @property
     def prefers_blockwise_attention(self) -> bool:
-        """Whether a compiled model computes attention faster with kindling/attention.py than with torch's fused kernel."""
+        """Whether a compiled model computes attention faster by blocks (blockwise_attention.py) than torch's fused kernel."""
         return self.device.type == "cpu" and self.precision == "bf16" and has_bf16("cpu")
 
     @property

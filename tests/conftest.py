@@ -48,8 +48,14 @@ from config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig  #
 SLOW_FIRST = ("test_build.py", "test_process.py", "test_scripts.py", "test_evaluate.py", "test_distributed.py")
 SLOW_FIRST += ("test_trainer.py", "test_fsdp.py", "test_sft_train.py", "test_hf_format.py")
 SLOW_FIRST += ("test_start_or_resume.py", "test_evaluations.py", "test_chat.py", "test_figures.py", "test_decoding.py")
-SLOW_FIRST += ("test_memorization.py", "test_perplexity.py", "test_bpe.py", "test_tokenizer.py", "test_json_rows.py")
-SLOW_FIRST += ("test_distributed_build.py", "test_visualize.py", "test_extraction.py", "test_model.py")
+SLOW_FIRST += ("test_memorization.py", "test_perplexity.py", "test_handwritten_bpe.py", "test_tokenizer.py")
+SLOW_FIRST += (
+    "test_json_rows.py",
+    "test_distributed_build.py",
+    "test_visualize.py",
+    "test_extraction.py",
+    "test_model.py",
+)
 SLOW_FIRST += ("test_config.py", "test_check_correctness.py")
 
 

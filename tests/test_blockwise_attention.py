@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kindling import attention
+from kindling import blockwise_attention as attention
 from kindling.data.shards import document_position_ids
 from kindling.device import Runtime, has_compiler
 from kindling.positions import document_mask

@@ -21,7 +21,7 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kindling.data.filters import syntax_error
-from kindling.evaluation.answers import extract_from_answer
+from kindling.evaluation.answer_extraction import extract_from_answer
 from kindling.evaluation.extraction import extract_from_completion, is_empty, is_trivial
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem

@@ -5,7 +5,7 @@
 A base model does not stop after the program. The program is the text up to the end of the requested function, and the helpers
 directly after it that it uses. There are no stop words: a line at the left margin ends the function, unless the line is inside
 a string or a bracket. `name = lambda ...` is a function too. The text is parsed only to tell half a line from a whole one.
-Limits: helpers must be plain functions or classes. Answers have many more forms; answers.py reads them. The text is untrusted,
+Limits: helpers must be plain functions or classes. Answers have more forms, see answer_extraction.py. The text is untrusted,
 and parsing it can kill the process: call this in a worker. Only `end_of_function` parses nothing.
 """
 
@@ -59,7 +59,7 @@ def _statements(tree: ast.Module | None, name: str) -> list[ast.stmt] | None:
         node = function(tree, name)
         return None if node is None else node.body
     value = getattr(assigned[-1], "value", None)
-    if isinstance(value, ast.Attribute):  # the method of a class, see answers.py
+    if isinstance(value, ast.Attribute):  # the method of a class, see answer_extraction.py
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         methods = [function(ast.Module(node.body, []), name) for node in classes]
         return next((method.body for method in methods if method is not None), [assigned[-1]])

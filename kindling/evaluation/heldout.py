@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from kindling.data.docstrings import mine_pairs
 from kindling.data.examples import PROMPT, RESPONSE, Examples
 from kindling.data.shards import LANGUAGE, TokenDataset
-from kindling.evaluation.answers import extract_from_answer
+from kindling.evaluation.answer_extraction import extract_from_answer
 from kindling.evaluation.extraction import ERRORS, parse_or_none
 from kindling.evaluation.tasks import Problem
 from kindling.files import UNENCODABLE

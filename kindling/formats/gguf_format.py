@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from config import ModelConfig
-from kindling.data.chat_templates import jinja_template
+from kindling.data.exported_templates import jinja_template
 from kindling.errors import KindlingError, one_line
 from kindling.formats.fold_weights import fold_qk_norm, without_derived
 from kindling.rope import frequencies
-from kindling.tokenization.bpe import ByteLevelBPE
+from kindling.tokenization.handwritten_bpe import ByteLevelBPE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -334,7 +334,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     content = json.loads(tokenizer.to_json())
     tokens, types = _tokens(bpe, vocab_size)
     writer.add_tokenizer_model("gpt2")
-    # llama.cpp's names for the two ways in which `bpe.py` splits text into words
+    # llama.cpp's names for the two ways in which `handwritten_bpe.py` splits text into words
     writer.add_tokenizer_pre("starcoder" if bpe.split_digits else "gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)

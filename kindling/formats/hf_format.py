@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from kindling.data.chat_templates import jinja_template, parts
+from kindling.data.exported_templates import jinja_template, parts
 from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import MARKERS
 from kindling.errors import KindlingError, one_line

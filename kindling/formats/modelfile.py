@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kindling.data.chat_templates import Spelling, go_template
+from kindling.data.exported_templates import Spelling, go_template
 from kindling.data.jinja_chat import is_jinja
 from kindling.generation.settings import Sampling
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from kindling.data.chat_templates import jinja_template
+from kindling.data.exported_templates import jinja_template
 from kindling.data.prompts import encode as encode_conversation
 from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text

@@ -11,7 +11,7 @@ from typing import Any
 
 from kindling.serving.engine import Vocabulary
 from kindling.serving.generation import Token
-from kindling.tokenization.bpe import BYTES
+from kindling.tokenization.handwritten_bpe import BYTES
 
 
 def text_of(vocabulary: Vocabulary, token: int) -> str:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from kindling.data.chat_templates import go_template
+from kindling.data.exported_templates import go_template
 from kindling.data.jinja_chat import is_jinja
 from kindling.data.prompts import Exchange
 from kindling.serving.body import Fields

@@ -30,7 +30,7 @@ from presets import STARCODER2, preset
 
 COMPARED = {
     "tokenizers' BPE": TokenizerConfig(),
-    "bpe.py": TokenizerConfig(kind="handwritten"),
+    "handwritten_bpe.py": TokenizerConfig(kind="handwritten"),
     "SentencePiece": TokenizerConfig(kind="sentencepiece"),
     "StarCoder2": STARCODER2,
 }

@@ -6,7 +6,7 @@
 
 A trained tokenizer is byte-level BPE in the format of the `tokenizers` library, or SentencePiece, which spells unknown
 characters as bytes. A text survives encoding and decoding, or is refused. Control tokens that are written in a document
-stay text; real ones are added only by id. bpe.py encodes byte-level BPE, to the same ids as the library, and faster.
+stay text; real ones are added only by id. handwritten_bpe.py encodes byte-level BPE, to the same ids as the library, and faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from config import TokenizerConfig
 from kindling.errors import KindlingError, difference, one_line
 from kindling.files import sha256_text
 from kindling.tokenization.added_space import WAYS_OUT
-from kindling.tokenization.bpe import ByteLevelBPE
+from kindling.tokenization.handwritten_bpe import ByteLevelBPE
 from kindling.tokenization.infilling import control_tokens, find_fim_ids
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self) -> ByteLevelBPE | None:
-        """The same tokenizer in bpe.py, which is faster, without its normaliser; None if it is of another kind."""
+        """The same tokenizer in handwritten_bpe.py, which is faster, without its normaliser; None if it is of another kind."""
         content = json.loads(self._backend.to_str()) | {"normalizer": None}
         try:
             return ByteLevelBPE.from_dict(content)
@@ -178,7 +178,7 @@ class Tokenizer:
         if self._bpe is None:
             return self._backend.decode_batch(batch, skip_special_tokens=False)
         texts = map(self._bpe.decode, batch)
-        # bpe.py keeps half of a surrogate pair, which is not valid text: decode such a text with the library
+        # handwritten_bpe.py keeps half of a surrogate pair, which is not valid text: decode such a text with the library
         return [t if t.isascii() or not _SURROGATE.search(t) else self.decode(ids) for t, ids in zip(texts, batch)]
 
     def piece(self, token: int) -> str:
@@ -301,7 +301,7 @@ def require_room(cfg: TokenizerConfig, vocab_size: int) -> None:
 
 
 def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train the same tokenizer as `train_bpe`, with bpe.py."""
+    """Train the same tokenizer as `train_bpe`, with handwritten_bpe.py."""
     from tokenizers import Tokenizer as Backend
 
     require_room(cfg, vocab_size)

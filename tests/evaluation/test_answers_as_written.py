@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kindling.evaluation.answers import extract_from_answer
+from kindling.evaluation.answer_extraction import extract_from_answer
 from kindling.evaluation.extraction import extract_from_completion, function, is_empty, is_trivial
 from kindling.evaluation.tasks import Problem, load
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kindling.evaluation import extraction
-from kindling.evaluation.answers import extract_from_answer
+from kindling.evaluation.answer_extraction import extract_from_answer
 from kindling.evaluation.extraction import end_of_function, extract_from_completion, is_empty, is_trivial
 from kindling.evaluation.tasks import load
 from kindling.pool import FailedJob, map_jobs

@@ -14,7 +14,7 @@ from tiny_runs import make_run
 
 import export
 from config import ModelConfig, TokenizerConfig
-from kindling.data.chat_templates import jinja_template
+from kindling.data.exported_templates import jinja_template
 from kindling.data.prompts import rendered_template
 from kindling.formats import gguf_format, hf_format
 from kindling.formats.hf_format import require_same_tokenizer
@@ -23,7 +23,7 @@ from kindling.generation.completion import answer
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.runs.loading import load_model
-from kindling.tokenization.bpe import ByteLevelBPE
+from kindling.tokenization.handwritten_bpe import ByteLevelBPE
 from kindling.tokenization.tokenizer import Tokenizer, from_json, load_json, train_bpe
 from model import GPT
 

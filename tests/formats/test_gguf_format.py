@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from config import ModelConfig, TokenizerConfig
 from kindling.formats.fold_weights import fold_qk_norm
 from kindling.formats.gguf_format import GGUFError, architecture, difference, halves, interleave, read, write
-from kindling.tokenization.bpe import ByteLevelBPE
+from kindling.tokenization.handwritten_bpe import ByteLevelBPE
 from kindling.tokenization.tokenizer import Tokenizer, from_json, train, train_bpe
 from model import GPT
 from presets import preset

@@ -13,7 +13,7 @@ import pytest
 from http_server import FIM, PlainVocabulary, read_answer, running, served, tells, until
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from kindling.data.chat_templates import go_template
+from kindling.data.exported_templates import go_template
 from kindling.serving import connections
 from kindling.serving.app import ENTRIES
 from kindling.serving.metrics import Metrics

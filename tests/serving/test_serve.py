@@ -19,7 +19,7 @@ from tiny_runs import bigram_model, make_run
 
 import serve
 from config import TokenizerConfig
-from kindling.data.chat_templates import jinja_template
+from kindling.data.exported_templates import jinja_template
 from kindling.errors import KindlingError
 from kindling.formats.int8_format import write
 from kindling.serving.server import bind

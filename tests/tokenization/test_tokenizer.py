@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from config import TokenizerConfig
 from kindling.errors import ConfigError
-from kindling.tokenization.bpe import SYMBOLS
 from kindling.tokenization.compare import COMPARED, read_documents, split_held_out
+from kindling.tokenization.handwritten_bpe import SYMBOLS
 from kindling.tokenization.pretrained import load_pretrained
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, from_json, load_json, train, train_bpe
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from kindling.tokenization import bpe
-from kindling.tokenization.bpe import SYMBOLS, ByteLevelBPE
+from kindling.tokenization import handwritten_bpe as bpe
+from kindling.tokenization.handwritten_bpe import SYMBOLS, ByteLevelBPE
 
 SPECIAL = ["<pad>", "<|endoftext|>"]
 CODE = [

@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from config import TokenizerConfig
-from kindling.data.chat_templates import go_template, jinja_template, parts
+from kindling.data.exported_templates import go_template, jinja_template, parts
 from kindling.data.prompts import Exchange, prompt_text
 from kindling.tokenization.tokenizer import train_bpe
 
