@@ -289,7 +289,8 @@ def handwritten(repeats: int) -> dict[str, Any]:
     from config import TokenizerConfig
     from kindling.data.sources import local_files
     from kindling.tokenization.handwritten_bpe import ByteLevelBPE
-    from kindling.tokenization.tokenizer import control_tokens, train_bpe
+    from kindling.tokenization.tokenizer import control_tokens
+    from kindling.tokenization.train_tokenizer import train_bpe
 
     texts: list[str] = []
     for f in local_files(config("this machine's Python", "-").data.sources[0]):
@@ -348,7 +349,7 @@ def main() -> None:
 def _train_tokenizer(path: Path) -> None:
     from config import TokenizerConfig
     from kindling.data.sources import local_files
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.train_tokenizer import train_bpe
 
     files = local_files(config("this machine's Python", "-").data.sources[0])[:400]
     texts = (f.path.read_text(encoding="utf-8", errors="replace") for f in files)

@@ -102,7 +102,7 @@ def decoding_ways(folder: Path) -> dict[str, Callable[[], tuple[float, list[int]
     from kindling.generation.inference import prepare_for_inference
     from kindling.generation.sampling import Sampling as TorchSampling
     from kindling.int8.model import Model
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.train_tokenizer import train_bpe
     from model import TransformersGPT2
     from presets import preset
 
@@ -153,7 +153,7 @@ def exported_autocomplete(folder: Path) -> None:
     import torch
 
     from kindling.formats.int8_format import write
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.train_tokenizer import train_bpe
     from model import GPT
     from presets import preset
 

@@ -109,7 +109,7 @@ def random_run(folder: Path, text: str, toy: bool) -> Path:
     from kindling.data.shards import FORMAT
     from kindling.files import write_json
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.train_tokenizer import train_bpe
     from model import GPT
     from presets import preset
 

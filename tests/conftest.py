@@ -418,7 +418,7 @@ def make_run(path: Path, corpus: Path, model: ModelConfig | None = None, n_files
     from kindling.data.ledger import Ledger
     from kindling.data.shards import ShardWriter, write_manifest
     from kindling.runs.checkpoint import RunDirectory
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.train_tokenizer import train_bpe
     from model import build_model
 
     cfg = tiny_config(corpus)

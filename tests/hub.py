@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, SourceConfig, TokenizerConfig
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 QA = ["input", "output"]
 # path on the hub, subset -> the file that holds its rows there, its columns of text, and some of the others

@@ -22,7 +22,8 @@ from kindling.formats.int8_format import difference, quantize, write
 from kindling.generation.healing import Healing
 from kindling.int8 import kernel as int8_kernel
 from kindling.int8.model import CompletionError, Model, erf
-from kindling.tokenization.tokenizer import from_json, train_bpe
+from kindling.tokenization.tokenizer import from_json
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 from presets import PRESETS
 

@@ -116,7 +116,7 @@ def test_files_whose_names_are_no_utf8_are_read_and_can_be_asked_for(corpus, tmp
 def test_a_docstring_with_half_a_surrogate_pair_costs_only_its_own_example(corpus, tmp_path):
     from kindling.data.process_document import DocumentProcessor
     from kindling.data.sources import documents, local_files
-    from kindling.tokenization.tokenizer import train
+    from kindling.tokenization.train_tokenizer import train
 
     good = 'def add(a, b):\n    """Return the sum of a and b."""\n    total = a + b\n    return total\n\n\n'
     bad = 'def sub(a, b):\n    """Return \\ud800 the difference of a and b."""\n    total = a - b\n    return total\n'

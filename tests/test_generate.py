@@ -17,7 +17,8 @@ import generate
 from config import TokenizerConfig
 from kindling.errors import KindlingError
 from kindling.generation.sampling import GenerationError, Sampling
-from kindling.tokenization.tokenizer import Tokenizer, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.tokenization.train_tokenizer import train_bpe
 
 COUNTS = {"1": "2", "2": "3", "3": None, "x": "x", "\n": "\r", "\r": "1"}
 

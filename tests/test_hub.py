@@ -17,7 +17,8 @@ from kindling.data.shards import DataError
 from kindling.data.sources import documents
 from kindling.evaluation.tasks import TaskError, load
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import TokenizerError, train_bpe
+from kindling.tokenization.tokenizer import TokenizerError
+from kindling.tokenization.train_tokenizer import train_bpe
 
 
 @pytest.fixture(params=["closed", "silent"])

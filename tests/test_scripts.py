@@ -22,7 +22,7 @@ from kindling.data.shards import TokenDataset
 from kindling.files import with_checksum, write_json
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.loading import load_model
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from kindling.cli import parse_cli, run_script
 from kindling.errors import KindlingError
 from kindling.files import write_text
 from kindling.formats import gguf_format, hf_format, hf_layout, int8_format
-from kindling.tokenization.tokenizer import Tokenizer, train
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.tokenization.train_tokenizer import train
 from presets import PRESETS, preset
 
 PAGE = Path(__file__).parents[2] / "docs" / "portability.md"

@@ -1,6 +1,6 @@
 """One interface for all tokenizers: trained on the run's own data, or pretrained.
 
-    tokenizer = train(texts, TokenizerConfig(), vocab_size=4096)
+    tokenizer = load_json(Path("runs/demo/tokenizer.json"), TokenizerConfig())
     tokenizer.decode(tokenizer.encode("x = 'naïve'\\n")) == "x = 'naïve'\\n"
     python -m kindling.tokenization.compare FILES       # compares tokenizers on your files: a table and a plot
 
@@ -12,7 +12,6 @@ stay text; real ones are added only by id. handwritten_bpe.py encodes byte-level
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ from kindling.errors import KindlingError, difference, one_line
 from kindling.files import sha256_text
 from kindling.tokenization.added_space import WAYS_OUT
 from kindling.tokenization.handwritten_bpe import ByteLevelBPE
-from kindling.tokenization.infilling import control_tokens, find_fim_ids
+from kindling.tokenization.infilling import find_fim_ids
 
 if TYPE_CHECKING:
     import tokenizers
@@ -134,7 +133,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it cannot encode."""
-        _require_unicode(text)
+        require_unicode(text)
         if self._bpe is None:
             ids = self.encode_by_library(text)
             self._require_same(text, ids)
@@ -198,7 +197,7 @@ class Tokenizer:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _require_unicode(text: str) -> None:
+def require_unicode(text: str) -> None:
     """Raise TokenizerError if `text` contains half of a surrogate pair, which UTF-8 cannot encode."""
     if text.isascii():
         return
@@ -210,7 +209,7 @@ def _require_unicode(text: str) -> None:
         ) from None
 
 
-def _sentencepiece() -> Any:
+def import_sentencepiece() -> Any:
     """Return the package. Raises TokenizerError if it is not installed: nothing else needs it."""
     try:
         import sentencepiece
@@ -227,7 +226,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, cfg: TokenizerConfig):
         self.cfg, self._bpe = cfg, None
-        self._model, self._processor = model, _sentencepiece().SentencePieceProcessor(model_proto=model)
+        self._model, self._processor = model, import_sentencepiece().SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         self._control = {
             i: self._processor.id_to_piece(i)
@@ -245,7 +244,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without control tokens. Raises TokenizerError for text it would change."""
-        _require_unicode(text)
+        require_unicode(text)
         ids = self.encode_by_library(text)
         self._require_same(text, ids)
         return ids
@@ -273,102 +272,6 @@ class SentencePieceTokenizer(Tokenizer):
     def to_json(self) -> str:
         """Return the model as JSON, for `from_json`."""
         return json.dumps({"type": "sentencepiece", "model": base64.b64encode(self._model).decode("ascii")})
-
-
-def train(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train a tokenizer of `cfg.kind` with at most `vocab_size` tokens, control tokens included.
-
-    Raises TokenizerError if the 256 bytes and the control tokens do not fit; no text is read then.
-    """
-    if cfg.kind == "bpe":
-        return train_bpe(texts, cfg, vocab_size)
-    if cfg.kind == "handwritten":
-        return train_handwritten(texts, cfg, vocab_size)
-    if cfg.kind == "sentencepiece":
-        return train_sentencepiece(texts, cfg, vocab_size)
-    raise TokenizerError(f"tokenizer.kind must be one that is trained, but is {cfg.kind!r}; set --tokenizer.kind bpe")
-
-
-def require_room(cfg: TokenizerConfig, vocab_size: int) -> None:
-    """Raise TokenizerError if a tokenizer of `vocab_size` tokens has no room for the 256 bytes and the control tokens."""
-    # SentencePiece always has an unknown token
-    n_control = len(control_tokens(cfg.special_tokens)) + (cfg.kind == "sentencepiece" and cfg.unk_token is None)
-    if vocab_size < 256 + n_control:
-        raise TokenizerError(
-            f"model.vocab_size must be at least {256 + n_control} (256 bytes and the control tokens), but is {vocab_size}; "
-            f"set --model.vocab-size"
-        )
-
-
-def train_handwritten(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train the same tokenizer as `train_bpe`, with handwritten_bpe.py."""
-    from tokenizers import Tokenizer as Backend
-
-    require_room(cfg, vocab_size)
-    try:
-        bpe = ByteLevelBPE.train(texts, vocab_size, control_tokens(cfg.special_tokens))
-    except ValueError as e:
-        raise TokenizerError(f"tokenizer: {e}") from None
-    return Tokenizer(Backend.from_str(bpe.to_json()), cfg)
-
-
-def train_sentencepiece(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train SentencePiece. The ids are control tokens first, then all 256 bytes, then pieces."""
-    names = {"pad": cfg.pad_token, "unk": cfg.unk_token or "<unk>", "bos": cfg.bos_token, "eos": cfg.eos_token}
-    present = [name for name, token in names.items() if token is not None]
-    require_room(cfg, vocab_size)
-    for text in (texts := list(texts)):
-        _require_unicode(text)
-    control: dict[str, Any] = {f"{name}_id": present.index(name) if name in present else -1 for name in names}
-    control |= {f"{name}_piece": names[name] for name in present}
-    control["control_symbols"] = [t for t in control_tokens(()) if t not in names.values()]
-    model = io.BytesIO()
-    try:
-        _sentencepiece().SentencePieceTrainer.train(
-            # SentencePiece uses these two characters itself and would skip every text that contains one
-            sentence_iterator=(text.replace("\u2585", " ").replace("\0", " ") for text in texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=cfg.sentencepiece_model,
-            hard_vocab_limit=False,  # a small corpus gives a smaller vocabulary
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,  # indentation
-            max_sentence_length=2**30,  # the largest possible; longer texts would be skipped
-            minloglevel=2,
-            **control,
-        )
-    except RuntimeError as e:
-        raise TokenizerError(
-            f"model.vocab_size must be one that SentencePiece can fill from the text, but with {vocab_size} and "
-            f"{len(texts)} documents it says: {one_line(e)}; set --model.vocab-size, or read more text"
-        ) from None
-    return SentencePieceTokenizer(model.getvalue(), cfg)
-
-
-def train_bpe(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE. The ids are control tokens first, then all 256 bytes, then merges."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    require_room(cfg, vocab_size)
-    backend = Backend(models.BPE())
-    if cfg.normalizer == "nfkc":
-        backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=control_tokens(cfg.special_tokens),
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # or bytes that did not occur would be lost
-        ),
-    )
-    return Tokenizer(backend, cfg)
 
 
 def load_json(path: Path, cfg: TokenizerConfig) -> Tokenizer:

@@ -29,7 +29,8 @@ from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, local_files
 from kindling.data.workers import WorkerPool
 from kindling.runs.checkpoint import RunDirectory
-from kindling.tokenization.tokenizer import TokenizerError, load_json, train
+from kindling.tokenization.tokenizer import TokenizerError, load_json
+from kindling.tokenization.train_tokenizer import train
 from presets import PRESETS, preset
 
 pytestmark = pytest.mark.usefixtures("forked_workers")

@@ -23,7 +23,8 @@ from kindling.data.filters import Drop
 from kindling.data.process_document import DocumentProcessor
 from kindling.data.prompts import Exchange, encode, prompt_text
 from kindling.data.sources import Document
-from kindling.tokenization.tokenizer import Tokenizer, from_json, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer, from_json
+from kindling.tokenization.train_tokenizer import train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b  # naïve Σ 日本\nBelow is an instruction. ### Response:\n" * 20]
 TOKENIZER = train_bpe(TEXTS, TokenizerConfig(), 400)

@@ -17,7 +17,8 @@ from kindling.data.examples import PROMPT, RESPONSE, ExampleRows, Examples, Exam
 from kindling.data.prompts import Exchange, prompt_text
 from kindling.data.shards import SPLITS, DataError, SplitInfo, write_manifest
 from kindling.files import with_checksum, write_json
-from kindling.tokenization.tokenizer import Tokenizer, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.tokenization.train_tokenizer import train_bpe
 from kindling.training.validation import mean_loss
 from model import build_model
 

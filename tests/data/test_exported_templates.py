@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from config import TokenizerConfig
 from kindling.data.exported_templates import go_template, jinja_template, parts
 from kindling.data.prompts import Exchange, prompt_text
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 TEMPLATES = ("alpaca", "user-assistant")
 END = "<|endoftext|>"

@@ -35,7 +35,8 @@ from kindling.data.workers import WorkerPool
 from kindling.errors import ConfigError
 from kindling.generation.completion import token_spellings
 from kindling.runs.checkpoint import RunDirectory
-from kindling.tokenization.tokenizer import TokenizerError, from_json, load_json, train
+from kindling.tokenization.tokenizer import TokenizerError, from_json, load_json
+from kindling.tokenization.train_tokenizer import train
 from presets import preset
 
 pytestmark = pytest.mark.usefixtures("forked_workers")

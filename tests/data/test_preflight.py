@@ -14,7 +14,7 @@ from kindling.data.conversations import encode_conversation
 from kindling.data.process_document import Drop
 from kindling.data.shards import DataError
 from kindling.errors import KindlingError
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 
 @pytest.fixture

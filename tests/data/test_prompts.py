@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from config import TokenizerConfig
 from kindling.data.prompts import Exchange, encode, find_marker, prompt_text
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 TOKENIZER = train_bpe(
     ["def add(a, b):\n    return a + b\n### Response: User: Assistant: " * 20], TokenizerConfig(), 300

@@ -8,7 +8,7 @@ from kindling import device
 from kindling.evaluation.gold import gold_figures, gold_ids, solution_of
 from kindling.evaluation.samples import ChatFormat, prompt_ids
 from kindling.evaluation.tasks import load
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 
 RUNTIME = device.resolve(TrainConfig(device="cpu", precision="fp32"))

@@ -17,7 +17,7 @@ from config import ModelConfig, TokenizerConfig
 from kindling.evaluation import harness
 from kindling.evaluation.harness import HarnessError, run
 from kindling.evaluation.harness_data import TASKS
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import build_model
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from config import ModelConfig, TokenizerConfig
 from kindling.evaluation.harness_model import KindlingLM, first_of, windows
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
-from kindling.tokenization.tokenizer import train, train_bpe
+from kindling.tokenization.train_tokenizer import train, train_bpe
 from model import build_model
 
 CPU = torch.device("cpu")

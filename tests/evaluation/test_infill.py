@@ -17,7 +17,7 @@ from kindling.data.infilling import encode_infill
 from kindling.evaluation.infill import LINE, LONGEST, PER_DOCUMENT, SPAN, Filler, Gap, edit_similarity, gaps, infill
 from kindling.evaluation.report import table
 from kindling.runs.checkpoint import RunDirectory
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import build_model
 
 BYTES = train_bpe(["no merges"], TokenizerConfig(), 261)

@@ -28,7 +28,7 @@ from kindling.evaluation.samples import (
 )
 from kindling.evaluation.tasks import Problem, load
 from kindling.sandbox.process import Limits
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 
 LINES = {name: load(f"{name}-infill") for name in ("problems", "humaneval", "mbpp")}

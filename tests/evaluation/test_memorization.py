@@ -17,7 +17,8 @@ from kindling.data.shards import DataError, ShardWriter, TokenDataset, write_man
 from kindling.evaluation import memorization, verbatim
 from kindling.evaluation.memorization import LONG, benchmark_hits, longest_overlaps, pieces, summary, training_split
 from kindling.evaluation.verbatim import WINDOW, Overlap, longest_matches
-from kindling.tokenization.tokenizer import Tokenizer, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.tokenization.train_tokenizer import train_bpe
 
 EOS = 0
 

@@ -30,7 +30,7 @@ from kindling.evaluation import perplexity
 from kindling.evaluation.perplexity import document_losses, text_losses
 from kindling.files import write_json
 from kindling.runs.checkpoint import RunDirectory
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from kindling.training.loop import fit
 from kindling.training.trainer import Trainer
 from kindling.training.validation import validate

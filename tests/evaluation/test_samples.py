@@ -20,7 +20,7 @@ from kindling.evaluation.samples import (
 from kindling.evaluation.tasks import STOP, load
 from kindling.generation.decoding import stream_batch
 from kindling.generation.sampling import Sampling
-from kindling.tokenization.tokenizer import train_bpe, train_sentencepiece
+from kindling.tokenization.train_tokenizer import train_bpe, train_sentencepiece
 from model import GPT, Cache, LanguageModel
 
 CFG = EvalConfig(max_new_tokens=24, temperature=1.0, top_p=1.0, batch_size=4, workers=2)

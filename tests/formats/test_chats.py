@@ -24,7 +24,8 @@ from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
 from kindling.runs.loading import load_model
 from kindling.tokenization.handwritten_bpe import ByteLevelBPE
-from kindling.tokenization.tokenizer import Tokenizer, from_json, load_json, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer, from_json, load_json
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 
 TEMPLATES = ("alpaca", "user-assistant")

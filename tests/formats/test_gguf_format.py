@@ -13,7 +13,8 @@ from config import ModelConfig, TokenizerConfig
 from kindling.formats.fold_weights import fold_qk_norm
 from kindling.formats.gguf_format import GGUFError, architecture, difference, halves, interleave, read, write
 from kindling.tokenization.handwritten_bpe import ByteLevelBPE
-from kindling.tokenization.tokenizer import Tokenizer, from_json, train, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer, from_json
+from kindling.tokenization.train_tokenizer import train, train_bpe
 from model import GPT
 from presets import preset
 

@@ -24,7 +24,8 @@ from kindling.formats.hf_layout import (
 )
 from kindling.generation.decoding import stream
 from kindling.generation.sampling import Sampling
-from kindling.tokenization.tokenizer import from_json, load_json, train_bpe, train_handwritten, train_sentencepiece
+from kindling.tokenization.tokenizer import from_json, load_json
+from kindling.tokenization.train_tokenizer import train_bpe, train_handwritten, train_sentencepiece
 from model import GPT, build_model
 from presets import PRESETS, preset
 

@@ -20,7 +20,8 @@ from kindling.data.prompts import Exchange, encode, prompt_text
 from kindling.errors import KindlingError
 from kindling.generation import completion
 from kindling.generation.chat import converse, read_question
-from kindling.tokenization.tokenizer import Tokenizer, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.tokenization.train_tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from kindling.generation.completion import (
 from kindling.generation.decoding import stream
 from kindling.generation.healing import split_for_healing
 from kindling.generation.sampling import GenerationError, Sampling
-from kindling.tokenization.tokenizer import SentencePieceTokenizer, train_bpe, train_sentencepiece
+from kindling.tokenization.tokenizer import SentencePieceTokenizer
+from kindling.tokenization.train_tokenizer import train_bpe, train_sentencepiece
 from model import GPT
 
 

@@ -10,7 +10,7 @@ from kindling.device import Runtime
 from kindling.plots import held_out
 from kindling.plots.held_out import candidates, past_header, typical_text
 from kindling.plots.inspection import InspectionError, losses_of
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 
 CPU = Runtime(torch.device("cpu"), "fp32")

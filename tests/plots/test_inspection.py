@@ -26,7 +26,8 @@ from kindling.plots.inspection import (
     spectrum,
     units,
 )
-from kindling.tokenization.tokenizer import TokenizerError, train_bpe
+from kindling.tokenization.tokenizer import TokenizerError
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT, build_model
 
 CPU = Runtime(torch.device("cpu"), "fp32")

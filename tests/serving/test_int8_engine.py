@@ -15,7 +15,7 @@ from kindling.formats.int8_format import write
 from kindling.int8.model import Model
 from kindling.serving.int8_engine import Int8Engine, Int8Vocabulary, rows_for
 from kindling.serving.logprobs import bytes_of
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 
 NAMES = ("autocomplete", "demo", "grouped", "pairs")

@@ -6,7 +6,7 @@ from config import TokenizerConfig
 from kindling.serving.generation import Token
 from kindling.serving.logprobs import bytes_of, in_columns, listed, text_of, text_or_bytes
 from kindling.serving.torch_engine import TorchVocabulary
-from kindling.tokenization.tokenizer import train_bpe, train_sentencepiece
+from kindling.tokenization.train_tokenizer import train_bpe, train_sentencepiece
 
 TEXT = " x é🦆\ufffd y"
 SENTENCEPIECE = TokenizerConfig(kind="sentencepiece", eos_token="</s>")

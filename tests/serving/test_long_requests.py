@@ -104,7 +104,7 @@ def test_long_lists_are_written_as_json_in_slices():
 def test_the_tokenizer_of_an_export_lets_other_threads_run(tmp_path):
     from config import TokenizerConfig
     from kindling.int8.tokenizer import ExportTokenizer
-    from kindling.tokenization.tokenizer import train_bpe
+    from kindling.tokenization.train_tokenizer import train_bpe
 
     trained = train_bpe(["ab " * 50], TokenizerConfig(), 300)
     tokenizer = exported(tmp_path, trained, ExportTokenizer)

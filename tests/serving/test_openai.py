@@ -10,7 +10,7 @@ from tiny_runs import bigram_model, make_run
 import serve
 from config import TokenizerConfig
 from kindling.serving.served_model import Limits
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 COUNTS = {"1": "2", "2": "3", "3": None, "x": "x", "\n": "\r", "\r": "1"}
 

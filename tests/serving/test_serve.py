@@ -24,7 +24,7 @@ from kindling.errors import KindlingError
 from kindling.formats.int8_format import write
 from kindling.serving.server import bind
 from kindling.serving.server import run as run_server
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from kindling.generation.decoding import stream
 from kindling.generation.inference import prepare_for_inference
 from kindling.generation.sampling import Sampling
 from kindling.serving.torch_engine import TorchEngine, TorchVocabulary, rows_for
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 
 NAMES = ("autocomplete", "demo", "grouped", "pairs", "fineweb-nano")

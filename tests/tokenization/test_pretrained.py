@@ -14,7 +14,8 @@ from config import TokenizerConfig
 from kindling.errors import difference
 from kindling.tokenization.added_space import without_added_space
 from kindling.tokenization.pretrained import PROBES, load_pretrained, rewrites
-from kindling.tokenization.tokenizer import RewrittenError, Tokenizer, TokenizerError, from_json, train_bpe
+from kindling.tokenization.tokenizer import RewrittenError, Tokenizer, TokenizerError, from_json
+from kindling.tokenization.train_tokenizer import train_bpe
 
 END = "</s>"
 CODE = ["def add(a, b):\n    return a + b\n", "class Caf\xe9:\n    x = 'na\xefve \u2603'\n"] * 5

@@ -15,7 +15,8 @@ from kindling.errors import ConfigError
 from kindling.tokenization.compare import COMPARED, read_documents, split_held_out
 from kindling.tokenization.handwritten_bpe import SYMBOLS
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, from_json, load_json, train, train_bpe
+from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, from_json, load_json
+from kindling.tokenization.train_tokenizer import train, train_bpe
 
 CODE = [
     "def add(a, b):\n    return a + b\n\n\n",

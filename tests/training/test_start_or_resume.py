@@ -20,7 +20,7 @@ from kindling.files import sha256_file, with_checksum, write_json
 from kindling.formats import hf_format
 from kindling.runs.checkpoint import CheckpointError, RunDirectory
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import train_bpe
+from kindling.tokenization.train_tokenizer import train_bpe
 from kindling.training.stage import train_stage
 from kindling.training.start_or_resume import (
     check_config_changes,
