@@ -207,7 +207,7 @@ def forked_workers() -> Iterator[None]:
 
     from kindling import pool
     from kindling.data import workers
-    from kindling.data.duplicates import BENCHMARKS, Benchmarks
+    from kindling.data.decontamination import BENCHMARKS, Benchmarks
 
     read = cache(Benchmarks)
     real = multiprocessing.get_context

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from config import SourceConfig
 from kindling import json_rows as reader
-from kindling.data.duplicates import BenchmarkError, Benchmarks
+from kindling.data.decontamination import BenchmarkError, Benchmarks
 from kindling.data.sources import documents, local_files
 from kindling.errors import KindlingError
 from kindling.evaluation import harness_data, tasks

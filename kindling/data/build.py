@@ -28,7 +28,7 @@ import numpy as np
 from config import Config
 from kindling import hub
 from kindling.config_io import by_old_names
-from kindling.data.duplicates import benchmark_files
+from kindling.data.decontamination import benchmark_files
 from kindling.data.examples import ExampleWriter
 from kindling.data.infilling import KIND, KINDS, require_fim
 from kindling.data.ledger import DocumentLog, Ledger

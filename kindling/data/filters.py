@@ -1,8 +1,8 @@
 """Filters: pure functions of one document that say which rule drops it, and the value that the rule objects to.
 
 The syntax filter calls compile() on unknown code. Its exceptions are caught here. It can also kill or hang the process;
-`workers.py`, which runs the filters, survives that. The marks of generators are in `generated.py`, duplicates and
-benchmarks in `duplicates.py`.
+`workers.py`, which runs the filters, survives that. The marks of generators are in `generated.py`, duplicates in
+`duplicates.py`, problems of benchmarks in `decontamination.py`.
 """
 
 from __future__ import annotations

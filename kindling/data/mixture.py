@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from array import array
 from collections.abc import Callable, Generator, Iterator
 
 from config import DataConfig
-from kindling.data.duplicates import MinHashIndex
+from kindling.data.duplicates import Deduplicator
 from kindling.data.filters import Drop
 from kindling.data.process_document import ProcessedDocument, split_of
 from kindling.data.shards import DataError
@@ -35,31 +34,6 @@ class DrawnDocument:
 Reader = Callable[
     [int], Iterator[ProcessedDocument]
 ]  # takes the number of a source, gives its documents in their order
-
-
-class Deduplicator:
-    """Finds duplicates among the documents kept so far. Needs about 0.7 kB for each of them."""
-
-    def __init__(self, cfg: DataConfig):
-        self._exact: dict[bytes, int] | None = {} if cfg.dedup else None
-        self._near = None if cfg.near_dedup is None else MinHashIndex(cfg.near_dedup)
-        self._numbers = array("q")  # of the documents in `_near`
-
-    def check(self, processed: ProcessedDocument, number: int) -> tuple[Drop | None, int | None]:
-        """Check document `number` against the documents kept so far, and remember it if it is kept.
-
-        Returns why it is dropped and the number of its original, or None and None.
-        """
-        if self._exact is not None:
-            original = self._exact.setdefault(processed.digest, number)
-            if original != number:
-                return Drop("duplicate", "the same content as"), original
-        if self._near is not None:
-            if similar := self._near.find(processed.signature):
-                return Drop("near-duplicate", f"similarity {similar[1]:.2f} to"), self._numbers[similar[0]]
-            self._near.add(processed.signature)
-            self._numbers.append(number)
-        return None, None
 
 
 class Mixture:
@@ -93,7 +67,7 @@ class Mixture:
             else:
                 document = DrawnDocument(i, processed, processed.drop)
                 if document.drop is None:
-                    document.drop, document.original = duplicates.check(processed, number)
+                    document.drop, document.original = duplicates.check(processed.digest, processed.signature, number)
                 if document.drop is None:
                     document.split = split_of(processed.group or processed.digest, self.data)
                 self._in_train[i].append(document.split == "train")

@@ -24,8 +24,9 @@ from kindling.data.conversations import (
     normalize_exchanges,
     refusal,
 )
+from kindling.data.decontamination import Benchmarks
 from kindling.data.docstrings import Pair, mine_pairs
-from kindling.data.duplicates import Benchmarks, signature, word_hashes
+from kindling.data.duplicates import signature, word_hashes
 from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, strip_header
 from kindling.data.infilling import Pieces, Shares, cut_document
 from kindling.data.prompts import Exchange

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, TokenizerConfig
-from kindling.data.duplicates import Benchmarks
+from kindling.data.decontamination import Benchmarks
 from kindling.data.filters import Drop
 from kindling.data.process_document import DocumentProcessor, ProcessedDocument
 from kindling.data.shards import DataError

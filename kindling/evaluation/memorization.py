@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from config import EvalConfig
-from kindling.data.duplicates import Benchmarks, word_hashes
+from kindling.data.decontamination import Benchmarks
+from kindling.data.duplicates import word_hashes
 from kindling.data.examples import Examples
 from kindling.data.shards import DataError, TokenDataset
 from kindling.evaluation.progress import progress_bar

@@ -21,8 +21,9 @@ from typing import Any
 
 from config import SourceConfig
 from kindling.data.conversations import conversation_text
+from kindling.data.decontamination import Benchmarks
 from kindling.data.docstrings import Pair, mine_pairs
-from kindling.data.duplicates import Benchmarks, word_hashes
+from kindling.data.duplicates import word_hashes
 from kindling.data.prompts import Exchange, prompt_text
 from kindling.data.sources import Document, documents, local_files
 from kindling.errors import KindlingError

@@ -19,8 +19,8 @@ from kindling.tokenization.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     TokenizerError,
-    require_unicode,
     import_sentencepiece,
+    require_unicode,
 )
 
 

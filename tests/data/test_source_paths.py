@@ -13,6 +13,7 @@ from config import DataConfig, EvalConfig, SourceConfig, TokenizerConfig
 from kindling.cli import parse_cli
 from kindling.config_io import ConfigFlags
 from kindling.data import sources
+from kindling.data.decontamination import Benchmarks
 from kindling.data.explain import explain_path
 from kindling.data.ledger import DOCUMENTS
 from kindling.data.process_document import DocumentProcessor
@@ -86,7 +87,7 @@ def test_a_user_that_does_not_exist_is_named_before_any_work(flag):
 
 def unknown_user_in(what: str) -> None:
     """Use a path as a saved config or a program gives it, past the check of the flags."""
-    from kindling.data import build, duplicates
+    from kindling.data import build
     from kindling.evaluation import tasks
     from kindling.evaluation.perplexity import text_losses
     from kindling.tokenization.compare import read_documents
@@ -108,7 +109,7 @@ def unknown_user_in(what: str) -> None:
     elif what == "a tokenizer":
         load_pretrained(TokenizerConfig(kind="pretrained", path=named))
     elif what == "a benchmark":
-        duplicates.Benchmarks((named,))
+        Benchmarks((named,))
     elif what == "problems":
         tasks.load("humaneval", named)
     elif what == "the file of problems":

@@ -14,7 +14,8 @@ from collections import Counter
 
 import pytest
 
-from kindling.data.duplicates import PROBLEMS, Benchmarks, word_hashes
+from kindling.data.decontamination import PROBLEMS, Benchmarks
+from kindling.data.duplicates import word_hashes
 
 KEYS = ["task_id", "level", "entry_point", "prompt", "canonical_solution", "test_list", "wrong"]
 MAX_LINES = 20_000  # of Python that one call may run; the slowest solution runs fewer than 1,000

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from config import TokenizerConfig
 from kindling.data import shards
 from kindling.data.conversations import Example
-from kindling.data.duplicates import benchmark_path
+from kindling.data.decontamination import benchmark_path
 from kindling.data.examples import Examples, ExampleWriter
 from kindling.data.shards import DataError, ShardWriter, TokenDataset, write_manifest
 from kindling.evaluation import memorization, verbatim

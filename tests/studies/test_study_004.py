@@ -14,7 +14,8 @@ from config import SourceConfig
 from kindling.cli import parse_cli
 from kindling.config_io import from_yaml
 from kindling.data.build import prepare
-from kindling.data.duplicates import Benchmarks, word_hashes
+from kindling.data.decontamination import Benchmarks
+from kindling.data.duplicates import word_hashes
 from kindling.data.ledger import Ledger
 from kindling.data.shards import SPLITS, TokenDataset
 from kindling.data.sources import local_files
