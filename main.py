@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
-from kindling.data.build import require_documents
+from kindling.data.preflight import require_documents
 from kindling.distributed import require_single_process
 from kindling.runs.checkpoint import RUNS, RunDirectory, step_of
 from kindling.sample_prompts import generate_command, knows_no_python

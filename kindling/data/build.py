@@ -13,9 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +25,7 @@ import numpy as np
 from config import Config
 from kindling import hub
 from kindling.config_io import by_old_names
+from kindling.data.atomic_folder import atomic_folder
 from kindling.data.decontamination import benchmark_files
 from kindling.data.examples import ExampleWriter
 from kindling.data.infilling import KIND, KINDS, require_fim
@@ -37,8 +35,8 @@ from kindling.data.packing import INFILLING, PieceWriter
 from kindling.data.preflight import require_fits, require_possible, require_tokenizer_file
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.prompts import rendered_template
-from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, write_manifest
-from kindling.data.sources import SourceFiles, documents, local_files, require_paths
+from kindling.data.shards import FORMAT, SPLITS, DataError, ShardWriter, read_manifest, token_dtype, write_manifest
+from kindling.data.sources import SourceFiles, documents, list_files, require_paths
 from kindling.data.workers import WorkerPool
 from kindling.files import sha256_text
 from kindling.paths import expand_home
@@ -49,16 +47,6 @@ from kindling.tokenization.train_tokenizer import require_room, train
 
 DATA = Path("data")
 RECIPE = 6  # raise it when a change of the code gives other shards for the same settings and inputs
-
-
-def require_documents(cfg: Config) -> None:
-    """Raise DataError if a source holds instructions and answers, which only fine-tuning can use."""
-    for source in cfg.data.sources:
-        if source.is_instructions:
-            raise DataError(
-                f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
-                f"it is for fine-tuning: pre-train with another --preset, then run `python sft_train.py --preset {cfg.preset}`"
-            )
 
 
 def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
@@ -99,11 +87,6 @@ def _files_and_folder(cfg: Config, tokenizer: Tokenizer | None) -> tuple[SourceF
     """Return the files of each source, and the folder of the shards that are made of them."""
     files = list_files(cfg)
     return files, DATA / f"{cfg.preset}-{fingerprint(cfg, files, tokenizer)}"
-
-
-def list_files(cfg: Config) -> SourceFiles:
-    """Return the files of each source, None for one on the hub."""
-    return [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]
 
 
 def _version(package: str) -> str | None:
@@ -167,49 +150,6 @@ def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | 
     return folder
 
 
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, and rename it to `folder` at the end: a killed process leaves no half folder.
-
-    If another process was faster, its folder stays. Raises DataError for a disk that is full or not writable.
-    """
-    partial = folder.with_name(f".building-{folder.name}@{platform.node()}@{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in folder.parent.glob(".building-*"):
-            if _stale(old):
-                shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    except OSError as e:
-        raise DataError(
-            f"{folder.parent}/ must be writable and have room for the shards, but writing gave: {e}; "
-            f"free some space, or run from a folder on another disk"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _stale(folder: Path) -> bool:
-    """Return whether the process that was building this folder has ended."""
-    _, host, pid = folder.name.rsplit("@", 2) if folder.name.count("@") > 1 else ("", "", "")
-    if host != platform.node() or not pid.isdigit():  # processes of another machine cannot be seen
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 # -- the first pass: a tokenizer --------------------------------------------------------------------------------------
 
 
@@ -252,11 +192,6 @@ def load_or_train_tokenizer(
 
 
 # -- the second pass: the shards --------------------------------------------------------------------------------------
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type that stores token ids: two bytes if they suffice, else four."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def fill(

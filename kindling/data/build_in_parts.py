@@ -27,12 +27,13 @@ import numpy as np
 
 from config import Config
 from kindling.config_io import from_yaml, to_yaml
-from kindling.data.build import DATA, atomic_folder, fill, fingerprint, list_files, load_or_train_tokenizer, token_dtype
+from kindling.data.atomic_folder import atomic_folder
+from kindling.data.build import DATA, fill, fingerprint, load_or_train_tokenizer
 from kindling.data.filters import Drop
 from kindling.data.infilling import Pieces
 from kindling.data.process_document import ProcessedDocument
-from kindling.data.shards import DataError
-from kindling.data.sources import WHOLE_FILES, LocalFile, SourceFiles, documents, within_limits
+from kindling.data.shards import DataError, token_dtype
+from kindling.data.sources import WHOLE_FILES, LocalFile, SourceFiles, documents, list_files, within_limits
 from kindling.data.workers import WorkerPool
 from kindling.files import sha256_file
 from kindling.tokenization.tokenizer import load_json

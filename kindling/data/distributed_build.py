@@ -29,10 +29,11 @@ from typing import Any, Literal
 
 from kindling.cli import parse_cli, run_script
 from kindling.config_io import ConfigFlags
-from kindling.data.build import DATA, fingerprint, list_files
+from kindling.data.build import DATA, fingerprint
 from kindling.data.build_in_parts import Plan, gather, make_plan, read_plan, require_parts_possible, run_part
 from kindling.data.preflight import require_possible
 from kindling.data.shards import SPLITS, read_manifest
+from kindling.data.sources import list_files
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError, require
 from kindling.stopping import exit_on_sigterm

@@ -106,3 +106,13 @@ def _require_disk(cfg: Config, files: SourceFiles, data: Path) -> None:
             f"{data}/ must have room for the shards, about {needed / 1e9:.2f} GB by the sizes of the files, but its disk has "
             f"{free / 1e9:.2f} GB free; free some space, run from a folder on another disk, or set --data.max-tokens"
         )
+
+
+def require_documents(cfg: Config) -> None:
+    """Raise DataError if a source holds instructions and answers, which only fine-tuning can use."""
+    for source in cfg.data.sources:
+        if source.is_instructions:
+            raise DataError(
+                f"preset {cfg.preset} must train on documents, but its source {source.label} holds instructions and answers; "
+                f"it is for fine-tuning: pre-train with another --preset, then run `python sft_train.py --preset {cfg.preset}`"
+            )

@@ -25,6 +25,7 @@ import numpy as np
 from config import IGNORE, ModelConfig
 from kindling.errors import KindlingError
 from kindling.files import checksum_matches, sha256_file, with_checksum, write_json
+from kindling.tokenization.tokenizer import Tokenizer
 
 FORMAT = 1
 SHARD_TOKENS = 2**23  # a writer holds this many in memory for each split
@@ -383,3 +384,8 @@ def write_manifest(folder: Path, **content: Any) -> None:
     """Write the manifest, the last file of a data folder; `splits` maps names to SplitInfo."""
     content["splits"] = {name: asdict(info) for name, info in content["splits"].items()}
     write_json(folder / "manifest.json", with_checksum({"format": FORMAT, **content}))
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type that stores token ids: two bytes if they suffice, else four."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from config import SourceConfig
+from config import Config, SourceConfig
 from kindling import hub
 from kindling.data.dataset_rows import (
     PATH_COLUMNS,
@@ -346,3 +346,8 @@ def _no_data_set(source: SourceConfig, error: Exception) -> str:
         f"the data set {source.label!r} must be reachable with split {source.split!r}, but gave {said}; check the network and "
         f"the name (a gated set needs its terms accepted on its page and `hf auth login`), {local}"
     )
+
+
+def list_files(cfg: Config) -> SourceFiles:
+    """Return the files of each source, None for one on the hub."""
+    return [None if s.kind == "datasets" else local_files(s) for s in cfg.data.sources]

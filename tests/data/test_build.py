@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 import data_pipeline
 from config import DataConfig, SourceConfig, TokenizerConfig
 from kindling.data import build
-from kindling.data.build import fingerprint, list_files, prepare
+from kindling.data.build import fingerprint, prepare
 from kindling.data.duplicates import MinHashIndex, signature, word_hashes
 from kindling.data.filters import Drop, strip_header
 from kindling.data.ledger import explain, read_documents
 from kindling.data.process_document import ProcessedDocument, split_of
 from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
-from kindling.data.sources import Document, documents, local_files
+from kindling.data.sources import Document, documents, list_files, local_files
 from kindling.data.workers import WorkerPool
 from kindling.runs.checkpoint import RunDirectory
 from kindling.tokenization.tokenizer import TokenizerError, load_json

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 import data_pipeline
 from config import Config, SourceConfig
 from kindling.data import build, build_in_parts, distributed_build
-from kindling.data.build import atomic_folder, fingerprint, list_files, prepare
+from kindling.data.atomic_folder import atomic_folder
+from kindling.data.build import fingerprint, prepare
 from kindling.data.build_in_parts import cut, gather, make_plan, read_part, read_plan, run_part
 from kindling.data.filters import Drop
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.process_document import ProcessedDocument
 from kindling.data.shards import DataError
-from kindling.data.sources import LocalFile
+from kindling.data.sources import LocalFile, list_files
 from kindling.data.workers import WorkerPool
 from kindling.errors import KindlingError
 

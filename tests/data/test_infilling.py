@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import IGNORE, ModelConfig, TokenizerConfig
-from kindling.data.build import fingerprint, list_files, prepare
+from kindling.data.build import fingerprint, prepare
 from kindling.data.build_in_parts import gather, make_plan, run_part
 from kindling.data.examples import open_split, training_rows
 from kindling.data.infilling import (
@@ -31,6 +31,7 @@ from kindling.data.infilling import (
 from kindling.data.ledger import Ledger, read_documents
 from kindling.data.packing import PieceDataset, PieceRows
 from kindling.data.shards import DataError, TokenDataset, read_manifest
+from kindling.data.sources import list_files
 from kindling.data.workers import WorkerPool
 from kindling.errors import ConfigError
 from kindling.generation.completion import token_spellings

@@ -9,10 +9,11 @@ from conftest import tiny_config
 
 from config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from kindling.data import build, preflight
-from kindling.data.build import list_files, prepare
+from kindling.data.build import prepare
 from kindling.data.conversations import encode_conversation
 from kindling.data.process_document import Drop
 from kindling.data.shards import DataError
+from kindling.data.sources import list_files
 from kindling.errors import KindlingError
 from kindling.tokenization.train_tokenizer import train_bpe
 
