@@ -182,7 +182,7 @@ def tasks_of(flags: Flags) -> list[str]:
 def evaluate(subject: EvalContext) -> int:
     """Run each measurement of the flags, save the results and print them; return the exit code."""
     from kindling.data.build import DATA
-    from kindling.evaluation import report
+    from kindling.evaluation import report, results_file
     from kindling.evaluation.code_eval import evaluate_code, write_samples
     from kindling.evaluation.harness import run as run_harness
     from kindling.evaluation.memorization import seen_in_training
@@ -214,15 +214,15 @@ def evaluate(subject: EvalContext) -> int:
     results |= figures
 
     files = write_samples(run.path, flags.split, code, lengths)
-    results = report.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
+    results = results_file.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
     lines = [] if losses is None else losses.lines()
-    saved = report.save(run.path, results, lines)
+    saved = results_file.save(run.path, results, lines)
 
     if flags.harness is not None:  # it may take long or fail, so the other results are saved before
         device, data, limit = subject.runtime.device, flags.harness_data, flags.harness_limit
         results["harness"] = run_harness(model, tokenizer, tasks_of(flags), device, data, limit)
         results["seconds"] = time.perf_counter() - started
-        saved = report.save(run.path, results, lines)
+        saved = results_file.save(run.path, results, lines)
 
     print(report.table(results, lines, color=wants_color(sys.stdout)))
     print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {generate_command(run.path, subject.config)}")
@@ -316,7 +316,7 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
 
 def header(subject: EvalContext) -> dict[str, Any]:
     """Return what is evaluated, on which data and how."""
-    from kindling.evaluation.report import FORMAT
+    from kindling.evaluation.results_file import FORMAT
     from kindling.runs.loading import sha256_of_weights
 
     run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.config, subject.checkpoint

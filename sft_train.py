@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"reading {dataset.folder}, of these settings; --run names a run's", file=sys.stderr)
         print(explain_path(cfg, dataset.folder, flags.explain))
         return 0
-    from kindling.training.stage import audit_examples  # imports torch
+    from kindling.data.audit import audit_examples
 
     audit_examples(cfg, training_rows(cfg, dataset), tokenizer)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--audit"]

@@ -8,6 +8,7 @@ other, and padding that is supervised, wherever the fault was made.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 from config import IGNORE, Config
 from kindling.data.conversations import CUT, PROMPT, PROMPT_HASH, RESPONSE, RESPONSE_HASH, text_hash
-from kindling.data.examples import ExampleRows
+from kindling.data.examples import ExampleRows, Examples, require_template, training_rows
 from kindling.data.jinja_chat import is_jinja
 from kindling.data.ledger import Ledger
+from kindling.data.shards import TrainingRows
 from kindling.errors import KindlingError
+from kindling.output import wants_color
 from kindling.tokenization.tokenizer import Tokenizer
 
 DIM, GREEN, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
@@ -140,3 +143,20 @@ def picture(rows: ExampleRows, tokenizer: Tokenizer, color: bool) -> str:
         parts.append(f"{before}{text}{after}" if supervised[start] else f"{dim}{text}{undim}")
     legend = f"what is supervised is {before}{'green' if color else 'in brackets'}{after}"
     return f"--- one example; {legend}\n{''.join(parts)}\n---"
+
+
+def audit_examples(cfg: Config, rows: TrainingRows, tokenizer: Tokenizer) -> None:
+    """Print figures of all splits and one example, and check every example. Raises AuditError."""
+    assert isinstance(rows, ExampleRows), "fine-tuning has examples"
+    dataset = rows.examples
+    require_template(dataset.manifest, cfg.data.template)
+    splits = {"train": rows}
+    for split in ("val", "test"):
+        others = training_rows(cfg, Examples(dataset.folder, split))
+        assert isinstance(others, ExampleRows)
+        splits[split] = others
+    print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
+    print(picture(rows, tokenizer, wants_color(sys.stdout)))
+    audit(splits, tokenizer)
+    n = sum(rows.examples.n_examples for rows in splits.values())
+    print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")

@@ -25,7 +25,8 @@ from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, problems_from_c
 from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
 from kindling.evaluation.references import left_out_problems
-from kindling.evaluation.report import describe_left_out, file_name
+from kindling.evaluation.report import describe_left_out
+from kindling.evaluation.results_file import file_name
 from kindling.evaluation.samples import ChatFormat, Sample, prompts_too_long, write
 from kindling.evaluation.tasks import Problem, load, source_of
 from kindling.files import write_atomic

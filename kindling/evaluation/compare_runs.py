@@ -19,25 +19,16 @@ from kindling.evaluation.infill_report import pass_difference
 from kindling.evaluation.intervals import (
     FEWEST,
     Difference,
+    LossLines,
     Z,
+    bits_interval,
     count,
     number,
     paired_difference,
     paired_ratio_difference,
 )
-from kindling.evaluation.report import (
-    READING,
-    Losses,
-    ReportError,
-    Results,
-    bits_interval,
-    gold_cell,
-    harness_cell,
-    pass_cell,
-    rate_cell,
-    text_cell,
-)
-from kindling.evaluation.results_file import read_results
+from kindling.evaluation.report import READING, Results, gold_cell, harness_cell, pass_cell, rate_cell, text_cell
+from kindling.evaluation.results_file import ResultsError, read_results
 from kindling.public_paths import public_names
 from kindling.tables import Section, as_markdown, as_text
 
@@ -51,7 +42,7 @@ class Evaluated:
     path: Path
     place: int
     results: Results
-    losses: Losses = field(default_factory=list)
+    losses: LossLines = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -66,12 +57,12 @@ class Evaluated:
 def compare(runs: list[Path]) -> tuple[str, str]:
     """Return the runs side by side for a terminal and as a Markdown document.
 
-    Raises ReportError for fewer than two different runs, and for a run that was not evaluated, was evaluated by an older
+    Raises ResultsError for fewer than two different runs, and for a run that was not evaluated, was evaluated by an older
     version, or has damaged results.
     """
     if len({path.resolve() for path in runs}) < max(2, len(runs)):
         given = ", ".join(map(str, runs)) or "none"
-        raise ReportError(f"a comparison must be of two or more different runs, but is of {given}; name others")
+        raise ResultsError(f"a comparison must be of two or more different runs, but is of {given}; name others")
     evaluated = [Evaluated(path, number, *read_results(path)) for number, path in enumerate(runs, 1)]
     try:
         found = [
@@ -81,7 +72,7 @@ def compare(runs: list[Path]) -> tuple[str, str]:
         found.append(_explanation(found))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         given = ", ".join(str(run.path) for run in evaluated)
-        raise ReportError(
+        raise ResultsError(
             f"the results of {given} must be as evaluate.py writes them, but are not ({type(e).__name__}: {e}); "
             f"evaluate them again"
         ) from None

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kindling.evaluation.check_correctness import grade_samples
 from kindling.evaluation.code_eval import functional_figures, verdict_columns
 from kindling.evaluation.references import left_out_problems
-from kindling.evaluation.report import ReportError, file_name, save
-from kindling.evaluation.results_file import read_results
+from kindling.evaluation.results_file import ResultsError, file_name, read_results, save
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import FILES, Problem, load, source_of
 from kindling.files import write_atomic
@@ -26,7 +25,8 @@ from kindling.sandbox.process import Mode
 
 if TYPE_CHECKING:
     from config import EvalConfig
-    from kindling.evaluation.report import Losses, Results
+    from kindling.evaluation.intervals import LossLines
+    from kindling.evaluation.report import Results
 
 Line = dict[str, Any]
 
@@ -38,11 +38,11 @@ def grade_written(
     mode: Mode,
     cfg: EvalConfig,
     progress: Callable[[int], object] | None = None,
-) -> tuple[Results, Losses, list[str]]:
+) -> tuple[Results, LossLines, list[str]]:
     """Run the samples of benchmarks in a run's samples.jsonl. Return the results with them, and the names of the files written.
 
     Verdicts go to samples.jsonl, figures to eval.json and eval.md. The benchmarks are read from the files of `cfg`, which must
-    be those that the samples were made for. `progress` is called after each sample. Raises ReportError if there are no such
+    be those that the samples were made for. `progress` is called after each sample. Raises ResultsError if there are no such
     samples, or a problem is not in its benchmark.
     """
     results, losses = read_results(run, split)
@@ -50,7 +50,7 @@ def grade_written(
     lines = read_samples(path)
     places = [i for i, line in enumerate(lines) if line["benchmark"] in FILES]
     if not places:
-        raise ReportError(
+        raise ResultsError(
             f"{path} must hold samples of a benchmark, but holds none; write some with `python evaluate.py {run} --sandbox later`"
         )
     samples = rebuild([lines[i] for i in places], path, cfg)
@@ -73,17 +73,17 @@ def _is_skipped(part: Any) -> bool:
 
 
 def read_samples(path: Path) -> list[Line]:
-    """Return the lines of a samples.jsonl. Raises ReportError if it cannot be read."""
+    """Return the lines of a samples.jsonl. Raises ResultsError if it cannot be read."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:
-        raise ReportError(
+        raise ResultsError(
             f"{path} must be as evaluate.py writes it, but cannot be read ({e}); evaluate the run again"
         ) from None
 
 
 def rebuild(lines: list[Line], path: Path, cfg: EvalConfig) -> list[Sample]:
-    """Return the samples of these lines of `path`, each with its problem. Raises ReportError if a problem is not known."""
+    """Return the samples of these lines of `path`, each with its problem. Raises ResultsError if a problem is not known."""
     problems: dict[tuple[str, str], Problem] = {}
     for name in dict.fromkeys(line["benchmark"] for line in lines):
         problems |= {(name, problem.task_id): problem for problem in load(name, source_of(name, cfg))}
@@ -91,7 +91,7 @@ def rebuild(lines: list[Line], path: Path, cfg: EvalConfig) -> list[Sample]:
     for line in lines:
         problem = problems.get((line["benchmark"], line["task_id"]))
         if problem is None:
-            raise ReportError(
+            raise ResultsError(
                 f"{path} must be of problems that are in their benchmarks, but {line['task_id']} is not in {line['benchmark']}; "
                 f"name the file that it is in with --eval.humaneval or --eval.mbpp"
             )

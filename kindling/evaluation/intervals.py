@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -24,6 +24,8 @@ FEWEST = 6
 _CHUNK = 1 << 20  # numbers drawn at a time, to limit memory
 
 Numbers = Sequence[float] | np.ndarray
+LossLines = list[dict[str, Any]]
+"""The lines of losses.jsonl, one for each document, with its `nll` in nats, `tokens` and `bytes`."""
 
 
 class Interval(NamedTuple):
@@ -237,3 +239,26 @@ def percent(value: float | None, interval: Interval = NONE) -> str:
     return f"{value:.1%}" + (
         "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     )
+
+
+def bits_interval(losses: LossLines) -> Interval:
+    """Return the interval of bits per byte, resampling documents; none if a loss is not finite."""
+    low, high = _interval(losses, "bytes")
+    return Interval(low / math.log(2), high / math.log(2))
+
+
+def perplexity_interval(losses: LossLines) -> Interval:
+    """Return the interval of the perplexity, resampling documents; none if a loss is not finite."""
+    low, high = _interval(losses, "tokens")
+    return Interval(math.exp(low), math.exp(high))
+
+
+def _interval(losses: LossLines, unit: str) -> Interval:
+    if not all_finite(losses):
+        return NONE
+    return bootstrap_ratio([line["nll"] for line in losses], [line[unit] for line in losses])
+
+
+def all_finite(losses: LossLines) -> bool:
+    """Return whether the loss of each document is a finite number."""
+    return all(line["nll"] is not None and math.isfinite(line["nll"]) for line in losses)

@@ -1,115 +1,47 @@
-"""Shows the results of an evaluation as tables with 95% intervals, and saves them in the run.
+"""Shows the results of an evaluation as tables with 95% intervals.
 
     print(table(results, losses))        # for the terminal
-    save(Path("runs/demo"), results, losses)
 
-`results` is the content of eval.json. Any part of it may be absent, or be {"skipped": "the reason"}, which is shown. `losses`
-are the lines of losses.jsonl, one for each held-out document: {"document": 3, "language": "python", "source": "local-python",
-"tokens": 512, "bytes": 1700, "nll": 690.1}, with nll in nats. Without them, the figures on losses have no intervals.
+`results` and `losses` are those of results_file.py. Any part of the results may be absent, or be {"skipped": "the reason"},
+which is shown. Without losses, the figures on them have no intervals.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from kindling.errors import KindlingError
 from kindling.evaluation.infill_report import gaps_section, line_notes, whole_problems
 from kindling.evaluation.intervals import (
     FEWEST,
     NONE,
     Interval,
+    LossLines,
     Z,
-    bootstrap_ratio,
+    all_finite,
+    bits_interval,
     count,
     number,
     pass_interval,
     percent,
+    perplexity_interval,
     rate_interval,
 )
-from kindling.files import UNENCODABLE, write_atomic
 from kindling.tables import Section, as_markdown, as_text
 
-FORMAT = 2  # of eval.json
 READING = "figures in brackets are 95% intervals; a - stands for what is not known"
 
 Results = dict[str, Any]
-Losses = list[dict[str, Any]]
 
 
-class ReportError(KindlingError):
-    """Results cannot be written, read or compared."""
-
-
-def table(results: Results, losses: Losses | None = None, color: bool = False) -> str:
+def table(results: Results, losses: LossLines | None = None, color: bool = False) -> str:
     """Return all results for a terminal of 100 columns."""
     return as_text([title(results), *facts(results), READING], sections(results, losses or []), color)
 
 
-def markdown(results: Results, losses: Losses | None = None) -> str:
+def markdown(results: Results, losses: LossLines | None = None) -> str:
     """Return the same as a Markdown document."""
     return as_markdown(title(results), [*facts(results), READING], sections(results, losses or []))
-
-
-def file_name(name: str, split: str) -> str:
-    """Return the name of a file of results. For another split than the validation split, it contains the split's name."""
-    stem, _, suffix = name.partition(".")
-    return name if split == "val" else f"{stem}-{split}.{suffix}"
-
-
-def save(run_path: Path, results: Results, losses: Losses | None = None) -> list[str]:
-    """Write eval.json, eval.md and losses.jsonl into a run, each as a whole or not at all; return their names.
-
-    eval.json is written last and contains the hash of losses.jsonl, to show that both belong together. Without losses, the
-    losses.jsonl of an earlier evaluation is removed. Numbers that are not finite become null. Another split than the validation
-    split has its own files. Raises ReportError if the folder cannot be written.
-    """
-    split = results.get("split", "val")
-    names = [file_name(name, split) for name in ("losses.jsonl", "eval.md", "eval.json")]
-    name = names[0]
-    lines = "".join(_json(line) + "\n" for line in losses or [])
-    try:
-        if lines:
-            write_atomic(run_path / name, lines)
-            results = {**results, "losses_sha256": hashlib.sha256(lines.encode("utf-8", UNENCODABLE)).hexdigest()}
-        else:
-            (run_path / name).unlink(missing_ok=True)
-        name = names[1]
-        write_atomic(run_path / name, markdown(results, losses))
-        name = names[2]
-        write_atomic(run_path / name, _json(results, indent=1) + "\n")
-    except OSError as e:
-        raise ReportError(
-            f"{run_path} must be writable for {name}, but is not ({e}); free some space or fix its permissions"
-        ) from None
-    return names[::-1] if lines else names[:0:-1]
-
-
-def with_earlier(results: Results, run_path: Path) -> Results:
-    """Return the results, with the parts that only an earlier evaluation of the same weights and split has."""
-    try:
-        path = run_path / file_name("eval.json", results["split"])
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        same = all(earlier[key] == results[key] for key in ("format", "weights_sha256", "split"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return results
-    kept = [name for name in HEADINGS if name in earlier and name not in results] if same else []
-    return results | {name: earlier[name] for name in kept} | ({"kept": kept} if kept else {})
-
-
-def _json(content: Any, indent: int | None = None) -> str:
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): finite(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(content), indent=indent, allow_nan=False)
 
 
 def title(results: Results) -> str:
@@ -133,7 +65,7 @@ def facts(results: Results) -> list[str]:
     return [line for line in lines if line]
 
 
-def sections(results: Results, losses: Losses) -> list[Section]:
+def sections(results: Results, losses: LossLines) -> list[Section]:
     """Return a section for each part of the results."""
     found: list[Section] = []
     for name, heading in HEADINGS.items():
@@ -176,31 +108,10 @@ HEADINGS = {
 }
 
 
-def bits_interval(losses: Losses) -> Interval:
-    """Return the interval of bits per byte, resampling documents; none if a loss is not finite."""
-    low, high = _interval(losses, "bytes")
-    return Interval(low / math.log(2), high / math.log(2))
-
-
-def perplexity_interval(losses: Losses) -> Interval:
-    """Return the interval of the perplexity, resampling documents; none if a loss is not finite."""
-    low, high = _interval(losses, "tokens")
-    return Interval(math.exp(low), math.exp(high))
-
-
-def _interval(losses: Losses, unit: str) -> Interval:
-    all_finite = _all_finite(losses)
-    return bootstrap_ratio([line["nll"] for line in losses], [line[unit] for line in losses]) if all_finite else NONE
-
-
-def _all_finite(losses: Losses) -> bool:
-    return all(line["nll"] is not None and math.isfinite(line["nll"]) for line in losses)
-
-
 _LM_COLUMNS = ["loss", "perplexity", "bits per byte", "docs", "tokens", "bytes"]
 
 
-def _lm_row(name: str, figures: dict[str, Any], losses: Losses) -> list[str]:
+def _lm_row(name: str, figures: dict[str, Any], losses: LossLines) -> list[str]:
     return [
         name,
         number(figures.get("loss")),
@@ -210,7 +121,7 @@ def _lm_row(name: str, figures: dict[str, Any], losses: Losses) -> list[str]:
     ]
 
 
-def _language_modelling(part: dict[str, Any], losses: Losses) -> Section:
+def _language_modelling(part: dict[str, Any], losses: LossLines) -> Section:
     section = Section(HEADINGS["language_modelling"], ["", *_LM_COLUMNS])
     if "all" in part:
         section.rows.append(_lm_row("all", part["all"], losses))
@@ -228,7 +139,7 @@ def _language_modelling(part: dict[str, Any], losses: Losses) -> Section:
         section.notes.append("intervals: documents resampled, 10,000 times")
     else:
         section.notes.append("no intervals: the losses of single documents are missing")
-    if not _all_finite(losses):
+    if not all_finite(losses):
         section.notes.append("no intervals where the loss of a document is not finite")
     if part.get("stride"):
         section.notes.append(f"read through a window that moves on by {part['stride']:,} tokens")

@@ -26,7 +26,7 @@ from kindling.data.prompts import Exchange, prompt_text
 from kindling.data.shards import SplitInfo, read_manifest
 from kindling.data.sources import LANGUAGES
 from kindling.errors import one_line
-from kindling.evaluation import report
+from kindling.evaluation import report, results_file
 from kindling.formats.hf_layout import CLASSES, architecture
 from kindling.public_paths import PublicPaths, is_on_hub
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
@@ -248,15 +248,15 @@ def _splits(manifest: dict[str, Any], cfg: Config) -> Section:
 
 def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: PublicPaths) -> str:
     """Return the section on the evaluation of a split; empty if there is none. It says so if the weights were others."""
-    path = run.path / report.file_name("eval.json", split)
+    path = run.path / results_file.file_name("eval.json", split)
     if not path.is_file():
         return ""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["format"] != report.FORMAT:
-            raise ValueError(f"its format is {results['format']} and not {report.FORMAT}")
+        if results["format"] != results_file.FORMAT:
+            raise ValueError(f"its format is {results['format']} and not {results_file.FORMAT}")
         kept = "losses_sha256" in results
-        lines = (run.path / report.file_name("losses.jsonl", split)).read_bytes() if kept else b""
+        lines = (run.path / results_file.file_name("losses.jsonl", split)).read_bytes() if kept else b""
         if kept and hashlib.sha256(lines).hexdigest() != results["losses_sha256"]:
             raise ValueError("the losses beside it have changed")
         if "texts" in results:  # by the paths that were given

@@ -19,7 +19,8 @@ from kindling.config_io import to_yaml
 from kindling.data.ledger import Ledger
 from kindling.data.prompts import Exchange
 from kindling.errors import one_line
-from kindling.evaluation.report import FORMAT, sections
+from kindling.evaluation.report import sections
+from kindling.evaluation.results_file import FORMAT
 from kindling.generation.completion import answer, complete
 from kindling.generation.sampling import GenerationError, Sampling
 from kindling.plots.figures import WHY_A_GAP

@@ -16,19 +16,9 @@ from typing import Any
 import numpy as np
 
 from kindling.evaluation.compare_runs import Evaluated, held_out_difference, paired_bits, shown_difference
-from kindling.evaluation.intervals import number
-from kindling.evaluation.report import (
-    Losses,
-    ReportError,
-    bits_interval,
-    gold_cell,
-    harness_cell,
-    pass_cell,
-    perplexity_interval,
-    rate_cell,
-    text_cell,
-)
-from kindling.evaluation.results_file import read_results
+from kindling.evaluation.intervals import LossLines, bits_interval, number, perplexity_interval
+from kindling.evaluation.report import gold_cell, harness_cell, pass_cell, rate_cell, text_cell
+from kindling.evaluation.results_file import ResultsError, read_results
 from kindling.runs.checkpoint import RunDirectory
 from kindling.runs.metrics import read_metrics
 from kindling.studies.steps import LOGS, Records
@@ -49,10 +39,10 @@ class Run:
         return f"runs/{self.name}/{name}"
 
     @cached_property
-    def _evaluation(self) -> tuple[dict[str, Any], Losses]:
+    def _evaluation(self) -> tuple[dict[str, Any], LossLines]:
         try:
             return read_results(self.path)
-        except ReportError:
+        except ResultsError:
             return {}, []
 
     @property

@@ -7,19 +7,17 @@ exit_code = train_stage(cfg, fresh, report, base=run)       # fine-tuning of ano
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 
 from config import Config
 from kindling import device
-from kindling.data.audit import audit, picture, table
+from kindling.data.audit import audit_examples
 from kindling.data.build import prepare
-from kindling.data.examples import ExampleRows, Examples, open_split, require_template, training_rows
+from kindling.data.examples import open_split, training_rows
 from kindling.data.packing import PieceRows
 from kindling.data.shards import TokenDataset, TrainingRows
 from kindling.distributed import World, process_group
-from kindling.output import wants_color
 from kindling.runs.checkpoint import RUNS, RunDirectory
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.training.early_checks import run_to_extend
@@ -95,23 +93,6 @@ def ways_on(trainer: Trainer) -> str:
     if has_stable_part(trainer.train) and trainer.state.decay_step:
         said += f"; --train.extend {trainer.run.path} {more} goes on in a new run, from before the decay"
     return said
-
-
-def audit_examples(cfg: Config, rows: TrainingRows, tokenizer: Tokenizer) -> None:
-    """Print figures of all splits and one example, and check every example. Raises AuditError."""
-    assert isinstance(rows, ExampleRows), "fine-tuning has examples"
-    dataset = rows.examples
-    require_template(dataset.manifest, cfg.data.template)
-    splits = {"train": rows}
-    for split in ("val", "test"):
-        others = training_rows(cfg, Examples(dataset.folder, split))
-        assert isinstance(others, ExampleRows)
-        splits[split] = others
-    print(f"\n{dataset.folder}\n{table(cfg, splits)}\n")
-    print(picture(rows, tokenizer, wants_color(sys.stdout)))
-    audit(splits, tokenizer)
-    n = sum(rows.examples.n_examples for rows in splits.values())
-    print(f"audit: all {n:,} examples are supervised on their response and its end, and on nothing else")
 
 
 def describe(trainer: Trainer, rows: TrainingRows, base: RunDirectory | None) -> str:

@@ -10,7 +10,7 @@ from test_tables import assert_valid_tables
 
 from kindling.evaluation.compare_runs import compare
 from kindling.evaluation.intervals import paired_difference, paired_ratio_difference, pass_at_k
-from kindling.evaluation.report import ReportError, save
+from kindling.evaluation.results_file import ResultsError, save
 from kindling.tables import WIDTH
 
 LOSSES = made_losses()
@@ -244,7 +244,7 @@ def test_the_comparison_fits_100_columns_and_its_markdown_is_valid(tmp_path):
 
 
 def error_of(*runs: Path) -> str:
-    with pytest.raises(ReportError) as error:
+    with pytest.raises(ResultsError) as error:
         compare(list(runs))
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -5,8 +5,7 @@ import pytest
 from config import EvalConfig
 from kindling.evaluation import code_eval, grade_written
 from kindling.evaluation.check_correctness import GradedSample
-from kindling.evaluation.report import save
-from kindling.evaluation.results_file import read_results
+from kindling.evaluation.results_file import read_results, save
 
 SKIPPED = {"mbpp-3shot": {"skipped": "500 of 500 prompts do not fit"}}
 

@@ -7,7 +7,8 @@ import pytest
 from test_tables import assert_valid_tables
 
 from kindling.evaluation.intervals import Z, bootstrap_ratio, pass_at_k, pass_interval, wilson
-from kindling.evaluation.report import ReportError, markdown, save, table, with_earlier
+from kindling.evaluation.report import markdown, table
+from kindling.evaluation.results_file import ResultsError, save, with_earlier
 from kindling.tables import WIDTH
 
 HEADINGS = [
@@ -337,7 +338,7 @@ def test_saving_without_losses_leaves_none_of_an_earlier_evaluation(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / name).mkdir()  # where the file should be; a read-only folder would not stop root
     (tmp_path / name / "full").touch()
-    with pytest.raises(ReportError) as error:
+    with pytest.raises(ResultsError) as error:
         save(tmp_path, full(made_losses()), made_losses())
     assert f"{tmp_path} must be writable for {name}, but is not" in str(error.value)
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ from test_tables import assert_valid_tables
 from config import SourceConfig
 from kindling.config_io import to_yaml
 from kindling.data.build import prepare
-from kindling.evaluation import report
+from kindling.evaluation import report, results_file
 from kindling.files import write_atomic
 from kindling.formats import hf_format
 from kindling.formats.model_card import card
@@ -51,10 +51,10 @@ def made(data, tmp_path):
 
 def evaluate(run, folder, **more):
     losses = made_losses()
-    results = {"format": report.FORMAT, "run": "tiny", "checkpoint": folder.name, "split": "val"}
+    results = {"format": results_file.FORMAT, "run": "tiny", "checkpoint": folder.name, "split": "val"}
     results |= {"weights_sha256": weights_sha256(folder), "language_modelling": language_modelling(losses)}
     results |= {"functional": {"problems": benchmark([["a", 10, 3]] * 8)}, **more}
-    report.save(run.path, results, losses)
+    results_file.save(run.path, results, losses)
     return report.markdown(results, losses)
 
 

@@ -7,7 +7,8 @@ import torch
 from config import ModelConfig
 from kindling.errors import KindlingError
 from kindling.generation.decoding import stream
-from kindling.generation.inference import Int8Linear, prepare_for_inference
+from kindling.generation.inference import prepare_for_inference
+from kindling.generation.int8_linear import Int8Linear
 from kindling.generation.sampling import Sampling
 from model import GPT, TransformersGPT2
 

@@ -9,7 +9,7 @@ import pytest
 from test_study_report import make_run
 
 from kindling.config_io import from_yaml, to_yaml
-from kindling.evaluation.report import FORMAT
+from kindling.evaluation.results_file import FORMAT
 from kindling.files import sha256_text
 from kindling.studies import study_000 as study
 from kindling.studies.inputs import Inputs

@@ -20,7 +20,7 @@ from kindling.data.ledger import Ledger
 from kindling.data.shards import SPLITS, TokenDataset
 from kindling.data.sources import local_files
 from kindling.errors import KindlingError
-from kindling.evaluation.report import FORMAT
+from kindling.evaluation.results_file import FORMAT
 from kindling.plots.stage_figures import MeasureRow, stage_figure
 from kindling.studies import held_out
 from kindling.studies import study_004 as study

@@ -7,7 +7,7 @@ import pytest
 
 from config import Config, ModelConfig
 from kindling.config_io import to_yaml
-from kindling.evaluation.report import FORMAT
+from kindling.evaluation.results_file import FORMAT
 from kindling.studies.report import times_section, write_report
 from kindling.studies.run_results import Run, spikes
 from kindling.studies.steps import Record, Records, Step
