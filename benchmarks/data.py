@@ -289,7 +289,7 @@ def handwritten(repeats: int) -> dict[str, Any]:
     from config import TokenizerConfig
     from kindling.data.sources import local_files
     from kindling.tokenization.handwritten_bpe import ByteLevelBPE
-    from kindling.tokenization.tokenizer import control_tokens
+    from kindling.tokenization.infilling import control_tokens
     from kindling.tokenization.train_tokenizer import train_bpe
 
     texts: list[str] = []

@@ -37,7 +37,7 @@ Reader = Callable[
 
 
 class Mixture:
-    """Draws documents from the sources by weight, and drops duplicates.
+    """Draws documents from the sources by weight, drops duplicates, and gives each of the others its split.
 
     The next document comes from the source that is furthest behind its share of the tokens. Before there is a tokenizer,
     bytes count. So the order depends on the documents alone.

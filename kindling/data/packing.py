@@ -57,7 +57,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def lay_out(rows: list[list[Item]], n_rows: int, width: int, pad_id: int, separate: bool) -> Batch:
-    """Return rows of items as a batch, with padding up to `width` and `n_rows`.
+    """Return rows of items as a batch, with padding up to `width` and `n_rows`, whose targets are IGNORE.
 
     With `separate` it has positions, so that no item sees another. A token of padding is then a document of its own.
     """

@@ -82,7 +82,10 @@ class DocumentProcessor:
         self.cfg, self.benchmarks, self.tokenizer, self.context = cfg, benchmarks, tokenizer, context
 
     def all_of(self, document: Document) -> list[ProcessedDocument]:
-        """Process a document. Returns one result, or for a file with docstrings to mine, one for each example in it."""
+        """Process a document with `_examine_text` or `_examine_conversation`; return one result.
+
+        A file with docstrings to mine gives one for each example in it.
+        """
         if not document.mined or document.path is None:
             return [self(document)]
         try:
@@ -202,6 +205,7 @@ class DocumentProcessor:
         example = encode_conversation(exchanges, self.cfg, self.tokenizer, self.context)
         if isinstance(example, Drop):
             return example
+        # with the lengths of its prompts and responses. `ExampleWriter` stores both; `ExampleRows` makes rows with its `targets`
         out.example, out.ids, out.changes = example, example.ids, example.changes
         if exchanges != document.exchanges and (REWRITTEN, 0) not in out.changes:
             out.changes += ((REWRITTEN, 0),)

@@ -110,9 +110,10 @@ def encode(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> 
 
 
 def encode_spelled(template: str, exchanges: Sequence[Exchange], tokenizer: Encoder) -> list[Spelled]:
-    """Do the same, and return the texts as well.
+    """Return a conversation as ids and texts, a prompt and a response for each exchange.
 
-    Raises TemplateError for a template in Jinja that does not show which text the model is to write.
+    The response has the end-of-text token after it; an empty one stays without ids. Raises
+    TemplateError for a template in Jinja that does not show which text the model is to write.
     """
     if is_jinja(template):
         return _segments_of_jinja(template, _messages(exchanges), tokenizer)

@@ -75,6 +75,7 @@ def grade_samples(
     unique = {_key(sample): sample for sample in samples}
     grade_one = partial(grade, is_answer=chat is not None, mode=mode, limits=limits)
     results: dict[tuple[str, str, str, bool], GradedSample] = {}
+    # in worker processes, in the same order; a FailedJob for one that kills its process or hangs
     jobs = map_jobs(grade_one, unique.values(), cfg.n_workers, limits.wall_s + START_S + 10)
     for (key, sample), result in zip(unique.items(), jobs):
         if isinstance(result, FailedJob):  # the text, or an answer, killed the worker process

@@ -166,6 +166,7 @@ def _write_alike(
     own_newline = chat is None and merges_newline_with_indent(tokenizer)
     begins = newline_tokens(tokenizer, model.cfg.vocab_size) if own_newline else None
     samples = {}
+    # each row comes again after every few tokens; it goes on until `row.ended` is set, here or by the end of text
     for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.end_ids, seeds, cfg.batch_size, begins):
         i, number = order[place]
         problem, text = problems[i][0], tokenizer.decode(row.out)

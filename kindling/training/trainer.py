@@ -239,7 +239,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf))
-        norm_limit = self.guard.limit(state.step + 1)
+        norm_limit = self.guard.limit(state.step + 1)  # `spike_ratio` times the median of the norms before it
         bad = (~(torch.isfinite(loss) & torch.isfinite(norm) & (norm <= norm_limit))).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -263,7 +263,7 @@ class Trainer:
         state = self.state
         loss, norm = torch.stack((step.loss, step.norm)).tolist()
         good = math.isfinite(loss) and math.isfinite(norm) and norm <= step.norm_limit
-        self.guard.add(step.number, norm, good)
+        self.guard.add(step.number, norm, good)  # a bad one does not change later limits
         if good:
             state.skipped_in_a_row = 0
             return loss, norm, good
