@@ -130,7 +130,8 @@ class Plan:
 
     def run_seconds(self, clock: Clock, depth: int, steps: int) -> float:
         """Return how long a run takes. The first one of a size builds its data, as each size has its own vocabulary."""
-        pace = pace_of(clock, self.base, depth, self.block_size, self.batch_size)
+        compiled = clock.compiles(6 * self.parameters(depth) * self.tokens(steps))
+        pace = pace_of(clock, self.base, depth, self.block_size, self.batch_size, compiled)
         read = self.max_bytes or BYTES_PER_TOKEN * self.tokens(self.steps_of[-1])
         building = clock.building(read) if depth == self.depths[-1] or steps == self.steps_of[0] else 0.0
         trained = steps - self.trunk(depth, steps)
@@ -184,9 +185,10 @@ class Pace(NamedTuple):
 
 
 @cache
-def pace_of(clock: Clock, base: str, depth: int, block_size: int, batch_size: int) -> Pace:
-    """Return the measured pace of a size."""
+def pace_of(clock: Clock, base: str, depth: int, block_size: int, batch_size: int, compiled: bool = False) -> Pace:
+    """Return the measured pace of a size; `compiled` as long runs are."""
     cfg = at_depth(base, depth, block_size, batch_size, 1)
+    cfg = replace(cfg, train=replace(cfg.train, compile="on" if compiled else "off"))
     return Pace(clock.training(cfg, 0), clock.step_s(cfg), clock.reading(cfg, 1))
 
 

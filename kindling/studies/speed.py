@@ -139,6 +139,13 @@ class Clock:
     def _keep(self, key: str, seconds: list[float]) -> None:
         self.measured[key], self._at[key] = seconds, time.time()
 
+    def compiles(self, work: float) -> bool:
+        """Return whether a run of so many floating-point operations is compiled here, where `train.compile` is auto."""
+        from kindling import device
+
+        kind = "cpu" if self.machine.get("gpu") is None else "cuda"
+        return work >= device.COMPILE_FLOPS[kind] and device.has_compiler(kind)
+
     def knows(self, cfg: Config) -> bool:
         """Return whether a shape was measured."""
         return self._key(cfg) in self.measured

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kindling import device
 from kindling.cli import parse_cli
 from kindling.config_io import to_yaml
 from kindling.studies import scaling_results
@@ -34,7 +35,7 @@ from kindling.studies.scaling import (
 from kindling.studies.scaling_advice import advise, seconds_of_text
 from kindling.studies.scaling_law import Law, ScalingError
 from kindling.studies.scaling_results import predict_held_out, read_run, read_study, sections, write_result
-from kindling.studies.speed import Clock
+from kindling.studies.speed import Clock, flops
 from kindling.studies.steps import require_plan
 from kindling.tables import as_markdown
 from main import Flags
@@ -299,3 +300,22 @@ def test_an_optimum_beyond_the_runs_still_makes_a_table_and_a_picture(study):
     steep = replace(found, fit=replace(found.fit, law=Law(0.6, 20.0, 400.0, 0.01, 0.45)))
     assert scaling_results.picture(steep).startswith(b"\x89PNG")
     assert math.isfinite(steep.fit.law.optimum(1e12)[0]) and sections(steep)
+
+
+def test_long_runs_are_planned_at_the_speed_of_a_compiled_step(monkeypatch):
+    monkeypatch.setattr(device, "has_compiler", lambda kind: True)
+    asked: set[str] = set()
+
+    def measured(cfg) -> tuple[float, float]:
+        asked.add(cfg.train.compile)
+        return flops(cfg) / 3e10 / (2 if cfg.train.compile == "on" else 1), 0.0
+
+    twice = Clock(Path("/nowhere"), measured, lambda: 5.0)
+    long = replace(TOY, steps_of=(20_000, 43_000, 93_000, 200_000), held_out_steps=93_000)
+    ends = [twice.compiles(6 * plan.parameters(2) * plan.tokens(plan.steps_of[0])) for plan in (TOY, long)]
+    assert ends == [False, True]
+    slow = Clock(Path("/nowhere"), lambda cfg: (flops(cfg) / 3e10, 0.0), lambda: 5.0)
+    assert TOY.run_seconds(twice, 2, 100) > 0 and asked == {"off"}
+    assert long.run_seconds(twice, 2, 20_000) < 0.6 * long.run_seconds(slow, 2, 20_000) and asked == {"off", "on"}
+    monkeypatch.setattr(device, "has_compiler", lambda kind: False)
+    assert not twice.compiles(1e20)
