@@ -148,8 +148,8 @@ def chat_format(run: RunDirectory) -> ChatFormat | None:
 
 def require(flags: Flags, run: RunDirectory) -> None:
     """Raise a KindlingError before the long work, if the run cannot be written or asked, or a text or a task does not exist."""
-    from kindling.data.infilling import require_fim
     from kindling.evaluation.tasks import INFILL, require_sources
+    from kindling.tokenization.infilling import require_fim
 
     if not os.access(run.path, os.W_OK):
         raise EvaluationError(f"{run.path} must be writable for the results, but is not; correct its permissions")
@@ -183,6 +183,7 @@ def evaluate(subject: EvalContext) -> int:
     """Run each measurement of the flags, save the results and print them; return the exit code."""
     from kindling.data.build import DATA
     from kindling.evaluation import report, results_file
+    from kindling.evaluation.check_correctness import sandbox_refusal
     from kindling.evaluation.code_eval import evaluate_code, write_samples
     from kindling.evaluation.harness import run as run_harness
     from kindling.evaluation.memorization import seen_in_training
@@ -190,7 +191,7 @@ def evaluate(subject: EvalContext) -> int:
 
     started, flags, run = time.perf_counter(), subject.flags, subject.run
     cfg, model, tokenizer, world = flags.eval, subject.model, subject.tokenizer, subject.runtime.world
-    refusal = world.on_main(lambda: sandbox_refusal(flags))
+    refusal = world.on_main(lambda: sandbox_refusal(flags.sandbox, cfg))
     benchmarks = cfg.n_samples if refusal is None else {}
 
     losses = None if subject.heldout is None else losses_of(subject, subject.heldout, cfg.stride)
@@ -229,24 +230,6 @@ def evaluate(subject: EvalContext) -> int:
     if refusal is not None:
         raise EvaluationError(refusal)
     return 0
-
-
-def sandbox_refusal(flags: Flags) -> str | None:
-    """Return why no program can be run here, or None. Warn if programs will run without a sandbox."""
-    from kindling.evaluation.check_correctness import program_limits
-    from kindling.sandbox.bubblewrap import SandboxError
-    from kindling.sandbox.self_test import self_test
-
-    if flags.sandbox == "later" or not flags.eval.n_samples:
-        return None
-    try:
-        self_test(flags.sandbox, program_limits(flags.eval))
-    except SandboxError as e:
-        return str(e)
-    if flags.sandbox == "none":
-        warning = "warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"
-        print(f"\033[31;1m{warning}\033[0m" if wants_color(sys.stderr) else warning, file=sys.stderr)
-    return None
 
 
 def losses_of(subject: EvalContext, dataset: TokenDataset, stride: int | None = None) -> Losses:
@@ -339,6 +322,7 @@ def header(subject: EvalContext) -> dict[str, Any]:
 def grade_earlier(flags: Flags) -> int:
     """Run the samples that an earlier evaluation wrote, add the results to the run and print them; return the exit code."""
     from kindling.evaluation import report
+    from kindling.evaluation.check_correctness import sandbox_refusal
     from kindling.evaluation.grade_written import grade_written
     from kindling.evaluation.progress import progress_bar
     from kindling.formats.hf_import import find_model
@@ -346,7 +330,7 @@ def grade_earlier(flags: Flags) -> int:
     run = find_model(flags.run)
     if flags.sandbox == "later":
         raise EvaluationError("--grade must be given without --sandbox later, but is given with it; leave one out")
-    refusal = sandbox_refusal(flags)
+    refusal = sandbox_refusal(flags.sandbox, flags.eval)
     if refusal is not None:
         raise EvaluationError(refusal)
     with progress_bar("running samples", 0, "sample") as bar:

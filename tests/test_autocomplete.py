@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 import autocomplete
 from autocomplete import Completer, Sampling, draw, main, stream
 from config import ModelConfig, TokenizerConfig
-from kindling.formats.int8_format import difference, quantize, write
+from kindling.formats.int8_format import difference, write
 from kindling.generation.healing import Healing
 from kindling.int8 import kernel as int8_kernel
 from kindling.int8.model import CompletionError, Model, erf
+from kindling.int8_rounding import quantize
 from kindling.tokenization.tokenizer import from_json
 from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT

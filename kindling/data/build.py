@@ -28,7 +28,7 @@ from kindling.config_io import by_old_names
 from kindling.data.atomic_folder import atomic_folder
 from kindling.data.decontamination import benchmark_files
 from kindling.data.examples import ExampleWriter
-from kindling.data.infilling import KIND, KINDS, require_fim
+from kindling.data.infilling import KIND, KINDS
 from kindling.data.ledger import DocumentLog, Ledger
 from kindling.data.mixture import Mixture, Reader
 from kindling.data.packing import INFILLING, PieceWriter
@@ -41,6 +41,7 @@ from kindling.data.workers import WorkerPool
 from kindling.files import sha256_text
 from kindling.paths import expand_home
 from kindling.public_paths import is_hub_tokenizer, is_on_hub
+from kindling.tokenization.infilling import require_fim
 from kindling.tokenization.pretrained import load_pretrained, rewrites
 from kindling.tokenization.tokenizer import Tokenizer
 from kindling.tokenization.train_tokenizer import require_room, train

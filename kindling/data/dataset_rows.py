@@ -2,7 +2,7 @@
 
     for row in rows_of(source, path):
         text = text_of(row, source.field)              # or, for instructions,
-        exchanges = conversation_of(source, row)
+        exchanges = exchanges_of_row(source, row)
 
 A bad row raises BadRow; the rows after it can still be read. A damaged file raises the error of the library that reads it.
 """
@@ -96,7 +96,7 @@ def _kind(value: Any) -> str:
     return "NaN, a missing value" if value is not None and is_missing(value) else f"a {type(value).__name__}"
 
 
-def conversation_of(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange, ...]:
+def exchanges_of_row(source: SourceConfig, row: dict[str, Any]) -> tuple[Exchange, ...]:
     """Return the exchanges of a row of instructions. Only the input may be missing, null or NaN. Raises BadRow."""
     if source.messages_field is not None:
         return _exchanges(row.get(source.messages_field), source.messages_field)

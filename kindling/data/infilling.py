@@ -1,7 +1,6 @@
-"""Cuts a document to pieces for fill-in-the-middle, and encodes prompts to be filled in.
+"""Cuts a document to pieces for fill-in-the-middle.
 
     pieces = cut_document(ids, tokenizer, Shares(rate=0.5, spm=0.5, lines=0), context=256, digest=digest)
-    ids = encode_infill(tokenizer, "def add(a, b):\\n    ", "\\n", spm=False)      # the model writes what is between them
 
 A piece fits in a row of the model whole. `rate` of the pieces are cut at two places: prefix, middle and suffix are encoded
 each on its own, and the middle comes last, with an end-of-text token. So a model learns to stop where the suffix begins, and a
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kindling.tokenization.infilling import FIM_TOKENS, FimIds, arrange
+from kindling.tokenization.infilling import arrange, require_fim
 from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
 
 KINDS = ("left to right", "PSM", "SPM", "PSM, lines", "SPM, lines")
@@ -44,25 +43,6 @@ class Pieces(NamedTuple):
 
     ids: np.ndarray
     table: np.ndarray
-
-
-def require_fim(tokenizer: Tokenizer, way_out: str) -> FimIds:
-    """Return the control tokens; raises TokenizerError, which ends with `way_out`, for a vocabulary without them."""
-    if tokenizer.fim is None:
-        raise TokenizerError(
-            f"a tokenizer must have the special tokens {' '.join(FIM_TOKENS)} to fill in the middle, but this one lacks them; "
-            f"{way_out}"
-        )
-    return tokenizer.fim
-
-
-def encode_infill(tokenizer: Tokenizer, prefix: str, suffix: str, spm: bool = False) -> list[int]:
-    """Return the prompt after which a model writes what stands between `prefix` and `suffix`, and then end-of-text.
-
-    It has no begin-of-text token, as in training. Raises TokenizerError for a vocabulary without the control tokens.
-    """
-    fim = require_fim(tokenizer, "complete without a suffix, or train a tokenizer with --tokenizer.kind bpe")
-    return arrange(fim, tokenizer.encode(prefix), tokenizer.encode(suffix), [], spm)
 
 
 def cut_document(ids: list[int], tokenizer: Tokenizer, shares: Shares, context: int, digest: bytes) -> Pieces:

@@ -28,7 +28,7 @@ from kindling.data.dataset_rows import (
     PATH_COLUMNS,
     REPOSITORY_COLUMNS,
     BadRow,
-    conversation_of,
+    exchanges_of_row,
     is_message,
     rows_of,
     text_of,
@@ -267,7 +267,7 @@ def _row_document(source: SourceConfig, key: str, row: Any, language: str) -> Do
         )
     try:
         if source.is_instructions:
-            exchanges = conversation_of(source, row)
+            exchanges = exchanges_of_row(source, row)
             size = sum(n_bytes_of(text) for e in exchanges for text in (e.instruction, e.input, e.response))
             return Document(key, language, size=size, inner=inner, exchanges=exchanges)
         text = text_of(row, source.field)

@@ -25,10 +25,12 @@ from kindling.evaluation.answer_extraction import extract_from_answer
 from kindling.evaluation.extraction import extract_from_completion, is_empty, is_trivial
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import Problem
+from kindling.output import wants_color
 from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.arguments import NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
+from kindling.sandbox.self_test import self_test
 
 if TYPE_CHECKING:
     from config import EvalConfig
@@ -61,6 +63,20 @@ class GradedSample:
 def program_limits(cfg: EvalConfig) -> Limits:
     """Return the limits of each program."""
     return Limits(cfg.cpu_s, 2.0 * cfg.cpu_s + 8, cfg.memory_mb * 2**20)
+
+
+def sandbox_refusal(mode: When, cfg: EvalConfig) -> str | None:
+    """Return why no program can be run here, or None. Warn if programs will run without a sandbox."""
+    if mode == "later" or not cfg.n_samples:
+        return None
+    try:
+        self_test(mode, program_limits(cfg))
+    except SandboxError as e:
+        return str(e)
+    if mode == "none":
+        warning = "warning: generated code runs WITHOUT A SANDBOX and can do whatever you can"
+        print(f"\033[31;1m{warning}\033[0m" if wants_color(sys.stderr) else warning, file=sys.stderr)
+    return None
 
 
 def grade_samples(

@@ -19,9 +19,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kindling.data.infilling import KINDS, PSM, SPM, require_fim
+from kindling.data.infilling import KINDS, PSM, SPM
 from kindling.files import UNENCODABLE
-from kindling.tokenization.infilling import prompt_at_cursor
+from kindling.tokenization.infilling import prompt_at_cursor, require_fim
 
 if TYPE_CHECKING:
     from kindling.generation.sampling import Sampling

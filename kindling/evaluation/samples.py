@@ -69,7 +69,7 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) 
     if problem.ids:
         return list(problem.ids)
     if problem.suffix is not None:
-        from kindling.data.infilling import encode_infill  # it imports NumPy, which the judge's Python may lack
+        from kindling.tokenization.infilling import encode_infill
 
         # with the suffix first, as serve.py asks: so the model goes on from the prompt, as it does without a suffix
         return encode_infill(tokenizer, without_newline(problem, tokenizer), problem.suffix, spm=True)

@@ -21,7 +21,7 @@ from kindling.errors import KindlingError
 from kindling.files import sha256_file, write_json
 from kindling.formats.parity import Difference, compare
 from kindling.int8.model import CONFIG, FORMAT, TOKENIZER, WEIGHTS, Model
-from kindling.int8_rounding import round_rows, row_scales
+from kindling.int8_rounding import quantize
 from kindling.runs.loading import Chat
 from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer
 from model import GPT
@@ -29,14 +29,6 @@ from model import GPT
 
 class Int8Error(KindlingError):
     """A run that cannot be exported to int8."""
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the int8 matrix and the float32 scale of each row (N,) of a weight (N, K)."""
-    weight = weight.float()
-    scale = row_scales(weight)  # (N,)
-    scale[scale == 0] = 1.0
-    return round_rows(weight, scale), scale
 
 
 def tensors(model: GPT) -> dict[str, Tensor]:

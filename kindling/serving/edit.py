@@ -10,11 +10,25 @@ Text is held back while a later token may still take it away: white space, a beg
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from kindling.serving.generation import Edit
+from dataclasses import dataclass
 
 PAIRS = {")": "(", "]": "[", "}": "{"}
 QUOTES = "\"'`"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Rules for text at an editor's cursor."""
+
+    prefix: str = ""
+    """The text before the cursor, or as much of it as holds the cursor's line."""
+    suffix: str = ""
+    """The text after the cursor: a completion ends before it would repeat the beginning of it."""
+    max_lines: int | None = None
+    stop_at_dedent: bool = False
+    """End before a line that is indented less than the line of the cursor."""
+    min_confidence: float = 0.0
+    """Answer with no text if the mean probability of its tokens is below this. Above 0, all text is said at the end."""
 
 
 class _Overlaps:

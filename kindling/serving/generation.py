@@ -8,24 +8,10 @@ from typing import Literal
 
 from kindling.generation.healing import Healing
 from kindling.generation.settings import Sampling
+from kindling.serving.edit import Edit
 
 Ending = Literal["end of text", "limit", "stop", "context", "edit", "time"]
 """The model's own end of text, `max_new_tokens`, a stop string, a full context, a rule of `Edit`, or the time limit."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Rules for text at an editor's cursor."""
-
-    prefix: str = ""
-    """The text before the cursor, or as much of it as holds the cursor's line."""
-    suffix: str = ""
-    """The text after the cursor: a completion ends before it would repeat the beginning of it."""
-    max_lines: int | None = None
-    stop_at_dedent: bool = False
-    """End before a line that is indented less than the line of the cursor."""
-    min_confidence: float = 0.0
-    """Answer with no text if the mean probability of its tokens is below this. Above 0, all text is said at the end."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from kindling.data.exported_templates import jinja_template
 from kindling.data.prompts import encode as encode_conversation
 from kindling.data.prompts import flatten
 from kindling.serving.body import HUGE, Fields, is_integer, is_text
-from kindling.serving.generation import Edit, Piece
+from kindling.serving.edit import Edit
+from kindling.serving.generation import Piece
 from kindling.serving.logprobs import listed, text_or_bytes
 from kindling.serving.openai_chat import conversation_of
 from kindling.serving.options import (

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kindling.serving.body import BadRequest, Fields, is_integer, is_text
-from kindling.serving.generation import Done, Edit, Piece, Token
+from kindling.serving.edit import Edit
+from kindling.serving.generation import Done, Piece, Token
 from kindling.serving.logprobs import in_columns
 from kindling.serving.options import (
     AT_CURSOR,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kindling.generation.settings import Sampling
 from kindling.serving.body import HUGE, BadRequest, Fields
-from kindling.serving.generation import Edit
+from kindling.serving.edit import Edit
 from kindling.serving.served_model import Options, Prompt, Served
 
 SEEDS = 2**62  # clients send up to 64 bits

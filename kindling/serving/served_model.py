@@ -17,8 +17,9 @@ from kindling.generation.healing import longest_prompt, newest_text, split_for_h
 from kindling.generation.settings import Sampling
 from kindling.int8.model import CompletionError
 from kindling.serving.body import BadRequest
+from kindling.serving.edit import Edit
 from kindling.serving.engine import Vocabulary
-from kindling.serving.generation import Edit, Generation
+from kindling.serving.generation import Generation
 from kindling.serving.metrics import Metrics
 from kindling.serving.scheduler import Scheduler
 from kindling.tokenization.infilling import CHARACTERS, FIM_TOKENS, prompt_at_cursor

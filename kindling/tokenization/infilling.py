@@ -1,5 +1,6 @@
-"""The control tokens of fill-in-the-middle, and the order in which they join the parts of a text.
+"""The control tokens of fill-in-the-middle, and the prompts that are made with them.
 
+    ids = encode_infill(tokenizer, "def add(a, b):\\n    ", "\\n")      # the model writes what is between them
     ids = arrange(tokenizer.fim, prefix_ids, suffix_ids, middle_ids, spm=False)
 
 The spellings are StarCoder's, which llama.cpp and editors know. Every vocabulary that Kindling trains reserves them. Written in
@@ -9,7 +10,10 @@ a text they are text. Source: Bavarian et al. 2022, "Efficient training of langu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kindling.tokenization.tokenizer import Tokenizer
 
 PREFIX_SHARE = 0.7  # of the room for prefix and suffix, if both are longer
 CHARACTERS = 80  # of text, for each token of the room, are encoded: far more than fit
@@ -69,3 +73,24 @@ def prompt_at_cursor(
 def _cut(length: int, most: int, step: int) -> int:
     """Return how many of `length` are left out so that at most `most` stay: a multiple of `step`."""
     return -(-max(0, length - most) // step) * step
+
+
+def require_fim(tokenizer: Tokenizer, way_out: str) -> FimIds:
+    """Return the control tokens; raises TokenizerError, which ends with `way_out`, for a vocabulary without them."""
+    from kindling.tokenization.tokenizer import TokenizerError  # which imports this file
+
+    if tokenizer.fim is None:
+        raise TokenizerError(
+            f"a tokenizer must have the special tokens {' '.join(FIM_TOKENS)} to fill in the middle, but this one lacks them; "
+            f"{way_out}"
+        )
+    return tokenizer.fim
+
+
+def encode_infill(tokenizer: Tokenizer, prefix: str, suffix: str, spm: bool = False) -> list[int]:
+    """Return the prompt after which a model writes what stands between `prefix` and `suffix`, and then end-of-text.
+
+    It has no begin-of-text token, as in training. Raises TokenizerError for a vocabulary without the control tokens.
+    """
+    fim = require_fim(tokenizer, "complete without a suffix, or train a tokenizer with --tokenizer.kind bpe")
+    return arrange(fim, tokenizer.encode(prefix), tokenizer.encode(suffix), [], spm)

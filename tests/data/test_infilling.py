@@ -25,7 +25,6 @@ from kindling.data.infilling import (
     LineCut,
     Shares,
     cut_document,
-    encode_infill,
     end_of_block,
 )
 from kindling.data.ledger import Ledger, read_documents
@@ -36,6 +35,7 @@ from kindling.data.workers import WorkerPool
 from kindling.errors import ConfigError
 from kindling.generation.completion import token_spellings
 from kindling.runs.checkpoint import RunDirectory
+from kindling.tokenization.infilling import encode_infill
 from kindling.tokenization.tokenizer import TokenizerError, from_json, load_json
 from kindling.tokenization.train_tokenizer import train
 from presets import preset

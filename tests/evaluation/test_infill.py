@@ -13,10 +13,10 @@ from tiny_runs import bigram_model
 
 from config import ModelConfig, TokenizerConfig
 from kindling.data.build import prepare
-from kindling.data.infilling import encode_infill
 from kindling.evaluation.infill import LINE, LONGEST, PER_DOCUMENT, SPAN, Filler, Gap, edit_similarity, gaps, infill
 from kindling.evaluation.report import table
 from kindling.runs.checkpoint import RunDirectory
+from kindling.tokenization.infilling import encode_infill
 from kindling.tokenization.train_tokenizer import train_bpe
 from model import build_model
 

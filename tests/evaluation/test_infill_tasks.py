@@ -9,7 +9,6 @@ import torch
 from test_samples import CFG, Scripted, texts
 
 from config import EvalConfig, ModelConfig, TokenizerConfig
-from kindling.data.infilling import encode_infill
 from kindling.evaluation import code_eval, references
 from kindling.evaluation.check_correctness import GradedSample, Verdict, grade
 from kindling.evaluation.code_eval import Chosen, asked_problems, evaluate_code, functional_figures
@@ -28,6 +27,7 @@ from kindling.evaluation.samples import (
 )
 from kindling.evaluation.tasks import Problem, load
 from kindling.sandbox.process import Limits
+from kindling.tokenization.infilling import encode_infill
 from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT
 

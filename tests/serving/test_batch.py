@@ -10,7 +10,8 @@ from kindling.generation.healing import Healing, split_for_healing
 from kindling.generation.settings import Sampling
 from kindling.serving.batch import Batch, Job
 from kindling.serving.counters import Counters
-from kindling.serving.generation import Done, Edit, Failed, Generation, Piece, Token
+from kindling.serving.edit import Edit
+from kindling.serving.generation import Done, Failed, Generation, Piece, Token
 
 VOCABULARY = FakeVocabulary()
 

@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kindling.serving.edit import EditText
-from kindling.serving.generation import Edit
+from kindling.serving.edit import Edit, EditText
 
 
 def shown(edit: Edit, *pieces: str, complete: bool = True) -> str:

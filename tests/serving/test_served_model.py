@@ -9,7 +9,8 @@ from http_server import FIM, served
 from kindling.data.prompts import Exchange, prompt_text
 from kindling.generation.settings import Sampling
 from kindling.serving.body import BadRequest
-from kindling.serving.generation import Edit, Piece
+from kindling.serving.edit import Edit
+from kindling.serving.generation import Piece
 from kindling.serving.replies import Answers, Whole, _Mail, collect
 from kindling.serving.served_model import Conversation, Options, at_cursor, chat, continuation
 from kindling.tokenization.infilling import arrange, prompt_at_cursor
