@@ -203,9 +203,7 @@ def evaluate(subject: EvalContext) -> int:
     code = evaluate_code(model, tokenizer, subject.heldout, subject.chat, benchmarks, flags.sandbox, cfg, world)
     if not world.main:  # only the main rank does the rest
         return 0
-    if flags.text:
-        results["texts"] = text_figures(subject)
-    results |= code.figures
+    results |= ({"texts": text_figures(subject)} if flags.text else {}) | code.figures
     if refusal is not None:
         results["functional"] = {"skipped": refusal}
 
@@ -220,8 +218,8 @@ def evaluate(subject: EvalContext) -> int:
     saved = results_file.save(run.path, results, lines)
 
     if flags.harness is not None:  # it may take long or fail, so the other results are saved before
-        device, data, limit = subject.runtime.device, flags.harness_data, flags.harness_limit
-        results["harness"] = run_harness(model, tokenizer, tasks_of(flags), device, data, limit)
+        where = subject.runtime.device, flags.harness_data, flags.harness_limit
+        results["harness"] = run_harness(model, tokenizer, tasks_of(flags), *where)
         results["seconds"] = time.perf_counter() - started
         saved = results_file.save(run.path, results, lines)
 

@@ -235,9 +235,9 @@ def _print_batch(prompts: list[str], flags: Flags, model: LanguageModel, tokeniz
     """Print a JSON line for each sample of each prompt, in order, as soon as it and all earlier ones are done."""
     from tqdm import tqdm
 
+    from kindling.errors import TokenizerError
     from kindling.generation.completion import complete_batch, encode_document
     from kindling.generation.healing import longest_prompt
-    from kindling.tokenization.tokenizer import TokenizerError
 
     block_size, ids = model.cfg.block_size, []
     for number, prompt in enumerate(prompts, 1):

@@ -84,3 +84,15 @@ def difference(text: str, back: str) -> str:
 
 def _shown(text: str) -> str:
     return ascii(text[:LONGEST]) + ("..." if len(text) > LONGEST else "")
+
+
+class TokenizerError(KindlingError):
+    """A tokenizer cannot be loaded or trained, or cannot encode a text."""
+
+    rule = "not in the vocabulary"
+    """What the ledger calls a document that is dropped for it."""
+
+    @property
+    def reason(self) -> str:
+        """The text without its way out, for the ledger."""
+        return str(self).rpartition(";")[0]

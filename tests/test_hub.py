@@ -15,9 +15,9 @@ from config import SourceConfig, TokenizerConfig
 from kindling import hub
 from kindling.data.shards import DataError
 from kindling.data.sources import documents
+from kindling.errors import TokenizerError
 from kindling.evaluation.tasks import TaskError, load
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import TokenizerError
 from kindling.tokenization.train_tokenizer import train_bpe
 
 

@@ -22,7 +22,8 @@ from config import IGNORE, DataConfig
 from kindling.data.filters import Drop
 from kindling.data.jinja_chat import TemplateError
 from kindling.data.prompts import Exchange, Segment, Spelled, encode_spelled, find_marker, flatten
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
+from kindling.errors import TokenizerError
+from kindling.tokenization.tokenizer import Tokenizer
 
 CUT = "response cut to the context"
 SPELT, MARKED = "control token kept as text", "template marker kept"  # in an instruction

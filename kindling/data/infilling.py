@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kindling.errors import TokenizerError
 from kindling.tokenization.infilling import arrange, require_fim
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
+from kindling.tokenization.tokenizer import Tokenizer
 
 KINDS = ("left to right", "PSM", "SPM", "PSM, lines", "SPM, lines")
 LEFT_TO_RIGHT, PSM, SPM, PSM_LINES, SPM_LINES = range(5)

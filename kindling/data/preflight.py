@@ -12,10 +12,11 @@ from config import Config, TokenizerConfig
 from kindling.data.prompts import Exchange, encode
 from kindling.data.shards import DataError
 from kindling.data.sources import WHOLE_FILES, SourceFiles, require_answer
+from kindling.errors import TokenizerError
 from kindling.paths import expand_home
 from kindling.public_paths import is_hub_tokenizer
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
+from kindling.tokenization.tokenizer import Tokenizer
 from kindling.tokenization.train_tokenizer import require_room
 
 BYTES_PER_TOKEN = 5  # of text: more than tokenizers have on average, so that the estimate is rather too small

@@ -31,9 +31,9 @@ from kindling.data.filters import COMPILE_BYTES, Drop, first_failed_filter, stri
 from kindling.data.infilling import Pieces, Shares, cut_document
 from kindling.data.prompts import Exchange
 from kindling.data.sources import Document
-from kindling.errors import one_line
+from kindling.errors import TokenizerError, one_line
 from kindling.json_rows import n_bytes_of
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
+from kindling.tokenization.tokenizer import Tokenizer
 
 _NO_WORDS = np.empty(0, dtype=np.uint64)
 

@@ -36,11 +36,11 @@ from kindling.data.examples import Examples
 from kindling.data.shards import BYTES, LANGUAGE, SOURCE, Batch, DataError, TokenDataset, blocks_in_order, row_starts
 from kindling.data.sources import Document, LocalFile, documents, language_of
 from kindling.device import Runtime
-from kindling.errors import one_line, require
+from kindling.errors import TokenizerError, one_line, require
 from kindling.json_rows import DAMAGE, is_rows, open_text
 from kindling.loss import linear_nll
 from kindling.paths import expand_home
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError
+from kindling.tokenization.tokenizer import Tokenizer
 from model import LanguageModel
 
 BATCH_ROWS = 16  # predicted at a time

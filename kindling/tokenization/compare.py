@@ -21,11 +21,10 @@ import tyro
 
 from config import TokenizerConfig
 from kindling.cli import parse_cli, run_script
-from kindling.errors import KindlingError, require
+from kindling.errors import KindlingError, TokenizerError, require
 from kindling.json_rows import DAMAGE, PACKED, is_rows, open_text, read_rows
 from kindling.paths import expand_home
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import TokenizerError
 from kindling.tokenization.train_tokenizer import train
 from presets import STARCODER2, preset
 

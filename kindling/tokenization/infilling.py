@@ -10,10 +10,9 @@ a text they are text. Source: Bavarian et al. 2022, "Efficient training of langu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from kindling.tokenization.tokenizer import Tokenizer
+from kindling.errors import TokenizerError
 
 PREFIX_SHARE = 0.7  # of the room for prefix and suffix, if both are longer
 CHARACTERS = 80  # of text, for each token of the room, are encoded: far more than fit
@@ -27,6 +26,15 @@ class FimIds(NamedTuple):
     middle: int
     suffix: int
     pad: int
+
+
+class FimEncoder(Protocol):
+    """What infilling needs of a tokenizer."""
+
+    fim: FimIds | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
 
 
 def find_fim_ids(known: Mapping[str, int], special: Collection[str]) -> FimIds | None:
@@ -75,10 +83,8 @@ def _cut(length: int, most: int, step: int) -> int:
     return -(-max(0, length - most) // step) * step
 
 
-def require_fim(tokenizer: Tokenizer, way_out: str) -> FimIds:
+def require_fim(tokenizer: FimEncoder, way_out: str) -> FimIds:
     """Return the control tokens; raises TokenizerError, which ends with `way_out`, for a vocabulary without them."""
-    from kindling.tokenization.tokenizer import TokenizerError  # which imports this file
-
     if tokenizer.fim is None:
         raise TokenizerError(
             f"a tokenizer must have the special tokens {' '.join(FIM_TOKENS)} to fill in the middle, but this one lacks them; "
@@ -87,7 +93,7 @@ def require_fim(tokenizer: Tokenizer, way_out: str) -> FimIds:
     return tokenizer.fim
 
 
-def encode_infill(tokenizer: Tokenizer, prefix: str, suffix: str, spm: bool = False) -> list[int]:
+def encode_infill(tokenizer: FimEncoder, prefix: str, suffix: str, spm: bool = False) -> list[int]:
     """Return the prompt after which a model writes what stands between `prefix` and `suffix`, and then end-of-text.
 
     It has no begin-of-text token, as in training. Raises TokenizerError for a vocabulary without the control tokens.

@@ -10,18 +10,11 @@ from pathlib import Path
 
 from config import TokenizerConfig
 from kindling import hub
-from kindling.errors import difference, one_line
+from kindling.errors import TokenizerError, difference, one_line
 from kindling.paths import expand_home
 from kindling.public_paths import is_hub_tokenizer
 from kindling.tokenization.added_space import WAYS_OUT, without_added_space
-from kindling.tokenization.tokenizer import (
-    RewrittenError,
-    SentencePieceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    from_json,
-    load_json,
-)
+from kindling.tokenization.tokenizer import RewrittenError, SentencePieceTokenizer, Tokenizer, from_json, load_json
 
 # Each probe is the parts of a text, which are encoded on their own.
 PROBES: tuple[tuple[str, ...], ...] = (

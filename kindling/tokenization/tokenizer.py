@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import TokenizerConfig
-from kindling.errors import KindlingError, difference, one_line
+from kindling.errors import TokenizerError, difference, one_line
 from kindling.files import sha256_text
 from kindling.tokenization.added_space import WAYS_OUT
 from kindling.tokenization.handwritten_bpe import ByteLevelBPE
@@ -29,18 +29,6 @@ from kindling.tokenization.infilling import find_fim_ids
 
 if TYPE_CHECKING:
     import tokenizers
-
-
-class TokenizerError(KindlingError):
-    """A tokenizer cannot be loaded or trained, or cannot encode a text."""
-
-    rule = "not in the vocabulary"
-    """What the ledger calls a document that is dropped for it."""
-
-    @property
-    def reason(self) -> str:
-        """The text without its way out, for the ledger."""
-        return str(self).rpartition(";")[0]
 
 
 class RewrittenError(TokenizerError):

@@ -12,16 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from config import TokenizerConfig
-from kindling.errors import one_line
+from kindling.errors import TokenizerError, one_line
 from kindling.tokenization.handwritten_bpe import ByteLevelBPE
 from kindling.tokenization.infilling import control_tokens
-from kindling.tokenization.tokenizer import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    import_sentencepiece,
-    require_unicode,
-)
+from kindling.tokenization.tokenizer import SentencePieceTokenizer, Tokenizer, import_sentencepiece, require_unicode
 
 
 def train(texts: Iterable[str], cfg: TokenizerConfig, vocab_size: int) -> Tokenizer:

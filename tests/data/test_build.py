@@ -28,8 +28,9 @@ from kindling.data.process_document import ProcessedDocument, split_of
 from kindling.data.shards import BYTES, SPLITS, DataError, TokenDataset
 from kindling.data.sources import Document, documents, list_files, local_files
 from kindling.data.workers import WorkerPool
+from kindling.errors import TokenizerError
 from kindling.runs.checkpoint import RunDirectory
-from kindling.tokenization.tokenizer import TokenizerError, load_json
+from kindling.tokenization.tokenizer import load_json
 from kindling.tokenization.train_tokenizer import train
 from presets import PRESETS, preset
 

@@ -32,11 +32,11 @@ from kindling.data.packing import PieceDataset, PieceRows
 from kindling.data.shards import DataError, TokenDataset, read_manifest
 from kindling.data.sources import list_files
 from kindling.data.workers import WorkerPool
-from kindling.errors import ConfigError
+from kindling.errors import ConfigError, TokenizerError
 from kindling.generation.completion import token_spellings
 from kindling.runs.checkpoint import RunDirectory
 from kindling.tokenization.infilling import encode_infill
-from kindling.tokenization.tokenizer import TokenizerError, from_json, load_json
+from kindling.tokenization.tokenizer import from_json, load_json
 from kindling.tokenization.train_tokenizer import train
 from presets import preset
 

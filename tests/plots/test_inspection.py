@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from config import ModelConfig, TokenizerConfig
 from kindling.device import Runtime
+from kindling.errors import TokenizerError
 from kindling.plots.inspection import (
     FEWEST,
     LABELLED,
@@ -26,7 +27,6 @@ from kindling.plots.inspection import (
     spectrum,
     units,
 )
-from kindling.tokenization.tokenizer import TokenizerError
 from kindling.tokenization.train_tokenizer import train_bpe
 from model import GPT, build_model
 

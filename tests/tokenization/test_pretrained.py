@@ -11,10 +11,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from config import TokenizerConfig
-from kindling.errors import difference
+from kindling.errors import TokenizerError, difference
 from kindling.tokenization.added_space import without_added_space
 from kindling.tokenization.pretrained import PROBES, load_pretrained, rewrites
-from kindling.tokenization.tokenizer import RewrittenError, Tokenizer, TokenizerError, from_json
+from kindling.tokenization.tokenizer import RewrittenError, Tokenizer, from_json
 from kindling.tokenization.train_tokenizer import train_bpe
 
 END = "</s>"

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import TokenizerConfig
-from kindling.errors import ConfigError
+from kindling.errors import ConfigError, TokenizerError
 from kindling.tokenization.compare import COMPARED, read_documents, split_held_out
 from kindling.tokenization.handwritten_bpe import SYMBOLS
 from kindling.tokenization.pretrained import load_pretrained
-from kindling.tokenization.tokenizer import Tokenizer, TokenizerError, from_json, load_json
+from kindling.tokenization.tokenizer import Tokenizer, from_json, load_json
 from kindling.tokenization.train_tokenizer import train, train_bpe
 
 CODE = [
