@@ -1,5 +1,6 @@
 """README.md, docs/ and the notebook: their commands parse, their links lead somewhere, and what they name is there."""
 
+import ast
 import importlib
 import json
 import os
@@ -224,6 +225,17 @@ def table_under(page: str, heading: str) -> dict[str, list[str]]:
     table = re.search(r"(?:^\|.*\n)+", text[text.index(f"\n{heading}\n") :], re.MULTILINE)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     return {first: cells for first, *cells in rows}
+
+
+@pytest.mark.parametrize(
+    "path, name", sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", text_of(ROOT / "docs/code.md"))))
+)
+def test_what_the_ways_through_the_code_name_is_there(path, name):
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part]
+        assert len(found) == 1, f"{path} has no {name}"
+        body = found[0].body
 
 
 def test_the_table_of_sources_names_all_kinds():
