@@ -229,17 +229,20 @@ def _legend(ax: Axes, **place: Any) -> None:
         ax.legend(frameon=False, handlelength=3.5, **place)
 
 
-def compare_curves(runs: list[Compared], notes: list[str]) -> Figure:
+def compare_curves(runs: list[Compared], notes: list[str], fewest: int = 1) -> Figure:
     """Draw losses and bits per byte of several runs against training tokens, with `notes` on what does not compare.
 
-    Runs are on one axis only if their figures compare.
+    Runs are on one axis only if their figures compare. A measure of which every run has fewer than `fewest` points is left out,
+    unless all are.
     """
-    measures = (
+    every = (
         ("training", "Training loss", "nats a token", "tokens", "loss"),
         ("validation", "Validation loss", "nats a token", "val_tokens", "val_loss"),
         ("held_out", "Validation bits per byte", "bits a byte", "val_tokens", "val_bits_per_byte"),
     )
-    groups = [[key for n, key in enumerate(keys) if key not in keys[:n]] for keys in _keys(runs)]
+    measures = [of for of in every if any(len(getattr(run.curves, of[3])) >= fewest for run in runs)] or every
+    keys_of = ([getattr(run, measure) for run in runs] for measure, *_ in measures)
+    groups = [[key for n, key in enumerate(keys) if key not in keys[:n]] for keys in keys_of]
     rows = _rows([len(found) for found in groups])
     with style():
         height = 0.8 + 3.6 * len(rows) + 0.25 * len(runs) + 0.2 * len(notes)
@@ -267,13 +270,9 @@ def compare_curves(runs: list[Compared], notes: list[str]) -> Figure:
         return figure
 
 
-def _keys(runs: list[Compared]) -> list[list[Any]]:
-    return [[run.training for run in runs], [run.validation for run in runs], [run.held_out for run in runs]]
-
-
 def _rows(counts: list[int]) -> list[list[str]]:
     """Return the panels `m.g` of measures with so many groups each, two in a row; a panel that is alone has a whole row."""
-    if max(counts) == 1:
+    if counts == [1, 1, 1]:
         return [["0.0", "0.0"], ["1.0", "2.0"]]
     rows = []
     for m, count in enumerate(counts):

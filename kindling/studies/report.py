@@ -102,7 +102,7 @@ def curves(study: Study, folder: Path) -> list[Picture]:
             continue
         keys = [run.data_key() for run in drawn]
         figure = compare_curves(
-            [Compared(run.name, curves_of(run.metrics), k, k, k) for run, k in zip(drawn, keys)], []
+            [Compared(run.name, curves_of(run.metrics), k, k, k) for run, k in zip(drawn, keys)], [], fewest=3
         )
         alt = " ".join(f"{run.name}: {curves_in_words(run.metrics)}" for run in drawn)
         files = ", ".join(run.file("metrics.jsonl") for run in drawn)

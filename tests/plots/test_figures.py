@@ -106,6 +106,13 @@ def test_only_what_compares_is_drawn_on_one_axis():
     }
 
 
+def test_a_measure_of_which_runs_have_a_beginning_and_an_end_alone_can_be_left_out():
+    ends, points = Compared("a", curves(5, 2, 1.0)), Compared("b", curves(5, 3, 2.0))
+    assert panels(compare_curves([ends, ends], [], fewest=3)) == {"Training loss": [1.0, 1.0]}
+    assert len(panels(compare_curves([ends, points], [], fewest=3))) == 3
+    assert len(panels(compare_curves([ends], []))) == len(panels(compare_curves([ends], [], fewest=9))) == 3
+
+
 def test_a_run_whose_training_was_not_recorded_is_in_the_legend_of_a_comparison():
     figure = compare_curves([Compared("a", curves(0, 3)), Compared("b", curves(5, 3))], [])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]

@@ -84,7 +84,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_step(corpus, tmp_path):
         expected = torch.nn.functional.cross_entropy(
             trainer.model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE
         )
-        assert n == 89 and float(loss) == pytest.approx(float(expected), rel=1e-5)
+        assert n == 89 and float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
