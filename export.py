@@ -157,7 +157,7 @@ def require_close(found: Difference) -> str:
     return line
 
 
-def to_hf(run: RunDirectory, model: GPT, checkpoint: Path, template: str | None, out: Path) -> list[str]:
+def export_to_hf(run: RunDirectory, model: GPT, checkpoint: Path, template: str | None, out: Path) -> list[str]:
     """Write and check a folder for transformers; return lines on it."""
     from kindling.formats.hf_format import difference, write
     from kindling.formats.hf_layout import CLASSES, architecture
@@ -178,7 +178,7 @@ def _card_of_others(run: RunDirectory) -> str:
     return card.read_text(encoding="utf-8") if card.is_file() else f"# {run.path.resolve().name}\n"
 
 
-def to_gguf(run: RunDirectory, model: GPT, kind: Kind, template: str | None, out: Path) -> list[str]:
+def export_to_gguf(run: RunDirectory, model: GPT, kind: Kind, template: str | None, out: Path) -> list[str]:
     """Write and check a file for llama.cpp; return lines on it."""
     from kindling.formats.gguf_format import architecture, difference, write
 
@@ -190,7 +190,7 @@ def to_gguf(run: RunDirectory, model: GPT, kind: Kind, template: str | None, out
     return [*said, require_exact(found) if kind == "f32" else require_close(found)]
 
 
-def to_int8(run: RunDirectory, model: GPT, checkpoint: Path, chat: Chat | None, out: Path) -> list[str]:
+def export_to_int8(run: RunDirectory, model: GPT, checkpoint: Path, chat: Chat | None, out: Path) -> list[str]:
     """Write and check a folder for autocomplete.py; return lines on it."""
     from kindling.formats.int8_format import difference, write
 
@@ -228,11 +228,11 @@ def main(argv: list[str] | None = None) -> int:
     model = loaded.for_generation()
     with written(out, flags.replace) as partial:
         if flags.to == "hf":
-            said = to_hf(run, model, checkpoint, template, partial)
+            said = export_to_hf(run, model, checkpoint, template, partial)
         elif flags.to == "gguf":
-            said = to_gguf(run, model, kind, template, partial)
+            said = export_to_gguf(run, model, kind, template, partial)
         else:
-            said = to_int8(run, model, checkpoint, chat, partial)
+            said = export_to_int8(run, model, checkpoint, chat, partial)
     if beside is not None and template is not None:
         with written(beside, flags.replace) as partial:
             write_text(partial, modelfile(out.name, template, run.tokenizer(), model.cfg.block_size))

@@ -77,15 +77,15 @@ def work(rank: int, folder: Path, recompute: bool) -> dict[str, Any]:
         losses.append({"loss": float(total), "gradient_norm": float(norm)})
         end(f"step {step + 1}")
     if rank == 0:
-        fsdp.begin(folder / "saved", model, optimizers)
+        fsdp.begin_sharded(folder / "saved", model, optimizers)
     dist.barrier()
-    fsdp.save(folder / "saved", model, optimizers)
+    fsdp.save_sharded(folder / "saved", model, optimizers)
     end("save")
-    digest = fsdp.digest(model, optimizers)
+    digest = fsdp.state_digest(model, optimizers)
     end("digest")
-    fsdp.load(folder / "saved", model, optimizers)
+    fsdp.load_sharded(folder / "saved", model, optimizers)
     end("load")
-    same = fsdp.digest(model, optimizers) == digest
+    same = fsdp.state_digest(model, optimizers) == digest
     size = sum(part.stat().st_size for part in (folder / "saved").iterdir())
     dist.destroy_process_group()
     return {"peak_gib": peaks, "seconds": seconds, "steps": losses, "loads_its_bits": same, "saved_gib": size / 2**30}

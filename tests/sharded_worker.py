@@ -98,19 +98,19 @@ class Run:
 
     def digest(self) -> str:
         """Return a digest of weights and optimisers."""
-        return fsdp.digest(self.model, self.optimizers)
+        return fsdp.state_digest(self.model, self.optimizers)
 
     def save(self, folder: Path) -> None:
         """Save."""
         if self.rank == 0:
-            fsdp.begin(folder, self.model, self.optimizers)
+            fsdp.begin_sharded(folder, self.model, self.optimizers)
         if self.world > 1:
             dist.barrier()
-        fsdp.save(folder, self.model, self.optimizers)
+        fsdp.save_sharded(folder, self.model, self.optimizers)
 
     def load(self, folder: Path) -> None:
         """Load the state that was saved in `folder`."""
-        fsdp.load(folder, self.model, self.optimizers)
+        fsdp.load_sharded(folder, self.model, self.optimizers)
         self.step = SAVED_AT
 
 
@@ -180,7 +180,7 @@ def refusals(rank: int, folder: Path) -> dict:
     if rank == 1:  # a folder where this process's file is to be
         (taken / "shard-00002-model-00001-of-00001.safetensors").mkdir(parents=True)
     dist.barrier()
-    for what, call in (("save", lambda: fsdp.save(taken, run.model, [])), ("load", lambda: run.load(taken))):
+    for what, call in (("save", lambda: fsdp.save_sharded(taken, run.model, [])), ("load", lambda: run.load(taken))):
         try:
             call()
             out[what] = ""

@@ -77,8 +77,8 @@ def _compiled(source: str) -> Any:
         raise TemplateError(f"a chat template must be Jinja, but is not ({one_line(e)}); {OURS}") from None
 
 
-def render(template: str, messages: Sequence[Message], ask: bool) -> str:
-    """Return a conversation as text; `ask`: up to where the model begins its answer. Raises TemplateError."""
+def render_jinja(template: str, messages: Sequence[Message], ask: bool) -> str:
+    """Return a conversation as text by a Jinja template; `ask`: up to where the model begins its answer. Raises TemplateError."""
     try:
         return _compiled(template).render(
             messages=list(messages), add_generation_prompt=ask, tools=None, documents=None
@@ -119,7 +119,7 @@ def cut_turns(template: str, messages: Sequence[Message], specials: Sequence[str
     for i, message in enumerate(guarded):
         if message["role"] != "user":
             continue
-        asked = render(template, guarded[: i + 1], ask=True)
+        asked = render_jinja(template, guarded[: i + 1], ask=True)
         if not asked.startswith(done):
             raise TemplateError(
                 "the chat template must write earlier answers as it wrote them before, but changes them when the next question "
@@ -129,7 +129,7 @@ def cut_turns(template: str, messages: Sequence[Message], specials: Sequence[str
         if i + 1 == len(guarded):
             turns.append(TurnText(prompt, "", ""))
             break
-        whole = render(template, guarded[: i + 2], ask=False)
+        whole = render_jinja(template, guarded[: i + 2], ask=False)
         rest = whole[len(asked) :] if whole.startswith(asked) else ""
         found = special.search(rest)
         words = rest[: found.start()] if found else ""
@@ -145,7 +145,7 @@ def cut_turns(template: str, messages: Sequence[Message], specials: Sequence[str
 
 def ask(template: str, messages: Sequence[Message], specials: Sequence[str]) -> str:
     """Return a whole conversation up to where the model begins its answer, `protected`. Raises TemplateError."""
-    return render(template, [m | {"content": protected(m["content"], specials)} for m in messages], ask=True)
+    return render_jinja(template, [m | {"content": protected(m["content"], specials)} for m in messages], ask=True)
 
 
 def require_trainable(template: str, specials: Sequence[str]) -> None:
@@ -173,7 +173,7 @@ def with_system(template: str, system: str, messages: Sequence[Message]) -> list
 def _has_system(template: str) -> bool:
     """Return whether a template writes system messages."""
     try:
-        said = render(
+        said = render_jinja(
             template, [{"role": "system", "content": "be brief"}, {"role": "user", "content": "question"}], True
         )
     except TemplateError:

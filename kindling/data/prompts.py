@@ -23,7 +23,7 @@ from kindling.data.jinja_chat import (
     encode_pieces,
     is_jinja,
     plain,
-    render,
+    render_jinja,
     with_system,
 )
 
@@ -77,7 +77,7 @@ class Spelled(NamedTuple):
 def prompt_text(template: str, exchange: Exchange, first: bool = True) -> str:
     """Return the text before a response. `first`: of the first exchange; else it follows an earlier response."""
     if is_jinja(template):
-        return render(template, _messages([exchange]), ask=True)
+        return render_jinja(template, _messages([exchange]), ask=True)
     if template == "alpaca":
         text = (ALPACA_INPUT if exchange.input.strip() else ALPACA).format(
             instruction=exchange.instruction, input=exchange.input

@@ -179,10 +179,10 @@ class RunDirectory:
 
             def begin() -> None:
                 self._begin(partial)
-                fsdp.begin(partial / SHARDED, model, optimizers)
+                fsdp.begin_sharded(partial / SHARDED, model, optimizers)
 
             world.on_main(begin)
-            fsdp.save(partial / SHARDED, model, optimizers)
+            fsdp.save_sharded(partial / SHARDED, model, optimizers)
             world.on_main(lambda: sync(partial / SHARDED))
             return world.on_main(lambda: self._finish(partial, step, state))
 
@@ -340,7 +340,7 @@ def is_sharded_checkpoint(folder: Path) -> bool:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a verified checkpoint's weights into the model. Raises CheckpointError unless names and shapes match."""
     if is_sharded_checkpoint(folder):
-        load_sharded(folder, model)
+        load_sharded_checkpoint(folder, model)
         return
     import torch
     from safetensors import SafetensorError
@@ -369,14 +369,14 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             p.copy_(weights[name])
 
 
-def load_sharded(folder: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+def load_sharded_checkpoint(folder: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
     """Load a verified sharded checkpoint into a model, sharded or not, and into its optimisers.
 
     Every rank of a sharded model must call it. Raises CheckpointError as `load_weights` does.
     """
     from kindling.runs import fsdp
 
-    fsdp.load(folder / SHARDED, model, optimizers)
+    fsdp.load_sharded(folder / SHARDED, model, optimizers)
 
 
 def load_state(folder: Path, mapped: bool = False) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Models too large for one process: weights, gradients and optimiser state sharded over processes, and their checkpoints.
 
     shard(model, mesh_size, torch.bfloat16)             # in every process; then make_optimizers(model, ...)
-    begin(folder, model, optimizers)                    # in one process
-    save(folder, model, optimizers)                     # then in every process; each writes its part
-    load(folder, model, optimizers)                     # with any number of processes, also into a whole model in one
+    begin_sharded(folder, model, optimizers)            # in one process
+    save_sharded(folder, model, optimizers)             # then in every process; each writes its part
+    load_sharded(folder, model, optimizers)             # with any number of processes, also into a whole model in one
     save_file(full_weights(folder), "model.safetensors")
 
 FSDP2 (`fully_shard`; Zhao et al. 2023) divides the rows of every parameter over the processes, and gathers the parameters of one
@@ -99,7 +99,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def digest(model: nn.Module, optimizers: Optimizers) -> str:
+def state_digest(model: nn.Module, optimizers: Optimizers) -> str:
     """Return the sha256 of all bits of weights and optimiser state. It does not depend on how they are sharded.
 
     Every process must call it. Tensors are gathered one at a time.
@@ -131,10 +131,10 @@ def digest(model: nn.Module, optimizers: Optimizers) -> str:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Create the folder of a checkpoint, with all values that are not tensors. One process calls it, before all call `save`.
+def begin_sharded(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
+    """Create the folder of a checkpoint, with all values that are no tensors. One process calls it before `save_sharded`.
 
-    It is separate from `save`, where a process that fails would leave the others waiting. Raises CheckpointError.
+    It is separate from `save_sharded`, where a process that fails would leave the others waiting. Raises CheckpointError.
     """
     reshard(model)
     descriptions = [_describe(number, model, optimizer)[1] for number, optimizer in enumerate(optimizers)]
@@ -144,8 +144,8 @@ def begin(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
         sync(folder / OPTIMIZERS)
 
 
-def save(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Write weights and optimiser state into a folder from `begin`. Every process must call it, and writes its part.
+def save_sharded(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
+    """Write weights and optimiser state into a folder from `begin_sharded`. Every process must call it, and writes its part.
 
     It syncs the files to disk, but not the folder. Raises CheckpointError in every process if one of them cannot write its part.
     """
@@ -164,7 +164,7 @@ def save(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
         dcp.save(tensors, storage_writer=writer, no_dist=not distributed)
 
 
-def load(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
+def load_sharded(folder: Path, model: nn.Module, optimizers: Optimizers = ()) -> None:
     """Load a checkpoint, from any number of processes, into a model: whole, or sharded over any number of processes.
 
     Every process of a sharded model must call it. A whole model needs no process group. Without optimisers only weights are

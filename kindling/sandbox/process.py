@@ -61,7 +61,7 @@ MAX_REASON = 200  # characters
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """What a `Program` may use: time, memory, files and processes."""
 
     cpu_s: int = 10
     """CPU seconds of each of its processes. CPU time gives the same verdict however busy the machine is."""

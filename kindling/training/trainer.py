@@ -28,8 +28,14 @@ from kindling.allocator import keep_freed_memory
 from kindling.data.shards import rank_rows
 from kindling.device import Runtime
 from kindling.distributed import MainRankFailed, wrap_ddp
-from kindling.runs.checkpoint import CheckpointError, RunDirectory, is_sharded_checkpoint, load_sharded, load_weights
-from kindling.runs.fsdp import digest, full_tensor, is_sharded, shard, synchronize_gradients
+from kindling.runs.checkpoint import (
+    CheckpointError,
+    RunDirectory,
+    is_sharded_checkpoint,
+    load_sharded_checkpoint,
+    load_weights,
+)
+from kindling.runs.fsdp import full_tensor, is_sharded, shard, state_digest, synchronize_gradients
 from kindling.runs.loading import load_model
 from kindling.training.guard import SpikeGuard
 from kindling.training.optim import make_optimizers
@@ -145,7 +151,7 @@ class Trainer:
     def resume(self, folder: Path, saved: dict[str, Any]) -> None:
         """Restore a verified checkpoint; `saved` is its training state (`load_state`). Every rank must call it."""
         if is_sharded_checkpoint(folder):
-            load_sharded(folder, self.model, self.optimizers)
+            load_sharded_checkpoint(folder, self.model, self.optimizers)
         else:
             load_weights(folder, self.model)
             for optimizer, its_state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -178,7 +184,7 @@ class Trainer:
 
     def digest(self) -> str:
         """Return the sha256 of weights and optimiser state. Every rank must call it."""
-        return digest(self.model, self.optimizers)
+        return state_digest(self.model, self.optimizers)
 
     def say(self, text: str) -> None:
         """Print a line for the user, once for all ranks, beside the progress bar."""

@@ -7,7 +7,7 @@ import pytest
 
 from faults.runs import Forked, completed, flags, say
 from kindling.runs.checkpoint import RunDirectory
-from kindling.runs.fsdp import digest as state_digest
+from kindling.runs.fsdp import state_digest
 from kindling.runs.metrics import read_metrics
 from kindling.training import trainer as trainer_module
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from kindling.runs import checkpoint
 from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, load_weights, verify
-from kindling.runs.fsdp import digest as state_digest
+from kindling.runs.fsdp import state_digest
 
 
 def model_of(value: float) -> nn.Module:

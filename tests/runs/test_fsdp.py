@@ -195,18 +195,18 @@ def test_another_model_is_refused_with_the_name_of_what_differs(outcome):
     cfg = ARCHITECTURES["gpt2"][0]
     for other, name in ((replace(cfg, n_layer=3), "blocks.2"), (replace(cfg, vocab_size=300), "wte.weight")):
         with pytest.raises(CheckpointError, match=name):
-            fsdp.load(outcome.folder / "gpt2-by-2", build_model(other))
+            fsdp.load_sharded(outcome.folder / "gpt2-by-2", build_model(other))
 
 
 def test_other_optimisers_are_refused(outcome):
     modern, folder = Run("modern"), outcome.folder / "modern-by-2"
     with pytest.raises(CheckpointError, match="2 optimisers and not 1"):
-        fsdp.load(folder, modern.model, modern.optimizers[:1])
+        fsdp.load_sharded(folder, modern.model, modern.optimizers[:1])
     with pytest.raises(CheckpointError, match="other parameters or settings"):
-        fsdp.load(folder, modern.model, modern.optimizers[::-1])
+        fsdp.load_sharded(folder, modern.model, modern.optimizers[::-1])
 
 
 def test_weights_alone_need_no_optimisers(outcome):
     run = Run("llama")
-    fsdp.load(outcome.folder / "llama-by-2", run.model)
+    fsdp.load_sharded(outcome.folder / "llama-by-2", run.model)
     assert not run.optimizers[0].state
