@@ -37,6 +37,7 @@ from kindling.runs.checkpoint import (
 )
 from kindling.runs.fsdp import full_tensor, is_sharded, shard, state_digest, synchronize_gradients
 from kindling.runs.loading import load_model
+from kindling.training.compilation import mark_compiled
 from kindling.training.guard import SpikeGuard
 from kindling.training.optim import make_optimizers
 from kindling.training.prefetch import Prefetch, TrainingRows
@@ -310,6 +311,8 @@ class Trainer:
             self.say(f"warning: torch.compile failed ({reasons[0]}); training goes on uncompiled")
             return False
         self.compiled = True
+        if self.world.main:
+            mark_compiled(self.cfg, self.runtime)
         return True
 
     @contextlib.contextmanager
