@@ -205,7 +205,7 @@ class DocumentProcessor:
         example = encode_conversation(exchanges, self.cfg, self.tokenizer, self.context)
         if isinstance(example, Drop):
             return example
-        # with the lengths of its prompts and responses. `ExampleWriter` stores both; `ExampleRows` makes rows with its `targets`
+        # it knows the lengths of its prompts and responses; `ExampleWriter` stores them, `ExampleRows` makes rows with `targets`
         out.example, out.ids, out.changes = example, example.ids, example.changes
         if exchanges != document.exchanges and (REWRITTEN, 0) not in out.changes:
             out.changes += ((REWRITTEN, 0),)

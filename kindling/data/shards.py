@@ -18,14 +18,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from config import IGNORE, ModelConfig
 from kindling.errors import KindlingError
 from kindling.files import checksum_matches, sha256_file, with_checksum, write_json
-from kindling.tokenization.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kindling.tokenization.tokenizer import Tokenizer
 
 FORMAT = 1
 SHARD_TOKENS = 2**23  # a writer holds this many in memory for each split

@@ -30,7 +30,6 @@ from kindling.pool import FailedJob, map_jobs
 from kindling.sandbox.arguments import NotPlain
 from kindling.sandbox.bubblewrap import SandboxError
 from kindling.sandbox.process import DEFAULT, START_S, Limits, Mode, Program, ProgramError, one_line
-from kindling.sandbox.self_test import self_test
 
 if TYPE_CHECKING:
     from config import EvalConfig
@@ -67,6 +66,8 @@ def program_limits(cfg: EvalConfig) -> Limits:
 
 def sandbox_refusal(mode: When, cfg: EvalConfig) -> str | None:
     """Return why no program can be run here, or None. Warn if programs will run without a sandbox."""
+    from kindling.sandbox.self_test import self_test
+
     if mode == "later" or not cfg.n_samples:
         return None
     try:

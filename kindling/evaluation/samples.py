@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from kindling.data.prompts import Exchange, encode, flatten
 from kindling.evaluation.extraction import end_of_function
 from kindling.evaluation.tasks import STOP, Problem
+from kindling.tokenization.infilling import encode_infill
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +70,6 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, chat: ChatFormat | None) 
     if problem.ids:
         return list(problem.ids)
     if problem.suffix is not None:
-        from kindling.tokenization.infilling import encode_infill
-
         # with the suffix first, as serve.py asks: so the model goes on from the prompt, as it does without a suffix
         return encode_infill(tokenizer, without_newline(problem, tokenizer), problem.suffix, spm=True)
     if chat is None or problem.after is not None:

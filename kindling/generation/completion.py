@@ -142,7 +142,7 @@ def extend_healed(
 def complete_batch(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield the number and the completion of each prompt (as token ids), as it ends.
+    """Yield the number and the completion of each prompt, as it ends. A prompt is a list of token ids.
 
     A completion is the same as for the prompt alone with its seed, up to the end of the context. Raises ValueError for a prompt
     that leaves no room in the context.

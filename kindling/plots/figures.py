@@ -229,7 +229,7 @@ def _legend(ax: Axes, **place: Any) -> None:
         ax.legend(frameon=False, handlelength=3.5, **place)
 
 
-def compare_curves(runs: list[Compared], notes: list[str], fewest: int = 1) -> Figure:
+def compare_curves(runs: list[Compared], notes: list[str], fewest: int = 0) -> Figure:
     """Draw losses and bits per byte of several runs against training tokens, with `notes` on what does not compare.
 
     Runs are on one axis only if their figures compare. A measure of which every run has fewer than `fewest` points is left out,

@@ -132,7 +132,7 @@ def state_digest(model: nn.Module, optimizers: Optimizers) -> str:
 
 
 def begin_sharded(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Create the folder of a checkpoint, with all values that are no tensors. One process calls it before `save_sharded`.
+    """Create the folder of a checkpoint, with all values but tensors. One process calls it before `save_sharded`.
 
     It is separate from `save_sharded`, where a process that fails would leave the others waiting. Raises CheckpointError.
     """

@@ -81,6 +81,7 @@ class Plan:
     held_out_steps: int | None = (
         None  # of the held-out run; None: as many as the longest, as in plans of earlier versions
     )
+    compiled: bool = False  # long runs are planned at the speed of a compiled step; not so in plans of earlier versions
 
     def config(self, depth: int, steps: int) -> Config:
         """Return the config of a run."""
@@ -130,7 +131,8 @@ class Plan:
 
     def run_seconds(self, clock: Clock, depth: int, steps: int) -> float:
         """Return how long a run takes. The first one of a size builds its data, as each size has its own vocabulary."""
-        compiled = clock.compiles(6 * self.parameters(depth) * self.tokens(steps))
+        work = 6.0 * self.parameters(depth) * self.tokens(steps)
+        compiled = self.compiled and clock.compiles(self.config(depth, steps).train, work)
         pace = pace_of(clock, self.base, depth, self.block_size, self.batch_size, compiled)
         read = self.max_bytes or BYTES_PER_TOKEN * self.tokens(self.steps_of[-1])
         building = clock.building(read) if depth == self.depths[-1] or steps == self.steps_of[0] else 0.0
@@ -186,7 +188,7 @@ class Pace(NamedTuple):
 
 @cache
 def pace_of(clock: Clock, base: str, depth: int, block_size: int, batch_size: int, compiled: bool = False) -> Pace:
-    """Return the measured pace of a size; `compiled` as long runs are."""
+    """Return the measured pace of a size, with a compiled model or without."""
     cfg = at_depth(base, depth, block_size, batch_size, 1)
     cfg = replace(cfg, train=replace(cfg.train, compile="on" if compiled else "off"))
     return Pace(clock.training(cfg, 0), clock.step_s(cfg), clock.reading(cfg, 1))
@@ -294,7 +296,9 @@ def plan_scaling(minutes: float, clock: Clock, hub: bool = False) -> Plan:
         if larger is None or larger.tokens_per_parameter < TOKENS_PER_PARAMETER:
             break
         chosen = larger
-    return chosen
+    # only these shapes are compiled: each takes a quarter of a minute
+    faster = _longest(minutes, clock, hub, chosen.depths, (chosen.block_size, chosen.batch_size), compiled=True)
+    return faster if faster.steps_of[0] >= chosen.steps_of[0] else chosen
 
 
 def _lengths(fewest: int) -> tuple[int, ...]:
@@ -314,7 +318,9 @@ def _fitting(minutes: float, clock: Clock, hub: bool, ladder: tuple[int, ...]) -
     return best
 
 
-def _longest(minutes: float, clock: Clock, hub: bool, ladder: tuple[int, ...], shape: tuple[int, int]) -> Plan:
+def _longest(
+    minutes: float, clock: Clock, hub: bool, ladder: tuple[int, ...], shape: tuple[int, int], compiled: bool = False
+) -> Plan:
     """Return the plan of a ladder and a shape with the most steps that fit the minutes; with 0 steps if none do."""
     base = "modern-50m" if hub and ladder != LADDERS[0] else "modern-5m"
 
@@ -322,7 +328,7 @@ def _longest(minutes: float, clock: Clock, hub: bool, ladder: tuple[int, ...], s
         steps_of = _lengths(fewest)
         local = bytes_to_read(steps_of[-1] * math.prod(shape)) if base == "modern-5m" else None
         # the held-out run is not the longest: that would take half of the time
-        return Plan(minutes, base, ladder, steps_of, *shape, local, held_out_steps=steps_of[-2])
+        return Plan(minutes, base, ladder, steps_of, *shape, local, held_out_steps=steps_of[-2], compiled=compiled)
 
     def fits(fewest: int) -> bool:
         plan = of(fewest)

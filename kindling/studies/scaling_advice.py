@@ -62,9 +62,9 @@ def candidate(name: str, study: FittedStudy, seconds: float, clock: Clock) -> Ca
     cfg = at_depth(name, preset(name).model.n_layer, plan.block_size, plan.batch_size, 1)
     if cfg.model.n_layer > plan.depths[-1]:  # needs less memory
         cfg = replace(cfg, train=replace(cfg.train, micro_batch_size=1))
-    tokens_per_s = plan.tokens(1) / clock.step_s(cfg)
-    timed = cfg
-    if clock.compiles(6 * matmul_parameters(cfg.model) * tokens_per_s * seconds):
+    timed = replace(cfg, train=replace(cfg.train, compile="off"))
+    tokens_per_s = plan.tokens(1) / clock.step_s(timed)
+    if clock.compiles(cfg.train, 6 * matmul_parameters(cfg.model) * tokens_per_s * seconds):
         timed = replace(cfg, train=replace(cfg.train, compile="on"))
         tokens_per_s = plan.tokens(1) / clock.step_s(timed)
     one, two = clock.training(timed, 1), clock.training(timed, 2)  # with the evaluations

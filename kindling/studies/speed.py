@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, TrainConfig
 from kindling.files import sha256_text, write_atomic
 from kindling.paths import PROJECT
 
@@ -59,6 +59,8 @@ def machine_text(found: dict[str, Any]) -> str:
 
 def measure_step(cfg: Config) -> tuple[float, float]:
     """Return the seconds of one optimiser step of `cfg` on random tokens, compiled where the run would be, and of compiling."""
+    import torch
+
     from kindling import device
     from kindling.training.compilation import wants_compile
     from kindling.training.dry_run import seconds_of, trainer_of
@@ -68,6 +70,7 @@ def measure_step(cfg: Config) -> tuple[float, float]:
     model = new_model(cfg, runtime)
     model.train()
     trainer = trainer_of(cfg.train.micro_batch, cfg, model, runtime)
+    torch.compiler.reset()  # or after some shapes it stops compiling
     compiled = wants_compile(cfg, model, runtime) and trainer.compile()
     compile_s = trainer.state.elapsed_s if compiled else 0.0
     whole = seconds_of(trainer.train_step, runtime, time.perf_counter() + LIMIT_S)
@@ -139,12 +142,12 @@ class Clock:
     def _keep(self, key: str, seconds: list[float]) -> None:
         self.measured[key], self._at[key] = seconds, time.time()
 
-    def compiles(self, work: float) -> bool:
+    def compiles(self, train: TrainConfig, work: float) -> bool:
         """Return whether a run of so many floating-point operations is compiled here, where `train.compile` is auto."""
         from kindling import device
 
-        kind = "cpu" if self.machine.get("gpu") is None else "cuda"
-        return work >= device.COMPILE_FLOPS[kind] and device.has_compiler(kind)
+        kind = device.resolve(train).device.type
+        return work >= device.COMPILE_FLOPS.get(kind, math.inf) and device.has_compiler(kind)
 
     def knows(self, cfg: Config) -> bool:
         """Return whether a shape was measured."""

@@ -304,6 +304,7 @@ def test_an_optimum_beyond_the_runs_still_makes_a_table_and_a_picture(study):
 
 def test_long_runs_are_planned_at_the_speed_of_a_compiled_step(monkeypatch):
     monkeypatch.setattr(device, "has_compiler", lambda kind: True)
+    monkeypatch.setattr(device, "COMPILE_FLOPS", dict.fromkeys(("cpu", "cuda", "mps"), 2e13))
     asked: set[str] = set()
 
     def measured(cfg) -> tuple[float, float]:
@@ -311,11 +312,29 @@ def test_long_runs_are_planned_at_the_speed_of_a_compiled_step(monkeypatch):
         return flops(cfg) / 3e10 / (2 if cfg.train.compile == "on" else 1), 0.0
 
     twice = Clock(Path("/nowhere"), measured, lambda: 5.0)
-    long = replace(TOY, steps_of=(20_000, 43_000, 93_000, 200_000), held_out_steps=93_000)
-    ends = [twice.compiles(6 * plan.parameters(2) * plan.tokens(plan.steps_of[0])) for plan in (TOY, long)]
+    toy = replace(TOY, compiled=True)
+    long = replace(toy, steps_of=(200_000, 430_000, 930_000, 2_000_000), held_out_steps=930_000)
+    train = TOY.config(2, 100).train
+    ends = [twice.compiles(train, 6 * plan.parameters(2) * plan.tokens(plan.steps_of[0])) for plan in (toy, long)]
     assert ends == [False, True]
     slow = Clock(Path("/nowhere"), lambda cfg: (flops(cfg) / 3e10, 0.0), lambda: 5.0)
-    assert TOY.run_seconds(twice, 2, 100) > 0 and asked == {"off"}
-    assert long.run_seconds(twice, 2, 20_000) < 0.6 * long.run_seconds(slow, 2, 20_000) and asked == {"off", "on"}
+    assert toy.run_seconds(twice, 2, 100) > 0 and asked == {"off"}
+    assert long.run_seconds(twice, 2, 200_000) < 0.6 * long.run_seconds(slow, 2, 200_000) and asked == {"off", "on"}
+    assert replace(long, compiled=False).run_seconds(twice, 2, 200_000) > long.run_seconds(twice, 2, 200_000)
     monkeypatch.setattr(device, "has_compiler", lambda kind: False)
-    assert not twice.compiles(1e20)
+    assert not twice.compiles(train, 1e20)
+
+
+def test_a_plan_has_more_steps_where_compiling_is_faster(monkeypatch):
+    monkeypatch.setattr(device, "has_compiler", lambda kind: True)
+    monkeypatch.setattr(device, "COMPILE_FLOPS", dict.fromkeys(("cpu", "cuda", "mps"), 1e12))
+
+    def plan_with(speed_up: float) -> Plan:
+        def measured(cfg) -> tuple[float, float]:
+            return flops(cfg) / 3e10 / (speed_up if cfg.train.compile == "on" else 1), 0.0
+
+        return plan_scaling(90, Clock(Path("/nowhere"), measured, lambda: 5.0))
+
+    same, faster, slower = (plan_with(speed_up) for speed_up in (1.0, 2.0, 0.5))
+    assert faster.compiled and faster.steps_of[0] > 1.5 * same.steps_of[0]
+    assert not slower.compiled and slower.steps_of == same.steps_of  # compiled, it would be longer than the time

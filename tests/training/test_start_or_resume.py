@@ -72,7 +72,9 @@ def test_a_run_that_began_before_there_was_a_table_of_documents_goes_on_when_its
     monkeypatch.chdir(tmp_path)
     cfg = tiny_config(corpus)
     monkeypatch.setattr(build, "RECIPE", build.RECIPE - 1)
-    monkeypatch.setattr("kindling.tokenization.tokenizer.control_tokens", list)  # nor tokens of fill-in-the-middle
+    monkeypatch.setattr(
+        "kindling.tokenization.train_tokenizer.control_tokens", list
+    )  # nor tokens of fill-in-the-middle
     old = prepare(cfg)
     manifest = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
     for split, info in manifest["splits"].items():
