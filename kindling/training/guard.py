@@ -10,7 +10,7 @@ A skipped step never enters the window: one NaN costs one step.
 
 Limit: norms are assumed to change slowly. If they grow by more than `ratio` within less than half a window and stay there,
 the window gets no new norms, and every later step is skipped. After some number of skipped steps in a row the trainer rolls
-back, and in the end it gives up.
+back. If that does not help, `accept_new_level` takes the larger norms as the usual ones.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class SpikeGuard:
         """A `ratio` of 0 switches the guard off. It still collects norms, so that a resumed run can switch it on."""
         self.ratio = ratio
         self._known: deque[tuple[int, float]] = deque(maxlen=WINDOW + LAG - 1)  # steps, ascending, and their norms
+        self._all_finite = True  # the norms of the bad steps since the last good one
 
     def limit(self, step: int) -> float:
         """Return the norm above which `step` is an outlier: `ratio` times the median of the newest WINDOW good norms.
@@ -44,20 +45,32 @@ class SpikeGuard:
             return math.inf
         return self.ratio * median(norms)
 
-    def add(self, step: int, norm: float, good: bool) -> None:
-        """Add the norm of a finished step. `step` must ascend from call to call.
+    def add(self, step: int, norm: float, good: bool, finite: bool = True) -> None:
+        """Add the norm of a finished step, whose loss and norm are `finite` or not. `step` must ascend from call to call.
 
         Norms that are not good or not finite never enter the window. Nor does 0, the norm of a batch without targets: with
         a median of 0, every later step would be an outlier.
         """
+        self._all_finite = good or (self._all_finite and finite)
         if good and 0 < norm < math.inf:
             self._known.append((step, norm))
 
+    def accept_new_level(self) -> bool:
+        """Forget the norms, so that none is an outlier until WARM new ones are known, if all bad steps in a row were finite.
+
+        Return whether they were.
+        """
+        if self._all_finite:
+            self._known.clear()
+        return self._all_finite
+
     def state_dict(self) -> dict[str, Any]:
         """Return the window as plain values."""
-        return {"steps": [step for step, _ in self._known], "norms": [norm for _, norm in self._known]}
+        steps, norms = [step for step, _ in self._known], [norm for _, norm in self._known]
+        return {"steps": steps, "norms": norms, "all_finite": self._all_finite}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the window by one that `state_dict` returned."""
         self._known.clear()
         self._known.extend(zip(state["steps"], state["norms"], strict=True))
+        self._all_finite = state.get("all_finite", True)  # earlier versions did not save it

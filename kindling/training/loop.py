@@ -99,8 +99,7 @@ class TrainingLoop:
                 self.finish_launched()
             # a run that is out of time keeps the weights from before the bad steps
             out_of_time = self.finished() and self.train.max_minutes is not None
-            if trainer.pending_rollback and not out_of_time:
-                roll_back(trainer)
+            if trainer.pending_rollback and not out_of_time and roll_back(trainer):
                 self.log.rewind(trainer.state.step)
                 self.bar.go_back(trainer.state.step)
                 self.window, self.saved_step = Window(), trainer.state.step

@@ -1,8 +1,8 @@
 """Going back to an older checkpoint after too many skipped steps in a row.
 
 A single bad step is skipped (guard.py). Many in a row mean that the weights or the data are bad. The run then goes back to
-the newest checkpoint from before the first of them, and leaves their rows out. If this happens more than MAX_ROLLBACKS times,
-the run ends.
+the newest checkpoint from before the first of them, and leaves their rows out. If this happens more than MAX_ROLLBACKS times, or
+there is no such checkpoint, the run ends; but if losses and gradients were finite and are clipped, it goes on with them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ class TrainingError(KindlingError):
     """A run cannot continue."""
 
 
-def roll_back(trainer: Trainer) -> None:
+def roll_back(trainer: Trainer) -> bool:
     """Restore the newest checkpoint from before the skipped steps. Their rows are left out from now on.
 
-    Every rank must call it. Raises TrainingError if there is no such checkpoint, or after MAX_ROLLBACKS rollbacks.
+    If there is no such checkpoint, or after MAX_ROLLBACKS rollbacks, larger gradients that are finite and are clipped count as
+    usual from now on. Every rank must call it. Return whether the run went back. Raises TrainingError if nothing helps.
     """
     rollback, before, train, on_main = trainer.pending_rollback, trainer.state, trainer.train, trainer.world.on_main
     assert rollback is not None
     folder = None
     if before.rollbacks < MAX_ROLLBACKS:
         folder = on_main(lambda: trainer.run.newest(before=rollback.first_step))
+    if folder is None and train.grad_clip and trainer.guard.accept_new_level():
+        trainer.pending_rollback, before.skipped_in_a_row = None, 0
+        why = f"{before.rollbacks} rollbacks did not help" if before.rollbacks else "no checkpoint is from before them"
+        trainer.say(
+            f"warning: {rollback.n_steps} steps in a row were skipped for gradients over {train.spike_ratio:g} times the usual, "
+            f"and {why}: from here on they are clipped to {train.grad_clip:g} and count as usual"
+        )
+        return False
     if folder is None:
         again = f" after {before.rollbacks} rollbacks" if before.rollbacks else ""
         raise TrainingError(
@@ -56,3 +65,4 @@ def roll_back(trainer: Trainer) -> None:
         f"warning: {rollback.n_steps} steps in a row were skipped: back to step {state.step}, without the "
         f"{rollback.end_row - rollback.first_row:,} rows of those steps"
     )
+    return True

@@ -269,8 +269,9 @@ class Trainer:
         """
         state = self.state
         loss, norm = torch.stack((step.loss, step.norm)).tolist()
-        good = math.isfinite(loss) and math.isfinite(norm) and norm <= step.norm_limit
-        self.guard.add(step.number, norm, good)  # a bad one does not change later limits
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        good = finite and norm <= step.norm_limit
+        self.guard.add(step.number, norm, good, finite)  # a bad one does not change later limits
         if good:
             state.skipped_in_a_row = 0
             return loss, norm, good

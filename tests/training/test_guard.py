@@ -168,3 +168,16 @@ def test_a_real_run_has_no_outlier():
     norms = [float(norm) for norm in DEMO_NORMS.split()]
     good = [judge(SpikeGuard(ratio), norms) for ratio in (10, 2)]
     assert all(map(all, good))
+
+
+def test_a_new_level_is_accepted_only_if_every_bad_step_was_finite():
+    guard = fed([1.0] * WARM)
+    for step in range(WARM, WARM + 3):
+        guard.add(step, 50.0, good=False, finite=step != WARM + 1)
+    again = SpikeGuard(10)
+    again.load_state_dict(guard.state_dict())
+    assert not guard.accept_new_level() and not again.accept_new_level()
+    assert guard.limit(WARM + 9) == again.limit(WARM + 9) == 10.0
+    guard.add(WARM + 3, 1.0, good=True)  # the next bad steps are others
+    guard.add(WARM + 4, 50.0, good=False)
+    assert guard.accept_new_level() and guard.limit(WARM + 9) == math.inf

@@ -84,7 +84,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_step(corpus, tmp_path):
         expected = torch.nn.functional.cross_entropy(
             trainer.model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE
         )
-        assert n == 89 and float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+        assert n == 89 and float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
@@ -797,6 +797,36 @@ def test_nothing_is_saved_between_skipped_steps_so_that_there_is_something_to_go
     assert trainer.state.rollbacks == 1 and trainer.state.excluded_rows == [(52, 64)]
     saved = [folder.name for folder in trainer.run.checkpoints()]
     assert saved == ["step_000007", "step_000014", "step_000021", "step_000024"]
+
+
+def large_from(path, corpus, step, **train):
+    """Return a run whose gradients are 10,000 times as large from a step on."""
+    train = {"max_steps": 60, "save_every": 100, "eval_every": 100, "max_skipped_steps": 3, **train}
+    trainer = make_trainer(path, tiny_config(corpus, **train))
+    spoil(trainer, 1e4, range(4 * step, 10**6))
+    return trainer
+
+
+def test_gradients_that_stay_large_wherever_the_run_goes_count_as_usual_in_the_end(corpus, tmp_path, capsys):
+    trainer = large_from(tmp_path / "none", corpus, 45)
+    assert fit(trainer) == 0
+    assert trainer.state.step == 60 and trainer.state.skipped == 3 and trainer.state.rollbacks == 0
+    assert "no checkpoint is from before them: from here on they are clipped to 1" in capsys.readouterr().err
+    trainer = large_from(tmp_path / "some", corpus, 45, save_every=40)
+    assert fit(trainer) == 0
+    assert trainer.state.step == 60 and trainer.state.skipped == 4 * 3 and trainer.state.rollbacks == 3
+    assert "3 rollbacks did not help: from here on" in capsys.readouterr().err
+    logged = [line["step"] for line in read_metrics(tmp_path / "some" / "metrics.jsonl") if "loss" in line]
+    assert logged == sorted(set(logged))
+
+
+@pytest.mark.parametrize("what", ["they are not clipped", "one of them is not finite"])
+def test_gradients_that_stay_large_end_the_run_where(what, corpus, tmp_path):
+    trainer = large_from(tmp_path / "r", corpus, 45, grad_clip=0.0 if what == "they are not clipped" else 1.0)
+    if what == "one of them is not finite":
+        spoil(trainer, math.nan, {4 * 46})
+    with pytest.raises(TrainingError, match="but skipped 3 "):
+        fit(trainer)
 
 
 def test_a_run_that_goes_back_again_and_again_ends_with_a_way_out(corpus, tmp_path):
