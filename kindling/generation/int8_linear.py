@@ -1,6 +1,6 @@
 """A linear layer with int8 weights, for generation on a CPU. Its products are in bfloat16.
 
-    y = Int8Linear(linear)(x)
+y = Int8Linear(linear)(x)
 """
 
 from __future__ import annotations

@@ -298,7 +298,7 @@ def plan_scaling(minutes: float, clock: Clock, hub: bool = False) -> Plan:
         chosen = larger
     # only these shapes are compiled: each takes a quarter of a minute
     faster = _longest(minutes, clock, hub, chosen.depths, (chosen.block_size, chosen.batch_size), compiled=True)
-    return faster if faster.steps_of[0] >= chosen.steps_of[0] else chosen
+    return faster if faster.steps_of[0] >= FEWEST_STEPS else chosen
 
 
 def _lengths(fewest: int) -> tuple[int, ...]:

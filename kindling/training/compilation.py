@@ -24,7 +24,14 @@ from model import LanguageModel
 
 COMPILE_MINUTES = 1.5
 COMPILE_AGAIN_MINUTES = 0.5  # where the kernels are in the cache
-CODE = ("model.py", "kindling/loss.py", "kindling/blockwise_attention.py")  # what is compiled
+CODE = (
+    "model",
+    "kindling/norm",
+    "kindling/positions",
+    "kindling/gpt2_backbone",
+    "kindling/blockwise_attention",
+    "kindling/loss",
+)
 
 
 def wants_compile(cfg: Config, model: LanguageModel, runtime: Runtime, elapsed_s: float = 0.0) -> bool:
@@ -72,7 +79,10 @@ def _mark(cfg: Config, runtime: Runtime) -> Path:
     """Return the file that is there if the kernels of such a training step are in torch's cache. Raises OSError without one."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # a second to import, and only short runs ask
 
-    shape = [asdict(cfg.model), cfg.train.batch_size, cfg.train.micro_batch, runtime.world.size, runtime.precision]
-    machine = [torch.__version__, runtime.device.type, torch.backends.cpu.get_cpu_capability()]
-    code = [sha256_file(PROJECT / name) for name in CODE]
-    return Path(cache_dir()) / "kindling" / sha256_text(json.dumps([shape, machine, code]))[:16]
+    train = cfg.train
+    shape = [asdict(cfg.model), train.micro_batch, cfg.data.instructions, train.packing]
+    how = [runtime.precision, train.activation_checkpointing, train.deterministic, runtime.world.size, train.parallel]
+    chip = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
+    machine = [torch.__version__, chip, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    code = [sha256_file(PROJECT / f"{name}.py") for name in CODE]  # all that is compiled
+    return Path(cache_dir()) / "kindling" / sha256_text(json.dumps([shape, how, machine, code]))[:16]

@@ -20,6 +20,7 @@ from collections import deque
 from statistics import median
 from typing import Any
 
+MAX_LEVELS = 3  # that a run may accept
 WARM = 32  # good norms that must be known before a step can be an outlier
 WINDOW = 128
 LAG = 2  # on a GPU a step is launched before the norm of the one before it is known
@@ -32,7 +33,8 @@ class SpikeGuard:
         """A `ratio` of 0 switches the guard off. It still collects norms, so that a resumed run can switch it on."""
         self.ratio = ratio
         self._known: deque[tuple[int, float]] = deque(maxlen=WINDOW + LAG - 1)  # steps, ascending, and their norms
-        self._all_finite = True  # the norms of the bad steps since the last good one
+        self._all_finite = True  # losses and norms of the bad steps since the last good one
+        self._levels = 0  # accepted
 
     def limit(self, step: int) -> float:
         """Return the norm above which `step` is an outlier: `ratio` times the median of the newest WINDOW good norms.
@@ -58,19 +60,22 @@ class SpikeGuard:
     def accept_new_level(self) -> bool:
         """Forget the norms, so that none is an outlier until WARM new ones are known, if all bad steps in a row were finite.
 
-        Return whether they were.
+        Return whether they were; False after MAX_LEVELS times.
         """
-        if self._all_finite:
+        accepted = self._all_finite and self._levels < MAX_LEVELS
+        if accepted:
             self._known.clear()
-        return self._all_finite
+            self._levels += 1
+        return accepted
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window as plain values."""
         steps, norms = [step for step, _ in self._known], [norm for _, norm in self._known]
-        return {"steps": steps, "norms": norms, "all_finite": self._all_finite}
+        return {"steps": steps, "norms": norms, "all_finite": self._all_finite, "levels": self._levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the window by one that `state_dict` returned."""
         self._known.clear()
         self._known.extend(zip(state["steps"], state["norms"], strict=True))
-        self._all_finite = state.get("all_finite", True)  # earlier versions did not save it
+        self._all_finite = state.get("all_finite", False)  # earlier versions did not save these
+        self._levels = state.get("levels", 0)

@@ -37,7 +37,7 @@ class Window:
 def fit(trainer: Trainer) -> int:
     """Train to `max_steps`, or for `max_minutes`; return 0, or 130 / 143 after a signal. The run is saved in each case.
 
-    Raises TrainingError if too many steps in a row are skipped and the run cannot roll back, CheckpointError if the last
+    Raises TrainingError if too many steps in a row are skipped and nothing of rollback.py helps, CheckpointError if the last
     save fails, OutOfMemoryError if a step does not fit into the memory of the device.
     """
     state, main = trainer.state, trainer.world.main
@@ -155,6 +155,10 @@ class TrainingLoop:
         wanted = step == train.max_steps or any(step % n == 0 for n in (train.log_every, train.save_every))
         # a GPU computes this step while the one before is finished
         self.finish_launched(keep=1 if trainer.runtime.asynchronous and not wanted else 0)
+        if (
+            trainer.state.skipped_in_a_row >= train.max_skipped_steps - 1
+        ):  # so that none is in flight when the run goes back
+            self.finish_launched()
         seconds = time.perf_counter() - started
         trainer.state.elapsed_s += seconds
         self.window.seconds += seconds

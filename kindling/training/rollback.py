@@ -33,7 +33,9 @@ def roll_back(trainer: Trainer) -> bool:
         folder = on_main(lambda: trainer.run.newest(before=rollback.first_step))
     if folder is None and train.grad_clip and trainer.guard.accept_new_level():
         trainer.pending_rollback, before.skipped_in_a_row = None, 0
-        why = f"{before.rollbacks} rollbacks did not help" if before.rollbacks else "no checkpoint is from before them"
+        why = "no checkpoint is from before them"
+        if before.rollbacks:
+            why = f"the run has gone back {before.rollbacks} time{'s' * (before.rollbacks > 1)} already"
         trainer.say(
             f"warning: {rollback.n_steps} steps in a row were skipped for gradients over {train.spike_ratio:g} times the usual, "
             f"and {why}: from here on they are clipped to {train.grad_clip:g} and count as usual"

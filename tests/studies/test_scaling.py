@@ -337,4 +337,4 @@ def test_a_plan_has_more_steps_where_compiling_is_faster(monkeypatch):
 
     same, faster, slower = (plan_with(speed_up) for speed_up in (1.0, 2.0, 0.5))
     assert faster.compiled and faster.steps_of[0] > 1.5 * same.steps_of[0]
-    assert not slower.compiled and slower.steps_of == same.steps_of  # compiled, it would be longer than the time
+    assert slower.compiled and slower.steps_of[0] < same.steps_of[0]  # runs are compiled all the same

@@ -181,3 +181,4 @@ def test_a_new_level_is_accepted_only_if_every_bad_step_was_finite():
     guard.add(WARM + 3, 1.0, good=True)  # the next bad steps are others
     guard.add(WARM + 4, 50.0, good=False)
     assert guard.accept_new_level() and guard.limit(WARM + 9) == math.inf
+    assert [guard.accept_new_level() for _ in range(3)] == [True, True, False]  # at most three times

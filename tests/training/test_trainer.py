@@ -815,7 +815,7 @@ def test_gradients_that_stay_large_wherever_the_run_goes_count_as_usual_in_the_e
     trainer = large_from(tmp_path / "some", corpus, 45, save_every=40)
     assert fit(trainer) == 0
     assert trainer.state.step == 60 and trainer.state.skipped == 4 * 3 and trainer.state.rollbacks == 3
-    assert "3 rollbacks did not help: from here on" in capsys.readouterr().err
+    assert "the run has gone back 3 times already: from here on" in capsys.readouterr().err
     logged = [line["step"] for line in read_metrics(tmp_path / "some" / "metrics.jsonl") if "loss" in line]
     assert logged == sorted(set(logged))
 
@@ -827,6 +827,14 @@ def test_gradients_that_stay_large_end_the_run_where(what, corpus, tmp_path):
         spoil(trainer, math.nan, {4 * 46})
     with pytest.raises(TrainingError, match="but skipped 3 "):
         fit(trainer)
+
+
+def test_a_good_step_in_flight_does_not_make_a_series_of_bad_ones_finite(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(device.Runtime, "asynchronous", True)
+    trainer = spoiled(tmp_path / "r", corpus, steps=range(2, 5))  # before the first checkpoint
+    with pytest.raises(TrainingError, match="but skipped 3 "):
+        fit(trainer)
+    assert trainer.state.step == 5
 
 
 def test_a_run_that_goes_back_again_and_again_ends_with_a_way_out(corpus, tmp_path):
