@@ -155,9 +155,8 @@ class TrainingLoop:
         wanted = step == train.max_steps or any(step % n == 0 for n in (train.log_every, train.save_every))
         # a GPU computes this step while the one before is finished
         self.finish_launched(keep=1 if trainer.runtime.asynchronous and not wanted else 0)
-        if (
-            trainer.state.skipped_in_a_row >= train.max_skipped_steps - 1
-        ):  # so that none is in flight when the run goes back
+        # so that none is in flight when the run goes back
+        if trainer.state.skipped_in_a_row >= train.max_skipped_steps - 1:
             self.finish_launched()
         seconds = time.perf_counter() - started
         trainer.state.elapsed_s += seconds
