@@ -34,12 +34,21 @@ class Section:
     warnings: list[str] = field(default_factory=list)
     names: int = 1
 
+    def require_whole(self) -> None:
+        """Raise ValueError if a row has more or fewer cells than there are columns."""
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"a row of {self.heading!r} must have {len(self.columns)} cells, but has {len(row)}: {row}"
+                )
+
 
 def as_text(head: list[str], sections: list[Section], color: bool = False) -> str:
     """Return the lines of `head` and the sections as text for a terminal, with ANSI colours if `color`."""
     bold, red, plain = (BOLD, RED, PLAIN) if color else ("", "", "")
     out = [line for text in head for line in _wrap(text)]
     for section in sections:
+        section.require_whole()
         out += ["", f"{bold}{_printable(section.heading)}{plain}", *_text_table(section)]
         out += [f"{red}{line}{plain}" for text in section.warnings for line in _wrap(text, INDENT)]
         out += [line for text in section.notes for line in _wrap(text, INDENT)]
@@ -50,6 +59,7 @@ def as_markdown(title: str, head: list[str], sections: list[Section]) -> str:
     """Return a Markdown document with one heading `title`, the lines of `head`, and the sections as GitHub's tables."""
     out = [f"# {_escaped(title)}", "", *(f"- {_escaped(line)}" for line in head)]
     for section in sections:
+        section.require_whole()
         out += ["", f"## {_escaped(section.heading)}", ""]
         if section.rows:
             lines = ["---"] * section.names + ["---:"] * (len(section.columns) - section.names)
@@ -64,6 +74,7 @@ def as_html(sections: list[Section]) -> str:
     """Return the sections as HTML elements with headings of level 2; their texts are escaped."""
     out = []
     for section in sections:
+        section.require_whole()
         out += ["<section>", f"<h2>{as_html_text(section.heading)}</h2>"]
         if section.rows:
             out += ['<div class="wide"><table>']

@@ -121,3 +121,10 @@ def test_html_has_a_row_for_each_row_and_nothing_in_it_is_markup():
 
 def test_html_of_no_rows_has_no_table():
     assert "<table" not in as_html([Section("Nothing")])
+
+
+@pytest.mark.parametrize("row", [["demo"], ["demo", "1", "runs/demo"]])
+@pytest.mark.parametrize("write", [lambda s: as_text([], s), lambda s: as_markdown("t", [], s), as_html])
+def test_a_row_that_is_not_as_long_as_the_head_is_refused(row, write):
+    with pytest.raises(ValueError, match=f"must have 2 cells, but has {len(row)}"):
+        write([Section("S", ["run", "loss"], [["base", "1"], row])])

@@ -226,6 +226,7 @@ def _spikes(folder: Path) -> Section:
     ]
     columns = [
         "remedy",
+        "rate",
         "spikes",
         "worst loss / median",
         "largest norm / median",

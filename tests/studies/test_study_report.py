@@ -11,7 +11,8 @@ from kindling.evaluation.results_file import FORMAT
 from kindling.studies.report import times_section, write_report
 from kindling.studies.run_results import Run, spikes
 from kindling.studies.steps import Record, Records, Step
-from study import study_of
+from kindling.tables import as_text
+from study import SEEDS, study_of
 
 
 def make_run(folder: Path, name: str, fall: float = 0.5) -> Path:
@@ -24,6 +25,8 @@ def make_run(folder: Path, name: str, fall: float = 0.5) -> Path:
         {"step": 1, "loss": 3.5, "tokens": 2048, "grad_norm": 1.0},
     ]
     lines += [{"step": 2, "val_loss": 4.0 * fall, "val_tokens": 100}, {"step": 2, "val_loss": 1.0, "val_tokens": 999}]
+    for line in lines:
+        line |= {"val_bits_per_byte": line["val_loss"] / 2, "val_perplexity": 9.0} if "val_loss" in line else {}
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     figures = {"all": {"loss": 2.0, "perplexity": 7.389, "bits_per_byte": 1.234}}
     code = {"pass_at": {"1": 0.25}, "counts": [[str(n), 4, 1] for n in range(8)]}
@@ -53,6 +56,16 @@ def test_spikes_are_counted_over_the_median_before():
     count, worst, norm = spikes([*steady, {"loss": 5.0, "grad_norm": 8.0}, *steady])
     assert (count, worst, norm) == (1, 2.5, 8.0)
     assert spikes([])[0] == 0
+
+
+@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_tables_of_a_study_can_be_shown_whatever_has_failed(name, trained, tmp_path):
+    study = study_of(name)
+    for run in {run for runs in study.runs_by_plot(tmp_path).values() for run in runs} if trained else ():
+        make_run(tmp_path, run)
+    text = as_text([], study.sections(tmp_path))
+    assert text == as_text([], study.sections(tmp_path)) and "-" in text
 
 
 def test_the_tables_of_000_put_the_claim_beside_ours_and_name_the_files(tmp_path):
