@@ -100,10 +100,9 @@ def curves(study: Study, folder: Path) -> list[Picture]:
         drawn = [run for run in (Run(folder, run) for run in runs) if run.metrics]
         if not drawn:
             continue
-        keys = [run.data_key() for run in drawn]
-        figure = compare_curves(
-            [Compared(run.name, curves_of(run.metrics), k, k, k) for run, k in zip(drawn, keys)], [], fewest=3
-        )
+        keys = [(run.data_key(), run.validation_key(), run.validation_key()) for run in drawn]
+        compared = [Compared(run.name, curves_of(run.metrics), *of_run) for run, of_run in zip(drawn, keys)]
+        figure = compare_curves(compared, [], fewest=3)
         alt = " ".join(f"{run.name}: {curves_in_words(run.metrics)}" for run in drawn)
         files = ", ".join(run.file("metrics.jsonl") for run in drawn)
         found.append(Picture(png(figure), f"Training of {name}, from {files}.", alt))

@@ -65,12 +65,16 @@ class Run:
         return RunDirectory(self.path).config()
 
     def data_key(self) -> str:
-        """Return what must be equal for losses to compare: the fingerprint of the run's data, and how much is validated."""
+        """Return what must be equal for losses in training to compare: the fingerprint of the run's data."""
         try:
             manifest = json.loads((RunDirectory(self.path).data / "manifest.json").read_text(encoding="utf-8"))
-            return f"{manifest['fingerprint']} {[line.get('val_tokens') for line in self.validations()[:1]]}"
+            return str(manifest["fingerprint"])
         except (OSError, ValueError, KeyError):
             return self.name
+
+    def validation_key(self) -> str:
+        """Return what must be equal for validations to compare: the run's data, and how much is validated."""
+        return f"{self.data_key()} {[line.get('val_tokens') for line in self.validations()[:1]]}"
 
     def _part(self, name: str) -> dict[str, Any]:
         part = self.results.get(name) or {}
@@ -202,7 +206,7 @@ def lead_text(smaller: Run, larger: Run) -> str:
     runs that are validated on the same part of the same data.
     """
     points, reference = larger.curve(), smaller.curve()
-    if not points or not reference or larger.data_key() != smaller.data_key():
+    if not points or not reference or larger.validation_key() != smaller.validation_key():
         return MISSING
     tokens, losses = zip(*reference)
     both = [(n, loss) for n, loss in points if 0 < n <= tokens[-1]]
