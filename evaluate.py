@@ -215,13 +215,13 @@ def evaluate(subject: EvalContext) -> int:
     files = write_samples(run.path, flags.split, code, lengths)
     results = results_file.with_earlier(results | {"seconds": time.perf_counter() - started}, run.path)
     lines = [] if losses is None else losses.lines()
-    saved = results_file.save(run.path, results, lines)
+    saved = results_file.save_results(run.path, results, lines)
 
     if flags.harness is not None:  # it may take long or fail, so the other results are saved before
         where = subject.runtime.device, flags.harness_data, flags.harness_limit
         results["harness"] = run_harness(model, tokenizer, tasks_of(flags), *where)
         results["seconds"] = time.perf_counter() - started
-        saved = results_file.save(run.path, results, lines)
+        saved = results_file.save_results(run.path, results, lines)
 
     print(report.table(results, lines, color=wants_color(sys.stdout)))
     print(f"\nwritten to {run.path}: {', '.join([*saved, *files])}; next: {generate_command(run.path, subject.config)}")

@@ -198,7 +198,7 @@ def functions(model: Any, data: Path, cfg: Config) -> dict[str, dict[str, int]]:
     """Return of each held-out split how many signatures of functions the model continued, and how many of these compile."""
     from config import EvalConfig
     from kindling.data.shards import TokenDataset
-    from kindling.evaluation.check_correctness import grade_samples
+    from kindling.evaluation.check_correctness import check_samples
     from kindling.evaluation.code_eval import syntax
     from kindling.evaluation.heldout import problems_from_documents
     from kindling.evaluation.samples import write
@@ -210,7 +210,7 @@ def functions(model: Any, data: Path, cfg: Config) -> dict[str, dict[str, int]]:
             TokenDataset(data, split), tokenizer, how.signatures, how.n_workers, lambda n: None
         )
         written = write(model, tokenizer, [(problem, 1) for problem in problems], None, how)
-        rates = syntax(written, grade_samples(written, None, "none", how), "")  # without tests nothing is run
+        rates = syntax(written, check_samples(written, None, "none", how), "")  # without tests nothing is run
         out[split] = {key: rates[key] for key in ("samples", "passes", "non_trivial")}
         print(f"  ours: {rates['passes']} of {rates['samples']} functions of the {split} split compile", flush=True)
     return out

@@ -1,6 +1,6 @@
 """Checks whether samples solve their problems: programs run in the sandbox, and their answers are compared here.
 
-    graded = grade_samples(samples, chat, "bwrap", cfg)
+    graded = check_samples(samples, chat, "bwrap", cfg)
     verdict, reason = check_answers(problem, program)
 
 The tests and the expected values stay in this process. Where a test calls a function of the program, only the arguments go
@@ -80,7 +80,7 @@ def sandbox_refusal(mode: When, cfg: EvalConfig) -> str | None:
     return None
 
 
-def grade_samples(
+def check_samples(
     samples: Sequence[Sample],
     chat: ChatFormat | None,
     mode: When,
@@ -90,7 +90,7 @@ def grade_samples(
     """Return the verdict on each sample, in their order. The same text for the same problem is judged once."""
     limits = program_limits(cfg)
     unique = {_key(sample): sample for sample in samples}
-    grade_one = partial(grade, is_answer=chat is not None, mode=mode, limits=limits)
+    grade_one = partial(check_sample, is_answer=chat is not None, mode=mode, limits=limits)
     results: dict[tuple[str, str, str, bool], GradedSample] = {}
     # in worker processes, in the same order; a FailedJob for one that kills its process or hangs
     jobs = map_jobs(grade_one, unique.values(), cfg.n_workers, limits.wall_s + START_S + 10)
@@ -109,7 +109,7 @@ def _key(sample: Sample) -> tuple[str, str, str, bool]:
     return sample.problem.benchmark, sample.problem.task_id, sample.text, sample.cut_short
 
 
-def grade(sample: Sample, slot: int, is_answer: bool, mode: When, limits: Limits) -> GradedSample:
+def check_sample(sample: Sample, slot: int, is_answer: bool, mode: When, limits: Limits) -> GradedSample:
     """Extract the program from a sample, compile it, and check its answers if its problem has tests.
 
     `is_answer`: the sample answers an instruction, rather than continuing the prompt. Call this in a worker (pool.map_jobs),

@@ -20,7 +20,7 @@ from config import EvalConfig
 from kindling.data.examples import Examples
 from kindling.data.shards import TokenDataset
 from kindling.distributed import SINGLE_PROCESS, World
-from kindling.evaluation.check_correctness import VERDICTS, GradedSample, When, grade_samples
+from kindling.evaluation.check_correctness import VERDICTS, GradedSample, When, check_samples
 from kindling.evaluation.heldout import FUNCTIONS, INSTRUCTIONS, problems_from_conversations, problems_from_documents
 from kindling.evaluation.intervals import pass_at_k
 from kindling.evaluation.progress import progress_bar
@@ -85,7 +85,7 @@ def evaluate_code(
     if not world.main:
         return CodeResults(samples, [])
     with progress_bar("running samples", n_samples, "sample") as bar:
-        graded = grade_samples(samples, chat, mode, cfg, bar.update)
+        graded = check_samples(samples, chat, mode, cfg, bar.update)
     figures: dict[str, Any] = {}
     written = [
         (s, g) for s, g in zip(samples, graded) if s.problem.after is None

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kindling.evaluation.check_correctness import grade_samples
+from kindling.evaluation.check_correctness import check_samples
 from kindling.evaluation.code_eval import functional_figures, verdict_columns
 from kindling.evaluation.references import left_out_problems
-from kindling.evaluation.results_file import ResultsError, file_name, read_results, save
+from kindling.evaluation.results_file import ResultsError, file_name, read_results, save_results
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import FILES, Problem, load, source_of
 from kindling.files import write_atomic
@@ -58,13 +58,13 @@ def grade_written(
     for s in samples:
         asked.setdefault(s.problem.benchmark, {})[s.problem.task_id] = s.problem
     left_out = left_out_problems({name: list(tasks.values()) for name, tasks in asked.items()}, mode, cfg)
-    graded = grade_samples(samples, chat, mode, cfg, progress)
+    graded = check_samples(samples, chat, mode, cfg, progress)
     for i, g in zip(places, graded):
         lines[i] |= verdict_columns(g) | {"program": g.program}
     skipped = {name: part for name, part in results.get("functional", {}).items() if _is_skipped(part)}
     results["functional"] = functional_figures(samples, graded, list(asked), mode, left_out) | skipped
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
-    return results, losses, [*save(run, results, losses), path.name]
+    return results, losses, [*save_results(run, results, losses), path.name]
 
 
 def _is_skipped(part: Any) -> bool:

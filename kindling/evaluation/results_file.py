@@ -1,6 +1,6 @@
 """Saves the results of an evaluation in a run, and reads them again.
 
-    save(Path("runs/demo"), results, losses)
+    save_results(Path("runs/demo"), results, losses)
     results, losses = read_results(Path("runs/demo"))
 
 `results` is the content of eval.json. `losses` are the lines of losses.jsonl, one for each held-out document: {"document": 3,
@@ -69,7 +69,7 @@ def file_name(name: str, split: str) -> str:
     return name if split == "val" else f"{stem}-{split}.{suffix}"
 
 
-def save(run_path: Path, results: Results, losses: LossLines | None = None) -> list[str]:
+def save_results(run_path: Path, results: Results, losses: LossLines | None = None) -> list[str]:
     """Write eval.json, eval.md and losses.jsonl into a run, each as a whole or not at all; return their names.
 
     eval.json is written last and contains the hash of losses.jsonl, to show that both belong together. Without losses, the

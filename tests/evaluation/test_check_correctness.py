@@ -10,7 +10,7 @@ from test_extraction import NASTY
 
 from config import EvalConfig
 from kindling.evaluation import check_correctness, tasks
-from kindling.evaluation.check_correctness import VERDICTS, GradedSample, check_answers, grade, grade_samples
+from kindling.evaluation.check_correctness import VERDICTS, GradedSample, check_answers, check_sample, check_samples
 from kindling.evaluation.samples import ChatFormat, Sample
 from kindling.evaluation.tasks import PROBLEMS, Problem, load
 from kindling.pool import FailedJob, map_jobs
@@ -31,7 +31,7 @@ def sample(problem: Problem, number: int, text: str, cut_short: bool = False) ->
 
 def graded(texts: list[tuple[Problem, str]], chat: bool) -> list[GradedSample]:
     jobs = [sample(problem, 0, text) for problem, text in texts]
-    grade_one = partial(grade, is_answer=chat, mode=MODE, limits=LIMITS)
+    grade_one = partial(check_sample, is_answer=chat, mode=MODE, limits=LIMITS)
     return list(map_jobs(grade_one, jobs, n_workers=2, limit_s=LIMIT_S))
 
 
@@ -163,7 +163,7 @@ def test_nasty_texts_are_verdicts_or_lost_and_nothing_else():
     p = OURS[0]
     jobs = [sample(p, 0, f"    {text}") for text in NASTY.values()]
     for is_answer in (False, True):
-        grade_one = partial(grade, is_answer=is_answer, mode=MODE, limits=Limits(cpu_s=2))
+        grade_one = partial(check_sample, is_answer=is_answer, mode=MODE, limits=Limits(cpu_s=2))
         for job, result in zip(jobs, map_jobs(grade_one, jobs, n_workers=2, limit_s=LIMIT_S)):
             assert isinstance(result, FailedJob) or result.verdict != "passed", job.text[:50]
 
@@ -203,22 +203,22 @@ def test_each_text_is_judged_once_and_results_keep_their_order(monkeypatch):
 
     monkeypatch.setattr(check_correctness, "map_jobs", counted)
     told: list[int] = []
-    found = grade_samples(written, None, MODE, EvalConfig(workers=2), told.append)
+    found = check_samples(written, None, MODE, EvalConfig(workers=2), told.append)
     assert [g.verdict for g in found] == ["wrong", "exception", "passed", "wrong", "passed", "passed", "syntax"]
     assert len(jobs_seen) == 5 == sum(told)
 
 
 def test_answers_are_judged_as_answers():
     text = "```python\ndef add(a, b):\n    return a + b\n```"
-    (as_answer,) = grade_samples([sample(OURS[0], 0, text)], ChatFormat("alpaca", False), MODE, EvalConfig(workers=2))
-    (as_completion,) = grade_samples([sample(OURS[0], 0, text)], None, MODE, EvalConfig(workers=2))
+    (as_answer,) = check_samples([sample(OURS[0], 0, text)], ChatFormat("alpaca", False), MODE, EvalConfig(workers=2))
+    (as_completion,) = check_samples([sample(OURS[0], 0, text)], None, MODE, EvalConfig(workers=2))
     assert (as_answer.verdict, as_completion.verdict) == ("passed", "syntax")
 
 
 def test_what_is_lost_while_it_is_judged_is_a_verdict(monkeypatch):
     lost = [FailedJob("timeout"), FailedJob("crash"), FailedJob("MemoryError: ")]
     monkeypatch.setattr(check_correctness, "map_jobs", lambda *_: iter(lost))
-    found = grade_samples([sample(OURS[0], i, str(i)) for i in range(3)], None, MODE, EvalConfig(workers=2))
+    found = check_samples([sample(OURS[0], i, str(i)) for i in range(3)], None, MODE, EvalConfig(workers=2))
     assert [g.verdict for g in found] == ["timeout", "exception", "exception"]
     assert [g.reason for g in found] == [f"while judging it: {one.reason}" for one in lost]
     assert not any(g.compiles or g.non_trivial for g in found)

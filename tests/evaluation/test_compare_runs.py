@@ -10,7 +10,7 @@ from test_tables import assert_valid_tables
 
 from kindling.evaluation.compare_runs import compare
 from kindling.evaluation.intervals import paired_difference, paired_ratio_difference, pass_at_k
-from kindling.evaluation.results_file import ResultsError, save
+from kindling.evaluation.results_file import ResultsError, save_results
 from kindling.tables import WIDTH
 
 LOSSES = made_losses()
@@ -18,7 +18,7 @@ LOSSES = made_losses()
 
 def saved(tmp_path: Path, name: str, results: dict | None = None, losses: list[dict] | None = LOSSES) -> Path:
     (tmp_path / name).mkdir()
-    save(tmp_path / name, full(LOSSES) if results is None else results, losses)
+    save_results(tmp_path / name, full(LOSSES) if results is None else results, losses)
     return tmp_path / name
 
 

@@ -5,7 +5,7 @@ import pytest
 from config import EvalConfig
 from kindling.evaluation import code_eval, grade_written
 from kindling.evaluation.check_correctness import GradedSample
-from kindling.evaluation.results_file import read_results, save
+from kindling.evaluation.results_file import read_results, save_results
 
 SKIPPED = {"mbpp-3shot": {"skipped": "500 of 500 prompts do not fit"}}
 
@@ -34,14 +34,14 @@ def run(tmp_path):
         "syntax": {**syntax, "python": "3.14.0", "by_prompt": {"problems": {**syntax, "counts": counts}}},
         "functional": {"skipped": "the samples were not run", **SKIPPED},
     }
-    save(tmp_path, results)
+    save_results(tmp_path, results)
     return tmp_path
 
 
 def test_what_compiles_stays_with_the_python_that_said_so_and_verdicts_name_theirs(run, monkeypatch):
     before = read_results(run)[0]["syntax"]
     here = [GradedSample("here", "syntax", "an error", False, False), GradedSample("here", "passed", "", True, True)]
-    monkeypatch.setattr(grade_written, "grade_samples", lambda *_: here)
+    monkeypatch.setattr(grade_written, "check_samples", lambda *_: here)
     monkeypatch.setattr(code_eval.platform, "python_version", lambda: "3.11.7")
     grade_written.grade_written(run, "val", None, "none", EvalConfig())
     found = read_results(run)[0]
@@ -59,7 +59,7 @@ def test_what_compiles_stays_with_the_python_that_said_so_and_verdicts_name_thei
 
 def test_a_benchmark_that_was_skipped_stays_so(run, monkeypatch):
     monkeypatch.setattr(
-        grade_written, "grade_samples", lambda s, *_: [GradedSample("", "wrong", "", True, True)] * len(s)
+        grade_written, "check_samples", lambda s, *_: [GradedSample("", "wrong", "", True, True)] * len(s)
     )
     for _ in range(2):  # also when it is graded again
         grade_written.grade_written(run, "val", None, "none", EvalConfig())

@@ -10,7 +10,7 @@ from test_samples import CFG, Scripted, texts
 
 from config import EvalConfig, ModelConfig, TokenizerConfig
 from kindling.evaluation import code_eval, references
-from kindling.evaluation.check_correctness import GradedSample, Verdict, grade
+from kindling.evaluation.check_correctness import GradedSample, Verdict, check_sample
 from kindling.evaluation.code_eval import Chosen, asked_problems, evaluate_code, functional_figures
 from kindling.evaluation.infill import prompt_around
 from kindling.evaluation.infill_report import line_notes, pass_difference
@@ -144,7 +144,7 @@ def test_the_line_that_stood_there_passes_and_another_does_not():
     indent = line[: len(line) - len(line.lstrip())]
     # nothing but our own code runs here
     found = [
-        grade(Sample(p, 0, text, [], True, False), 0, is_answer, "none", Limits(15, 90))
+        check_sample(Sample(p, 0, text, [], True, False), 0, is_answer, "none", Limits(15, 90))
         for text, is_answer in ((line, False), (line, True), (f"{indent}pass", False), (f"{indent}(", False))
     ]
     assert [g.verdict for g in found] == ["passed", "passed", "wrong", "syntax"]
@@ -193,7 +193,7 @@ def test_the_figures_say_of_how_many_problems_the_lines_are_and_what_the_suffix_
 def test_lines_are_not_in_the_table_of_syntax(monkeypatch):
     cfg, (samples, graded) = EvalConfig(signatures=0), samples_of(LINES["problems"][:4], lambda i: True)
     chosen = Chosen([(s.problem, 1) for s in samples], {}, {})
-    for name, found in (("select_problems", chosen), ("write", samples), ("grade_samples", graded)):
+    for name, found in (("select_problems", chosen), ("write", samples), ("check_samples", graded)):
         monkeypatch.setattr(code_eval, name, lambda *given, found=found: found)
     model = SimpleNamespace(cfg=SimpleNamespace(block_size=64))
     figures = evaluate_code(model, None, None, None, {"problems-infill": 1}, "none", cfg).figures

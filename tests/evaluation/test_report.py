@@ -8,7 +8,7 @@ from test_tables import assert_valid_tables
 
 from kindling.evaluation.intervals import Z, bootstrap_ratio, pass_at_k, pass_interval, wilson
 from kindling.evaluation.report import markdown, table
-from kindling.evaluation.results_file import ResultsError, save, with_earlier
+from kindling.evaluation.results_file import ResultsError, save_results, with_earlier
 from kindling.tables import WIDTH
 
 HEADINGS = [
@@ -288,7 +288,7 @@ def test_a_loss_that_is_not_finite_costs_the_intervals_and_not_the_table(tmp_pat
         }
         text = table(results, losses)
         assert "[" not in text and "no intervals where the loss of a document is not finite" in text
-        save(tmp_path, results, losses)
+        save_results(tmp_path, results, losses)
         assert (
             json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["language_modelling"]["all"]["loss"]
             is None
@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_finite_costs_the_intervals_and_not_the_table(tmp_pat
 
 def test_a_saved_result_is_the_one_that_was_given(tmp_path):
     losses = made_losses()
-    save(tmp_path, full(losses), losses)
+    save_results(tmp_path, full(losses), losses)
     saved = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     assert {key: value for key, value in saved.items() if key != "losses_sha256"} == full(losses)
     assert [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text(encoding="utf-8").splitlines()] == losses
@@ -308,17 +308,17 @@ def test_a_saved_result_is_the_one_that_was_given(tmp_path):
 
 def test_another_split_has_files_of_its_own(tmp_path):
     losses = made_losses()
-    assert save(tmp_path, full(losses), losses) == ["eval.json", "eval.md", "losses.jsonl"]
+    assert save_results(tmp_path, full(losses), losses) == ["eval.json", "eval.md", "losses.jsonl"]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     names = ["eval-test.json", "eval-test.md", "losses-test.jsonl"]
-    assert save(tmp_path, full(losses) | {"split": "test"}, losses) == names
+    assert save_results(tmp_path, full(losses) | {"split": "test"}, losses) == names
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
     assert {path.name for path in tmp_path.iterdir()} == {*before, *names}
 
 
 def test_what_was_not_asked_for_again_is_kept_for_the_same_weights_only(tmp_path):
     earlier = full(made_losses())
-    save(tmp_path, earlier)
+    save_results(tmp_path, earlier)
     fewer = {key: value for key, value in earlier.items() if key not in ("syntax", "functional")}
     now = with_earlier(fewer, tmp_path)
     assert now["functional"] == earlier["functional"] and now["kept"] == ["syntax", "functional"]
@@ -329,8 +329,8 @@ def test_what_was_not_asked_for_again_is_kept_for_the_same_weights_only(tmp_path
 
 
 def test_saving_without_losses_leaves_none_of_an_earlier_evaluation(tmp_path):
-    save(tmp_path, full(made_losses()), made_losses())
-    save(tmp_path, {"format": 2, "run": "runs/demo"})
+    save_results(tmp_path, full(made_losses()), made_losses())
+    save_results(tmp_path, {"format": 2, "run": "runs/demo"})
     assert {path.name for path in tmp_path.iterdir()} == {"eval.json", "eval.md"}
 
 
@@ -339,6 +339,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / name).mkdir()  # where the file should be; a read-only folder would not stop root
     (tmp_path / name / "full").touch()
     with pytest.raises(ResultsError) as error:
-        save(tmp_path, full(made_losses()), made_losses())
+        save_results(tmp_path, full(made_losses()), made_losses())
     assert f"{tmp_path} must be writable for {name}, but is not" in str(error.value)
     assert "\n" not in str(error.value)

@@ -54,7 +54,7 @@ def evaluate(run, folder, **more):
     results = {"format": results_file.FORMAT, "run": "tiny", "checkpoint": folder.name, "split": "val"}
     results |= {"weights_sha256": weights_sha256(folder), "language_modelling": language_modelling(losses)}
     results |= {"functional": {"problems": benchmark([["a", 10, 3]] * 8)}, **more}
-    results_file.save(run.path, results, losses)
+    results_file.save_results(run.path, results, losses)
     return report.markdown(results, losses)
 
 
