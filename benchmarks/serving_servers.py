@@ -36,7 +36,8 @@ START_S = 120.0
 FOR_LLAMA = {"activation": "gelu_new", "head_bias": False}
 TOY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512}
 SLOTS = 16  # of llama.cpp: texts that it generates at once
-MEMORY = {"whole": "VmRSS", "own": "RssAnon", "of files": "RssFile", "peak": "VmHWM"}  # lines of /proc/PID/status
+MEMORY = {"whole": "VmRSS", "own": "RssAnon", "of files": "RssFile", "shared": "RssShmem", "peak": "VmHWM"}
+"""Figures of a process's memory, and their lines in /proc/PID/status. The first is the sum of the next three."""
 
 
 class ServerError(KindlingError):
