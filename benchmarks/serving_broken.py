@@ -55,7 +55,8 @@ def status_of(port: int, raw: bytes, ends: bool = False) -> int:
         while more := sock.recv(2**16):
             answer = answer or more
             if answer.startswith(b"HTTP/1.1 4") and not ends:
-                sock.shutdown(socket.SHUT_WR)  # or the server waits for the next request
+                with contextlib.suppress(OSError):  # it may have closed the connection by now
+                    sock.shutdown(socket.SHUT_WR)  # or the server waits for the next request
                 ends = True
     return int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else 0
 
