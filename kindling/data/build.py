@@ -204,7 +204,7 @@ def fill(
     DataError for a split without documents.
     """
     (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    dtype = token_dtype(tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
     writers = _writers(cfg, partial, dtype)
     ledger = Ledger([s.label for s in cfg.data.sources], [s.weight for s in cfg.data.sources])
     mixture = Mixture(cfg.data, read)

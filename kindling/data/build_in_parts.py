@@ -171,7 +171,7 @@ def run_part(plan: Plan, number: int, pool: WorkerPool) -> None:
     started, n_documents, n_bytes = time.perf_counter(), 0, 0
     mine = [cut(files, plan.n_parts)[number] for files in plan.files]
     every = [f for files in mine for f in files]
-    dtype = token_dtype(load_json(plan.tokenizer_file, plan.cfg.tokenizer))
+    dtype = token_dtype(load_json(plan.tokenizer_file, plan.cfg.tokenizer).vocab_size)
     require_unchanged(plan, every)
     with atomic_folder(plan.part(number)) as partial:
         for i, source in enumerate(plan.cfg.data.sources):
@@ -262,7 +262,7 @@ def gather(plan: Plan) -> Path:
     for number in range(plan.n_parts):
         require_whole(plan.part(number))
     tokenizer = load_json(plan.tokenizer_file, cfg.tokenizer)
-    dtype = token_dtype(tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
 
     def read(i: int) -> Iterator[ProcessedDocument]:
         rows = (e for number in range(plan.n_parts) for e in read_part(plan.part(number), i, dtype))

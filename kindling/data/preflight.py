@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import Config, TokenizerConfig
 from kindling.data.prompts import Exchange, encode
-from kindling.data.shards import DataError
+from kindling.data.shards import DataError, token_dtype
 from kindling.data.sources import WHOLE_FILES, SourceFiles, require_answer
 from kindling.errors import TokenizerError
 from kindling.paths import expand_home
@@ -95,7 +95,7 @@ def estimated_bytes(cfg: Config, files: SourceFiles) -> int:
     tokens = sum(known) // BYTES_PER_TOKEN
     if cfg.data.max_tokens is not None:
         tokens = min(tokens, cfg.data.max_tokens) if None not in sizes else cfg.data.max_tokens
-    return tokens * (2 if cfg.model.vocab_size <= 2**16 else 4)
+    return tokens * token_dtype(cfg.model.vocab_size).itemsize
 
 
 def _require_disk(cfg: Config, files: SourceFiles, data: Path) -> None:

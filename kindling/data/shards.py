@@ -18,16 +18,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from config import IGNORE, ModelConfig
 from kindling.errors import KindlingError
 from kindling.files import checksum_matches, sha256_file, with_checksum, write_json
-
-if TYPE_CHECKING:
-    from kindling.tokenization.tokenizer import Tokenizer
 
 FORMAT = 1
 SHARD_TOKENS = 2**23  # a writer holds this many in memory for each split
@@ -388,6 +385,6 @@ def write_manifest(folder: Path, **content: Any) -> None:
     write_json(folder / "manifest.json", with_checksum({"format": FORMAT, **content}))
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
     """Return the type that stores token ids: two bytes if they suffice, else four."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
