@@ -17,7 +17,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -28,7 +28,6 @@ from kindling.json_rows import DAMAGE, open_text
 from kindling.paths import require_runs
 
 if TYPE_CHECKING:
-    from kindling.plots.figures import Compared
     from kindling.plots.inspection import InspectedRun, Text
     from kindling.runs.checkpoint import RunDirectory
 
@@ -146,15 +145,8 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
                 written.unlink(missing_ok=True)
 
 
-def texts_of(manifest: dict[str, Any], split: str) -> tuple[int, int]:
-    """Return what tells the texts of a split from those of another data folder: how many there are, and their bytes."""
-    info = manifest["splits"].get(split, {})
-    return info.get("documents", 0), info.get("bytes", 0)
-
-
 def compare(paths: list[Path]) -> None:
     """Draw the curves of several runs in one plot, in the folder of the first run."""
-    from kindling.data.shards import read_manifest
     from kindling.public_paths import public_names
     from kindling.runs.loading import find_run
     from kindling.runs.metrics import read_metrics
@@ -168,48 +160,16 @@ def compare(paths: list[Path]) -> None:
         raise VisualizationError(
             f"{without[0].path} must have metrics to draw, but metrics.jsonl has no line; leave it out"
         )
-    from kindling.plots.figures import Compared, compare_curves, png
-    from kindling.plots.inspection import curves_of  # imports torch
+    from kindling.plots.comparable import compared, notes_on  # imports torch
+    from kindling.plots.figures import compare_curves, png
 
-    found = []
-    for run, name, lines in zip(runs, public_names([run.path for run in runs]), metrics):
-        manifest, curves = read_manifest(run.data), curves_of(lines)
-        tokenizer, (train, val) = manifest["tokenizer_sha256"], (texts_of(manifest, s) for s in ("train", "val"))
-        held_out = (val, part_of_split(run, tokenizer, curves.val_read))
-        found.append(Compared(name, curves, (tokenizer, train), (tokenizer, held_out), held_out))
+    found = [compared(*of) for of in zip(runs, public_names([run.path for run in runs]), metrics)]
     notes = notes_on(found)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     folder = runs[0].path / PLOTS
     write_all(folder, {CURVES: png(compare_curves(found, notes))})
     print(f"written to {folder / CURVES}")
-
-
-def part_of_split(run: RunDirectory, tokenizer: str, n_read: int | None) -> tuple[int, int, str] | None:
-    """Return what tells the part of the split that a run is validated on from other parts; None: it is the whole split.
-
-    A part is so many rows as long as the context, evenly spaced, so it depends on both and on the tokenizer.
-    """
-    if n_read is None or n_read == run.heldout("val").n_targets:
-        return None
-    return n_read, run.config().model.block_size, tokenizer
-
-
-def notes_on(found: list[Compared]) -> list[str]:
-    """Return a sentence on each thing that does not compare."""
-    notes = []
-    if len({c.training[0] for c in found}) > 1:
-        notes.append(
-            "The runs have different tokenizers: loss does not compare; bits per byte does, on the same texts."
-        )
-    if len({c.training[1] for c in found}) > 1:
-        notes.append("The runs are trained on different texts: their training losses do not compare.")
-    if len({c.held_out[0] for c in found}) > 1:
-        notes.append("The runs hold out different texts: their validation curves do not compare.")
-    elif len({c.held_out[1] for c in found}) > 1:
-        read = (f"{c.name} on {f'{c.held_out[1][0]:,} tokens' if c.held_out[1] else 'the whole'}" for c in found)
-        notes.append(f"The runs are validated on different parts of the held-out texts ({', '.join(read)}).")
-    return notes
 
 
 def main(argv: list[str] | None = None) -> int:

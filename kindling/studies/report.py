@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import SourceConfig
+from kindling.errors import KindlingError
 from kindling.files import write_atomic
+from kindling.plots.comparable import compared, notes_on, on_any_part
 from kindling.plots.figures import Compared, compare_curves, png
 from kindling.plots.html_report import Picture, Sample, Samples, page
 from kindling.plots.inspection import curves_of
@@ -95,18 +97,23 @@ def write_report(study: Study, folder: Path, steps: list[Step], facts: list[tupl
 
 def curves(study: Study, folder: Path) -> list[Picture]:
     """Return a picture of the curves of each group of runs that have metrics."""
-    found = []
+    pictures = []
     for name, runs in study.runs_by_plot(folder).items():
         drawn = [run for run in (Run(folder, run) for run in runs) if run.metrics]
         if not drawn:
             continue
-        keys = [(run.data_key(), run.validation_key(), run.validation_key()) for run in drawn]
-        compared = [Compared(run.name, curves_of(run.metrics), *of_run) for run, of_run in zip(drawn, keys)]
-        figure = compare_curves(compared, [], fewest=3)
+        found, known = [], []
+        for run in drawn:
+            try:
+                known.append(compared(run.directory, run.name, run.metrics))
+                found.append(on_any_part(known[-1]))
+            except KindlingError:  # its data are gone: it is drawn alone
+                found.append(Compared(run.name, curves_of(run.metrics), *[run.name] * 3))
+        figure = compare_curves(found, notes_on(known), fewest=3)
         alt = " ".join(f"{run.name}: {curves_in_words(run.metrics)}" for run in drawn)
         files = ", ".join(run.file("metrics.jsonl") for run in drawn)
-        found.append(Picture(png(figure), f"Training of {name}, from {files}.", alt))
-    return found
+        pictures.append(Picture(png(figure), f"Training of {name}, from {files}.", alt))
+    return pictures
 
 
 def times_section(steps: list[Step], folder: Path) -> Section:

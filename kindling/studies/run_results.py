@@ -33,6 +33,7 @@ class Run:
 
     def __init__(self, folder: Path, name: str):
         self.name, self.path = name, folder / "runs" / name
+        self.directory = RunDirectory(self.path)
 
     def file(self, name: str) -> str:
         """Return the name of one of the run's files, as tables show it."""
@@ -62,19 +63,16 @@ class Run:
 
     def config(self) -> Any:
         """Return the run's config."""
-        return RunDirectory(self.path).config()
-
-    def data_key(self) -> str:
-        """Return what must be equal for losses in training to compare: the fingerprint of the run's data."""
-        try:
-            manifest = json.loads((RunDirectory(self.path).data / "manifest.json").read_text(encoding="utf-8"))
-            return str(manifest["fingerprint"])
-        except (OSError, ValueError, KeyError):
-            return self.name
+        return self.directory.config()
 
     def validation_key(self) -> str:
         """Return what must be equal for validations to compare: the run's data, and how much is validated."""
-        return f"{self.data_key()} {[line.get('val_tokens') for line in self.validations()[:1]]}"
+        try:
+            manifest = json.loads((self.directory.data / "manifest.json").read_text(encoding="utf-8"))
+            data = str(manifest["fingerprint"])
+        except (OSError, ValueError, KeyError):
+            data = self.name
+        return f"{data} {[line.get('val_tokens') for line in self.validations()[:1]]}"
 
     def _part(self, name: str) -> dict[str, Any]:
         part = self.results.get(name) or {}
@@ -110,7 +108,7 @@ class Run:
     def passes(self) -> str:
         """Return how many times the run has read its training split so far."""
         try:
-            manifest = json.loads((RunDirectory(self.path).data / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((self.directory.data / "manifest.json").read_text(encoding="utf-8"))
             return f"{self._seen() / manifest['splits']['train']['tokens']:.1f}"
         except (OSError, ValueError, KeyError, ZeroDivisionError):
             return MISSING

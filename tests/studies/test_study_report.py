@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import conftest
 import pytest
 
 from config import Config, ModelConfig
 from kindling.config_io import to_yaml
 from kindling.evaluation.results_file import FORMAT
+from kindling.files import with_checksum, write_json
+from kindling.studies import report
 from kindling.studies.report import times_section, write_report
 from kindling.studies.run_results import Run, spikes
 from kindling.studies.steps import Record, Records, Step
@@ -100,3 +103,29 @@ def test_the_page_holds_tables_curves_and_commands(tmp_path):
     assert "## Losses on held-out documents" in table and "runs/base-50m/eval.json" in table
     assert "a &lt;machine&gt;" in html and "python main.py --preset code-50m" in html and "data:image/png" in html
     assert len(list((tmp_path / "plots").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_bits_per_byte_of_two_tokenizers_are_on_one_axis_and_their_losses_are_not(tmp_path, corpus, monkeypatch, gone):
+    drawn, real = [], report.compare_curves
+    monkeypatch.setattr(report, "compare_curves", lambda *a, **kw: drawn.append((a, real(*a, **kw))) or drawn[-1][1])
+    names = study_of("003").runs_by_plot(tmp_path)["the tokenizers"]
+    for n, name in enumerate(names):
+        run = conftest.make_run(tmp_path / "runs" / name, corpus)
+        lines = [{"step": 2, "loss": 5.5, "tokens": 256}] * 3 + [
+            {"step": 4, "val_loss": 5.0, "val_bits_per_byte": 2.5, "val_tokens": (n + 1) * 64}
+        ] * 3
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        manifest = json.loads((run.data / "manifest.json").read_text(encoding="utf-8"))
+        manifest["tokenizer_sha256"] = str(n) * 64
+        write_json(run.data / "manifest.json", with_checksum(manifest))
+        if gone and n:
+            (run.data / "manifest.json").unlink()
+    assert len(report.curves(study_of("003"), tmp_path)) == 1
+    ((_, notes), figure) = drawn[0]
+    lines_of = {ax.get_title(loc="left"): len(ax.lines) for ax in figure.axes}
+    apart = ["Training loss", "Validation loss", *(["Validation bits per byte"] if gone else [])]
+    expected = {f"{measure} of {name}": 1 for measure in apart for name in names}
+    assert lines_of == expected | ({} if gone else {"Validation bits per byte": 2})
+    said = " ".join(notes)
+    assert ("bits per byte does" in said and "different parts" in said) is not gone
