@@ -18,7 +18,7 @@ import contextlib
 import math
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 STUDIES = Path("studies")
 MINUTES = 60.0
 DATA_FLAGS = ("hub", "code", "prose", "mathematics", "instructions", "harness_data")
+READS = {"000": ("code", "instructions"), "001": ("prose",), "002": ("code",), "003": ("prose",), "004": DATA_FLAGS[1:],
+         "scaling": (), "all": DATA_FLAGS[1:]}  # the data flags of each study, besides --hub  # fmt: skip
 SEEDS = ("000", "001", "002", "003", "004")
 OTHERS = ("scaling",)
 
@@ -47,7 +49,7 @@ class Flags:
     name: tyro.conf.Positional[Literal["000", "001", "002", "003", "004", "scaling", "all", "audit"]] = "audit"
     """The study: a project's number, scaling, all of them, or the audit of their claims."""
     minutes: float | None = None
-    """Time for all steps together. Default: what the folder was planned with, else 60."""
+    """Time for all steps together; of all studies, in equal shares. Default: what a study's folder was planned with, else 60."""
     out: Path | None = None
     """The study's folder. Default: studies/NAME."""
     dry_run: bool = False
@@ -93,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     names = SEEDS + OTHERS if flags.name == "all" else (flags.name,)
     command = shlex.join(["python", "study.py", *(sys.argv[1:] if argv is None else argv)])
     share = None if flags.minutes is None else flags.minutes / len(names)
+    if len(names) > 1:
+        each = (
+            f"what its folder was planned with, else {MINUTES:g} minutes" if share is None else f"{share:.3g} minutes"
+        )
+        print(f"note: {len(names)} studies, one after the other; each has {each}", file=sys.stderr, flush=True)
     code = 0
     for name in names:
         try:
@@ -111,16 +118,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def require_possible(flags: Flags) -> None:
-    """Raise StudyError for a time that is none, or for data that the study does not read."""
+    """Raise StudyError for flags without a study, a time that is none, or data that the study does not read or cannot."""
     from kindling.studies.steps import StudyError
 
+    if flags.name == "audit":
+        given = [f.name for f in fields(Flags) if f.name != "name" and getattr(flags, f.name) not in (None, False)]
+        if given:
+            flag = f"--{given[0].replace('_', '-')}"
+            example = "scaling --predict 3h" if given[0] == "predict" else "000 --minutes 60"
+            raise StudyError(
+                f"{flag} must come with a study, but the audit alone takes none; name one: study.py {example}"
+            )
+        return
     if flags.minutes is not None and not 0 < flags.minutes < math.inf:
         raise StudyError(f"--minutes must be a positive number of minutes, but is {flags.minutes:g}; give at least 1")
-    unread = [key for key in DATA_FLAGS if key != "hub" and getattr(flags, key) is not None]
-    if flags.name == "scaling" and unread:
+    reads = READS[flags.name]
+    if unread := [key for key in DATA_FLAGS[1:] if key not in reads and getattr(flags, key) is not None]:
+        takes = ", ".join(f"--{key.replace('_', '-')}" for key in reads) or "no file: its data is that of modern-5m"
         raise StudyError(
-            f"--{unread[0].replace('_', '-')} must be left out for the study scaling, whose data is that of modern-5m, but is "
-            f"{getattr(flags, unread[0])}; leave it out"
+            f"--{unread[0].replace('_', '-')} must be left out for the study {flags.name}, but is {getattr(flags, unread[0])}; "
+            f"this study takes {takes}"
+        )
+    if flags.harness_data is not None and find_spec("lm_eval") is None:
+        raise StudyError(
+            "--harness-data needs lm-eval, which is not installed; run pip install -r requirements-harness.txt, or leave it out"
         )
 
 
@@ -129,6 +150,8 @@ def run_study(name: str, flags: Flags, minutes: float | None, command: str) -> i
     from kindling.studies.steps import only_study
 
     folder = (flags.out or STUDIES) / name if flags.name == "all" else flags.out or STUDIES / name
+    unread: dict[str, Any] = {key: None for key in DATA_FLAGS[1:] if key not in READS[name]}
+    flags = replace(flags, **unread)
     with contextlib.nullcontext() if flags.dry_run else only_study(folder):
         return run_in(folder, name, flags, minutes, command)
 
@@ -179,7 +202,7 @@ def run_in(folder: Path, name: str, flags: Flags, minutes: float | None, command
         return code
     table, report, plots = write_report(study, folder, steps, facts)
     print(as_text([f"Study {name}"], study.sections(folder)))
-    print(f"\nwritten: {table}, {report}, {plots}/; every number is from the file in its row, under {folder}")
+    print(f"\nwritten: {table}, {report}, {plots}/; each table names the files of its numbers, under {folder}")
     return code
 
 

@@ -33,8 +33,8 @@ def sha256_text(text: str) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    """Replace a file by `content` as indented JSON, or leave it as it is and raise OSError."""
+    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

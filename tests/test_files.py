@@ -37,6 +37,21 @@ def test_any_string_in_json_is_read_back_as_it_was(tmp_path_factory, text):
     (folder / "d.md").read_bytes().decode("utf-8")
 
 
+@pytest.mark.parametrize("write", [write_atomic, write_json])
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch, write):
+    write(tmp_path / "a", "before")
+    kept = (tmp_path / "a").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        real = Path.write_text
+        patch.setattr(Path, "write_text", lambda *a, **kw: (real(a[0], "half"), _full()))
+        write(tmp_path / "a", "after")
+    assert (tmp_path / "a").read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def _full() -> None:
+    raise OSError("the disk is full")
+
+
 @given(texts)
 def test_the_hash_of_a_text_is_that_of_its_file(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("files") / "a"

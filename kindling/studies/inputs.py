@@ -79,6 +79,7 @@ class Inputs:
     def instructions_source(self, max_bytes: int) -> Named:
         """Return instructions: the user's rows in Alpaca's columns, else the documented functions of this machine's Python."""
         if self.instructions is not None:
+            _require_there(self.instructions)
             path = str(self.instructions.resolve())
             source = SourceConfig(
                 kind="jsonl", path=path, language="python", max_bytes=max_bytes,
@@ -114,10 +115,14 @@ def _rows(path: Path, language: str, max_bytes: int) -> SourceConfig:
     return SourceConfig(kind="jsonl", path=str(path), field="text", language=language, max_bytes=max_bytes)
 
 
-def _of_path(path: Path, field: str, max_bytes: int, language: str | None = None) -> SourceConfig:
-    """Return a source of what a user named: rows, a text with separators, or a folder of files."""
+def _require_there(path: Path) -> None:
     if not path.exists():
         raise KindlingError(f"a study's data must be a file or folder that exists, but {path} is not; check the path")
+
+
+def _of_path(path: Path, field: str, max_bytes: int, language: str | None = None) -> SourceConfig:
+    """Return a source of what a user named: rows, a text with separators, or a folder of files."""
+    _require_there(path)
     given = str(path.resolve())
     if path.is_dir():
         return SourceConfig(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config import SourceConfig
 from kindling.errors import KindlingError
@@ -146,10 +147,18 @@ def samples(folder: Path, steps: list[Step]) -> list[Samples]:
         rows = list(rows_of(run.path / SAMPLES))
         if step.script != "main.py" or not rows:
             continue
-        every = max(1, len(rows) // SHOWN)
+        chosen = evenly(rows, SHOWN)
         shown = [
             Sample(f"step {row.get('step')}", str(row.get("prompt", "")), str(row.get("text", ""))[:CHARS])
-            for row in rows[::every]
+            for row in chosen
         ]
-        found.append(Samples(f"What {step.name} wrote during training", f"from {run.file(SAMPLES)}", shown))
+        note = f"{len(chosen)} of {len(rows)}, from {run.file(SAMPLES)}"
+        found.append(Samples(f"What {step.name} wrote during training", note, shown))
     return found
+
+
+def evenly(rows: list[Any], most: int) -> list[Any]:
+    """Return at most `most` of the rows, evenly spaced, with the first and the last."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(n * (len(rows) - 1) / (most - 1))] for n in range(most)]

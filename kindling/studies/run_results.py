@@ -190,11 +190,19 @@ class Run:
 
     def fall(self) -> str:
         """Return by how much the validation loss fell from the first step to the last, on the same texts, in per cent."""
-        first = [line for line in self.validations() if line["step"] == 0]
-        same = [line for line in self.validations() if first and line.get("val_tokens") == first[0].get("val_tokens")]
-        if len(same) < 2:
-            return MISSING
-        return f"{1 - same[-1]['val_loss'] / same[0]['val_loss']:.1%}"
+        same = self._of_same_texts("val_loss")
+        return MISSING if len(same) < 2 else f"{1 - same[-1] / same[0]:.1%}"
+
+    def first_and_last(self, key: str, form: str = ".3f") -> tuple[str, str]:
+        """Return a figure before the first step, and the last one of the same texts."""
+        same = self._of_same_texts(key)
+        return (MISSING, MISSING) if len(same) < 2 else (f"{same[0]:{form}}", f"{same[-1]:{form}}")
+
+    def _of_same_texts(self, key: str) -> list[float]:
+        """Return a figure of each validation that read the same texts as that before the first step."""
+        lines = [line for line in self.validations() if isinstance(line.get(key), float)]
+        first = [line for line in lines if line["step"] == 0]
+        return [line[key] for line in lines if first and line.get("val_tokens") == first[0].get("val_tokens")]
 
 
 def lead_text(smaller: Run, larger: Run) -> str:

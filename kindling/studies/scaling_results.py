@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,19 +20,17 @@ from typing import Any
 import numpy as np
 
 from kindling.cli import parse_cli, run_script
-from kindling.errors import CheckpointError, ConfigError
 from kindling.evaluation.intervals import Interval, number
 from kindling.files import write_atomic, write_json
 from kindling.output import wants_color
 from kindling.plots.figures import png
 from kindling.plots.html_report import Picture
 from kindling.plots.scaling_figures import HeldOut, IsoFlop, SizeRuns, scaling_figure
-from kindling.runs.checkpoint import RunDirectory
-from kindling.runs.metrics import read_metrics
 from kindling.studies.inputs import Inputs
 from kindling.studies.report import Study
-from kindling.studies.scaling import MOST_PASSES, PREDICTION, RESULT, RUNS, Plan, matmul_parameters, read_plan, run_name
+from kindling.studies.scaling import MOST_PASSES, PREDICTION, RESULT, RUNS, Plan, read_plan, run_name
 from kindling.studies.scaling_law import NAMES, Fit, Law, ScalingError, best_for_seconds, fit_law
+from kindling.studies.scaling_runs import RunFigures, metrics_file, read_runs
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section, as_markdown, as_text, short_number
@@ -39,48 +38,6 @@ from kindling.tables import Section, as_markdown, as_text, short_number
 TITLE = "the loss as a law of parameters and tokens"
 PICTURE, TABLE = "scaling.png", "table.md"
 BUDGETS = 5  # IsoFLOP curves, from the second cheapest run to the dearest
-
-
-@dataclass(frozen=True)
-class RunFigures:
-    """What a run says to the law."""
-
-    name: str
-    parameters: int  # of blocks and head
-    tokens: int
-    bits_per_byte: float
-    seconds: float  # of its training steps
-    passes: float  # over its training split
-
-    @property
-    def flop(self) -> float:
-        """6 N D."""
-        return 6.0 * self.parameters * self.tokens
-
-
-def read_run(folder: Path) -> RunFigures | None:
-    """Return the figures of a finished run; None if it is not there, not finished, or has no finite loss."""
-    run = RunDirectory(folder)
-    try:
-        cfg = run.config()
-        train = json.loads((run.data / "manifest.json").read_text(encoding="utf-8"))["splits"]["train"]["tokens"]
-    except (CheckpointError, ConfigError, OSError, ValueError, KeyError):
-        return None
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == cfg.train.max_steps]
-    losses = [line["val_bits_per_byte"] for line in lines if line.get("val_bits_per_byte") is not None]
-    if not losses:
-        return None
-    seconds = max((line.get("elapsed_s") or 0.0 for line in lines), default=0.0)
-    # the last one is of the whole split
-    return RunFigures(folder.name, matmul_parameters(cfg.model), cfg.tokens, losses[-1], seconds, cfg.tokens / train)
-
-
-def read_runs(folder: Path, plan: Plan) -> tuple[list[RunFigures], RunFigures | None, list[str]]:
-    """Return the runs to fit, the held-out run if it is there, and the names of the runs that are missing."""
-    names = [run_name(*run) for run in plan.fitted]
-    found = [read_run(folder / RUNS / name) for name in names]
-    held_out = read_run(folder / RUNS / run_name(*plan.held_out))
-    return [run for run in found if run is not None], held_out, [n for n, run in zip(names, found) if run is None]
 
 
 def fit_runs(runs: list[RunFigures]) -> Fit:
@@ -168,7 +125,7 @@ def sections(study: FittedStudy) -> list[Section]:
         _held_out_section(study),
         _budget_section(study),
         *_time_section(study),
-        _run_section(study),
+        _run_section(study.runs, study.fit.residuals),
     ]
 
 
@@ -182,6 +139,7 @@ def _law_section(study: FittedStudy) -> Section:
         "are looked up. D: training tokens, in each size's own vocabulary.",
         f"Intervals: 95%, from {len(fit.resamples):,} resamples of the {len(study.runs)} runs. The typical run lies "
         f"{100 * float(np.median(np.abs(fit.residuals))):.2f}% from the law.",
+        f"From {RUNS}/*/metrics.jsonl; kept in {RESULT}. The tables of budgets and times follow from the law.",
     ]
     warnings = []
     if study.missing:
@@ -193,13 +151,14 @@ def _law_section(study: FittedStudy) -> Section:
 
 
 def _held_out_section(study: FittedStudy) -> Section:
-    p, columns = study.predicted, ["run", "parameters", "tokens", "predicted [95%]", "measured", "miss"]
+    p, columns = study.predicted, ["run", "parameters", "tokens", "predicted [95%]", "measured", "miss", "file"]
     if p is None:
         return Section("The held-out run", warnings=["It was not predicted."])
     measured = None if study.held_out is None else study.held_out.bits_per_byte
     miss = None if measured is None else measured - p["bits_per_byte"]
     row = [p["run"], f"{p['parameters']:,}", f"{p['tokens']:,}", number(p["bits_per_byte"], Interval(*p["interval"]))]
     row += ["-", "-"] if measured is None or miss is None else [f"{measured:.4f}", f"{miss:+.4f}"]
+    row.append(PREDICTION if measured is None else f"{PREDICTION}, {metrics_file(p['run'])}")
     notes = ["Predicted from the other runs before it was trained."]
     if measured is None:
         notes.append("It is not trained yet.")
@@ -255,13 +214,22 @@ def _time_section(study: FittedStudy) -> list[Section]:
     ]
 
 
-def _run_section(study: FittedStudy) -> Section:
+def _run_section(runs: list[RunFigures], residuals: Iterable[float] | None) -> Section:
+    """Return the table of the runs, beside the law if there is one."""
     rows = []
-    for run, off in zip(study.runs, study.fit.residuals):
+    for run, off in zip(runs, residuals if residuals is not None else [None] * len(runs)):
+        beside = "-" if off is None else f"{100 * off:+.2f}%"
         rows.append(
-            [run.name, f"{run.parameters:,}", f"{run.tokens:,}", f"{run.bits_per_byte:.4f}", f"{100 * off:+.2f}%"]
+            [
+                run.name,
+                f"{run.parameters:,}",
+                f"{run.tokens:,}",
+                f"{run.bits_per_byte:.4f}",
+                beside,
+                metrics_file(run.name),
+            ]
         )
-    return Section("The runs", ["run", "N", "D", "bits per byte", "beside the law"], rows)
+    return Section("The runs", ["run", "N", "D", "bits per byte", "beside the law", "file"], rows)
 
 
 def _with_interval(value: float, interval: Interval) -> str:
@@ -345,13 +313,21 @@ def sources(scale: float, inputs: Inputs) -> str:
 
 
 def sections_of(folder: Path) -> list[Section]:
-    """Return the tables of a study's folder."""
-    return sections(_finished(folder))
+    """Return the tables of a study's folder: of the runs alone, if they are too few for a law."""
+    try:
+        return sections(_finished(folder))
+    except ScalingError as e:
+        runs, held_out, missing = read_runs(folder, read_plan(folder))
+        warnings = [f"No law: {e}.", *([f"Missing or without a loss: {', '.join(missing)}."] if missing else [])]
+        return [Section("The law", warnings=warnings), _run_section([*runs, *([held_out] if held_out else [])], None)]
 
 
 def pictures_of(folder: Path) -> list[Picture]:
-    """Return the picture of a study's folder."""
-    law = _finished(folder).fit.law
+    """Return the picture of a study's folder; none without a law."""
+    try:
+        law = _finished(folder).fit.law
+    except ScalingError:
+        return []
     caption = f"The runs with the fitted law, and the loss over size at equal compute; from {RUNS}/*/metrics.jsonl."
     return [Picture(picture(_finished(folder)), caption, f"Loss falls with N^-{law.a:.3f} and D^-{law.b:.3f}.")]
 

@@ -17,13 +17,14 @@ KEPT = 0.7  # of what is read, after the filters
 MOST_BYTES = 150_000_000
 LEAST_RATE = 1e-30  # a learning rate; 0 is refused, as a run that learns nothing is most often a mistake
 PROGRAM_S = 0.08  # a generated program in its sandbox
-PROBLEMS = {"problems": 44, "humaneval": 164, "mbpp": 500}  # whose programs are run
+PROBLEMS = {"problems": 44, "humaneval": 164, "mbpp": 500, "mbpp-3shot": 500}  # whose programs are run
 EXAMPLE_TOKENS_PER_BYTE = 0.02  # of Python source: what its documented functions give
 FEWEST_FOR_EXAMPLES, MOST_FOR_EXAMPLES = (
     8_000_000,
     30_000_000,
 )  # bytes; of fewer, a split may be left without an example
 SIGNATURES = 30  # held-out functions or instructions that are answered
+NEW_TOKENS, FULL_NEW_TOKENS = 64, 512  # of a sample at most: of a small model, and of one of the project's size
 REFERENCES_S = 12.0  # of an evaluation: its own tests, reading the training tokens for the benchmarks' problems
 
 
@@ -31,6 +32,12 @@ def bytes_for(tokens: float, fewest: float = 2e6) -> int:
     """Return how many bytes to read for so many training tokens, rounded up to a MB."""
     wanted = min(MOST_BYTES, max(fewest, tokens * BYTES_PER_TOKEN / KEPT))
     return 1_000_000 * -int(-wanted // 1_000_000)
+
+
+def bytes_read(cfg: Config, inputs: Inputs) -> float:
+    """Return how many bytes the build of a config reads: local files up to a limit, and of the hub as many as it needs."""
+    wanted = cfg.data.max_tokens or cfg.tokens
+    return wanted * BYTES_PER_TOKEN / KEPT if inputs.preset else bytes_for(cfg.tokens)
 
 
 def bytes_for_examples(tokens: float) -> int:
@@ -104,19 +111,24 @@ def evaluation_step(
     code: bool = True,
     held_out: float = 0.3e6,
     benchmarks: Mapping[str, int] = MappingProxyType({"problems": 5}),
+    new_tokens: int = NEW_TOKENS,
 ) -> Step:
     """Return the evaluation of a run: held-out losses, reference solutions, and with `code` samples that are run.
 
-    `benchmarks` are those whose programs are run, with the samples of each problem.
+    `benchmarks` are those whose programs are run, with the samples of each problem; one has at most `new_tokens`.
     """
     samples = 0
     flags: tuple[str, ...] = ("--eval.benchmarks", "none", "--eval.signatures", "0")
     if code:
         samples = sum(PROBLEMS[name] * n for name, n in benchmarks.items()) + SIGNATURES
         flags = ("--eval.benchmarks", *(f"{name}:{n}" for name, n in benchmarks.items()), "--eval.max-level", "1",
-                 "--eval.signatures", f"{SIGNATURES}", "--eval.max-new-tokens", "64",
+                 "--eval.signatures", f"{SIGNATURES}", "--eval.max-new-tokens", f"{new_tokens}",
                  *(() if sandbox else ("--sandbox", "later")))  # fmt: skip
-    seconds = clock.start_s + clock.reading(cfg, held_out + GOLD_TOKENS) + clock.generation(cfg, -(-samples // 32), 64)
+    seconds = (
+        clock.start_s
+        + clock.reading(cfg, held_out + GOLD_TOKENS)
+        + clock.generation(cfg, -(-samples // 32), new_tokens)
+    )
     seconds += REFERENCES_S + samples * PROGRAM_S
     return Step(
         f"evaluate-{run}", "evaluate.py", (f"runs/{run}", *flags, *more), f"runs/{run}/eval.json", (run,), seconds,

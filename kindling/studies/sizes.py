@@ -3,8 +3,9 @@
     cfg = shrink(preset("code-50m"), 1 / 4)       # a quarter of the width and of the layers
     arguments = flags_of(cfg)                     # ("--preset", "code-50m", "--model.n-layer", "2", ...)
 
-The vocabulary falls with the square of the dial, so that embeddings and blocks keep about their shares. Tokens follow from the
-parameters, in the seed's ratio. The learning rate rises as the width falls, up to a limit.
+The vocabulary falls with the square of the dial, so that embeddings and blocks keep about their shares; one that is smaller than
+a pretrained tokenizer's is trained. Tokens, and how many are built, follow from the parameters, in the seed's ratio. The learning
+rate rises as the width falls, up to a limit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from config import Config
+from config import Config, TokenizerConfig
 from kindling.config_io import changed_fields
 from kindling.tables import short_number
 from presets import preset
@@ -20,6 +21,7 @@ from presets import preset
 LADDER = tuple(2 ** (-k / 8) for k in range(41))  # 1, 0.92, ... 1/32
 VOCABULARY, CONTEXT, ROWS, STEPS = 2048, 256, 8, 60  # at least
 RATE = 5e-3  # at most
+HELD_OUT = 0.04  # of the documents, at most, for each split
 
 
 def shrink(cfg: Config, scale: float, context: int = CONTEXT) -> Config:
@@ -39,7 +41,7 @@ def shrink(cfg: Config, scale: float, context: int = CONTEXT) -> Config:
         vocab_size=min(model.vocab_size, max(VOCABULARY, 256 * round(model.vocab_size * scale**2 / 256))),
         block_size=min(model.block_size, max(context, 64 * round(model.block_size * scale / 64))),
     )
-    return in_ratio(replace(cfg, model=small), cfg, scale)
+    return data_in_ratio(in_ratio(replace(cfg, model=small), cfg, scale), cfg)
 
 
 def in_ratio(small: Config, seed: Config, scale: float) -> Config:
@@ -59,6 +61,21 @@ def in_ratio(small: Config, seed: Config, scale: float) -> Config:
             save_every=saved_every(steps), sample_every=None,
         ),
     )  # fmt: skip
+
+
+def data_in_ratio(small: Config, seed: Config) -> Config:
+    """Return the config with as many tokens to build as it reads, and with a tokenizer of its vocabulary.
+
+    The held-out splits keep about the seed's size, so that they are not left without a document.
+    """
+    share, data, tokenizer = small.tokens / seed.tokens, small.data, small.tokenizer
+    if data.max_tokens is not None:
+        held_out = {name: max(getattr(data, name), min(HELD_OUT, getattr(data, name) / share))
+                    for name in ("val_fraction", "test_fraction")}  # fmt: skip
+        data = replace(data, max_tokens=max(1, round(data.max_tokens * share)), **held_out)
+    if tokenizer.kind == "pretrained" and small.model.vocab_size < seed.model.vocab_size:
+        tokenizer = TokenizerConfig()
+    return replace(small, data=data, tokenizer=tokenizer)
 
 
 def saved_every(steps: int) -> int:

@@ -11,8 +11,11 @@ from kindling.studies.inputs import Inputs
 from kindling.studies.report import Study
 from kindling.studies.run_results import MISSING, Run, lead_text, spikes
 from kindling.studies.shared_steps import (
-    bytes_for,
+    BYTES_PER_TOKEN,
+    FULL_NEW_TOKENS,
+    NEW_TOKENS,
     bytes_for_examples,
+    bytes_read,
     data_step,
     described,
     evaluation_step,
@@ -36,6 +39,8 @@ SPIKE_RATE = 40.0  # times the width: the narrower a model, the higher is the ra
 USUAL = "usual rate"  # without a remedy, at the rate of the base: what is no spike
 SPIKE_RUNS = {USUAL: (), "no remedy": (), "accumulation": ("accumulation",), "epsilon": ("epsilon",), "skipping": ("skipping",),
             "all": ("accumulation", "epsilon", "skipping")}  # fmt: skip
+ROWS_BYTES = 6_700_000  # of the 18,612 instructions and answers
+FEWEST_ROWS_BYTES = 1_000_000
 CLAIMED = {
     "150m": "perplexity 2.16 after three epochs",
     "225m": "perplexity 2.12, all samples compile, after fine-tuning",
@@ -45,30 +50,50 @@ CLAIMED = {
 def bases(scale: float, inputs: Inputs) -> dict[str, Config]:
     """Return the configs of the three pre-trainings."""
     small = {size: shrink(preset(f"code-{size}"), scale) for size in SIZES}
-    if inputs.preset:
+    if inputs.preset and scale == 1:
         return small
-    source = inputs.code_source(bytes_for(max(cfg.tokens for cfg in small.values()))).source
-    local = {size: on_local(cfg, source, drop_generated=True) for size, cfg in small.items()}
+    largest = max(small.values(), key=lambda cfg: cfg.tokens)
+    if inputs.preset:
+        same = {size: replace(cfg, data=largest.data) for size, cfg in small.items()}
+    else:
+        source = inputs.code_source(round(bytes_read(largest, inputs))).source
+        same = {size: on_local(cfg, source, drop_generated=True) for size, cfg in small.items()}
     # the same data by one name: they are built once, and the losses compare
-    return {size: replace(cfg, preset=f"code-{SIZES[0]}") for size, cfg in local.items()}
+    return {size: replace(cfg, preset=f"code-{SIZES[0]}") for size, cfg in same.items()}
 
 
-def tuning_tokens(smallest: Config) -> float:
-    """Return the tokens of an epoch of local instructions: 2% of the smallest base's."""
-    return 0.02 * smallest.tokens
+def rows_bytes(smallest: Config, inputs: Inputs) -> int | None:
+    """Return how many bytes of rows are read to fine-tune on: of a whole data set, in its ratio to the bases.
+
+    None: the examples are mined from this machine's Python.
+    """
+    if not inputs.preset and inputs.instructions is None:
+        return None
+    return max(FEWEST_ROWS_BYTES, min(ROWS_BYTES, round(0.02 * smallest.tokens * BYTES_PER_TOKEN)))
+
+
+def tuning_tokens(smallest: Config, inputs: Inputs) -> float:
+    """Return the tokens of an epoch of instructions: 2% of the smallest base's, or what is read of rows that are given."""
+    n_bytes = rows_bytes(smallest, inputs)
+    return 0.02 * smallest.tokens if n_bytes is None else n_bytes / BYTES_PER_TOKEN
 
 
 def fine_tuning(epochs: int, size: str, found: dict[str, Config], inputs: Inputs) -> Config:
     """Return the config of a base's fine-tuning. Its learning rate keeps the project's ratio to that of the base."""
-    cfg, base, tokens = preset("alpaca"), found[size], tuning_tokens(found[SIZES[0]])
+    smallest = found[SIZES[0]]
+    cfg, base, tokens = preset("alpaca"), found[size], tuning_tokens(smallest, inputs)
     rate = cfg.train.lr * base.train.lr / preset(f"code-{size}").train.lr
     cfg = replace(cfg, train=replace(cfg.train, epochs=float(epochs), lr=float(f"{rate:.2g}")))
-    if inputs.preset:
-        return cfg
+    n_bytes = rows_bytes(smallest, inputs)
+    if inputs.preset and n_bytes == ROWS_BYTES:
+        return cfg  # the whole data set, as the project
     steps = epochs * tokens / (cfg.train.batch_size * base.model.block_size)
     warmup = min(cfg.train.warmup_steps, max(FEWEST_WARMUP, round(WARMUP * steps)))
     cfg = replace(cfg, train=replace(cfg.train, warmup_steps=warmup))
-    source = inputs.instructions_source(bytes_for_examples(tokens)).source
+    if inputs.preset:
+        source = replace(cfg.data.sources[0], max_bytes=n_bytes)
+    else:
+        source = inputs.instructions_source(n_bytes or bytes_for_examples(tokens)).source
     data = replace(cfg.data, sources=(source,), drop_generated=True)
     return replace(cfg, data=replace(data, val_fraction=0.04, test_fraction=0.04))
 
@@ -93,17 +118,22 @@ def spiking(cfg: Config, name: str) -> Config:
 def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     """Return the steps at a scale."""
     found = bases(scale, inputs)
-    read = bytes_for(max(cfg.tokens for cfg in found.values()))
+    read = max(bytes_read(cfg, inputs) for cfg in found.values())
     steps = [data_step(found[SIZES[0]], clock, read)]
     for remedy in SPIKE_RUNS:  # they are short
         steps.append(training_step(spiking(found[SIZES[0]], remedy), _spike_name(remedy), clock, ("data",)))
+    new_tokens = FULL_NEW_TOKENS if scale == 1 else NEW_TOKENS
     for size, cfg in found.items():
-        base = f"base-{size}"
-        steps.append(training_step(cfg, base, clock, ("data",)))
-        steps.append(evaluation_step(base, cfg, clock, inputs.sandbox, benchmarks=BENCHMARKS))
+        base, data = f"base-{size}", "data"
+        if cfg.preset != found[SIZES[0]].preset:  # at full size from the hub, each preset has its own
+            data = f"data-{size}"
+            steps.append(data_step(cfg, clock, bytes_read(cfg, inputs), data))
+        steps.append(training_step(cfg, base, clock, (data,)))
+        evaluated = evaluation_step(base, cfg, clock, inputs.sandbox, benchmarks=BENCHMARKS, new_tokens=new_tokens)
+        steps.append(evaluated)
         for epochs in EPOCHS:
             name, sft = f"sft-{epochs}-{size}", fine_tuning(epochs, size, found, inputs)
-            tokens = epochs * tuning_tokens(found[SIZES[0]])
+            tokens = epochs * tuning_tokens(found[SIZES[0]], inputs)
             flags = (f"runs/{base}", *flags_of(replace(sft, name=name)))
             seconds = (
                 2 * clock.start_s + 5 * clock.reading(cfg, tokens) + clock.generation(cfg, 10, cfg.model.block_size)
@@ -119,7 +149,9 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
                     f"{epochs} epochs of instructions",
                 )
             )
-            tuned = evaluation_step(name, cfg, clock, inputs.sandbox, held_out=2e4, benchmarks=BENCHMARKS)
+            tuned = evaluation_step(
+                name, cfg, clock, inputs.sandbox, held_out=2e4, benchmarks=BENCHMARKS, new_tokens=new_tokens
+            )
             steps.append(tuned)
     return steps
 
@@ -149,6 +181,7 @@ def sections(folder: Path) -> list[Section]:
             run.perplexity(),
             run.bits(),
             run.gold("problems"),
+            run.passes() if run.name.startswith("base") else MISSING,  # epochs of rows with padding
             run.file("eval.json"),
         ]
         for run in _runs(folder)
@@ -163,22 +196,31 @@ def sections(folder: Path) -> list[Section]:
          run.file("metrics.jsonl")]
         for run in _runs(folder) if run.name.startswith("sft")
     ]  # fmt: skip
-    said = ["a base's held-out documents are whole files; a fine-tuned run's are responses: the two do not compare"]
+    responses = [
+        [run.name, *run.first_and_last("val_perplexity", ".2f"), *run.first_and_last("val_bits_per_byte"),
+         run.file("metrics.jsonl")]
+        for run in _runs(folder) if run.name.startswith("sft")
+    ]  # fmt: skip
+    said = ["passes: how often a base read its training data; its later tokens are not new ones"]
+    said += ["a base's held-out documents are whole files; a fine-tuned run's are responses: the two do not compare"]
     said += [f"the project, {size}: {claim}" for size, claim in CLAIMED.items()]
     return [
         Section("Losses on held-out documents",
-                ["run", "parameters", "tokens", "perplexity", "bits per byte", "gold bits per byte, problems", "file"],
-                losses, said),
+                ["run", "parameters", "tokens", "perplexity", "bits per byte", "gold bits per byte, problems", "passes",
+                 "file"], losses, said),
         _size_section(folder),
         Section("Samples", ["run", "compile", "and are not trivial", "problems pass@1", "pass@5", "HumanEval pass@1",
                             "gold bits per byte, HumanEval", "file"], code,
                 ["the project's 225M model: 100% of its samples compile after fine-tuning",
-                 "problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each; a sample ends after 64 tokens, "
-                 "which are too few for a good part of HumanEval's solutions",
+                 f"problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each; below full size a sample ends "
+                 f"after {NEW_TOKENS} tokens, which are too few for a good part of HumanEval's solutions",
                  "what compiles: beside the benchmarks, a base continues held-out functions, a fine-tuned run answers held-out "
                  "instructions",
                  *_skipped(folder)]),
         Section("Fall of the loss on responses in fine-tuning", ["run", "before", "after", "fall", "the project", "file"], falls),
+        Section("The same responses in perplexity and bits per byte, before and after",
+                ["run", "perplexity before", "after", "bits per byte before", "after", "file"], responses,
+                ["before: by the base, which was never trained on a response"]),
         _spikes(folder),
     ]  # fmt: skip
 
@@ -199,9 +241,11 @@ def _size_section(folder: Path) -> Section:
         for one, two in pairwise(SIZES):
             before, run = (Run(folder, f"{kind}-{size}") for size in (one, two))
             rows.append([run.name, before.name, run.held_out_change(before), run.gold_change(before),
-                         lead_text(before, run) if kind == "base" else MISSING, run.file("losses.jsonl")])  # fmt: skip
+                         lead_text(before, run) if kind == "base" else MISSING,
+                         run.file("losses.jsonl")])  # fmt: skip
     notes = [
         "95% intervals over documents and problems, which are the same for both; * where 0 is outside",
+        "gold bits per byte are from eval.json beside the file, and the last column is from metrics.jsonl",
         "better from: the training tokens from which on all validations are below those of the smaller size at as many tokens, "
         "where both read the same part of the split; towards its end the smaller one's learning rate has decayed further",
     ]

@@ -10,7 +10,15 @@ from config import Config, SourceConfig, TokenizerConfig
 from kindling.studies.inputs import Inputs
 from kindling.studies.report import Study
 from kindling.studies.run_results import Run
-from kindling.studies.shared_steps import bytes_for, data_step, described, evaluation_step, on_local, training_step
+from kindling.studies.shared_steps import (
+    bytes_for,
+    bytes_read,
+    data_step,
+    described,
+    evaluation_step,
+    on_local,
+    training_step,
+)
 from kindling.studies.sizes import shrink
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
@@ -40,7 +48,7 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     """Return the steps at a scale."""
     steps = []
     for name, cfg in configs(scale, inputs).items():
-        steps.append(data_step(cfg, clock, bytes_for(cfg.tokens), f"data-{name}"))
+        steps.append(data_step(cfg, clock, bytes_read(cfg, inputs), f"data-{name}"))
         steps.append(training_step(cfg, name, clock, (f"data-{name}",)))
         steps.append(evaluation_step(name, cfg, clock, inputs.sandbox, code=False))
     return steps

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
+from config import Config
 from kindling.cli import parse_cli
 from kindling.data.sources import LocalFile
+from kindling.errors import KindlingError
 from kindling.studies import plan as planning
 from kindling.studies.inputs import Inputs, prose_of_docstrings, sums
 from kindling.studies.sizes import LADDER, flags_of, shrink
@@ -102,9 +104,9 @@ def test_speed_is_kept_in_the_folder_and_only_for_the_same_machine(clock, tmp_pa
 
 
 @pytest.mark.parametrize("name", SEEDS)
-@pytest.mark.parametrize("hub", [False, True])
-def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, monkeypatch, name, hub):
-    study, size = study_of(name), (1.0 if hub else 1 / 16, clock, Inputs(tmp_path, preset=hub))
+@pytest.mark.parametrize(("hub", "scale"), [(False, 1 / 16), (True, 1.0), (True, 1 / 8)])
+def test_each_command_of_a_plan_is_understood_by_its_script(clock, tmp_path, monkeypatch, name, hub, scale):
+    study, size = study_of(name), (scale, clock, Inputs(tmp_path, preset=hub))
     steps = study.plan(*size)
     require_plan(steps, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -129,6 +131,54 @@ def test_at_full_size_from_the_hub_the_shapes_are_the_presets(clock, tmp_path, n
             module = importlib.import_module("main")
             cfg = parse_cli(module.Flags, module.__doc__, list(step.arguments)).config
             assert cfg.model == replace(preset(cfg.preset).model, vocab_size=cfg.model.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["000", "003", "004"])
+def test_below_full_size_the_hub_gives_as_many_tokens_as_are_read_and_a_tokenizer_of_the_vocabulary(
+    clock, tmp_path, name
+):
+    steps = study_of(name).plan(1 / 8, clock, Inputs(tmp_path, preset=True))
+    parsed = {step.name: configured(step) for step in steps if step.script in ("main.py", "data_pipeline.py")}
+    builds = [cfg for step, cfg in parsed.items() if step.startswith("data")]
+    for step, cfg in parsed.items():
+        assert cfg.tokenizer.kind != "pretrained" or cfg.tokenizer.path == "runs/stage-1/tokenizer.json"
+        assert cfg.data.val_fraction * cfg.data.max_tokens > 2000
+        if not step.startswith(("data", "spike")):  # it has a build, of as many tokens as it reads
+            assert any(replace(cfg.data, workers=b.data.workers) == b.data for b in builds)
+            seed = preset(cfg.preset)  # which may read its data several times
+            assert cfg.data.max_tokens / cfg.tokens >= 0.95 * seed.data.max_tokens / seed.tokens
+    assert max(cfg.data.max_tokens for cfg in builds) < 0.1 * preset(builds[0].preset).data.max_tokens
+    if name == "000":  # one build, so that the sizes compare
+        assert len(builds) == 1
+        tunings = [step for step in steps if step.script == "sft_train.py"]
+        assert all("--data.sources.0.max-bytes" in step.arguments for step in tunings)
+
+
+def configured(step: Step) -> Config:
+    """Return the config of a step that trains or builds."""
+    module = importlib.import_module(step.script.removesuffix(".py"))
+    return parse_cli(module.Flags, module.__doc__, list(step.arguments)).config
+
+
+def test_rows_that_are_given_to_fine_tune_on_are_read_in_their_ratio_and_timed(clock, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    plans = {given: study_of("000").plan(1 / 8, clock, Inputs(tmp_path, instructions=given)) for given in (None, rows)}
+    mined, read = ([step for step in steps if step.script == "sft_train.py"] for steps in plans.values())
+    for step in read:
+        assert step.arguments[step.arguments.index("--data.sources.0.max-bytes") + 1] == "1000000"
+    assert all(two.seconds > one.seconds for one, two in zip(mined, read))
+    with pytest.raises(KindlingError, match="must be a file or folder that exists"):
+        study_of("000").plan(1 / 8, clock, Inputs(tmp_path, instructions=tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(("scale", "tokens", "three"), [(1.0, "512", True), (1 / 8, "64", False)])
+def test_at_full_size_samples_are_as_long_as_the_projects(clock, tmp_path, scale, tokens, three):
+    for name in ("000", "004"):
+        for step in study_of(name).plan(scale, clock, Inputs(tmp_path)):
+            if step.script == "evaluate.py":
+                assert step.arguments[step.arguments.index("--eval.max-new-tokens") + 1] == tokens
+                assert ("mbpp-3shot:1" in step.arguments) == (three and name == "004")
 
 
 def test_a_stored_plan_is_gone_on_with_and_another_one_refused(tmp_path):
@@ -200,6 +250,7 @@ def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, caps
     monkeypatch.setattr(study, "run_study", run)
     assert study.main(["all", "--minutes", "30"]) == 1
     said = capsys.readouterr()
+    assert "6 studies, one after the other; each has 5 minutes" in said.err
     assert said.out.split("\n")[:-1] == [f"ran {name}" for name in (*SEEDS[1:], "scaling")]
     assert "error: study 000 is left out: study 000 must have at least 90 minutes" in said.err
     with pytest.raises(StudyError, match="at least 90"):
@@ -212,11 +263,18 @@ def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, caps
         (["000", "--minutes", "0"], "--minutes must be a positive number of minutes, but is 0;"),
         (["scaling", "--minutes", "inf"], "--minutes must be a positive number of minutes, but is inf;"),
         (["scaling", "--code", "x"], "--code must be left out for the study scaling"),
+        (["001", "--code", "x"], "--code must be left out for the study 001, .*takes --prose"),
+        (["000", "--prose", "x"], "--prose must be left out for the study 000, .*takes --code, --instructions"),
+        (["--predict", "3h"], "--predict must come with a study, .*study.py scaling --predict 3h"),
+        (["--minutes", "60"], "--minutes must come with a study, .*study.py 000 --minutes 60"),
+        (["audit", "--hub"], "--hub must come with a study"),
+        (["004", "--harness-data", "x"], "--harness-data needs lm-eval"),
     ],
 )
-def test_what_no_study_can_use_is_refused(argv, words):
+def test_what_no_study_can_use_is_refused(argv, words, monkeypatch):
     import study
 
+    monkeypatch.setattr(study, "find_spec", lambda name: None)  # whether or not lm-eval is installed here
     with pytest.raises(StudyError, match=words):
         study.main(argv)
 

@@ -34,7 +34,15 @@ from kindling.studies.scaling import (
 )
 from kindling.studies.scaling_advice import advise, seconds_of_text
 from kindling.studies.scaling_law import Law, ScalingError
-from kindling.studies.scaling_results import predict_held_out, read_run, read_study, sections, write_result
+from kindling.studies.scaling_results import (
+    pictures_of,
+    predict_held_out,
+    read_study,
+    sections,
+    sections_of,
+    write_result,
+)
+from kindling.studies.scaling_runs import read_run
 from kindling.studies.speed import Clock, flops
 from kindling.studies.steps import require_plan
 from kindling.tables import as_markdown
@@ -251,6 +259,10 @@ def test_runs_that_are_missing_are_named_and_too_few_are_refused(study):
         (study / RUNS / run_name(*run) / "metrics.jsonl").unlink()
     with pytest.raises(ScalingError, match="must be fitted to at least"):
         read_study(study)
+    law, runs = sections_of(study)  # the page of the study shows what there is
+    assert law.warnings[0].startswith("No law: ") and run_name(*TOY.fitted[5]) in law.warnings[1]
+    assert [row[0] for row in runs.rows] == [run_name(*run) for run in TOY.fitted[1:3]] and pictures_of(study) == []
+    assert all(row[-2:] == ["-", f"runs/{row[0]}/metrics.jsonl"] for row in runs.rows)
 
 
 # -- the advice -------------------------------------------------------------------------------------------------------

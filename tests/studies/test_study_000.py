@@ -40,7 +40,7 @@ def test_a_fine_tuning_has_the_seeds_ratio_to_its_base_and_a_warmup_that_ends(tm
         cfg = study.fine_tuning(1, size, bases, Inputs(tmp_path))
         ratio = preset("alpaca").train.lr / preset(f"code-{size}").train.lr
         assert cfg.train.lr / base.train.lr == pytest.approx(ratio, rel=0.05)
-        steps = study.tuning_tokens(bases["50m"]) / (cfg.train.batch_size * base.model.block_size)
+        steps = study.tuning_tokens(bases["50m"], Inputs(tmp_path)) / (cfg.train.batch_size * base.model.block_size)
         assert 5 <= cfg.train.warmup_steps <= max(5, steps / 10)
 
 

@@ -86,6 +86,19 @@ def test_the_tables_of_000_put_the_claim_beside_ours_and_name_the_files(tmp_path
 STEP = Step("base-50m", "main.py", ("--preset", "code-50m"), "runs/base-50m/config.yaml", (), 60.0)
 
 
+def test_samples_that_are_shown_have_the_first_and_the_last():
+    assert report.evenly([1, 2, 3], 8) == [1, 2, 3] and report.evenly([], 8) == []
+    shown = report.evenly(list(range(20)), 8)
+    assert len(shown) == 8 and (shown[0], shown[-1]) == (0, 19) and shown == sorted(set(shown))
+
+
+def test_responses_are_compared_before_and_after_on_the_same_texts(tmp_path):
+    make_run(tmp_path, "sft-1-50m", fall=0.5)
+    run = Run(tmp_path, "sft-1-50m")
+    assert run.first_and_last("val_bits_per_byte") == ("2.000", "1.000")  # the last line is of other texts
+    assert Run(tmp_path, "none").first_and_last("val_loss") == ("-", "-")
+
+
 @pytest.mark.parametrize(("code", "state"), [(0, "done"), (1, "failed"), (None, "stopped")])
 def test_the_table_of_steps_says_how_each_ended_and_how_long_it_took(tmp_path, code, state):
     make_run(tmp_path, STEP.name)
