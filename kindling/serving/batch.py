@@ -259,6 +259,7 @@ class Batch:
             return Token(token, np.nan, ())
         total = log_total(logits)
         likely = most_likely(logits, n or 0)
+        likely = likely[np.isfinite(logits[likely])]  # at a cursor inside a token, few may follow
         likely = likely[np.argsort(-logits[likely], kind="stable")]
         return Token(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in likely))
 

@@ -101,16 +101,21 @@ def measured(run: Path) -> list[dict[str, Any]]:
     """Return what evaluate.py measured of a run, a few figures with their names; nothing if there is no whole eval.json."""
     try:
         found = json.loads((run / "eval.json").read_text(encoding="utf-8"))
-        rows = []
-        figures = found.get("language_modelling", {}).get("all", {})
-        for key, said in (("bits_per_byte", "bits per byte, held-out files"), ("perplexity", "perplexity")):
-            rows.append({"what": said, "value": figures.get(key)})
-        for kind, gaps in found.get("infilling", {}).items():
-            for way, filled in gaps.get("ways", {}).items():
-                rows.append({"what": f"exact, a {kind} filled in ({way})", "value": filled.get("exact")})
-        for name, benchmark in found.get("functional", {}).items():
-            for k, value in benchmark.get("pass_at", {}).items():
-                rows.append({"what": f"{name}, pass@{k}", "value": value})
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return []
-    return [row for row in rows if isinstance(row["value"], (int, float)) and math.isfinite(row["value"])]
+    figures = _part(found, "language_modelling", "all")
+    rows = [("bits per byte, held-out files", figures.get("bits_per_byte")), ("perplexity", figures.get("perplexity"))]
+    for kind, gaps in _part(found, "infilling", "gaps").items():
+        for way, filled in _part(gaps, "ways").items():
+            rows.append((f"exact, a {kind} filled in ({way})", _part(filled).get("exact")))
+    for name, benchmark in _part(found, "functional").items():
+        rows += [(f"{name}, pass@{k}", value) for k, value in _part(benchmark, "pass_at").items()]
+    finite = [(what, value) for what, value in rows if isinstance(value, (int, float)) and math.isfinite(value)]
+    return [{"what": what, "value": value} for what, value in finite]
+
+
+def _part(found: Any, *names: str) -> dict[str, Any]:
+    """Return a part of eval.json; empty where it is not there, or was skipped, which a text says instead."""
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}

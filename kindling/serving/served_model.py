@@ -22,7 +22,7 @@ from kindling.serving.engine import Vocabulary
 from kindling.serving.generation import Generation
 from kindling.serving.metrics import Metrics
 from kindling.serving.scheduler import Scheduler
-from kindling.tokenization.infilling import CHARACTERS, FIM_TOKENS, prompt_at_cursor
+from kindling.tokenization.infilling import CHARACTERS, FIM_TOKENS, left_out, prompt_at_cursor
 
 ENCODING = (KindlingError, CompletionError)  # what the tokenizers of a run and of an export raise
 STEPS = 8  # a prompt at a cursor is cut in eighths of the context, so that most keys pressed there need one new token
@@ -129,14 +129,17 @@ def encoded(served: Served, text: str, param: str) -> list[int]:
 def continuation(
     served: Served, text: str, options: Options, edit: Edit | None = None, param: str = "prompt"
 ) -> Prompt:
-    """Return the generation that goes on after a text, also where it ends inside a token."""
-    vocabulary = served.vocabulary
-    end = newest_text(text, CHARACTERS * served.block_size)
+    """Return the generation that goes on after a text, also where it ends inside a token.
+
+    With `edit` the text is typed on: what does not fit is cut in steps, so that most of the prompt stays as it was.
+    """
+    vocabulary, most, step = served.vocabulary, CHARACTERS * served.block_size, 1 if edit is None else _step(served)
+    end = newest_text(text, most) if edit is None else text[left_out(len(text), most, CHARACTERS * step) :]
     ids = encoded(served, end, param)
     if len(end) == len(text) and vocabulary.bos_id is not None:
         ids = [vocabulary.bos_id, *ids]
     whole = ids or [vocabulary.eos_id]  # in training, a document begins after an end-of-text
-    ids = cropped(served, whole, options)
+    ids = cropped(served, whole, options, step)
     return Prompt(healed(served, ids, options, edit), len(end) < len(text) or len(ids) < len(whole))
 
 
@@ -172,9 +175,14 @@ def after_parts(served: Served, parts: Sequence[str | int], options: Options) ->
     return prompt._replace(truncated=prompt.truncated or is_cut)
 
 
-def cropped(served: Served, ids: list[int], options: Options) -> list[int]:
-    """Return the end of a prompt that leaves room for the new tokens."""
-    return ids[-longest_prompt(served.block_size, options.sampling.max_new_tokens) :]
+def cropped(served: Served, ids: list[int], options: Options, step: int = 1) -> list[int]:
+    """Return the end of a prompt that leaves room for the new tokens. A multiple of `step` tokens is left out."""
+    return ids[left_out(len(ids), longest_prompt(served.block_size, options.sampling.max_new_tokens), step) :]
+
+
+def _step(served: Served) -> int:
+    """Return in steps of how many tokens a prompt at a cursor is cut."""
+    return max(1, served.block_size // STEPS)
 
 
 def at_cursor(served: Served, prefix: str, suffix: str, options: Options, edit: Edit) -> Prompt:
@@ -192,7 +200,7 @@ def at_cursor(served: Served, prefix: str, suffix: str, options: Options, edit: 
         suffix,
         most,
         spm=True,  # the prefix is last, so what is typed on leaves the earlier tokens as they are
-        step=max(1, served.block_size // STEPS),
+        step=_step(served),
     )
     # in training the prefix was encoded on its own, but the model goes on from it as from any text: newline and indentation are
     # one token nearly everywhere

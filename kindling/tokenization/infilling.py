@@ -67,10 +67,10 @@ def prompt_at_cursor(
     were computed for them can be used again.
     """
     room = most - 3
-    head = prefix[_cut(len(prefix), room * CHARACTERS, step * CHARACTERS) :]
+    head = prefix[left_out(len(prefix), room * CHARACTERS, step * CHARACTERS) :]
     before, after = encode(head), encode(suffix[: room * CHARACTERS])
     n_prefix = max(int(PREFIX_SHARE * room), room - len(after))
-    kept = before[_cut(len(before), n_prefix, step) :]
+    kept = before[left_out(len(before), n_prefix, step) :]
     n_suffix = room - min(n_prefix, -(-len(before) // step) * step)
     is_cut = (
         len(head) < len(prefix) or len(kept) < len(before) or len(suffix) > room * CHARACTERS or len(after) > n_suffix
@@ -78,7 +78,7 @@ def prompt_at_cursor(
     return arrange(fim, kept, after[:n_suffix], [], spm), is_cut
 
 
-def _cut(length: int, most: int, step: int) -> int:
+def left_out(length: int, most: int, step: int) -> int:
     """Return how many of `length` are left out so that at most `most` stay: a multiple of `step`."""
     return -(-max(0, length - most) // step) * step
 

@@ -382,6 +382,25 @@ def test_a_token_that_ends_what_the_prompt_began_says_how_much_of_it_is_the_answ
     assert [(t.id, t.begins) for piece in events[:-1] for t in piece.tokens] == [(127, -3), (ord("("), 2)]
 
 
+def test_inside_a_token_rivals_are_only_those_that_may_follow():
+    class Words(FakeVocabulary):
+        spellings = (*FakeVocabulary.spellings[:-1], "print")
+
+        def decode(self, ids):
+            return "".join(map(self.spellings.__getitem__, ids))
+
+    words = Words()
+    kept, healing = split_for_healing(words.encode("xpri"), words.spellings)
+    batch, events = Batch(FakeEngine(lambda text: chr(127)), words, Counters(), lambda: 0.0), []
+    sampling = Sampling(max_new_tokens=1, greedy=True)
+    batch.admit([Job(Generation(kept, sampling, healing, n_logprobs=8), words, events.append, 0.0)])
+    while batch.jobs:
+        batch.step()
+    (token,) = events[0].tokens
+    assert {i for i, _ in token.likely} == {127, ord("p")}
+    assert np.isfinite([p for _, p in token.likely]).all(), "JSON has no infinity"
+
+
 def test_each_token_has_its_log_probability_and_its_rivals():
     desk = Desk(FakeEngine())
     _, events = desk.ask("xa", 1, n_logprobs=2)

@@ -248,10 +248,16 @@ def test_measured_figures_are_few_and_finite(tmp_path):
     assert measured(tmp_path) == []
     found = {
         "language_modelling": {"all": {"bits_per_byte": 1.5, "perplexity": float("inf")}},
-        "infilling": {"line": {"ways": {"SPM": {"exact": 0.25}}}},
+        "infilling": {
+            "all": {"loss": 2.0},
+            "gaps": {"line": {"ways": {"SPM": {"exact": 0.25}}}},
+        },  # as evaluate.py has it
         "functional": {"problems": {"pass_at": {"1": 0.1}}, "mbpp": {"skipped": "no"}},
     }
     (tmp_path / "eval.json").write_text(json.dumps(found), encoding="utf-8")
     assert [row["value"] for row in measured(tmp_path)] == [1.5, 0.25, 0.1]
+    found |= {"functional": {"skipped": "no sandbox"}, "infilling": {"all": {}, "gaps": {"line": {"skipped": "no"}}}}
+    (tmp_path / "eval.json").write_text(json.dumps(found), encoding="utf-8")
+    assert [row["value"] for row in measured(tmp_path)] == [1.5]  # what was skipped hides nothing else
     (tmp_path / "eval.json").write_text('{"language_modelling": []}', encoding="utf-8")
     assert measured(tmp_path) == []

@@ -65,14 +65,16 @@ def test_the_control_tokens_before_a_short_prefix_are_never_taken_back(small, pr
     assert generation.ids[-1] == FIM.middle and (generation.healing.text if generation.healing else "") == prefix
 
 
-def test_while_somebody_types_most_of_the_prompt_stays(small):
+@pytest.mark.parametrize("suffix", ["s" * 40, ""])
+@pytest.mark.parametrize("before_it", [0, 10_000])
+def test_while_somebody_types_most_of_the_prompt_stays(small, suffix, before_it):
     """So that its keys and values are there already: cut token by token, every prompt would begin elsewhere."""
-    stays, suffix = 0, "s" * 40
+    stays, more = 0, "x" * before_it  # more than is encoded
     text = "".join(chr(ord("A") + i * i % 57) for i in range(190))
-    before = at_cursor(small, text[:150], suffix, HOW, Edit()).generation.ids
+    before = at_cursor(small, more + text[:150], suffix, HOW, Edit()).generation.ids
     for end in range(151, 183):
-        ids = at_cursor(small, text[:end], suffix, HOW, Edit()).generation.ids
-        assert len(ids) <= 48
+        ids = at_cursor(small, more + text[:end], suffix, HOW, Edit()).generation.ids
+        assert 48 - 2 * 8 < len(ids) <= 48
         stays += list(ids[: len(before)]) == list(before)
         before = ids
     assert stays >= 27
