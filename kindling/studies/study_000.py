@@ -173,55 +173,71 @@ def _runs(folder: Path) -> list[Run]:
 
 def sections(folder: Path) -> list[Section]:
     """Return the tables."""
-    losses = [
-        [
-            run.name,
-            run.parameters(),
-            run.tokens(),
-            run.perplexity(),
-            run.bits(),
-            run.gold("problems"),
-            run.passes() if run.name.startswith("base") else MISSING,  # epochs of rows with padding
-            run.file("eval.json"),
-        ]
+    return [_losses(folder), _size_section(folder), _samples(folder), *_responses(folder), _spikes(folder)]
+
+
+def _losses(folder: Path) -> Section:
+    rows = [
+        [run.name, run.parameters(), run.tokens(), run.perplexity(), run.bits(), run.gold("problems"),
+         run.passes() if run.name.startswith("base") else MISSING,  # epochs of rows with padding
+         run.file("eval.json")]
         for run in _runs(folder)
+    ]  # fmt: skip
+    notes = [
+        "passes: how often a base read its training data; its later tokens are not new ones",
+        "a base's held-out documents are whole files; a fine-tuned run's are responses: the two do not compare",
+        *(f"the project, {size}: {claim}" for size, claim in CLAIMED.items()),
     ]
-    code = [
+    columns = [
+        "run",
+        "parameters",
+        "tokens",
+        "perplexity",
+        "bits per byte",
+        "gold bits per byte, problems",
+        "passes",
+        "file",
+    ]
+    return Section("Losses on held-out documents", columns, rows, notes)
+
+
+def _samples(folder: Path) -> Section:
+    rows = [
         [run.name, run.syntax("passes"), run.syntax("non_trivial"), run.passed("problems", "1"), run.passed("problems", "5"),
          run.passed("humaneval", "1"), run.gold("humaneval"), run.file("eval.json")]
         for run in _runs(folder)
     ]  # fmt: skip
+    notes = [
+        "the project's 225M model: 100% of its samples compile after fine-tuning",
+        "problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each; below full size a sample ends after "
+        f"{NEW_TOKENS} tokens, which are too few for a good part of HumanEval's solutions",
+        "what compiles: beside the benchmarks, a base continues held-out functions, a fine-tuned run answers held-out "
+        "instructions",
+        *_skipped(folder),
+    ]
+    columns = ["run", "compile", "and are not trivial", "problems pass@1", "pass@5", "HumanEval pass@1",
+               "gold bits per byte, HumanEval", "file"]  # fmt: skip
+    return Section("Samples", columns, rows, notes)
+
+
+def _responses(folder: Path) -> list[Section]:
+    """Return what fine-tuning changed on the responses: the loss as the project tells it, and two figures beside it."""
+    tuned = [run for run in _runs(folder) if run.name.startswith("sft")]
     falls = [
         [run.name, run.val("val_loss", 0), run.val("val_loss"), run.fall(), "44%" if run.name == "sft-3-150m" else MISSING,
          run.file("metrics.jsonl")]
-        for run in _runs(folder) if run.name.startswith("sft")
+        for run in tuned
     ]  # fmt: skip
-    responses = [
+    others = [
         [run.name, *run.first_and_last("val_perplexity", ".2f"), *run.first_and_last("val_bits_per_byte"),
          run.file("metrics.jsonl")]
-        for run in _runs(folder) if run.name.startswith("sft")
+        for run in tuned
     ]  # fmt: skip
-    said = ["passes: how often a base read its training data; its later tokens are not new ones"]
-    said += ["a base's held-out documents are whole files; a fine-tuned run's are responses: the two do not compare"]
-    said += [f"the project, {size}: {claim}" for size, claim in CLAIMED.items()]
     return [
-        Section("Losses on held-out documents",
-                ["run", "parameters", "tokens", "perplexity", "bits per byte", "gold bits per byte, problems", "passes",
-                 "file"], losses, said),
-        _size_section(folder),
-        Section("Samples", ["run", "compile", "and are not trivial", "problems pass@1", "pass@5", "HumanEval pass@1",
-                            "gold bits per byte, HumanEval", "file"], code,
-                ["the project's 225M model: 100% of its samples compile after fine-tuning",
-                 f"problems/: levels 0 and 1, five samples of each; HumanEval: one sample of each; below full size a sample ends "
-                 f"after {NEW_TOKENS} tokens, which are too few for a good part of HumanEval's solutions",
-                 "what compiles: beside the benchmarks, a base continues held-out functions, a fine-tuned run answers held-out "
-                 "instructions",
-                 *_skipped(folder)]),
         Section("Fall of the loss on responses in fine-tuning", ["run", "before", "after", "fall", "the project", "file"], falls),
-        Section("The same responses in perplexity and bits per byte, before and after",
-                ["run", "perplexity before", "after", "bits per byte before", "after", "file"], responses,
+        Section("The same responses in perplexity and bits per byte",
+                ["run", "perplexity before", "after", "bits per byte before", "after", "file"], others,
                 ["before: by the base, which was never trained on a response"]),
-        _spikes(folder),
     ]  # fmt: skip
 
 
