@@ -12,6 +12,8 @@ of the shape of `autocomplete` with random weights, or the run that `--run` name
   with each request, and after one of 200 tokens that has not been seen. Servers take turns.
 - clients: 16 clients, each with texts of its own, beside as many requests one by one, and whether greedy texts are the same.
   writing: 64 tokens after a new prompt of 30. typing: a line after a prompt of 100 tokens, and one more with each request.
+- decoding: tokens a second after the first, and the time to the first text, with a new prompt of 128 tokens and 128 new ones, at
+  the shape of `code-50m`, which llama.cpp has too; for PyTorch also in bfloat16 and int8.
 - memory: of the whole process of the export's server after 1,000 requests. It is what Linux calls resident (VmRSS): memory of its
   own, and pages of mapped files, such as the weights.
 - growth: the same after up to 10,000 requests.
@@ -45,7 +47,8 @@ from serving_broken import KINDS, Slow, good, status_of  # noqa: E402
 from serving_servers import Answer, Client, Models, Server, llama_command, make_models, our_command  # noqa: E402
 from serving_tables import Results, markdown  # noqa: E402
 
-SECTIONS = ("latency", "clients", "memory", "growth", "broken")
+SECTIONS = ("latency", "clients", "decoding", "memory", "growth", "broken")
+DECODED = "code-50m"  # the shape, and with it the prompt and the new tokens of benchmarks/generation.py
 OURS, TORCH, FOR_LLAMA, LLAMA = "int8", "PyTorch, fp32", "int8, llama.cpp's shape", "llama.cpp, Q8_0"
 LINE, CLIENTS = 12, 16
 LOADS = ("writing", "typing")
@@ -64,9 +67,11 @@ class Sizes(NamedTuple):
     many: int = 1_000
     grown: int = 10_000
     broken: int = 10_000
+    decoded: int = 128
+    """Tokens of the prompt, and as many new ones."""
 
 
-TOY = Sizes(prefix=100, rounds=1, requests=2, new=4, many=40, grown=60, broken=60)
+TOY = Sizes(prefix=100, rounds=1, requests=2, new=4, many=40, grown=60, broken=60, decoded=16)
 
 
 class Prompts:
@@ -134,6 +139,27 @@ def latency(servers: dict[str, Server], models: Models, sizes: Sizes) -> Results
 def _cached(answers: list[Answer]) -> float | None:
     told = [one.n_cached for one in answers if one.n_cached is not None]
     return statistics.median(told) if told else None
+
+
+def decoding(servers: dict[str, Server], models: Models, sizes: Sizes) -> Results:
+    """Return of each server the time to the first text of a new prompt, and the tokens a second after it. They take turns."""
+    found: dict[str, list[Answer]] = {name: [] for name in servers}
+    clients = {name: Client(server.port) for name, server in servers.items()}
+    for number in range(sizes.rounds + 1):
+        for name, client in clients.items():
+            answer = client.complete(Prompts(models, 300 + number).one(sizes.decoded), sizes.decoded)
+            found[name] += [answer] if number else []  # the first round is the warm-up
+    for client in clients.values():
+        client.close()
+    return {
+        name: {
+            "first text, ms": in_ms([one.first_s for one in answers]),
+            "tokens/s": round(statistics.median((one.n_new - 1) / (one.whole_s - one.first_s) for one in answers), 1),
+            "tokens/s, best": round(max((one.n_new - 1) / (one.whole_s - one.first_s) for one in answers), 1),
+            "new tokens": statistics.median(one.n_new for one in answers),
+        }
+        for name, answers in found.items()
+    }
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
@@ -330,11 +356,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def commands(models: Models, flags: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the commands of the servers that are compared, by name."""
+def commands(models: Models, flags: argparse.Namespace, each_precision: bool = False) -> dict[str, list[str]]:
+    """Return the commands of the servers that are compared, by name; of PyTorch's in each precision, or in float32 alone."""
     found = {OURS: our_command(models.int8)}
     if not flags.no_torch:
         found[TORCH] = our_command(models.run, "--device", "cpu")
+        for precision in ("bf16", "int8") if each_precision else ():
+            found[f"PyTorch, {precision}"] = our_command(models.run, "--device", "cpu", "--precision", precision)
     if flags.llama is not None:
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
         found[FOR_LLAMA] = our_command(models.int8_for_llama)
@@ -357,14 +385,18 @@ def main(argv: list[str] | None = None) -> None:
             (flags.out / "serving.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             (flags.out / "serving.md").write_text(markdown(results), encoding="utf-8")
 
-        for section in ("latency", "clients"):
+        for section, compare in (("latency", latency), ("clients", clients), ("decoding", decoding)):
             if section in flags.sections:
                 with ExitStack() as stack:
+                    of = models
+                    if section == "decoding" and flags.run is None:
+                        (folder / DECODED).mkdir()
+                        of = make_models(folder / DECODED, None, flags.toy, flags.llama is not None, DECODED)
                     servers = {
                         name: stack.enter_context(Server(command, folder / f"{number}.txt"))
-                        for number, (name, command) in enumerate(commands(models, flags).items())
+                        for number, (name, command) in enumerate(commands(of, flags, section == "decoding").items())
                     }
-                    keep(section, {"latency": latency, "clients": clients}[section](servers, models, sizes))
+                    keep(section, compare(servers, of, sizes))
         for section, measure in (("memory", memory), ("growth", growth), ("broken", broken)):
             if section in flags.sections:
                 with Server(our_command(models.int8), folder / "log.txt") as server:

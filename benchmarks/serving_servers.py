@@ -58,15 +58,15 @@ class Models:
     gguf: Path | None = None
 
 
-def make_models(folder: Path, run: Path | None, toy: bool, with_gguf: bool) -> Models:
-    """Write the models into `folder`: of a run, or with random weights."""
+def make_models(folder: Path, run: Path | None, toy: bool, with_gguf: bool, shape: str = "autocomplete") -> Models:
+    """Write the models into `folder`: of a run, or with random weights in the shape of a preset."""
     import torch
 
     from kindling.formats.int8_format import write
     from kindling.runs.loading import find_run, load_model
 
     text = python_source(200_000 if toy else 4_000_000)
-    found = find_run(random_run(folder, text, toy) if run is None else run)
+    found = find_run(random_run(folder, text, toy, shape) if run is None else run)
     loaded, _ = load_model(found, torch.device("cpu"))
     model, tokenizer = loaded.for_generation(), found.tokenizer()
     (folder / "int8").mkdir()
@@ -103,10 +103,11 @@ def python_source(n_chars: int) -> str:
     return text
 
 
-def random_run(folder: Path, text: str, toy: bool) -> Path:
-    """Write a run of the shape of `autocomplete` with random weights, and return its folder."""
+def random_run(folder: Path, text: str, toy: bool, shape: str) -> Path:
+    """Write a run of the shape of a preset with random weights and a tokenizer of this text, and return its folder."""
     import torch
 
+    from config import TokenizerConfig
     from kindling.data.shards import FORMAT
     from kindling.files import write_json
     from kindling.runs.checkpoint import RunDirectory
@@ -114,9 +115,12 @@ def random_run(folder: Path, text: str, toy: bool) -> Path:
     from model import GPT
     from presets import preset
 
-    cfg: Config = preset("autocomplete")
+    cfg: Config = preset(shape)
     cfg = replace(cfg, model=replace(cfg.model, **TOY)) if toy else cfg
+    if cfg.tokenizer.kind == "pretrained":
+        cfg = replace(cfg, tokenizer=TokenizerConfig())
     tokenizer = train_bpe([text], cfg.tokenizer, cfg.model.vocab_size)
+    cfg = replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.vocab_size))  # a text may hold fewer
     torch.manual_seed(0)
     model = GPT(cfg.model).eval()
     with torch.no_grad():  # a text must not end by chance, nor a part of a character hold back what follows

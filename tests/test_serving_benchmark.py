@@ -48,6 +48,13 @@ def test_a_prompt_that_is_typed_on_is_read_from_the_cache_and_a_new_one_is_not(s
         assert one["new tokens"] == 10  # the digits; then the text ends
 
 
+def test_the_rate_of_decoding_is_that_after_the_first_text(server, models):
+    one = serving.decoding({"one": server}, models, serving.TOY)["one"]
+    assert one["new tokens"] == 10 and 0 < one["tokens/s"] <= one["tokens/s, best"]
+    results = {"model": "m", "machine": MACHINE, "decoding": {"int8": one}}
+    assert f"| int8 | {one['first text, ms']} | {one['tokens/s']} |" in serving.markdown(results)
+
+
 def test_clients_at_once_get_their_own_texts_and_other_texts_are_noticed(server, models, monkeypatch):
     found = serving.clients({"one": server}, models, serving.TOY)["one"]
     assert all(one["the same texts"] is True and one["times one"] > 0 for one in found.values())
