@@ -27,6 +27,7 @@ from config import Config, DataConfig, ModelConfig
 from kindling.files import write_json
 from kindling.studies.plan import PLAN
 from kindling.studies.scaling_law import ScalingError
+from kindling.studies.shared_steps import MOST_PASSES
 from kindling.studies.sizes import flags_of, saved_every
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
@@ -49,7 +50,6 @@ SPEED_UP = 4  # of a token, at most, by a larger batch
 TOKENS_PER_PARAMETER = 20  # in the middle of the runs, as near as a ladder comes (Hoffmann et al. 2022)
 BYTES_PER_TOKEN = 4.5  # of the files that are read, before filters, with our largest vocabulary on a CPU
 LEAST_BYTES, MOST_BYTES = 8_000_000, 200_000_000  # of local files
-MOST_PASSES = 4  # over them: up to here, repeated tokens are nearly as good as new ones (Muennighoff et al. 2023)
 DECAY = 0.2  # share of a run's steps, after the warmup, in which the learning rate decays
 VAL_SHARE = 0.04 / 3  # of the bytes that are read, in tokens: what each run predicts at its end
 VALIDATIONS = 2  # at most: a part at its start, and all of it at its end

@@ -17,9 +17,10 @@ from pathlib import Path
 from config import Config
 from kindling.errors import KindlingError
 from kindling.evaluation.intervals import number
-from kindling.studies.scaling import BYTES_PER_TOKEN, MOST_PASSES, RESULT, at_depth, bytes_to_read, matmul_parameters
+from kindling.studies.scaling import BYTES_PER_TOKEN, RESULT, at_depth, bytes_to_read, matmul_parameters
 from kindling.studies.scaling_law import Prediction, ScalingError
 from kindling.studies.scaling_results import FittedStudy, read_study
+from kindling.studies.shared_steps import MOST_PASSES
 from kindling.studies.sizes import flags_of
 from kindling.studies.speed import Clock
 from kindling.studies.steps import duration

@@ -28,9 +28,10 @@ from kindling.plots.html_report import Picture
 from kindling.plots.scaling_figures import HeldOut, IsoFlop, SizeRuns, scaling_figure
 from kindling.studies.inputs import Inputs
 from kindling.studies.report import Study
-from kindling.studies.scaling import MOST_PASSES, PREDICTION, RESULT, RUNS, Plan, read_plan, run_name
+from kindling.studies.scaling import PREDICTION, RESULT, RUNS, Plan, read_plan, run_name
 from kindling.studies.scaling_law import NAMES, Fit, Law, ScalingError, best_for_seconds, fit_law
 from kindling.studies.scaling_runs import RunFigures, metrics_file, read_runs
+from kindling.studies.shared_steps import MOST_PASSES
 from kindling.studies.speed import Clock
 from kindling.studies.steps import Step
 from kindling.tables import Section, as_markdown, as_text, short_number

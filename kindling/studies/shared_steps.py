@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 from config import Config, SourceConfig, TokenizerConfig
 from kindling.studies.inputs import Inputs
-from kindling.studies.sizes import flags_of, size_text
+from kindling.studies.sizes import flags_of, saved_every, size_text
 from kindling.studies.speed import GOLD_TOKENS, Clock
 from kindling.studies.steps import Step
 
@@ -23,6 +24,7 @@ FEWEST_FOR_EXAMPLES, MOST_FOR_EXAMPLES = (
     8_000_000,
     30_000_000,
 )  # bytes; of fewer, a split may be left without an example
+MOST_PASSES = 4  # over local data: up to here, repeated tokens are nearly as good as new ones (Muennighoff et al. 2023)
 SIGNATURES = 30  # held-out functions or instructions that are answered
 NEW_TOKENS, FULL_NEW_TOKENS = 64, 512  # of a sample at most: of a small model, and of one of the project's size
 REFERENCES_S = 12.0  # of an evaluation: its own tests, reading the training tokens for the benchmarks' problems
@@ -44,6 +46,24 @@ def bytes_for_examples(tokens: float) -> int:
     """Return how many bytes of Python source to read for so many tokens of instructions, in whole MB."""
     wanted = round(tokens / EXAMPLE_TOKENS_PER_BYTE / 1e6) * 1_000_000
     return min(MOST_FOR_EXAMPLES, max(FEWEST_FOR_EXAMPLES, wanted))
+
+
+def tokens_of_examples(source: SourceConfig) -> float:
+    """Return about how many tokens of instructions a local source gives: mined from Python source, or in a file of rows."""
+    most = source.max_bytes or MOST_FOR_EXAMPLES
+    if source.kind == "docstrings":
+        return most * EXAMPLE_TOKENS_PER_BYTE
+    return min(most, Path(source.path or "").stat().st_size) / BYTES_PER_TOKEN
+
+
+def read_at_most(cfg: Config, tokens: float, passes: float = MOST_PASSES) -> Config:
+    """Return the config with fewer steps, if it would read so many tokens of data more than `passes` times."""
+    train, each = cfg.train, cfg.train.batch_size * cfg.model.block_size
+    most = max(1, round(passes * tokens / each))
+    if (train.max_steps or 0) <= most:
+        return cfg
+    warmup = min(train.warmup_steps, max(1, most // 10))
+    return replace(cfg, train=replace(train, max_steps=most, warmup_steps=warmup, save_every=saved_every(most)))
 
 
 def on_local(cfg: Config, source: SourceConfig, drop_generated: bool = False) -> Config:

@@ -29,6 +29,8 @@ from kindling.studies.shared_steps import (
     described,
     evaluation_step,
     on_local,
+    read_at_most,
+    tokens_of_examples,
     training_step,
 )
 from kindling.studies.sizes import flags_of, shrink, size_text
@@ -101,6 +103,8 @@ def configs(scale: float, inputs: Inputs) -> dict[int, Config]:
             sources = local_sources(stage, cfg.tokens, made[1].tokens, read)
             cfg = on_local(cfg, sources[0])
             cfg = replace(cfg, data=replace(cfg.data, sources=sources))
+            if stage == LAST:  # of instructions there are few
+                cfg = read_at_most(cfg, tokens_of_examples(sources[0]))
         if stage > 1 and cfg.tokenizer.kind != "pretrained":  # it is trained on the prose of the first stage
             cfg = replace(cfg, tokenizer=TokenizerConfig(kind="pretrained", path=TOKENIZER))
         data = replace(cfg.data, decontaminate=(*cfg.data.decontaminate, *held_out.FILES))

@@ -108,6 +108,19 @@ def test_every_training_leaves_out_what_has_words_of_a_held_out_text(clock, tmp_
             assert after[: 2 + len(held_out.FILES)] == ("humaneval", "mbpp", *held_out.FILES)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_few_instructions_are_read_a_few_times_only(tmp_path, given):
+    """Read 40 times, they were learnt by heart, and every other measure was lost."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"x" * 700_000)
+    cfg = study.configs(1 / 8, Inputs(tmp_path, instructions=rows if given else None))[4]
+    a_pass = 700_000 / 3.5 if given else 30_000_000 * 0.02
+    assert cfg.tokens == pytest.approx(4 * a_pass, rel=0.02) and cfg.train.warmup_steps <= cfg.train.max_steps / 10
+    assert preset("smallcoder-4").tokens > 1000 * cfg.tokens
+    whole = study.configs(1 / 32, Inputs(tmp_path))[4]  # a smaller size reads no more than its ratio
+    assert whole.tokens < 4 * 30_000_000 * 0.02
+
+
 def test_the_harness_is_asked_for_the_tasks_whose_files_are_there_and_nothing_waits_for_it(clock, tmp_path):
     (tmp_path / "gsm8k.jsonl").touch()
     (tmp_path / "arc_easy.jsonl").touch()
