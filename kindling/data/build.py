@@ -51,10 +51,11 @@ RECIPE = 6  # raise it when a change of the code gives other shards for the same
 
 
 def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
-    """Return the folder with the shards that `cfg` describes; build it first if it does not exist.
+    """Return the folder with the shards that `cfg` describes; build it first, on this machine, if it does not exist.
 
-    For fine-tuning, `tokenizer` is the run's own. None: the config says which one. Raises DataError for a source that is
-    missing or empty, a split without documents, and a full disk.
+    To train a tokenizer, the sources are read twice: first for the tokenizer, then for the shards. For fine-tuning, `tokenizer`
+    is the run's own. None: the config says which one. Raises DataError for a source that is missing or empty, a split without
+    documents, and a full disk.
     """
     if cfg.data.instructions and tokenizer is None and cfg.tokenizer.kind != "pretrained":
         raise DataError(
@@ -68,7 +69,19 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Path:
         for broken in read_manifest(folder).get("broken", []):
             print(f"warning: {folder} was built without {broken}; delete it to build it anew", file=sys.stderr)
         return folder
-    return build(cfg, files, folder, require_possible(cfg, files, tokenizer, DATA))
+    tokenizer = require_possible(cfg, files, tokenizer, DATA)
+    with atomic_folder(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
+        started = time.perf_counter()
+        tokenizer, notes = load_or_train_tokenizer(cfg, files, pool, tokenizer)
+        path = (partial / "tokenizer.json").absolute()
+
+        def read(i: int) -> Iterator[ProcessedDocument]:
+            return pool.map(documents(cfg.data.sources[i], files[i]), path)
+
+        ledger = fill(cfg, files, partial, folder.name, tokenizer, read, notes)
+        seconds = time.perf_counter() - started
+        print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
+    return folder
 
 
 def require_inputs(cfg: Config, tokenizer: Tokenizer | None = None) -> None:
@@ -130,25 +143,6 @@ def fingerprint(cfg: Config, files: SourceFiles, tokenizer: Tokenizer | None = N
     elif expand_home(cfg.tokenizer.path or "", "tokenizer.path").exists():
         parts["tokenizer_sha256"] = load_pretrained(cfg.tokenizer).sha256
     return sha256_text(json.dumps(parts, sort_keys=True, ensure_ascii=True))[:12]
-
-
-def build(cfg: Config, files: SourceFiles, folder: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Build `folder` on this machine.
-
-    To train a tokenizer, the sources are read twice: first for the tokenizer, then for the shards.
-    """
-    with atomic_folder(folder) as partial, WorkerPool(cfg.data, cfg.tokenizer, cfg.model.block_size) as pool:
-        started = time.perf_counter()
-        tokenizer, notes = load_or_train_tokenizer(cfg, files, pool, tokenizer)
-        path = (partial / "tokenizer.json").absolute()
-
-        def read(i: int) -> Iterator[ProcessedDocument]:
-            return pool.map(documents(cfg.data.sources[i], files[i]), path)
-
-        ledger = fill(cfg, files, partial, folder.name, tokenizer, read, notes)
-        seconds = time.perf_counter() - started
-        print(f"built in {seconds:.1f} s, {ledger.total('read')[1] / 1e6 / seconds:.1f} MB/s from files to shards")
-    return folder
 
 
 # -- the first pass: a tokenizer --------------------------------------------------------------------------------------

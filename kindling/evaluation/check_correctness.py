@@ -87,7 +87,10 @@ def check_samples(
     cfg: EvalConfig,
     progress: Callable[[int], object] | None = None,
 ) -> list[GradedSample]:
-    """Return the verdict on each sample, in their order. The same text for the same problem is judged once."""
+    """Return the verdict of `check_sample`, in worker processes, on each sample, in their order.
+
+    The same text for the same problem is judged once.
+    """
     limits = program_limits(cfg)
     unique = {_key(sample): sample for sample in samples}
     grade_one = partial(check_sample, is_answer=chat is not None, mode=mode, limits=limits)

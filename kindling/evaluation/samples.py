@@ -169,24 +169,29 @@ def _write_alike(
     for place, row in _rows_in_memory(model, prompts, sampling, tokenizer.end_ids, seeds, cfg.batch_size, begins):
         i, number = order[place]
         problem, text = problems[i][0], tokenizer.decode(row.out)
-        if own_newline:
-            text = text.removeprefix("\n")
-        if problem.after is not None:
-            text, newline, _ = text.partition("\n")
-            row.ended = row.ended or bool(newline)
-        elif chat is None:  # the program ends at the marker of the next example, or when its function is complete
-            text, marker, _ = text.partition(STOP) if problem.shots else (text, "", "")
-            row.ended = (
-                row.ended
-                or bool(marker)
-                or end_of_function(problem.head + text, len(problem.head), problem.entry_point) is not None
-            )
+        text, complete = what_counts(problem, text.removeprefix("\n") if own_newline else text, chat is not None)
+        row.ended = row.ended or complete
         if row.ended:
             cut_short, cropped = len(row.out) >= row.limit, len(whole[i]) > longest
             samples[i, number] = Sample(problem, number, text, row.out, cut_short, cropped)
             if progress is not None:
                 progress(1)
     return samples
+
+
+def what_counts(problem: Problem, text: str, is_answer: bool) -> tuple[str, bool]:
+    """Return what counts of a text that a model has written so far, and whether it is complete without an end of text.
+
+    A line ends at its newline; a base model's program at the marker of the next example, or where its function is complete.
+    """
+    if problem.after is not None:
+        line, newline, _ = text.partition("\n")
+        return line, bool(newline)
+    if is_answer:
+        return text, False
+    text, marker, _ = text.partition(STOP) if problem.shots else (text, "", "")
+    end = end_of_function(problem.head + text, len(problem.head), problem.entry_point)
+    return text, bool(marker) or end is not None
 
 
 def _cropped(problem: Problem, ids: list[int], tokenizer: Tokenizer, longest: int) -> list[int]:

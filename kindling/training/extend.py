@@ -19,20 +19,33 @@ from typing import Any
 from config import Config, TrainConfig
 from kindling.data.examples import training_rows
 from kindling.data.shards import TokenDataset
+from kindling.distributed import World
 from kindling.errors import CheckpointError, ConfigError
 from kindling.runs.checkpoint import RunDirectory, load_state, verify
 from kindling.runs.metrics import SAMPLES
+from kindling.tokenization.tokenizer import Tokenizer
+from kindling.training.early_checks import run_to_extend
 from kindling.training.schedule import decay_scale, fraction_done
 from kindling.training.skipped_steps import SKIPPED
+from kindling.training.start_or_resume import data_of_run
 
 RECORDS = ("metrics.jsonl", SAMPLES, SKIPPED)  # a resumed run removes the lines of metrics and samples after its step
 
 
-def begin_extension(cfg: Config, run: RunDirectory, origin: RunDirectory, dataset: TokenDataset) -> None:
-    """Create `run` with the newest checkpoint of `origin` that is before both decays: its own and that of `cfg`.
+def begin_extension(cfg: Config, run: RunDirectory, tokenizer: Tokenizer | None, world: World) -> TokenDataset:
+    """Create `run` with the newest checkpoint of `train.extend` that is before both decays: its own and that of `cfg`.
 
-    An old run of this name is kept. Raises KindlingError if there is no such checkpoint.
+    Return the training data of both. `tokenizer` as in `build.prepare`. An old run of this name is kept. Every rank of `world`
+    must call it. Raises KindlingError if there is no such checkpoint.
     """
+    origin = world.on_main(lambda: run_to_extend(cfg, run))
+    dataset = world.main_first(lambda: data_of_run(cfg, origin, tokenizer))
+    world.on_main(lambda: _copy_of(cfg, run, origin, dataset))
+    return dataset
+
+
+def _copy_of(cfg: Config, run: RunDirectory, origin: RunDirectory, dataset: TokenDataset) -> None:
+    """Create `run` with a checkpoint of `origin`."""
     folder, state = branch(origin, cfg.with_steps(training_rows(cfg, dataset).n_rows).train)
     if run.exists() or run.checkpoints():
         print(f"the old run is kept as {run.keep_as_old()}")

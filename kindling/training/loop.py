@@ -95,11 +95,12 @@ class TrainingLoop:
             seconds = self.step()
             stopping = self.sync_signal_and_clock()
             self.bar.advance(seconds)
-            if self.evaluations.due() or stopping or trainer.pending_rollback:
+            if self.evaluations.due() or stopping:
                 self.finish_launched()
             # a run that is out of time keeps the weights from before the bad steps
             out_of_time = self.finished() and self.train.max_minutes is not None
-            if trainer.pending_rollback and not out_of_time and roll_back(trainer):
+            too_many_skipped = trainer.state.skipped_in_a_row >= self.train.max_skipped_steps
+            if too_many_skipped and not out_of_time and roll_back(trainer):
                 self.log.rewind(trainer.state.step)
                 self.bar.go_back(trainer.state.step)
                 self.window, self.saved_step = Window(), trainer.state.step

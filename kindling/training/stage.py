@@ -16,11 +16,9 @@ from kindling.data.audit import audit_examples
 from kindling.data.build import prepare
 from kindling.data.examples import open_split, training_rows
 from kindling.data.packing import PieceRows
-from kindling.data.shards import TokenDataset, TrainingRows
-from kindling.distributed import World, process_group
+from kindling.data.shards import TrainingRows
+from kindling.distributed import process_group
 from kindling.runs.checkpoint import RUNS, RunDirectory
-from kindling.tokenization.tokenizer import Tokenizer
-from kindling.training.early_checks import run_to_extend
 from kindling.training.extend import begin_extension
 from kindling.training.loop import fit
 from kindling.training.schedule import has_stable_part
@@ -44,7 +42,14 @@ def train_stage(
     with process_group(cfg.train.device) as world, contextlib.ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(run.lock()))
         resuming = world.on_main(run.exists) and not fresh
-        dataset, resuming = data_of_stage(cfg, run, resuming, fresh, tokenizer, world)
+        if cfg.train.extend is not None and not (resuming and world.on_main(run.checkpoints)):
+            dataset, resuming = begin_extension(cfg, run, tokenizer, world), True
+        elif resuming:
+            world.on_main(lambda: check_config_changes(run.config(), cfg, run))
+            dataset = world.main_first(lambda: data_of_run(cfg, run, tokenizer))
+        else:
+            world.on_main(lambda: check_new_run(cfg, run, fresh))
+            dataset = world.main_first(lambda: open_split(cfg, prepare(cfg, tokenizer), "train"))
         rows = training_rows(cfg, dataset)
         if tokenizer is not None:
             audit_examples(cfg, rows, tokenizer)
@@ -68,22 +73,6 @@ def train_stage(
             print(summary_line(trainer, digest, time.perf_counter() - started, resuming))
             print(f"results in {run.path}; next: " + "\n        or: ".join(commands))
     return 0
-
-
-def data_of_stage(
-    cfg: Config, run: RunDirectory, resuming: bool, fresh: bool, tokenizer: Tokenizer | None, world: World
-) -> tuple[TokenDataset, bool]:
-    """Return the training data of a run, and whether it is resumed. A run that extends another is created, then resumed."""
-    if cfg.train.extend is not None and not (resuming and world.on_main(run.checkpoints)):
-        origin = world.on_main(lambda: run_to_extend(cfg, run))
-        dataset = world.main_first(lambda: data_of_run(cfg, origin, tokenizer))
-        world.on_main(lambda: begin_extension(cfg, run, origin, dataset))
-        return dataset, True
-    if resuming:
-        world.on_main(lambda: check_config_changes(run.config(), cfg, run))
-        return world.main_first(lambda: data_of_run(cfg, run, tokenizer)), True
-    world.on_main(lambda: check_new_run(cfg, run, fresh))
-    return world.main_first(lambda: open_split(cfg, prepare(cfg, tokenizer), "train")), False
 
 
 def ways_on(trainer: Trainer) -> str:

@@ -59,15 +59,6 @@ class LaunchedStep(NamedTuple):
     norm_limit: float  # a larger norm is an outlier
 
 
-class Rollback(NamedTuple):
-    """A series of skipped steps that is long enough for the run to go back (rollback.py)."""
-
-    n_steps: int
-    first_step: int
-    first_row: int
-    end_row: int  # of the rows to leave out
-
-
 class Trainer:
     """A run in progress: model, optimisers, state, and the folder that they are saved to."""
 
@@ -106,7 +97,6 @@ class Trainer:
         self.guard = SpikeGuard(cfg.train.spike_ratio)
         self.recorder = SkippedStepRecorder(run.path, batches)
         self.state = TrainingState()
-        self.pending_rollback: Rollback | None = None  # set after too many bad steps in a row
         self.lr_scale = 0.0  # factor on the peak learning rates at the newest step
         self.compiled = False
         self.resumed_environment: dict[str, Any] = {}
@@ -263,10 +253,7 @@ class Trainer:
         return step
 
     def finish_step(self, step: LaunchedStep) -> tuple[float, float, bool]:
-        """Wait for a launched step; return its loss, its gradient norm, and whether it was done.
-
-        Skipped steps are counted. After too many in a row, `pending_rollback` is set.
-        """
+        """Wait for a launched step; return its loss, gradient norm, and whether it was done; else it counts as skipped."""
         state = self.state
         loss, norm = torch.stack((step.loss, step.norm)).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -279,9 +266,6 @@ class Trainer:
             state.streak = step.number, step.first_row
         state.skipped_in_a_row += 1
         state.skipped += 1
-        if state.skipped_in_a_row >= self.train.max_skipped_steps and self.pending_rollback is None:
-            end_row = state.next_row(step.first_row, self.train.batch_size)
-            self.pending_rollback = Rollback(state.skipped_in_a_row, *state.streak, end_row)
         return loss, norm, good
 
     def train_step(self) -> tuple[float, float, int]:
