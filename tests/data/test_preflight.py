@@ -21,7 +21,7 @@ from kindling.tokenization.train_tokenizer import train_bpe
 @pytest.fixture
 def no_build(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "build", lambda *args: pytest.fail("the build has begun"))
+    monkeypatch.setattr(build, "atomic_folder", lambda *args: pytest.fail("the build has begun"))
 
 
 def trained(tmp_path: Path) -> TokenizerConfig:
