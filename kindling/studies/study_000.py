@@ -146,7 +146,7 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
                     f"runs/{name}/answers.jsonl",
                     (base,),
                     seconds,
-                    f"{epochs} epochs of instructions",
+                    f"{epochs} epoch{'s' * (epochs > 1)} of instructions",
                 )
             )
             tuned = evaluation_step(
