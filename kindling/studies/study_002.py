@@ -152,8 +152,8 @@ def _by_language(run: Run) -> Section:
     counts = [f"{total[key]:,}" if total.get(key) else MISSING for key in ("documents", "bytes")]
     rows.append(["all", *counts, run.bits(), run.file("eval.json")])
     notes = [
-        f"the run {run.name} has {run.parameters()} parameters and was trained on {run.tokens()} tokens "
-        f"({run.file('metrics.jsonl')}); the project's has 33,551,168 and {CLAIMED_TOKENS}",
+        f"the run {run.name} has {run.parameters()} parameters and was trained on {run.tokens()} tokens, {run.passes()} passes "
+        f"over its data ({run.file('metrics.jsonl')}); the project's has 33,551,168 and {CLAIMED_TOKENS}",
         "the project gives no loss and no other measure of what its model has learnt",
     ]
     absent = [language for language in PROMPTS if found and language not in found]
