@@ -118,16 +118,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def require_possible(flags: Flags) -> None:
-    """Raise StudyError for flags without a study, a time that is none, or data that the study does not read or cannot."""
+    """Raise StudyError for flags without a study, for a time that is not above 0, and for data that would not be read."""
     from kindling.studies.steps import StudyError
 
     if flags.name == "audit":
-        given = [f.name for f in fields(Flags) if f.name != "name" and getattr(flags, f.name) not in (None, False)]
+        kept = {f.name: getattr(flags, f.name) for f in fields(Flags) if f.name != "name"}
+        given = [name for name, value in kept.items() if value is not None and value is not False]
         if given:
             flag = f"--{given[0].replace('_', '-')}"
             example = "scaling --predict 3h" if given[0] == "predict" else "000 --minutes 60"
             raise StudyError(
-                f"{flag} must come with a study, but the audit alone takes none; name one: study.py {example}"
+                f"{flag} must come with a study, but none is named, and the audit takes no flags; such as study.py {example}"
             )
         return
     if flags.minutes is not None and not 0 < flags.minutes < math.inf:
@@ -138,6 +139,12 @@ def require_possible(flags: Flags) -> None:
         raise StudyError(
             f"--{unread[0].replace('_', '-')} must be left out for the study {flags.name}, but is {getattr(flags, unread[0])}; "
             f"this study takes {takes}"
+        )
+    files = [key for key in DATA_FLAGS[1:] if key != "harness_data" and getattr(flags, key) is not None]
+    if flags.hub and files and flags.name != "002":
+        raise StudyError(
+            f"--{files[0]} must be left out with --hub, which reads the data of the presets, but is {getattr(flags, files[0])}; "
+            f"leave out one of the two"
         )
     if flags.harness_data is not None and find_spec("lm_eval") is None:
         raise StudyError(

@@ -13,7 +13,7 @@ of the shape of `autocomplete` with random weights, or the run that `--run` name
 - clients: 16 clients, each with texts of its own, beside as many requests one by one, and whether greedy texts are the same.
   writing: 64 tokens after a new prompt of 30. typing: a line after a prompt of 100 tokens, and one more with each request.
 - decoding: tokens a second after the first, and the time to the first text, with a new prompt of 128 tokens and 128 new ones, at
-  the shape of `code-50m`, which llama.cpp has too; for PyTorch also in bfloat16 and int8.
+  the shape of `code-50m`, which llama.cpp has too, or of `--run`; for PyTorch also in bfloat16 and int8.
 - memory: of the whole process of the export's server after 1,000 requests. It is what Linux calls resident (VmRSS): memory of its
   own, and pages of mapped files, such as the weights.
 - growth: the same after up to 10,000 requests.
@@ -356,6 +356,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def said(flags: argparse.Namespace, models: Models) -> str:
+    """Return what model is measured."""
+    shape = ", ".join(f"{name} {models.shape[name]}" for name in ("n_layer", "n_embd", "vocab_size", "block_size"))
+    return f"{flags.run or 'random weights'}: {shape}"
+
+
 def commands(models: Models, flags: argparse.Namespace, each_precision: bool = False) -> dict[str, list[str]]:
     """Return the commands of the servers that are compared, by name; of PyTorch's in each precision, or in float32 alone."""
     found = {OURS: our_command(models.int8)}
@@ -377,8 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = make_models(folder, flags.run, flags.toy, flags.llama is not None)
-        shape = ", ".join(f"{name} {models.shape[name]}" for name in ("n_layer", "n_embd", "vocab_size", "block_size"))
-        results: Results = {"model": f"{flags.run or 'random weights'}: {shape}"}
+        results: Results = {"model": said(flags, models)}
 
         def keep(section: str, found: Results) -> None:
             results.update({section: found, "machine": watch.describe()})
@@ -396,6 +401,7 @@ def main(argv: list[str] | None = None) -> None:
                         name: stack.enter_context(Server(command, folder / f"{number}.txt"))
                         for number, (name, command) in enumerate(commands(of, flags, section == "decoding").items())
                     }
+                    results[f"model of {section}"] = said(flags, of)
                     keep(section, compare(servers, of, sizes))
         for section, measure in (("memory", memory), ("growth", growth), ("broken", broken)):
             if section in flags.sections:

@@ -33,7 +33,8 @@ def markdown(results: Results) -> str:
         lines += ["", "Goals for int8: at least 4 times one client, p95 under 1,000 ms, the same texts.", ""]
     if found := results.get("decoding"):
         columns = list(next(iter(found.values())))
-        lines += [f"| decoding, `code-50m` | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+        lines += [f"Decoding ({results.get('model of decoding', results['model'])}):", ""]
+        lines += [f"| server | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
         lines += [f"| {name} | {' | '.join(str(one[key]) for key in columns)} |" for name, one in found.items()]
         lines += ["", "Goal for int8: at least as fast as llama.cpp in both.", ""]
     lines += _memory_lines(results)

@@ -221,7 +221,6 @@ class RunDirectory:
             if path.is_file()
         }
         write_json(partial / MANIFEST, with_checksum({"step": step, "best": state.get("best"), "files": files}))
-        sync(partial / MANIFEST)
         sync(partial)
         final = self.path / f"step_{step:06d}"
         if final.exists():  # the same step again, after falling back to an older checkpoint

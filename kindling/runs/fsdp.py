@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kindling.errors import CheckpointError, one_line
-from kindling.files import sync, write_json
+from kindling.files import write_json
 from model import LanguageModel
 
 if TYPE_CHECKING:
@@ -141,7 +141,6 @@ def begin_sharded(folder: Path, model: nn.Module, optimizers: Optimizers) -> Non
     with _refusing(f"{folder} must be writable", "free some space, or choose another disk"):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / OPTIMIZERS, descriptions)
-        sync(folder / OPTIMIZERS)
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:

@@ -43,6 +43,10 @@ class ScalingError(KindlingError):
     """Runs that no law can be fitted to, or a law that cannot be used."""
 
 
+class TooFewRuns(ScalingError):
+    """No law can be fitted to so few runs."""
+
+
 class Law(NamedTuple):
     """The five constants."""
 
@@ -155,7 +159,7 @@ def _require_usable(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> None:
         )
     sizes, lengths = len(np.unique(N)), len(np.unique(D))
     if len(L) < FEWEST_RUNS or sizes < FEWEST_LEVELS or lengths < FEWEST_LEVELS:
-        raise ScalingError(
+        raise TooFewRuns(
             f"a scaling law must be fitted to at least {FEWEST_RUNS} runs of {FEWEST_LEVELS} sizes and {FEWEST_LEVELS} numbers "
             f"of tokens, but there are {len(L)} of {sizes} and {lengths}; train more runs"
         )

@@ -29,7 +29,7 @@ from kindling.plots.scaling_figures import HeldOut, IsoFlop, SizeRuns, scaling_f
 from kindling.studies.inputs import Inputs
 from kindling.studies.report import Study
 from kindling.studies.scaling import PREDICTION, RESULT, RUNS, Plan, read_plan, run_name
-from kindling.studies.scaling_law import NAMES, Fit, Law, ScalingError, best_for_seconds, fit_law
+from kindling.studies.scaling_law import NAMES, Fit, Law, ScalingError, TooFewRuns, best_for_seconds, fit_law
 from kindling.studies.scaling_runs import RunFigures, metrics_file, read_runs
 from kindling.studies.shared_steps import MOST_PASSES
 from kindling.studies.speed import Clock
@@ -140,7 +140,7 @@ def _law_section(study: FittedStudy) -> Section:
         "are looked up. D: training tokens, in each size's own vocabulary.",
         f"Intervals: 95%, from {len(fit.resamples):,} resamples of the {len(study.runs)} runs. The typical run lies "
         f"{100 * float(np.median(np.abs(fit.residuals))):.2f}% from the law.",
-        f"From {RUNS}/*/metrics.jsonl; kept in {RESULT}. The tables of budgets and times follow from the law.",
+        f"From {RUNS}/*/metrics.jsonl; kept in {RESULT}.",
     ]
     warnings = []
     if study.missing:
@@ -175,7 +175,9 @@ def _budget_section(study: FittedStudy) -> Section:
         row = [f"{flop:.2e}", _with_interval(N, of_n), _with_interval(D, of_d), f"{D / N:.2g}"]
         rows.append([*row, f"{fit.law.loss(N, D):.3f}", _beyond(study, N, D)])
     columns = ["FLOP (6 N D)", "best N [95%]", "best D [95%]", "D / N", "bits per byte", "beyond the runs"]
-    return Section("The best size for a budget of compute", columns, rows, [_inside(study)])
+    return Section(
+        "The best size for a budget of compute", columns, rows, [_inside(study), f"From the law in {RESULT}."]
+    )
 
 
 def _beyond(study: FittedStudy, parameters: float, tokens: float) -> str:
@@ -209,7 +211,10 @@ def _time_section(study: FittedStudy) -> list[Section]:
                 f"{study.fit.law.loss(best, tokens):.3f}",
             ]
         )
-    note = "By the seconds per token of each size in the study. Only sizes between its smallest and largest are considered."
+    note = (
+        f"By the seconds per token of each size, from {RUNS}/*/metrics.jsonl, and the law in {RESULT}. Only sizes between its "
+        f"smallest and largest are considered."
+    )
     return [
         Section("The best size for a time on this machine", ["minutes", "best N", "D", "bits per byte"], rows, [note])
     ]
@@ -317,7 +322,7 @@ def sections_of(folder: Path) -> list[Section]:
     """Return the tables of a study's folder: of the runs alone, if they are too few for a law."""
     try:
         return sections(_finished(folder))
-    except ScalingError as e:
+    except TooFewRuns as e:
         runs, held_out, missing = read_runs(folder, read_plan(folder))
         warnings = [f"No law: {e}.", *([f"Missing or without a loss: {', '.join(missing)}."] if missing else [])]
         return [Section("The law", warnings=warnings), _run_section([*runs, *([held_out] if held_out else [])], None)]
@@ -327,7 +332,7 @@ def pictures_of(folder: Path) -> list[Picture]:
     """Return the picture of a study's folder; none without a law."""
     try:
         law = _finished(folder).fit.law
-    except ScalingError:
+    except TooFewRuns:
         return []
     caption = f"The runs with the fitted law, and the loss over size at equal compute; from {RUNS}/*/metrics.jsonl."
     return [Picture(picture(_finished(folder)), caption, f"Loss falls with N^-{law.a:.3f} and D^-{law.b:.3f}.")]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 from types import MappingProxyType
 
 from config import Config, SourceConfig, TokenizerConfig
+from kindling.data.sources import documents, local_files
 from kindling.studies.inputs import Inputs
 from kindling.studies.sizes import flags_of, saved_every, size_text
 from kindling.studies.speed import GOLD_TOKENS, Clock
@@ -51,9 +52,13 @@ def bytes_for_examples(tokens: float) -> int:
 def tokens_of_examples(source: SourceConfig) -> float:
     """Return about how many tokens of instructions a local source gives: mined from Python source, or in a file of rows."""
     most = source.max_bytes or MOST_FOR_EXAMPLES
-    if source.kind == "docstrings":
-        return most * EXAMPLE_TOKENS_PER_BYTE
-    return min(most, Path(source.path or "").stat().st_size) / BYTES_PER_TOKEN
+    return most * EXAMPLE_TOKENS_PER_BYTE if source.kind == "docstrings" else bytes_of_rows(source) / BYTES_PER_TOKEN
+
+
+@cache
+def bytes_of_rows(source: SourceConfig) -> int:
+    """Return how many bytes of text are read of a local source of rows, whether it is a file, a packed one or a folder."""
+    return sum(row.size for row in documents(source, local_files(source)))
 
 
 def read_at_most(cfg: Config, tokens: float, passes: float = MOST_PASSES) -> Config:

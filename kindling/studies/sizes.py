@@ -21,7 +21,10 @@ from presets import preset
 LADDER = tuple(2 ** (-k / 8) for k in range(41))  # 1, 0.92, ... 1/32
 VOCABULARY, CONTEXT, ROWS, STEPS = 2048, 256, 8, 60  # at least
 RATE = 5e-3  # at most
-HELD_OUT = 0.04  # of the documents, at most, for each split
+HELD_OUT, DOCUMENTS = (
+    0.04,
+    2000,
+)  # of the documents, at most, for each split; of a source that has a limit of them, at least
 
 
 def shrink(cfg: Config, scale: float, context: int = CONTEXT) -> Config:
@@ -64,7 +67,7 @@ def in_ratio(small: Config, seed: Config, scale: float) -> Config:
 
 
 def data_in_ratio(small: Config, seed: Config) -> Config:
-    """Return the config with as many tokens to build as it reads, and with a tokenizer of its vocabulary.
+    """Return the config with as many tokens or documents to build as it reads, and with a tokenizer of its vocabulary.
 
     The held-out splits keep about the seed's size, so that they are not left without a document.
     """
@@ -73,6 +76,12 @@ def data_in_ratio(small: Config, seed: Config) -> Config:
         held_out = {name: max(getattr(data, name), min(HELD_OUT, getattr(data, name) / share))
                     for name in ("val_fraction", "test_fraction")}  # fmt: skip
         data = replace(data, max_tokens=max(1, round(data.max_tokens * share)), **held_out)
+    sources = tuple(
+        source if source.max_documents is None
+        else replace(source, max_documents=min(source.max_documents, max(DOCUMENTS, round(source.max_documents * share))))
+        for source in data.sources
+    )  # fmt: skip
+    data = replace(data, sources=sources)
     if tokenizer.kind == "pretrained" and small.model.vocab_size < seed.model.vocab_size:
         tokenizer = TokenizerConfig()
     return replace(small, data=data, tokenizer=tokenizer)

@@ -15,6 +15,7 @@ from kindling.studies.shared_steps import (
     FULL_NEW_TOKENS,
     NEW_TOKENS,
     bytes_for_examples,
+    bytes_of_rows,
     bytes_read,
     data_step,
     described,
@@ -69,7 +70,8 @@ def rows_bytes(smallest: Config, inputs: Inputs) -> int | None:
     """
     if not inputs.preset and inputs.instructions is None:
         return None
-    return max(FEWEST_ROWS_BYTES, min(ROWS_BYTES, round(0.02 * smallest.tokens * BYTES_PER_TOKEN)))
+    most = max(FEWEST_ROWS_BYTES, min(ROWS_BYTES, round(0.02 * smallest.tokens * BYTES_PER_TOKEN)))
+    return most if inputs.preset else min(most, bytes_of_rows(inputs.instructions_source(most).source))
 
 
 def tuning_tokens(smallest: Config, inputs: Inputs) -> float:
@@ -118,8 +120,8 @@ def spiking(cfg: Config, name: str) -> Config:
 def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     """Return the steps at a scale."""
     found = bases(scale, inputs)
-    read = max(bytes_read(cfg, inputs) for cfg in found.values())
-    steps = [data_step(found[SIZES[0]], clock, read)]
+    of_first = [cfg for cfg in found.values() if cfg.preset == found[SIZES[0]].preset]  # all that share its build
+    steps = [data_step(found[SIZES[0]], clock, max(bytes_read(cfg, inputs) for cfg in of_first))]
     for remedy in SPIKE_RUNS:  # they are short
         steps.append(training_step(spiking(found[SIZES[0]], remedy), _spike_name(remedy), clock, ("data",)))
     new_tokens = FULL_NEW_TOKENS if scale == 1 else NEW_TOKENS
@@ -158,9 +160,10 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
 
 def sources(scale: float, inputs: Inputs) -> str:
     """Return the line on the data."""
-    return described(
-        inputs, inputs.code_source(1_000_000).said.split(",")[0], inputs.instructions_source(1_000_000).said
-    )
+    rows = inputs.instructions_source(1_000_000).said
+    if n_bytes := rows_bytes(bases(scale, inputs)[SIZES[0]], inputs):
+        rows += f", its first {n_bytes / 1e6:.1f} MB"
+    return described(inputs, inputs.code_source(1_000_000).said.split(",")[0], rows)
 
 
 def _spike_name(remedy: str) -> str:

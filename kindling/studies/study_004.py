@@ -147,7 +147,7 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
             )
             steps.append(training_step(cfg, run, clock, (f"data-{stage}", *before), file))
         else:
-            steps.append(fine_tuning_step(cfg, run, clock, before, file))
+            steps.append(fine_tuning_step(cfg, run, clock, before, file, inputs))
         texts = ("--text", *held_out.FILES)
         n_texts = len(held_out.FILES) * held_out.BYTES / 2
         evaluated = evaluation_step(
@@ -160,14 +160,15 @@ def plan(scale: float, clock: Clock, inputs: Inputs) -> list[Step]:
     return steps
 
 
-def fine_tuning_step(cfg: Config, run: str, clock: Clock, before: tuple[str, ...], file: str | None) -> Step:
+def fine_tuning_step(
+    cfg: Config, run: str, clock: Clock, before: tuple[str, ...], file: str | None, inputs: Inputs
+) -> Step:
     """Return the last stage. It has model and tokenizer of the run before it, so these are no flags."""
     seed = preset(cfg.preset)
     init = replace(cfg.train, init_from=seed.train.init_from)
     flags = flags_of(replace(cfg, model=seed.model, tokenizer=seed.tokenizer, train=init), file)
-    seconds = (
-        clock.training(cfg) + clock.generation(cfg, 10, cfg.model.block_size) + clock.building(FEWEST_FOR_EXAMPLES)
-    )
+    read = bytes_read(cfg, inputs) if inputs.preset else cfg.data.sources[0].max_bytes or FEWEST_FOR_EXAMPLES
+    seconds = clock.training(cfg) + clock.generation(cfg, 10, cfg.model.block_size) + clock.building(read)
     done = f"runs/{run}/answers.jsonl"
     return Step(run, "sft_train.py", (f"runs/{before[0]}", *flags), done, before, seconds, size_text(cfg))
 

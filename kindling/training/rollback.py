@@ -21,10 +21,11 @@ class TrainingError(KindlingError):
 
 
 def roll_back(trainer: Trainer) -> bool:
-    """Restore the newest checkpoint from before the skipped steps, after the last of them. Their rows are left out from now on.
+    """Restore the newest checkpoint from before the skipped steps. Their rows are left out from now on.
 
-    If there is no such checkpoint, or after MAX_ROLLBACKS rollbacks, larger gradients that are finite and are clipped count as
-    usual from now on. Every rank must call it. Return whether the run went back. Raises TrainingError if nothing helps.
+    It is called when the last of them is finished, and none is in flight. If there is no such checkpoint, or after MAX_ROLLBACKS
+    rollbacks, larger gradients that are finite and are clipped count as usual from now on. Every rank must call it. Return
+    whether the run went back. Raises TrainingError if nothing helps.
     """
     before, train, on_main = trainer.state, trainer.train, trainer.world.on_main
     n_steps, (first_step, first_row), end_row = before.skipped_in_a_row, before.streak, before.row_index

@@ -161,13 +161,20 @@ def configured(step: Step) -> Config:
 
 
 def test_rows_that_are_given_to_fine_tune_on_are_read_in_their_ratio_and_timed(clock, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.touch()
+    rows, few = tmp_path / "rows.jsonl", tmp_path / "few.jsonl"
+    row = json.dumps({"instruction": "Add.", "input": "", "output": "x" * 990}) + "\n"
+    rows.write_text(row * 4000, encoding="utf-8")
+    few.write_text(row * 100, encoding="utf-8")
     plans = {given: study_of("000").plan(1 / 8, clock, Inputs(tmp_path, instructions=given)) for given in (None, rows)}
     mined, read = ([step for step in steps if step.script == "sft_train.py"] for steps in plans.values())
     for step in read:
         assert step.arguments[step.arguments.index("--data.sources.0.max-bytes") + 1] == "1000000"
     assert all(two.seconds > one.seconds for one, two in zip(mined, read))
+    assert "rows.jsonl, its first 1.0 MB" in study_of("000").sources(1 / 8, Inputs(tmp_path, instructions=rows))
+    less = [
+        s for s in study_of("000").plan(1 / 8, clock, Inputs(tmp_path, instructions=few)) if s.script == "sft_train.py"
+    ]
+    assert all(one.seconds < two.seconds for one, two in zip(less, read))
     with pytest.raises(KindlingError, match="must be a file or folder that exists"):
         study_of("000").plan(1 / 8, clock, Inputs(tmp_path, instructions=tmp_path / "none.jsonl"))
 
@@ -269,6 +276,9 @@ def test_of_all_studies_one_that_cannot_be_planned_is_left_out(monkeypatch, caps
         (["--minutes", "60"], "--minutes must come with a study, .*study.py 000 --minutes 60"),
         (["audit", "--hub"], "--hub must come with a study"),
         (["004", "--harness-data", "x"], "--harness-data needs lm-eval"),
+        (["--minutes", "0"], "--minutes must come with a study"),
+        (["000", "--hub", "--code", "x"], "--code must be left out with --hub"),
+        (["004", "--hub", "--prose", "x"], "--prose must be left out with --hub"),
     ],
 )
 def test_what_no_study_can_use_is_refused(argv, words, monkeypatch):

@@ -1,5 +1,6 @@
 """Study 004: its plan, the texts that no stage trains on, and the matrix of what a stage brought and took."""
 
+import gzip
 import importlib
 import json
 import random
@@ -108,11 +109,14 @@ def test_every_training_leaves_out_what_has_words_of_a_held_out_text(clock, tmp_
             assert after[: 2 + len(held_out.FILES)] == ("humaneval", "mbpp", *held_out.FILES)
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", ["", "rows.jsonl", "rows.jsonl.gz", "folder"])
 def test_few_instructions_are_read_a_few_times_only(tmp_path, given):
     """Read 40 times, they were learnt by heart, and every other measure was lost."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(b"x" * 700_000)
+    rows, plain = tmp_path / (given or "none"), tmp_path / ("folder/a.jsonl" if given == "folder" else "rows.jsonl")
+    plain.parent.mkdir(exist_ok=True)
+    plain.write_text(1000 * (json.dumps({"instruction": "Add.", "output": "x" * 696}) + "\n"), encoding="utf-8")
+    if given.endswith(".gz"):
+        rows.write_bytes(gzip.compress(plain.read_bytes()))
     cfg = study.configs(1 / 8, Inputs(tmp_path, instructions=rows if given else None))[4]
     a_pass = 700_000 / 3.5 if given else 30_000_000 * 0.02
     assert cfg.tokens == pytest.approx(4 * a_pass, rel=0.02) and cfg.train.warmup_steps <= cfg.train.max_steps / 10
