@@ -16,7 +16,9 @@ HOSTILE = '<img src=x onerror="document.title=1"><script>0</script>'
 
 
 def writes(prompt: str) -> str:
-    """Write HTML where there is danger; otherwise as `tells`."""
+    """Write HTML where there is danger, and nothing where silence is asked for; otherwise as `tells`."""
+    if prompt.endswith("silence\nAssistant:"):
+        return ""
     if "danger" not in prompt:
         return tells(prompt)
     n = next(n for n in range(len(HOSTILE), -1, -1) if prompt.endswith(HOSTILE[:n]))
@@ -228,6 +230,28 @@ def test_a_chat_streams_stops_and_begins_anew(page, server):
     assert [len(one["messages"]) for one in asked(page) if "messages" in one] == [1, 1, 5]
     page.point("#new-chat", click=True)
     assert page.text("#log") == "" and page.run("messages.length") == 0
+
+
+def test_a_chat_without_an_answer_is_no_part_of_the_next_question(page):
+    page.run("show('chat'); about.remembers = true")
+    page.type("silence")
+    page.press("Enter")
+    page.until("$('log').textContent.includes('(no answer)')")
+    page.type("one")
+    page.press("Enter")
+    page.until("messages.length === 2")
+    assert [one["content"] for one in asked(page)[-1]["messages"]] == ["one"]
+
+
+def test_an_answer_that_streams_on_leaves_the_editor_alone(page, server):
+    page.run("show('chat')")
+    page.type("one")
+    with held(server, after=3):
+        page.press("Enter")
+        page.until("$('log').lastChild?.textContent.length > 4")
+        page.run("show('editor')")
+    page.until("messages.length === 2")
+    assert page.run("$('strip').children.length") == 0
 
 
 class held:
