@@ -23,9 +23,9 @@ import numpy as np
 
 from config import Config, ModelConfig
 from kindling.data.conversations import PROMPT, RESPONSE, Example
-from kindling.data.packing import PackedDataset, PackedRows, PieceDataset, PieceRows, lay_out, pack
+from kindling.data.packing import Item, PackedDataset, PackedRows, PieceDataset, PieceRows, pack
 from kindling.data.prompts import rendered_template
-from kindling.data.shards import Batch, DataError, PackedBlocks, ShardWriter, TokenDataset, read_manifest
+from kindling.data.shards import DataError, PackedBlocks, ShardWriter, TokenDataset, read_manifest
 
 WIDTHS = 4  # rows are padded to one of this many widths; code is compiled once for each
 POOL = 50  # this many batches of examples are sorted by length together
@@ -97,6 +97,11 @@ class Examples(PackedDataset):
         tokens = self.tokens_of(number)
         return Example(self.read(tokens.start, len(tokens)), self.segments_of(number))
 
+    def item(self, number: int) -> Item:
+        """Return the inputs and the targets of one conversation: a target is the next id, or IGNORE if that is of a prompt."""
+        example = self.example(number)
+        return example.ids[:-1], example.targets
+
     @property
     def n_targets(self) -> int:
         return self.n_supervised
@@ -137,15 +142,13 @@ class ExampleRows(PackedRows):
 
     def __init__(self, examples: Examples, block_size: int, seed: int, packing: bool = True, batch_size: int = 1):
         """`batch_size` matters only without packing: this many rows are padded to the same length."""
-        self.dataset = self.examples = examples
-        self.block_size = block_size
-        self.packing, self.batch_size = packing, batch_size
+        self.examples, self.packing, self.batch_size = examples, packing, batch_size
         lengths = examples.lengths - 1  # the last token is a target only
-        super().__init__(pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))], seed)
-        if not self.bins:
+        bins = pack(lengths, block_size) if packing else [[i] for i in range(len(lengths))]
+        if not bins:
             raise DataError(f"the {examples.split} split must hold at least one example, but is empty; add examples")
-        eos_id = examples.manifest["eos_id"]
-        self.pad_id = 0 if eos_id else 1
+        pad_id = 0 if examples.manifest["eos_id"] else 1
+        super().__init__(examples, bins, block_size, pad_id, separate=packing, seed=seed)
 
     def _shuffle(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         order = rng.permutation(self.n_rows)
@@ -159,24 +162,13 @@ class ExampleRows(PackedRows):
         batches = order[begun:stop].reshape(-1, self.batch_size)
         return np.concatenate((order[:begun], rng.permutation(batches).ravel(), order[stop:]))
 
-    def tokens_of(self, position: int) -> list[range]:
-        """Return the tokens of the split in the row at a position, a range for each of its examples."""
-        return [self.examples.tokens_of(number) for number in self.bins[self.row_at(position)]]
-
-    def _width(self, items: np.ndarray) -> int:
-        """Return the width of padded rows of these examples."""
+    def width(self, bins: list[int]) -> int:
+        """Return the width of a batch of these bins: without packing, that of the longest example, in a few steps."""
+        if self.packing:
+            return self.block_size
         unit = max(1, self.block_size // WIDTHS)
-        longest = int(self.examples.lengths[items].max()) - 1
+        longest = int(self.examples.lengths[[self.bins[b][0] for b in bins]].max()) - 1
         return min(self.block_size, -(-longest // unit) * unit)
-
-    def batch_of_bins(self, bins: list[int], n_rows: int) -> Batch:
-        """Return these bins as the rows of a batch, and rows of padding up to `n_rows`."""
-        width = self.block_size
-        if not self.packing:
-            width = self._width(np.array([self.bins[b][0] for b in bins]))
-        rows = [[self.examples.example(number) for number in self.bins[b]] for b in bins]
-        items = [[(example.ids[:-1], example.targets) for example in row] for row in rows]
-        return lay_out(items, n_rows, width, self.pad_id, separate=self.packing)
 
     @property
     def wasted(self) -> float:
@@ -188,7 +180,7 @@ class ExampleRows(PackedRows):
         order = self.order_of(0)
         for first in range(0, self.n_rows, self.batch_size):
             rows = order[first : first + self.batch_size]
-            places += len(rows) * self._width(rows)
+            places += len(rows) * self.width(rows.tolist())
         return 1 - filled / places
 
 

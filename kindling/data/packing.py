@@ -79,13 +79,31 @@ class PackedRows(ShuffledRows):
     `bins` has the numbers of the items of each row. The same items share a row in every epoch; only the order of rows changes.
     """
 
-    def __init__(self, bins: list[list[int]], seed: int):
+    def __init__(
+        self, dataset: PackedDataset, bins: list[list[int]], block_size: int, pad_id: int, separate: bool, seed: int
+    ):
+        """With `separate` batches have positions, so that no item sees another."""
         super().__init__(len(bins), seed)
-        self.bins = bins
+        self.dataset, self.bins, self.block_size, self.pad_id, self.separate = (
+            dataset,
+            bins,
+            block_size,
+            pad_id,
+            separate,
+        )
+
+    def tokens_of(self, position: int) -> list[range]:
+        """Return the tokens of the split in the row at a position, a range for each of its items."""
+        return [self.dataset.tokens_of(number) for number in self.bins[self.row_at(position)]]
+
+    def width(self, bins: list[int]) -> int:
+        """Return the width of a batch of these bins."""
+        return self.block_size
 
     def batch_of_bins(self, bins: list[int], n_rows: int) -> Batch:
         """Return these bins as the rows of a batch, and rows of padding up to `n_rows`."""
-        raise NotImplementedError
+        items = [[self.dataset.item(number) for number in self.bins[b]] for b in bins]
+        return lay_out(items, n_rows, self.width(bins), self.pad_id, self.separate)
 
     def rows(self, first: int, count: int) -> Batch:
         """Return the rows at positions first, first + 1, ..."""
@@ -100,6 +118,14 @@ class PackedRows(ShuffledRows):
 
 class PackedDataset(TokenDataset):
     """One split of a data folder whose items are evaluated in rows that hold them whole."""
+
+    def tokens_of(self, number: int) -> range:
+        """Return the positions of the tokens of one item in the split."""
+        raise NotImplementedError
+
+    def item(self, number: int) -> Item:
+        """Return the inputs and the targets of one item."""
+        raise NotImplementedError
 
     def _rows_in_order(self, cfg: ModelConfig, batch_size: int = 1) -> PackedRows:
         """Return the rows of the split for a model; `batch_size` matters only where rows of a batch have one width."""
@@ -187,20 +213,12 @@ class PieceRows(PackedRows):
     """The training order of pieces. None is ever cut."""
 
     def __init__(self, dataset: PieceDataset, block_size: int, seed: int, document_mask: bool = False):
-        """With `document_mask` batches have positions, so that no piece sees another."""
-        self.dataset, self.block_size, self.document_mask = dataset, block_size, document_mask
-        super().__init__(pack(dataset.n_inputs, block_size), seed)
-
-    def tokens_of(self, position: int) -> list[range]:
-        """Return the tokens of the split in the row at a position, a range for each of its pieces."""
-        return [self.dataset.tokens_of(number) for number in self.bins[self.row_at(position)]]
-
-    def batch_of_bins(self, bins: list[int], n_rows: int) -> Batch:
-        """Return these bins as the rows of a batch, and rows of padding up to `n_rows`."""
-        items = [[self.dataset.item(number) for number in self.bins[b]] for b in bins]
-        return lay_out(items, n_rows, self.block_size, self.dataset.fim.pad, self.document_mask)
+        """With `document_mask` no piece sees another."""
+        bins = pack(dataset.n_inputs, block_size)
+        super().__init__(dataset, bins, block_size, dataset.fim.pad, document_mask, seed)
+        self.n_inputs = int(dataset.n_inputs.sum())
 
     @property
     def wasted(self) -> float:
         """The share of padding in the rows of an epoch."""
-        return 1 - int(self.dataset.n_inputs.sum()) / (self.n_rows * self.block_size)
+        return 1 - self.n_inputs / (self.n_rows * self.block_size)
