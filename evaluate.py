@@ -5,6 +5,7 @@
     python evaluate.py runs/demo --eval.benchmarks humaneval:20 --eval.temperature 0.8
     python evaluate.py runs/fim --eval.benchmarks humaneval-infill    # fill in each line of the solutions
     python evaluate.py runs/demo --text book.txt
+    python evaluate.py runs/demo --average 8                      # the mean of the last 8 checkpoints' weights
     python evaluate.py runs/demo --harness hellaswag,arc_easy --harness-data FOLDER
     python evaluate.py runs/demo --grade                          # run what an evaluation with --sandbox later has written
     python evaluate.py --compare runs/demo runs/demo-sft
@@ -61,6 +62,8 @@ class Flags:
     """The run's folder, or its name under runs/, or the folder of a model of others. The newest run if left out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
+    average: int = 1
+    """Evaluate the mean of the weights at the last so many checkpoints; --train.keep-checkpoints says how many are kept."""
     split: Literal["val", "test"] = "val"
     """The held-out split. Use test for final tables only."""
     text: tuple[Path, ...] = ()
@@ -91,7 +94,8 @@ class EvalContext:
 
     run: RunDirectory
     config: Config  # the run's
-    checkpoint: Path
+    checkpoints: list[Path]
+    """The newest one, or those whose mean the model is."""
     model: LanguageModel
     tokenizer: Tokenizer
     runtime: Runtime
@@ -165,13 +169,13 @@ def require(flags: Flags, run: RunDirectory) -> None:
         require_harness(tasks_of(flags), flags.harness_data, flags.harness_limit)
 
 
-def chosen(flags: Flags) -> tuple[RunDirectory, Path]:
-    """Return the run that the flags name and its newest checkpoint. Raises what `require` raises."""
+def chosen(flags: Flags) -> tuple[RunDirectory, list[Path]]:
+    """Return the run that the flags name, and its newest checkpoint or those to average. Raises what `require` raises."""
     from kindling.formats.hf_import import find_model
-    from kindling.runs.loading import require_checkpoint
+    from kindling.runs.averaging import checkpoints_to_average
 
     require(flags, run := find_model(flags.run))
-    return run, require_checkpoint(run)
+    return run, checkpoints_to_average(run, flags.average)
 
 
 def tasks_of(flags: Flags) -> list[str]:
@@ -298,14 +302,14 @@ def text_figures(subject: EvalContext) -> dict[str, Any]:
 def header(subject: EvalContext) -> dict[str, Any]:
     """Return what is evaluated, on which data and how."""
     from kindling.evaluation.results_file import FORMAT
-    from kindling.runs.loading import sha256_of_weights
+    from kindling.runs.averaging import average_name, average_sha256
 
-    run, runtime, cfg, checkpoint = subject.run, subject.runtime, subject.config, subject.checkpoint
+    run, runtime, cfg, checkpoints = subject.run, subject.runtime, subject.config, subject.checkpoints
     return {
         "format": FORMAT,
         "run": str(run.path),
-        "checkpoint": checkpoint.name,
-        "weights_sha256": sha256_of_weights(run, checkpoint),
+        "checkpoint": average_name(checkpoints),
+        "weights_sha256": average_sha256(run, checkpoints),
         "preset": cfg.preset,
         "parameters": cfg.model.n_parameters,
         "split": subject.flags.split,
@@ -358,7 +362,6 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse(argv)
     require_runs(flags.run, *flags.compare)
     from kindling.distributed import process_group, require_single_process
-    from kindling.runs.loading import load_model
 
     if flags.compare:
         require_single_process("--compare")
@@ -368,14 +371,15 @@ def main(argv: list[str] | None = None) -> int:
         require_single_process("--grade")
         return grade_earlier(flags)
     with process_group(flags.device) as world:
-        run, checkpoint = world.on_main(lambda: chosen(flags))
+        run, checkpoints = world.on_main(lambda: chosen(flags))
         flags.eval = world.on_main(lambda: without_python(flags.eval, argv, run))
         config = run.config()
         from kindling.device import resolve  # imports torch
+        from kindling.runs.averaging import load_average
 
         runtime = resolve(replace(config.train, device=flags.device), world, flag="--device")
-        model, _ = load_model(run, runtime.device, checkpoint)
-        return evaluate(EvalContext(run, config, checkpoint, model, run.tokenizer(), runtime, flags))
+        model = load_average(run, checkpoints, runtime.device)
+        return evaluate(EvalContext(run, config, checkpoints, model, run.tokenizer(), runtime, flags))
 
 
 if __name__ == "__main__":

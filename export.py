@@ -3,6 +3,7 @@
     python export.py runs/demo                              # --to hf: a folder for transformers, into runs/demo/export/hf
     python export.py runs/demo --to int8                    # for autocomplete.py, which needs no PyTorch
     python export.py runs/code-50m --to gguf --type q8_0    # for llama.cpp
+    python export.py runs/demo --average 8                  # the mean of the last 8 checkpoints' weights
 
 Each export is read back and compared with the run: logits and loss on the run's held-out text. An export that fails is
 deleted. For hf and for GGUF in f32, logits must agree to 1e-4. Rounded weights may raise the loss by at most 0.5%.
@@ -15,7 +16,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -54,6 +55,8 @@ class Flags:
     """hf: a folder for transformers, with a model card; gguf: one file for llama.cpp; int8: a folder for autocomplete.py."""
     type: Literal["f32", "f16", "q8_0"] | None = None
     """For gguf: the type of the matrices. None: f16."""
+    average: int = 1
+    """Export the mean of the weights at the last so many checkpoints; --train.keep-checkpoints says how many are kept."""
     out: Path | None = None
     """Where to write the export. None: into export/ in the run's folder."""
     replace: bool = False
@@ -157,7 +160,9 @@ def require_close(found: Difference) -> str:
     return line
 
 
-def export_to_hf(run: RunDirectory, model: GPT, checkpoint: Path, template: str | None, out: Path) -> list[str]:
+def export_to_hf(
+    run: RunDirectory, model: GPT, checkpoints: Sequence[Path], template: str | None, out: Path
+) -> list[str]:
     """Write and check a folder for transformers; return lines on it."""
     from kindling.formats.hf_format import difference, write
     from kindling.formats.hf_layout import CLASSES, architecture
@@ -165,7 +170,10 @@ def export_to_hf(run: RunDirectory, model: GPT, checkpoint: Path, template: str 
     from kindling.runs.loading import PretrainedFolder
 
     out.mkdir()
-    text = _card_of_others(run) if isinstance(run, PretrainedFolder) else card(run, run.path.resolve().name, checkpoint)
+    if isinstance(run, PretrainedFolder):
+        text = _card_of_others(run)
+    else:
+        text = card(run, run.path.resolve().name, checkpoints[-1], averaged=checkpoints)
     write(out, model, run.tokenizer(), text, template)
     kind = architecture(model.cfg)
     code = ", whose code is with it" if kind == "kindling" else ""
@@ -190,12 +198,15 @@ def export_to_gguf(run: RunDirectory, model: GPT, kind: Kind, template: str | No
     return [*said, require_exact(found) if kind == "f32" else require_close(found)]
 
 
-def export_to_int8(run: RunDirectory, model: GPT, checkpoint: Path, chat: Chat | None, out: Path) -> list[str]:
+def export_to_int8(
+    run: RunDirectory, model: GPT, checkpoints: Sequence[Path], chat: Chat | None, out: Path
+) -> list[str]:
     """Write and check a folder for autocomplete.py; return lines on it."""
     from kindling.formats.int8_format import difference, write
+    from kindling.runs.averaging import average_name
 
     out.mkdir()
-    infills, source = run.config().data.fim_rate > 0, f"{run.path.resolve().name}, {checkpoint.name}"
+    infills, source = run.config().data.fim_rate > 0, f"{run.path.resolve().name}, {average_name(checkpoints)}"
     write(out, model, run.tokenizer(), source, infills, chat)
     return [require_close(difference(out, model, sample(run)))]
 
@@ -207,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.files import write_text
     from kindling.formats.hf_import import find_model
     from kindling.formats.modelfile import modelfile, modelfile_path
-    from kindling.runs.loading import chat_of, load_model, require_checkpoint
+    from kindling.runs.loading import chat_of
     from kindling.sample_prompts import prompt_flag
 
     if flags.type is not None and flags.to != "gguf":
@@ -221,24 +232,25 @@ def main(argv: list[str] | None = None) -> int:
     beside = modelfile_path(out) if flags.to == "gguf" and template is not None else None
     if beside is not None:
         require_place(beside, flags.replace)
-    checkpoint = require_checkpoint(run)
     import torch
 
-    loaded, _ = load_model(run, torch.device("cpu"), checkpoint)
-    model = loaded.for_generation()
+    from kindling.runs.averaging import average_name, checkpoints_to_average, load_average
+
+    checkpoints = checkpoints_to_average(run, flags.average)
+    model = load_average(run, checkpoints, torch.device("cpu")).for_generation()
     with written(out, flags.replace) as partial:
         if flags.to == "hf":
-            said = export_to_hf(run, model, checkpoint, template, partial)
+            said = export_to_hf(run, model, checkpoints, template, partial)
         elif flags.to == "gguf":
             said = export_to_gguf(run, model, kind, template, partial)
         else:
-            said = export_to_int8(run, model, checkpoint, chat, partial)
+            said = export_to_int8(run, model, checkpoints, chat, partial)
     if beside is not None and template is not None:
         with written(beside, flags.replace) as partial:
             write_text(partial, modelfile(out.name, template, run.tokenizer(), model.cfg.block_size))
         said.append(f"for Ollama: ollama create {run.path.resolve().name} -f {beside}")
     size = sum(f.stat().st_size for f in (out.rglob("*") if out.is_dir() else [out]) if f.is_file())
-    print(f"{run.path}, {checkpoint.name}: {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
+    print(f"{run.path}, {average_name(checkpoints)}: {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
     print("\n".join(said))
     ways = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{out}"); its README.md says more',

@@ -29,7 +29,8 @@ from kindling.errors import one_line
 from kindling.evaluation import report, results_file
 from kindling.formats.hf_layout import CLASSES, architecture
 from kindling.public_paths import PublicPaths, is_on_hub
-from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, weights_sha256
+from kindling.runs.averaging import average_name, average_sha256
+from kindling.runs.checkpoint import CheckpointError, RunDirectory, load_state, step_of
 from kindling.runs.loading import Chat, chat_of
 from kindling.runs.metrics import read_metrics
 from kindling.sample_prompts import sample_prompts
@@ -40,10 +41,13 @@ CODE = set(LANGUAGES.values()) - {"markdown", "text"}
 NEW_TOKENS = 64  # in the example
 
 
-def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | None = None) -> str:
+def card(
+    run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | None = None, averaged: Sequence[Path] = ()
+) -> str:
     """Return the card of a checkpoint as Markdown; `name` is the title.
 
-    `files` are listed if given. Raises KindlingError if the run's config, manifest or ledger cannot be read.
+    `files` are listed if given. With several `averaged`, the weights are the mean of those at these checkpoints, of which
+    `checkpoint` is the last. Raises KindlingError if the run's config, manifest or ledger cannot be read.
     """
     cfg, ledger = run.config(), _read_ledger(run)
     manifest = read_manifest(run.data)
@@ -52,11 +56,11 @@ def card(run: RunDirectory, name: str, checkpoint: Path, files: Sequence[str] | 
     parts = [
         _front_matter(cfg, ledger),
         f"# {name}\n",
-        _introduction(cfg, checkpoint, step),
+        _introduction(cfg, checkpoint, step, averaged),
         _use(cfg, chat_of(run), files),
         _tables([_shape(cfg.model), _training(cfg, run, checkpoint, step)]),
         _tables(public([_sources(cfg), _ledger(ledger, cfg), _splits(manifest, cfg)])),
-        *(_evaluation(run, checkpoint, split, public) for split in ("val", "test")),
+        *(_evaluation(run, averaged or [checkpoint], split, public) for split in ("val", "test")),
         _limits(cfg),
         f"<details>\n<summary>All settings</summary>\n\n```yaml\n{to_yaml(Config(**public(asdict(cfg))))}```\n\n</details>",
     ]
@@ -95,7 +99,7 @@ def _front_matter(cfg: Config, ledger: Ledger) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}# license: choose one before you publish\n---\n"
 
 
-def _introduction(cfg: Config, checkpoint: Path, step: int) -> str:
+def _introduction(cfg: Config, checkpoint: Path, step: int, averaged: Sequence[Path]) -> str:
     how = "trained from random weights"
     if cfg.train.init_from is not None:
         how = f"{'fine-tuned on instructions' if cfg.data.instructions else 'trained'} from the weights of "
@@ -104,9 +108,12 @@ def _introduction(cfg: Config, checkpoint: Path, step: int) -> str:
         how += f", going on with the run `{Path(cfg.train.extend).name}`"
         if (began := _state(checkpoint).get("extended_from")) is not None:
             how += f" from its step {began:,}"
+    when = f"as it was at step {step:,}"
+    if len(averaged) > 1:
+        when = f"the mean of its weights at {len(averaged)} checkpoints, from step {step_of(averaged[0]):,} to step {step:,}"
     return (
         f"This is a language model of {cfg.model.n_parameters:,} parameters, {how} with Kindling, "
-        f"preset `{cfg.preset}`, as it was at step {step:,}.\n\n"
+        f"preset `{cfg.preset}`, {when}.\n\n"
         f"No licence is chosen here. Whoever publishes the model chooses one that the licences of its sources allow.\n"
     )
 
@@ -246,7 +253,7 @@ def _splits(manifest: dict[str, Any], cfg: Config) -> Section:
     return Section("Splits", ["", "documents", "tokens", "MB"], rows, notes)
 
 
-def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: PublicPaths) -> str:
+def _evaluation(run: RunDirectory, checkpoints: Sequence[Path], split: str, public: PublicPaths) -> str:
     """Return the section on the evaluation of a split; empty if there is none. It says so if the weights were others."""
     path = run.path / results_file.file_name("eval.json", split)
     if not path.is_file():
@@ -270,10 +277,10 @@ def _evaluation(run: RunDirectory, checkpoint: Path, split: str, public: PublicP
         )
         return ""
     said = ""
-    if results.get("weights_sha256") != weights_sha256(checkpoint):
+    if results.get("weights_sha256") != average_sha256(run, checkpoints):
         said = (
             f"**These figures are of other weights than those here: of {results.get('checkpoint', 'another step')}, "
-            f"not of {checkpoint.name}.**\n\n"
+            f"not of {average_name(checkpoints)}.**\n\n"
         )
     # one level below the card's own headings
     tables = re.sub(r"^## ", "### ", _tables(sections), flags=re.MULTILINE)
