@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     from kindling.files import write_text
     from kindling.formats.hf_import import find_model
     from kindling.formats.modelfile import modelfile, modelfile_path
+    from kindling.runs.averaging import average_name, checkpoints_to_average, load_average
     from kindling.runs.loading import chat_of
     from kindling.sample_prompts import prompt_flag
 
@@ -232,11 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     beside = modelfile_path(out) if flags.to == "gguf" and template is not None else None
     if beside is not None:
         require_place(beside, flags.replace)
+    checkpoints = checkpoints_to_average(run, flags.average)
     import torch
 
-    from kindling.runs.averaging import average_name, checkpoints_to_average, load_average
-
-    checkpoints = checkpoints_to_average(run, flags.average)
     model = load_average(run, checkpoints, torch.device("cpu")).for_generation()
     with written(out, flags.replace) as partial:
         if flags.to == "hf":
