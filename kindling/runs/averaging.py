@@ -10,13 +10,14 @@ docs/evaluation.md has figures.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kindling.errors import CheckpointError
 from kindling.files import sha256_text
-from kindling.runs.checkpoint import RunDirectory, verify
+from kindling.runs.checkpoint import RunDirectory, load_weights, verify
 from kindling.runs.loading import PretrainedFolder, load_model, require_checkpoint, sha256_of_weights
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def checkpoints_to_average(run: RunDirectory, n: int) -> list[Path]:
         )
     folders = run.checkpoints()[-n:]
     for folder in folders:
-        verify(folder)
+        if folder != newest:  # that one is verified
+            verify(folder)
     return folders
 
 
@@ -66,9 +68,12 @@ def load_average(run: RunDirectory, folders: Sequence[Path], device: torch.devic
     import torch
 
     model, _ = load_model(run, device, folders[0])
+    if len(folders) == 1:
+        return model
+    one = copy.deepcopy(model)
     with torch.no_grad():
         for number, folder in enumerate(folders[1:], 2):
-            one = dict(load_model(run, device, folder)[0].named_parameters())
-            for name, mean in model.named_parameters():
-                mean.add_((one[name] - mean) / number)
+            load_weights(folder, one)
+            for mean, weight in zip(model.parameters(), one.parameters()):
+                mean.add_((weight - mean) / number)
     return model

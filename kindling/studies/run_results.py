@@ -65,13 +65,17 @@ class Run:
         """Return the run's config."""
         return self.directory.config()
 
+    @cached_property
+    def _manifest(self) -> dict[str, Any]:
+        """What is known of the run's data; empty if it is not there."""
+        try:
+            return dict(json.loads((self.directory.data / "manifest.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
     def validation_key(self) -> str:
         """Return what must be equal for validations to compare: the run's data, and how much is validated."""
-        try:
-            manifest = json.loads((self.directory.data / "manifest.json").read_text(encoding="utf-8"))
-            data = str(manifest["fingerprint"])
-        except (OSError, ValueError, KeyError):
-            data = self.name
+        data = self._manifest.get("fingerprint", self.name)
         return f"{data} {[line.get('val_tokens') for line in self.validations()[:1]]}"
 
     def _part(self, name: str) -> dict[str, Any]:
@@ -108,9 +112,8 @@ class Run:
     def passes(self) -> str:
         """Return how many times the run has read its training split so far."""
         try:
-            manifest = json.loads((self.directory.data / "manifest.json").read_text(encoding="utf-8"))
-            return f"{self._seen() / manifest['splits']['train']['tokens']:.1f}"
-        except (OSError, ValueError, KeyError, ZeroDivisionError):
+            return f"{self._seen() / self._manifest['splits']['train']['tokens']:.1f}"
+        except (KeyError, ZeroDivisionError):
             return MISSING
 
     def loss_text(self) -> str:

@@ -324,14 +324,18 @@ def test_the_tokens_that_were_taken_back_are_run_with_the_prompt_as_long_as_they
     assert VOCABULARY.decode(desk.engine.tokens(0)) == "xabcde"
 
 
+class Words(FakeVocabulary):
+    """The last token is a word."""
+
+    def __init__(self, word: str):
+        self.spellings = (*FakeVocabulary.spellings[:-1], word)
+
+    def decode(self, ids):
+        return "".join(map(self.spellings.__getitem__, ids))
+
+
 def test_a_token_that_is_not_drawn_again_is_forgotten_with_those_behind_it():
-    class Words(FakeVocabulary):
-        spellings = (*FakeVocabulary.spellings[:-1], "cdo")
-
-        def decode(self, ids):
-            return "".join(map(self.spellings.__getitem__, ids))
-
-    words, engine = Words(), FakeEngine(lambda text: {"b": chr(127), chr(127): "g"}.get(text[-1], "b"))
+    words, engine = Words("cdo"), FakeEngine(lambda text: {"b": chr(127), chr(127): "g"}.get(text[-1], "b"))
     kept, healing = split_for_healing(words.encode("xabcd"), words.spellings)
     batch, events = Batch(engine, words, Counters(), lambda: 0.0), []
     job = Job(Generation(kept, Sampling(max_new_tokens=2, greedy=True), healing), words, events.append, 0.0)
@@ -364,13 +368,7 @@ def test_healed_texts_are_the_same_with_and_without_a_guess(seed):
 
 
 def test_a_token_that_ends_what_the_prompt_began_says_how_much_of_it_is_the_answer():
-    class Words(FakeVocabulary):
-        spellings = (*FakeVocabulary.spellings[:-1], "print")
-
-        def decode(self, ids):
-            return "".join(map(self.spellings.__getitem__, ids))
-
-    words = Words()
+    words = Words("print")
     kept, healing = split_for_healing(words.encode("xpri"), words.spellings)
     engine = FakeEngine(lambda text: "(" if text[-1] == chr(127) else chr(127))
     batch, events = Batch(engine, words, Counters(), lambda: 0.0), []
@@ -383,13 +381,7 @@ def test_a_token_that_ends_what_the_prompt_began_says_how_much_of_it_is_the_answ
 
 
 def test_inside_a_token_rivals_are_only_those_that_may_follow():
-    class Words(FakeVocabulary):
-        spellings = (*FakeVocabulary.spellings[:-1], "print")
-
-        def decode(self, ids):
-            return "".join(map(self.spellings.__getitem__, ids))
-
-    words = Words()
+    words = Words("print")
     kept, healing = split_for_healing(words.encode("xpri"), words.spellings)
     batch, events = Batch(FakeEngine(lambda text: chr(127)), words, Counters(), lambda: 0.0), []
     sampling = Sampling(max_new_tokens=1, greedy=True)
